@@ -1,0 +1,1 @@
+"""What the models learn from: adsorption systems, and the samples made of them."""

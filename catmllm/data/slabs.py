@@ -1,0 +1,95 @@
+"""Adsorption systems on fcc slabs, shipped with the package, and the split into training, validation and test.
+
+`fcc_slabs_7net.jsonl.gz` holds 3,008 systems (H, O, N, C, CO, OH, NH and CH on 2x2x3 slabs of nine metals and their A3B
+and AB alloys). Their energies are labels by SevenNet-0, a machine-learned interatomic potential, not DFT: results on
+them say whether the pipeline works, nothing about real catalysts.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from catmllm.structure.elements import atomic_number
+from catmllm.structure.system import System, make_system
+
+SHIPPED = Path(__file__).with_name("fcc_slabs_7net.jsonl.gz")
+
+SplitName = Literal["train", "val", "test"]
+
+
+def load_slabs(path: str | Path | None = None) -> list[System]:
+    """The usable systems of a JSON-lines file (gzip by its name), in file order; None: the shipped 2,973 of 3,008.
+
+    A record that says `"ok": false` (unconverged, dissociated, desorbed) is left out. Energy: adsorption energy in eV.
+    The sid of a shipped record is `7net-<seed>-<slab>-<number>`; `slab_id` gives its slab. Raises ValueError that names
+    file and line of a bad record.
+    """
+    source = SHIPPED if path is None else Path(path)
+    opened = gzip.open if source.suffix == ".gz" else open
+    systems = []
+    with opened(source, "rt", encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+                if record.get("ok", True):
+                    systems.append(_system(record))
+            except KeyError as error:
+                raise ValueError(f"{source}, line {number}: the record lacks {error}") from error
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{source}, line {number}: {error}") from error
+    return systems
+
+
+def _system(record: dict[str, Any]) -> System:
+    return make_system(
+        record["cell"],
+        record["pos"],
+        [atomic_number(symbol) for symbol in record["symbols"]],
+        record["tags"],
+        record["adsorbate"],
+        record["miller"],
+        energy=record["energy"],
+        sid=record["sid"],
+    )
+
+
+def slab_id(system: System) -> str:
+    """The slab that a system stands on: `7net-101-0` of `7net-101-0-3`. Systems of one slab share the metal atoms."""
+    return system.sid.rpartition("-")[0]
+
+
+def split(systems: Sequence[System], seed: int = 0) -> dict[SplitName, list[System]]:
+    """About 80 / 10 / 10 % of the systems as train / val / test, whole (bulk, Miller index) pairs at a time.
+
+    By pair because a split by slab is no split: slabs of one metal and facet repeat, and 23 % of the test slabs would
+    have an exact twin in training (and by sample nearly all). The bulk is the reduced formula in canonical order, so
+    `IrPd` and `PdIr` are one. The pairs are taken in the order of a hash of (seed, pair), so the result depends neither
+    on the order of the systems nor on the machine; each part is sorted by sid. Parts may be empty where there are few
+    pairs.
+    """
+    pairs: dict[str, list[System]] = defaultdict(list)
+    for system in systems:
+        pairs[f"{system.bulk} {system.miller}"].append(system)
+
+    def shuffled(names: Iterable[str]) -> list[str]:
+        return sorted(names, key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).digest())
+
+    parts: dict[SplitName, list[System]] = {"train": [], "val": [], "test": []}
+    for name in shuffled(pairs):
+        group = pairs[name]
+        for part in ("test", "val"):
+            # a pair goes in if most of it fits into the tenth that the part is meant to have
+            if len(parts[part]) + len(group) / 2 <= len(systems) / 10:
+                parts[part].extend(group)
+                break
+        else:
+            parts["train"].extend(group)
+    return {part: sorted(members, key=lambda system: system.sid) for part, members in parts.items()}

@@ -1,0 +1,209 @@
+"""`System`, the one structure type: a crystal with tags, adsorbate, Miller index and energy.
+
+Every System is in the standard orientation (a along x, b in the xy plane with y > 0, right-handed): six cell parameters
+then say all of its lattice, and a CIF and its source are the same to an encoder. Most OC20 frames are not in it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from catmllm.structure.elements import SYMBOLS
+from catmllm.structure.formula import (
+    SEPARATOR,
+    Miller,
+    count_elements,
+    format_formula,
+    format_miller,
+    reduce_counts,
+)
+from rewards_fast import Crystal
+
+if TYPE_CHECKING:
+    from ase import Atoms
+
+BULK, SURFACE, ADSORBATE = 0, 1, 2  # values of `System.tags`
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class System(Crystal):
+    """An adsorption system; make it with `make_system`, which checks and rotates.
+
+    From Crystal: lattice float64 [3, 3] (rows a, b, c, Å), frac float64 [N, 3], numbers int64 [N]. tags int8 [N]: 0
+    bulk, 1 surface, 2 adsorbate. adsorbate: its name as published, `CHCH2OH`. miller: None where unknown. energy:
+    adsorption energy (eV), None where unknown. sid: where the system is from.
+    """
+
+    tags: NDArray[np.int8]
+    adsorbate: str
+    miller: Miller | None = None
+    energy: float | None = None
+    sid: str = ""
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    @property
+    def symbols(self) -> list[str]:
+        """Element symbols [N]."""
+        return [SYMBOLS[z] for z in self.numbers]
+
+    @property
+    def target(self) -> dict[str, int]:
+        """Counts by element of the whole cell, in canonical order."""
+        return count_elements(self.symbols)
+
+    @property
+    def slab_counts(self) -> dict[str, int]:
+        """Counts by element of the atoms that are not adsorbate, in canonical order."""
+        return count_elements(SYMBOLS[z] for z in self.numbers[self.tags != ADSORBATE])
+
+    @property
+    def slab_formula(self) -> str:
+        """`Pd6Ir6`: every slab atom counted."""
+        return format_formula(self.slab_counts)
+
+    @property
+    def bulk(self) -> str:
+        """`PdIr`: the reduced formula of the slab."""
+        return format_formula(reduce_counts(self.slab_counts)[0])
+
+    @property
+    def identity(self) -> str:
+        """`CO</s>Pd6Ir6 (1 1 1)`, the line that names a system in CIF tasks. Raises ValueError without Miller index."""
+        return f"{self.adsorbate}{SEPARATOR}{self.slab_formula} {format_miller(self.known_miller)}"
+
+    @property
+    def known_miller(self) -> Miller:
+        """The Miller index. Raises ValueError where it is unknown."""
+        if self.miller is None:
+            raise ValueError(f"system {self.sid!r} has no Miller index; give `miller` when it is made")
+        return self.miller
+
+    @property
+    def known_energy(self) -> float:
+        """The adsorption energy (eV). Raises ValueError where it is unknown."""
+        if self.energy is None:
+            raise ValueError(f"system {self.sid!r} has no energy; give `energy` when it is made")
+        return self.energy
+
+    def as_ase(self) -> Atoms:
+        """The same as ase.Atoms, periodic in three directions, with tags."""
+        from ase import Atoms
+
+        return Atoms(
+            numbers=self.numbers, positions=self.positions, cell=self.lattice, tags=self.tags, pbc=True
+        )
+
+
+def make_system(
+    lattice: ArrayLike,
+    positions: ArrayLike | None,
+    numbers: ArrayLike,
+    tags: ArrayLike,
+    adsorbate: str,
+    miller: Miller | None,
+    energy: float | None = None,
+    sid: str = "",
+    *,
+    frac: ArrayLike | None = None,
+) -> System:
+    """A checked System in the standard orientation.
+
+    lattice: [3, 3], rows in Å, any right-handed orientation. positions: [N, 3] in Å, or None with frac [N, 3] instead.
+    numbers, tags: [N]. Raises ValueError for a left-handed or flat cell, for anything non-finite and for shapes, atomic
+    numbers or tags that do not fit.
+    """
+    if (positions is None) == (frac is None):
+        raise ValueError("give either positions or frac")
+    cell = np.array(lattice, dtype=np.float64)
+    standard = standard_lattice(cell)
+    if frac is None:
+        frac = np.linalg.solve(cell.T, np.array(positions, dtype=np.float64).reshape(-1, 3).T).T
+    fractional = np.array(frac, dtype=np.float64, order="C").reshape(-1, 3)
+    z = np.array(numbers, dtype=np.int64)
+    tag = np.array(tags, dtype=np.int8)
+    n = len(fractional)
+    if n == 0 or z.shape != (n,) or tag.shape != (n,):
+        raise ValueError(
+            f"{n} positions, numbers {z.shape} and tags {tag.shape}: one of each an atom, at least one"
+        )
+    if not np.isfinite(fractional).all():
+        raise ValueError(
+            f"atom {int(np.argmin(np.isfinite(fractional).all(axis=1)))} has a non-finite position"
+        )
+    if not ((z >= 1) & (z < len(SYMBOLS))).all():
+        raise ValueError(f"atomic numbers are 1 to {len(SYMBOLS) - 1}, not {sorted(set(z.tolist()))}")
+    if not np.isin(tag, (BULK, SURFACE, ADSORBATE)).all():
+        raise ValueError(f"tags are 0 (bulk), 1 (surface) and 2 (adsorbate), not {sorted(set(tag.tolist()))}")
+    if energy is not None and not np.isfinite(energy):
+        raise ValueError(f"the energy of {sid!r} is {energy}")
+    if miller is not None:
+        h, k, l = miller
+        miller = (int(h), int(k), int(l))
+    return System(
+        lattice=standard,
+        frac=fractional,
+        numbers=z,
+        tags=tag,
+        adsorbate=adsorbate,
+        miller=miller,
+        energy=None if energy is None else float(energy),
+        sid=sid,
+    )
+
+
+def standard_lattice(lattice: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The lattice [3, 3] (rows, Å) turned so that a is along x and b in the xy plane with y > 0.
+
+    A lattice that stands so already comes back bit for bit. Raises ValueError for a left-handed or flat cell.
+    """
+    if lattice.shape != (3, 3) or not np.isfinite(lattice).all():
+        raise ValueError(f"a lattice is a finite 3x3 matrix (rows a, b, c in Å), not {lattice.tolist()}")
+    lengths = np.linalg.norm(lattice, axis=1)
+    volume = float(np.linalg.det(lattice))
+    if not abs(volume) > 1e-9 * np.prod(lengths):
+        raise ValueError(f"the cell is flat: volume {volume:g} Å³ with edges {lengths.tolist()} Å")
+    if volume < 0:
+        raise ValueError(
+            f"the cell is left-handed (volume {volume:.3f} Å³): exchange the vectors a and b, and with them the first "
+            "two fractional coordinates and h and k; that is the same crystal in a right-handed cell"
+        )
+    if not np.triu(lattice, 1).any() and (np.diag(lattice) > 0).all():
+        return lattice.copy()
+    _, upper = np.linalg.qr(lattice.T)
+    lower = upper.T
+    return np.tril(lower * np.sign(np.diag(lower)))
+
+
+def lattice_from_parameters(
+    a: float, b: float, c: float, alpha: float, beta: float, gamma: float
+) -> NDArray[np.float64]:
+    """The standard lattice [3, 3] (rows, Å) of six cell parameters (Å, degrees). ValueError if they make no cell."""
+    angles = (alpha, beta, gamma)
+    cos_a, cos_b, cos_g = (0.0 if angle == 90 else float(np.cos(np.radians(angle))) for angle in angles)
+    sin_g = float(np.sin(np.radians(gamma)))
+    x, y = cos_b, (cos_a - cos_b * cos_g) / sin_g if sin_g else np.nan
+    z_squared = 1 - x * x - y * y
+    if not (min(a, b, c) > 0 and all(0 < angle < 180 for angle in angles) and z_squared > 0):
+        raise ValueError(f"no cell has edges {a}, {b}, {c} Å and angles {alpha}, {beta}, {gamma} degrees")
+    return np.array(
+        [[a, 0, 0], [b * cos_g, b * sin_g, 0], [c * x, c * y, c * np.sqrt(z_squared)]], dtype=np.float64
+    )
+
+
+def lattice_parameters(lattice: NDArray[np.float64]) -> tuple[float, float, float, float, float, float]:
+    """a, b, c (Å) and alpha, beta, gamma (degrees) of a lattice [3, 3]."""
+    a, b, c = lattice
+
+    def angle(u: NDArray[np.float64], v: NDArray[np.float64]) -> float:
+        return float(
+            np.degrees(np.arctan2(np.linalg.norm(np.cross(u, v)), u @ v))
+        )  # exact near 90, unlike arccos
+
+    lengths = [float(np.linalg.norm(v)) for v in (a, b, c)]
+    return lengths[0], lengths[1], lengths[2], angle(b, c), angle(a, c), angle(a, b)

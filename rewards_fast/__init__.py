@@ -1,0 +1,30 @@
+"""The PVCP reward of a crystal-structure text (parse, validity, composition, physics) for any RL code.
+
+Importing this package loads NumPy and nothing heavier; what a call needs is loaded by that call.
+"""
+
+from rewards_fast.extract import extract_cif
+from rewards_fast.pvcp import (
+    PVCP,
+    CIFError,
+    Crystal,
+    Scores,
+    Thresholds,
+    Weights,
+    min_distance,
+    parse_cif,
+    parse_target,
+)
+
+__all__ = [
+    "PVCP",
+    "CIFError",
+    "Crystal",
+    "Scores",
+    "Thresholds",
+    "Weights",
+    "extract_cif",
+    "min_distance",
+    "parse_cif",
+    "parse_target",
+]
