@@ -189,12 +189,12 @@ def _reduced(lattice: NDArray[np.float64]) -> NDArray[np.float64]:
             j, k = (i + 1) % 3, (i + 2) % 3
             pair = np.stack([basis[j], basis[k]])
             nearest = np.linalg.lstsq(pair.T, basis[i], rcond=None)[0]
-            best, best_norm = basis[i], float(basis[i] @ basis[i])
+            best, best_norm = None, float(basis[i] @ basis[i])
             for step in itertools.product((-1, 0, 1), repeat=2):
                 candidate = basis[i] - (np.round(nearest) + np.array(step)) @ pair
                 if float(candidate @ candidate) < best_norm * (1 - 1e-12):
                     best, best_norm = candidate, float(candidate @ candidate)
-            if best is not basis[i]:
+            if best is not None:
                 basis[i] = best
                 changed = True
         if not changed:
