@@ -99,6 +99,9 @@ class OptimConfig:
 class AlignConfig(OptimConfig):
     """Stage 1a: symmetric InfoNCE between graph token and frozen text encoding."""
 
+    steps: int = 60
+    batch_size: int = 32
+    lr: float = 2e-3
     temperature: float = 0.07
 
 
@@ -106,6 +109,9 @@ class AlignConfig(OptimConfig):
 class JointConfig(OptimConfig):
     """Stage 1b: everything trains; MMTG of energy MAE and answer cross-entropy, per sample."""
 
+    steps: int = 600
+    lr: float = 2e-3
+    warmup: int = 30
     mmtg_lambda: float = 1.0
     mmtg_sign: Literal["+", "-"] = "+"
     property_share: float = 0.6  # of each batch; the rest are CIF and design samples, cross-entropy alone
@@ -119,6 +125,9 @@ class JointConfig(OptimConfig):
 class InstructConfig(OptimConfig):
     """Stage 1c: the LLM alone, on all three tasks, with modalities dropped at random."""
 
+    steps: int = 700
+    lr: float = 2e-3
+    warmup: int = 30
     property_share: float = 0.25
     design_share: float = 0.45
     drop_text: float = 0.2  # property prompts that carry the graph alone
@@ -129,8 +138,8 @@ class InstructConfig(OptimConfig):
 @dataclass
 class SamplingConfig:
     temperature: float = 1.0
-    top_p: float = 1.0
-    max_new_tokens: int = 400
+    top_p: float = 0.95
+    max_new_tokens: int = 256
 
 
 @dataclass
@@ -150,6 +159,13 @@ class RewardConfig:
 class GRPOConfig(OptimConfig):
     """Stage 2: GRPO on the PVCP reward."""
 
+    steps: int = 60
+    batch_size: int = 8
+    lr: float = 2e-4
+    warmup: int = 5
+    weight_decay: float = 0.0
+    checkpoint_every: int = 20
+    log_every: int = 1
     group_size: int = 8  # K
     beta: float = 0.02
     kl: Literal["k1", "k2", "k3"] = "k3"
@@ -166,6 +182,11 @@ class GRPOConfig(OptimConfig):
 class GAGRPOConfig(OptimConfig):
     """Stage 3: GA-GRPO, the closed loop of design and refinement; only the AR head trains."""
 
+    lr: float = 1e-3
+    warmup: int = 2
+    weight_decay: float = 0.0
+    checkpoint_every: int = 5
+    log_every: int = 1
     tasks: int = 64  # over all ranks; `batch_size` of them at a time on each, `steps` follows from it
     initial: int = 16  # N0, text-conditioned candidates a task
     pool: int = 6  # K, exemplars kept
@@ -191,7 +212,8 @@ class EvaluateConfig:
     design_tasks: int = 48
     judge: Literal["sevennet", "none"] = "sevennet"
     tolerance: float = 0.25  # eV
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    # of the answers that failure modes are counted on; the paper's own setting
+    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(temperature=0.7, top_p=0.9))
 
 
 @dataclass

@@ -209,7 +209,7 @@ def draw_trace(axes: Axes, design: Metrics) -> None:
         ylim=(0, top),
         xlabel="iteration of the closed loop",
         ylabel="|E_pred - E*| (eV)",
-        title=f"Closed loop by the own predictor, median of {len(items)} tasks",
+        title=f"Closed loop, own predictor, median of {len(items)} tasks",
     )
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(loc="upper right")

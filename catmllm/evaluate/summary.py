@@ -271,7 +271,8 @@ def generation_table(metrics: Metrics) -> Table | None:
     notes = [
         "R: mean PVCP reward ± standard error, from -15 (unreadable) to 10 (nothing to object to).",
         *(f"{RATE_NAMES[rate]}: {meaning}." for rate, meaning in RATES.items()),
-        "Shares are of all n sampled texts, the same prompts for every stage; an unreadable text fails every check.",
+        f"Shares are of all n texts sampled{_sampling(metrics)}, the same prompts for every stage; an unreadable text fails "
+        "every check.",
     ]
     return Table(
         "CIFs sampled for unseen systems, checked by rules alone (no energies)",
@@ -279,6 +280,13 @@ def generation_table(metrics: Metrics) -> Table | None:
         rows,
         notes,
     )
+
+
+def _sampling(metrics: Metrics) -> str:
+    settings = ((metrics.get("config") or {}).get("evaluate") or {}).get("sampling") or {}
+    if "temperature" not in settings or "top_p" not in settings:
+        return ""
+    return f" at temperature {settings['temperature']:g} and top-p {settings['top_p']:g}"
 
 
 def design_table(metrics: Metrics) -> Table | None:

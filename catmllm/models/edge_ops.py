@@ -3,9 +3,10 @@
 A message is: gather, rotate and scale -> SO(2) product -> activation -> SO(2) product -> weight, rotate back and sum.
 The products are plain matrix products; the steps around them move every row of every edge through memory several times. Here
 they run a chunk of edges at a time, so that intermediates stay in a CPU's cache, and save only their inputs: the
-backward pass recomputes the rest (a rotation costs less than reading its result back). On an accelerator there is
-one chunk. Measured at 4160 edges, lmax 2, 32 channels, one thread: the activation of a 42-point grid takes 4 ms
-instead of 25, of a 324-point grid 29 instead of 230.
+backward pass recomputes the rest (at no cost in time: a rotation is as cheap as reading its result back). On an accelerator there is
+one chunk. Best of 9 at 4160 edges, lmax 2, 32 channels, one thread: the activation of a 42-point grid takes 3.9 ms
+instead of 10.7, of a 324-point grid 27 instead of 224. Saved per edge by an attention layer at lmax 4, mmax 2, 128 channels,
+float32: 117 KiB instead of 226.
 
 `parts` are an edge's rows by order: [E, n₀·C] for m = 0, then [E, 2·nₘ·C] = (+m, -m), nₘ = lmax+1-m. Gradients of the
 tables (wigner, grids) are not taken, as in fairchem. First derivatives only.

@@ -37,14 +37,14 @@ class ExemplarPool:
 
     def add(self, candidates: list[Candidate]) -> None:
         """Keep the best `size` of members and candidates, each structure once; earlier ones win ties."""
-        best: dict[str, Candidate] = {}
-        for c in [*self.members, *candidates]:
-            if c.key not in best or c.reward > best[c.key].reward:
-                best[c.key] = c
-        pool = list(best.values())
+        pool = [*self.members, *candidates]
         if any(c.feasible for c in pool):
             pool = [c for c in pool if c.feasible]
-        self.members = sorted(pool, key=lambda c: (-c.reward, c.iteration, c.key))[: self.size]
+        best: dict[str, Candidate] = {}
+        for c in pool:
+            if c.key not in best or c.reward > best[c.key].reward:
+                best[c.key] = c
+        self.members = sorted(best.values(), key=lambda c: (-c.reward, c.iteration, c.key))[: self.size]
 
     @property
     def feasible(self) -> bool:

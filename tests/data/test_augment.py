@@ -12,8 +12,15 @@ SYSTEMS = load_slabs()[::97]
 
 def spectrum(system):
     _, d = get_distances(system.positions, cell=system.lattice, pbc=True)
-    pairs = [(*sorted(z), round(x, 4)) for z, x in zip(np.stack(np.broadcast_arrays(
-        system.numbers[:, None], system.numbers[None]), -1).reshape(-1, 2).tolist(), d.ravel().tolist())]
+    pairs = [
+        (*sorted(z), round(x, 4))
+        for z, x in zip(
+            np.stack(np.broadcast_arrays(system.numbers[:, None], system.numbers[None]), -1)
+            .reshape(-1, 2)
+            .tolist(),
+            d.ravel().tolist(),
+        )
+    ]
     return np.array(sorted(pairs))
 
 
@@ -25,7 +32,9 @@ def test_copy_is_the_same_crystal_with_rows_at_their_sites(system) -> None:
         copy = symmetric_copy(system, rng)
         changed += not np.allclose(copy.frac, system.frac)
         np.testing.assert_allclose(spectrum(copy), spectrum(system), atol=2e-3)
-        assert copy.target == system.target and copy.identity == system.identity and copy.energy == system.energy
+        assert (
+            copy.target == system.target and copy.identity == system.identity and copy.energy == system.energy
+        )
         assert (copy.numbers[copy.tags == 2] == system.numbers[system.tags == 2]).all()
         slab = system.tags != 2
         apart = copy.frac[slab] - system.frac[slab]

@@ -229,6 +229,7 @@ def test_the_numbers_of_the_run_are_in_the_page(page: str, systems: list[System]
     assert page.count('<span class="verdict yes">') == 5 and "Nothing has been measured" not in text
     for claim in summary.claims(made_metrics(systems)):
         assert claim.sentence in text and re.sub(r"\s+", " ", claim.evidence) in text
+    assert '"mmtg_lambda": 1.0' in text and '"tolerance": 0.25' in text
     assert all(meaning in text for meaning in summary.STAGE_MEANINGS)
     assert len(page) < 1_500_000
 
@@ -343,6 +344,7 @@ def test_a_torn_record_and_an_absent_one(tmp_path: Path) -> None:
 
 def test_summary_for_the_terminal(systems: list[System]) -> None:
     metrics = made_metrics(systems)
+    metrics["config"]["evaluate"]["sampling"] |= {"temperature": 0.65, "top_p": 0.85}
     text = summary_table(metrics)
     assert max(map(len, text.splitlines())) <= 120
     for words in (
@@ -353,6 +355,7 @@ def test_summary_for_the_terminal(systems: list[System]) -> None:
         "n = 200",
         "9.23 ± 0.11",
         "PF: cannot be read as a CIF",
+        "at temperature 0.65 and top-p 0.85",
         "n = 16 tasks",
         "shuffled targets",
         "random training system",
@@ -451,13 +454,15 @@ def test_drawing_shows_the_geometry(systems: list[System]) -> None:
     heights = sorted({round(y / scale, 1) for _, y, _ in ringed})
     bond = np.ptp(system.positions[system.tags == 2][:, 2])
     assert heights[-1] - heights[0] == pytest.approx(bond, abs=0.15)
+    # a CIF's coordinates are wrapped into the cell, so this slab lies on both sides of its boundary
     shifted = make_system(
         system.lattice,
-        system.positions + 0.6 * system.lattice[2] + 0.3 * system.lattice[0],
+        None,
         system.numbers,
         system.tags,
         system.adsorbate,
         system.miller,
+        frac=(system.frac + [0.3, 0.0, 0.6]) % 1.0,
     )
     moved = circles(structure_svg(shifted, "side", 120))
     assert len(moved) == len(side)

@@ -496,14 +496,16 @@ def test_stochastic_depth_and_attention_dropout_only_in_training():
     assert abs(float(kept.mean()) - 1) < 0.15
 
 
-def test_fully_sharded_blocks(tmp_path):
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_fully_sharded_blocks(tmp_path, checkpointing):
     """FSDP2 on every block and the root, one rank: same embedding, same gradients."""
     import torch.distributed as dist
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     if dist.is_initialized():
         pytest.skip("a process group exists already")
-    plain, sharded = make_model(SMALL, torch.float32), make_model(SMALL, torch.float32)
+    plain = make_model(SMALL, torch.float32)
+    sharded = make_model(replace(SMALL, activation_checkpoint=checkpointing), torch.float32)
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
     try:
         mesh = dist.init_device_mesh("cpu", (1,))
@@ -535,8 +537,8 @@ def test_published_sizes(name, millions):
 def fairchem_constants(config):
     """The tables that fairchem saves beside the weights, at some of the places where it repeats them."""
     resolution = config.grid_resolution
-    grid = sphere_grid(config.lmax, config.mmax, resolution)[0].reshape(resolution, resolution, -1)
-    grid = torch.from_numpy(grid)
+    to_grid, _ = sphere_grid(config.lmax, config.mmax, resolution)
+    grid = torch.from_numpy(to_grid.reshape(resolution, resolution, -1))
     ones = torch.ones(3)
     return {
         "distance_expansion.offset": torch.linspace(0, config.max_radius, config.num_distance_basis),

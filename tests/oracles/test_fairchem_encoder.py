@@ -12,6 +12,7 @@ import os
 import sys
 import types
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ def fairchem():
     for name in ("torch_scatter", "torch_sparse"):
         if importlib.util.find_spec(name) is None:
             stub = types.ModuleType(name)
-            stub.scatter = stub.segment_coo = stub.segment_csr = stub.SparseTensor = None
+            vars(stub).update(dict.fromkeys(("scatter", "segment_coo", "segment_csr", "SparseTensor")))
             sys.modules[name] = stub
     sys.path.insert(0, folder)
     try:
@@ -61,7 +62,7 @@ CONFIGS = {
     "L3M1 S2, least grid": EquiformerV2Config(lmax=3, mmax=1, use_grid_mlp=False, use_attn_renorm=False),
     "L5M0 gates, grid MLP": EquiformerV2Config(num_layers=1, lmax=5, mmax=0, use_gate_act=True),
 }
-SIZES = {
+SIZES: dict[str, Any] = {
     "sphere_channels": 16,
     "attn_hidden_channels": 8,
     "num_heads": 2,
