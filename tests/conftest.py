@@ -71,7 +71,8 @@ def small_config() -> Config:
 def small_model(small_config: Config, train_systems: list[System]) -> tuple[CatalyticMLLM, Collator]:
     """A small random model, in eval mode, not to be changed: `copy.deepcopy` it first.
 
-    Its language model's weights are five times the usual, so that what differs in the input shows in the output.
+    Its weights are larger than usual (x 5, LM head x 25), so that what differs in the input shows in the output and
+    some tokens are likelier than others.
     """
     import torch
 
@@ -81,7 +82,7 @@ def small_model(small_config: Config, train_systems: list[System]) -> tuple[Cata
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 2 and name.startswith(("llm.", "projector.", "energy_head.")):
-                parameter.mul_(5)
+                parameter.mul_(25 if "lm_head" in name else 5)
         model.energy_mean.fill_(-1.25)
         model.energy_std.fill_(1.5)
     return model.eval(), collate

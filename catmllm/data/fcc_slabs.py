@@ -43,6 +43,7 @@ TOP_LAYER = slice(8, 12)
 BROKEN_BOND = 1.35  # a bond longer than this many gas-phase lengths is broken
 HEIGHT_RANGE = (-0.8, 2.4)  # Å, lowest adsorbate atom over the highest slab atom, of what counts as adsorbed
 MAX_ENERGY = 8.0  # eV, either sign
+BLOWN_UP = (ValueError, ArithmeticError, RuntimeError, np.linalg.LinAlgError)  # what ASE and torch raise then
 
 
 @dataclass(frozen=True)
@@ -100,14 +101,18 @@ def draw_slab(rng: Random) -> Slab:
 
 
 def relax_slab(slab: Slab, calculator: Calculator) -> None:
-    """Relax the top layer in place and fill in `energy` and `relaxed`."""
+    """Relax the top layer in place and fill in `energy` and `relaxed`; a slab that blows up stays as it was built."""
     from ase.constraints import FixAtoms
     from ase.optimize import BFGS
 
     slab.atoms.set_constraint(FixAtoms(indices=list(FIXED_IN_SLAB)))
     slab.atoms.calc = calculator
-    slab.relaxed = bool(BFGS(slab.atoms, logfile=None).run(fmax=0.05, steps=60))
-    slab.energy = float(slab.atoms.get_potential_energy())
+    built = slab.atoms.positions.copy()
+    try:
+        slab.relaxed = bool(BFGS(slab.atoms, logfile=None).run(fmax=0.05, steps=60))
+        slab.energy = float(slab.atoms.get_potential_energy())
+    except BLOWN_UP:
+        slab.atoms.positions[:] = built
 
 
 def draw_site(slab: Slab, rng: Random) -> tuple[str, int, NDArray[np.float64]]:
@@ -174,10 +179,12 @@ def relax_adsorbate(system: Atoms, calculator: Calculator) -> tuple[bool, float,
     system.set_constraint(FixAtoms(indices=list(range(N_SLAB))))
     system.calc = calculator
     optimizer = BFGS(system, logfile=None, maxstep=0.15)
+    start = system.positions.copy()
     try:
         converged = bool(optimizer.run(fmax=0.05, steps=80))
         energy = float(system.get_potential_energy())
-    except (ValueError, ArithmeticError, RuntimeError, np.linalg.LinAlgError):
+    except BLOWN_UP:
+        system.positions[:] = start
         return False, math.nan, int(optimizer.nsteps)  # recorded as not ok, never hidden
     return converged, energy, int(optimizer.nsteps)
 
@@ -207,7 +214,7 @@ def slab_records(
             "bulk": slab.bulk,
             "miller": [int(digit) for digit in slab.facet],
             "start_site": kind,
-            "energy": round(energy, 5) if math.isfinite(energy) else None,
+            "energy": round(energy, 5) if math.isfinite(energy) else None,  # None: it blew up
             "ok": bool(slab.relaxed and converged and not broken and adsorbed),
             "converged": converged,
             "dissociated": broken,

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from catmllm.data.fcc_slabs import ADSORBATES, BROKEN_BOND, HEIGHT_RANGE, MAX_ENERGY
+from catmllm.data.fcc_slabs import ADSORBATES, BLOWN_UP, BROKEN_BOND, HEIGHT_RANGE, MAX_ENERGY
 from catmllm.data.oracle import atomic_references, sevennet, sevennet_references
 from catmllm.structure.elements import COVALENT_RADIUS, SYMBOLS
 from catmllm.structure.system import ADSORBATE, System, make_system
@@ -118,7 +118,7 @@ class SevenNetJudge:
                 energy if np.isfinite(energy) else None,
                 system.sid,
             )
-        except (ValueError, ArithmeticError, RuntimeError, np.linalg.LinAlgError):
+        except BLOWN_UP:
             reason = "failed"
         else:
             reason = self._why_not(relaxed, converged, energy)

@@ -42,6 +42,8 @@ class CatalyticMLLM(nn.Module):
         self.llm, self.encoder, self.projector = llm, encoder, projector
         self.energy_head = nn.Linear(llm.config.get_text_config().hidden_size, 1)
         self.graph_id, self.energy_id = graph_id, energy_id
+        # Set when sharded: ranks then run every unit in every pass, or one would gather what another does not.
+        self.lockstep = False
         self.register_buffer("energy_mean", torch.zeros(()))
         self.register_buffer("energy_std", torch.ones(()))
 
@@ -71,8 +73,18 @@ class CatalyticMLLM(nn.Module):
                 f"{n} graph markers in the text, {0 if vectors is None else len(vectors)} vectors"
             )
         if vectors is None:
-            return x
+            return x + 0.0 * self._lone_atom().to(x.dtype) if self.lockstep else x
         return x.masked_scatter(marks[..., None], vectors.to(x.dtype))
+
+    def _lone_atom(self) -> torch.Tensor:
+        """The sum of one atom's graph token: a pass through encoder and projector for its collectives' sake."""
+        device = self.energy_mean.device
+        numbers, batch = (
+            torch.ones(1, dtype=torch.int64, device=device),
+            torch.zeros(1, dtype=torch.int64, device=device),
+        )
+        edges = torch.zeros(2, 0, dtype=torch.int64, device=device)
+        return self.graph_tokens(GraphBatch(numbers, edges, torch.zeros(0, 3, device=device), batch, 1)).sum()
 
     def hidden(self, input_ids: torch.Tensor, graph: GraphBatch | None) -> torch.Tensor:
         """Final hidden states [B, T, H] of right-padded sequences."""

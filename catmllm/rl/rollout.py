@@ -298,4 +298,6 @@ def hash_seed(parts: Sequence[int]) -> int:
     """One 63-bit seed from several integers, well mixed."""
     import numpy as np
 
-    return int(np.random.SeedSequence([p & 0xFFFFFFFF for p in parts]).generate_state(1, np.uint64)[0] >> 1)
+    # With their number in front: to NumPy [3] and [3, 0] are one seed.
+    entropy = [len(parts), *(p & 0xFFFFFFFF for p in parts)]
+    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1)

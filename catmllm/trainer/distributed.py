@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -79,7 +79,8 @@ def start(config: Config) -> World:
 
 
 def shard(model: CatalyticMLLM, config: Config, world: World) -> CatalyticMLLM:
-    """Shard in place: a unit per block of encoder and LLM, one for the rest of the encoder, one for what remains.
+    """Shard in place: a unit per block of encoder and LLM, one for the rest of the encoder, the projector and the energy
+    head each, one for what remains.
 
     Compute runs in `precision` (the encoder, whose coordinates and norms want it, in `encoder_precision`), gradients
     are reduced and the optimizer works in float32.
@@ -91,9 +92,13 @@ def shard(model: CatalyticMLLM, config: Config, world: World) -> CatalyticMLLM:
         fully_shard(block, mesh=mesh, mp_policy=graph)
     fully_shard(model.encoder, mesh=mesh, mp_policy=graph)
     fully_shard(model.projector, mesh=mesh, mp_policy=graph)
+    # A unit of its own: passes that train no energy leave its gradient out, and gradients accumulated over passes
+    # must be of one dtype within a unit.
+    fully_shard(model.energy_head, mesh=mesh, mp_policy=replace(graph, cast_forward_inputs=True))
     for layer in model.text.layers:
         fully_shard(layer, mesh=mesh, mp_policy=llm)
     fully_shard(model, mesh=mesh, mp_policy=llm)
+    model.lockstep = world.size > 1
     # Sampling may run the encoder before the first training pass has run the model; FSDP2 would then take the encoder
     # for a root of its own. There is no public call that settles who is root.
     model._get_fsdp_state()._lazy_init()  # type: ignore[operator]

@@ -187,10 +187,14 @@ def test_two_shipped_slabs_come_out_again(capsys: pytest.CaptureFixture[str]) ->
 
 
 class Failing(EggBox):
-    """A relaxation that blows up, but for the bare slab."""
+    """A relaxation that blows up: that of the adsorbates, or that of the slab too."""
+
+    def __init__(self, always: bool = False) -> None:
+        super().__init__()
+        self.always = always
 
     def calculate(self, atoms=None, properties=("energy",), system_changes=all_changes):
-        if len(atoms) > N_SLAB:
+        if len(atoms) > N_SLAB or self.always:
             raise np.linalg.LinAlgError("blown up")
         super().calculate(atoms, properties, system_changes)
 
@@ -206,7 +210,8 @@ class Lifting(EggBox):
 
 
 @pytest.mark.parametrize(
-    ("calculator", "converged"), [(EggBox(), True), (Lifting(), True), (Failing(), False)]
+    ("calculator", "converged"),
+    [(EggBox(), True), (Lifting(), True), (Failing(), False), (Failing(always=True), False)],
 )
 def test_what_desorbs_or_blows_up_is_recorded_as_not_ok(calculator: EggBox, converged: bool) -> None:
     records = list(slab_records(Random(4), "p0-0", 6, calculator, dict.fromkeys("HOCN", 0.0)))

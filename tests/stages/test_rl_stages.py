@@ -4,45 +4,17 @@ A model of a few steps writes nothing that parses, so that every group would be 
 tokens instead.
 """
 
-import dataclasses
-from collections.abc import Iterator
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 
-from catmllm.config import Config
-from catmllm.data.slabs import load_slabs, split
 from catmllm.rl.exemplar_pool import Candidate
 from catmllm.rl.search import ClosedLoop
 from catmllm.stages.ga_grpo import GAGRPO
 from catmllm.stages.grpo import GRPO
 from catmllm.structure.cif import write_cif
-from catmllm.trainer import distributed
 from catmllm.trainer.loop import Context, train
-from catmllm.trainer.pipeline import new_model
-
-
-@pytest.fixture
-def context(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Context]:
-    config = Config(tensorboard=False, precision="fp32")
-    config.model.llm = dataclasses.replace(
-        config.model.llm, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96
-    )
-    for stage in (config.grpo, config.ga_grpo):
-        stage.steps, stage.batch_size, stage.group_size, stage.micro_batch, stage.warmup = 2, 3, 3, 4, 1
-        stage.sampling.max_new_tokens = 12
-    config.grpo.property_share = 0.0
-    config.ga_grpo.tasks, config.ga_grpo.iterations, config.ga_grpo.initial = 3, 2, 2
-    data = {k: v[:40] for k, v in split(load_slabs()).items()}
-    for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(key, raising=False)
-    world = distributed.start(config)
-    model, collate = new_model(config, data["train"])
-    yield Context(config, model, collate, data, world, tmp_path)
-    dist.destroy_process_group()
+from tests.stages.conftest import MakeContext, small
 
 
 class TokenReward:
@@ -54,7 +26,13 @@ class TokenReward:
         return type("Scores", (), {**parts, "reason": [None] * len(texts)})()
 
 
-def test_grpo_moves_the_llm_and_nothing_frozen(context: Context) -> None:
+@pytest.mark.parametrize(("precision", "replay"), [("fp32", 0.0), ("bf16", 0.5)])
+def test_grpo_moves_the_llm_and_nothing_frozen(
+    make_context: MakeContext, precision: str, replay: float
+) -> None:
+    config = small()
+    config.precision, config.grpo.property_share = precision, replay  # type: ignore[assignment]
+    context = make_context(config)
     before = {k: v.clone() for k, v in context.model.state_dict().items()}
     seen = []
 
@@ -75,6 +53,7 @@ def test_grpo_moves_the_llm_and_nothing_frozen(context: Context) -> None:
     assert "llm.lm_head.weight" in moved
     assert any(k.startswith("llm.model.language_model.layers.1.") for k in moved)
     assert not [k for k in moved if k.startswith(("encoder.", "projector.", "llm.model.visual."))]
+    assert ("energy_head.weight" in moved) == (replay > 0)
     assert len(seen) == 2
 
 
