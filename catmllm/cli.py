@@ -143,7 +143,7 @@ def _design(args: argparse.Namespace) -> int:
 
     from catmllm.evaluate.design import search
     from catmllm.rl.search import Task
-    from catmllm.structure.formula import parse_formula, parse_identity
+    from catmllm.structure.formula import format_identity, parse_formula, parse_identity
     from rewards_fast import extract_cif
 
     identity = parse_identity(args.identity)
@@ -153,9 +153,8 @@ def _design(args: argparse.Namespace) -> int:
     model, collate, config = _load(args.model)
     changes = {k: v for k, v in (("iterations", args.iterations), ("pool", args.pool)) if v is not None}
     config.ga_grpo = replace(config.ga_grpo, **changes)
-    (state,) = search(
-        model, collate, config, [Task(args.identity, target, args.energy)], [args.seed], progress=True
-    )
+    task = Task(format_identity(*identity), target, args.energy)
+    (state,) = search(model, collate, config, [task], [args.seed], progress=True)
     if state.pool.best is None:
         print("no candidate parsed into an adsorption system; try more --iterations", file=sys.stderr)
         return 1
@@ -176,7 +175,7 @@ def _design(args: argparse.Namespace) -> int:
         systems = [read_cif(Path(r["file"]).read_text(), identity.adsorbate, identity.miller) for r in rows]
         for row, verdict in zip(rows, SevenNetJudge().judge_many(systems)):
             row["sevennet"] = verdict.energy if verdict.ok else verdict.reason
-    print(f"{args.identity} at {args.energy:.2f} eV")
+    print(f"{task.identity} at {args.energy:.2f} eV")
     for row in rows:
         judged = row.get("sevennet", "")
         judged = f"  SevenNet-0 {judged:.3f} eV" if isinstance(judged, float) else f"  {judged}"

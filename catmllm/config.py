@@ -159,10 +159,11 @@ class RewardConfig:
 class GRPOConfig(OptimConfig):
     """Stage 2: GRPO on the PVCP reward."""
 
-    steps: int = 80
-    batch_size: int = 8
-    lr: float = 3e-4
+    steps: int = 60
+    batch_size: int = 12
+    lr: float = 1e-4
     warmup: int = 5
+    betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.0
     checkpoint_every: int = 20
     log_every: int = 1

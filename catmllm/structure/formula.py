@@ -84,6 +84,11 @@ def format_miller(miller: Miller) -> str:
     return "({} {} {})".format(*miller)
 
 
+def format_identity(adsorbate: str, slab: Mapping[str, int], miller: Miller) -> str:
+    """`CO</s>Cu3Pt9 (1 1 1)`: the slab in canonical order, as every text that a model was trained on has it."""
+    return f"{adsorbate}{SEPARATOR}{format_formula(slab)} {format_miller(miller)}"
+
+
 def parse_identity(text: str) -> Identity:
     """Adsorbate, counts of the composition and Miller index of `CO</s>Pt9Cu3 (1 1 1)`; a third part is passed over.
 

@@ -14,11 +14,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from catmllm.structure.elements import SYMBOLS
 from catmllm.structure.formula import (
-    SEPARATOR,
     Miller,
     count_elements,
     format_formula,
-    format_miller,
+    format_identity,
     reduce_counts,
 )
 from rewards_fast import Crystal
@@ -75,7 +74,7 @@ class System(Crystal):
     @property
     def identity(self) -> str:
         """`CO</s>Pd6Ir6 (1 1 1)`, the line that names a system in CIF tasks. Raises ValueError without Miller index."""
-        return f"{self.adsorbate}{SEPARATOR}{self.slab_formula} {format_miller(self.known_miller)}"
+        return format_identity(self.adsorbate, self.slab_counts, self.known_miller)
 
     @property
     def known_miller(self) -> Miller:
