@@ -122,81 +122,49 @@ def is_bare_cif(str text not None):
     return c_is_bare_cif(<const char*>PyUnicode_DATA(text), <size_t>PyUnicode_GET_LENGTH(text))
 
 
-cdef class Crystals:
-    """The parsed cells of a batch as flat arrays; `arrays(i)` gives one of them, None where the text did not parse."""
+cdef class Cells:
+    """The parsed cells of a batch, kept as the engine left them; `get(i)` copies one out."""
 
-    cdef readonly object lattices  # float64 [n, 3, 3]
-    cdef readonly object frac  # float64 [sum of sites, 3]
-    cdef readonly object numbers  # int64 [sum of sites]
-    cdef readonly object first_site  # int64 [n + 1]
-    cdef readonly object counts  # float64 [sum of species]
-    cdef readonly object count_numbers  # uint8, 0 for a dummy
-    cdef readonly object first_count  # int64 [n + 1]
-    cdef readonly dict dummies  # index into counts -> name
-    cdef readonly object parsed  # bool [n]
+    cdef Batch batch
 
     def __len__(self):
-        return len(self.parsed)
+        return self.batch.out.size()
 
-
-cdef Crystals _collect(Batch& batch):
-    cdef size_t n = batch.texts.size()
-    cdef size_t i, k, sites = 0, species = 0
-    for i in range(n):
-        sites += batch.out[i].n_sites
-        species += batch.out[i].n_counts
-    cdef Crystals c = Crystals()
-    c.lattices = np.empty((n, 3, 3))
-    c.frac = np.empty((sites, 3))
-    c.numbers = np.empty(sites, dtype=np.int64)
-    c.first_site = np.zeros(n + 1, dtype=np.int64)
-    c.counts = np.empty(species)
-    c.count_numbers = np.empty(species, dtype=np.uint8)
-    c.first_count = np.zeros(n + 1, dtype=np.int64)
-    c.parsed = np.empty(n, dtype=np.uint8)
-    c.dummies = {}
-    cdef double[:, :, ::1] lattices = c.lattices
-    cdef double[:, ::1] frac = c.frac
-    cdef int64_t[::1] numbers = c.numbers
-    cdef int64_t[::1] first_site = c.first_site
-    cdef int64_t[::1] first_count = c.first_count
-    cdef double[::1] counts = c.counts
-    cdef uint8_t[::1] count_numbers = c.count_numbers
-    cdef uint8_t[::1] parsed = c.parsed
-    cdef size_t at = 0, spot = 0
-    cdef TextOut* out
-    cdef Piece* piece
-    cdef CountOut* count
-    cdef bytes name
-    for i in range(n):
-        out = &batch.out[i]
-        parsed[i] = <uint8_t>out.reason == 0
-        memcpy(&lattices[i, 0, 0], out.lattice, 72)
-        if out.n_sites:
-            piece = &batch.pieces[out.piece]
-            memcpy(&frac[at, 0], &piece.frac[3 * out.first_site], 24 * <size_t>out.n_sites)
-            memcpy(&numbers[at], &piece.numbers[out.first_site], 8 * <size_t>out.n_sites)
-            at += out.n_sites
-            for k in range(out.n_counts):
-                count = &piece.counts[out.first_count + k]
-                counts[spot] = count.amount
-                count_numbers[spot] = count.number
-                if count.number == 0:
-                    name = piece.dummies[count.dummy]
-                    c.dummies[spot] = name.decode("ascii", "replace")
-                spot += 1
-        first_site[i + 1] = <int64_t>at
-        first_count[i + 1] = <int64_t>spot
-    c.parsed = c.parsed.view(np.bool_)
-    return c
+    def get(self, size_t i):
+        """(lattice [3, 3], frac [N, 3], numbers [N], counts by symbol or number), None where text i did not parse."""
+        if i >= self.batch.out.size():
+            raise IndexError(i)
+        cdef TextOut* out = &self.batch.out[i]
+        if <uint8_t>out.reason != 0:
+            return None
+        cdef Piece* piece = &self.batch.pieces[out.piece]
+        cdef double[:, ::1] lattice = np.empty((3, 3))
+        cdef double[:, ::1] frac = np.empty((out.n_sites, 3))
+        cdef int64_t[::1] numbers = np.empty(out.n_sites, dtype=np.int64)
+        memcpy(&lattice[0, 0], out.lattice, 72)
+        memcpy(&frac[0, 0], &piece.frac[3 * out.first_site], 24 * <size_t>out.n_sites)
+        memcpy(&numbers[0], &piece.numbers[out.first_site], 8 * <size_t>out.n_sites)
+        counts = {}
+        cdef size_t k
+        cdef CountOut* count
+        cdef bytes name
+        for k in range(out.n_counts):
+            count = &piece.counts[out.first_count + k]
+            if count.number:
+                counts[count.number] = count.amount
+            else:
+                name = piece.dummies[count.dummy]
+                counts[name.decode("ascii", "replace")] = count.amount
+        return lattice.base, frac.base, numbers.base, counts
 
 
 def score(list texts, list targets, list target_of_text, tuple weights, tuple thresholds, unsigned threads):
     """Scores a batch. targets: lists of (atomic number, count); target_of_text: an index into them for each text.
 
-    Returns rows float64 [n, len(SCORE_COLUMNS)], reasons [n], field bits uint8 [n], Crystals.
+    Returns rows float64 [n, len(SCORE_COLUMNS)], reasons [n], field bits uint8 [n], Cells.
     """
-    cdef Batch batch
+    cdef Cells cells = Cells()
+    cdef Batch* batch = &cells.batch
     cdef Py_ssize_t i, n = len(texts)
     cdef Target target
     cdef TargetEntry entry
@@ -232,7 +200,8 @@ def score(list texts, list targets, list target_of_text, tuple weights, tuple th
         bits[i] = batch.out[i].fields
         if <uint8_t>batch.out[i].reason:
             reasons[i] = _REASONS[<uint8_t>batch.out[i].reason]
-    return rows, reasons, fields, _collect(batch)
+    batch.texts.clear()  # they pointed into the strings
+    return rows, reasons, fields, cells
 
 
 def min_distance(lattice, frac):
@@ -251,13 +220,12 @@ def min_distance(lattice, frac):
 
 
 def profile(str text not None, int repeats):
-    """Seconds a call of each stage for one text: scan, parse (scan included), distance, score; and its sites."""
+    """Least seconds of each stage for one text: scan, parse (scan included), distance, score; and its sites."""
     cdef TextRef ref = _reference(text)
     cdef Profile p
     with nogil:
         p = c_profile(ref, repeats)
-    return {"scan": p.scan / repeats, "parse": p.parse / repeats, "distance": p.distance / repeats,
-            "score": p.score / repeats, "sites": p.n_sites}
+    return {"scan": p.scan, "parse": p.parse, "distance": p.distance, "score": p.score, "sites": p.n_sites}
 
 
 def instruction_set():

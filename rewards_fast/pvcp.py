@@ -160,18 +160,16 @@ class Crystals(Sequence["Crystal | None"]):
     def __getitem__(self, index: int | slice) -> Crystal | None | list[Crystal | None]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        c = self._cells
-        i = index + len(c) if index < 0 else index
-        if not 0 <= i < len(c):
+        i = index + len(self) if index < 0 else index
+        if not 0 <= i < len(self):
             raise IndexError(index)
-        if not c.parsed[i]:
+        found = self._cells.get(i)
+        if found is None:
             return None
-        sites = slice(c.first_site[i], c.first_site[i + 1])
-        counts = {
-            c.dummies[k] if c.count_numbers[k] == 0 else ELEMENTS[c.count_numbers[k] - 1]: float(c.counts[k])
-            for k in range(int(c.first_count[i]), int(c.first_count[i + 1]))
-        }
-        return Crystal(c.lattices[i].copy(), c.frac[sites].copy(), c.numbers[sites].copy(), counts)
+        lattice, frac, numbers, counts = found
+        return Crystal(
+            lattice, frac, numbers, {k if isinstance(k, str) else ELEMENTS[k - 1]: n for k, n in counts.items()}
+        )
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)

@@ -2,7 +2,9 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <memory>
+#include <type_traits>
 #include <vector>
 
 namespace catmllm::cif {
@@ -24,6 +26,15 @@ class Arena {
         chunks_.push_back(Chunk{std::make_unique<char[]>(size), size, n});
         current_ = chunks_.size() - 1;
         return chunks_.back().data.get();
+    }
+
+    // Room for n objects of a type that needs no destructor.
+    template <class T>
+    T* array(std::size_t n) {
+        static_assert(std::is_trivially_destructible_v<T>);
+        char* p = allocate(n * sizeof(T) + alignof(T));
+        p += (alignof(T) - reinterpret_cast<std::uintptr_t>(p) % alignof(T)) % alignof(T);
+        return reinterpret_cast<T*>(p);
     }
 
     // Forgets everything; memory above kKeep goes back to the system.

@@ -118,8 +118,19 @@ constexpr MagneticName kMagneticNames[] = {
 };
 
 
+// Nearly no key can be one of a magnetic file: `mag`, `mom`, `mod` or `wav` must be in it.
+bool may_be_magnetic(std::string_view name) {
+    for (std::size_t i = 1; i + 2 < name.size(); ++i) {
+        if (name[i + 1] != 'a' && name[i + 1] != 'o') continue;
+        const char c = name[i];
+        const char d = name[i + 2];
+        if ((c == 'm' && (d == 'g' || d == 'm' || d == 'd')) || (c == 'w' && d == 'v')) return true;
+    }
+    return false;
+}
+
 int find_magnetic_key(std::string_view name) {
-    if (name.find("magn") == std::string_view::npos && name.find("moment") == std::string_view::npos) return -1;
+    if (!may_be_magnetic(name)) return -1;
     for (const MagneticName& entry : kMagneticNames) {
         if (entry.underscored.size() != name.size()) continue;
         std::size_t i = 0;
@@ -131,6 +142,7 @@ int find_magnetic_key(std::string_view name) {
 
 // is_magcif / is_magcif_incommensurate: by parts of key names, wherever in the name.
 void note_magnetic(std::string_view key, Block& block) {
+    if (!may_be_magnetic(key)) return;
     if (key.find("_magn") != std::string_view::npos) {
         if (key.find("_space_group_magn") != std::string_view::npos ||
             key.find("_space_group_symop_magn") != std::string_view::npos)
@@ -153,10 +165,7 @@ Value interleaved(const Token* items, const std::vector<std::string_view>& colum
     std::uint32_t times = 0;
     for (std::string_view column : columns) times += column == name;
     const std::size_t n = std::size_t{times} * rows;
-    auto* list = reinterpret_cast<std::string_view*>(
-        arena.allocate(n * sizeof(std::string_view) + alignof(std::string_view)));
-    list = reinterpret_cast<std::string_view*>((reinterpret_cast<std::uintptr_t>(list) + alignof(std::string_view) - 1) &
-                                               ~(alignof(std::string_view) - 1));
+    auto* list = arena.array<std::string_view>(n);
     std::size_t at = 0;
     for (std::uint32_t row = 0; row < rows; ++row)
         for (std::size_t c = 0; c < columns.size(); ++c)
@@ -174,6 +183,7 @@ void Block::clear() {
 }
 
 Status read_block(Tokenizer& tokens, Arena& arena, LoopScratch& scratch, Block& block) {
+    Token* free_tokens = arena.array<Token>(tokens.most_tokens());
     Token token{};
     bool have = tokens.next(token);
     if (have) block.header = token.view().substr(5, 74);  // the first token is always `data_...`
@@ -205,8 +215,9 @@ Status read_block(Tokenizer& tokens, Arena& arena, LoopScratch& scratch, Block& 
                 columns.push_back(token.view());
                 have = tokens.next(token);
             }
-            std::vector<Token>& items = scratch.items;
-            items.clear();
+            // The items of all loops stand one after the other in a piece of the arena that the whole block fits into.
+            Token* items = free_tokens;
+            Token* item = items;
             while (have) {
                 if (token.plain) {
                     if (token.data[0] == '_' || (token.data[0] == 'l' && starts_with(token.view(), "loop_"))) break;
@@ -215,25 +226,16 @@ Status read_block(Tokenizer& tokens, Arena& arena, LoopScratch& scratch, Block& 
                     token.data = stripped.data();
                     token.size = static_cast<std::uint32_t>(stripped.size());
                 }
-                items.push_back(token);
+                *item++ = token;
                 have = tokens.next(token);
             }
-            if (columns.empty() || items.empty() || items.size() % columns.size() != 0) return reject_text(Reason::kLoop);
+            const auto n_items = static_cast<std::size_t>(item - items);
+            if (columns.empty() || n_items == 0 || n_items % columns.size() != 0) return reject_text(Reason::kLoop);
+            free_tokens = item;
             const auto n_columns = static_cast<std::uint32_t>(columns.size());
-            const auto rows = static_cast<std::uint32_t>(items.size() / columns.size());
+            const auto rows = static_cast<std::uint32_t>(n_items / columns.size());
             scratch.slots.clear();
-            bool wanted = false;
-            for (std::string_view column : columns) {
-                scratch.slots.push_back(static_cast<std::int16_t>(find_key(column)));
-                wanted |= scratch.slots.back() >= 0;
-            }
-            Token* stored = nullptr;
-            if (wanted) {
-                char* raw = arena.allocate(items.size() * sizeof(Token) + alignof(Token));
-                raw += (alignof(Token) - reinterpret_cast<std::uintptr_t>(raw) % alignof(Token)) % alignof(Token);
-                std::memcpy(raw, items.data(), items.size() * sizeof(Token));
-                stored = reinterpret_cast<Token*>(raw);
-            }
+            for (std::string_view column : columns) scratch.slots.push_back(static_cast<std::int16_t>(find_key(column)));
             for (std::uint32_t c = 0; c < n_columns; ++c) {
                 const int slot = scratch.slots[c];
                 if (slot < 0) {
@@ -248,8 +250,8 @@ Status read_block(Tokenizer& tokens, Arena& arena, LoopScratch& scratch, Block& 
                     done = repeated && b < c;
                 }
                 if (done) continue;
-                block.values[slot] = repeated ? interleaved(stored, columns, columns[c], rows, arena)
-                                              : Value::column_of(stored + c, n_columns, rows);
+                block.values[slot] = repeated ? interleaved(items, columns, columns[c], rows, arena)
+                                              : Value::column_of(items + c, n_columns, rows);
             }
         } else {
             have = tokens.next(token);  // a stray word: pymatgen only warns
@@ -400,10 +402,7 @@ Status pauling_rows(Block& block, Arena& arena) {
         for (int c = 0; c < 6; ++c)
             if (&value == &block[kSiteColumns[c]]) site = c;
         const std::size_t total = n + (site >= 0 ? added[site].size() : 0);
-        char* raw = arena.allocate(total * sizeof(std::string_view) + alignof(std::string_view));
-        raw += (alignof(std::string_view) - reinterpret_cast<std::uintptr_t>(raw) % alignof(std::string_view)) %
-               alignof(std::string_view);
-        auto* list = reinterpret_cast<std::string_view*>(raw);
+        auto* list = arena.array<std::string_view>(total);
         std::size_t out = 0;
         for (std::uint32_t i = 0; i < value.size(); ++i)
             if (!std::binary_search(removed.begin(), removed.end(), i)) list[out++] = value[i];

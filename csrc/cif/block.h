@@ -138,7 +138,6 @@ struct Block {
 struct LoopScratch {
     std::vector<std::string_view> columns;
     std::vector<std::int16_t> slots;
-    std::vector<Token> items;
 };
 
 // Reads the tokens of a block into `block`; `tokens` yields the header first.

@@ -55,7 +55,9 @@ Reason Parser::parse_blocks(const char* text) {
         Block& block = blocks_[n_blocks_];
         block.clear();
         Status status;
-        if (masks_.has_hash || masks_.has_semicolon || masks_.has_high) {
+        const bool unclean = masks_.has_high || (masks_.has_hash && body.find('#') != std::string_view::npos) ||
+                             (masks_.has_semicolon && body.find(';') != std::string_view::npos);
+        if (unclean) {
             const std::string_view clean = cleaned(body, arena_);
             scan(clean.data(), clean.size(), clean_masks_);
             Tokenizer tokens(clean.data(), clean_masks_, 0, static_cast<std::uint32_t>(clean.size()), arena_);

@@ -6,6 +6,7 @@
 #include <limits>
 #include <string>
 
+#include "../geometry/rounding.h"
 #include "characters.h"
 #include "number.h"
 
@@ -153,6 +154,7 @@ class PointTable {
         mask_ = static_cast<std::uint32_t>(size - 1);
         // Coarse cubes are almost never straddled; fine ones keep chains short when there are many points.
         cubes_ = expected <= 4096 ? 64 : 4096;
+        margin_ = 1.5 * kSiteTolerance * cubes_;
     }
 
     void insert(const double* wrapped) {
@@ -166,63 +168,86 @@ class PointTable {
     // set when a chain is longer than the limit.
     template <class Visit>
     bool search(const double* wrapped, bool& full, Visit visit) const {
-        std::int32_t low[3];
-        std::int32_t high[3];
+        std::int32_t at[3];
+        std::int32_t beside[3] = {0, 0, 0};  // -1 or 1 where the neighbouring cube is as near
+        bool alone = true;
         for (int k = 0; k < 3; ++k) {
-            low[k] = cube(wrapped[k] - 1.5 * kSiteTolerance);
-            high[k] = cube(wrapped[k] + 1.5 * kSiteTolerance);
-            if (high[k] < low[k]) high[k] += cubes_;
+            const double y = wrapped[k] * cubes_;
+            at[k] = static_cast<std::int32_t>(y);
+            const double inside = y - at[k];
+            if (inside < margin_) beside[k] = -1;
+            if (inside > 1 - margin_) beside[k] = 1;
+            alone &= beside[k] == 0;
         }
-        for (std::int32_t i = low[0]; i <= high[0]; ++i) {
-            for (std::int32_t j = low[1]; j <= high[1]; ++j) {
-                for (std::int32_t k = low[2]; k <= high[2]; ++k) {
-                    std::uint32_t steps = 0;
-                    for (std::uint32_t id = table_[slot(i % cubes_, j % cubes_, k % cubes_)]; id != kEnd; id = next_[id]) {
-                        if (visit(id)) return true;
-                        if (++steps > Limits::kChain) {
-                            full = true;
-                            return false;
-                        }
-                    }
-                }
+        if (alone) return visit_chain(at[0], at[1], at[2], full, visit);
+        for (int code = 0; code < 8; ++code) {
+            std::int32_t c[3];
+            bool repeated = false;
+            for (int k = 0; k < 3; ++k) {
+                const bool step = code >> k & 1;
+                repeated |= step && beside[k] == 0;
+                c[k] = at[k] + (step ? beside[k] : 0);
             }
+            if (repeated) continue;
+            if (visit_chain(c[0], c[1], c[2], full, visit)) return true;
+            if (full) return false;
         }
         return false;
     }
 
   private:
-    std::int32_t cube(double x) const {
-        double y = x * cubes_;
-        if (y < 0) y += cubes_;
-        if (y >= cubes_) y -= cubes_;
-        return std::min(static_cast<std::int32_t>(y), cubes_ - 1);
+    template <class Visit>
+    bool visit_chain(std::int32_t i, std::int32_t j, std::int32_t k, bool& full, Visit& visit) const {
+        std::uint32_t steps = 0;
+        for (std::uint32_t id = table_[slot(i, j, k)]; id != kEnd; id = next_[id]) {
+            if (visit(id)) return true;
+            if (++steps > Limits::kChain) {
+                full = true;
+                return false;
+            }
+        }
+        return false;
     }
+    std::int32_t cube(double x) const { return static_cast<std::int32_t>(x * cubes_); }  // x in [0, 1]; 1 is 0 again
     std::uint32_t slot(std::int32_t i, std::int32_t j, std::int32_t k) const {
-        std::uint64_t h = (static_cast<std::uint64_t>(i) * 4096 + static_cast<std::uint64_t>(j)) * 4096 + static_cast<std::uint64_t>(k);
-        h *= 0x9E3779B97F4A7C15ull;
+        const std::int32_t m = cubes_ - 1;
+        const std::uint64_t h = (static_cast<std::uint64_t>(i & m) << 24 | static_cast<std::uint64_t>(j & m) << 12 |
+                                 static_cast<std::uint64_t>(k & m)) * 0x9E3779B97F4A7C15ull;
         return static_cast<std::uint32_t>(h >> 40) & mask_;
     }
     std::vector<std::uint32_t>& table_;
     std::vector<std::uint32_t>& next_;
     std::uint32_t mask_;
     std::int32_t cubes_;
+    double margin_;
 };
 
 inline bool same_modulo_one(const double* a, const double* b) {
     for (int k = 0; k < 3; ++k) {
         double d = a[k] - b[k];
-        d -= std::rint(d);
+        d -= geometry::round_even(d);
         if (!(std::fabs(d) < kSiteTolerance)) return false;
     }
     return true;
 }
 
+// The same to within rounding: wrapping the points first may change the answer.
+inline bool nearly_same_modulo_one(const double* a, const double* b) {
+    for (int k = 0; k < 3; ++k) {
+        double d = a[k] - b[k];
+        d -= geometry::round_even(d);
+        if (!(std::fabs(d) < kSiteTolerance * (1 + 1e-6))) return false;
+    }
+    return true;
+}
+
 inline void wrap(const double* x, double* wrapped) {
-    for (int k = 0; k < 3; ++k) wrapped[k] = x[k] - std::floor(x[k]);
+    for (int k = 0; k < 3; ++k) wrapped[k] = x[k] >= 0 && x[k] < 1 ? x[k] : x[k] - geometry::floor_of(x[k]);
 }
 
 // One third and two thirds, written with few digits, become exact.
 inline double ideal_fraction(double x) {
+    if (!(x > 0.33 && x < 0.67)) return x;
     for (const double third : {1.0 / 3.0, 2.0 / 3.0})
         if (std::fabs(x / third - 1.0) <= 1e-4) return third;
     return x;
@@ -260,8 +285,8 @@ class Builder {
     OxidationStates oxidation_;
     bool identity_ = false;      // one operation, x,y,z
     bool far_away_ = false;      // coordinates too large for the table's arithmetic
-    bool all_in_cell_ = true;
     bool merged_ = false;
+    bool close_call_ = false;  // two rows are about as near as the tolerance
 };
 
 std::uint32_t Builder::species_id(const Species& species) {
@@ -333,10 +358,11 @@ Status Builder::read_rows() {
 
     const std::uint32_t n = labels.size();
     if (std::uint64_t{n} * s_.operations.size() > Limits::kImages) return reject_text(Reason::kLimit);
-    out_.raw.reserve(3 * std::size_t{n});
+    out_.raw.resize(3 * std::size_t{n});
+    double* raw = out_.raw.data();
+    s_.rows.reserve(n);
+    s_.amounts.reserve(2 * std::size_t{n});
     PointTable points(s_.table, s_.next, n);
-    s_.wrapped.clear();
-    s_.wrapped.reserve(3 * std::size_t{n});
 
     std::string_view last_name;
     Symbol symbol;
@@ -381,7 +407,6 @@ Status Builder::read_rows() {
             if (!(text.size() == 1 && text[0] == '1') && !str2float(text, occupancy)) occupancy = 1;
         }
         if (!(occupancy > 0)) continue;
-        double raw[3];
         double x[3];
         for (int k = 0; k < 3; ++k) {
             if (!axes[k]->present()) return skip_block(Reason::kSites);
@@ -390,12 +415,9 @@ Status Builder::read_rows() {
             if (!plain_decimal(text.data(), text.data() + text.size(), raw[k]) && !str2float(text, raw[k]))
                 return skip_block(Reason::kNumber);
             x[k] = ideal_fraction(raw[k]);
-            if (!(raw[k] >= 0 && raw[k] < 1)) {
-                all_in_cell_ = false;
-                if (!(std::fabs(raw[k]) < 1e6)) far_away_ = true;
-            }
+            if (!(std::fabs(raw[k]) < 1e6)) far_away_ = true;
         }
-        out_.raw.insert(out_.raw.end(), raw, raw + 3);
+        raw += 3;
         if (const Species& species = s_.species[last_species]; !std::isfinite(species.oxidation)) {
             // pymatgen cannot write such a species: ValueError for nan, OverflowError for inf
             if (std::isnan(species.oxidation)) return skip_block(Reason::kUnsupported);
@@ -422,7 +444,10 @@ Status Builder::read_rows() {
                 for (int k = 0; k < 3; ++k) image[k] = operation.component(k, x);
             }
             const auto closer = [&](std::uint32_t id) {
-                if (same_modulo_one(s_.rows[id].x, image)) match = std::min(match, id);
+                if (nearly_same_modulo_one(s_.rows[id].x, image)) {
+                    close_call_ = true;
+                    if (same_modulo_one(s_.rows[id].x, image)) match = std::min(match, id);
+                }
                 return false;
             };
             if (far_away_) {
@@ -430,8 +455,8 @@ Status Builder::read_rows() {
                 for (std::uint32_t id = 0; id < s_.rows.size(); ++id) closer(id);
             } else {
                 double wrapped[3];
-                wrap(image, wrapped);
-                points.search(wrapped, full, closer);
+                wrap(image, wrapped);  // not finite: no match
+                if (std::isfinite(wrapped[0] + wrapped[1] + wrapped[2])) points.search(wrapped, full, closer);
                 if (full) return reject_text(Reason::kLimit);
             }
             if (match != kEnd) break;
@@ -487,10 +512,11 @@ Status Builder::read_rows() {
         if (s_.rows.size() > Limits::kSites) return reject_text(Reason::kLimit);
         double wrapped[3];
         wrap(x, wrapped);
-        for (double& w : wrapped)
-            if (!std::isfinite(w)) w = 0;
+        if (far_away_)
+            for (double& w : wrapped) w = 0;  // not looked up any more
         points.insert(wrapped);
     }
+    out_.raw.resize(static_cast<std::size_t>(raw - out_.raw.data()));
     return ok();
 }
 
@@ -517,11 +543,12 @@ Status Builder::make_images() {
     std::vector<double>& frac = out_.frac;
     std::vector<std::uint32_t>& group = s_.site_group;
     group.clear();
-    if (identity_ && all_in_cell_) {  // the rows are the sites, known to be apart
-        frac.reserve(3 * s_.rows.size());
-        for (const StructureScratch::Row& row : s_.rows) {
-            frac.insert(frac.end(), row.x, row.x + 3);
-            group.push_back(row.group);
+    if (identity_ && !close_call_ && !far_away_) {  // the rows are the sites, known to be apart
+        frac.resize(3 * s_.rows.size());
+        group.resize(s_.rows.size());
+        for (std::size_t r = 0; r < s_.rows.size(); ++r) {
+            wrap(s_.rows[r].x, &frac[3 * r]);
+            group[r] = s_.rows[r].group;
         }
         return ok();
     }
@@ -558,9 +585,8 @@ Status Builder::finish(bool have_lattice) {
     if (!have_lattice) return skip_block(Reason::kCell);
 
     // Whole-cell counts, one site after the other as pymatgen adds them up.
-    std::vector<double>& sums = s_.wrapped;
+    std::vector<double>& sums = s_.sums;
     sums.assign(s_.species.size(), 0.0);
-    out_.numbers.reserve(s_.site_group.size());
     std::vector<std::uint32_t>& sites_of_group = s_.next;
     sites_of_group.assign(s_.groups.size(), 0);
     for (std::uint32_t group : s_.site_group) ++sites_of_group[group];
@@ -581,7 +607,9 @@ Status Builder::finish(bool have_lattice) {
             }
         }
     }
-    for (std::uint32_t group : s_.site_group) out_.numbers.push_back(static_cast<std::int32_t>(number_of_group[group]));
+    out_.numbers.resize(s_.site_group.size());
+    for (std::size_t i = 0; i < s_.site_group.size(); ++i)
+        out_.numbers[i] = static_cast<std::int32_t>(number_of_group[s_.site_group[i]]);
     double mass = 0;
     for (std::size_t i = 0; i < s_.species.size(); ++i) {
         if (sums[i] == 0) continue;

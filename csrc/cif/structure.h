@@ -68,7 +68,7 @@ struct StructureScratch {
     std::vector<std::uint32_t> table;
     std::vector<std::uint32_t> next;
     std::vector<std::uint32_t> site_group;
-    std::vector<double> wrapped;
+    std::vector<double> sums;
 };
 
 // Builds the structure of a block. kSkipBlock: pymatgen goes on to the next block; kRejectText: it raises.

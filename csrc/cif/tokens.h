@@ -25,23 +25,31 @@ class Tokenizer {
     Tokenizer(const char* text, const ScanMasks& masks, std::uint32_t begin, std::uint32_t end, Arena& arena)
         : text_(text), space_(masks.space.data()), position_(begin), begin_(begin), end_(end), arena_(arena) {}
 
+    // No block has more tokens than this.
+    std::size_t most_tokens() const { return (end_ - begin_) / 2 + 2; }
+
     // The next token; false at the end of the block.
     bool next(Token& token) {
         for (;;) {
-            const std::uint32_t start = next_word(position_);
+            const std::uint32_t start = seek_ ? sought_word() : next_edge();
             if (start >= end_) return false;
             const char c = text_[start];
-            if (c == '\'' || c == '"') {
-                if (quoted(start, c, token)) return true;
-                continue;
+            if (c == '\'' || c == '"' || c == ';') {
+                seek_ = true;
+                if (c == ';') {
+                    if (at_line_start(start)) {
+                        if (text_field(start, token)) return true;
+                        continue;
+                    }
+                    seek_ = false;
+                } else {
+                    if (quoted(start, c, token)) return true;
+                    continue;
+                }
             }
-            if (c == ';' && at_line_start(start)) {
-                if (text_field(start, token)) return true;
-                continue;
-            }
-            const std::uint32_t stop = next_space(start);
+            std::uint32_t stop = next_edge();
+            if (stop > end_) stop = end_;
             token = Token{text_ + start, stop - start, true};
-            position_ = stop;
             return true;
         }
     }
@@ -56,15 +64,28 @@ class Tokenizer {
         }
         return (w << 6) + static_cast<std::uint32_t>(__builtin_ctzll(bits));
     }
-    std::uint32_t next_space(std::uint32_t from) const {
-        std::uint32_t w = from >> 6;
-        std::uint64_t bits = space_[w] & (~std::uint64_t{0} << (from & 63));
-        while (bits == 0) {
-            if ((++w << 6) >= end_) return end_;
-            bits = space_[w];
+    // Where words begin and end, one after the other: set bits of the mask against itself shifted by one.
+    std::uint32_t next_edge() {
+        while (edges_ == 0) {
+            if ((++word_ << 6) >= end_) {
+                --word_;
+                return end_;
+            }
+            edges_ = space_[word_] ^ (space_[word_] << 1 | space_[word_ - 1] >> 63);
         }
-        const std::uint32_t found = (w << 6) + static_cast<std::uint32_t>(__builtin_ctzll(bits));
-        return found < end_ ? found : end_;
+        const auto found = (word_ << 6) + static_cast<std::uint32_t>(__builtin_ctzll(edges_));
+        edges_ &= edges_ - 1;
+        return found;
+    }
+    // The first word at or after position_, with the edges behind its begin up next.
+    std::uint32_t sought_word() {
+        const std::uint32_t start = next_word(position_);
+        if (start >= end_) return end_;
+        seek_ = false;
+        word_ = start >> 6;
+        const std::uint64_t before = word_ ? space_[word_ - 1] >> 63 : 1;
+        edges_ = (space_[word_] ^ (space_[word_] << 1 | before)) & (~std::uint64_t{1} << (start & 63));
+        return start;
     }
     bool at_line_start(std::uint32_t p) const;
     std::uint32_t line_end(std::uint32_t p) const;
@@ -76,6 +97,9 @@ class Tokenizer {
     std::uint32_t position_;
     std::uint32_t begin_;
     std::uint32_t end_;
+    std::uint32_t word_ = 0;   // of the masks, and what is left of its edges
+    std::uint64_t edges_ = 0;
+    bool seek_ = true;         // the next word is to be looked for from position_
     std::uint32_t no_close_[2] = {0, 0};  // a quote of this kind does not close before here
     bool after_field_ = false;            // a `;` at position_ opens a field although it is not in column 0
     Arena& arena_;

@@ -31,9 +31,10 @@ bool shorten(const double* a, const double* b, double* c) {
     double base[3] = {c[0], c[1], c[2]};
     subtract(base, a, x);
     subtract(base, b, y);
-    double best_norm = dot(c, c);
-    const double before = best_norm;
-    std::memcpy(best, c, sizeof best);
+    // The rounded point is taken whatever its norm says: beside a vector 1e11 times as long the norm sees no difference.
+    const double before = dot(c, c);
+    double best_norm = dot(base, base);
+    std::memcpy(best, base, sizeof best);
     for (int i = -1; i <= 1; ++i) {
         for (int j = -1; j <= 1; ++j) {
             double trial[3] = {base[0], base[1], base[2]};
@@ -95,7 +96,8 @@ bool invert(const double matrix[9], double inverse[9]) {
             for (int j = 0; j < 6; ++j) std::swap(m[k][j], m[pivot][j]);
         for (int i = k + 1; i < 3; ++i) {
             const double factor = m[i][k] / m[k][k];
-            for (int j = k; j < 6; ++j) m[i][j] -= factor * m[k][j];
+            for (int j = k; j < 6; ++j)
+                if (m[k][j] != 0) m[i][j] -= factor * m[k][j];  // as LAPACK: 0 * nan changes nothing
         }
     }
     for (int k = 2; k >= 0; --k) {
@@ -157,6 +159,7 @@ bool reduce(const Lattice& lattice, Lattice& reduced) {
         }
         if (!shorten(v[0], v[1], v[2])) break;
     }
+    shorten(v[0], v[1], v[2]);
     for (int i = 0; i < 3; ++i)
         for (int j = 0; j < 3; ++j) reduced.rows[3 * i + j] = v[i][j] * scale;
     return true;

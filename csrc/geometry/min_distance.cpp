@@ -5,14 +5,28 @@
 // D / floor(cbrt(m - 1))), which keeps the work linear however the sites cluster.
 #include "min_distance.h"
 
+#include "rounding.h"
+
 #include <algorithm>
 #include <cmath>
 #include <limits>
+
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+#define CATMLLM_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define CATMLLM_CLONES
+#endif
+#if defined(__GNUC__) || defined(__clang__)
+#define CATMLLM_INLINE inline __attribute__((always_inline))
+#else
+#define CATMLLM_INLINE inline
+#endif
 
 namespace catmllm::geometry {
 namespace {
 
 constexpr std::uint32_t kCrowded = 24;
+constexpr std::size_t kFew = 4096;  // up to here crowding costs less than looking out for it
 
 struct Cell {
     double basis[9];
@@ -63,7 +77,7 @@ class Images {
         double dots[3] = {0, 0, 0};
         for (int i = 0; i < n_axes_; ++i) dots[i] = axis_[i][0] * x + axis_[i][1] * y + axis_[i][2] * z;
         for (int i = 0; i < n_axes_; ++i) {
-            const double n = std::rint(inverse_gram_[3 * i] * dots[0] + inverse_gram_[3 * i + 1] * dots[1] +
+            const double n = round_even(inverse_gram_[3 * i] * dots[0] + inverse_gram_[3 * i + 1] * dots[1] +
                                        inverse_gram_[3 * i + 2] * dots[2]);
             x -= n * axis_[i][0];
             y -= n * axis_[i][1];
@@ -88,6 +102,90 @@ class Images {
     double shifts_[78];
     int n_shifts_ = 0;
 };
+
+// Where r is under half of every plane spacing, an image nearer than r has all fractional differences under one half:
+// rounding finds it, and no shift needs to be tried. This is the usual case.
+constexpr int kLanes = 8;
+
+struct Columns {
+    const double* f[3];  // fractional coordinates in the order of the boxes
+};
+
+CATMLLM_INLINE double rounded(double x) {
+    constexpr double kMagic = 6755399441055744.0;  // 1.5 * 2^52: adding it leaves whole numbers
+    return (x + kMagic) - kMagic;
+}
+
+// Least squared distance, at most `best`, from the site at `a` to sites [from, to).
+CATMLLM_INLINE double nearest_of(const Columns& c, std::uint32_t from, std::uint32_t to, const double* a, const double* basis,
+                                 double best) {
+    double least[kLanes];
+    for (double& x : least) x = best;
+    std::uint32_t q = from;
+    for (; q + kLanes <= to; q += kLanes) {
+        for (int l = 0; l < kLanes; ++l) {
+            double u = c.f[0][q + l] - a[0];
+            double v = c.f[1][q + l] - a[1];
+            double w = c.f[2][q + l] - a[2];
+            u -= rounded(u);
+            v -= rounded(v);
+            w -= rounded(w);
+            const double x = u * basis[0] + v * basis[3] + w * basis[6];
+            const double y = u * basis[1] + v * basis[4] + w * basis[7];
+            const double z = u * basis[2] + v * basis[5] + w * basis[8];
+            const double d = x * x + y * y + z * z;
+            least[l] = d < least[l] ? d : least[l];
+        }
+    }
+    for (double x : least) best = x < best ? x : best;
+    for (; q < to; ++q) {
+        double u = c.f[0][q] - a[0];
+        double v = c.f[1][q] - a[1];
+        double w = c.f[2][q] - a[2];
+        u -= rounded(u);
+        v -= rounded(v);
+        w -= rounded(w);
+        const double x = u * basis[0] + v * basis[3] + w * basis[6];
+        const double y = u * basis[1] + v * basis[4] + w * basis[7];
+        const double z = u * basis[2] + v * basis[5] + w * basis[8];
+        const double d = x * x + y * y + z * z;
+        best = d < best ? d : best;
+    }
+    return best;
+}
+
+CATMLLM_CLONES double search_rounded(const double* basis_in, const int* slices, const Columns& c, const std::uint32_t* start,
+                                     double best) {
+    double basis[9];
+    for (int k = 0; k < 9; ++k) basis[k] = basis_in[k];
+    const int n2 = slices[2];
+    for (int i = 0; i < slices[0]; ++i) {
+        for (int j = 0; j < slices[1]; ++j) {
+            const std::uint32_t* own = start + static_cast<std::size_t>(i * slices[1] + j) * n2;
+            for (int di = 0; di <= (slices[0] > 1 ? 1 : 0); ++di) {
+                const int first = di == 0 || slices[1] < 3 ? 0 : -1;
+                for (int dj = first; dj <= (slices[1] > 1 ? 1 : 0); ++dj) {
+                    const bool same = di == 0 && dj == 0;
+                    const int i2 = (i + di) % slices[0];
+                    const int j2 = (j + dj + slices[1]) % slices[1];
+                    const std::uint32_t* other = start + static_cast<std::size_t>(i2 * slices[1] + j2) * n2;
+                    for (int k = 0; k < n2; ++k) {
+                        for (std::uint32_t p = own[k]; p < own[k + 1]; ++p) {
+                            const double a[3] = {c.f[0][p], c.f[1][p], c.f[2][p]};
+                            // boxes k - 1 .. k + 1 of the other column are one run of sites, but for the wrap-around
+                            const int low = same ? k : std::max(k - 1, 0);
+                            const int high = std::min(k + 1, n2 - 1);
+                            best = nearest_of(c, same ? p + 1 : other[low], other[high + 1], a, basis, best);
+                            if (k == n2 - 1 && n2 > 1) best = nearest_of(c, other[0], other[1], a, basis, best);
+                            if (k == 0 && n2 > 2 && !same) best = nearest_of(c, other[n2 - 1], other[n2], a, basis, best);
+                        }
+                    }
+                }
+            }
+        }
+    }
+    return best;
+}
 
 // Sorts the sites into boxes; the largest number of sites in one box.
 std::uint32_t fill_boxes(const Cell& cell, const int slices[3], std::size_t n, DistanceScratch& s) {
@@ -296,6 +394,49 @@ double search_sparse(const Cell& cell, double r, std::size_t n, const DistanceSc
     return best;
 }
 
+double few_sites(const Cell& cell, double r, double best, std::size_t n, DistanceScratch& s) {
+    int slices[3] = {1, 1, 1};
+    // Few sites: slices along one axis, so that neighbours are long runs; more: along all.
+    int wide = 0;
+    for (int k = 1; k < 3; ++k)
+        if (cell.spacing[k] > cell.spacing[wide]) wide = k;
+    double room = static_cast<double>(n) / 4;
+    for (int k : {wide, (wide + 1) % 3, (wide + 2) % 3}) {
+        const double fit = cell.spacing[k] / (r * (1 + 1e-9) + 1e-300);
+        double share = k == wide ? room : std::sqrt(room);
+        if (n > 128) share = k == wide ? std::cbrt(room) * 1.5 : std::cbrt(room);
+        if (n <= 128 && k != wide) continue;
+        slices[k] = std::max(1, static_cast<int>(std::min({fit, share, 1024.0})));
+    }
+    // counting sort into boxes, the widest axis innermost
+    const int axes[3] = {(wide + 1) % 3, (wide + 2) % 3, wide};
+    const int ordered[3] = {slices[axes[0]], slices[axes[1]], slices[axes[2]]};
+    const std::size_t boxes = static_cast<std::size_t>(ordered[0]) * ordered[1] * ordered[2];
+    s.start.assign(boxes + 2, 0);
+    s.cell.resize(n);
+    s.position.resize(3 * n + kLanes);
+    for (std::size_t i = 0; i < n; ++i) {
+        int box = 0;
+        for (int k = 0; k < 3; ++k) {
+            const int slice = static_cast<int>(s.fraction[3 * i + axes[k]] * ordered[k]);
+            box = box * ordered[k] + std::min(slice, ordered[k] - 1);
+        }
+        s.cell[i] = static_cast<std::uint32_t>(box);
+        ++s.start[static_cast<std::size_t>(box) + 2];
+    }
+    for (std::size_t b = 2; b < boxes + 2; ++b) s.start[b] += s.start[b - 1];
+    double* columns[3] = {s.position.data(), s.position.data() + n, s.position.data() + 2 * n};
+    for (std::size_t i = 0; i < n; ++i) {
+        const std::uint32_t at = s.start[s.cell[i] + 1]++;
+        for (int k = 0; k < 3; ++k) columns[k][at] = s.fraction[3 * i + axes[k]];
+    }
+    double basis[9];
+    for (int k = 0; k < 3; ++k)
+        for (int d = 0; d < 3; ++d) basis[3 * k + d] = cell.basis[3 * axes[k] + d];
+    const Columns c{{columns[0], columns[1], columns[2]}};
+    return search_rounded(basis, ordered, c, s.start.data(), best);
+}
+
 bool prepare(const Lattice& lattice, const double* frac, std::size_t n, Cell& cell, DistanceScratch& s) {
     Lattice reduced;
     if (!reduce(lattice, reduced)) return false;
@@ -326,12 +467,13 @@ bool prepare(const Lattice& lattice, const double* frac, std::size_t n, Cell& ce
     for (std::size_t i = 0; i < n; ++i) {
         double wrapped[3];
         for (int k = 0; k < 3; ++k) {
-            wrapped[k] = frac[3 * i + k] - std::floor(frac[3 * i + k]);
+            const double x = frac[3 * i + k];
+            wrapped[k] = x >= 0 && x < 1 ? x : x - floor_of(x);
             finite &= std::isfinite(wrapped[k]);
         }
         for (int k = 0; k < 3; ++k) {
             const double f = wrapped[0] * change[k] + wrapped[1] * change[3 + k] + wrapped[2] * change[6 + k];
-            s.fraction[3 * i + k] = f - std::floor(f);
+            s.fraction[3 * i + k] = f - floor_of(f);
         }
     }
     return finite;
@@ -351,12 +493,14 @@ double min_distance(const Lattice& lattice, const double* frac, std::size_t n, D
         double x[3];
         for (int k = 0; k < 3; ++k) {
             f[k] = s.fraction[3 * i + 3 + k] - s.fraction[3 * i + k];
-            f[k] -= std::rint(f[k]);
+            f[k] -= rounded(f[k]);
         }
         to_cartesian(cell.basis, f, x);
         best = std::min(best, x[0] * x[0] + x[1] * x[1] + x[2] * x[2]);
     }
     double r = std::sqrt(best);
+    const double narrowest = std::min({cell.spacing[0], cell.spacing[1], cell.spacing[2]});
+    if (n <= kFew && r < 0.499 * narrowest) return std::sqrt(few_sites(cell, r, best, n, s)) * cell.scale;
     int slices[3];
     bool thin[3];
     std::uint32_t most = 0;

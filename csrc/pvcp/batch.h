@@ -62,15 +62,14 @@ struct Batch {
 // says nothing.
 bool is_bare_cif(const char* text, std::size_t size);
 
-// Seconds of each stage for one text, `repeats` times over: scan and tokenise, parse (all but symmetry and tokens),
-// distance, score.
+// Least seconds of each stage over `repeats` runs of one text: scan of the bytes, parse (the scan included), distance,
+// score.
 struct Profile {
     double scan = 0;
     double parse = 0;
     double distance = 0;
     double score = 0;
     std::uint32_t n_sites = 0;
-    std::uint32_t n_operations = 0;
 };
 Profile profile(const TextRef& text, int repeats);
 
