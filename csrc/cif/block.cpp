@@ -227,6 +227,7 @@ Status read_block(Tokenizer& tokens, Arena& arena, LoopScratch& scratch, Block& 
                     token.size = static_cast<std::uint32_t>(stripped.size());
                 }
                 *item++ = token;
+                item = tokens.plain_values(item);
                 have = tokens.next(token);
             }
             const auto n_items = static_cast<std::size_t>(item - items);

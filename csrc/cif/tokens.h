@@ -54,6 +54,42 @@ class Tokenizer {
         }
     }
 
+    // The plain tokens that come next, up to one that may be more than a value of a loop; the end of what was written.
+    Token* plain_values(Token* out) {
+        if (seek_) return out;
+        std::uint32_t word = word_;
+        std::uint64_t edges = edges_;
+        const auto edge = [&]() {
+            while (edges == 0) {
+                if ((++word << 6) >= end_) {
+                    --word;
+                    return end_;
+                }
+                edges = space_[word] ^ (space_[word] << 1 | space_[word - 1] >> 63);
+            }
+            const auto found = (word << 6) + static_cast<std::uint32_t>(__builtin_ctzll(edges));
+            edges &= edges - 1;
+            return found;
+        };
+        for (;;) {
+            const std::uint32_t start = edge();
+            if (start >= end_) {
+                seek_ = true;
+                position_ = end_;
+                return out;
+            }
+            const char c = text_[start];
+            if (c == '_' || c == 'l' || c == '\'' || c == '"' || c == ';') {  // back to where it begins
+                seek_ = true;
+                position_ = start;
+                return out;
+            }
+            std::uint32_t stop = edge();
+            if (stop > end_) stop = end_;
+            *out++ = Token{text_ + start, stop - start, true};
+        }
+    }
+
   private:
     std::uint32_t next_word(std::uint32_t from) const {
         std::uint32_t w = from >> 6;

@@ -116,13 +116,14 @@ CATMLLM_INLINE double rounded(double x) {
     return (x + kMagic) - kMagic;
 }
 
-// Least squared distance, at most `best`, from the site at `a` to sites [from, to).
-CATMLLM_INLINE double nearest_of(const Columns& c, std::uint32_t from, std::uint32_t to, const double* a, const double* basis,
-                                 double best) {
+// Least squared distance, at most `best`, from the site at `a` to sites [from, to). Sites up to `room` may be looked at too:
+// whole lanes are quicker than a remainder.
+CATMLLM_INLINE double nearest_of(const Columns& c, std::uint32_t from, std::uint32_t to, std::uint32_t room, const double* a,
+                                 const double* basis, double best) {
     double least[kLanes];
     for (double& x : least) x = best;
     std::uint32_t q = from;
-    for (; q + kLanes <= to; q += kLanes) {
+    for (; q < to && q + kLanes <= room; q += kLanes) {
         for (int l = 0; l < kLanes; ++l) {
             double u = c.f[0][q + l] - a[0];
             double v = c.f[1][q + l] - a[1];
@@ -155,7 +156,7 @@ CATMLLM_INLINE double nearest_of(const Columns& c, std::uint32_t from, std::uint
 }
 
 CATMLLM_CLONES double search_rounded(const double* basis_in, const int* slices, const Columns& c, const std::uint32_t* start,
-                                     double best) {
+                                     std::uint32_t n, double best) {
     double basis[9];
     for (int k = 0; k < 9; ++k) basis[k] = basis_in[k];
     const int n2 = slices[2];
@@ -175,9 +176,11 @@ CATMLLM_CLONES double search_rounded(const double* basis_in, const int* slices, 
                             // boxes k - 1 .. k + 1 of the other column are one run of sites, but for the wrap-around
                             const int low = same ? k : std::max(k - 1, 0);
                             const int high = std::min(k + 1, n2 - 1);
-                            best = nearest_of(c, same ? p + 1 : other[low], other[high + 1], a, basis, best);
-                            if (k == n2 - 1 && n2 > 1) best = nearest_of(c, other[0], other[1], a, basis, best);
-                            if (k == 0 && n2 > 2 && !same) best = nearest_of(c, other[n2 - 1], other[n2], a, basis, best);
+                            const std::uint32_t to = other[high + 1];
+                            best = nearest_of(c, same ? p + 1 : other[low], to, same ? n : to, a, basis, best);
+                            if (k == n2 - 1 && n2 > 1) best = nearest_of(c, other[0], other[1], other[1], a, basis, best);
+                            if (k == 0 && n2 > 2 && !same)
+                                best = nearest_of(c, other[n2 - 1], other[n2], other[n2], a, basis, best);
                         }
                     }
                 }
@@ -400,7 +403,7 @@ double few_sites(const Cell& cell, double r, double best, std::size_t n, Distanc
     int wide = 0;
     for (int k = 1; k < 3; ++k)
         if (cell.spacing[k] > cell.spacing[wide]) wide = k;
-    double room = static_cast<double>(n) / 4;
+    const double room = static_cast<double>(n) / (n > 128 ? 4 : 1);
     for (int k : {wide, (wide + 1) % 3, (wide + 2) % 3}) {
         const double fit = cell.spacing[k] / (r * (1 + 1e-9) + 1e-300);
         double share = k == wide ? room : std::sqrt(room);
@@ -434,7 +437,7 @@ double few_sites(const Cell& cell, double r, double best, std::size_t n, Distanc
     for (int k = 0; k < 3; ++k)
         for (int d = 0; d < 3; ++d) basis[3 * k + d] = cell.basis[3 * axes[k] + d];
     const Columns c{{columns[0], columns[1], columns[2]}};
-    return search_rounded(basis, ordered, c, s.start.data(), best);
+    return search_rounded(basis, ordered, c, s.start.data(), static_cast<std::uint32_t>(n), best);
 }
 
 bool prepare(const Lattice& lattice, const double* frac, std::size_t n, Cell& cell, DistanceScratch& s) {
