@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from catmllm.config import Config
+    from catmllm.data.batches import Collator
+    from catmllm.models.catalytic_mllm import CatalyticMLLM
+    from catmllm.structure.system import System
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -27,3 +34,55 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no folder {folder}; CATMLLM_SHARED names the real data")
     return folder
+
+
+SMALL_MODEL = (
+    "model.llm.hidden_size=64",
+    "model.llm.num_hidden_layers=2",
+    "model.llm.num_attention_heads=4",
+    "model.llm.num_key_value_heads=2",
+    "model.llm.intermediate_size=96",
+    "model.encoder.num_layers=1",
+    "model.encoder.sphere_channels=16",
+    "model.encoder.attn_hidden_channels=16",
+    "model.encoder.ffn_hidden_channels=16",
+    "data.cutoff=5.0",
+    "data.max_neighbours=8",
+)
+
+
+@pytest.fixture(scope="session")
+def train_systems() -> list[System]:
+    """The training part of the shipped systems."""
+    from catmllm.data.slabs import load_slabs, split
+
+    return split(load_slabs())["train"]
+
+
+@pytest.fixture(scope="session")
+def small_config() -> Config:
+    """A configuration whose model answers in milliseconds."""
+    from catmllm.config import load_config
+
+    return load_config(None, SMALL_MODEL)
+
+
+@pytest.fixture(scope="session")
+def small_model(small_config: Config, train_systems: list[System]) -> tuple[CatalyticMLLM, Collator]:
+    """A small random model, in eval mode, not to be changed: `copy.deepcopy` it first.
+
+    Its weights are larger than usual (x 5, LM head x 25), so that what differs in the input shows in the output and
+    some tokens are likelier than others.
+    """
+    import torch
+
+    from catmllm.trainer.pipeline import new_model
+
+    model, collate = new_model(small_config, train_systems[::40])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2 and name.startswith(("llm.", "projector.", "energy_head.")):
+                parameter.mul_(25 if "lm_head" in name else 5)
+        model.energy_mean.fill_(-1.25)
+        model.energy_std.fill_(1.5)
+    return model.eval(), collate

@@ -96,7 +96,7 @@ def test_fairchem_graphs(case: dict) -> None:
 
 
 def test_types_and_direction() -> None:
-    graph = neighbour_graph(np.diag([20.0, 20, 20]), [[1.0, 1, 1], [19, 1, 1]], 3.0, 5)
+    graph = neighbour_graph(np.diag([20.0, 20, 20]), np.array([[1.0, 1, 1], [19, 1, 1]]), 3.0, 5)
     assert (graph.edge_index.dtype, graph.edge_vec.dtype) == (np.int64, np.float64)
     assert graph.edge_index.tolist() == [[1, 0], [0, 1]]
     np.testing.assert_allclose(graph.edge_vec, [[-2, 0, 0], [2, 0, 0]], atol=1e-12)
@@ -118,7 +118,7 @@ def test_whole_shells_and_strict() -> None:
 
 def test_shell_tolerance_is_a_hundredth_of_an_angstrom() -> None:
     for stretch, kept in ((0.009, 2), (0.011, 1)):
-        positions = [[10, 10, 10], [12, 10, 10], [8 - stretch, 10, 10]]
+        positions = np.array([[10, 10, 10], [12, 10, 10], [8 - stretch, 10, 10]])
         graph = neighbour_graph(np.eye(3) * 30, positions, 3.0, 1)
         assert (graph.edge_index[1] == 0).sum() == kept
 
@@ -130,7 +130,7 @@ def test_lone_atom_has_no_edge() -> None:
 
 
 def test_coincident_atoms_have_no_direction_and_no_edge() -> None:
-    graph = neighbour_graph(np.eye(3) * 30, [[1, 1, 1], [1, 1, 1.005], [1, 1, 3]], 6.0, 20)
+    graph = neighbour_graph(np.eye(3) * 30, np.array([[1, 1, 1], [1, 1, 1.005], [1, 1, 3]]), 6.0, 20)
     assert sorted(map(tuple, graph.edge_index.T.tolist())) == [(0, 2), (1, 2), (2, 0), (2, 1)]
 
 
@@ -158,7 +158,9 @@ def test_hopeless_cells_are_errors_at_once(lattice: ArrayLike, positions: ArrayL
 
 def test_work_just_below_the_limit_is_done() -> None:
     edge = 24.0 / ((0.9 * MAX_CANDIDATES / 4) ** (1 / 3) - 1)
-    graph = neighbour_graph(np.eye(3) * edge, [[0, 0, 0], [0.03, 0.04, 0.05]], 12.0, 20, strict=True)
+    graph = neighbour_graph(
+        np.eye(3) * edge, np.array([[0, 0, 0], [0.03, 0.04, 0.05]]), 12.0, 20, strict=True
+    )
     assert graph.edge_index.shape == (2, 40)
 
 
@@ -171,8 +173,9 @@ def test_settings_must_be_positive(cutoff: float, limit: int) -> None:
 def _as_rows(graph: Graph, rotation: np.ndarray | None = None) -> np.ndarray:
     """Edges [E, 5] in an order that does not depend on theirs: target, source, vector."""
     vectors = graph.edge_vec if rotation is None else graph.edge_vec @ rotation
-    rows = np.c_[graph.edge_index[1], graph.edge_index[0], vectors]
-    return rows[np.lexsort(np.round(rows, 5).T[::-1])]
+    rows: np.ndarray = np.column_stack((graph.edge_index[1], graph.edge_index[0], vectors))
+    rounded = np.round(rows, 5)
+    return rows[np.lexsort([rounded[:, k] for k in reversed(range(5))])]
 
 
 def _robust(system: System, cutoff: float, limit: int) -> bool:

@@ -35,8 +35,8 @@ def degree_norms(x: torch.Tensor) -> torch.Tensor:
     lmax = int(x.shape[1] ** 0.5) - 1
     parts = [x[:, 0]]
     for l in range(1, lmax + 1):
-        square = x[:, l * l : (l + 1) ** 2].float().square().mean(1)
-        parts.append((square + 1e-12).sqrt().to(x.dtype))
+        rows = x[:, l * l : (l + 1) ** 2].to(torch.promote_types(x.dtype, torch.float32))
+        parts.append((rows.square().mean(1) + 1e-12).sqrt().to(x.dtype))
     return torch.stack(parts, 1)
 
 
@@ -47,8 +47,8 @@ def _segment_max(features: torch.Tensor, batch: torch.Tensor, n_systems: int) ->
         top = features.new_full((n_systems, features.shape[1]), -torch.inf)
         top = top.scatter_reduce(0, index, features, "amax", include_self=True)
         rows = torch.arange(len(features), device=features.device)[:, None].expand_as(features)
-        candidates = torch.where(features == top[batch], rows, len(features))
+        # A NaN is its segment's maximum and equals nothing: the first one is taken, so that it stays a NaN.
+        candidates = torch.where((features == top[batch]) | features.isnan(), rows, len(features))
         first = torch.full_like(top, len(features), dtype=torch.int64)
         first = first.scatter_reduce(0, index, candidates, "amin", include_self=True)
-        first = first.clamp_max(len(features) - 1)  # a column of NaN has no maximum; it stays NaN below
     return features.gather(0, first)

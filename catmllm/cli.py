@@ -1,0 +1,215 @@
+"""The `catmllm` command: predict | design | evaluate | data make. Each subcommand loads only what it needs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from catmllm.config import Config
+    from catmllm.data.batches import Collator
+    from catmllm.models.catalytic_mllm import CatalyticMLLM
+    from catmllm.structure.system import System
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status. What the user can mend is one line on stderr, without a trace."""
+    parser = _parser()
+    args = parser.parse_args(arguments)
+    try:
+        return int(args.run_command(args) or 0)
+    except (ValueError, FileNotFoundError, ModuleNotFoundError, RuntimeError) as error:
+        print(f"catmllm {args.command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="catmllm",
+        description="Language models on catalysts: predict energies, design structures, evaluate.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    predict = commands.add_parser("predict", help="relaxed adsorption energies of CIF files")
+    predict.add_argument("files", nargs="+", metavar="FILE.cif", help="one adsorption system each")
+    _model_option(predict)
+    predict.add_argument(
+        "--adsorbate", help="its formula, where the data_ line does not name it (data_CO</s>Pt9Cu3 (1 1 1))"
+    )
+    predict.add_argument("--miller", nargs=3, type=int, metavar=("H", "K", "L"), help="likewise")
+    predict.add_argument(
+        "--mode", choices=("both", "graph", "text"), default="both", help="what the model sees"
+    )
+    predict.add_argument("--json", action="store_true", help="one JSON object a file instead of a table")
+    predict.set_defaults(run_command=_predict)
+
+    design = commands.add_parser(
+        "design",
+        help="CIFs of a system at a wanted energy",
+        description="The closed loop of design and refinement.",
+    )
+    design.add_argument("identity", metavar="SYSTEM", help='for example "CO</s>Pt9Cu3 (1 1 1)"')
+    design.add_argument("--energy", type=float, required=True, help="wanted adsorption energy, eV")
+    _model_option(design)
+    design.add_argument(
+        "--out", type=Path, default=Path("designs"), help="folder for the CIFs (default: designs)"
+    )
+    design.add_argument(
+        "--iterations", type=int, help="refinements after the first candidates (default: the run's)"
+    )
+    design.add_argument("--pool", type=int, help="how many structures to keep (default: the run's)")
+    design.add_argument("--seed", type=int, default=0)
+    design.add_argument(
+        "--judge", choices=("none", "sevennet"), default="none", help="also relax each answer with SevenNet-0"
+    )
+    design.set_defaults(run_command=_design)
+
+    evaluate = commands.add_parser(
+        "evaluate", help="measure the stages of a run again and rewrite its report"
+    )
+    evaluate.add_argument("run", type=Path, help="folder of a run, runs/tiny for example")
+    evaluate.add_argument("--report-only", action="store_true", help="rewrite report.html from metrics.json")
+    evaluate.set_defaults(run_command=_evaluate)
+
+    data = commands.add_parser("data", help="make training data")
+    kinds = data.add_subparsers(dest="kind", required=True, metavar="KIND")
+    from catmllm.data import make
+
+    maker = kinds.add_parser(
+        "make", help="adsorption systems on fcc slabs, labelled by SevenNet-0 (an MLIP, not DFT)"
+    )
+    make.add_arguments(maker)
+    maker.set_defaults(run_command=make.main)
+    return parser
+
+
+def _model_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model",
+        type=Path,
+        default=Path("runs/tiny"),
+        help="folder of a run (its last finished stage is taken) or of one stage (default: runs/tiny)",
+    )
+
+
+def _load(folder: Path) -> tuple[CatalyticMLLM, Collator, Config]:
+    from catmllm.config import STAGES
+    from catmllm.models.catalytic_mllm import load_model
+
+    if not (folder / "model.safetensors").is_file():
+        stages = [folder / s for s in STAGES if (folder / s / "model.safetensors").is_file()]
+        if not stages:
+            raise FileNotFoundError(f"{folder}: no trained stage there; `make run` trains one into runs/tiny")
+        folder = stages[-1]
+    return load_model(folder)
+
+
+def _predict(args: argparse.Namespace) -> int:
+    from catmllm.evaluate.property import predict, question
+    from catmllm.structure.cif import read_cif
+
+    model, collate, _ = _load(args.model)
+    read: list[tuple[str, System]] = []
+    failed = 0
+    for name in args.files:
+        try:
+            text = Path(name).read_text(encoding="utf-8")
+            miller = None if args.miller is None else (args.miller[0], args.miller[1], args.miller[2])
+            system = read_cif(text, args.adsorbate, miller)
+            system.known_miller  # noqa: B018  the text needs it: say so here, by file
+            collate.graphs([system])
+            read.append((name, system))
+        except (OSError, ValueError) as error:
+            failed += 1
+            print(f"{name}: {error}", file=sys.stderr)
+    energies = predict(model, collate, [question(s, args.mode) for _, s in read])
+    for (name, system), energy in zip(read, energies.tolist()):
+        if args.json:
+            print(json.dumps({"file": name, "system": system.identity, "energy": energy}))
+        else:
+            print(f"{energy:9.3f} eV  {system.identity:32s} {name}")
+    return 1 if failed else 0
+
+
+def _design(args: argparse.Namespace) -> int:
+    from dataclasses import replace
+
+    from catmllm.evaluate.design import search
+    from catmllm.rl.search import Task
+    from catmllm.structure.formula import parse_formula, parse_identity
+    from rewards_fast import extract_cif
+
+    identity = parse_identity(args.identity)
+    target = dict(identity.slab)
+    for symbol, count in parse_formula(identity.adsorbate).items():
+        target[symbol] = target.get(symbol, 0) + count
+    model, collate, config = _load(args.model)
+    changes = {k: v for k, v in (("iterations", args.iterations), ("pool", args.pool)) if v is not None}
+    config.ga_grpo = replace(config.ga_grpo, **changes)
+    (state,) = search(
+        model, collate, config, [Task(args.identity, target, args.energy)], [args.seed], progress=True
+    )
+    if state.pool.best is None:
+        print("no candidate parsed into an adsorption system; try more --iterations", file=sys.stderr)
+        return 1
+    if not state.pool.feasible:
+        print(
+            "no candidate met the hard constraints (exact composition, no overlap): these are the best others"
+        )
+    args.out.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, Any]] = []
+    for k, candidate in enumerate(state.pool.members, 1):
+        path = args.out / f"design-{k}.cif"
+        path.write_text(extract_cif(candidate.text) + "\n", encoding="utf-8")
+        rows.append({"file": str(path), "predicted": candidate.predicted, "pvcp": candidate.pvcp})
+    if args.judge == "sevennet":
+        from catmllm.evaluate.judges import SevenNetJudge
+        from catmllm.structure.cif import read_cif
+
+        systems = [read_cif(Path(r["file"]).read_text(), identity.adsorbate, identity.miller) for r in rows]
+        for row, verdict in zip(rows, SevenNetJudge().judge_many(systems)):
+            row["sevennet"] = verdict.energy if verdict.ok else verdict.reason
+    print(f"{args.identity} at {args.energy:.2f} eV")
+    for row in rows:
+        judged = row.get("sevennet", "")
+        judged = f"  SevenNet-0 {judged:.3f} eV" if isinstance(judged, float) else f"  {judged}"
+        print(f"  {row['file']}: predicted {row['predicted']:.3f} eV, PVCP {row['pvcp']:.2f}{judged}")
+    (args.out / "trace.json").write_text(json.dumps({"designs": rows, "trace": state.trace}, indent=1))
+    return 0
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from catmllm.config import from_dict
+    from catmllm.evaluate.report import write_report
+
+    path = args.run / "metrics.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{args.run}: no metrics.json there; give the folder of a run")
+    if args.report_only:
+        print(write_report(args.run))
+        return 0
+    from catmllm.trainer.pipeline import run
+
+    metrics = json.loads(path.read_text())
+    config = from_dict(metrics["config"], str(path))
+    config.out = str(args.run)
+    done = [s for s in config.stages if (args.run / s / "model.safetensors").is_file()]
+    if len(done) < len(config.stages):
+        missing = [s for s in config.stages if s not in done]
+        raise ValueError(f"{args.run}: not trained yet: {', '.join(missing)}; run train.py again to go on")
+    for part in ("property", "generation", "design"):
+        metrics.pop(part, None)
+    metrics["config"]["out"] = config.out
+    path.write_text(json.dumps(metrics, indent=1))
+    return run(config)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,63 @@
+"""The same system seen from elsewhere: symmetry operations of the slab's sites, as training data that costs nothing.
+
+A slab's site lattice has symmetries that its species and relaxed positions do not. Carrying all atoms through one of
+them gives the same crystal (a translation, rotation or mirror image: the energy is the same) whose CIF differs in which
+site holds which atom. Without this a small model learns the few hundred training slabs by heart: on systems of other
+slabs its cross-entropy was 0.95 per token against 0.20 in training.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from catmllm.structure.system import ADSORBATE, System
+
+MATCH = 0.9  # Å that an atom may stand away from the site it is carried to, as relaxed atoms do
+LEVEL = 0.3  # Å in height within which two sites may be carried into each other
+
+
+def symmetric_copy(system: System, rng: np.random.Generator) -> System:
+    """A random equivalent of a system under its slab's site symmetry; the system itself where the draw is none.
+
+    The slab's rows keep their sites (row k holds the atom that now stands nearest to where row k stood), the adsorbate
+    stays last. Distances, energy and three-part text up to the order of words are those of the original.
+    """
+    slab = np.flatnonzero(system.tags != ADSORBATE)
+    sites = system.frac[slab]
+    operations = _isometries(system.lattice.tobytes())
+    turn = operations[rng.integers(len(operations))]
+    height = system.positions[slab, 2]
+    low = int(height.argmin())
+    onto = rng.choice(np.flatnonzero(np.abs(height - height[low]) < LEVEL))
+    shift = sites[onto] - sites[low] @ turn
+    shift[2] = 0.0
+    moved = system.frac @ turn + shift
+    apart = moved[slab][:, None] - sites[None]
+    apart -= np.round(apart)
+    distance = np.linalg.norm(apart @ system.lattice, axis=2)
+    source = distance.argmin(0)
+    if len(np.unique(source)) < len(slab) or distance[source, np.arange(len(slab))].max() > MATCH:
+        return system
+    order = np.arange(len(system.frac))
+    order[slab] = slab[source]
+    frac = moved[order]
+    return replace(system, frac=frac - np.floor(frac), numbers=system.numbers[order], tags=system.tags[order])
+
+
+@functools.lru_cache(maxsize=4096)
+def _isometries(lattice: bytes) -> list[NDArray[np.float64]]:
+    """Integer maps [3, 3] of fractional rows that leave c alone and keep every length of the lattice."""
+    cell = np.frombuffer(lattice).reshape(3, 3)
+    gram = cell @ cell.T
+    found = []
+    for entries in itertools.product((-1, 0, 1), repeat=4):
+        turn = np.eye(3)
+        turn[:2, :2] = np.reshape(entries, (2, 2))
+        if abs(np.linalg.det(turn)) == 1 and np.allclose(turn @ gram @ turn.T, gram, atol=1e-3 * gram.max()):
+            found.append(turn)
+    return found

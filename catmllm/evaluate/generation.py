@@ -1,0 +1,67 @@
+"""How good freely sampled CIFs are: the mean reward and the paper's failure modes PF, VF, CM and PV."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from catmllm.config import RewardConfig, SamplingConfig
+from catmllm.data.batches import Collator
+from catmllm.data.prompts import Sample, cif_prompt, design_prompt
+from catmllm.evaluate.metrics import generation_rates
+from catmllm.models.catalytic_mllm import CatalyticMLLM
+from catmllm.rl.reward import make_pvcp
+from catmllm.rl.rollout import RolloutEngine
+from catmllm.structure.system import System
+from catmllm.trainer.distributed import World
+
+
+def generation_prompts(systems: Sequence[System], n: int) -> list[tuple[Sample, System]]:
+    """n prompts over the systems in turn, half of them CIF prompts and half design prompts."""
+    chosen = [systems[i % len(systems)] for i in range(n)]
+    return [
+        (Sample(cif_prompt(s.identity) if i % 2 == 0 else design_prompt(s.identity, s.known_energy)), s)
+        for i, s in enumerate(chosen)
+    ]
+
+
+def evaluate_generation(
+    model: CatalyticMLLM,
+    collate: Collator,
+    systems: Sequence[System],
+    n: int,
+    sampling: SamplingConfig,
+    reward: RewardConfig,
+    seed: int,
+    world: World,
+) -> dict[str, Any]:
+    """Sample one answer to each of n prompts and score them all; ranks share the work.
+
+    The prompts and seeds are the same for every stage, so that stages are compared on equal terms.
+    """
+    prompts = generation_prompts(systems, n)
+    mine = prompts[world.rank :: world.size]
+    rollouts = RolloutEngine(model, collate).generate([p for p, _ in mine], sampling, [seed, world.rank])
+    texts, targets = [], []
+    for part in world.gather([(r.text, mine[r.prompt][1].target) for r in rollouts]):
+        for text, target in part:
+            texts.append(text)
+            targets.append(target)
+    scores = make_pvcp(reward).score(texts, targets)
+    counts, edges = np.histogram(scores.total, bins=np.arange(-15.0, 10.51, 0.5))
+    rates = generation_rates(scores)
+    rates["PV_eq41"] = rates.pop("PV")
+    rates["PV"] = rates.pop("PV_0.7")
+    return {
+        "n": len(texts),
+        "reward": float(scores.total.mean()),
+        "reward_se": float(scores.total.std(ddof=1) / np.sqrt(len(texts))) if len(texts) > 1 else 0.0,
+        "reward_hist": {"edges": edges.tolist(), "counts": counts.tolist()},
+        "terms": {k: float(getattr(scores, k).mean()) for k in ("comp", "parse", "valid", "phys")},
+        **rates,
+        "reasons": dict(collections.Counter(r for r in scores.reason if r)),
+        "examples": texts[:3],
+    }

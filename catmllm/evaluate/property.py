@@ -1,0 +1,80 @@
+"""How well a model predicts energies, in the three inference modes of the paper's Table 1."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from catmllm.config import SamplingConfig
+from catmllm.data.batches import Collator
+from catmllm.data.prompts import Sample, property_sample, read_energy
+from catmllm.evaluate.metrics import mae, r2
+from catmllm.models.catalytic_mllm import CatalyticMLLM
+from catmllm.rl.rollout import RolloutEngine
+from catmllm.structure.system import System
+from catmllm.trainer.distributed import World
+
+MODES: tuple[Literal["both", "graph", "text"], ...] = ("both", "graph", "text")
+
+
+def question(system: System, mode: Literal["both", "graph", "text"]) -> Sample:
+    """The property prompt of a system without its answer."""
+    sample = property_sample(system, mode)
+    return Sample(sample.prompt, "", sample.graph)
+
+
+@torch.no_grad()
+def predict(
+    model: CatalyticMLLM, collate: Collator, samples: Sequence[Sample], batch_size: int = 64
+) -> np.ndarray:
+    """Energies [n] in eV by the regression head."""
+    device = model.energy_mean.device
+    parts = [
+        model.predict(collate(samples[i : i + batch_size]).to(device)).float().cpu().numpy()
+        for i in range(0, len(samples), batch_size)
+    ]
+    return np.concatenate(parts) if parts else np.zeros(0)
+
+
+def written_energies(model: CatalyticMLLM, collate: Collator, samples: Sequence[Sample]) -> np.ndarray:
+    """Energies [n] in eV as the model writes them, greedily; NaN where its answer names none."""
+    engine = RolloutEngine(model, collate)
+    greedy = SamplingConfig(temperature=1.0, top_p=1e-6, max_new_tokens=48)
+    answers = engine.generate(samples, greedy, [0])
+    found = [read_energy(a.text) for a in answers]
+    return np.array([np.nan if e is None else e for e in found])
+
+
+def evaluate_property(
+    model: CatalyticMLLM, collate: Collator, systems: Sequence[System], world: World
+) -> dict[str, Any]:
+    """MAE and R² on labelled systems, by head in every mode and by the written answer; ranks share the work.
+
+    No outlier is dropped; a written answer without a number is counted in `unread`, and left out of its MAE alone.
+    """
+    mine = list(systems[world.rank :: world.size])
+    samples = {mode: [question(s, mode) for s in mine] for mode in MODES}
+    values: dict[str, np.ndarray] = {mode: predict(model, collate, samples[mode]) for mode in MODES}
+    values["generated"] = written_energies(model, collate, samples["both"])
+    gathered = world.gather(values)
+    truth = np.array([s.known_energy for s in systems])
+    out: dict[str, Any] = {}
+    for name in values:
+        merged = np.empty(len(systems))
+        for rank, part in enumerate(gathered):
+            merged[rank :: world.size] = part[name]
+        read = ~np.isnan(merged)
+        out[name] = {"mae": mae(merged[read], truth[read]), "r2": r2(merged[read], truth[read])}
+        out[name] |= {"n": int(read.sum())}
+        if name == "generated":
+            out[name]["unread"] = int((~read).sum())
+        if name == "both":
+            out["parity"] = {
+                "energy": truth.round(4).tolist(),
+                "predicted": merged.round(4).tolist(),
+                "adsorbate": [s.adsorbate for s in systems],
+            }
+    return out

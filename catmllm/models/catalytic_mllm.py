@@ -1,0 +1,302 @@
+"""CatalyticMLLM: EquiformerV2, a projector and Qwen2.5-VL with an energy head (paper Fig. 3, §6.7, §7).
+
+A structure enters as the vector(s) that replace the embedding of its `<graph>` marker; the energy is read from the
+final hidden state of the `<energy>` query token; text comes from the LM head, which is never tied to the embedding
+(stage 3 trains it alone).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from catmllm.config import Config, EncoderConfig, LLMConfig, from_dict, to_dict
+from catmllm.data.batches import Batch, Collator, GraphBatch
+from catmllm.data.prompts import ENERGY, GRAPH
+from catmllm.data.tokenizer import extend_tokenizer
+from catmllm.models.equiformer_v2 import EquiformerV2, EquiformerV2Config
+from catmllm.models.fairchem_checkpoint import load_fairchem_checkpoint
+from catmllm.models.projector import Projector
+from catmllm_kernels.linear_logprob import linear_logprob
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class CatalyticMLLM(nn.Module):
+    """The whole model. Parameters: `encoder`, `projector`, `llm` (transformers' Qwen2.5-VL), `energy_head`."""
+
+    energy_mean: torch.Tensor
+    energy_std: torch.Tensor
+    llm: Any  # transformers' class, whose submodules a type checker cannot name
+
+    def __init__(
+        self, llm: Any, encoder: EquiformerV2, projector: Projector, graph_id: int, energy_id: int
+    ) -> None:
+        super().__init__()
+        self.llm, self.encoder, self.projector = llm, encoder, projector
+        self.energy_head = nn.Linear(llm.config.get_text_config().hidden_size, 1)
+        self.graph_id, self.energy_id = graph_id, energy_id
+        # Set when sharded: ranks then run every unit in every pass, or one would gather what another does not.
+        self.lockstep = False
+        self.register_buffer("energy_mean", torch.zeros(()))
+        self.register_buffer("energy_std", torch.ones(()))
+
+    @property
+    def text(self) -> Any:
+        """The text tower without its LM head."""
+        return self.llm.model.language_model
+
+    def graph_tokens(self, graph: GraphBatch) -> torch.Tensor:
+        """Vectors that stand for structures: [n_systems, H], or [N, H] with the `atoms` projector."""
+        nodes = self.encoder(graph.numbers, graph.edge_index, graph.edge_vec, graph.batch, graph.n_systems)
+        return self.projector(nodes, graph.batch, graph.n_systems)
+
+    def embed(self, input_ids: torch.Tensor, graph: GraphBatch | None) -> torch.Tensor:
+        """Token embeddings [B, T, H] with the graph vectors in the places of their markers, in order."""
+        return self.insert_graphs(self.text.embed_tokens(input_ids), input_ids, graph)
+
+    def insert_graphs(
+        self, x: torch.Tensor, input_ids: torch.Tensor, graph: GraphBatch | None
+    ) -> torch.Tensor:
+        """Embeddings x [B, T, H] with the graph vectors in the places of the markers of input_ids [B, T]."""
+        marks = input_ids == self.graph_id
+        n = int(marks.sum())
+        vectors = None if graph is None else self.graph_tokens(graph)
+        if n != (0 if vectors is None else len(vectors)):
+            raise ValueError(
+                f"{n} graph markers in the text, {0 if vectors is None else len(vectors)} vectors"
+            )
+        if vectors is None:
+            return x + 0.0 * self._lone_atom().to(x.dtype) if self.lockstep else x
+        return x.masked_scatter(marks[..., None], vectors.to(x.dtype))
+
+    def _lone_atom(self) -> torch.Tensor:
+        """The sum of one atom's graph token: a pass through encoder and projector for its collectives' sake."""
+        device = self.energy_mean.device
+        numbers, batch = (
+            torch.ones(1, dtype=torch.int64, device=device),
+            torch.zeros(1, dtype=torch.int64, device=device),
+        )
+        edges = torch.zeros(2, 0, dtype=torch.int64, device=device)
+        return self.graph_tokens(GraphBatch(numbers, edges, torch.zeros(0, 3, device=device), batch, 1)).sum()
+
+    def hidden(self, input_ids: torch.Tensor, graph: GraphBatch | None) -> torch.Tensor:
+        """Final hidden states [B, T, H] of right-padded sequences."""
+        return self._tower(self.embed(input_ids, graph))
+
+    def energy(self, hidden: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+        """Standardised energies [B] float32 at each row's `<energy>` token; NaN for a row without one."""
+        marks = input_ids == self.energy_id
+        at = marks.float().argmax(1)
+        query = hidden[torch.arange(len(hidden), device=hidden.device), at]
+        value = self.energy_head(query.to(self.energy_head.weight.dtype)).squeeze(1).float()
+        return torch.where(marks.any(1), value, torch.nan)
+
+    def forward(self, task: str, *args: Any, **options: Any) -> dict[str, torch.Tensor]:
+        """The one entry of training, so that sharding hooks see every use of a parameter.
+
+        Runs `task_answer`, `task_contrast` or `task_head` by name.
+        """
+        return getattr(self, f"task_{task}")(*args, **options)
+
+    def task_answer(self, batch: Batch, temperature: float = 1.0) -> dict[str, torch.Tensor]:
+        """{"logprob" [M] of the M labelled tokens in row order, "energy" [B] standardised, NaN without query}."""
+        hidden = self.hidden(batch.input_ids, batch.graph)
+        labels = batch.labels[:, 1:]
+        wanted = labels != -100
+        logprob = linear_logprob(
+            hidden[:, :-1][wanted], self.llm.lm_head.weight, labels[wanted], temperature=temperature
+        )
+        return {"logprob": logprob, "energy": self.energy(hidden, batch.input_ids)}
+
+    def task_head(
+        self, hidden: torch.Tensor, targets: torch.Tensor, temperature: float = 1.0
+    ) -> dict[str, torch.Tensor]:
+        """{"logprob" [M]} of targets [M] from kept hidden states [M, H]: the LM head alone."""
+        weight = self.llm.lm_head.weight
+        return {"logprob": linear_logprob(hidden.to(weight.dtype), weight, targets, temperature=temperature)}
+
+    def task_contrast(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """{"graph" [B, H], "text" [B, H]}; the text side carries no gradient."""
+        if batch.graph is None:
+            raise ValueError("contrastive batches need a structure for every sample")
+        vectors = self.graph_tokens(batch.graph)
+        if self.projector.mode == "atoms":
+            vectors = segment_mean(vectors, batch.graph.batch, batch.graph.n_systems)
+        with torch.no_grad():
+            x = self._tower(self.text.embed_tokens(batch.input_ids))
+            weight = batch.attention_mask[..., None].to(x.dtype)
+            text = (x * weight).sum(1) / weight.sum(1)
+        return {"graph": vectors, "text": text}
+
+    def predict(self, batch: Batch) -> torch.Tensor:
+        """Energies [B] in eV of property prompts."""
+        hidden = self.hidden(batch.input_ids, batch.graph)
+        return self.energy(hidden, batch.input_ids) * self.energy_std + self.energy_mean
+
+    def _tower(self, x: torch.Tensor) -> torch.Tensor:
+        """Causal attention needs no padding mask: sequences start at the left, and what is padded comes after."""
+        position = torch.arange(x.shape[1], device=x.device)
+        return self.text(
+            inputs_embeds=x,
+            position_ids=position.expand(3, len(x), -1),
+            use_cache=False,
+        ).last_hidden_state
+
+
+def segment_mean(x: torch.Tensor, batch: torch.Tensor, n: int) -> torch.Tensor:
+    """Mean over the rows of each segment: x [N, H], batch [N] -> [n, H]."""
+    total = x.new_zeros(n, x.shape[1]).index_add(0, batch, x)
+    return total / torch.bincount(batch, minlength=n)[:, None].clamp_min(1)
+
+
+def build_model(
+    config: Config, tokenizer: PreTrainedTokenizerBase | None = None
+) -> tuple[CatalyticMLLM, PreTrainedTokenizerBase]:
+    """A model by its configuration: pretrained parts where they are named, seeded random weights elsewhere.
+
+    A pretrained LLM brings its own tokenizer, extended here; the given one serves the random LLM. A checkpoint that
+    does not fit is an error, never a warning.
+    """
+    torch.manual_seed(config.seed)
+    encoder = build_encoder(config.model.encoder, config.data.cutoff)
+    if config.model.llm.pretrained:
+        llm, tokenizer = _pretrained_llm(config.model.llm, config.data.decimals)
+    elif tokenizer is None:
+        raise ValueError("a random LLM needs a tokenizer")
+    else:
+        llm = _random_llm(config.model.llm, tokenizer)
+    return _assemble(llm, encoder, config, tokenizer), tokenizer
+
+
+def _assemble(
+    llm: Any, encoder: EquiformerV2, config: Config, tokenizer: PreTrainedTokenizerBase
+) -> CatalyticMLLM:
+    e, width = encoder.config, llm.config.get_text_config().hidden_size
+    projector = Projector(config.model.projector, e.lmax, e.sphere_channels, width)
+    vocabulary = tokenizer.get_vocab()
+    return CatalyticMLLM(llm, encoder, projector, vocabulary[GRAPH], vocabulary[ENERGY])
+
+
+def build_encoder(config: EncoderConfig, cutoff: float) -> EquiformerV2:
+    """EquiformerV2 by preset or by sizes; loads a fairchem checkpoint where one is named."""
+    if config.preset:
+        encoder = EquiformerV2(EquiformerV2Config.preset(config.preset))
+    else:
+        sizes = {k: v for k, v in asdict(config).items() if k not in ("checkpoint", "preset")}
+        encoder = EquiformerV2(EquiformerV2Config(max_radius=cutoff, **sizes))
+    if config.checkpoint:
+        load_fairchem_checkpoint(config.checkpoint, encoder)
+    return encoder
+
+
+def _random_llm(config: LLMConfig, tokenizer: PreTrainedTokenizerBase) -> Any:
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    head = config.hidden_size // config.num_attention_heads
+    section = [head // 2 - 2 * (head // 6), head // 6, head // 6]
+    text: dict[str, Any] = asdict(config)
+    del text["pretrained"], text["attention"]
+    qwen = Qwen2_5_VLConfig(
+        text_config=text
+        | {
+            "vocab_size": len(tokenizer),
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": section},
+            "bos_token_id": None,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+            "tie_word_embeddings": False,
+        },
+        # The image tower comes with the architecture; images are off, so that it is as small as it can be.
+        vision_config={
+            "depth": 1,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_heads": 1,
+            "out_hidden_size": config.hidden_size,
+            "fullatt_block_indexes": [0],
+        },
+        tie_word_embeddings=False,
+    )
+    return Qwen2_5_VLForConditionalGeneration._from_config(qwen, attn_implementation=config.attention)
+
+
+def _pretrained_llm(config: LLMConfig, decimals: int) -> tuple[Any, PreTrainedTokenizerBase]:
+    from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+
+    name = config.pretrained
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    llm: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(name, attn_implementation=config.attention)
+    added = extend_tokenizer(tokenizer, decimals, elements=False)
+    untie(llm)
+    if len(tokenizer) > llm.get_input_embeddings().num_embeddings:
+        llm.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    with torch.no_grad():  # a new token starts as the mean of those that it replaces
+        for weight in (llm.get_input_embeddings().weight, llm.lm_head.weight):
+            for new, old in added.items():
+                if old:
+                    weight[new] = weight[old].mean(0)
+    return llm, tokenizer
+
+
+def untie(llm: Any) -> None:
+    """Give the LM head weights of its own, equal to the embedding's, where the two were one."""
+    if llm.lm_head.weight is llm.get_input_embeddings().weight:
+        llm.lm_head.weight = nn.Parameter(llm.lm_head.weight.detach().clone())
+    llm.config.tie_word_embeddings = llm.config.get_text_config().tie_word_embeddings = False
+
+
+def save_model(
+    folder: Path,
+    model: CatalyticMLLM,
+    state: dict[str, torch.Tensor],
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """An export that `load_model` reads: model.safetensors, catmllm.json, tokenizer, and Qwen's own config in llm/.
+
+    `state` is the whole state dict of `model`, gathered from its shards; the weights file appears last, at once.
+    """
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(folder)
+    model.llm.config.save_pretrained(folder / "llm")
+    (folder / "catmllm.json").write_text(json.dumps(to_dict(config), indent=1))
+    temporary = folder / "model.safetensors.tmp"
+    save_file({k: v.contiguous() for k, v in state.items()}, temporary)
+    temporary.rename(folder / "model.safetensors")
+
+
+def load_model(folder: str | Path) -> tuple[CatalyticMLLM, Collator, Config]:
+    """Read an export: the model in float32, what makes its batches, and the configuration it was trained with."""
+    from safetensors.torch import load_file
+    from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    folder = Path(folder)
+    if not (folder / "model.safetensors").is_file():
+        raise FileNotFoundError(f"{folder}: no model.safetensors; give the folder of a finished stage")
+    config = from_dict(json.loads((folder / "catmllm.json").read_text()), str(folder / "catmllm.json"))
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    qwen = Qwen2_5_VLConfig.from_pretrained(folder / "llm")
+    attention = config.model.llm.attention
+    llm = Qwen2_5_VLForConditionalGeneration._from_config(qwen, attn_implementation=attention)
+    encoder = build_encoder(replace(config.model.encoder, checkpoint=None), config.data.cutoff)
+    model = _assemble(llm, encoder, config, tokenizer)
+    model.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
+    return model.eval(), collator(model, tokenizer, config), config
+
+
+def collator(model: CatalyticMLLM, tokenizer: PreTrainedTokenizerBase, config: Config) -> Collator:
+    return Collator(
+        tokenizer,
+        config.data,
+        tokens_per_atom=model.projector.mode == "atoms",
+        max_elements=model.encoder.config.max_num_elements,
+    )

@@ -1,0 +1,221 @@
+"""Constant tables of the rotation group: real spherical harmonics, Wigner matrices and sphere grids.
+
+The conventions are e3nn's, which fairchem's checkpoints rely on: real harmonics with **y** as the polar axis, rows
+of a degree l ordered m = -l … l, so that degree 1 is the vector (x, y, z) itself and D¹(R) = R. "l-primary" rows run
+over l, then m. "m-primary" rows (an edge's) hold m = 0 with l = 0 … lmax, then for each m = 1 … mmax all +m
+(l = m … lmax) and all -m. Everything is computed in float64 with NumPy; no e3nn at run time.
+"""
+
+import math
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Self
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_POLE = 1e-18  # sin(polar angle) below which an edge counts as parallel to the y axis
+
+
+def degrees_and_orders(lmax: int) -> tuple[np.ndarray, np.ndarray]:
+    """Degree l and order m of each of the (lmax+1)² l-primary rows, int64."""
+    l = np.concatenate([np.full(2 * l + 1, l) for l in range(lmax + 1)])
+    m = np.concatenate([np.arange(-l, l + 1) for l in range(lmax + 1)])
+    return l, m
+
+
+def m_primary_rows(lmax: int, mmax: int) -> np.ndarray:
+    """l-primary index of every m-primary row with |m| <= mmax, int64 [M]."""
+    rows = [l * l + l for l in range(lmax + 1)]
+    for m in range(1, mmax + 1):
+        rows += [l * l + l + m for l in range(m, lmax + 1)] + [l * l + l - m for l in range(m, lmax + 1)]
+    return np.array(rows)
+
+
+def real_spherical_harmonics(lmax: int, directions: np.ndarray) -> np.ndarray:
+    """Harmonics that are orthonormal on the sphere: unit vectors [..., 3] -> [..., (lmax+1)²]."""
+    x, y, z = np.moveaxis(np.asarray(directions, dtype=np.float64), -1, 0)
+    sine, azimuth = np.hypot(x, z), np.arctan2(x, z)
+    harmonics = np.empty((*y.shape, (lmax + 1) ** 2))
+    for m in range(lmax + 1):
+        # associated Legendre polynomials of order m without the Condon-Shortley sign, upwards in l
+        below, legendre = np.zeros_like(y), math.prod(range(1, 2 * m, 2)) * sine**m
+        for l in range(m, lmax + 1):
+            norm = math.sqrt((2 * l + 1) / (4 * math.pi) * math.factorial(l - m) / math.factorial(l + m))
+            if m == 0:
+                harmonics[..., l * l + l] = norm * legendre
+            else:
+                harmonics[..., l * l + l + m] = math.sqrt(2) * norm * legendre * np.cos(m * azimuth)
+                harmonics[..., l * l + l - m] = math.sqrt(2) * norm * legendre * np.sin(m * azimuth)
+            below, legendre = legendre, ((2 * l + 1) * y * legendre - (l + m) * below) / (l + 1 - m)
+    return harmonics
+
+
+@lru_cache
+def axis_swap(lmax: int) -> np.ndarray:
+    """J [(lmax+1)², (lmax+1)²]: the half turn about x + y, which exchanges the x and y axes; J² = 1.
+
+    It turns a rotation about y, which is sparse in this basis, into one about x: D(R_x(β)) = J·X(β)·J. From its
+    definition Y(Pv) = J·Y(v) and the orthonormality of Y, by a quadrature that is exact for these degrees.
+    """
+    nodes, weights = np.polynomial.legendre.leggauss(lmax + 1)
+    azimuth = 2 * np.pi * np.arange(2 * lmax + 1) / (2 * lmax + 1)
+    y, phi = np.meshgrid(nodes, azimuth, indexing="ij")
+    sine = np.sqrt(1 - y**2)
+    v = np.stack([sine * np.sin(phi), y, sine * np.cos(phi)], axis=-1).reshape(-1, 3)
+    w = np.repeat(weights, len(azimuth)) * 2 * np.pi / len(azimuth)
+    swapped = v[:, [1, 0, 2]] * np.array([1, 1, -1])
+    J = real_spherical_harmonics(lmax, swapped).T @ (w[:, None] * real_spherical_harmonics(lmax, v))
+    l, _ = degrees_and_orders(lmax)
+    return np.where(l[:, None] == l[None, :], J, 0.0)
+
+
+@lru_cache
+def wigner_table(lmax: int, mmax: int) -> np.ndarray:
+    """The m-primary rows of D(R_x(β)·R_y(γ)) = J·X(β)·J·X(γ) as a table [(2·lmax+1)², M, (lmax+1)²].
+
+    They are bilinear in (1, cos β … cos lmax·β, sin β … sin lmax·β) and the same of γ; the table's first axis runs over those
+    products, γ fastest.
+    """
+    l, m = degrees_and_orders(lmax)
+    J, mirror = axis_swap(lmax), l * l + l - m
+    turns = []  # X(θ) = Σ_k cos(kθ)·[|m| = k] + sin(kθ)·[row m, column -m: -sign(m)]
+    for k in range(lmax + 1):
+        turns.append(np.diag((np.abs(m) == k).astype(np.float64)))
+    for k in range(1, lmax + 1):
+        X = np.zeros_like(J)
+        X[np.arange(len(m)), mirror] = np.where(np.abs(m) == k, -np.sign(m), 0)
+        turns.append(X)
+    rows = m_primary_rows(lmax, mmax)
+    return np.stack([((J @ X_beta @ J) @ X_gamma)[rows] for X_beta in turns for X_gamma in turns])
+
+
+def lost_order_scale(lmax: int, mmax: int) -> np.ndarray:
+    """√((2l+1)/(2·mmax+1)) for every l-primary row with l > mmax, else 1: makes up for the rows that were cut."""
+    l, _ = degrees_and_orders(lmax)
+    return np.where(l > mmax, np.sqrt((2 * l + 1) / (2 * mmax + 1)), 1.0)
+
+
+@lru_cache
+def sphere_grid(lmax: int, mmax: int, resolution: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """Matrices to and from a latitude × longitude grid, both [points, (lmax+1)²], latitude slowest.
+
+    `resolution` points each way (even); None takes fairchem's least grid, 2(lmax+1) latitudes. Component
+    normalisation as e3nn's ToS2Grid/FromS2Grid; quadrature of Driscoll and Healy. Scaled for l > mmax.
+    """
+    n_lat = resolution or 2 * (lmax + 1)
+    n_lon = resolution or (2 * mmax + 3 if lmax == mmax else 2 * mmax + 1)
+    if n_lat % 2 or n_lat < 2 * (lmax + 1):
+        raise ValueError(
+            f"grid_resolution must be even and at least {2 * (lmax + 1)} for lmax {lmax}, not {resolution}"
+        )
+    polar = np.pi * (np.arange(n_lat) + 0.5) / n_lat
+    azimuth = 2 * np.pi * np.arange(n_lon) / n_lon
+    odd = np.arange(1, n_lat, 2)
+    weights = 4 / n_lat * np.sin(polar) * (np.sin(odd * polar[:, None]) / odd).sum(1) * 2 * np.pi / n_lon
+    beta, alpha = np.meshgrid(polar, azimuth, indexing="ij")
+    points = np.stack([np.sin(beta) * np.sin(alpha), np.cos(beta), np.sin(beta) * np.cos(alpha)], axis=-1)
+    Y = real_spherical_harmonics(lmax, points.reshape(-1, 3))
+    l, _ = degrees_and_orders(lmax)
+    component = np.sqrt(4 * np.pi / ((2 * l + 1) * (lmax + 1)))
+    scale = lost_order_scale(lmax, mmax)
+    return Y * component * scale, Y * np.repeat(weights, n_lon)[:, None] / component * scale
+
+
+def harmonics(cosine: Tensor, sine: Tensor, n: int) -> Tensor:
+    """(1, cos θ … cos nθ, sin θ … sin nθ) [E, 2n+1] from cos θ and sin θ [E]."""
+    cosines, sines = [torch.ones_like(cosine)], [torch.zeros_like(sine)]
+    for _ in range(n):
+        c, s = cosines[-1], sines[-1]
+        cosines.append(c * cosine - s * sine)
+        sines.append(s * cosine + c * sine)
+    return torch.stack(cosines + sines[1:], dim=1)
+
+
+class SphereTables(nn.Module):
+    """The tables above as non-persistent float64 buffers that stay exact.
+
+    `.half()`, `.to(device)` and `to_empty` of the model move them but never round or lose them: they are filled
+    again from NumPy. What runs in a lower precision is cast once per forward pass.
+    """
+
+    degree: Tensor  # [S] l of every l-primary row
+    row_order: Tensor  # [M] |m| of every m-primary row
+    row_sign: Tensor  # [M] -sign(m)
+    row_mirror: Tensor  # [M] the row of the same l with -m
+    row_scale: Tensor  # [M] `lost_order_scale`
+    wigner: Tensor  # [(2·lmax+1)², M·S] `wigner_table`
+    node_to_grid: Tensor  # [P, S] all orders
+    node_from_grid: Tensor  # [S, P]
+    edge_to_grid: Tensor  # [P', M] orders up to mmax, m-primary
+    edge_from_grid: Tensor  # [M, P']
+
+    def __init__(self, lmax: int, mmax: int, resolution: int | None) -> None:
+        super().__init__()
+        self.lmax, self.mmax, self.resolution = lmax, mmax, resolution
+        self.fill(torch.device("cpu"))
+
+    def fill(self, device: torch.device) -> None:
+        """(Re)compute every buffer on `device`."""
+        rows = m_primary_rows(self.lmax, self.mmax)
+        l, m = degrees_and_orders(self.lmax)
+        node_to, node_from = sphere_grid(self.lmax, self.lmax, self.resolution)
+        edge_to, edge_from = sphere_grid(self.lmax, self.mmax, self.resolution)
+        mirrored = l[rows] ** 2 + l[rows] - m[rows]
+        tables = {
+            "degree": l,
+            "row_order": np.abs(m[rows]),
+            "row_sign": -np.sign(m[rows]).astype(np.float64),
+            "row_mirror": np.argmax(mirrored[:, None] == rows, axis=1),
+            "row_scale": lost_order_scale(self.lmax, self.mmax)[rows],
+            "wigner": wigner_table(self.lmax, self.mmax).reshape((2 * self.lmax + 1) ** 2, -1),
+            "node_to_grid": node_to,
+            "node_from_grid": node_from.T,
+            "edge_to_grid": edge_to[:, rows],
+            "edge_from_grid": edge_from[:, rows].T,
+        }
+        for name, table in tables.items():
+            self.register_buffer(
+                name, torch.tensor(np.ascontiguousarray(table), device=device), persistent=False
+            )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        self.fill(self.degree.device)
+        return self
+
+    @torch.no_grad()
+    def rotation(self, edge_vec: Tensor, edge_rot_mat: Tensor | None = None) -> Tensor:
+        """Wigner matrices [E, M, S] that turn every edge onto +y, m-primary rows, in the dtype of `edge_vec`.
+
+        `edge_vec` [E, 3] needs no length. The remaining angle about the edge is free; it is 0 here, so that equal
+        edges have equal frames, unless `edge_rot_mat` [E, 3, 3] fixes the whole frame (its second row is then the
+        edge). Detached, as fairchem's are. An edge of length 0 gets the identity's frame.
+        """
+        direction = edge_vec if edge_rot_mat is None else edge_rot_mat[:, 1]
+        length = torch.linalg.vector_norm(direction, dim=1)
+        x, y, z = (direction / torch.where(length > 0, length, 1)[:, None]).unbind(1)
+        y = torch.where(length > 0, y, 1)
+        sine = torch.hypot(x, z)
+        pole = sine < _POLE
+        divisor = torch.where(pole, 1, sine)
+        cos_gamma, sin_gamma = torch.where(pole, 1, -z / divisor), torch.where(pole, 0, x / divisor)
+        return self._from_angles((y, sine), (cos_gamma, sin_gamma), edge_rot_mat)
+
+    def _from_angles(
+        self, beta: tuple[Tensor, Tensor], gamma: tuple[Tensor, Tensor], edge_rot_mat: Tensor | None
+    ) -> Tensor:
+        """X(α)·D(R_x(β))·X(γ) from (cos, sin) of β and γ; α from what `edge_rot_mat` has beyond them."""
+        of_beta, of_gamma = (harmonics(*angle, self.lmax) for angle in (beta, gamma))
+        products = (of_beta[:, :, None] * of_gamma[:, None, :]).flatten(1)
+        wigner = (products @ self.wigner.to(products.dtype)).unflatten(1, (-1, len(self.degree)))
+        if edge_rot_mat is None:
+            return wigner
+        # R·R₀ᵀ = R_y(α); the first row of R₀ = R_x(β)·R_y(γ) is (cos γ, 0, sin γ)
+        cos_alpha = edge_rot_mat[:, 0, 0] * gamma[0] + edge_rot_mat[:, 0, 2] * gamma[1]
+        sin_alpha = -(edge_rot_mat[:, 2, 0] * gamma[0] + edge_rot_mat[:, 2, 2] * gamma[1])
+        cosines, sines = harmonics(cos_alpha, sin_alpha, self.lmax).split([self.lmax + 1, self.lmax], dim=1)
+        sines = F.pad(sines, (1, 0))[:, self.row_order] * self.row_sign.to(sines.dtype)
+        return wigner * cosines[:, self.row_order, None] + wigner[:, self.row_mirror] * sines[:, :, None]

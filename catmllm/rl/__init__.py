@@ -1,0 +1,1 @@
+"""Sampling, rewards, advantages and the exemplar pools of the RL stages."""

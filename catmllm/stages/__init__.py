@@ -1,0 +1,18 @@
+"""The five stages: what trains in each, and how a step becomes losses."""
+
+from collections.abc import Callable
+
+from catmllm.stages.align import Align
+from catmllm.stages.ga_grpo import GAGRPO
+from catmllm.stages.grpo import GRPO
+from catmllm.stages.instruct import Instruct
+from catmllm.stages.joint import Joint
+from catmllm.trainer.loop import Context, Stage
+
+STAGES: dict[str, Callable[[Context], Stage]] = {
+    "align": Align,
+    "joint": Joint,
+    "instruct": Instruct,
+    "grpo": GRPO,
+    "ga_grpo": GAGRPO,
+}

@@ -1,0 +1,54 @@
+"""Stage 1a, graph-text alignment (paper §7.2): encoder and projector learn the frozen LLM's view of the text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from catmllm.data.batches import Batch, draw
+from catmllm.data.prompts import Sample
+from catmllm.models.losses import info_nce
+from catmllm.structure.text import three_part_text
+from catmllm.trainer.loop import Context, MicroBatch, Step
+
+
+class Align:
+    """InfoNCE between the graph token and the mean-pooled encoding of the three-part text."""
+
+    name = "align"
+
+    def __init__(self, context: Context) -> None:
+        self.context, self.config = context, context.config.align
+        self.samples = [Sample(three_part_text(s), "", s) for s in context.data["train"]]
+
+    def trains(self, parameter: str) -> bool:
+        return parameter.startswith(("encoder.", "projector."))
+
+    def step(self, step: int) -> Step:
+        c = self.context
+        chosen = draw(
+            len(self.samples), self.config.batch_size, c.config.seed, step, c.world.rank, c.world.size
+        )
+        batch = c.collate([self.samples[i] for i in chosen]).to(c.world.device)
+        work = Step([])
+        work.passes.append(
+            MicroBatch(lambda: self._loss(batch, work.metrics), int(batch.attention_mask.sum()))
+        )
+        return work
+
+    def _loss(self, batch: Batch, metrics: dict[str, float]) -> torch.Tensor:
+        out = self.context.model("contrast", batch)
+        loss = info_nce(out["graph"], out["text"], self.config.temperature)
+        with torch.no_grad():
+            g, t = (torch.nn.functional.normalize(out[k].float(), dim=1) for k in ("graph", "text"))
+            metrics["retrieval"] = float(
+                ((g @ t.T).argmax(1) == torch.arange(len(g), device=g.device)).float().mean()
+            )
+        return loss
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        pass

@@ -1,0 +1,137 @@
+"""Stage 3, GA-GRPO (paper §5.2.3, Algorithm 3): the closed loop of design and refinement trains the AR head alone.
+
+Encoder, projector, backbone and energy head are frozen, so the hidden states kept from decoding serve the policy and
+the reference alike: they differ in the last matrix, and an update never touches the backbone. `batch_size` tasks run
+at a time on each rank; one optimizer step is one iteration of all of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from catmllm.data.batches import draw
+from catmllm.rl.advantages import group_advantages, policy_loss
+from catmllm.rl.exemplar_pool import Candidate, ExemplarPool
+from catmllm.rl.rollout import Rollout, RolloutEngine
+from catmllm.rl.search import ClosedLoop, Task, TaskState, summary
+from catmllm.trainer.distributed import DTYPES, unsharded
+from catmllm.trainer.loop import Context, MicroBatch, Step, TrainingError
+from catmllm_kernels.linear_logprob import linear_logprob
+
+
+class GAGRPO:
+    """Waves of tasks, each searched for `iterations` steps; pools survive in checkpoints."""
+
+    name = "ga_grpo"
+
+    def __init__(self, context: Context) -> None:
+        o, world = context.config.ga_grpo, context.world
+        wave = o.batch_size * world.size
+        if o.tasks % wave:
+            raise TrainingError(
+                f"ga_grpo.tasks ({o.tasks}) must be a multiple of ga_grpo.batch_size x ranks ({wave})"
+            )
+        self.context = context
+        self.config = replace(o, steps=o.tasks // wave * o.iterations)
+        self.loop = ClosedLoop(context.model, context.collate, o)
+        self.systems = context.data["train"]
+        self.reference_head = context.model.llm.lm_head.weight.detach().clone()
+        self.running: list[TaskState] = []
+        self.finished: list[dict[str, Any]] = []
+
+    def trains(self, parameter: str) -> bool:
+        return parameter == "llm.lm_head.weight"
+
+    def step(self, step: int) -> Step:
+        c, o = self.context, self.config
+        wave, iteration = divmod(step, o.iterations)
+        seed = [c.config.seed, 11, wave, c.world.rank]
+        with unsharded(c.model):
+            engine = RolloutEngine(c.model, c.collate, DTYPES[c.config.precision])
+            if iteration == 0:
+                self.finished += [summary(s) for s in self.running]
+                self.running = self.loop.start(self._tasks(wave), engine, seed)
+            rollouts, rewards, metrics = self.loop.refine(
+                self.running, engine, iteration + 1, seed, keep=True
+            )
+        advantages, informative = group_advantages(rewards, o.delta)
+        best = [s.pool.best for s in self.running]
+        errors = [abs(b.predicted - s.task.energy) for b, s in zip(best, self.running) if b is not None]
+        metrics |= {
+            "best_error": float(np.mean(errors)) if errors else float("inf"),
+            "skipped_groups": float((~informative).mean()),
+            "kl": 0.0,
+        }
+        work = Step([], metrics)
+        self._add_policy(work, rollouts, advantages.reshape(-1), np.repeat(informative, o.group_size))
+        return work
+
+    def _tasks(self, wave: int) -> list[Task]:
+        """This rank's tasks of a wave: identity and energy of training systems, none twice before all were used."""
+        c, o = self.context, self.config
+        picks = draw(len(self.systems), o.batch_size, c.config.seed + 5, wave, c.world.rank, c.world.size)
+        return [Task(s.identity, s.target, s.known_energy) for s in (self.systems[i] for i in picks)]
+
+    def _add_policy(
+        self, work: Step, rollouts: list[Rollout], advantages: np.ndarray, informative: np.ndarray
+    ) -> None:
+        c, o = self.context, self.config
+        kept = np.flatnonzero(informative)
+        n = max(1, c.world.maximum(-(-len(kept) // o.micro_batch)))
+        for part in np.array_split(kept, n):
+            rows = part if len(part) else np.array([0])
+            chosen = [rollouts[i] for i in rows]
+            weight = len(part) / max(1, len(kept))
+            advantage = torch.tensor(advantages[rows], dtype=torch.float32, device=c.world.device)
+            work.passes.append(
+                MicroBatch(
+                    lambda r=chosen, a=advantage, w=weight: self._loss(r, a, w, work.metrics),  # type: ignore[misc]
+                    sum(len(r.ids) for r in chosen),
+                )
+            )
+
+    def _loss(
+        self, rollouts: list[Rollout], advantage: torch.Tensor, weight: float, metrics: dict[str, float]
+    ) -> torch.Tensor:
+        o, device = self.config, self.context.world.device
+        hidden = torch.cat([r.hidden for r in rollouts if r.hidden is not None])
+        targets = torch.cat([r.ids for r in rollouts]).to(device)
+        lengths = torch.tensor([len(r.ids) for r in rollouts], device=device)
+        row = torch.arange(len(rollouts), device=device).repeat_interleave(lengths)
+        t = o.sampling.temperature
+        logprob = self.context.model("head", hidden, targets, temperature=t)["logprob"]
+        with torch.no_grad():
+            reference = linear_logprob(hidden, self.reference_head.to(hidden.dtype), targets, temperature=t)
+        loss, kl = policy_loss(
+            logprob, logprob.detach(), reference, advantage, row, len(rollouts), o.beta, o.kl, clip=1.0
+        )
+        metrics["kl"] += weight * float(kl.detach().mean())
+        return weight * loss.mean()
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "finished": self.finished,
+            "running": [
+                {
+                    "task": vars(s.task),
+                    "pool": [c.to_json() for c in s.pool.members],
+                    "trace": s.trace,
+                }
+                for s in self.running
+            ],
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.finished = state["finished"]
+        self.running = [
+            TaskState(
+                Task(**s["task"]),
+                ExemplarPool(self.config.pool, [Candidate(**c) for c in s["pool"]]),
+                s["trace"],
+            )
+            for s in state["running"]
+        ]

@@ -1,0 +1,59 @@
+"""Stage 1c, instruction tuning (paper §7.4): the LLM alone, three tasks, modalities dropped at random.
+
+Property samples keep training the energy head (MAE beside their cross-entropy): with the backbone moving underneath,
+the head would drift otherwise.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from catmllm.data.batches import Batch
+from catmllm.stages.supervised import Mixture, property_with_dropout, sample_losses
+from catmllm.trainer.loop import Context, MicroBatch, Step
+
+
+class Instruct:
+    """Cross-entropy of the answers, plus the energy head's MAE on property samples."""
+
+    name = "instruct"
+
+    def __init__(self, context: Context) -> None:
+        self.context, self.config = context, context.config.instruct
+        self.mixture = Mixture(context, seed=2)
+
+    def trains(self, parameter: str) -> bool:
+        return parameter.startswith(("llm.", "energy_head."))
+
+    def step(self, step: int) -> Step:
+        o = self.config
+        batch = self.mixture.draw(
+            step,
+            o.batch_size,
+            o.property_share,
+            lambda s, rng: property_with_dropout(s, rng, o.drop_text, o.drop_graph, 0.0),
+            design_share=o.design_share / max(1e-9, 1 - o.property_share),
+            noise=o.exemplar_noise,
+        )
+        work = Step([])
+        work.passes.append(
+            MicroBatch(lambda: self._loss(batch, work.metrics), int(batch.attention_mask.sum()))
+        )
+        return work
+
+    def _loss(self, batch: Batch, metrics: dict[str, float]) -> torch.Tensor:
+        ce, mae, labelled = sample_losses(self.context.model, batch)
+        metrics |= {"cross_entropy": float(ce.detach().mean())}
+        if bool(labelled.any()):
+            metrics["energy_mae"] = float(mae[labelled].detach().mean()) * float(
+                self.context.model.energy_std
+            )
+        return (ce + mae).mean()
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        pass

@@ -1,0 +1,112 @@
+"""What `joint` and `instruct` share: a seeded mixture of the three tasks, and the losses of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import numpy as np
+import torch
+
+from catmllm.data.augment import symmetric_copy
+from catmllm.data.batches import Batch, draw
+from catmllm.data.prompts import Sample, cif_sample, design_sample, jitter, property_sample
+from catmllm.models.catalytic_mllm import CatalyticMLLM
+from catmllm.structure.system import System
+from catmllm.trainer.loop import Context
+
+
+def relatives(systems: list[System]) -> list[list[int]]:
+    """For each system, the others of the same composition and adsorbate (same identity)."""
+    groups: dict[str, list[int]] = {}
+    for i, s in enumerate(systems):
+        groups.setdefault(s.identity, []).append(i)
+    return [[j for j in groups[s.identity] if j != i] for i, s in enumerate(systems)]
+
+
+def property_with_dropout(
+    system: System, rng: np.random.Generator, drop_text: float, drop_graph: float, noise: float
+) -> Sample:
+    """A property sample, sometimes without its text or without its graph, never without both."""
+    u = rng.random()
+    mode: Literal["both", "graph", "text"] = (
+        "graph" if u < drop_text else "text" if u < drop_text + drop_graph else "both"
+    )
+    return property_sample(system, mode, None if mode == "text" else jitter(system, noise, rng))
+
+
+def chosen(
+    n: int, batch: int, seed: int, step: int, rank: int, world: int
+) -> list[tuple[int, np.random.Generator]]:
+    """This rank's systems at a step, each with its own generator: a function of the arguments alone."""
+    indices = draw(n, batch, seed, step, rank, world)
+    return [(int(i), np.random.default_rng([seed, step, rank, k])) for k, i in enumerate(indices)]
+
+
+def task_sample(
+    system: System,
+    kin: list[System],
+    rng: np.random.Generator,
+    design_share: float,
+    noise: float,
+    decimals: int,
+) -> Sample:
+    """A design sample with the chance `design_share`, else a CIF sample.
+
+    Half of the design samples show an exemplar: a relative (same composition and adsorbate), else the own structure
+    with noise.
+    """
+    if rng.random() >= design_share:
+        return cif_sample(system, decimals)
+    exemplar = None
+    if rng.random() < 0.5:
+        exemplar = kin[rng.integers(len(kin))] if kin else jitter(system, noise, rng)
+    return design_sample(system, exemplar, decimals)
+
+
+class Mixture:
+    """The samples of a supervised step: property samples first, CIF and design samples after them."""
+
+    def __init__(self, context: Context, seed: int) -> None:
+        self.context, self.seed = context, context.config.seed + seed
+        self.systems = context.data["train"]
+        self.kin = relatives(self.systems)
+
+    def draw(
+        self,
+        step: int,
+        batch_size: int,
+        property_share: float,
+        property_of: Callable[[System, np.random.Generator], Sample],
+        design_share: float,
+        noise: float,
+    ) -> Batch:
+        """This rank's batch of a step; `property_of` makes a property sample, `design_share` is of the rest."""
+        c = self.context
+        n_property = round(property_share * batch_size)
+        samples = []
+        picks = chosen(len(self.systems), batch_size, self.seed, step, c.world.rank, c.world.size)
+        for k, (i, rng) in enumerate(picks):
+            system = self.systems[i]
+            if c.config.data.augment:
+                system = symmetric_copy(system, rng)
+            if k < n_property:
+                samples.append(property_of(system, rng))
+            else:
+                kin = [self.systems[j] for j in self.kin[i]]
+                samples.append(task_sample(system, kin, rng, design_share, noise, c.config.data.decimals))
+        return c.collate(samples).to(c.world.device)
+
+
+def sample_losses(model: CatalyticMLLM, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Per sample: cross-entropy of the answer (mean over its tokens), |error| of the standardised energy (0 where
+    there is no label), and whether there is one. All [B]."""
+    out = model("answer", batch)
+    rows = torch.nonzero(batch.labels[:, 1:] != -100)[:, 0]
+    count = torch.bincount(rows, minlength=len(batch.labels)).clamp_min(1)
+    ce = out["logprob"].new_zeros(len(batch.labels)).index_add(0, rows, -out["logprob"]) / count
+    labelled = ~batch.energy.isnan() & ~out["energy"].isnan()
+    target = (batch.energy - model.energy_mean) / model.energy_std
+    # `where` before the subtraction: a NaN times zero would still be a NaN gradient.
+    error = torch.where(labelled, out["energy"], 0.0) - torch.where(labelled, target, 0.0)
+    return ce, error.abs(), labelled

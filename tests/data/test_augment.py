@@ -1,0 +1,51 @@
+"""Symmetric copies are the same crystal: ASE's distances, the composition and the rows' sites say so."""
+
+import numpy as np
+import pytest
+from ase.geometry import get_distances
+
+from catmllm.data.augment import symmetric_copy
+from catmllm.data.slabs import load_slabs
+
+SYSTEMS = load_slabs()[::97]
+
+
+def spectrum(system):
+    _, d = get_distances(system.positions, cell=system.lattice, pbc=True)
+    pairs = [
+        (*sorted(z), round(x, 4))
+        for z, x in zip(
+            np.stack(np.broadcast_arrays(system.numbers[:, None], system.numbers[None]), -1)
+            .reshape(-1, 2)
+            .tolist(),
+            d.ravel().tolist(),
+        )
+    ]
+    return np.array(sorted(pairs))
+
+
+@pytest.mark.parametrize("system", SYSTEMS, ids=lambda s: s.sid)
+def test_copy_is_the_same_crystal_with_rows_at_their_sites(system) -> None:
+    rng = np.random.default_rng(0)
+    changed = 0
+    for _ in range(6):
+        copy = symmetric_copy(system, rng)
+        changed += not np.allclose(copy.frac, system.frac)
+        np.testing.assert_allclose(spectrum(copy), spectrum(system), atol=2e-3)
+        assert (
+            copy.target == system.target and copy.identity == system.identity and copy.energy == system.energy
+        )
+        assert (copy.numbers[copy.tags == 2] == system.numbers[system.tags == 2]).all()
+        slab = system.tags != 2
+        apart = copy.frac[slab] - system.frac[slab]
+        apart -= np.round(apart)
+        assert np.linalg.norm(apart @ system.lattice, axis=1).max() <= 0.9
+    assert changed >= 2
+
+
+def test_both_facets_have_their_full_symmetry() -> None:
+    from catmllm.data.augment import _isometries
+
+    for system in SYSTEMS:
+        expected = 12 if system.miller == (1, 1, 1) else 8
+        assert len(_isometries(system.lattice.tobytes())) == expected

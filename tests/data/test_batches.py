@@ -1,0 +1,151 @@
+"""Batches: padding, labels, joined graphs, markers, and the order of training as a pure function."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from catmllm.config import Config
+from catmllm.data.batches import Collator, GraphBatch, draw
+from catmllm.data.prompts import ENERGY, GRAPH, Sample, cif_sample, design_sample, property_sample
+from catmllm.models.catalytic_mllm import CatalyticMLLM
+from catmllm.structure.graph import neighbour_graph
+from catmllm.structure.system import System
+
+Model = tuple[CatalyticMLLM, Collator]
+
+
+@pytest.fixture
+def collate(small_model: Model) -> Collator:
+    return small_model[1]
+
+
+def test_rows_are_prompt_answer_padding(collate: Collator, train_systems: list[System]) -> None:
+    a, b = train_systems[0], train_systems[1]
+    samples = [property_sample(a), cif_sample(b), design_sample(a, b), Sample("no answer")]
+    batch = collate(samples)
+    assert batch.input_ids.dtype == batch.labels.dtype == torch.int64
+    assert batch.attention_mask.dtype == torch.bool and batch.energy.dtype == torch.float32
+    tokenizer = collate.tokenizer
+    for row, s in enumerate(samples):
+        prompt = tokenizer.encode(s.prompt, add_special_tokens=False)
+        answer = tokenizer.encode(s.answer, add_special_tokens=False)
+        n = len(prompt) + len(answer)
+        assert batch.input_ids[row, :n].tolist() == prompt + answer
+        assert (batch.input_ids[row, n:] == tokenizer.pad_token_id).all()
+        assert batch.attention_mask[row].tolist() == [i < n for i in range(batch.input_ids.shape[1])]
+        assert batch.labels[row][batch.labels[row] != -100].tolist() == answer
+        assert (batch.labels[row, : len(prompt)] == -100).all() and (batch.labels[row, n:] == -100).all()
+        if answer:
+            assert answer[-1] == tokenizer.eos_token_id
+    assert batch.energy[0].item() == pytest.approx(a.energy)
+    assert batch.energy[1:].isnan().all()
+    assert batch.graph is not None and batch.graph.n_systems == 2  # of the first and the third, in this order
+    assert batch.graph.numbers.tolist() == [*a.numbers, *b.numbers]
+
+
+def test_graphs_side_by_side_are_each_systems_own(
+    collate: Collator, small_config: Config, train_systems: list[System]
+) -> None:
+    systems = [train_systems[i] for i in (0, 400, 900)]
+    joined = collate.graphs(systems)
+    assert joined is not None
+    first_atom = 0
+    d = small_config.data
+    for k, s in enumerate(systems):
+        own = neighbour_graph(s.lattice, s.positions, d.cutoff, d.max_neighbours)
+        inside = joined.batch[joined.edge_index[1]] == k
+        np.testing.assert_array_equal(joined.edge_index[:, inside].numpy() - first_atom, own.edge_index)
+        np.testing.assert_allclose(joined.edge_vec[inside].numpy(), own.edge_vec, rtol=1e-6, atol=1e-6)
+        assert (joined.batch == k).sum() == len(s)
+        first_atom += len(s)
+    assert (joined.edge_index[1].diff() >= 0).all()  # sorted by target: what the CSR kernels rely on
+    assert (joined.batch.diff() >= 0).all()
+    assert joined.edge_vec.dtype == torch.float32
+    assert collate.graphs([]) is None
+
+
+def test_a_marker_without_structure_is_an_error(collate: Collator) -> None:
+    with pytest.raises(ValueError, match="marker but the sample carries no structure"):
+        collate([Sample(f"{GRAPH} what is it?")])
+
+
+def test_an_element_beyond_the_encoder_is_an_error(collate: Collator, train_systems: list[System]) -> None:
+    """Generated CIFs name any element; the encoder's table ends at actinium."""
+    s = train_systems[0]
+    heaviest = replace(s, numbers=np.where(np.arange(len(s)) == 0, 89, s.numbers))
+    assert collate.graphs([heaviest]) is not None
+    with pytest.raises(ValueError, match=r"knows no Th \(Z = 90\)"):
+        collate.graphs([replace(s, numbers=np.where(np.arange(len(s)) == 0, 90, s.numbers))])
+
+
+def test_one_marker_an_atom(small_model: Model, train_systems: list[System]) -> None:
+    by_atom = replace(small_model[1], tokens_per_atom=True)
+    s = train_systems[0]
+    batch = by_atom([property_sample(s), property_sample(s, "text")])
+    marks = batch.input_ids == by_atom.graph_id
+    assert marks.sum(1).tolist() == [len(s), 0]
+    at = marks[0].nonzero()[:, 0]
+    assert (at.diff() == 1).all()  # in one run, where the single marker stands
+    plain = small_model[1].prompt_ids(property_sample(s))
+    assert at[0] == plain.index(by_atom.graph_id)
+    kept = batch.input_ids[0][~marks[0] & batch.attention_mask[0]].tolist()
+    whole = small_model[1]([property_sample(s)]).input_ids[0].tolist()
+    assert kept == [i for i in whole if i != by_atom.graph_id]
+
+
+def test_the_query_ends_every_property_prompt(collate: Collator, train_systems: list[System]) -> None:
+    for mode in ("both", "graph", "text"):
+        prompt = collate.prompt_ids(property_sample(train_systems[3], mode))  # type: ignore[arg-type]
+        assert prompt[-1] == collate.energy_id == collate.tokenizer.get_vocab()[ENERGY]
+
+
+def test_encoding_twice_does_not_share_what_the_caller_changes(
+    small_model: Model, train_systems: list[System]
+) -> None:
+    collate = replace(small_model[1], tokens_per_atom=True)
+    sample = property_sample(train_systems[0])
+    assert collate.prompt_ids(sample) == collate.prompt_ids(sample)
+    assert collate.encode(sample.prompt).count(collate.graph_id) == 1
+
+
+def test_to_moves_everything(collate: Collator, train_systems: list[System]) -> None:
+    batch = collate([property_sample(train_systems[0])]).to(torch.device("meta"))
+    assert isinstance(batch.graph, GraphBatch)
+    tensors = [*vars(batch).values(), *vars(batch.graph).values()]
+    assert all(t.device.type == "meta" for t in tensors if isinstance(t, torch.Tensor))
+
+
+@given(
+    n=st.integers(1, 60),
+    count=st.integers(1, 9),
+    world=st.integers(1, 4),
+    seed=st.integers(0, 3),
+)
+def test_an_epoch_shows_every_sample_once_over_all_ranks(n: int, count: int, world: int, seed: int) -> None:
+    steps = -(-3 * n // (count * world))  # three epochs at least
+    drawn = np.concatenate(
+        [draw(n, count, seed, step, rank, world) for step in range(steps) for rank in range(world)]
+    )
+    for epoch in range(3):
+        assert sorted(drawn[epoch * n : (epoch + 1) * n]) == list(range(n))
+    most, least = max(Counter(drawn).values()), min(Counter(drawn).values())
+    assert most - least <= 1
+
+
+def test_the_draw_is_a_function_of_its_arguments() -> None:
+    one = draw(100, 8, 0, 5, 1, 2)
+    np.random.seed(3)  # noqa: NPY002  the global generator must not matter
+    np.testing.assert_array_equal(one, draw(100, 8, 0, 5, 1, 2))
+    assert not np.array_equal(one, draw(100, 8, 1, 5, 1, 2))
+    # one rank of 16 sees what two ranks of 8 see together
+    both = np.concatenate([draw(100, 8, 0, 5, r, 2) for r in range(2)])
+    np.testing.assert_array_equal(both, draw(100, 16, 0, 5, 0, 1))
+    epochs = [draw(50, 50, 0, e, 0, 1) for e in range(2)]
+    assert not np.array_equal(*epochs)

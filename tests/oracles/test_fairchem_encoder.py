@@ -1,0 +1,194 @@
+"""The whole encoder against fairchem 1.10's, weights loaded through `load_fairchem_checkpoint`, in float64.
+
+fairchem 2 has no EquiformerV2 and 1.10 pins an old torch, so it is installed beside the environment:
+
+    pip install --no-deps --target DIR fairchem-core==1.10.0 && FAIRCHEM_1_10=DIR pytest tests/oracles
+
+(it also imports e3nn, ase, lmdb and torch_geometric). torch_scatter, which it imports but EquiformerV2 does not call, is stubbed.
+"""
+
+import importlib
+import os
+import sys
+import types
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from catmllm.models.equiformer_v2 import EquiformerV2, EquiformerV2Config, load_fairchem_checkpoint
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+_WHY = (
+    "fairchem 1.10 not importable from FAIRCHEM_1_10: pip install --no-deps --target DIR fairchem-core==1.10.0, "
+    "then set FAIRCHEM_1_10=DIR (needs e3nn, ase, lmdb, torch_geometric)"
+)
+
+
+@pytest.fixture(scope="module")
+def fairchem():
+    """The module of fairchem's monolithic EquiformerV2; its path and the stub are taken back afterwards."""
+    folder = os.environ.get("FAIRCHEM_1_10")
+    if not folder or not os.path.isdir(folder):
+        pytest.skip(_WHY)
+    before = set(sys.modules)
+    for name in ("torch_scatter", "torch_sparse"):
+        if importlib.util.find_spec(name) is None:
+            stub = types.ModuleType(name)
+            vars(stub).update(dict.fromkeys(("scatter", "segment_coo", "segment_csr", "SparseTensor")))
+            sys.modules[name] = stub
+    sys.path.insert(0, folder)
+    try:
+        pytest.importorskip("e3nn.o3", reason=_WHY)
+        module = importlib.import_module("fairchem.core.models.equiformer_v2.equiformer_v2_deprecated")
+        yield module
+    except ImportError as error:
+        pytest.skip(f"{_WHY}: {error}")
+    finally:
+        sys.path.remove(folder)
+        for name in set(sys.modules) - before:
+            if name.split(".")[0] in ("fairchem", "torch_scatter", "torch_sparse"):
+                del sys.modules[name]
+
+
+CONFIGS = {
+    "L4M2 S2 grid MLP, as OC20's 31M": EquiformerV2Config(lmax=4, mmax=2, grid_resolution=18),
+    "L6M3 S2 grid MLP, as OC20's 153M": EquiformerV2Config(num_layers=1, lmax=6, mmax=3, grid_resolution=18),
+    "L2M2 gates, linear, RMS": EquiformerV2Config(
+        use_gate_act=True, use_grid_mlp=False, norm_type="rms_norm_sh"
+    ),
+    "L3M1 S2, least grid": EquiformerV2Config(lmax=3, mmax=1, use_grid_mlp=False, use_attn_renorm=False),
+    "L5M0 gates, grid MLP": EquiformerV2Config(num_layers=1, lmax=5, mmax=0, use_gate_act=True),
+}
+SIZES: dict[str, Any] = {
+    "sphere_channels": 16,
+    "attn_hidden_channels": 8,
+    "num_heads": 2,
+    "attn_alpha_channels": 8,
+    "attn_value_channels": 4,
+    "ffn_hidden_channels": 12,
+    "edge_channels": 16,
+    "num_distance_basis": 600,
+    "max_radius": 12.0,
+    "energy_head": True,
+    "force_head": True,
+}
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def pair(request, fairchem):
+    """(fairchem's model, ours with its weights), all weights random, in float64."""
+    config = replace(CONFIGS[request.param], **SIZES)
+    torch.manual_seed(0)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    same = (
+        "num_layers sphere_channels attn_hidden_channels num_heads attn_alpha_channels attn_value_channels norm_type "
+        "ffn_hidden_channels edge_channels max_radius grid_resolution use_gate_act use_grid_mlp use_attn_renorm"
+    )
+    try:
+        theirs = fairchem.EquiformerV2(
+            lmax_list=[config.lmax],
+            mmax_list=[config.mmax],
+            weight_init="uniform",
+            alpha_drop=0.0,
+            drop_path_rate=0.0,
+            **{name: getattr(config, name) for name in same.split()},
+        )
+        for parameter in theirs.parameters():
+            scale = 0.3 if parameter.dim() < 2 else parameter.shape[-1] ** -0.5
+            torch.nn.init.normal_(parameter, std=scale)
+        ours = EquiformerV2(config).double()
+        load_fairchem_checkpoint(theirs.state_dict(), ours)
+        yield theirs, ours
+    finally:
+        torch.set_default_dtype(default)
+
+
+@pytest.fixture(scope="module")
+def graph():
+    """numbers, edge_index, edge_vec, batch of two random clusters; every target has another number of edges."""
+    generator = torch.Generator().manual_seed(1)
+    numbers = torch.randint(1, 80, (11,), generator=generator)
+    position = 3 * torch.randn(11, 3, generator=generator, dtype=torch.float64)
+    batch = torch.tensor([0] * 6 + [1] * 5)
+    pairs = [
+        (i, j)
+        for j in range(11)
+        for i in range(11)
+        if i != j and batch[i] == batch[j] and (i + 2 * j) % 4 != 0
+    ]
+    edge_index = torch.tensor(pairs).T.contiguous()
+    return numbers, edge_index, position[edge_index[0]] - position[edge_index[1]], batch
+
+
+def run_fairchem(model, fairchem, graph, monkeypatch):
+    """Energy, forces, and the frames that fairchem drew."""
+    base = importlib.import_module("fairchem.core.models.base")
+    numbers, edge_index, edge_vec, batch = graph
+    frames = fairchem.init_edge_rot_mat(edge_vec)
+    data = types.SimpleNamespace(
+        natoms=torch.bincount(batch),
+        pos=edge_vec.new_zeros(len(numbers), 3),
+        atomic_numbers=numbers,
+        batch=batch,
+    )
+    made = base.GraphData(edge_index, edge_vec.norm(dim=1), edge_vec, None, None, None, batch, numbers)
+    monkeypatch.setattr(model, "generate_graph", lambda *_, **__: made)
+    monkeypatch.setattr(model, "_init_edge_rot_mat", lambda *_: frames)
+    embedding = []
+    hook = model.norm.register_forward_hook(lambda _, __, out: embedding.append(out))
+    out = model(data)
+    hook.remove()
+    return embedding[0], out, frames
+
+
+def relative(a, b):
+    return float((a - b).abs().max() / b.abs().max().clamp_min(1e-300))
+
+
+def test_embedding_heads_and_every_gradient(pair, fairchem, graph, monkeypatch):
+    theirs, ours = pair
+    expected, heads, frames = run_fairchem(theirs, fairchem, graph, monkeypatch)
+    ours_embedding = ours(*graph, 2, edge_rot_mat=frames)
+    assert relative(ours_embedding, expected) < 1e-10
+    predicted = ours.predict(*graph, 2, edge_rot_mat=frames)
+    assert relative(predicted["energy"], heads["energy"]) < 1e-10
+    assert relative(predicted["forces"], heads["forces"]) < 1e-10
+
+    cotangent = torch.randn_like(heads["forces"])
+    for out in (heads, predicted):
+        (out["energy"].sum() + (out["forces"] * cotangent).sum()).backward()
+    their_gradients = {name: p.grad for name, p in theirs.named_parameters()}
+    assert set(their_gradients) == {name for name, _ in ours.named_parameters()}
+    for name, parameter in ours.named_parameters():
+        expected = their_gradients[name]
+        if expected is None:
+            assert parameter.grad is None or not parameter.grad.any(), name
+        else:
+            assert relative(parameter.grad, expected) < 1e-9, name
+        parameter.grad = None
+    theirs.zero_grad()
+
+
+def test_our_own_frames_change_only_what_the_grid_cannot_hold(pair, fairchem, graph, monkeypatch):
+    theirs, ours = pair
+    with torch.no_grad():
+        expected, _, _ = run_fairchem(theirs, fairchem, graph, monkeypatch)
+        tolerance = 1e-10 if ours.config.use_gate_act else 1e-3 if ours.config.grid_resolution else 0.1
+        assert relative(ours(*graph, 2), expected) < tolerance
+
+
+def test_layout_of_fairchem_2(pair):
+    theirs, ours = pair
+    heads = {"energy_block": "output_heads.energy.", "force_block": "output_heads.forces."}
+    state = {
+        "module." + heads.get(key.split(".")[0], "backbone.") + key: value
+        for key, value in theirs.state_dict().items()
+    }
+    other = EquiformerV2(ours.config).double()
+    load_fairchem_checkpoint({"state_dict": state}, other)
+    for (name, a), (_, b) in zip(other.named_parameters(), ours.named_parameters(), strict=True):
+        assert torch.equal(a, b), name

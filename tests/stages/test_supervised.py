@@ -1,0 +1,63 @@
+"""The supervised stages in one process: precisions agree, both signs of MMTG run, and what a step draws is a function."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from catmllm.stages.joint import Joint
+from catmllm.stages.supervised import Mixture, relatives
+from catmllm.trainer.loop import train
+from tests.stages.conftest import MakeContext, small
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_follows_float32(make_context: MakeContext, precision: str) -> None:
+    losses = {}
+    for p in ("fp32", precision):
+        config = small()
+        config.precision = p  # type: ignore[assignment]
+        config.joint.steps, config.joint.lr = 4, 5e-4
+        context = make_context(config)
+        train(Joint, context)
+        rows = [json.loads(line) for line in (context.folder / "log.jsonl").read_text().splitlines()]
+        assert ("loss_scale" in rows[0]) == (p == "fp16")
+        losses[p] = [r["loss"] for r in rows]
+    assert all(math.isfinite(x) for x in losses[precision])
+    np.testing.assert_allclose(losses[precision], losses["fp32"], rtol=0.03)
+
+
+def test_minus_sign_of_mmtg_is_a_choice(make_context: MakeContext) -> None:
+    config = small()
+    config.joint.mmtg_sign = "-"
+    state, _ = train(Joint, make_context(config))
+    assert all(torch.isfinite(v).all() for v in state.values() if v.is_floating_point())
+
+
+def test_a_step_draws_the_same_batch_again_and_other_steps_others(make_context: MakeContext) -> None:
+    context = make_context(small())
+
+    def batch(step: int):
+        return Mixture(context, 1).draw(step, 6, 0.5, lambda s, rng: _property(s), 0.5, 0.05)
+
+    def _property(system):
+        from catmllm.data.prompts import property_sample
+
+        return property_sample(system)
+
+    first, again, other = batch(3), batch(3), batch(4)
+    assert torch.equal(first.input_ids, again.input_ids)
+    assert torch.equal(first.graph.edge_vec, again.graph.edge_vec)
+    assert first.input_ids.shape != other.input_ids.shape or not torch.equal(first.input_ids, other.input_ids)
+
+
+def test_relatives_share_identity_and_leave_out_the_system_itself(make_context: MakeContext) -> None:
+    from catmllm.data.slabs import load_slabs
+
+    systems = load_slabs()[:300]
+    for i, kin in enumerate(relatives(systems)):
+        assert i not in kin
+        assert all(systems[j].identity == systems[i].identity for j in kin)
+    assert any(relatives(systems))

@@ -1,0 +1,222 @@
+"""Which part of the tree may import which (arrows go down only), read from the sources and tried in a fresh interpreter."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ROOTS = {"catmllm": ROOT, "rewards_fast": ROOT, "catmllm_kernels": ROOT / "kernels"}
+
+# What may not be imported from where, anywhere in a file; a longer name wins over a shorter one.
+FORBIDDEN = {
+    "rewards_fast": ("torch", "catmllm", "catmllm_kernels", "transformers", "ase"),
+    "catmllm_kernels": ("catmllm", "rewards_fast", "transformers"),
+    "catmllm.structure": (
+        "torch",
+        "catmllm.config",
+        "catmllm.data",
+        "catmllm.models",
+        "catmllm.rl",
+        "catmllm.stages",
+        "catmllm.trainer",
+        "catmllm.evaluate",
+    ),
+    "catmllm.data": (
+        "catmllm.models",
+        "catmllm.rl",
+        "catmllm.stages",
+        "catmllm.trainer",
+        "catmllm.evaluate",
+    ),
+    "catmllm.models": ("catmllm.rl", "catmllm.stages", "catmllm.trainer", "catmllm.evaluate"),
+    "catmllm.rl": ("catmllm.stages", "catmllm.trainer"),
+    "catmllm.evaluate": ("catmllm.stages", "catmllm.trainer.pipeline", "catmllm.trainer.loop"),
+    "catmllm.stages": ("catmllm.trainer.pipeline",),
+}
+
+
+def modules() -> dict[str, Path]:
+    """Every module of ours by its dotted name."""
+    found = {}
+    for package, root in ROOTS.items():
+        for path in sorted((root / package).rglob("*.py")):
+            parts = path.relative_to(root).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+MODULES = modules()
+
+
+def typing_only(node: ast.If) -> bool:
+    return "TYPE_CHECKING" in ast.unparse(node.test)
+
+
+def imported(
+    tree: ast.AST, module: str, package: bool, top_level: bool = False, types_too: bool = True
+) -> Iterator[str]:
+    """Dotted names that a module imports: all, or those executed when it is itself imported."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parts = module.split(".")
+                parts = parts[: len(parts) - node.level + package]
+                base = ".".join([*parts, base] if base else parts)
+            yield base
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+        elif (top_level and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)) or (
+            isinstance(node, ast.If) and not types_too and typing_only(node)
+        ):
+            continue
+        else:
+            yield from imported(node, module, package, top_level, types_too)
+
+
+def inside(name: str, package: str) -> bool:
+    return name == package or name.startswith(package + ".")
+
+
+def imports_of(module: str, **options: bool) -> list[str]:
+    path = MODULES[module]
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return list(imported(tree, module, path.name == "__init__.py", **options))
+
+
+@pytest.mark.parametrize("package", FORBIDDEN)
+def test_arrows_go_down(package: str) -> None:
+    own = [m for m in MODULES if inside(m, package)]
+    assert own, package
+    wrong = [
+        f"{module} imports {name}"
+        for module in own
+        for name in imports_of(module, types_too=False)
+        for bad in FORBIDDEN[package]
+        if inside(name, bad)
+    ]
+    assert not wrong
+
+
+def test_types_of_the_upper_floors_are_not_named_below_either() -> None:
+    """`if TYPE_CHECKING` is no way around a wall, but for the configuration's own types."""
+    for package in ("rewards_fast", "catmllm_kernels", "catmllm.structure"):
+        for module in (m for m in MODULES if inside(m, package)):
+            for name in imports_of(module):
+                assert not any(inside(name, bad) for bad in FORBIDDEN[package] if "catmllm" in bad), module
+
+
+def test_there_is_no_import_circle() -> None:
+    graph = {
+        module: {
+            name
+            for name in imports_of(module, top_level=True, types_too=False)
+            if name in MODULES and name != module
+        }
+        for module in MODULES
+    }
+    done: set[str] = set()
+
+    def visit(module: str, path: list[str]) -> None:
+        assert module not in path, " -> ".join([*path[path.index(module) :], module])
+        if module not in done:
+            for name in sorted(graph[module]):
+                visit(name, [*path, module])
+            done.add(module)
+
+    for module in sorted(graph):
+        visit(module, [])
+
+
+def loaded_after(statement: str, *, path: Path = ROOT) -> set[str]:
+    """The top-level names in sys.modules of a fresh interpreter after a statement."""
+    code = (
+        f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'kernels')!r}]\n{statement}\n"
+        "import json; print(json.dumps(sorted(sys.modules)))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=path, check=True)
+    return set(json.loads(run.stdout.splitlines()[-1]))
+
+
+def test_the_reward_needs_numpy_alone() -> None:
+    names = loaded_after("import rewards_fast")
+    for package in ("torch", "catmllm", "catmllm_kernels", "transformers", "pymatgen", "ase", "pandas"):
+        assert package not in names
+    assert "numpy" in names
+
+
+def test_scoring_loads_neither_torch_nor_the_trainer() -> None:
+    names = loaded_after("import rewards_fast; rewards_fast.PVCP().score(['data_x'], '')")
+    assert not names & {"torch", "catmllm", "catmllm_kernels", "transformers"}
+
+
+def test_the_kernels_do_not_load_the_trainer() -> None:
+    folders = sorted(m for m in MODULES if m.count(".") == 1 and inside(m, "catmllm_kernels"))
+    names = loaded_after("\n".join(f"import {m}" for m in folders))
+    assert "torch" in names
+    assert not names & {"catmllm", "rewards_fast", "transformers"}
+
+
+def test_a_structure_needs_no_torch() -> None:
+    names = loaded_after(
+        "import catmllm.structure.cif, catmllm.structure.text, catmllm.structure.graph, catmllm.data.slabs"
+    )
+    assert "torch" not in names and "transformers" not in names
+
+
+def test_the_configuration_and_the_command_line_are_quick_to_load() -> None:
+    names = loaded_after("import catmllm.config, catmllm.cli")
+    assert "torch" not in names and "transformers" not in names
+
+
+def test_train_as_a_script_does_not_shadow_other_packages(tmp_path: Path) -> None:
+    """Run as `python catmllm/train.py`, its folder would be the first place for `import evaluate` and `import data`."""
+    code = (
+        "import runpy, sys, contextlib, io, importlib.util\n"
+        f"script = {str(ROOT / 'catmllm' / 'train.py')!r}\n"
+        f"sys.path[0] = {str(ROOT / 'catmllm')!r}\n"
+        "assert 'catmllm' in (importlib.util.find_spec('evaluate').origin\n"
+        "    or str(list(importlib.util.find_spec('evaluate').submodule_search_locations)))\n"
+        "importlib.invalidate_caches()\n"
+        "sys.argv = [script, '--help']\n"
+        "try:\n"
+        "    with contextlib.redirect_stdout(io.StringIO()): runpy.run_path(script, run_name='__main__')\n"
+        "except SystemExit as end:\n"
+        "    assert end.code == 0\n"
+        "for name in ('evaluate', 'data', 'models', 'structure', 'trainer'):\n"
+        "    spec = importlib.util.find_spec(name)\n"
+        "    places = [] if spec is None else [spec.origin or '', *(spec.submodule_search_locations or [])]\n"
+        f"    assert not any(str(p).startswith({str(ROOT / 'catmllm')!r}) for p in places), (name, places)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+
+
+def test_help_lists_every_key(tmp_path: Path) -> None:
+    script = ROOT / "catmllm" / "train.py"
+    run = subprocess.run(
+        [sys.executable, str(script), "--help"], capture_output=True, text=True, cwd=tmp_path, check=True
+    )
+    assert "Keys and defaults" in run.stdout and "ga_grpo:" in run.stdout and "mmtg_lambda:" in run.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["grpo.lrr=1"], "did you mean `grpo.lr`?"),
+        (["a.yaml", "b.yaml"], "one configuration file at most"),
+        (["absent.yaml"], "absent.yaml"),
+    ],
+)
+def test_a_wrong_argument_is_one_line_and_status_2(tmp_path: Path, arguments: list[str], says: str) -> None:
+    command = [sys.executable, str(ROOT / "catmllm" / "train.py"), *arguments]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert run.returncode == 2
+    assert says in run.stderr and "Traceback" not in run.stderr
