@@ -87,7 +87,8 @@ cdef extern from "../csrc/pvcp/batch.h" namespace "catmllm::pvcp":
         vector[Piece] pieces
         void run(double*, unsigned) nogil
     cdef cppclass Profile:
-        double scan
+        double tokenise
+        double symmetry
         double parse
         double distance
         double score
@@ -220,12 +221,12 @@ def min_distance(lattice, frac):
 
 
 def profile(str text not None, int repeats):
-    """Least seconds of each stage for one text: scan, parse (scan included), distance, score; and its sites."""
+    """Least seconds of each stage for one text: tokenise, symmetry, parse (both included), distance, score; and its sites."""
     cdef TextRef ref = _reference(text)
     cdef Profile p
     with nogil:
         p = c_profile(ref, repeats)
-    return {"scan": p.scan, "parse": p.parse, "distance": p.distance, "score": p.score, "sites": p.n_sites}
+    return {"tokenise": p.tokenise, "symmetry": p.symmetry, "parse": p.parse, "distance": p.distance, "score": p.score, "sites": p.n_sites}
 
 
 def instruction_set():

@@ -157,7 +157,7 @@ class Crystals(Sequence["Crystal | None"]):
     def __getitem__(self, index: int) -> Crystal | None: ...
     @overload
     def __getitem__(self, index: slice) -> list[Crystal | None]: ...
-    def __getitem__(self, index: int | slice) -> Crystal | None | list[Crystal | None]:
+    def __getitem__(self, index: int | slice) -> Crystal | list[Crystal | None] | None:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         i = index + len(self) if index < 0 else index
@@ -168,7 +168,10 @@ class Crystals(Sequence["Crystal | None"]):
             return None
         lattice, frac, numbers, counts = found
         return Crystal(
-            lattice, frac, numbers, {k if isinstance(k, str) else ELEMENTS[k - 1]: n for k, n in counts.items()}
+            lattice,
+            frac,
+            numbers,
+            {k if isinstance(k, str) else ELEMENTS[k - 1]: n for k, n in counts.items()},
         )
 
     def __eq__(self, other: object) -> bool:
@@ -423,7 +426,12 @@ class PVCP:
             bare = _core.is_bare_cif
             texts = [text if not isinstance(text, str) or bare(text) else extract_cif(text) for text in texts]
         rows, reasons, bits, cells = _core.score(
-            texts, wanted, target_of_text, _numbers(self.weights), _numbers(self.thresholds), self.threads or 0
+            texts,
+            wanted,
+            target_of_text,
+            _numbers(self.weights),
+            _numbers(self.thresholds),
+            self.threads or 0,
         )
         columns = dict(zip(_core.SCORE_COLUMNS, rows.T))
         return Scores(
@@ -439,7 +447,9 @@ def _numbers(settings: Weights | Thresholds) -> tuple[float, ...]:
     return tuple(float(getattr(settings, f.name)) for f in fields(settings))
 
 
-def _parse_targets(targets: Sequence[Target] | Target, n: int) -> tuple[list[list[tuple[int, float]]], list[int]]:
+def _parse_targets(
+    targets: Sequence[Target] | Target, n: int
+) -> tuple[list[list[tuple[int, float]]], list[int]]:
     """The different targets as (atomic number, count) pairs, and for each text which of them is its."""
     if targets is None or isinstance(targets, str | Mapping):
         return [_numbered(targets)], [0] * n

@@ -84,7 +84,10 @@ def main() -> None:
     out += [f'    {{"{name}", {names[name]}}},' for name in sorted(names)]
     out += ["};", "", "// by international number, from 1", "constexpr uint16_t kSpaceGroupNumbers[] = {"]
     out += [wrapped([str(n) for n in numbers]), "};", ""]
-    out += ["// sorted; a cell setting that is none of these is passed over", "constexpr const char* kLatticeAttributes[] = {"]
+    out += [
+        "// sorted; a cell setting that is none of these is passed over",
+        "constexpr const char* kLatticeAttributes[] = {",
+    ]
     out += [f'    "{name}",' for name in attributes]
     out += ["};", ""]
     (HERE / "tables.inc").write_text("\n".join(out))

@@ -62,10 +62,11 @@ struct Batch {
 // says nothing.
 bool is_bare_cif(const char* text, std::size_t size);
 
-// Least seconds of each stage over `repeats` runs of one text: scan of the bytes, parse (the scan included), distance,
-// score.
+// Least seconds of each stage over `repeats` runs of one text: scan and tokens of its first block, symmetry operations, the
+// whole parse (both included), distance, score.
 struct Profile {
-    double scan = 0;
+    double tokenise = 0;
+    double symmetry = 0;
     double parse = 0;
     double distance = 0;
     double score = 0;

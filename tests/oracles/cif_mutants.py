@@ -1,6 +1,7 @@
 """Breaks CIF texts the way models and people do, knowing the grammar: numbers, headers, loops, quotes, Unicode, symmetry,
 cells, species, prose, and truncation at every kind of place. Deterministic for a seed.
 """
+# ruff: noqa: SIM905  (word lists read better unquoted)
 
 from __future__ import annotations
 
@@ -31,7 +32,9 @@ NAMES = (
     "Fd-3m|Fd-3mS|F d -3 m :1|Ia-3d|p1|pm-3m|Pnma|Pbnm|Cmcm|C m c 21|foo|?|.|225|P63/mmc|I41/amd:2|A 1 2 1|Pmn2_1|''"
 ).split("|")
 HEADERS = (
-    "data_|data_x|DATA_x|Data_y| data_z|\tdata_|data_x powder_pattern|data_" + "a" * 80 + "|\ufeffdata_x|xdata_|# data_c|;data_s|'data_q'|data_é|\xa0data_n"
+    "data_|data_x|DATA_x|Data_y| data_z|\tdata_|data_x powder_pattern|data_"
+    + "a" * 80
+    + "|\ufeffdata_x|xdata_|# data_c|;data_s|'data_q'|data_é|\xa0data_n"
 ).split("|")
 WORDS = (
     "_eof|loop_|_|data_|save_|stop_|global_|#|;|'|\"|''|\"\"|_x|_x y|Here is the CIF:|```|```cif|<think>|</s>|\\|,|\x00|\x0b|\x0c|\x1c|\x1f|"
@@ -91,7 +94,9 @@ def cell(text: str, r: random.Random) -> str:
     if kind < 0.6:
         return _replace(text, span, f"{name} {r.choice(CELLS)}")
     if kind < 0.75:
-        setting = f"{r.choice(['_symmetry_cell_setting', '_space_group_crystal_system'])} {r.choice(SETTINGS)}\n"
+        setting = (
+            f"{r.choice(['_symmetry_cell_setting', '_space_group_crystal_system'])} {r.choice(SETTINGS)}\n"
+        )
         return _replace(text, span, setting)
     if kind < 0.85:
         return _replace(text, span, f"{name}\n;\n{r.choice(NUMBERS)}\n;\n")
@@ -133,7 +138,9 @@ def rows(text: str, r: random.Random) -> str:
         keep = r.randrange(1, 4)
         start, end = found[min(keep, len(found) - 1)][0], found[-1][1]
         return text[:start] + text[end:]
-    return _replace(text, span, row.replace(" ", r.choice(["\n", "\t", "  ", "\x0b", "\r", "\x1f", "\xa0"]), 1))
+    return _replace(
+        text, span, row.replace(" ", r.choice(["\n", "\t", "  ", "\x0b", "\r", "\x1f", "\xa0"]), 1)
+    )
 
 
 def occupancy(text: str, r: random.Random) -> str:
@@ -158,16 +165,42 @@ def symmetry(text: str, r: random.Random) -> str:
     if spans and kind < 0.55:
         span = r.choice(spans)
         prefix = re.search(r"\n(\s*\d+\s+)$", text[: span[0]])
-        return _replace(text, span, text[span[0] : span[1]] + "\n" + (prefix.group(1) if prefix else "") + quoted)
+        return _replace(
+            text, span, text[span[0] : span[1]] + "\n" + (prefix.group(1) if prefix else "") + quoted
+        )
     if kind < 0.75:
         key = r.choice(KEYS[10:20])
-        value = r.choice(NAMES) if "name" in key else r.choice(["1", "2", "225", "166", "230", "231", "0", "-1", "62.0", "1e400", "nan", "?", "14(2)"])
+        value = (
+            r.choice(NAMES)
+            if "name" in key
+            else r.choice(
+                ["1", "2", "225", "166", "230", "231", "0", "-1", "62.0", "1e400", "nan", "?", "14(2)"]
+            )
+        )
         value = f"'{value}'" if " " in value or r.random() < 0.5 else value
-        without = re.sub(r"^\s*loop_\s+(?:_sym\S+\s+|_space_group_symop\S+\s+)+(?:(?:\d+\s+)?['\"].*['\"]\s*\n)+", "", text, flags=re.M)
-        return re.sub(r"(?=^\s*_cell_length_a)", f"{key} {value}\n", without if r.random() < 0.7 else text, count=1, flags=re.M)
-    loop = "loop_\n" + r.choice(KEYS[8:12]) + "\n" + "".join(f"'{r.choice(OPERATIONS)}'\n" for _ in range(r.randrange(1, 5)))
+        without = re.sub(
+            r"^\s*loop_\s+(?:_sym\S+\s+|_space_group_symop\S+\s+)+(?:(?:\d+\s+)?['\"].*['\"]\s*\n)+",
+            "",
+            text,
+            flags=re.M,
+        )
+        return re.sub(
+            r"(?=^\s*_cell_length_a)",
+            f"{key} {value}\n",
+            without if r.random() < 0.7 else text,
+            count=1,
+            flags=re.M,
+        )
+    loop = (
+        "loop_\n"
+        + r.choice(KEYS[8:12])
+        + "\n"
+        + "".join(f"'{r.choice(OPERATIONS)}'\n" for _ in range(r.randrange(1, 5)))
+    )
     without = re.sub(r"_symmetry_equiv_pos_as_xyz|_space_group_symop_operation_xyz", "_was", text)
-    return re.sub(r"(?=^\s*_cell_length_a)", lambda _: loop, without if r.random() < 0.5 else text, count=1, flags=re.M)
+    return re.sub(
+        r"(?=^\s*_cell_length_a)", lambda _: loop, without if r.random() < 0.5 else text, count=1, flags=re.M
+    )
 
 
 def header(text: str, r: random.Random) -> str:
@@ -202,7 +235,16 @@ def word(text: str, r: random.Random) -> str:
 
 def prose(text: str, r: random.Random) -> str:
     """Sentences before, after or inside."""
-    sentence = r.choice(["Here is the CIF.", "The structure has Pt atoms.", "I hope this helps!", "**Note:** a b c", "- item 1", "1. x 2. y"])
+    sentence = r.choice(
+        [
+            "Here is the CIF.",
+            "The structure has Pt atoms.",
+            "I hope this helps!",
+            "**Note:** a b c",
+            "- item 1",
+            "1. x 2. y",
+        ]
+    )
     lines = _lines(text)
     lines.insert(r.choice([0, len(lines), r.randrange(len(lines) + 1)]), sentence + "\n")
     return "".join(lines)
@@ -229,7 +271,9 @@ def key(text: str, r: random.Random) -> str:
     if kind < 0.35:
         return _replace(text, span, r.choice(KEYS))
     if kind < 0.5:
-        return _replace(text, span, old.upper() if r.random() < 0.3 else old + r.choice(["_", "x", ".", "(1)"]))
+        return _replace(
+            text, span, old.upper() if r.random() < 0.3 else old + r.choice(["_", "x", ".", "(1)"])
+        )
     if kind < 0.65:
         return _replace(text, span, "")
     if kind < 0.8:
@@ -244,7 +288,11 @@ def loop(text: str, r: random.Random) -> str:
     kind = r.randrange(7)
     spots = [m.span() for m in re.finditer(r"loop_", text)]
     if kind == 0 and spots:
-        return _replace(text, r.choice(spots), r.choice(["loop", "Loop_", "LOOP_", "loop_loop_", "loop_ loop_", "loop_x", "loop _", ""]))
+        return _replace(
+            text,
+            r.choice(spots),
+            r.choice(["loop", "Loop_", "LOOP_", "loop_loop_", "loop_ loop_", "loop_x", "loop _", ""]),
+        )
     if kind == 1 and spots:
         return _replace(text, r.choice(spots), "loop_\n_extra")
     lines = _lines(text)
@@ -276,7 +324,23 @@ def quoting(text: str, r: random.Random) -> str:
         return text
     span = r.choice(words)
     old = text[span[0] : span[1]]
-    form = r.choice(["'{}'", '"{}"', "'{}", "{}'", '"{}', "\n;{}\n;\n", "\n;\n{}\n;", "{} # c", "#{}", "''{}''", "' {} '", "\n; {}\n\n x\n; y\n", ";{};"])
+    form = r.choice(
+        [
+            "'{}'",
+            '"{}"',
+            "'{}",
+            "{}'",
+            '"{}',
+            "\n;{}\n;\n",
+            "\n;\n{}\n;",
+            "{} # c",
+            "#{}",
+            "''{}''",
+            "' {} '",
+            "\n; {}\n\n x\n; y\n",
+            ";{};",
+        ]
+    )
     return _replace(text, span, form.format(old))
 
 

@@ -151,7 +151,10 @@ def differences(text: str, verdict: dict[str, Any] | None, scores: Any, i: int) 
         found.append(f"composition {ours} != {theirs}")
     finite = np.isfinite(verdict["lattice"])
     if not (finite == np.isfinite(crystal.lattice)).all() or not np.allclose(
-        crystal.lattice[finite], verdict["lattice"][finite], rtol=1e-6, atol=1e-9 * np.abs(verdict["lattice"][finite]).max(initial=0)
+        crystal.lattice[finite],
+        verdict["lattice"][finite],
+        rtol=1e-6,
+        atol=1e-9 * np.abs(verdict["lattice"][finite]).max(initial=0),
     ):
         found.append("lattice")
     if not _same_sites((crystal.frac, crystal.numbers), (verdict["frac"], verdict["numbers"])):
@@ -210,7 +213,9 @@ def main() -> int:
     for text, found in compare(counted(), Verdicts(arguments.cache)):
         shown += 1
         if shown <= arguments.show:
-            print(f"--- {hashlib.md5(text.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}: {'; '.join(found)[:400]}")
+            print(
+                f"--- {hashlib.md5(text.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}: {'; '.join(found)[:400]}"
+            )
         if arguments.dump:
             folder = Path(arguments.dump)
             folder.mkdir(parents=True, exist_ok=True)
