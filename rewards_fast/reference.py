@@ -156,8 +156,10 @@ def _element_counts(composition: Any) -> dict[str, float]:
 
 def _number(species: Any) -> int:
     """Atomic number of a site's most abundant species, the first of equals; 0 for what is no element."""
-    most = max(species.values())
-    symbol = next(str(s.symbol) for s, amount in species.items() if amount == most)
+    most, symbol = -math.inf, ""
+    for kind, amount in species.items():
+        if amount > most:
+            most, symbol = amount, str(kind.symbol)
     return ATOMIC_NUMBER.get(symbol, 0)
 
 
