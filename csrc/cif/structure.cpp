@@ -344,7 +344,8 @@ double Builder::total_amount(const StructureScratch::Row& row) const {
     for (std::uint32_t i = 0; i < row.n_amounts; ++i) {
         const Amount& amount = s_.amounts[row.first_amount + i];
         if (water && element(s_.species[amount.species].element).number != 8) continue;
-        sum += amount.value;
+        // values() of a Composition counts H again for D beside it
+        sum += row.n_amounts == 1 ? amount.value : amount_of(row, s_.species[amount.species]);
     }
     return sum;
 }
@@ -466,8 +467,9 @@ Status Builder::read_rows() {
             StructureScratch::Row& row = s_.rows[match];
             const auto start = static_cast<std::uint32_t>(s_.amounts.size());
             for (std::uint32_t a = 0; a < row.n_amounts; ++a) {
-                const Amount amount = s_.amounts[row.first_amount + a];
-                s_.amounts.push_back(amount);
+                const std::uint32_t species = s_.amounts[row.first_amount + a].species;
+                const double value = amount_of(row, s_.species[species]);
+                s_.amounts.push_back({species, value});
             }
             const std::uint32_t added_end = start;
             for (std::uint32_t a = first_amount; a < added_end; ++a) {

@@ -26,6 +26,7 @@ namespace catmllm::geometry {
 namespace {
 
 constexpr std::uint32_t kCrowded = 24;
+constexpr std::size_t kRuns = 2048;
 constexpr std::size_t kFew = 4096;  // up to here crowding costs less than looking out for it
 
 struct Cell {
@@ -34,6 +35,8 @@ struct Cell {
     double spacing[3];
     double scale;
 };
+
+double dot(const double* a, const double* b) { return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]; }
 
 void to_cartesian(const double* basis, const double* f, double* x) {
     for (int k = 0; k < 3; ++k) x[k] = f[0] * basis[k] + f[1] * basis[3 + k] + f[2] * basis[6 + k];
@@ -44,20 +47,21 @@ class Images {
   public:
     Images(const Cell& cell, const bool thin[3]) {
         for (int k = 0; k < 3; ++k)
-            if (thin[k]) axis_[n_axes_++] = cell.basis + 3 * k;
-        // Gram matrix of the axes and its inverse, for rounding in the plane (or line) that they span.
-        double gram[9] = {1, 0, 0, 0, 1, 0, 0, 0, 1};
+            if (thin[k]) axis_[n_axes_++] = cell.basis + 3 * k;  // ascending lengths
+        // Each axis less its parts along the shorter ones (Gram-Schmidt): rounding goes plane by plane, from the longest
+        // axis down, which stays exact when one axis is 1e11 times another.
         bool orthogonal = true;
         for (int i = 0; i < n_axes_; ++i) {
-            for (int j = 0; j < n_axes_; ++j) {
-                gram[3 * i + j] = axis_[i][0] * axis_[j][0] + axis_[i][1] * axis_[j][1] + axis_[i][2] * axis_[j][2];
+            double* own = upright_[i];
+            for (int d = 0; d < 3; ++d) own[d] = axis_[i][d];
+            for (int j = 0; j < i; ++j) {
+                const double part = dot(axis_[i], upright_[j]) / dot(upright_[j], upright_[j]);
+                orthogonal &= std::fabs(part) < 1e-14;
+                for (int d = 0; d < 3; ++d) own[d] -= part * upright_[j][d];
             }
+            const double norm = dot(own, own);
+            for (int d = 0; d < 3; ++d) own_over_norm_[i][d] = own[d] / norm;
         }
-        for (int i = 0; i < n_axes_; ++i)
-            for (int j = 0; j < i; ++j)
-                orthogonal &= std::fabs(gram[3 * i + j]) < 1e-14 * std::sqrt(gram[4 * i] * gram[4 * j]);
-        invert(gram, inverse_gram_);
-        // Of v and -v the shorter sum is checked by sign, so half of the 27 shifts suffice.
         if (orthogonal || n_axes_ < 2) return;
         const int reach2 = n_axes_ == 3 ? 1 : 0;
         for (int i = -1; i <= 1; ++i) {
@@ -74,11 +78,8 @@ class Images {
 
     // Least squared length of v over the images.
     double nearest(double x, double y, double z) const {
-        double dots[3] = {0, 0, 0};
-        for (int i = 0; i < n_axes_; ++i) dots[i] = axis_[i][0] * x + axis_[i][1] * y + axis_[i][2] * z;
-        for (int i = 0; i < n_axes_; ++i) {
-            const double n = round_even(inverse_gram_[3 * i] * dots[0] + inverse_gram_[3 * i + 1] * dots[1] +
-                                       inverse_gram_[3 * i + 2] * dots[2]);
+        for (int i = n_axes_ - 1; i >= 0; --i) {
+            const double n = round_even(own_over_norm_[i][0] * x + own_over_norm_[i][1] * y + own_over_norm_[i][2] * z);
             x -= n * axis_[i][0];
             y -= n * axis_[i][1];
             z -= n * axis_[i][2];
@@ -98,7 +99,8 @@ class Images {
   private:
     const double* axis_[3] = {nullptr, nullptr, nullptr};
     int n_axes_ = 0;
-    double inverse_gram_[9] = {};
+    double upright_[3][3] = {};
+    double own_over_norm_[3][3] = {};
     double shifts_[78];
     int n_shifts_ = 0;
 };
@@ -177,7 +179,9 @@ CATMLLM_CLONES double search_rounded(const double* basis_in, const int* slices, 
                             const int low = same ? k : std::max(k - 1, 0);
                             const int high = std::min(k + 1, n2 - 1);
                             const std::uint32_t to = other[high + 1];
-                            best = nearest_of(c, same ? p + 1 : other[low], to, same ? n : to, a, basis, best);
+                            // lanes may run over the end, but not onto p itself
+                            const bool clear = same || p < to || p >= to + kLanes;
+                            best = nearest_of(c, same ? p + 1 : other[low], to, clear ? n : to, a, basis, best);
                             if (k == n2 - 1 && n2 > 1) best = nearest_of(c, other[0], other[1], other[1], a, basis, best);
                             if (k == 0 && n2 > 2 && !same)
                                 best = nearest_of(c, other[n2 - 1], other[n2], other[n2], a, basis, best);
@@ -399,18 +403,17 @@ double search_sparse(const Cell& cell, double r, std::size_t n, const DistanceSc
 
 double few_sites(const Cell& cell, double r, double best, std::size_t n, DistanceScratch& s) {
     int slices[3] = {1, 1, 1};
-    // Few sites: slices along one axis, so that neighbours are long runs; more: along all.
-    int wide = 0;
-    for (int k = 1; k < 3; ++k)
-        if (cell.spacing[k] > cell.spacing[wide]) wide = k;
-    const double room = static_cast<double>(n) / (n > 128 ? 4 : 1);
-    for (int k : {wide, (wide + 1) % 3, (wide + 2) % 3}) {
-        const double fit = cell.spacing[k] / (r * (1 + 1e-9) + 1e-300);
-        double share = k == wide ? room : std::sqrt(room);
-        if (n > 128) share = k == wide ? std::cbrt(room) * 1.5 : std::cbrt(room);
-        if (n <= 128 && k != wide) continue;
-        slices[k] = std::max(1, static_cast<int>(std::min({fit, share, 1024.0})));
+    // Few sites: slices along the widest axis alone, since long runs of sites suit the vector unit better than small boxes.
+    // More: along a second and a third axis too, in steps that still leave several sites to a box.
+    int by_width[3] = {0, 1, 2};
+    std::sort(by_width, by_width + 3, [&](int a, int b) { return cell.spacing[a] > cell.spacing[b]; });
+    const double count = static_cast<double>(n);
+    const double shares[3] = {count, n > 256 ? std::sqrt(count / 16) : 1, n > kRuns ? std::sqrt(count / 256) : 1};
+    for (int k = 0; k < 3; ++k) {
+        const double fit = cell.spacing[by_width[k]] / (r * (1 + 1e-9) + 1e-300);
+        slices[by_width[k]] = std::max(1, static_cast<int>(std::min({fit, shares[k], 1024.0})));
     }
+    const int wide = by_width[0];
     // counting sort into boxes, the widest axis innermost
     const int axes[3] = {(wide + 1) % 3, (wide + 2) % 3, wide};
     const int ordered[3] = {slices[axes[0]], slices[axes[1]], slices[axes[2]]};
