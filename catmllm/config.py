@@ -114,10 +114,10 @@ class JointConfig(OptimConfig):
     warmup: int = 30
     mmtg_lambda: float = 1.0
     mmtg_sign: Literal["+", "-"] = "+"
-    property_share: float = 0.6  # of each batch; the rest are CIF and design samples, cross-entropy alone
+    property_share: float = 0.7  # of each batch; the rest are CIF and design samples, cross-entropy alone
     drop_text: float = 0.1  # property prompts that carry the graph alone
     drop_graph: float = 0.1  # ... the text alone
-    position_noise: float = 0.0  # Å, Gaussian, on the graph's atoms
+    position_noise: float = 0.05  # Å, Gaussian, on the graph's atoms
     exemplar_noise: float = 0.05  # Å, where a design prompt shows the sample's own structure
 
 
@@ -125,7 +125,7 @@ class JointConfig(OptimConfig):
 class InstructConfig(OptimConfig):
     """Stage 1c: the LLM alone, on all three tasks, with modalities dropped at random."""
 
-    steps: int = 700
+    steps: int = 400
     lr: float = 2e-3
     warmup: int = 30
     property_share: float = 0.25
@@ -159,15 +159,15 @@ class RewardConfig:
 class GRPOConfig(OptimConfig):
     """Stage 2: GRPO on the PVCP reward."""
 
-    steps: int = 60
+    steps: int = 80
     batch_size: int = 8
-    lr: float = 2e-4
+    lr: float = 3e-4
     warmup: int = 5
     weight_decay: float = 0.0
     checkpoint_every: int = 20
     log_every: int = 1
     group_size: int = 8  # K
-    beta: float = 0.02
+    beta: float = 0.01
     kl: Literal["k1", "k2", "k3"] = "k3"
     delta: float = 1e-4
     updates_per_rollout: int = 1
@@ -182,7 +182,7 @@ class GRPOConfig(OptimConfig):
 class GAGRPOConfig(OptimConfig):
     """Stage 3: GA-GRPO, the closed loop of design and refinement; only the AR head trains."""
 
-    lr: float = 1e-3
+    lr: float = 2e-4
     warmup: int = 2
     weight_decay: float = 0.0
     checkpoint_every: int = 5
@@ -192,7 +192,7 @@ class GAGRPOConfig(OptimConfig):
     pool: int = 6  # K, exemplars kept
     iterations: int = 10  # T
     group_size: int = 8  # G
-    beta: float = 0.02
+    beta: float = 0.05
     kl: Literal["k1", "k2", "k3"] = "k3"
     delta: float = 1e-4
     energy_weight: float = 0.7
@@ -208,7 +208,7 @@ class GAGRPOConfig(OptimConfig):
 class EvaluateConfig:
     """What is measured after the stages (SPEC's list), on systems that no stage trained on."""
 
-    generation_samples: int = 256
+    generation_samples: int = 512
     design_tasks: int = 48
     judge: Literal["sevennet", "none"] = "sevennet"
     tolerance: float = 0.25  # eV

@@ -20,7 +20,7 @@ from catmllm.rl.rollout import RolloutEngine
 from catmllm.rl.search import ClosedLoop, Task, TaskState, summary
 from catmllm.structure.cif import read_cif
 from catmllm.structure.system import System
-from catmllm.trainer.distributed import World
+from catmllm.trainer.distributed import DTYPES, World
 from rewards_fast import extract_cif
 
 
@@ -48,7 +48,8 @@ def search(
     """The closed loop with fixed weights: N0 candidates, then `iterations` refinements, of all tasks together."""
     from tqdm import tqdm
 
-    loop, engine = ClosedLoop(model, collate, config.ga_grpo), RolloutEngine(model, collate)
+    loop = ClosedLoop(model, collate, config.ga_grpo)
+    engine = RolloutEngine(model, collate, DTYPES[config.precision])
     states = loop.start(tasks, engine, seed)
     for iteration in tqdm(
         range(1, config.ga_grpo.iterations + 1), desc="design   ", disable=not progress, unit="iteration"

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from catmllm.config import RewardConfig, SamplingConfig
 from catmllm.data.batches import Collator
@@ -37,6 +38,7 @@ def evaluate_generation(
     reward: RewardConfig,
     seed: int,
     world: World,
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
     """Sample one answer to each of n prompts and score them all; ranks share the work.
 
@@ -44,7 +46,9 @@ def evaluate_generation(
     """
     prompts = generation_prompts(systems, n)
     mine = prompts[world.rank :: world.size]
-    rollouts = RolloutEngine(model, collate).generate([p for p, _ in mine], sampling, [seed, world.rank])
+    rollouts = RolloutEngine(model, collate, dtype).generate(
+        [p for p, _ in mine], sampling, [seed, world.rank]
+    )
     texts, targets = [], []
     for part in world.gather([(r.text, mine[r.prompt][1].target) for r in rollouts]):
         for text, target in part:

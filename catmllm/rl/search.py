@@ -210,5 +210,5 @@ def structure_key(crystal: Crystal) -> str:
     rows = np.column_stack([crystal.numbers, frac])
     rows = rows[np.lexsort(rows.T[::-1])]
     lattice = np.round(crystal.lattice @ crystal.lattice.T, 2) + 0.0  # of -0.0 and 0.0 the latter
-    partly = b"" if crystal.counts is None else repr(sorted(crystal.counts.items())).encode()
-    return hashlib.sha1(rows.tobytes() + lattice.tobytes() + partly).hexdigest()[:16]
+    atoms = sorted((symbol, round(n, 3)) for symbol, n in crystal.composition.items())  # occupancies counted
+    return hashlib.sha1(rows.tobytes() + lattice.tobytes() + repr(atoms).encode()).hexdigest()[:16]

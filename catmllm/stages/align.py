@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from catmllm.data.batches import Batch, draw
 from catmllm.data.prompts import Sample
 from catmllm.models.losses import info_nce
 from catmllm.structure.text import three_part_text
-from catmllm.trainer.loop import Context, MicroBatch, Step
+from catmllm.trainer.loop import Context, MicroBatch, Stateless, Step
 
 
-class Align:
+class Align(Stateless):
     """InfoNCE between the graph token and the mean-pooled encoding of the three-part text."""
 
     name = "align"
@@ -46,9 +44,3 @@ class Align:
                 ((g @ t.T).argmax(1) == torch.arange(len(g), device=g.device)).float().mean()
             )
         return loss
-
-    def state(self) -> dict[str, Any]:
-        return {}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        pass

@@ -6,16 +6,14 @@ the head would drift otherwise.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from catmllm.data.batches import Batch
 from catmllm.stages.supervised import Mixture, property_with_dropout, sample_losses
-from catmllm.trainer.loop import Context, MicroBatch, Step
+from catmllm.trainer.loop import Context, MicroBatch, Stateless, Step
 
 
-class Instruct:
+class Instruct(Stateless):
     """Cross-entropy of the answers, plus the energy head's MAE on property samples."""
 
     name = "instruct"
@@ -51,9 +49,3 @@ class Instruct:
                 self.context.model.energy_std
             )
         return (ce + mae).mean()
-
-    def state(self) -> dict[str, Any]:
-        return {}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        pass

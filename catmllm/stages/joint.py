@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from catmllm.data.batches import Batch
 from catmllm.models.losses import mmtg_loss
 from catmllm.stages.supervised import Mixture, property_with_dropout, sample_losses
-from catmllm.trainer.loop import Context, MicroBatch, Step
+from catmllm.trainer.loop import Context, MicroBatch, Stateless, Step
 
 
-class Joint:
+class Joint(Stateless):
     """Property samples under MMTG(|energy error|, cross-entropy); CIF and design samples under cross-entropy."""
 
     name = "joint"
@@ -51,9 +49,3 @@ class Joint:
             std = float(self.context.model.energy_std)
             metrics["energy_mae"] = float(mae[labelled].detach().mean()) * std
         return torch.where(labelled, joined, ce).mean()
-
-    def state(self) -> dict[str, Any]:
-        return {}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        pass

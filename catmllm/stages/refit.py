@@ -44,7 +44,7 @@ def refit_energy_head(
     """Correct the head's weights by ridge regression on the training systems, the strength chosen on `val`.
 
     All three inference modes count alike. Changes the model in place; returns the validation MAE (eV, mean over modes)
-    before and after and the strength (inf: no correction was better).
+    before and after and the strength (inf: no correction was better, or there is nothing to validate on).
     """
 
     def features(systems: Sequence[System]) -> tuple[np.ndarray, np.ndarray]:
@@ -65,7 +65,7 @@ def refit_energy_head(
     projected = vectors.T @ (xc.T @ rc / len(x))
 
     def error(w: np.ndarray, b: float) -> float:
-        return float(np.abs((vx @ w + b) * std + mean - vy).mean())
+        return float(np.abs((vx @ w + b) * std + mean - vy).mean()) if len(vy) else np.nan
 
     before = error(weight, bias)
     best = (before, np.inf, weight, bias)

@@ -78,6 +78,16 @@ class Stage(Protocol):
         """The inverse of `state`."""
 
 
+class Stateless:
+    """Base of stages whose steps are functions of the step number alone."""
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Nothing to restore."""
+
+
 def train(make_stage: Callable[[Context], Stage], context: Context) -> tuple[dict[str, torch.Tensor], Stage]:
     """Run one stage to its end, from its newest checkpoint where there is one.
 

@@ -32,7 +32,7 @@ from catmllm.stages.refit import refit_energy_head
 from catmllm.structure.cif import write_cif
 from catmllm.structure.system import System
 from catmllm.trainer.checkpoint import CheckpointError
-from catmllm.trainer.distributed import World, start
+from catmllm.trainer.distributed import DTYPES, World, start
 from catmllm.trainer.loop import Context, TrainingError, train
 
 GENERATES = ("instruct", "grpo", "ga_grpo")  # stages after which sampled CIFs are worth measuring
@@ -186,7 +186,15 @@ def _evaluate(
     if name in GENERATES:
         e = config.evaluate
         found = evaluate_generation(
-            model, collate, test, e.generation_samples, e.sampling, config.grpo.reward, config.seed, world
+            model,
+            collate,
+            test,
+            e.generation_samples,
+            e.sampling,
+            config.grpo.reward,
+            config.seed,
+            world,
+            DTYPES[config.precision],
         )
         record.put(found, "generation", name)
         _say(
