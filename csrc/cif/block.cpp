@@ -117,7 +117,6 @@ constexpr MagneticName kMagneticNames[] = {
     {"_atom_site_moment_label", Key::kMomentLabel},
 };
 
-
 // Nearly no key can be one of a magnetic file: `mag`, `mom`, `mod` or `wav` must be in it.
 bool may_be_magnetic(std::string_view name) {
     for (std::size_t i = 1; i + 2 < name.size(); ++i) {
@@ -215,7 +214,8 @@ Status read_block(Tokenizer& tokens, Arena& arena, LoopScratch& scratch, Block& 
                 columns.push_back(token.view());
                 have = tokens.next(token);
             }
-            // The items of all loops stand one after the other in a piece of the arena that the whole block fits into.
+            // The items of all loops stand one after the other in a piece of the arena that the whole block fits
+            // into.
             Token* items = free_tokens;
             Token* item = items;
             while (have) {
@@ -236,7 +236,8 @@ Status read_block(Tokenizer& tokens, Arena& arena, LoopScratch& scratch, Block& 
             const auto n_columns = static_cast<std::uint32_t>(columns.size());
             const auto rows = static_cast<std::uint32_t>(n_items / columns.size());
             scratch.slots.clear();
-            for (std::string_view column : columns) scratch.slots.push_back(static_cast<std::int16_t>(find_key(column)));
+            for (std::string_view column : columns)
+                scratch.slots.push_back(static_cast<std::int16_t>(find_key(column)));
             for (std::uint32_t c = 0; c < n_columns; ++c) {
                 const int slot = scratch.slots[c];
                 if (slot < 0) {

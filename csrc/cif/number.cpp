@@ -40,7 +40,8 @@ double to_double(const char* first, const char* last, bool exponent_is_negative)
     double value = 0;
     const auto result = std::from_chars(first, last, value);
     if (result.ec == std::errc::result_out_of_range) {
-        // from_chars leaves the value alone: underflow is 0, overflow inf, told apart by the size of the mantissa too.
+        // from_chars leaves the value alone: underflow is 0, overflow inf, told apart by the size of the mantissa
+        // too.
         bool nonzero = false;
         long long leading = 0;
         bool point = false;
@@ -60,7 +61,8 @@ double to_double(const char* first, const char* last, bool exponent_is_negative)
         for (const char* p = first; p < last; ++p) {
             if (*p != 'e' && *p != 'E') continue;
             for (++p; p < last; ++p)
-                if (is_digit(static_cast<unsigned char>(*p)) && exponent < 1'000'000'000'000LL) exponent = exponent * 10 + (*p - '0');
+                if (is_digit(static_cast<unsigned char>(*p)) && exponent < 1'000'000'000'000LL)
+                    exponent = exponent * 10 + (*p - '0');
         }
         if (exponent_is_negative) exponent = -exponent;
         if (!nonzero) return 0.0;

@@ -35,7 +35,8 @@ inline bool plain_decimal(const char* p, const char* end, double& value) {
             word -= 0x3030303030303030ull;
             word = word * 10 + (word >> 8);
             last_eight = ((word & 0x000000FF000000FFull) * 0x000F424000000064ull +
-                          ((word >> 16) & 0x000000FF000000FFull) * 0x0000271000000001ull) >> 32;
+                          ((word >> 16) & 0x000000FF000000FFull) * 0x0000271000000001ull) >>
+                         32;
             tail = end - 8;
         }
     }

@@ -9,7 +9,7 @@
 namespace catmllm::cif {
 
 const char* reason_name(Reason reason) {
-    static const char* const names[] = {"",       "no_block",  "loop",     "cell",     "sites",      "number",
+    static const char* const names[] = {"",          "no_block", "loop",     "cell",        "sites", "number",
                                         "occupancy", "symmetry", "magnetic", "unsupported", "limit"};
     return names[static_cast<int>(reason)];
 }

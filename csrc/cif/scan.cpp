@@ -18,7 +18,8 @@ struct Found {
     std::uint64_t high = 0;
 };
 
-[[maybe_unused]] void portable_words(const unsigned char* p, std::size_t words, std::uint64_t* space, std::uint64_t* d, Found& found) {
+[[maybe_unused]] void portable_words(const unsigned char* p, std::size_t words, std::uint64_t* space,
+                                     std::uint64_t* d, Found& found) {
     for (std::size_t w = 0; w < words; ++w, p += 64) {
         std::uint64_t spaces = 0;
         std::uint64_t ds = 0;
@@ -50,8 +51,12 @@ void sse2_words(const unsigned char* p, std::size_t words, std::uint64_t* space,
             const __m128i separator = _mm_sub_epi8(x, _mm_set1_epi8(28));
             const __m128i is_tab = _mm_cmpeq_epi8(_mm_min_epu8(tab, _mm_set1_epi8(4)), tab);
             const __m128i is_separator = _mm_cmpeq_epi8(_mm_min_epu8(separator, _mm_set1_epi8(4)), separator);
-            spaces |= static_cast<std::uint64_t>(static_cast<unsigned>(_mm_movemask_epi8(_mm_or_si128(is_tab, is_separator)))) << (16 * k);
-            ds |= static_cast<std::uint64_t>(static_cast<unsigned>(_mm_movemask_epi8(_mm_cmpeq_epi8(x, _mm_set1_epi8('d'))))) << (16 * k);
+            spaces |= static_cast<std::uint64_t>(
+                          static_cast<unsigned>(_mm_movemask_epi8(_mm_or_si128(is_tab, is_separator))))
+                      << (16 * k);
+            ds |= static_cast<std::uint64_t>(
+                      static_cast<unsigned>(_mm_movemask_epi8(_mm_cmpeq_epi8(x, _mm_set1_epi8('d')))))
+                  << (16 * k);
             high = _mm_or_si128(high, x);
             hash = _mm_or_si128(hash, _mm_cmpeq_epi8(x, _mm_set1_epi8('#')));
             semicolon = _mm_or_si128(semicolon, _mm_cmpeq_epi8(x, _mm_set1_epi8(';')));
@@ -77,9 +82,14 @@ __attribute__((target("avx2"))) void avx2_words(const unsigned char* p, std::siz
             const __m256i tab = _mm256_sub_epi8(x, _mm256_set1_epi8(9));
             const __m256i separator = _mm256_sub_epi8(x, _mm256_set1_epi8(28));
             const __m256i is_tab = _mm256_cmpeq_epi8(_mm256_min_epu8(tab, _mm256_set1_epi8(4)), tab);
-            const __m256i is_separator = _mm256_cmpeq_epi8(_mm256_min_epu8(separator, _mm256_set1_epi8(4)), separator);
-            spaces |= static_cast<std::uint64_t>(static_cast<unsigned>(_mm256_movemask_epi8(_mm256_or_si256(is_tab, is_separator)))) << (32 * k);
-            ds |= static_cast<std::uint64_t>(static_cast<unsigned>(_mm256_movemask_epi8(_mm256_cmpeq_epi8(x, _mm256_set1_epi8('d'))))) << (32 * k);
+            const __m256i is_separator =
+                _mm256_cmpeq_epi8(_mm256_min_epu8(separator, _mm256_set1_epi8(4)), separator);
+            spaces |= static_cast<std::uint64_t>(
+                          static_cast<unsigned>(_mm256_movemask_epi8(_mm256_or_si256(is_tab, is_separator))))
+                      << (32 * k);
+            ds |= static_cast<std::uint64_t>(
+                      static_cast<unsigned>(_mm256_movemask_epi8(_mm256_cmpeq_epi8(x, _mm256_set1_epi8('d')))))
+                  << (32 * k);
             high = _mm256_or_si256(high, x);
             hash = _mm256_or_si256(hash, _mm256_cmpeq_epi8(x, _mm256_set1_epi8('#')));
             semicolon = _mm256_or_si256(semicolon, _mm256_cmpeq_epi8(x, _mm256_set1_epi8(';')));
@@ -97,7 +107,8 @@ __attribute__((target("avx512f,avx512bw"))) void avx512_words(const unsigned cha
     for (std::size_t w = 0; w < words; ++w, p += 64) {
         const __m512i x = _mm512_loadu_si512(p);
         const __mmask64 tab = _mm512_cmple_epu8_mask(_mm512_sub_epi8(x, _mm512_set1_epi8(9)), _mm512_set1_epi8(4));
-        const __mmask64 separator = _mm512_cmple_epu8_mask(_mm512_sub_epi8(x, _mm512_set1_epi8(28)), _mm512_set1_epi8(4));
+        const __mmask64 separator =
+            _mm512_cmple_epu8_mask(_mm512_sub_epi8(x, _mm512_set1_epi8(28)), _mm512_set1_epi8(4));
         space[w] = tab | separator;
         d[w] = _mm512_cmpeq_epi8_mask(x, _mm512_set1_epi8('d'));
         found.high |= _mm512_movepi8_mask(x);

@@ -1,5 +1,5 @@
-// One pass over the bytes of a text: where white space is, and where a word begins with `d` (a `data_` may start there).
-// 64 bytes become one word of bits; the widest vector unit of the machine does it, chosen at run time.
+// One pass over the bytes of a text: where white space is, and where a word begins with `d` (a `data_` may start
+// there). 64 bytes become one word of bits; the widest vector unit of the machine does it, chosen at run time.
 #pragma once
 
 #include <cstddef>

@@ -31,8 +31,8 @@ struct Setting {
     const char* name;
     const char* arguments;  // which of the six parameters, by index
 };
-constexpr Setting kSettings[] = {{"cubic", "0"},         {"tetragonal", "02"},  {"orthorhombic", "012"},
-                                 {"monoclinic", "0124"}, {"hexagonal", "02"},   {"rhombohedral", "03"}};
+constexpr Setting kSettings[] = {{"cubic", "0"},         {"tetragonal", "02"}, {"orthorhombic", "012"},
+                                 {"monoclinic", "0124"}, {"hexagonal", "02"},  {"rhombohedral", "03"}};
 
 // Lattice.<setting>(...) with the parameters that the file does give.
 Status lattice_of_setting(const Block& block, const Setting& setting, geometry::Lattice& lattice) {
@@ -95,7 +95,8 @@ Status read_lattice(const Block& block, geometry::Lattice& lattice, bool& found)
 
 // ------------------------------------------------------------------------------------------- oxidation states
 
-// CifParser._parse_oxi_states. A name given twice takes the last value; names without their charge come after the others.
+// CifParser._parse_oxi_states. A name given twice takes the last value; names without their charge come after the
+// others.
 class OxidationStates {
   public:
     Status read(const Block& block) {
@@ -212,7 +213,8 @@ class PointTable {
     std::uint32_t slot(std::int32_t i, std::int32_t j, std::int32_t k) const {
         const std::int32_t m = cubes_ - 1;
         const std::uint64_t h = (static_cast<std::uint64_t>(i & m) << 24 | static_cast<std::uint64_t>(j & m) << 12 |
-                                 static_cast<std::uint64_t>(k & m)) * 0x9E3779B97F4A7C15ull;
+                                 static_cast<std::uint64_t>(k & m)) *
+                                0x9E3779B97F4A7C15ull;
         return static_cast<std::uint32_t>(h >> 40) & mask_;
     }
     std::vector<std::uint32_t>& table_;
@@ -283,8 +285,8 @@ class Builder {
     StructureScratch& s_;
     Structure& out_;
     OxidationStates oxidation_;
-    bool identity_ = false;      // one operation, x,y,z
-    bool far_away_ = false;      // coordinates too large for the table's arithmetic
+    bool identity_ = false;  // one operation, x,y,z
+    bool far_away_ = false;  // coordinates too large for the table's arithmetic
     bool merged_ = false;
     bool close_call_ = false;  // two rows are about as near as the tolerance
 };
@@ -433,8 +435,8 @@ Status Builder::read_rows() {
             s_.amounts.push_back({species_id(hydrogen), static_cast<double>(hydrogens)});
         }
 
-        // get_matching_coord: the first operation that carries this row onto an earlier one. Points from other rows with
-        // non-finite or huge coordinates are compared one by one.
+        // get_matching_coord: the first operation that carries this row onto an earlier one. Points from other rows
+        // with non-finite or huge coordinates are compared one by one.
         std::uint32_t match = kEnd;
         bool full = false;
         for (const AffineOperation& operation : s_.operations) {
@@ -487,8 +489,8 @@ Status Builder::read_rows() {
             if (s_.amounts.size() > 64u * Limits::kSites) return reject_text(Reason::kLimit);
             continue;
         }
-        // Without the identity among the operations a row may repeat an earlier one's coordinates unnoticed: the same key
-        // of pymatgen's dict, so the later composition wins.
+        // Without the identity among the operations a row may repeat an earlier one's coordinates unnoticed: the same
+        // key of pymatgen's dict, so the later composition wins.
         if (!identity_) {
             std::uint32_t same = kEnd;
             const auto exact = [&](std::uint32_t id) {
@@ -510,7 +512,8 @@ Status Builder::read_rows() {
                 continue;
             }
         }
-        s_.rows.push_back({first_amount, static_cast<std::uint32_t>(s_.amounts.size() - first_amount), 0, {x[0], x[1], x[2]}});
+        s_.rows.push_back(
+            {first_amount, static_cast<std::uint32_t>(s_.amounts.size() - first_amount), 0, {x[0], x[1], x[2]}});
         if (s_.rows.size() > Limits::kSites) return reject_text(Reason::kLimit);
         double wrapped[3];
         wrap(x, wrapped);
@@ -522,7 +525,8 @@ Status Builder::read_rows() {
     return ok();
 }
 
-// _unique_coords for every group of rows with equal compositions: images that are not yet there, wrapped into the cell.
+// _unique_coords for every group of rows with equal compositions: images that are not yet there, wrapped into the
+// cell.
 Status Builder::make_images() {
     s_.groups.clear();
     std::uint32_t last = kEnd;
@@ -561,7 +565,7 @@ Status Builder::make_images() {
             double wrapped[3];
             for (int k = 0; k < 3; ++k) {
                 image[k] = operation.component(k, row.x);
-                if (std::isnan(image[k])) return skip_block(Reason::kNumber);    // floor(nan): ValueError
+                if (std::isnan(image[k])) return skip_block(Reason::kNumber);   // floor(nan): ValueError
                 if (std::isinf(image[k])) return reject_text(Reason::kNumber);  // floor(inf): OverflowError
             }
             wrap(image, wrapped);
@@ -643,7 +647,8 @@ void Builder::note_fields() {
     Fields& fields = out_.fields;
     fields.lattice = true;
     for (int i = 0; i < 6; ++i) fields.lattice &= block_[key_at(Key::kCellLengthA, i)].truthy();
-    for (Key key : {Key::kSymops0, Key::kSymops2, Key::kName0, Key::kName6, Key::kName4, Key::kNumber0, Key::kNumber2})
+    for (Key key :
+         {Key::kSymops0, Key::kSymops2, Key::kName0, Key::kName6, Key::kName4, Key::kNumber0, Key::kNumber2})
         fields.space_group |= block_[key].truthy();
     const Value& labels = block_[Key::kSiteLabel];
     fields.site_loop = labels.is_list();

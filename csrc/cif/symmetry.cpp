@@ -60,8 +60,8 @@ Status rotation_row(std::string_view s, std::size_t row, AffineOperation& operat
     return ok();
 }
 
-// Every match of ([+-]?)([\d\.]+)/?([\d\.]*)(?![x-z]), with the regular expression's backtracking: in front of an axis the
-// last numeral is given back.
+// Every match of ([+-]?)([\d\.]+)/?([\d\.]*)(?![x-z]), with the regular expression's backtracking: in front of an
+// axis the last numeral is given back.
 Status translation_row(std::string_view s, std::size_t row, AffineOperation& operation) {
     for (std::size_t i = 0; i < s.size();) {
         const std::size_t digits = i + (s[i] == '+' || s[i] == '-');
@@ -271,9 +271,11 @@ Status magnetic_operations(const Block& block, std::vector<AffineOperation>& ope
 }
 
 bool is_lattice_attribute(std::string_view name) {
-    const auto* end = tables::kLatticeAttributes + sizeof tables::kLatticeAttributes / sizeof *tables::kLatticeAttributes;
-    const auto* found = std::lower_bound(tables::kLatticeAttributes, end, name,
-                                         [](const char* entry, std::string_view key) { return std::string_view(entry) < key; });
+    const auto* end =
+        tables::kLatticeAttributes + sizeof tables::kLatticeAttributes / sizeof *tables::kLatticeAttributes;
+    const auto* found =
+        std::lower_bound(tables::kLatticeAttributes, end, name,
+                         [](const char* entry, std::string_view key) { return std::string_view(entry) < key; });
     return found != end && name == *found;
 }
 

@@ -54,7 +54,8 @@ class Tokenizer {
         }
     }
 
-    // The plain tokens that come next, up to one that may be more than a value of a loop; the end of what was written.
+    // The plain tokens that come next, up to one that may be more than a value of a loop; the end of what was
+    // written.
     Token* plain_values(Token* out) {
         if (seek_) return out;
         std::uint32_t word = word_;
@@ -133,9 +134,9 @@ class Tokenizer {
     std::uint32_t position_;
     std::uint32_t begin_;
     std::uint32_t end_;
-    std::uint32_t word_ = 0;   // of the masks, and what is left of its edges
+    std::uint32_t word_ = 0;  // of the masks, and what is left of its edges
     std::uint64_t edges_ = 0;
-    bool seek_ = true;         // the next word is to be looked for from position_
+    bool seek_ = true;                    // the next word is to be looked for from position_
     std::uint32_t no_close_[2] = {0, 0};  // a quote of this kind does not close before here
     bool after_field_ = false;            // a `;` at position_ opens a field although it is not in column 0
     Arena& arena_;

@@ -31,7 +31,8 @@ bool shorten(const double* a, const double* b, double* c) {
     double base[3] = {c[0], c[1], c[2]};
     subtract(base, a, x);
     subtract(base, b, y);
-    // The rounded point is taken whatever its norm says: beside a vector 1e11 times as long the norm sees no difference.
+    // The rounded point is taken whatever its norm says: beside a vector 1e11 times as long the norm sees no
+    // difference.
     const double before = dot(c, c);
     double best_norm = dot(base, base);
     std::memcpy(best, base, sizeof best);

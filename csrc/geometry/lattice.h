@@ -18,7 +18,8 @@ bool invert(const double matrix[9], double inverse[9]);
 // d_hkl of (100), (010), (001); false where the matrix is singular.
 bool plane_spacings(const Lattice& lattice, double spacings[3]);
 
-// A Minkowski-reduced basis of the same lattice (shortest possible vectors, ascending); false for non-finite or flat cells.
+// A Minkowski-reduced basis of the same lattice (shortest possible vectors, ascending); false for non-finite or flat
+// cells.
 bool reduce(const Lattice& lattice, Lattice& reduced);
 
 }  // namespace catmllm::geometry

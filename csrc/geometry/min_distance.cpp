@@ -1,8 +1,8 @@
-// How: in a Minkowski-reduced basis any pair gives an upper bound r (neighbours in the file give a good one). The cell is
-// cut into slices no thinner than r along each axis that has room for three; pairs nearer than r then lie in
-// neighbouring boxes. Along axes without room for three slices all images are tried: the nearest is the rounded one or,
-// for a reduced basis, one beside it. Crowded boxes lower r first (m points in a box of diameter D: two of them are within
-// D / floor(cbrt(m - 1))), which keeps the work linear however the sites cluster.
+// How: in a Minkowski-reduced basis any pair gives an upper bound r (neighbours in the file give a good one). The
+// cell is cut into slices no thinner than r along each axis that has room for three; pairs nearer than r then lie in
+// neighbouring boxes. Along axes without room for three slices all images are tried: the nearest is the rounded one
+// or, for a reduced basis, one beside it. Crowded boxes lower r first (m points in a box of diameter D: two of them
+// are within D / floor(cbrt(m - 1))), which keeps the work linear however the sites cluster.
 #include "min_distance.h"
 
 #include "rounding.h"
@@ -48,8 +48,8 @@ class Images {
     Images(const Cell& cell, const bool thin[3]) {
         for (int k = 0; k < 3; ++k)
             if (thin[k]) axis_[n_axes_++] = cell.basis + 3 * k;  // ascending lengths
-        // Each axis less its parts along the shorter ones (Gram-Schmidt): rounding goes plane by plane, from the longest
-        // axis down, which stays exact when one axis is 1e11 times another.
+        // Each axis less its parts along the shorter ones (Gram-Schmidt): rounding goes plane by plane, from the
+        // longest axis down, which stays exact when one axis is 1e11 times another.
         bool orthogonal = true;
         for (int i = 0; i < n_axes_; ++i) {
             double* own = upright_[i];
@@ -79,7 +79,8 @@ class Images {
     // Least squared length of v over the images.
     double nearest(double x, double y, double z) const {
         for (int i = n_axes_ - 1; i >= 0; --i) {
-            const double n = round_even(own_over_norm_[i][0] * x + own_over_norm_[i][1] * y + own_over_norm_[i][2] * z);
+            const double n =
+                round_even(own_over_norm_[i][0] * x + own_over_norm_[i][1] * y + own_over_norm_[i][2] * z);
             x -= n * axis_[i][0];
             y -= n * axis_[i][1];
             z -= n * axis_[i][2];
@@ -118,10 +119,10 @@ CATMLLM_INLINE double rounded(double x) {
     return (x + kMagic) - kMagic;
 }
 
-// Least squared distance, at most `best`, from the site at `a` to sites [from, to). Sites up to `room` may be looked at too:
-// whole lanes are quicker than a remainder.
-CATMLLM_INLINE double nearest_of(const Columns& c, std::uint32_t from, std::uint32_t to, std::uint32_t room, const double* a,
-                                 const double* basis, double best) {
+// Least squared distance, at most `best`, from the site at `a` to sites [from, to). Sites up to `room` may be looked
+// at too: whole lanes are quicker than a remainder.
+CATMLLM_INLINE double nearest_of(const Columns& c, std::uint32_t from, std::uint32_t to, std::uint32_t room,
+                                 const double* a, const double* basis, double best) {
     double least[kLanes];
     for (double& x : least) x = best;
     std::uint32_t q = from;
@@ -157,8 +158,8 @@ CATMLLM_INLINE double nearest_of(const Columns& c, std::uint32_t from, std::uint
     return best;
 }
 
-CATMLLM_CLONES double search_rounded(const double* basis_in, const int* slices, const Columns& c, const std::uint32_t* start,
-                                     std::uint32_t n, double best) {
+CATMLLM_CLONES double search_rounded(const double* basis_in, const int* slices, const Columns& c,
+                                     const std::uint32_t* start, std::uint32_t n, double best) {
     double basis[9];
     for (int k = 0; k < 9; ++k) basis[k] = basis_in[k];
     const int n2 = slices[2];
@@ -182,7 +183,8 @@ CATMLLM_CLONES double search_rounded(const double* basis_in, const int* slices, 
                             // lanes may run over the end, but not onto p itself
                             const bool clear = same || p < to || p >= to + kLanes;
                             best = nearest_of(c, same ? p + 1 : other[low], to, clear ? n : to, a, basis, best);
-                            if (k == n2 - 1 && n2 > 1) best = nearest_of(c, other[0], other[1], other[1], a, basis, best);
+                            if (k == n2 - 1 && n2 > 1)
+                                best = nearest_of(c, other[0], other[1], other[1], a, basis, best);
                             if (k == 0 && n2 > 2 && !same)
                                 best = nearest_of(c, other[n2 - 1], other[n2], other[n2], a, basis, best);
                         }
@@ -250,7 +252,8 @@ void choose_slices(const Cell& cell, double r, std::size_t n, int slices[3], boo
 double box_diameter(const Cell& cell, const int slices[3]) {
     double most = 0;
     for (int corner = 0; corner < 4; ++corner) {
-        const double f[3] = {1.0 / slices[0], (corner & 1 ? -1.0 : 1.0) / slices[1], (corner & 2 ? -1.0 : 1.0) / slices[2]};
+        const double f[3] = {1.0 / slices[0], (corner & 1 ? -1.0 : 1.0) / slices[1],
+                             (corner & 2 ? -1.0 : 1.0) / slices[2]};
         double x[3];
         to_cartesian(cell.basis, f, x);
         most = std::max(most, x[0] * x[0] + x[1] * x[1] + x[2] * x[2]);
@@ -259,7 +262,8 @@ double box_diameter(const Cell& cell, const int slices[3]) {
 }
 
 // Least squared distance over pairs in the same and in neighbouring boxes.
-double search_boxes(const Cell& cell, const int slices[3], const bool thin[3], const DistanceScratch& s, double best) {
+double search_boxes(const Cell& cell, const int slices[3], const bool thin[3], const DistanceScratch& s,
+                    double best) {
     const Images images(cell, thin);
     const bool direct = images.n_axes() == 0;
     const auto pair = [&](const double* a, const double* b, const double* shift) {
@@ -297,7 +301,8 @@ double search_boxes(const Cell& cell, const int slices[3], const bool thin[3], c
                                     crosses = true;
                                 }
                             }
-                            const std::size_t other = (static_cast<std::size_t>(u[0]) * slices[1] + u[1]) * slices[2] + u[2];
+                            const std::size_t other =
+                                (static_cast<std::size_t>(u[0]) * slices[1] + u[1]) * slices[2] + u[2];
                             const std::uint32_t from = s.start[other];
                             const std::uint32_t to = s.start[other + 1];
                             if (from == to) continue;
@@ -315,8 +320,8 @@ double search_boxes(const Cell& cell, const int slices[3], const bool thin[3], c
     return best;
 }
 
-// As the boxes above, for sites that crowd a small part of the cell: boxes as fine as r asks for, only the filled ones
-// kept, sorted by key.
+// As the boxes above, for sites that crowd a small part of the cell: boxes as fine as r asks for, only the filled
+// ones kept, sorted by key.
 double search_sparse(const Cell& cell, double r, std::size_t n, const DistanceScratch& s, double best) {
     struct Member {
         std::uint64_t key;
@@ -363,7 +368,8 @@ double search_sparse(const Cell& cell, double r, std::size_t n, const DistanceSc
             for (std::uint32_t q = box == other ? p + 1 : starts[other]; q < starts[other + 1]; ++q) {
                 double b[3];
                 to_cartesian(cell.basis, &s.fraction[3 * members[q].site], b);
-                best = std::min(best, images.nearest(b[0] - a[0] + shift[0], b[1] - a[1] + shift[1], b[2] - a[2] + shift[2]));
+                best = std::min(
+                    best, images.nearest(b[0] - a[0] + shift[0], b[1] - a[1] + shift[1], b[2] - a[2] + shift[2]));
             }
         }
     };
@@ -390,8 +396,9 @@ double search_sparse(const Cell& cell, double r, std::size_t n, const DistanceSc
                 other = other << 21 | static_cast<std::uint64_t>(slice);
             }
             if (skip) continue;
-            const auto found = std::lower_bound(starts.begin(), starts.end() - 1, other,
-                                                [&](std::uint32_t start, std::uint64_t k) { return members[start].key < k; });
+            const auto found =
+                std::lower_bound(starts.begin(), starts.end() - 1, other,
+                                 [&](std::uint32_t start, std::uint64_t k) { return members[start].key < k; });
             if (found == starts.end() - 1 || members[*found].key != other) continue;
             double shift[3];
             to_cartesian(cell.basis, around, shift);
@@ -403,8 +410,8 @@ double search_sparse(const Cell& cell, double r, std::size_t n, const DistanceSc
 
 double few_sites(const Cell& cell, double r, double best, std::size_t n, DistanceScratch& s) {
     int slices[3] = {1, 1, 1};
-    // Few sites: slices along the widest axis alone, since long runs of sites suit the vector unit better than small boxes.
-    // More: along a second and a third axis too, in steps that still leave several sites to a box.
+    // Few sites: slices along the widest axis alone, since long runs of sites suit the vector unit better than small
+    // boxes. More: along a second and a third axis too, in steps that still leave several sites to a box.
     int by_width[3] = {0, 1, 2};
     std::sort(by_width, by_width + 3, [&](int a, int b) { return cell.spacing[a] > cell.spacing[b]; });
     const double count = static_cast<double>(n);

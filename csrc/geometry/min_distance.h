@@ -11,8 +11,8 @@ namespace catmllm::geometry {
 
 // Memory that is reused from cell to cell.
 struct DistanceScratch {
-    std::vector<double> fraction;   // [N, 3] in the reduced basis, in [0, 1)
-    std::vector<double> position;   // [N, 3] Cartesian of the above, in the order of the cells
+    std::vector<double> fraction;  // [N, 3] in the reduced basis, in [0, 1)
+    std::vector<double> position;  // [N, 3] Cartesian of the above, in the order of the cells
     std::vector<std::uint32_t> cell;
     std::vector<std::uint32_t> start;
     std::vector<std::uint32_t> order;

@@ -60,8 +60,9 @@ struct Worker {
     }
 
     void keep(const cif::Structure& structure, Piece& piece, TextOut& out) {
-        out.fields = static_cast<std::uint8_t>(structure.fields.lattice | structure.fields.space_group << 1 |
-                                               structure.fields.site_loop << 2 | structure.fields.duplicate_labels << 3);
+        out.fields =
+            static_cast<std::uint8_t>(structure.fields.lattice | structure.fields.space_group << 1 |
+                                      structure.fields.site_loop << 2 | structure.fields.duplicate_labels << 3);
         std::memcpy(out.lattice, structure.lattice.rows, sizeof out.lattice);
         out.n_sites = static_cast<std::uint32_t>(structure.numbers.size());
         out.first_site = piece.numbers.size();
@@ -98,7 +99,8 @@ void mark_characters(const TextRef& text, std::string& bytes) {
 void Batch::run(double* rows, unsigned threads) noexcept {
     const std::size_t n = texts.size();
     const unsigned machine = std::max(1u, std::thread::hardware_concurrency());
-    std::size_t wanted = std::min<std::size_t>(threads == 0 ? machine : threads, (n + kTextsPerThread - 1) / kTextsPerThread);
+    std::size_t wanted =
+        std::min<std::size_t>(threads == 0 ? machine : threads, (n + kTextsPerThread - 1) / kTextsPerThread);
     wanted = std::max<std::size_t>(wanted, 1);
     std::atomic<std::size_t> next{0};
     const auto work = [&](Worker& worker, std::uint32_t index) {
@@ -150,7 +152,8 @@ bool is_bare_cif(const char* text, std::size_t size) {
     const char* end = text + size;
     while (end > text && cif::is_space(static_cast<unsigned char>(end[-1]))) --end;
     // `<think>`, `</think>`, `<|...|>` and a closing `</s>` are markup
-    for (const char* p = text; (p = static_cast<const char*>(std::memchr(p, '<', static_cast<std::size_t>(end - p)))); ++p) {
+    for (const char* p = text; (p = static_cast<const char*>(std::memchr(p, '<', static_cast<std::size_t>(end - p))));
+         ++p) {
         const auto at = [&](int k) { return end - p > k ? static_cast<char>(p[k] | 0x20) : '\0'; };
         if (at(1) == ('|' | 0x20) || at(1) == 't' || (at(1) == '/' && at(2) == 't')) return false;
         if (end - p == 4 && std::memcmp(p, "</s>", 4) == 0) return false;
@@ -182,7 +185,9 @@ bool is_bare_cif(const char* text, std::size_t size) {
 
 Profile profile(const TextRef& text, int repeats) {
     using Clock = std::chrono::steady_clock;
-    const auto seconds = [](Clock::time_point a, Clock::time_point b) { return std::chrono::duration<double>(b - a).count(); };
+    const auto seconds = [](Clock::time_point a, Clock::time_point b) {
+        return std::chrono::duration<double>(b - a).count();
+    };
     Profile result;
     Worker worker;
     std::string bytes;
@@ -219,7 +224,8 @@ Profile profile(const TextRef& text, int repeats) {
         least(result.parse, seconds(t2, t3));
         if (reason != cif::Reason::kNone) continue;
         const cif::Structure& structure = worker.parser.structure();
-        const double d = geometry::min_distance(structure.lattice, structure.frac.data(), structure.numbers.size(), worker.distance);
+        const double d = geometry::min_distance(structure.lattice, structure.frac.data(), structure.numbers.size(),
+                                                worker.distance);
         const auto t4 = Clock::now();
         score_structure(structure, none, Weights(), Thresholds(), worker.distance, row);
         const auto t5 = Clock::now();

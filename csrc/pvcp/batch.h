@@ -62,8 +62,8 @@ struct Batch {
 // says nothing.
 bool is_bare_cif(const char* text, std::size_t size);
 
-// Least seconds of each stage over `repeats` runs of one text: scan and tokens of its first block, symmetry operations, the
-// whole parse (both included), distance, score.
+// Least seconds of each stage over `repeats` runs of one text: scan and tokens of its first block, symmetry
+// operations, the whole parse (both included), distance, score.
 struct Profile {
     double tokenise = 0;
     double symmetry = 0;

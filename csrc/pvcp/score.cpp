@@ -73,7 +73,8 @@ void score_structure(const cif::Structure& structure, const Target& target, cons
     int bad = 0;
     for (std::size_t i = 0; i + 2 < structure.raw.size(); i += 3) {
         bool inside = true;
-        for (std::size_t k = i; k < i + 3; ++k) inside &= structure.raw[k] >= t.coord_min && structure.raw[k] <= t.coord_max;
+        for (std::size_t k = i; k < i + 3; ++k)
+            inside &= structure.raw[k] >= t.coord_min && structure.raw[k] <= t.coord_max;
         bad += !inside;
     }
     row[kBadCoords] = bad;
@@ -83,7 +84,9 @@ void score_structure(const cif::Structure& structure, const Target& target, cons
     row[kDensityPenalty] = outside(density, t.density_min, t.density_max) ? 2.0 : 0.0;
     row[kDistancePenalty] = d_min >= t.near ? 0.0 : d_min >= t.close ? 3.0 : 8.0;
     const double per_atom = volume / sites;
-    row[kVolumePerAtomPenalty] = per_atom > t.volume_per_atom_max ? 2.0 : per_atom >= t.volume_per_atom_min ? 0.0 : 4.0;
+    row[kVolumePerAtomPenalty] = per_atom > t.volume_per_atom_max    ? 2.0
+                                 : per_atom >= t.volume_per_atom_min ? 0.0
+                                                                     : 4.0;
 
     row[kParse] = 10.0;
     if (target.entries.empty()) {
@@ -92,7 +95,8 @@ void score_structure(const cif::Structure& structure, const Target& target, cons
     } else {
         row[kComp] = composition(structure, target, row);
     }
-    row[kValid] = std::max(-10.0, 10.0 - row[kVolumePenalty] - row[kSitesPenalty] - row[kCoordPenalty] - row[kDensityPenalty]);
+    row[kValid] =
+        std::max(-10.0, 10.0 - row[kVolumePenalty] - row[kSitesPenalty] - row[kCoordPenalty] - row[kDensityPenalty]);
     row[kPhys] = std::max(-10.0, 10.0 - row[kDistancePenalty] - row[kVolumePerAtomPenalty]);
     row[kTotal] = w.comp * row[kComp] + w.parse * row[kParse] + w.valid * row[kValid] + w.phys * row[kPhys];
 }

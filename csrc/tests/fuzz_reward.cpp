@@ -1,5 +1,5 @@
-// libFuzzer target: any bytes are a text; parsing, distances and scores must end quickly, within bounds, with finite rewards.
-// Build and run: `make fuzz`.
+// libFuzzer target: any bytes are a text; parsing, distances and scores must end quickly, within bounds, with finite
+// rewards. Build and run: `make fuzz`.
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>

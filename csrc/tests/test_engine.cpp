@@ -1,5 +1,5 @@
-// Unit tests of the engine without Python: numbers, tokens, operations, lattices, distances, limits. `make test-engine`
-// builds them with both sanitizers.
+// Unit tests of the engine without Python: numbers, tokens, operations, lattices, distances, limits. `make
+// test-engine` builds them with both sanitizers.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -39,8 +39,10 @@ void test_numbers() {
     CHECK(number("5.") == 5 && number(".5") == 0.5 && number("-.5") == -0.5 && number("0012.50") == 12.5);
     CHECK(number("1e5") == 1e5 && number("1_0.0_1") == 10.01 && number("+3") == 3);
     CHECK(number("0.2(3)e5") == 0.2 && number("0.5(3") == 0.5 && number("4.(") == -12345 && number(".") == 0);
-    CHECK(std::isinf(number("1e400")) && number("1e-400") == 0 && std::isnan(number("NaN")) && std::isinf(number("-inf")));
-    for (const char* bad : {"", "-", "+-1", "1__0", "_1", "1_", "0x10", "1e", "e5", "..", "1.2.3", "?", "1,5", "\x01"})
+    CHECK(std::isinf(number("1e400")) && number("1e-400") == 0 && std::isnan(number("NaN")) &&
+          std::isinf(number("-inf")));
+    for (const char* bad :
+         {"", "-", "+-1", "1__0", "_1", "1_", "0x10", "1e", "e5", "..", "1.2.3", "?", "1,5", "\x01"})
         CHECK(number(bad) == -12345);
     // every spelling that plain_decimal takes is what strtod reads
     std::mt19937 random(1);
@@ -107,7 +109,8 @@ double brute_force(const geometry::Lattice& lattice, const std::vector<double>& 
                                              frac[3 * a + 2] - frac[3 * b + 2] + k};
                         double d = 0;
                         for (int c = 0; c < 3; ++c) {
-                            const double x = f[0] * lattice.rows[c] + f[1] * lattice.rows[3 + c] + f[2] * lattice.rows[6 + c];
+                            const double x =
+                                f[0] * lattice.rows[c] + f[1] * lattice.rows[3 + c] + f[2] * lattice.rows[6 + c];
                             d += x * x;
                         }
                         best = std::fmin(best, d);
@@ -155,7 +158,8 @@ void test_bare() {
     const auto bare = [](const std::string& text) { return pvcp::is_bare_cif(text.data(), text.size()); };
     CHECK(bare("Ok:\ndata_x\nloop_\n_a\nPt 0.5 0.5\n"));
     CHECK(!bare("```\ndata_x\nPt 0.5\n```") && !bare("<think>\ndata_x\nPt 0.5") && !bare("data_x\nPt 1\n</s>"));
-    CHECK(bare("data_CO</s>Pt (1 1 1)\nPt 0.5\n") && !bare("data_x\nPt 1\nI hope this is 1 good answer") && !bare(""));
+    CHECK(bare("data_CO</s>Pt (1 1 1)\nPt 0.5\n") && !bare("data_x\nPt 1\nI hope this is 1 good answer") &&
+          !bare(""));
 }
 
 }  // namespace
