@@ -10,7 +10,7 @@ RANKS  ?= 2
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup run test test-slow bench lint format clean
+.PHONY: setup run test test-slow bench lint format clean engine test-engine fuzz
 setup: $(READY)
 
 $(READY): pyproject.toml setup.py
@@ -33,7 +33,7 @@ test-slow: setup
 bench: setup
 	@for b in bench/*.py; do echo "== $$b"; $(BIN)/python $$b || exit 1; done
 
-lint: setup
+lint: setup  ## Python; csrc has .clang-format
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -44,3 +44,21 @@ format: setup
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+# The C++ engine of the reward: rebuilt in place, its unit tests under both sanitizers, its fuzzer.
+ENGINE      := $(wildcard csrc/cif/*.cpp csrc/geometry/*.cpp csrc/pvcp/*.cpp)
+CLANG       ?= clang++
+FUZZ_SECONDS ?= 1800
+
+engine: setup
+	$(BIN)/python setup.py --quiet build_ext --inplace
+
+test-engine:
+	mkdir -p build
+	$(CXX) -std=c++17 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined -o build/test_engine csrc/tests/test_engine.cpp $(ENGINE) -lpthread
+	build/test_engine
+
+fuzz:  ## libFuzzer, needs clang; starts from the texts in tests/data and what earlier runs found
+	mkdir -p build/fuzz_corpus
+	$(CLANG) -std=c++17 -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=undefined -o build/fuzz_reward csrc/tests/fuzz_reward.cpp $(ENGINE) -lpthread
+	build/fuzz_reward -dict=csrc/tests/cif.dict -timeout=25 -rss_limit_mb=3000 -max_len=6000 -max_total_time=$(FUZZ_SECONDS) build/fuzz_corpus

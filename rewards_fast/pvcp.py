@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -101,6 +101,20 @@ class Thresholds:
     volume_per_atom_max: float = 150.0
 
 
+# What the reason of a text that does not parse means; `docs/rewards_fast.md` has an example of each.
+REASONS = {
+    "no_block": "no `data_` block at the start of a line",
+    "loop": "a loop whose values are no multiple of its columns",
+    "cell": "cell parameters missing, unreadable or without thickness",
+    "sites": "no atom site, or a site loop without the columns it needs",
+    "number": "a coordinate that is no number",
+    "occupancy": "occupancies of one site sum to more than 1; a repeated row does",
+    "symmetry": "symmetry operations that cannot be read",
+    "magnetic": "a magnetic structure beyond explicit operations",
+    "unsupported": "refused by pymatgen's rules",
+    "limit": "larger than the limits of the engine",
+}
+SCORE_NAMES = ("total", "comp", "parse", "valid", "phys", "n_sites", "volume", "density", "min_distance")
 FIELD_NAMES = ("lattice", "space_group", "site_loop", "duplicate_labels")
 TERM_NAMES = (
     "missing",
@@ -130,6 +144,43 @@ class Measurement:
     fields: Mapping[str, bool]
 
 
+class Crystals(Sequence["Crystal | None"]):
+    """The crystals of a batch, made when asked for; None where a text does not parse."""
+
+    def __init__(self, cells: Any) -> None:
+        self._cells = cells
+
+    def __len__(self) -> int:
+        return len(self._cells)
+
+    @overload
+    def __getitem__(self, index: int) -> Crystal | None: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Crystal | None]: ...
+    def __getitem__(self, index: int | slice) -> Crystal | list[Crystal | None] | None:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        i = index + len(self) if index < 0 else index
+        if not 0 <= i < len(self):
+            raise IndexError(index)
+        found = self._cells.get(i)
+        if found is None:
+            return None
+        lattice, frac, numbers, counts = found
+        return Crystal(
+            lattice,
+            frac,
+            numbers,
+            {k if isinstance(k, str) else ELEMENTS[k - 1]: n for k, n in counts.items()},
+        )
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return list, (list(self),)
+
+
 @dataclass(eq=False)
 class Scores:
     """Rewards of a batch; every array is float64 [n]. Numbers of a text that does not parse are nan.
@@ -148,7 +199,7 @@ class Scores:
     density: NDArray[np.float64]
     min_distance: NDArray[np.float64]
     reason: list[str | None]
-    crystals: list[Crystal | None]
+    crystals: Sequence[Crystal | None]
     terms: dict[str, NDArray[np.float64]] = field(default_factory=dict)
     fields: dict[str, NDArray[np.bool_]] = field(default_factory=dict)
 
@@ -301,19 +352,28 @@ def floor_scores(weights: Weights) -> dict[str, float]:
 
 def parse_cif(text: str) -> Crystal:
     """The first structure of a CIF text, accepted and read as pymatgen does. Raises CIFError with `.reason`."""
-    from rewards_fast import reference
+    from rewards_fast import _core
 
-    return reference.measure(text).crystal
+    if not isinstance(text, str):
+        raise TypeError(f"a text is a str, not {type(text).__name__}")
+    _, reasons, _, cells = _core.score([text], [[]], [0], _numbers(Weights()), _numbers(Thresholds()), 1)
+    if reasons[0] is not None:
+        raise CIFError(reasons[0], REASONS.get(reasons[0], ""))
+    crystal = Crystals(cells)[0]
+    assert crystal is not None
+    return crystal
 
 
 def min_distance(lattice: ArrayLike, frac: ArrayLike) -> float:
     """Least distance (Å) between two different sites with all periodic images, a site's own images left out.
 
-    lattice: [3, 3], rows in Å, any skew. frac: [N, 3]. Fewer than two sites give inf, non-finite input nan.
+    lattice: [3, 3], rows in Å, any skew. frac: [N, 3]. Fewer than two sites give inf; non-finite input or a cell
+    without volume gives nan.
     """
-    from rewards_fast import reference
+    from rewards_fast import _core
 
-    return reference.min_distance(np.asarray(lattice, dtype=np.float64), np.asarray(frac, dtype=np.float64))
+    rows = np.ascontiguousarray(lattice, dtype=np.float64).reshape(3, 3)
+    return float(_core.min_distance(rows, np.ascontiguousarray(frac, dtype=np.float64).reshape(-1, 3)))
 
 
 Target = str | Mapping[str, float] | None
@@ -356,61 +416,59 @@ class PVCP:
         No text raises: what cannot be parsed has the floor (-15 with the default weights) and a reason. A wrong
         target raises ValueError, wrong types TypeError.
         """
-        from rewards_fast import reference
+        from rewards_fast import _core
 
         if isinstance(texts, str):
             raise TypeError("texts is a sequence of strings; wrap a single text in a list")
-        wanted = _parse_targets(targets, len(texts))
-        rows: list[dict[str, float]] = []
-        reasons: list[str | None] = []
-        found: list[Measurement | None] = []
-        for text, target in zip(texts, wanted):
-            if not isinstance(text, str):
-                raise TypeError(f"a text is a str, not {type(text).__name__}")
-            try:
-                measured = reference.measure(extract_cif(text) if self.extract else text)
-            except CIFError as error:
-                rows.append(floor_scores(self.weights))
-                reasons.append(error.reason)
-                found.append(None)
-            else:
-                rows.append(score_measurement(measured, target, self.weights, self.thresholds))
-                reasons.append(None)
-                found.append(measured)
-        return _collect(rows, reasons, found)
+        texts = list(texts)
+        wanted, target_of_text = _parse_targets(targets, len(texts))
+        if self.extract:
+            bare = _core.is_bare_cif
+            texts = [text if not isinstance(text, str) or bare(text) else extract_cif(text) for text in texts]
+        rows, reasons, bits, cells = _core.score(
+            texts,
+            wanted,
+            target_of_text,
+            _numbers(self.weights),
+            _numbers(self.thresholds),
+            self.threads or 0,
+        )
+        columns = dict(zip(_core.SCORE_COLUMNS, rows.T))
+        return Scores(
+            **{name: columns[name] for name in SCORE_NAMES},
+            reason=reasons,
+            crystals=Crystals(cells),
+            terms={name: columns[name] for name in TERM_NAMES},
+            fields={name: (bits >> i & 1).astype(np.bool_) for i, name in enumerate(FIELD_NAMES)},
+        )
 
 
-def _parse_targets(targets: Sequence[Target] | Target, n: int) -> list[dict[str, float]]:
+def _numbers(settings: Weights | Thresholds) -> tuple[float, ...]:
+    return tuple(float(getattr(settings, f.name)) for f in fields(settings))
+
+
+def _parse_targets(
+    targets: Sequence[Target] | Target, n: int
+) -> tuple[list[list[tuple[int, float]]], list[int]]:
+    """The different targets as (atomic number, count) pairs, and for each text which of them is its."""
     if targets is None or isinstance(targets, str | Mapping):
-        return [parse_target(targets)] * n
+        return [_numbered(targets)], [0] * n
     if len(targets) != n:
         raise ValueError(f"{n} texts but {len(targets)} targets")
-    known: dict[str, dict[str, float]] = {}
-    parsed = []
+    known: dict[str | None, int] = {}
+    parsed: list[list[tuple[int, float]]] = []
+    index: list[int] = []
     for target in targets:
-        if isinstance(target, str):
+        if isinstance(target, str) or target is None:
             if target not in known:
-                known[target] = parse_target(target)
-            parsed.append(known[target])
+                known[target] = len(parsed)
+                parsed.append(_numbered(target))
+            index.append(known[target])
         else:
-            parsed.append(parse_target(target))
-    return parsed
+            index.append(len(parsed))
+            parsed.append(_numbered(target))
+    return parsed, index
 
 
-def _collect(
-    rows: list[dict[str, float]], reasons: list[str | None], found: list[Measurement | None]
-) -> Scores:
-    def column(name: str) -> NDArray[np.float64]:
-        return np.array([row[name] for row in rows], dtype=np.float64)
-
-    def measure(name: str) -> NDArray[np.float64]:
-        return np.array([math.nan if m is None else getattr(m, name) for m in found], dtype=np.float64)
-
-    return Scores(
-        **{name: column(name) for name in ("total", "comp", "parse", "valid", "phys")},
-        **{name: measure(name) for name in ("n_sites", "volume", "density", "min_distance")},
-        reason=reasons,
-        crystals=[None if m is None else m.crystal for m in found],
-        terms={name: column(name) for name in TERM_NAMES},
-        fields={name: np.array([m is not None and m.fields[name] for m in found]) for name in FIELD_NAMES},
-    )
+def _numbered(target: Target) -> list[tuple[int, float]]:
+    return [(ATOMIC_NUMBER[symbol], amount) for symbol, amount in parse_target(target).items()]

@@ -156,8 +156,10 @@ def _element_counts(composition: Any) -> dict[str, float]:
 
 def _number(species: Any) -> int:
     """Atomic number of a site's most abundant species, the first of equals; 0 for what is no element."""
-    most = max(species.values())
-    symbol = next(str(s.symbol) for s, amount in species.items() if amount == most)
+    most, symbol = -math.inf, ""
+    for kind, amount in species.items():
+        if amount > most:
+            most, symbol = amount, str(kind.symbol)
     return ATOMIC_NUMBER.get(symbol, 0)
 
 
@@ -216,14 +218,18 @@ def min_distance(lattice: NDArray[np.float64], frac: NDArray[np.float64]) -> flo
         return math.nan
     scale = float(np.abs(lattice).max())
     if scale == 0.0:
-        return 0.0
+        return math.nan
     basis = _reduced(lattice / scale)
     try:
         inverse = np.linalg.inv(basis)
     except np.linalg.LinAlgError:
         return math.nan
-    spacing = 1.0 / np.linalg.norm(inverse, axis=0)
-    scaled = frac @ (lattice / scale) @ inverse
+    with np.errstate(all="ignore"):
+        spacing = 1.0 / np.linalg.norm(inverse, axis=0)
+    if not (np.isfinite(spacing).all() and (spacing > 0).all()):
+        return math.nan  # no volume in floating point
+    change = np.round(lattice / scale @ inverse)  # whole numbers: the same lattice in another basis
+    scaled = (frac - np.floor(frac)) @ change
     scaled -= np.floor(scaled)
     best = math.inf
     for i in range(len(scaled) - 1):  # row by row: memory stays linear
@@ -231,7 +237,9 @@ def min_distance(lattice: NDArray[np.float64], frac: NDArray[np.float64]) -> flo
         offset -= np.round(offset)
         vectors = offset @ basis
         best = min(best, float(np.sqrt((vectors * vectors).sum(axis=1).min())))
-    reach = [min(math.floor(best / s + 0.5), 50) for s in spacing]
+    reach = [min(math.floor(min(best / s, 1e6) + 0.5), 300) for s in spacing]
+    if math.prod(2 * n + 1 for n in reach) > 200_000:  # a needle: in a reduced basis the next images suffice
+        reach = [min(n, 2) for n in reach]
     images = np.array(list(itertools.product(*(range(-n, n + 1) for n in reach))), dtype=np.float64) @ basis
     for i in range(len(scaled) - 1):
         offset = scaled[i + 1 :] - scaled[i]

@@ -1,8 +1,10 @@
 """What `extract_cif` takes out of answers, and what it must leave alone."""
 
+import numpy as np
 import pytest
 
 from rewards_fast import PVCP, extract_cif
+from tests.oracles.cif_mutants import mutants
 from tests.rewards_fast.cif_texts import SLAB, TARGET
 
 ANSWERS = {
@@ -69,3 +71,12 @@ def test_a_long_run_of_marks_takes_linear_time() -> None:
         "\n" * 300_000,
     ):
         extract_cif(text)
+
+
+def test_the_quick_look_skips_no_work_that_matters() -> None:
+    """`is_bare_cif` lets a text pass without extraction only where extraction would not change its score."""
+    texts = list(mutants([*ANSWERS.values()], 3000, seed=2))
+    quick = PVCP(threads=1).score(texts, TARGET)
+    thorough = PVCP(threads=1, extract=False).score([extract_cif(text) for text in texts], TARGET)
+    assert quick.reason == thorough.reason
+    np.testing.assert_array_equal(quick.total, thorough.total)

@@ -1,0 +1,34 @@
+// Symmetry operations: from "x, y, z" strings and from space-group names and numbers.
+#pragma once
+
+#include <cstdint>
+#include <string_view>
+#include <vector>
+
+#include "block.h"
+#include "status.h"
+
+namespace catmllm::cif {
+
+struct AffineOperation {
+    double rotation[9];
+    double translation[3];
+
+    // Component k of the image of x; every product is formed, so that 0 * inf is nan as in the matrix product.
+    double component(int k, const double* x) const {
+        return rotation[3 * k] * x[0] + rotation[3 * k + 1] * x[1] + rotation[3 * k + 2] * x[2] + translation[k];
+    }
+    bool is_identity() const;
+};
+
+// SymmOp.from_xyz_str. kSkipBlock stands for ValueError, kRejectText for any other exception.
+Status operation_from_xyz(std::string_view text, AffineOperation& operation);
+
+// CifParser.get_symops and, for magnetic files, get_magsymops.
+Status symmetry_operations(const Block& block, std::vector<AffineOperation>& operations);
+Status magnetic_operations(const Block& block, std::vector<AffineOperation>& operations);
+
+// Is `name` an attribute of pymatgen's Lattice? A cell setting that is none is passed over.
+bool is_lattice_attribute(std::string_view name);
+
+}  // namespace catmllm::cif

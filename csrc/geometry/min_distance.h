@@ -1,0 +1,25 @@
+// The least distance between two different sites of a periodic cell, exact for any lattice and linear in the sites.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "lattice.h"
+
+namespace catmllm::geometry {
+
+// Memory that is reused from cell to cell.
+struct DistanceScratch {
+    std::vector<double> fraction;  // [N, 3] in the reduced basis, in [0, 1)
+    std::vector<double> position;  // [N, 3] Cartesian of the above, in the order of the cells
+    std::vector<std::uint32_t> cell;
+    std::vector<std::uint32_t> start;
+    std::vector<std::uint32_t> order;
+};
+
+// frac: [n, 3]. Every periodic image counts, a site's own images do not: inf for n < 2. nan where the lattice or a
+// coordinate is not finite or the cell has no volume.
+double min_distance(const Lattice& lattice, const double* frac, std::size_t n, DistanceScratch& scratch);
+
+}  // namespace catmllm::geometry

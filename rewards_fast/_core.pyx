@@ -1,0 +1,234 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, freethreading_compatible=True
+# distutils: language=c++
+"""Python's door to the C++ engine in csrc: batches of texts in, arrays out, the GIL released in between."""
+
+from cpython.unicode cimport PyUnicode_DATA, PyUnicode_GET_LENGTH, PyUnicode_KIND
+from libc.stddef cimport size_t
+from libc.stdint cimport int64_t, uint8_t, uint32_t
+from libc.string cimport memcpy
+from libcpp cimport bool as cbool
+from libcpp.string cimport string
+from libcpp.vector cimport vector
+
+import numpy as np
+
+
+cdef extern from "Python.h":
+    int PyUnicode_IS_ASCII(object)
+
+
+cdef extern from "../csrc/cif/status.h" namespace "catmllm::cif":
+    cdef enum class Reason(uint8_t):
+        pass
+    const char* reason_name(Reason)
+
+
+cdef extern from "../csrc/cif/scan.h" namespace "catmllm::cif":
+    const char* scan_level()
+
+
+cdef extern from "../csrc/geometry/lattice.h" namespace "catmllm::geometry":
+    struct Lattice:
+        double rows[9]
+
+
+cdef extern from "../csrc/geometry/min_distance.h" namespace "catmllm::geometry":
+    cdef cppclass DistanceScratch:
+        pass
+    double c_min_distance "catmllm::geometry::min_distance"(const Lattice&, const double*, size_t, DistanceScratch&) nogil
+
+
+cdef extern from "../csrc/pvcp/score.h" namespace "catmllm::pvcp":
+    struct Weights:
+        double comp, parse, valid, phys
+    struct Thresholds:
+        double close, near, volume_min, volume_max, max_sites, coord_min, coord_max
+        double density_min, density_max, volume_per_atom_min, volume_per_atom_max
+    cdef cppclass Target:
+        vector[TargetEntry] entries
+    cdef cppclass TargetEntry "catmllm::pvcp::Target::Entry":
+        int number
+        double amount
+    enum:
+        kScoreColumns "catmllm::pvcp::kScoreColumns"
+
+
+cdef extern from "../csrc/pvcp/batch.h" namespace "catmllm::pvcp":
+    cdef cppclass TextRef:
+        const void* data
+        size_t size
+        int unit
+        cbool ascii
+        uint32_t target
+    cdef cppclass CountOut:
+        uint8_t number
+        uint32_t dummy
+        double amount
+    cdef cppclass Piece:
+        vector[double] frac
+        vector[int64_t] numbers
+        vector[CountOut] counts
+        vector[string] dummies
+    cdef cppclass TextOut:
+        Reason reason
+        uint8_t fields
+        uint32_t piece
+        uint32_t n_sites
+        uint32_t n_counts
+        size_t first_site
+        size_t first_count
+        double lattice[9]
+    cdef cppclass Batch:
+        vector[TextRef] texts
+        vector[Target] targets
+        Weights weights
+        Thresholds thresholds
+        vector[TextOut] out
+        vector[Piece] pieces
+        void run(double*, unsigned) nogil
+    cdef cppclass Profile:
+        double tokenise
+        double symmetry
+        double parse
+        double distance
+        double score
+        uint32_t n_sites
+    cbool c_is_bare_cif "catmllm::pvcp::is_bare_cif"(const char*, size_t)
+    Profile c_profile "catmllm::pvcp::profile"(const TextRef&, int) nogil
+
+
+SCORE_COLUMNS = (
+    "total", "comp", "parse", "valid", "phys", "n_sites", "volume", "density", "min_distance",
+    "missing", "extra", "count_error", "volume_penalty", "sites_penalty", "coord_penalty",
+    "density_penalty", "distance_penalty", "volume_per_atom_penalty", "bad_coords",
+)
+assert len(SCORE_COLUMNS) == kScoreColumns
+_REASONS = tuple((<bytes>reason_name(<Reason><uint8_t>i)).decode() or None for i in range(11))
+
+
+cdef TextRef _reference(str text):
+    cdef TextRef ref
+    ref.data = PyUnicode_DATA(text)
+    ref.size = <size_t>PyUnicode_GET_LENGTH(text)
+    ref.unit = PyUnicode_KIND(text)
+    ref.ascii = PyUnicode_IS_ASCII(text)
+    ref.target = 0
+    return ref
+
+
+def is_bare_cif(str text not None):
+    """True where `extract_cif` would change nothing that matters to the parser; False says nothing."""
+    if not PyUnicode_IS_ASCII(text):
+        return False
+    return c_is_bare_cif(<const char*>PyUnicode_DATA(text), <size_t>PyUnicode_GET_LENGTH(text))
+
+
+cdef class Cells:
+    """The parsed cells of a batch, kept as the engine left them; `get(i)` copies one out."""
+
+    cdef Batch batch
+
+    def __len__(self):
+        return self.batch.out.size()
+
+    def get(self, size_t i):
+        """(lattice [3, 3], frac [N, 3], numbers [N], counts by symbol or number), None where text i did not parse."""
+        if i >= self.batch.out.size():
+            raise IndexError(i)
+        cdef TextOut* out = &self.batch.out[i]
+        if <uint8_t>out.reason != 0:
+            return None
+        cdef Piece* piece = &self.batch.pieces[out.piece]
+        cdef double[:, ::1] lattice = np.empty((3, 3))
+        cdef double[:, ::1] frac = np.empty((out.n_sites, 3))
+        cdef int64_t[::1] numbers = np.empty(out.n_sites, dtype=np.int64)
+        memcpy(&lattice[0, 0], out.lattice, 72)
+        memcpy(&frac[0, 0], &piece.frac[3 * out.first_site], 24 * <size_t>out.n_sites)
+        memcpy(&numbers[0], &piece.numbers[out.first_site], 8 * <size_t>out.n_sites)
+        counts = {}
+        cdef size_t k
+        cdef CountOut* count
+        cdef bytes name
+        for k in range(out.n_counts):
+            count = &piece.counts[out.first_count + k]
+            if count.number:
+                counts[count.number] = count.amount
+            else:
+                name = piece.dummies[count.dummy]
+                counts[name.decode("ascii", "replace")] = count.amount
+        return lattice.base, frac.base, numbers.base, counts
+
+
+def score(list texts, list targets, list target_of_text, tuple weights, tuple thresholds, unsigned threads):
+    """Scores a batch. targets: lists of (atomic number, count); target_of_text: an index into them for each text.
+
+    Returns rows float64 [n, len(SCORE_COLUMNS)], reasons [n], field bits uint8 [n], Cells.
+    """
+    cdef Cells cells = Cells()
+    cdef Batch* batch = &cells.batch
+    cdef Py_ssize_t i, n = len(texts)
+    cdef Target target
+    cdef TargetEntry entry
+    cdef TextRef ref
+    for wanted in targets:
+        target.entries.clear()
+        for number, amount in wanted:
+            entry.number = number
+            entry.amount = amount
+            target.entries.push_back(entry)
+        batch.targets.push_back(target)
+    w, t = &batch.weights, &batch.thresholds
+    w.comp, w.parse, w.valid, w.phys = weights
+    (t.close, t.near, t.volume_min, t.volume_max, t.max_sites, t.coord_min, t.coord_max,
+     t.density_min, t.density_max, t.volume_per_atom_min, t.volume_per_atom_max) = thresholds
+    batch.texts.reserve(n)
+    for i in range(n):
+        text = texts[i]
+        if not isinstance(text, str):
+            raise TypeError(f"a text is a str, not {type(text).__name__}")
+        ref = _reference(<str>text)
+        ref.target = target_of_text[i]
+        batch.texts.push_back(ref)
+    rows = np.empty((n, kScoreColumns))
+    cdef double[:, ::1] view = rows
+    cdef double* first = &view[0, 0] if n else NULL
+    with nogil:
+        batch.run(first, threads)
+    fields = np.empty(n, dtype=np.uint8)
+    cdef uint8_t[::1] bits = fields
+    reasons = [None] * n
+    for i in range(n):
+        bits[i] = batch.out[i].fields
+        if <uint8_t>batch.out[i].reason:
+            reasons[i] = _REASONS[<uint8_t>batch.out[i].reason]
+    batch.texts.clear()  # they pointed into the strings
+    return rows, reasons, fields, cells
+
+
+def min_distance(lattice, frac):
+    """See rewards_fast.min_distance; float64 C-contiguous [3, 3] and [N, 3]."""
+    cdef const double[:, ::1] rows = lattice
+    cdef const double[:, ::1] sites = frac
+    cdef Lattice cell
+    cdef DistanceScratch scratch
+    cdef double d
+    cdef size_t n = sites.shape[0]
+    memcpy(cell.rows, &rows[0, 0], 72)
+    cdef const double* first = &sites[0, 0] if n else NULL
+    with nogil:
+        d = c_min_distance(cell, first, n, scratch)
+    return d
+
+
+def profile(str text not None, int repeats):
+    """Least seconds of each stage for one text: tokenise, symmetry, parse (both included), distance, score; and its sites."""
+    cdef TextRef ref = _reference(text)
+    cdef Profile p
+    with nogil:
+        p = c_profile(ref, repeats)
+    return {"tokenise": p.tokenise, "symmetry": p.symmetry, "parse": p.parse, "distance": p.distance, "score": p.score, "sites": p.n_sites}
+
+
+def instruction_set():
+    """The vector unit that the text scan uses on this machine."""
+    return (<bytes>scan_level()).decode()

@@ -1,0 +1,275 @@
+"""The engine against the pymatgen reference, on texts of our own and on broken copies of them, and against misuse."""
+
+import asyncio
+import math
+import multiprocessing
+import os
+import pickle
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rewards_fast import PVCP, CIFError, min_distance, parse_cif, reference
+from tests.oracles.cif_mutants import mutants
+from tests.rewards_fast.cif_texts import SLAB, TARGET, cell_cif
+
+CUBE = (4.0, 4.0, 4.0, 90, 90, 90)
+PT = [("Pt", 0.1, 0.2, 0.3)]
+
+
+def with_symmetry(lines: str, sites: str = "Pt Pt0 0.1 0.2 0.3\nO O1 0.6 0.7 0.8\n") -> str:
+    return (
+        "data_x\n_cell_length_a 4\n_cell_length_b 4\n_cell_length_c 4\n_cell_angle_alpha 90\n_cell_angle_beta 90\n"
+        f"_cell_angle_gamma 90\n{lines}\nloop_\n_atom_site_type_symbol\n_atom_site_label\n_atom_site_fract_x\n"
+        f"_atom_site_fract_y\n_atom_site_fract_z\n{sites}"
+    )
+
+
+# One text or more for each rule of pymatgen's reader; what the answer is, the reference says.
+RULES = {
+    "slab": SLAB,
+    "no block": "Data_x\n",
+    "block in prose": "words\n  data_" + SLAB[5:],
+    "byte order mark": "\ufeff" + SLAB,
+    "two blocks, the first broken": "data_a\n_cell_length_a 3\n" + SLAB,
+    "two blocks of one name": SLAB + SLAB.replace("0.423", "0.433"),
+    "powder block": "data_x powder_pattern\nloop_\n_a\n" + SLAB,
+    "comment eats the rest of a carriage-return text": SLAB.replace("_cell_length_a", "# c\r_cell_length_a"),
+    "comment in a quote": SLAB.replace("'x, y, z'", "'x, y, z' # 'c'"),
+    "non-ASCII goes": SLAB.replace("5.500", "5.5\u22120\u00e5").replace(
+        "_cell_length_b 5", "_cell_length_b\u20095"
+    ),
+    "text field": SLAB.replace("_cell_length_c 15.000", "_cell_length_c\n;15.000\n\n;"),
+    "text field never closed": SLAB.replace("loop_\n_symmetry", ";\nloop_\n_symmetry"),
+    "quote never closed": SLAB.replace("'x, y, z'", "'x, y, z"),
+    "unquoted operation": SLAB.replace("1 'x, y, z'", "1 x,y,z"),
+    "key takes the next word": SLAB.replace("_symmetry_Int_Tables_number 1", "_symmetry_Int_Tables_number"),
+    "empty loop": SLAB + "loop_\n_a\n",
+    "loop too short": SLAB + "loop_\n_a\n_b\n1\n",
+    "end word": SLAB.replace("loop_\n_atom_site_type", "_eof\nloop_\n_atom_site_type"),
+    "attached hydrogens": SLAB + "_atom_site_attached_hydrogens ?\n",
+    "uncertainties": SLAB.replace("15.000", "15.000(3)"),
+    "uncertainty cut": cell_cif(("4.(", 4, 4, 90, 90, 90), PT),  # type: ignore[arg-type]
+    "Python's floats": cell_cif(("1_0", "4e0", ".4E1", "+90", 90.0, "9_0.0"), PT),  # type: ignore[arg-type]
+    "thirds": cell_cif(CUBE, [("Pt", 0.3333, 0.6667, 0.33334)], ("x,y,z", "-y,x-y,z", "-x+y,-x,z")),
+    "cell without thickness": cell_cif((4, 4, 0.009, 90, 90, 90), PT),
+    "impossible angles": cell_cif((4, 4, 4, 30, 30, 120), PT),
+    "negative length": cell_cif((-4, 4, 4, 90, 90, 90), PT),
+    "nan length": cell_cif(("nan", 4, 4, 90, 90, 90), PT * 1 + [("O", 0, 0, 0)]),  # type: ignore[arg-type]
+    "crystal system": "data_x\n_symmetry_cell_setting Cubic\n_cell_length_a 4\nloop_\n_atom_site_label\n"
+    "_atom_site_fract_x\n_atom_site_fract_y\n_atom_site_fract_z\nPt 0 0 0\n",
+    "crystal system, too little given": "data_x\n_symmetry_cell_setting tetragonal\n_cell_length_a 4\n",
+    "a lattice attribute as the system": "data_x\n_symmetry_cell_setting volume\n_cell_length_a 4\n",
+    "group by name": with_symmetry("_symmetry_space_group_name_H-M 'F m -3 m'"),
+    "group by Hall key": with_symmetry("_space_group_name_Hall P6_3/mmc"),
+    "group by number": with_symmetry("_space_group_IT_number 225"),
+    "number out of range": with_symmetry("_space_group_IT_number 231"),
+    "infinite number": with_symmetry("_space_group_IT_number 1e400"),
+    "division by zero": with_symmetry("_symmetry_equiv_pos_as_xyz 'x+1/0,y,z'"),
+    "fourth component": with_symmetry("_symmetry_equiv_pos_as_xyz 'x,y,z,1'"),
+    "two points": with_symmetry("_symmetry_equiv_pos_as_xyz 'x+1.2.3,y,z'\n_space_group_IT_number 2"),
+    "no operation at all": with_symmetry("_symmetry_equiv_pos_as_xyz foo"),
+    "odd operations": with_symmetry(
+        "loop_\n_symmetry_equiv_pos_as_xyz\n'2x+1/2y, 1/2/3+y, z-12'\n'x+12y,y,z'\n'x,y,z'"
+    ),
+    "water": with_symmetry("", "Wat W1 0.1 0.2 0.3\nO-H O1 0.6 0.7 0.8\nOH X 0 0 0\n"),
+    "symbols": with_symmetry(
+        "", "CO C1 0 0 0\nfe2+ F1 0.5 0 0\nXx D1 0 0.5 0\nQ Q1 0 0 0.5\n? ? 0.1 0 0\nD D 0.2 0 0\n"
+    ),
+    "oxidation states": with_symmetry(
+        "loop_\n_atom_type_symbol\n_atom_type_oxidation_number\nPt2+ 2\nO2- -2\n",
+        "Pt2+ P 0 0 0\nO O 0.5 0 0\nPt Q 0 0.5 0\n",
+    ),
+    "oxidation states unreadable": with_symmetry(
+        "loop_\n_atom_type_symbol\n_atom_type_oxidation_number\nPt ?\n"
+    ),
+    "repeated row": cell_cif(CUBE, PT * 2),
+    "partial rows": cell_cif(CUBE, [("Fe", 0, 0, 0), ("Ni", 1.0, 0, 0)], occupancies=(0.5, 0.5)),
+    "occupancies": cell_cif(
+        CUBE, [("Fe", 0, 0, 0), ("Ni", 0.5, 0, 0), ("Cu", 0, 0.5, 0)], occupancies=("?", ".", "0.5(1)")
+    ),
+    "image on a row": cell_cif(CUBE, [("Pt", 0.1, 0, 0), ("Pt", 0.9, 0, 0)], ("x,y,z", "-x,-y,-z")),
+    "nearly the same place": cell_cif(
+        CUBE, [("Pt", 0.1234, 0, 0), ("Pt", 0.1235, 0, 0), ("Pt", 0.12359, 0, 0)]
+    ),
+    "everything onto the origin": with_symmetry("_symmetry_equiv_pos_as_xyz 0,0,0"),
+    "infinite coordinate": cell_cif(CUBE, [("Pt", "inf", 0, 0)]),  # type: ignore[list-item]
+    "coordinate nan": cell_cif(CUBE, [("Pt", 0, "nan", 0)]),  # type: ignore[list-item]
+    "Pauling row": with_symmetry("", "").replace(
+        "_atom_site_fract_z\n", "_atom_site_fract_z\n_atom_site_occupancy\n"
+    )
+    + "'0.8Nb(1) + 0.2Zr(1)' Nb,Zr 0 0 0 1\nO O 0.5 0 0 1\n",
+    "magnetic operations": with_symmetry(
+        "loop_\n_space_group_symop_magn_operation.xyz\nx,y,z,+1\n-x,-y,-z,-1\nloop_\n_space_group_symop_magn_centering.xyz\n"
+        "x,y,z,+1\nx+1/2,y,z,-1"
+    ),
+    "repeated column": with_symmetry("loop_\n_cell_length_q\n_cell_length_q\n1 2\n"),
+    "scalars as sites": "data_x\n_symmetry_cell_setting cubic\n_cell_length_a 4\n_atom_site_label Pt\n_atom_site_fract_x 01\n"
+    "_atom_site_fract_y 02\n_atom_site_fract_z 03\n",
+}
+
+
+def assert_like_the_reference(text: str) -> None:
+    from tests.oracles.reward_agreement import TARGET as ANY
+    from tests.oracles.reward_agreement import differences, judge
+
+    scores = PVCP(extract=False).score([text], ANY)
+    assert differences(text, judge(text), scores, 0) == []
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_rules_of_pymatgen(name: str) -> None:
+    pytest.importorskip("pymatgen.core")
+    assert_like_the_reference(RULES[name])
+
+
+def test_broken_copies_are_judged_as_by_the_reference() -> None:
+    pytest.importorskip("pymatgen.core")
+    for text in mutants([t for t in RULES.values() if t.count("\n") > 5], 400, seed=11):
+        assert_like_the_reference(text)
+
+
+@settings(max_examples=200)
+@given(
+    lengths=st.tuples(*[st.floats(0.3, 12)] * 3),
+    skew=st.tuples(*[st.floats(-3, 3)] * 3),
+    frac=st.lists(st.tuples(*[st.floats(-1, 2)] * 3), min_size=2, max_size=40),
+)
+def test_min_distance_is_the_references(
+    lengths: tuple[float, ...], skew: tuple[float, ...], frac: list[tuple[float, ...]]
+) -> None:
+    lattice = np.diag(lengths)
+    lattice[1, 0], lattice[2, 0], lattice[2, 1] = (s * lengths[0] for s in skew)
+    expected = reference.min_distance(lattice, np.array(frac))
+    assert min_distance(lattice, np.array(frac)) == pytest.approx(expected, rel=1e-9, abs=1e-9)
+
+
+@pytest.mark.parametrize("n", [50, 129, 700, 3000, 5000])
+@pytest.mark.parametrize("shape", ["cube", "needle", "plate", "cluster", "rows"])
+def test_min_distance_of_many_sites(n: int, shape: str) -> None:
+    """Against a k-d tree over the 27 nearest copies of a cell that is nearly orthogonal."""
+    spatial = pytest.importorskip("scipy.spatial")
+    generator = np.random.default_rng(n)
+    lengths = {"needle": (1.0, 1.5, 400.0), "plate": (90.0, 80.0, 1.2)}.get(shape, (30.0, 28.0, 33.0))
+    lattice = np.diag(lengths)
+    lattice[1, 0] = 0.3 * lengths[0]
+    frac = generator.random((n, 3))
+    if shape == "cluster":
+        frac = 0.4 + 0.01 * frac
+    if shape == "rows":
+        frac[:, :2] = np.round(frac[:, :2] * 3) / 3
+    shifts = np.stack(np.meshgrid(*[np.arange(-2, 3)] * 3, indexing="ij"), -1).reshape(-1, 3)
+    wrapped = frac - np.floor(frac)
+    best = np.inf
+    tree = spatial.cKDTree(wrapped @ lattice)
+    for shift in shifts:  # copies of all sites, a site's own copy left out
+        distances, index = tree.query((wrapped + shift) @ lattice, k=2, distance_upper_bound=best)
+        other = np.where(index == np.arange(n)[:, None], np.inf, distances)
+        best = min(best, float(other.min()))
+    assert min_distance(lattice, frac) == pytest.approx(best, rel=1e-9)
+
+
+def test_an_empty_batch_and_one_site() -> None:
+    assert len(PVCP().score([])) == 0
+    assert math.isinf(min_distance(np.eye(3), np.zeros((1, 3)))) and math.isinf(
+        min_distance(np.eye(3), np.zeros((0, 3)))
+    )
+    assert math.isnan(min_distance(np.zeros((3, 3)), np.zeros((2, 3))))
+
+
+def test_threads_do_not_matter() -> None:
+    texts = list(mutants(list(RULES.values()), 600, seed=3))
+    one, four = (PVCP(threads=t).score(texts, TARGET) for t in (1, 4))
+    np.testing.assert_array_equal(one.total, four.total)
+    np.testing.assert_array_equal(one.min_distance, four.min_distance)
+    assert one.reason == four.reason
+    for a, b in zip(one.crystals, four.crystals):
+        assert (a is None) == (b is None)
+        if a is not None and b is not None:
+            np.testing.assert_array_equal(a.frac, b.frac)
+            assert a.composition == b.composition
+
+
+def test_many_python_threads_share_one_scorer() -> None:
+    scorer = PVCP(threads=2)
+    texts = [SLAB, "junk", SLAB.replace("Cu", "Ni")] * 40
+    expected = scorer.score(texts, TARGET).total
+    with ThreadPoolExecutor(8) as pool:
+        for scores in pool.map(lambda _: scorer.score(texts, TARGET), range(24)):
+            np.testing.assert_array_equal(scores.total, expected)
+
+
+def _score_in_child(queue: "multiprocessing.Queue[float]") -> None:
+    queue.put(float(PVCP(threads=2).score([SLAB] * 64, TARGET).total.sum()))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_after_fork() -> None:
+    PVCP(threads=2).score([SLAB] * 64, TARGET)
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=_score_in_child, args=(queue,))
+    child.start()
+    assert queue.get(timeout=30) == pytest.approx(640.0)
+    child.join(30)
+    assert child.exitcode == 0
+
+
+def test_asyncio_and_pickle() -> None:
+    async def both() -> list[float]:
+        calls = [asyncio.to_thread(PVCP().score, [SLAB], TARGET) for _ in range(4)]
+        return [float(s.total[0]) for s in await asyncio.gather(*calls)]
+
+    assert asyncio.run(both()) == pytest.approx([10.0] * 4)
+    scores = pickle.loads(pickle.dumps(PVCP().score([SLAB, "x"], TARGET)))
+    assert scores.reason == [None, "no_block"] and scores.crystals[1] is None
+    assert scores.crystals[0].numbers.tolist() == [78, 29, 78, 78, 6, 8]
+
+
+ENORMOUS = {
+    "100 MB of words": lambda: "data_x\n" + "word " * 20_000_000,
+    "a million rows": lambda: cell_cif(CUBE, []) + "Pt Pt 0.1 0.2 0.3 1\n" * 800_000,
+    "many different rows": lambda: cell_cif(CUBE, [("Pt", i % 97 / 97, i // 97 % 89 / 89, i / 90_000) for i in range(90_000)]),
+    "a million images": lambda: cell_cif(
+        CUBE, [("Pt", i / 1500, 0.1, 0.2) for i in range(1500)], [f"x+0.{i:04d},y,z" for i in range(900)]
+    ),
+    "tiny cell": lambda: cell_cif((1e-300, 1e-300, 1e-300, 90, 90, 90), PT),
+    "NULs": lambda: "data_\x00\n_cell_length_a \x00\n" + "\x00" * 100_000,
+    "quotes": lambda: "data_x\n" + "'a" * 1_000_000,
+    "blocks": lambda: "data_x\n" * 500_000,
+    "columns": lambda: "data_x\nloop_\n" + "_atom_site_label\n" * 300_000 + "x " * 300_000,
+    "operation of digits": lambda: with_symmetry("_symmetry_equiv_pos_as_xyz '" + "1" * 2_000_000 + "x,y,z'"),
+    "one place": lambda: cell_cif((900, 900, 900, 90, 90, 90), [("Pt", 0.5 + i % 40 / 5e3, i // 40 % 40 / 5e3, i // 1600 / 5e3) for i in range(40_000)]),
+    "white space": lambda: "data_x\n" + " \n" * 2_000_000 + SLAB,
+    "dummies": lambda: cell_cif(CUBE, [("X" + chr(97 + i % 26) + chr(97 + i // 26 % 26) + "q" * (i // 676), i / 5e4, 0, 0) for i in range(20_000)]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ENORMOUS)
+def test_enormous_texts_end_soon(name: str) -> None:
+    text = ENORMOUS[name]()
+    start = time.perf_counter()
+    scores = PVCP(extract=False).score([text], TARGET)
+    assert time.perf_counter() - start < 30
+    assert math.isfinite(scores.total[0])
+    assert scores.reason[0] is not None or scores.n_sites[0] > 0
+
+
+def test_reasons_name_what_is_wrong() -> None:
+    for text, reason in (
+        ("hello", "no_block"),
+        (SLAB + "loop_\n_a\n_b\n1\n", "loop"),
+        (SLAB.replace("_cell_length_a 5.500\n", ""), "cell"),
+        (cell_cif(CUBE, PT * 2), "occupancy"),
+        (cell_cif(CUBE, [("Pt", "?", 0, 0)]), "number"),  # type: ignore[list-item]
+        (cell_cif(CUBE, [("?", 0, 0, 0)]), "sites"),
+        (with_symmetry("_symmetry_equiv_pos_as_xyz 'x+1/0,y,z'"), "symmetry"),
+        ("data_x\n" + "x " * 9_000_000, "limit"),
+    ):
+        with pytest.raises(CIFError) as caught:
+            parse_cif(text)
+        assert caught.value.reason == reason
