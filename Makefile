@@ -13,12 +13,12 @@ export TOKENIZERS_PARALLELISM ?= false
 .PHONY: setup run test test-slow bench lint format clean engine test-engine fuzz
 setup: $(READY)
 
-$(READY): pyproject.toml setup.py
+$(READY): pyproject.toml setup.py rewards_fast/_core.pyx $(wildcard csrc/cif/* csrc/geometry/* csrc/pvcp/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "catmllm needs Python 3.11 or newer; set PYTHON=..."; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25"
 	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install --quiet torch==2.13.0
-	$(BIN)/python -m pip install --quiet --editable '.[train,oracle,dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[train,oracle,trl,dev]'
 	@touch $@
 
 run: setup  ## all stages on the shipped data; metrics, plots and report.html in runs/tiny

@@ -159,16 +159,16 @@ class RewardConfig:
 class GRPOConfig(OptimConfig):
     """Stage 2: GRPO on the PVCP reward."""
 
-    steps: int = 60
+    steps: int = 70
     batch_size: int = 12
-    lr: float = 1e-4
-    warmup: int = 5
+    lr: float = 1.5e-4
+    warmup: int = 8
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.0
     checkpoint_every: int = 20
     log_every: int = 1
     group_size: int = 8  # K
-    beta: float = 0.01
+    beta: float = 0.02
     kl: Literal["k1", "k2", "k3"] = "k3"
     delta: float = 1e-4
     updates_per_rollout: int = 1
