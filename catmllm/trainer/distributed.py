@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -67,6 +69,8 @@ def start(config: Config) -> World:
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             os.environ["MASTER_PORT"] = str(s.getsockname()[1])
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        _die_with_parent()
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
@@ -76,6 +80,20 @@ def start(config: Config) -> World:
         torch.set_num_threads(config.threads)
         dist.init_process_group("cpu:gloo")
     return World(dist.get_rank(), dist.get_world_size(), device)
+
+
+def _die_with_parent() -> None:
+    """Have the kernel end this process when torchrun is gone (Linux).
+
+    torchrun gives its workers sessions of their own: after a `kill -9` of torchrun they would stay, hold their memory,
+    and write into the folder that the next run resumes from.
+    """
+    if sys.platform != "linux":
+        return
+    import ctypes
+
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 def shard(model: CatalyticMLLM, config: Config, world: World) -> CatalyticMLLM:

@@ -1,10 +1,12 @@
 """A small run of the whole pipeline on two ranks, made once for the tests that read it."""
 
+import contextlib
 import gzip
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -51,13 +53,32 @@ def launch(config: Path, out: Path, ranks: int = 2) -> subprocess.Popen:
     )
 
 
+def kill(process: subprocess.Popen, out: Path) -> None:
+    """End torchrun as `kill -9` does, and wait until its workers, which have sessions of their own, are gone too."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    deadline = time.monotonic() + 20
+    while any(f"out={out}" in line for line in command_lines()):
+        assert time.monotonic() < deadline, "workers outlived torchrun"
+        time.sleep(0.05)
+
+
+def command_lines() -> list[str]:
+    """Of every process that still runs."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            found.append(path.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+    return found
+
+
 def finish(config: Path, out: Path, ranks: int = 2) -> None:
     process = launch(config, out, ranks)
     try:
         assert process.wait(timeout=400) == 0, out.with_suffix(".log").read_text()[-4000:]
     finally:
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+            kill(process, out)
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,6 @@
 
 import itertools
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -13,7 +11,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from tests.trainer.conftest import ROOT, finish, launch
+from tests.trainer.conftest import ROOT, finish, kill, launch
 
 STAGES = ("align", "joint", "instruct", "grpo", "ga_grpo")
 FROZEN = {
@@ -88,8 +86,7 @@ def test_killed_and_resumed_run_repeats_the_unbroken_one(unbroken: Path, small_c
             assert process.poll() is None, out.with_suffix(".log").read_text()[-4000:]
             assert time.monotonic() < deadline
             time.sleep(0.02)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        kill(process, out)
         assert not (out / stage / "model.safetensors").exists(), "killed too late to show anything"
     finish(small_config, out)
     for stage in STAGES:
