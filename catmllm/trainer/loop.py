@@ -11,6 +11,7 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from catmllm.config import Config, OptimConfig
 from catmllm.data.batches import Collator
@@ -126,12 +127,7 @@ def train(make_stage: Callable[[Context], Stage], context: Context) -> tuple[dic
                 value = part.loss()
                 scaler.scale(value).backward()
                 loss += float(value.detach())
-            scaler.unscale_(optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(trained, optim.grad_clip, foreach=True)
-            norm_value = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
+            norm = _update(optimizer, scaler, trained, optim.grad_clip) if work.passes else 0.0
             elapsed = time.perf_counter() - began
             row = world.mean({"loss": loss, **work.metrics})
             if not math.isfinite(row["loss"]):
@@ -140,7 +136,7 @@ def train(make_stage: Callable[[Context], Stage], context: Context) -> tuple[dic
                     f"{context.folder / 'checkpoints'} are from before. Lower {stage.name}.lr or check the data."
                 )
             tokens = world.size * sum(p.tokens for p in work.passes)
-            row |= {"lr": optim.lr * scale, "grad_norm": norm_value, "tokens_per_s": tokens / elapsed}
+            row |= {"lr": optim.lr * scale, "grad_norm": norm, "tokens_per_s": tokens / elapsed}
             row |= {"seconds": elapsed, "prepare_seconds": prepared - began}
             if scaler.is_enabled():
                 row["loss_scale"] = scaler.get_scale()
@@ -154,6 +150,21 @@ def train(make_stage: Callable[[Context], Stage], context: Context) -> tuple[dic
                     context.folder / "checkpoints", step + 1, context.model, optimizer, extra, world
                 )
     return full_state(context.model), stage
+
+
+def _update(
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    trained: list[torch.nn.Parameter],
+    grad_clip: float,
+) -> float:
+    """One clipped optimizer step on the accumulated gradients; returns their norm before clipping."""
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(trained, grad_clip, foreach=True)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
 def lr_factor(step: int, optim: OptimConfig) -> float:

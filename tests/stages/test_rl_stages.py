@@ -103,3 +103,25 @@ def test_ga_grpo_moves_the_head_alone(context: Context, monkeypatch: pytest.Monk
     moved = {k for k in state if not torch.equal(state[k], before[k])}
     assert moved == {"llm.lm_head.weight"}
     assert len(stage.running) == 3 and all(len(s.trace) == 3 for s in stage.running)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_step_without_any_signal_changes_nothing(make_context: MakeContext, precision: str) -> None:
+    class Flat(TokenReward):
+        def score(self, texts, targets):
+            scores = super().score(texts, targets)
+            scores.total = scores.comp = np.zeros(len(texts))
+            return scores
+
+    def make(c: Context) -> GRPO:
+        stage = GRPO(c)
+        stage.pvcp = Flat()  # type: ignore[assignment]
+        return stage
+
+    config = small()
+    config.precision = precision  # type: ignore[assignment]
+    context = make_context(config)
+    before = {k: v.clone() for k, v in context.model.state_dict().items()}
+    state, stage = train(make, context)
+    assert all(torch.equal(v, before[k]) for k, v in state.items())
+    assert stage.state()["skipped"] == 2 * config.grpo.batch_size
