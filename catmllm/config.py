@@ -365,6 +365,12 @@ def _check(config: Config) -> None:
                 raise ConfigError(f"`{name}` must be between 0 and 1, got {value}")
 
     positive(config, "")
+    d, preset = config.data, config.model.encoder.preset
+    if preset and (d.cutoff, d.max_neighbours) != (12.0, 20):
+        raise ConfigError(
+            f"`model.encoder.preset` {preset} reads graphs of 12 Å and 20 neighbours; set `data.cutoff: 12` and "
+            "`data.max_neighbours: 20`"
+        )
     if config.grpo.checkpoint_every % config.grpo.updates_per_rollout:
         raise ConfigError("`grpo.checkpoint_every` must be a multiple of `grpo.updates_per_rollout`")
     if config.model.llm.hidden_size % config.model.llm.num_attention_heads:

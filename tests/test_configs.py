@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from catmllm.config import STAGES, load_config
+from catmllm.config import STAGES, ConfigError, load_config
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
 
@@ -13,6 +13,12 @@ CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
 def test_configuration_loads(path: Path) -> None:
     config = load_config(path)
     assert set(config.stages) <= set(STAGES) and config.stages
+
+
+def test_a_preset_asks_for_its_own_graph() -> None:
+    with pytest.raises(ConfigError, match=r"data\.cutoff: 12"):
+        load_config(None, ["model.encoder.preset=31M"])
+    load_config(None, ["model.encoder.preset=31M", "data.cutoff=12", "data.max_neighbours=20"])
 
 
 def test_there_are_configurations() -> None:

@@ -63,7 +63,7 @@ def cif_prompt(identity: str) -> str:
 
 
 def design_prompt(identity: str, energy: float, exemplar: bool = False) -> str:
-    body = DESIGN_PROMPT.format(identity=identity, energy=energy)
+    body = DESIGN_PROMPT.format(identity=identity, energy=round(energy, 2) + 0.0)  # no -0.00
     return chat(f"{GRAPH}\n{body}" if exemplar else body)
 
 

@@ -75,8 +75,10 @@ def finite(value: Any) -> bool:
 
 
 def number(value: Any, digits: int = 3) -> str:
-    """A number with `digits` decimals; `–` where there is none."""
-    return f"{value:.{digits}f}" if finite(value) else "–"
+    """A number with `digits` decimals (from 1e5 on as a power of ten); `–` where there is none."""
+    if not finite(value):
+        return "–"
+    return f"{value:.{digits}f}" if abs(value) < 1e5 else f"{value:.1e}"
 
 
 def percent(value: Any, digits: int = 1) -> str:

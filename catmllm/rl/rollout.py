@@ -273,21 +273,26 @@ def sample_top_p(
     """Draw one token a row from the smallest set of most likely tokens whose probability reaches top_p.
 
     logits [B, V] float32, noise [B] uniform in [0, 1): the draw is the inverse of the cumulative distribution at it.
-    The `shortlist` most likely tokens nearly always hold the set; where they do not, the whole row is sorted.
+    The `shortlist` most likely tokens mostly hold the set; where they do not, that row is sorted whole.
     """
     if top_p >= 1.0:
         cumulative = logits.softmax(-1).cumsum(-1)
         at = torch.searchsorted(cumulative, (noise[:, None] * cumulative[:, -1:]), right=True)
         return at.squeeze(1).clamp_max(logits.shape[1] - 1)
     total = logits.logsumexp(1, keepdim=True)
-    k = min(shortlist, logits.shape[1])
-    top, token = logits.topk(k, dim=1)
-    probability = (top - total).exp()
-    if k < logits.shape[1] and bool((probability.sum(1) < top_p).any()):
-        top, token = logits.sort(1, descending=True)
-        probability = (top - total).exp()
-    cumulative = probability.cumsum(1)
-    kept = probability * (cumulative - probability < top_p)
+    top, token = logits.topk(min(shortlist, logits.shape[1]), dim=1)
+    mass = (top - total).exp()
+    out = _invert(mass, token, top_p, noise)
+    short = (mass.sum(1) < top_p).nonzero()[:, 0]
+    if len(short) and top.shape[1] < logits.shape[1]:
+        top, token = logits[short].sort(1, descending=True)
+        out[short] = _invert((top - total[short]).exp(), token, top_p, noise[short])
+    return out
+
+
+def _invert(mass: torch.Tensor, token: torch.Tensor, top_p: float, noise: torch.Tensor) -> torch.Tensor:
+    """Tokens [B] of descending probabilities `mass` [B, K], cut to the smallest set that reaches top_p, at `noise`."""
+    kept = mass * (mass.cumsum(1) - mass < top_p)
     cumulative = kept.cumsum(1)
     at = torch.searchsorted(cumulative, noise[:, None] * cumulative[:, -1:], right=True)
     last = (kept > 0).sum(1, keepdim=True) - 1

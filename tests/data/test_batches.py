@@ -102,7 +102,7 @@ def test_one_marker_an_atom(small_model: Model, train_systems: list[System]) -> 
 
 def test_the_query_ends_every_property_prompt(collate: Collator, train_systems: list[System]) -> None:
     for mode in ("both", "graph", "text"):
-        prompt = collate.prompt_ids(property_sample(train_systems[3], mode))  # type: ignore[arg-type]
+        prompt = collate.prompt_ids(property_sample(train_systems[3], mode))
         assert prompt[-1] == collate.energy_id == collate.tokenizer.get_vocab()[ENERGY]
 
 
@@ -148,4 +148,4 @@ def test_the_draw_is_a_function_of_its_arguments() -> None:
     both = np.concatenate([draw(100, 8, 0, 5, r, 2) for r in range(2)])
     np.testing.assert_array_equal(both, draw(100, 16, 0, 5, 0, 1))
     epochs = [draw(50, 50, 0, e, 0, 1) for e in range(2)]
-    assert not np.array_equal(*epochs)
+    assert not np.array_equal(epochs[0], epochs[1])

@@ -253,7 +253,7 @@ def test_segment_mean() -> None:
 
 @pytest.mark.parametrize("projector", ["max", "invariant", "atoms"])
 def test_what_is_saved_is_what_is_loaded(
-    small_config: Config, small_model: Model, samples: list[Sample], tmp_path: Path, projector: str
+    small_config: Config, small_model: Model, samples: list[Sample], tmp_path: Path, projector: Any
 ) -> None:
     tokenizer = small_model[1].tokenizer
     config = replace(small_config, model=replace(small_config.model, projector=projector), seed=3)

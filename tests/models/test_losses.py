@@ -20,8 +20,8 @@ lambdas = st.floats(0.01, 1.0)
 
 
 def mmtg(a: float, b: float, lam: float, sign: str = "+") -> float:
-    pair = (torch.tensor(v, dtype=torch.float64) for v in (a, b))
-    return float(mmtg_loss(*pair, lam, sign))
+    pair = [torch.tensor(v, dtype=torch.float64) for v in (a, b)]
+    return float(mmtg_loss(pair[0], pair[1], lam, sign))
 
 
 def gradient(a: float, b: float, lam: float, sign: str = "+") -> tuple[float, float]:

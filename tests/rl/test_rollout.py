@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -261,7 +262,8 @@ def test_half_precision_follows_the_teacher_forced_forward(
 def warped(logits: torch.Tensor, top_p: float) -> torch.Tensor:
     """The distribution that transformers samples from."""
     processors = LogitsProcessorList([TopPLogitsWarper(top_p=top_p)]) if top_p < 1 else LogitsProcessorList()
-    return processors(torch.zeros(len(logits), 1, dtype=torch.int64), logits.clone()).softmax(-1)
+    nothing: Any = torch.zeros(len(logits), 1, dtype=torch.int64)
+    return processors(nothing, logits.clone()).softmax(-1)
 
 
 def drawn(logits: torch.Tensor, top_p: float, n: int = 20_000, **options: int) -> torch.Tensor:

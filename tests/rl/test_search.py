@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from catmllm.config import GAGRPOConfig, SamplingConfig
-from catmllm.data.batches import Collator
+from catmllm.data.batches import Batch, Collator
 from catmllm.data.prompts import DESIGN_ANSWER, GRAPH, Sample, design_prompt
 from catmllm.evaluate.property import predict, question
 from catmllm.models.catalytic_mllm import CatalyticMLLM
@@ -151,6 +151,19 @@ def test_strange_crystals_raise_nothing(small_model: Model, train_systems: list[
         assert math.isnan(strange.predicted)
 
 
+def test_a_cell_whose_bonds_cannot_be_searched_raises_nothing(
+    small_model: Model, train_systems: list[System]
+) -> None:
+    """Bonds reach farther than a short cutoff: a cell may have a graph and no text."""
+    model, collate = small_model
+    short = replace(collate, data=replace(collate.data, cutoff=1.0))
+    text = STRANGE["a cell of 0.02 A"]
+    assert short.graphs([read_cif(text, "H", (1, 1, 1))]) is not None
+    task = task_of(next(s for s in train_systems if s.adsorbate == "H"))
+    (c,), _ = ClosedLoop(model, short, CONFIG).judge([task], [text], 0)
+    assert math.isnan(c.predicted) and not c.feasible
+
+
 def test_a_crystal_that_has_energy_nan_stays_out_of_the_pool(
     loop: ClosedLoop, train_systems: list[System]
 ) -> None:
@@ -186,13 +199,14 @@ def test_the_same_structure_is_predicted_once(small_model: Model, train_systems:
     loop = ClosedLoop(*small_model, CONFIG)
     system = train_systems[0]
     calls: list[int] = []
-    real = loop.model.predict
 
     class Counting:
         def __getattr__(self, name: str) -> Any:
-            if name == "predict":
-                return lambda batch: (calls.append(len(batch.input_ids)), real(batch))[1]
             return getattr(small_model[0], name)
+
+        def predict(self, batch: Batch) -> torch.Tensor:
+            calls.append(len(batch.input_ids))
+            return small_model[0].predict(batch)
 
     loop.model = Counting()  # type: ignore[assignment]
     text = write_cif(system)
@@ -209,7 +223,7 @@ def test_unit_and_raw_scales(small_model: Model, train_systems: list[System]) ->
     system = train_systems[0]
     rewards = {}
     for scale in ("unit", "raw"):
-        config = replace(CONFIG, pvcp_scale=scale)  # type: ignore[arg-type]
+        config = replace(CONFIG, pvcp_scale=scale)
         (c,), _ = ClosedLoop(*small_model, config).judge([task_of(system)], [write_cif(system)], 0)
         rewards[scale] = c.reward
     assert rewards["raw"] - rewards["unit"] == pytest.approx(0.3 * 10 - 0.3 * 1)
