@@ -116,7 +116,12 @@ def test_values_that_yaml_reads_in_its_own_way() -> None:
     assert (config.joint.mmtg_sign, config.grpo.lr, config.evaluate.judge) == ("-", 1e-4, "none")
     assert isinstance(config.align.lr, float)
     assert load_config(None, ["joint.mmtg_sign=+"]).joint.mmtg_sign == "+"
-    assert load_config(None, ["model.encoder.preset=31M"]).model.encoder.preset == "31M"
+    assert (
+        load_config(
+            None, ["model.encoder.preset=31M", "data.cutoff=12", "data.max_neighbours=20"]
+        ).model.encoder.preset
+        == "31M"
+    )
     for nothing in ("init=", "init=null", "init=~"):
         assert load_config(None, [nothing]).init is None
 

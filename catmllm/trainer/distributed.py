@@ -19,7 +19,6 @@ from torch.distributed.tensor import DTensor
 from catmllm.config import Config
 from catmllm.models.catalytic_mllm import CatalyticMLLM
 
-_ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -61,24 +60,20 @@ class World:
 
 def start(config: Config) -> World:
     """Join the process group that torchrun describes; without torchrun, a group of one process."""
-    for key, value in _ALONE.items():
-        os.environ.setdefault(key, value)
-    if "MASTER_PORT" not in os.environ:
-        import socket
-
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            os.environ["MASTER_PORT"] = str(s.getsockname()[1])
+    # Alone, a store in memory: no address, no port, nothing left in the environment of processes started from here.
+    alone: dict[str, Any] = (
+        {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    )
     if "TORCHELASTIC_RUN_ID" in os.environ:
         _die_with_parent()
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
-        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, **alone)
     else:
         device = torch.device("cpu")
         torch.set_num_threads(config.threads)
-        dist.init_process_group("cpu:gloo")
+        dist.init_process_group("cpu:gloo", **alone)
     return World(dist.get_rank(), dist.get_world_size(), device)
 
 
