@@ -502,8 +502,7 @@ def test_fully_sharded_blocks(tmp_path, checkpointing):
     import torch.distributed as dist
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    if dist.is_initialized():
-        pytest.skip("a process group exists already")
+    assert not dist.is_initialized(), "an earlier test left its process group behind"
     plain = make_model(SMALL, torch.float32)
     sharded = make_model(replace(SMALL, activation_checkpoint=checkpointing), torch.float32)
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
