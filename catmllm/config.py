@@ -28,7 +28,8 @@ class ConfigError(ValueError):
 class DataConfig:
     """Where systems come from and how they are cut into a graph and into text."""
 
-    path: str | None = None  # JSONL(.gz) of adsorption systems; None: the slabs shipped with the package
+    # a folder that `catmllm data oc20` made, or JSONL(.gz) of adsorption systems; None: the slabs shipped with the package
+    path: str | None = None
     split_seed: int = 0
     decimals: int = 3  # digits of every number in a CIF
     cutoff: float = 6.0  # Å; of the neighbour graph

@@ -11,7 +11,7 @@ import gzip
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -71,25 +71,34 @@ def split(systems: Sequence[System], seed: int = 0) -> dict[SplitName, list[Syst
 
     By pair because a split by slab is no split: slabs of one metal and facet repeat, and 23 % of the test slabs would
     have an exact twin in training (and by sample nearly all). The bulk is the reduced formula in canonical order, so
-    `IrPd` and `PdIr` are one. The pairs are taken in the order of a hash of (seed, pair), so the result depends neither
-    on the order of the systems nor on the machine; each part is sorted by sid. Parts may be empty where there are few
-    pairs.
+    `IrPd` and `PdIr` are one. Each part is sorted by sid. Parts may be empty where there are few pairs.
     """
     pairs: dict[str, list[System]] = defaultdict(list)
     for system in systems:
         pairs[f"{system.bulk} {system.miller}"].append(system)
-
-    def shuffled(names: Iterable[str]) -> list[str]:
-        return sorted(names, key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).digest())
-
+    part_of = split_pairs({name: len(group) for name, group in pairs.items()}, seed)
     parts: dict[SplitName, list[System]] = {"train": [], "val": [], "test": []}
-    for name in shuffled(pairs):
-        group = pairs[name]
-        for part in ("test", "val"):
-            # a pair goes in if most of it fits into the tenth that the part is meant to have
-            if len(parts[part]) + len(group) / 2 <= len(systems) / 10:
-                parts[part].extend(group)
-                break
-        else:
-            parts["train"].extend(group)
+    for name, group in pairs.items():
+        parts[part_of[name]].extend(group)
     return {part: sorted(members, key=lambda system: system.sid) for part, members in parts.items()}
+
+
+def split_pairs(counts: Mapping[str, int], seed: int = 0) -> dict[str, SplitName]:
+    """The part that each pair belongs to, of the number of systems by pair (`PdIr (1, 1, 1)`).
+
+    The pairs are taken in the order of a hash of (seed, pair), so the result depends neither on the order of the
+    systems nor on the machine.
+    """
+    shuffled = sorted(counts, key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).digest())
+    total = sum(counts.values())
+    filled: dict[SplitName, int] = {"test": 0, "val": 0}
+    chosen: dict[str, SplitName] = {}
+    for name in shuffled:
+        chosen[name] = "train"
+        for part in filled:
+            # a pair goes in if most of it fits into the tenth that the part is meant to have
+            if filled[part] + counts[name] / 2 <= total / 10:
+                filled[part] += counts[name]
+                chosen[name] = part
+                break
+    return chosen

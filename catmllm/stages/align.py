@@ -18,7 +18,7 @@ class Align(Stateless):
 
     def __init__(self, context: Context) -> None:
         self.context, self.config = context, context.config.align
-        self.samples = [Sample(three_part_text(s), "", s) for s in context.data["train"]]
+        self.systems = context.data["train"]
 
     def trains(self, parameter: str) -> bool:
         return parameter.startswith(("encoder.", "projector."))
@@ -26,9 +26,10 @@ class Align(Stateless):
     def step(self, step: int) -> Step:
         c = self.context
         chosen = draw(
-            len(self.samples), self.config.batch_size, c.config.seed, step, c.world.rank, c.world.size
+            len(self.systems), self.config.batch_size, c.config.seed, step, c.world.rank, c.world.size
         )
-        batch = c.collate([self.samples[i] for i in chosen]).to(c.world.device)
+        some = [self.systems[i] for i in chosen]
+        batch = c.collate([Sample(three_part_text(s), "", s) for s in some]).to(c.world.device)
         work = Step([])
         work.passes.append(
             MicroBatch(lambda: self._loss(batch, work.metrics), int(batch.attention_mask.sum()))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -16,12 +16,13 @@ from catmllm.structure.system import System
 from catmllm.trainer.loop import Context
 
 
-def relatives(systems: list[System]) -> list[list[int]]:
+def relatives(systems: Sequence[System]) -> list[list[int]]:
     """For each system, the others of the same composition and adsorbate (same identity)."""
     groups: dict[str, list[int]] = {}
-    for i, s in enumerate(systems):
-        groups.setdefault(s.identity, []).append(i)
-    return [[j for j in groups[s.identity] if j != i] for i, s in enumerate(systems)]
+    mine = [groups.setdefault(s.identity, []) for s in systems]
+    for i, group in enumerate(mine):
+        group.append(i)
+    return [[j for j in group if j != i] for i, group in enumerate(mine)]
 
 
 def property_with_dropout(

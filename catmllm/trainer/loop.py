@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -33,7 +33,7 @@ class Context:
     config: Config
     model: CatalyticMLLM
     collate: Collator
-    data: dict[str, list[System]]
+    data: Mapping[str, Sequence[System]]
     world: World
     folder: Path
 

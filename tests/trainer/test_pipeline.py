@@ -130,3 +130,24 @@ def test_unknown_key_names_the_nearest() -> None:
     )
     assert process.returncode == 2
     assert "grpo.beta" in process.stderr
+
+
+def test_a_folder_of_shards_trains_as_the_file_does(unbroken: Path, small_config: Path) -> None:
+    """The same systems in the same order, so every loss is the same to the last bit."""
+    import yaml
+
+    from catmllm.data.shards import write_shards
+    from catmllm.data.slabs import load_slabs
+
+    settings = yaml.safe_load(small_config.read_text())
+    systems = sorted(load_slabs(settings["data"]["path"]), key=lambda s: s.sid)
+    folder = unbroken.parent / "shards"
+    write_shards(folder, systems, shard_size=50)
+    settings["data"]["path"], settings["stages"] = str(folder), ["align"]
+    config, out = unbroken.parent / "shards.yaml", unbroken.parent / "from_shards"
+    config.write_text(yaml.safe_dump(settings))
+    finish(config, out)
+    assert [r["loss"] for r in rows(out, "align")] == [r["loss"] for r in rows(unbroken, "align")]
+    mine, theirs = (json.loads((p / "metrics.json").read_text()) for p in (out, unbroken))
+    assert mine["baselines"] == theirs["baselines"]
+    assert mine["property"]["align"] == theirs["property"]["align"]
