@@ -141,6 +141,7 @@ class SamplingConfig:
     temperature: float = 1.0
     top_p: float = 0.95
     max_new_tokens: int = 256
+    stop: tuple[str, ...] = ()  # an answer also ends where it has come to hold one of these
 
 
 @dataclass

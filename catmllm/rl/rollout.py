@@ -1,14 +1,15 @@
 """Sampling CIFs: a lean KV-cache loop over the weights of Qwen's text tower.
 
-Each prompt is read once for all its samples, rows that have ended leave the batch, and per token only what decoding
-needs is computed: no masks rebuilt, no position bookkeeping, one matrix product for q, k and v and one for the two
-halves of the MLP. With text-only positions Qwen2.5-VL's three rotary sections coincide, so plain rotary embedding is
-exact; a test holds the loop equal to transformers' own forward.
+Each prompt is read once for all its samples and its keys and values are never copied: the samples of a group attend to
+them in one matrix product. Rows that have ended leave the batch, waiting prompts enter in their place, and per token
+only what decoding needs is computed: no position bookkeeping, one product for q, k and v, one for the two halves of
+the MLP. With text-only positions Qwen2.5-VL's three rotary sections coincide, so plain rotary embedding is exact; a
+test holds the loop equal to transformers' own forward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,9 @@ from catmllm.data.batches import Collator
 from catmllm.data.prompts import Sample
 from catmllm.data.tokenizer import decode
 from catmllm.models.catalytic_mllm import CatalyticMLLM
+from catmllm.rl.nucleus import sample_nucleus, uniforms
+
+CACHE_STEP = 64  # slots by which the caches of sampled tokens grow
 
 
 @dataclass(frozen=True)
@@ -26,8 +30,9 @@ class Rollout:
     """One sampled answer.
 
     `prompt` indexes the prompts given; ids [T] are the sampled tokens, the end token included where it came;
-    logprob [T] float32 are their log-probabilities under logits / T, before the top-p cut and the ban on markers; hidden [T, H] the final
-    hidden states that they were sampled from (None unless asked for); `finished` says whether the end token came.
+    logprob [T] float32 are their log-probabilities under logits / T, before the top-p cut, the ban on markers and the
+    grammar; hidden [T, H] the final hidden states that they were sampled from (None unless asked for); `finished` says
+    whether the end token or a stop string came.
     """
 
     prompt: int
@@ -83,60 +88,178 @@ class _Tower:
         angle = torch.cat([angle, angle], -1)
         return angle.cos().to(self.dtype), angle.sin().to(self.dtype)
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        cache: list[tuple[torch.Tensor, torch.Tensor]],
-        at: int,
-        bias: torch.Tensor,
-    ) -> torch.Tensor:
-        """Run x [B, S, H] at slots at..at+S of the caches [B, kv, slots, dim]; bias [B, 1, S, at+S] is added to scores.
+    def qkv(
+        self, layer: _Layer, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Rotated queries and keys, and values, of x [..., H]: [..., heads, dim] each."""
+        h = F.rms_norm(x, x.shape[-1:], layer.norm1, self.eps)
+        parts = F.linear(h, layer.qkv, layer.qkv_bias).unflatten(-1, (-1, self.dim))
+        turned, v = parts.split([self.heads + self.kv_heads, self.kv_heads], -2)
+        first, second = turned.chunk(2, -1)
+        turned = turned * cos[..., None, :] + torch.cat([-second, first], -1) * sin[..., None, :]
+        q, k = turned.split([self.heads, self.kv_heads], -2)
+        return q, k, v
 
-        Returns the final normed hidden states [B, S, H].
-        """
-        b, s, _ = x.shape
-        q_size, kv_size = self.heads * self.dim, self.kv_heads * self.dim
-        cos, sin = cos[:, None], sin[:, None]
-        for layer, (keys, values) in zip(self.layers, cache):
-            h = F.rms_norm(x, x.shape[-1:], layer.norm1, self.eps)
-            q, k, v = F.linear(h, layer.qkv, layer.qkv_bias).split([q_size, kv_size, kv_size], -1)
-            q = _rotate(q.view(b, s, self.heads, self.dim).transpose(1, 2), cos, sin)
-            k = _rotate(k.view(b, s, self.kv_heads, self.dim).transpose(1, 2), cos, sin)
-            keys[:, :, at : at + s] = k
-            values[:, :, at : at + s] = v.view(b, s, self.kv_heads, self.dim).transpose(1, 2)
-            attended = self._attend(q, keys[:, :, : at + s], values[:, :, : at + s], bias)
-            x = x + F.linear(attended, layer.out)
-            h = F.rms_norm(x, x.shape[-1:], layer.norm2, self.eps)
-            gate, up = F.linear(h, layer.gate_up).chunk(2, -1)
-            x = x + F.linear(F.silu(gate) * up, layer.down)
-        return F.rms_norm(x, x.shape[-1:], self.norm, self.eps)
+    def rest(self, layer: _Layer, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        """What follows attention in a layer: output projection and MLP, with their residuals."""
+        x = x + F.linear(attended, layer.out)
+        h = F.rms_norm(x, x.shape[-1:], layer.norm2, self.eps)
+        gate, up = F.linear(h, layer.gate_up).chunk(2, -1)
+        return x + F.linear(F.silu(gate) * up, layer.down)
+
+    def prefill(self, x: torch.Tensor) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
+        """Right-padded prompts x [B, T, H]: final hidden states [B, T, H], keys and values [B, kv, T, dim] a layer."""
+        b, t, width = x.shape
+        cos, sin = self.rotary(torch.arange(t, device=x.device))
+        cache = []
+        for layer in self.layers:
+            q, k, v = (p.transpose(1, 2) for p in self.qkv(layer, x, cos, sin))
+            attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            x = self.rest(layer, x, attended.transpose(1, 2).reshape(b, t, width))
+            cache.append((k, v))
+        return F.rms_norm(x, x.shape[-1:], self.norm, self.eps), cache
+
+
+class _Batch:
+    """The rows being decoded, and the groups of rows that share a prompt.
+
+    Rows of a group are adjacent. Per layer, `prompt` holds keys and values [G, kv, P, dim] a group and `own` those
+    [R, kv, slots, dim] of sampled tokens a row; `bias` [R, P + slots] is 0 where a row may look and -inf elsewhere.
+    """
+
+    def __init__(self, tower: _Tower, prompt_slots: int) -> None:
+        weight, kv, dim = tower.embedding, tower.kv_heads, tower.dim
+        self.tower, self.prompt_slots = tower, prompt_slots
+        index = torch.zeros(0, dtype=torch.int64, device=weight.device)
+        self.row, self.group, self.steps, self.length = (
+            index,
+            index,
+            index,
+            index,
+        )  # id, group, tokens, prompt
+        self.hidden = weight.new_zeros(0, weight.shape[1])
+        self.ended = index.bool()
+        self.prompt = [(weight.new_zeros(0, kv, prompt_slots, dim),) * 2 for _ in tower.layers]
+        self.own = [(weight.new_zeros(0, kv, CACHE_STEP, dim),) * 2 for _ in tower.layers]
+        self.bias = weight.new_zeros(0, prompt_slots + CACHE_STEP)
+
+    def admit(self, first: int, x: torch.Tensor, length: torch.Tensor, group_size: int) -> None:
+        """Read prompts x [B, T, H] of these lengths [B]; their rows get the ids first, first + 1, …"""
+        b, t, _ = x.shape
+        device, slots = x.device, self.own[0][0].shape[2]
+        hidden, cache = self.tower.prefill(x)
+        hidden = hidden[torch.arange(b, device=device), length - 1]
+        grow = (0, 0, 0, self.prompt_slots - t)
+        self.prompt = [
+            (torch.cat([a, F.pad(k, grow)]), torch.cat([c, F.pad(v, grow)]))
+            for (a, c), (k, v) in zip(self.prompt, cache)
+        ]
+        n = b * group_size
+        empty = x.new_zeros(n, self.tower.kv_heads, slots, self.tower.dim)
+        self.own = [(torch.cat([k, empty]), torch.cat([v, empty])) for k, v in self.own]
+        groups = len(self.prompt[0][0]) - b + torch.arange(b, device=device)
+        new = torch.arange(n, device=device)
+        bias = x.new_full((b, self.bias.shape[1]), -torch.inf)
+        bias[:, : self.prompt_slots].masked_fill_(
+            torch.arange(self.prompt_slots, device=device) < length[:, None], 0.0
+        )
+        self.row = torch.cat([self.row, first + new])
+        self.group = torch.cat([self.group, groups.repeat_interleave(group_size)])
+        self.steps = torch.cat([self.steps, torch.zeros_like(new)])
+        self.length = torch.cat([self.length, length.repeat_interleave(group_size)])
+        self.hidden = torch.cat([self.hidden, hidden.repeat_interleave(group_size, 0)])
+        self.ended = torch.cat([self.ended, torch.zeros_like(new, dtype=torch.bool)])
+        self.bias = torch.cat([self.bias, bias.repeat_interleave(group_size, 0)])
+        self._seats()
+
+    def leave(self) -> torch.Tensor:
+        """Drop the rows that have ended, and the prompts that no row needs any more; the places [R] that stay."""
+        keep = (~self.ended).nonzero()[:, 0]
+        self.row, self.steps, self.length = self.row[keep], self.steps[keep], self.length[keep]
+        self.hidden, self.ended, self.bias = self.hidden[keep], self.ended[keep], self.bias[keep]
+        self.own = [(k[keep], v[keep]) for k, v in self.own]
+        groups, self.group = self.group[keep].unique(return_inverse=True)
+        if len(groups) < len(self.prompt[0][0]):
+            self.prompt = [(k[groups], v[groups]) for k, v in self.prompt]
+        self._seats()
+        return keep
+
+    def _seats(self) -> None:
+        """Each row's place among [G, widest group] places, where the rows of a group meet their prompt."""
+        n = torch.bincount(self.group, minlength=1)
+        self.places = int(n.max())
+        begin = n.cumsum(0) - n
+        place = torch.arange(len(self.group), device=self.group.device) - begin[self.group]
+        self.seat = self.group * self.places + place
+
+    def advance(self, token: torch.Tensor) -> None:
+        """Append a token [R] to every row and compute its final hidden state."""
+        tower, rows = self.tower, torch.arange(len(token), device=token.device)
+        # Rows that ended and have not left yet go on in place: what they write is never read.
+        at = torch.where(self.ended, 0, self.steps)
+        used = int(at.max()) + 1
+        if used > self.own[0][0].shape[2]:
+            self.own = [
+                (F.pad(k, (0, 0, 0, CACHE_STEP)), F.pad(v, (0, 0, 0, CACHE_STEP))) for k, v in self.own
+            ]
+            self.bias = F.pad(self.bias, (0, CACHE_STEP), value=-torch.inf)
+        self.bias[rows, self.prompt_slots + at] = 0.0
+        bias = self.bias[:, None, None, : self.prompt_slots + used]
+        cos, sin = tower.rotary(self.length + at)
+        x = F.embedding(token, tower.embedding)
+        together = len(self.steps) > 0 and bool((at == used - 1).all())
+        for layer, prompt, (keys, values) in zip(tower.layers, self.prompt, self.own):
+            q, k, v = tower.qkv(layer, x, cos, sin)
+            if together:
+                keys[:, :, used - 1], values[:, :, used - 1] = k, v
+            else:
+                keys[rows, :, at], values[rows, :, at] = k, v
+            attended = self._attend(q, prompt, keys[:, :, :used], values[:, :, :used], bias)
+            x = tower.rest(layer, x, attended)
+        self.hidden = F.rms_norm(x, x.shape[-1:], tower.norm, tower.eps)
+        self.steps = self.steps + 1
 
     def _attend(
-        self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor
+        self,
+        q: torch.Tensor,
+        prompt: tuple[torch.Tensor, torch.Tensor],
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        bias: torch.Tensor,
     ) -> torch.Tensor:
-        """Grouped-query attention; the query heads that share a key head become rows of one product."""
-        b, _, s, d = q.shape
-        group = self.heads // self.kv_heads
-        q = q.reshape(b, self.kv_heads, group * s, d)
-        scores = (q @ keys.transpose(2, 3)) * d**-0.5
-        scores = scores.view(b, self.kv_heads, group, s, -1) + bias[:, :, None]
-        weights = scores.float().softmax(-1).to(self.dtype).view(b, self.kv_heads, group * s, -1)
-        out = (weights @ values).view(b, self.heads, s, d)
-        return out.transpose(1, 2).reshape(b, s, self.heads * d)
+        """Grouped-query attention of q [R, heads, dim] to the prompt of its group and to the row's own tokens.
 
+        The query heads that share a key head, and the rows that share a prompt, become rows of one product.
+        """
+        kv, d, r = self.tower.kv_heads, self.tower.dim, len(q)
+        q = q.reshape(r, kv, -1, d) * d**-0.5
+        to_prompt = self._from_groups(self._by_group(q) @ prompt[0].transpose(2, 3))
+        scores = torch.cat([to_prompt, q @ keys.transpose(2, 3)], -1) + bias
+        weights = scores.float().softmax(-1).to(q.dtype)
+        of_prompt, of_own = weights.split([self.prompt_slots, keys.shape[2]], -1)
+        out = self._from_groups(self._by_group(of_prompt) @ prompt[1]) + of_own @ values
+        return out.reshape(r, -1)
 
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    first, second = x.chunk(2, -1)
-    return x * cos + torch.cat([-second, first], -1) * sin
+    def _by_group(self, x: torch.Tensor) -> torch.Tensor:
+        """Rows x [R, kv, g, n] at their groups' places: [G, kv, places·g, n], zeros where no row sits."""
+        r, kv, g, n = x.shape
+        groups = len(self.prompt[0][0])
+        if r != groups * self.places:
+            x = x.new_zeros(groups * self.places, kv, g, n).index_copy_(0, self.seat, x)
+        return x.view(groups, self.places, kv, g, n).transpose(1, 2).reshape(groups, kv, -1, n)
+
+    def _from_groups(self, x: torch.Tensor) -> torch.Tensor:
+        """The inverse: [G, kv, places·g, n] -> [R, kv, g, n]."""
+        groups, kv, _, n = x.shape
+        x = x.view(groups, kv, self.places, -1, n).transpose(1, 2).reshape(groups * self.places, kv, -1, n)
+        return x if len(x) == len(self.seat) else x[self.seat]
 
 
 class RolloutEngine:
     """Samples answers with a snapshot of a model's weights.
 
     Make it where the parameters are whole (an unsharded model, or inside `trainer.distributed.unsharded`); a later
-    change of the model does not reach it.
+    change of the model does not reach it. At most `rows` answers are decoded at a time.
     """
 
     def __init__(
@@ -152,151 +275,132 @@ class RolloutEngine:
         seed: Sequence[int],
         group_size: int = 1,
         keep_hidden: bool = False,
+        on_answer: Callable[[int, Rollout], None] | None = None,
     ) -> list[Rollout]:
         """`group_size` answers to each prompt, in order; a graph marker takes the vectors of its sample's structure.
 
-        Every draw comes from generators seeded by `seed`, so that equal arguments give equal answers.
+        Every draw is a function of `seed`, the answer's number and the token's, so that equal arguments give equal
+        answers whatever else is in the batch. `on_answer(i, rollout)` is called as soon as answer i has ended, while
+        the others go on.
         """
-        if not samples:
-            return []
-        per_pass = max(1, self.rows // group_size)
-        out: list[Rollout] = []
-        for start in range(0, len(samples), per_pass):
-            generator = torch.Generator(self.tower.embedding.device)
-            generator.manual_seed(hash_seed([*seed, start]))
-            part = samples[start : start + per_pass]
-            out += self._pass(part, start, params, generator, group_size, keep_hidden)
-        return out
-
-    def _pass(
-        self,
-        samples: Sequence[Sample],
-        first: int,
-        params: SamplingConfig,
-        generator: torch.Generator,
-        group_size: int,
-        keep_hidden: bool,
-    ) -> list[Rollout]:
-        tower = self.tower
         prompts = [self.collate.prompt_ids(s) for s in samples]
-        x, pad = self._embed(prompts, samples)
-        n, width, _ = x.shape
-        slots = width + params.max_new_tokens
-        device = x.device
-        real = torch.arange(width, device=device) >= pad[:, None]
-        positions = torch.arange(width, device=device) - pad[:, None]
-        causal = torch.ones(width, width, dtype=torch.bool, device=device).tril()
-        # A padding query sees itself alone, so that its softmax is defined.
-        visible = (causal & real[:, None, :]) | torch.eye(width, dtype=torch.bool, device=device)
-        bias = torch.zeros(n, 1, width, width, dtype=tower.dtype, device=device)
-        bias.masked_fill_(~visible[:, None], -torch.inf)
-        shape = (n, tower.kv_heads, width, tower.dim)
-        prompt_cache = [(x.new_zeros(shape), x.new_zeros(shape)) for _ in tower.layers]
-        hidden = tower.forward(x, *tower.rotary(positions.clamp_min(0)), prompt_cache, 0, bias)[:, -1]
+        batch = _Batch(self.tower, max(map(len, prompts), default=0))
+        answers = _Answers(self, len(samples) * group_size, group_size, params, keep_hidden, on_answer)
+        key, waiting = hash_seed(seed), 0  # `waiting`: the first prompt that has not entered
+        while waiting < len(samples) or len(batch.row):
+            room = (self.rows - len(batch.row)) // group_size
+            # A quarter of the places at a time: reading a prompt alone would stop all the others for it.
+            if waiting < len(samples) and (
+                not len(batch.row) or room >= max(1, self.rows // group_size // 4)
+            ):
+                part = slice(waiting, min(len(samples), waiting + max(1, room)))
+                batch.admit(waiting * group_size, *self._embed(prompts[part], samples[part]), group_size)
+                waiting = part.stop
+            token, logprob = self._draw(batch, params, key)
+            batch.ended |= answers.take(batch, token, logprob)
+            if int(batch.ended.sum()) * 8 >= len(batch.row):  # moving the caches costs, idle rows cost too
+                token = token[batch.leave()]
+            if len(token):
+                batch.advance(token)
+        return answers.done()
 
-        rows = torch.arange(n, device=device).repeat_interleave(group_size)
-        cache = []
-        for keys, values in prompt_cache:
-            pair = []
-            for prompt_part in (keys, values):
-                wide = prompt_part.new_zeros(len(rows), tower.kv_heads, slots, tower.dim)
-                wide[:, :, :width] = prompt_part[rows]
-                pair.append(wide)
-            cache.append((pair[0], pair[1]))
-        row_bias = torch.zeros(len(rows), 1, 1, slots, dtype=tower.dtype, device=device)
-        row_bias[..., :width].masked_fill_(~real[rows][:, None, None], -torch.inf)
-        hidden, length = hidden[rows], (width - pad)[rows]
-        alive = torch.arange(len(rows), device=device)  # the original row of each row still running
-        ids = torch.full((len(rows), params.max_new_tokens), -1, dtype=torch.int64, device=device)
-        logprob = torch.zeros(len(rows), params.max_new_tokens, device=device)
-        states = (
-            torch.zeros(len(rows), params.max_new_tokens, hidden.shape[1], dtype=tower.dtype, device=device)
-            if keep_hidden
-            else None
-        )
-        markers = torch.tensor([self.collate.graph_id, self.collate.energy_id], device=device)
-        for t in range(params.max_new_tokens):
-            logits = F.linear(hidden, tower.lm_head).float() / params.temperature
-            # The draw is made for all original rows, so that a row's tokens do not depend on when others ended.
-            noise = torch.rand(len(rows), generator=generator, device=device)[alive]
-            # Markers are places for vectors, not text: a sampled one would ask for a structure that is not there.
-            allowed = logits.index_fill(1, markers, -torch.inf)
-            token = sample_top_p(allowed, params.top_p, noise)
-            ids[alive, t] = token
-            logprob[alive, t] = logits.gather(1, token[:, None]).squeeze(1) - logits.logsumexp(1)
-            if states is not None:
-                states[alive, t] = hidden
-            running = token != self.collate.end_id
-            if t + 1 == params.max_new_tokens or not bool(running.any()):
-                break
-            if int(running.sum()) < len(alive):
-                keep = running.nonzero()[:, 0]
-                alive, token = alive[keep], token[keep]
-                row_bias, length = row_bias[keep], length[keep]
-                cache = [(k[keep], v[keep]) for k, v in cache]
-            cos, sin = tower.rotary((length + t)[:, None])
-            x = F.embedding(token, tower.embedding)[:, None]
-            at = width + t
-            hidden = tower.forward(x, cos, sin, cache, at, row_bias[..., : at + 1])[:, 0]
-        return self._collect(rows + first, ids, logprob, states)
+    def _draw(self, batch: _Batch, params: SamplingConfig, key: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The next token [R] of every row and its log-probability [R] under logits / T."""
+        logits = F.linear(batch.hidden, self.tower.lm_head).float()
+        if params.temperature != 1.0:
+            logits /= params.temperature
+        # Markers are places for vectors, not text: a sampled one would ask for a structure that is not there.
+        markers = [self.collate.graph_id, self.collate.energy_id]
+        banned = logits[:, markers].logsumexp(1)
+        logits[:, markers] = -torch.inf
+        peak = logits.amax(1, keepdim=True)
+        mass = (logits - peak).exp_()
+        whole = torch.logaddexp(mass.sum(1).log() + peak[:, 0], banned)
+        token = sample_nucleus(mass, params.top_p, uniforms(key, batch.row, batch.steps, 5))
+        return token, logits.gather(1, token[:, None])[:, 0] - whole
 
     def _embed(
         self, prompts: list[list[int]], samples: Sequence[Sample]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Left-padded prompt embeddings [B, T, H] with structures in place, and the padding [B]."""
+        """Right-padded prompt embeddings [B, T, H] with structures in place, and the prompts' lengths [B]."""
         device = self.tower.embedding.device
-        width = max(len(p) for p in prompts)
-        ids = torch.full((len(prompts), width), self.collate.pad_id, device=device)
+        ids = torch.full((len(prompts), max(map(len, prompts))), self.collate.pad_id, device=device)
         for row, p in enumerate(prompts):
-            ids[row, width - len(p) :] = torch.tensor(p, device=device)
+            ids[row, : len(p)] = torch.tensor(p, device=device)
         x = F.embedding(ids, self.tower.embedding)
         graph = self.collate.graphs([s.graph for s in samples if s.graph is not None])
         x = self.model.insert_graphs(x, ids, None if graph is None else graph.to(device))
-        return x, torch.tensor([width - len(p) for p in prompts], device=device)
-
-    def _collect(
-        self, prompt: torch.Tensor, ids: torch.Tensor, logprob: torch.Tensor, states: torch.Tensor | None
-    ) -> list[Rollout]:
-        out = []
-        for row, length in enumerate((ids >= 0).sum(1).tolist()):
-            tokens = ids[row, :length].cpu()
-            finished = bool(tokens[-1] == self.collate.end_id)
-            text = decode(self.collate.tokenizer, tokens.tolist())
-            kept = None if states is None else states[row, :length].clone()
-            out.append(Rollout(int(prompt[row]), tokens, logprob[row, :length].cpu(), kept, finished, text))
-        return out
+        return x, torch.tensor([len(p) for p in prompts], device=device)
 
 
-def sample_top_p(
-    logits: torch.Tensor, top_p: float, noise: torch.Tensor, shortlist: int = 128
-) -> torch.Tensor:
-    """Draw one token a row from the smallest set of most likely tokens whose probability reaches top_p.
+class _Answers:
+    """What has been sampled so far, by answer; turns each into a `Rollout` when it ends."""
 
-    logits [B, V] float32, noise [B] uniform in [0, 1): the draw is the inverse of the cumulative distribution at it.
-    The `shortlist` most likely tokens mostly hold the set; where they do not, that row is sorted whole.
-    """
-    if top_p >= 1.0:
-        cumulative = logits.softmax(-1).cumsum(-1)
-        at = torch.searchsorted(cumulative, (noise[:, None] * cumulative[:, -1:]), right=True)
-        return at.squeeze(1).clamp_max(logits.shape[1] - 1)
-    total = logits.logsumexp(1, keepdim=True)
-    top, token = logits.topk(min(shortlist, logits.shape[1]), dim=1)
-    mass = (top - total).exp()
-    out = _invert(mass, token, top_p, noise)
-    short = (mass.sum(1) < top_p).nonzero()[:, 0]
-    if len(short) and top.shape[1] < logits.shape[1]:
-        top, token = logits[short].sort(1, descending=True)
-        out[short] = _invert((top - total[short]).exp(), token, top_p, noise[short])
-    return out
+    def __init__(
+        self,
+        engine: RolloutEngine,
+        n: int,
+        group_size: int,
+        params: SamplingConfig,
+        keep_hidden: bool,
+        on_answer: Callable[[int, Rollout], None] | None,
+    ) -> None:
+        self.collate, self.group_size, self.params, self.on_answer = (
+            engine.collate,
+            group_size,
+            params,
+            on_answer,
+        )
+        weight = engine.tower.embedding
+        shape, device = (n, params.max_new_tokens), weight.device
+        self.ids = torch.full(shape, -1, dtype=torch.int64, device=device)
+        self.logprob = torch.zeros(shape, device=device)
+        self.hidden = weight.new_zeros(*shape, weight.shape[1]) if keep_hidden else None
+        self.rollouts: list[Rollout | None] = [None] * n
 
+    def take(self, batch: _Batch, token: torch.Tensor, logprob: torch.Tensor) -> torch.Tensor:
+        """Keep the tokens of the rows that go on; says which rows [R] end with them."""
+        on = ~batch.ended
+        row, at = batch.row[on], batch.steps[on]
+        self.ids[row, at], self.logprob[row, at] = token[on], logprob[on]
+        if self.hidden is not None:
+            self.hidden[row, at] = batch.hidden[on]
+        said_end = (token == self.collate.end_id) & on
+        ends = said_end | ((batch.steps + 1 >= self.params.max_new_tokens) & on)
+        if self.params.stop:
+            ends |= self._stopped(batch, on)
+        for i in batch.row[ends].tolist():
+            self.rollouts[i] = rollout = self._rollout(i)
+            if self.on_answer is not None:
+                self.on_answer(i, rollout)
+        return ends
 
-def _invert(mass: torch.Tensor, token: torch.Tensor, top_p: float, noise: torch.Tensor) -> torch.Tensor:
-    """Tokens [B] of descending probabilities `mass` [B, K], cut to the smallest set that reaches top_p, at `noise`."""
-    kept = mass * (mass.cumsum(1) - mass < top_p)
-    cumulative = kept.cumsum(1)
-    at = torch.searchsorted(cumulative, noise[:, None] * cumulative[:, -1:], right=True)
-    last = (kept > 0).sum(1, keepdim=True) - 1
-    return token.gather(1, torch.minimum(at, last)).squeeze(1)
+    def _stopped(self, batch: _Batch, on: torch.Tensor) -> torch.Tensor:
+        """Rows whose text has come to hold a stop string."""
+        reach = max(map(len, self.params.stop))  # a token is at least a byte
+        found = torch.zeros_like(on)
+        for place in on.nonzero()[:, 0].tolist():
+            row, end = int(batch.row[place]), int(batch.steps[place]) + 1
+            tail = decode(self.collate.tokenizer, self.ids[row, max(0, end - 4 * reach) : end].tolist())
+            found[place] = any(s in tail for s in self.params.stop)
+        return found
+
+    def _rollout(self, i: int) -> Rollout:
+        length = int((self.ids[i] >= 0).sum())
+        tokens = self.ids[i, :length].cpu()
+        text = decode(self.collate.tokenizer, tokens.tolist())
+        stopped = [at for s in self.params.stop if (at := text.find(s)) >= 0]
+        return Rollout(
+            i // self.group_size,
+            tokens,
+            self.logprob[i, :length].cpu(),
+            None if self.hidden is None else self.hidden[i, :length].clone(),
+            bool(stopped) or bool(tokens[-1] == self.collate.end_id),
+            text[: min(stopped)] if stopped else text,
+        )
+
+    def done(self) -> list[Rollout]:
+        return [r for r in self.rollouts if r is not None]
 
 
 def hash_seed(parts: Sequence[int]) -> int:

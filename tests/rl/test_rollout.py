@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import LogitsProcessorList, TopPLogitsWarper
 
 from catmllm.config import SamplingConfig
 from catmllm.data.batches import Batch, Collator
 from catmllm.data.prompts import GRAPH, Sample, cif_prompt, design_prompt, property_prompt, property_sample
 from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.models.projector import Projector
-from catmllm.rl.rollout import Rollout, RolloutEngine, hash_seed, sample_top_p
+from catmllm.rl.rollout import Rollout, RolloutEngine, hash_seed
 from catmllm.stages.grpo import rollout_batch
 from catmllm.structure.system import System
 
@@ -219,14 +217,63 @@ def test_an_answer_does_not_depend_on_when_others_end(ending_model: Model, promp
         torch.testing.assert_close(a.logprob, b.logprob[: len(a.ids)], rtol=0, atol=1e-4)
 
 
-def test_passes_cover_all_prompts_in_order(small_model: Model, prompts: list[Sample]) -> None:
-    engine = RolloutEngine(*small_model, rows=4)
-    rollouts = engine.generate(prompts, SamplingConfig(max_new_tokens=3), [0], group_size=2)
-    assert [r.prompt for r in rollouts] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
-    whole = RolloutEngine(*small_model).generate(prompts, GREEDY, [0])
-    parts = RolloutEngine(*small_model, rows=2).generate(prompts, GREEDY, [0])
-    assert [r.ids.tolist() for r in whole] == [r.ids.tolist() for r in parts]
-    assert engine.generate([], GREEDY, [0]) == []
+@pytest.mark.parametrize("rows", [1, 4, 7])
+def test_answers_do_not_depend_on_the_size_of_the_batch(
+    ending_model: Model, prompts: list[Sample], rows: int
+) -> None:
+    """Waiting prompts enter as rows leave; noise belongs to the answer and the token, not to the batch."""
+    model, collate = ending_model
+    params = SamplingConfig(top_p=0.95, max_new_tokens=12)
+    whole = RolloutEngine(model, collate).generate(prompts, params, [6], group_size=2, keep_hidden=True)
+    few = RolloutEngine(model, collate, rows=rows).generate(
+        prompts, params, [6], group_size=2, keep_hidden=True
+    )
+    assert [r.prompt for r in few] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    assert len({len(r.ids) for r in whole}) > 2
+    for a, b in zip(whole, few):
+        assert a.ids.tolist() == b.ids.tolist() and a.text == b.text
+        torch.testing.assert_close(a.logprob, b.logprob, rtol=0, atol=1e-4)
+        torch.testing.assert_close(a.hidden, b.hidden, rtol=0, atol=1e-3)
+
+
+def test_no_prompts_no_answers(small_model: Model) -> None:
+    assert RolloutEngine(*small_model).generate([], GREEDY, [0]) == []
+
+
+def test_answers_are_handed_over_as_they_end(ending_model: Model, prompts: list[Sample]) -> None:
+    model, collate = ending_model
+    seen: list[tuple[int, Rollout]] = []
+    params = SamplingConfig(max_new_tokens=14)
+    rollouts = RolloutEngine(model, collate).generate(
+        prompts, params, [9], group_size=4, on_answer=lambda i, r: seen.append((i, r))
+    )
+    assert sorted(i for i, _ in seen) == list(range(20))
+    assert all(rollouts[i] is r for i, r in seen)
+    lengths = [len(r.ids) for _, r in seen]
+    assert lengths == sorted(lengths) and len(set(lengths)) > 2  # all began together: the shortest came first
+
+
+def test_stop_strings_end_an_answer(small_model: Model, prompts: list[Sample]) -> None:
+    """What follows the string is cut from the text; the tokens are those that were sampled."""
+    model, collate = small_model
+    params = SamplingConfig(max_new_tokens=24)
+    free = RolloutEngine(model, collate).generate(prompts, params, [2], group_size=4)
+    common = max("abcdefghijklmnopqrstuvwxyz", key=lambda c: sum(c in r.text for r in free))
+    stopped = RolloutEngine(model, collate).generate(
+        prompts, replace(params, stop=(common,)), [2], group_size=4
+    )
+    assert any(common in r.text for r in free)
+    for a, b in zip(free, stopped):
+        n = len(b.ids)
+        assert b.ids.tolist() == a.ids[:n].tolist()
+        assert common not in b.text
+        if common in a.text:
+            assert b.finished and b.text == a.text[: a.text.index(common)]
+            assert common in collate.tokenizer.decode(b.ids) and common not in collate.tokenizer.decode(
+                b.ids[:-1]
+            )
+        else:
+            assert n == len(a.ids)
 
 
 def test_the_engine_is_a_snapshot(small_model: Model, prompts: list[Sample]) -> None:
@@ -254,60 +301,6 @@ def test_half_precision_follows_the_teacher_forced_forward(
     assert sampled.dtype == torch.float32
     assert rollouts[0].hidden is not None and rollouts[0].hidden.dtype == dtype
     assert (sampled - forced).abs().mean() < 0.15
-
-
-# ---------------------------------------------------------------------------- the draw itself
-
-
-def warped(logits: torch.Tensor, top_p: float) -> torch.Tensor:
-    """The distribution that transformers samples from."""
-    processors = LogitsProcessorList([TopPLogitsWarper(top_p=top_p)]) if top_p < 1 else LogitsProcessorList()
-    nothing: Any = torch.zeros(len(logits), 1, dtype=torch.int64)
-    return processors(nothing, logits.clone()).softmax(-1)
-
-
-def drawn(logits: torch.Tensor, top_p: float, n: int = 20_000, **options: int) -> torch.Tensor:
-    """The distribution of ours, by the draws at n equally spaced values of the noise: exact to 1 / n a token."""
-    noise = (torch.arange(n, dtype=torch.float64) + 0.5) / n
-    rows = []
-    for row in logits:
-        tokens = sample_top_p(row.expand(n, -1), top_p, noise.float(), **options)
-        rows.append(torch.bincount(tokens, minlength=logits.shape[1]) / n)
-    return torch.stack(rows)
-
-
-@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 0.999, 1.0])
-@pytest.mark.parametrize("scale", [0.3, 3.0])
-@pytest.mark.parametrize("shortlist", [4, 128])
-def test_the_draw_has_transformers_top_p_distribution(top_p: float, scale: float, shortlist: int) -> None:
-    logits = torch.randn(3, 40, generator=torch.Generator().manual_seed(0)) * scale
-    expected, ours = warped(logits, top_p), drawn(logits, top_p, shortlist=shortlist)
-    assert (ours - expected).abs().max() < 2.5 / 20_000
-    if top_p < 1:
-        assert ((expected == 0) == (ours == 0))[expected != 1].all() or (ours[expected == 0] == 0).all()
-
-
-def test_no_token_outside_the_nucleus_whatever_the_noise() -> None:
-    logits = torch.randn(500, 60, generator=torch.Generator().manual_seed(1)) * 2
-    allowed = warped(logits, 0.7) > 0
-    for value in (0.0, 1e-7, 0.5, 1 - 2**-24):
-        token = sample_top_p(logits, 0.7, torch.full((500,), value))
-        assert allowed.gather(1, token[:, None]).all()
-
-
-def test_extreme_noise_takes_possible_tokens() -> None:
-    """Noise 0 must not take an impossible first token, nor the largest noise fall off the end."""
-    logits = torch.full((1, 6), -torch.inf)
-    logits[0, 2], logits[0, 4] = 1.0, 1.0
-    for top_p in (0.9, 1.0):
-        assert int(sample_top_p(logits, top_p, torch.tensor([0.0]))) in (2, 4)
-        assert int(sample_top_p(logits, top_p, torch.tensor([1 - 2**-24]))) in (2, 4)
-
-
-def test_a_tiny_top_p_is_greedy() -> None:
-    logits = torch.randn(50, 3000, generator=torch.Generator().manual_seed(2)) * 0.1
-    noise = torch.rand(50, generator=torch.Generator().manual_seed(3))
-    assert sample_top_p(logits, 1e-6, noise).tolist() == logits.argmax(1).tolist()
 
 
 def test_temperature_flattens_what_is_drawn(small_model: Model, prompts: list[Sample]) -> None:
