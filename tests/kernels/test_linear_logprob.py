@@ -1,13 +1,23 @@
-"""Log-probabilities of target tokens against log_softmax in float64: values, gradients, chunks, temperature."""
+"""Log-probabilities of target tokens against log_softmax in float64: values, gradients, chunks, the Triton kernels."""
 
 from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from catmllm_kernels.linear_logprob import linear_logprob
+from catmllm_kernels.linear_logprob import IGNORED, chunked, linear_logprob, linear_logprobs
+from catmllm_kernels.linear_logprob.reference import linear_logprob as definition
+
+ROOT = Path(__file__).parents[2]
 
 
 def problem(
@@ -45,10 +55,12 @@ def test_values_and_gradients_against_float64(
     hidden, weight, targets = problem(tokens, width, vocabulary, seed)
     scale = torch.randn(tokens, generator=torch.Generator().manual_seed(seed))
     h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-    ours = linear_logprob(h, w, targets, temperature, max_logits=chunk * vocabulary)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chunked, "LOGITS", chunk * vocabulary)
+        ours = linear_logprob(h, w, targets, temperature)
+        (ours * scale).sum().backward()
     assert ours.shape == (tokens,) and ours.dtype == torch.float32
     assert (ours <= 1e-5).all()
-    (ours * scale).sum().backward()
     value, dh, dw = oracle(hidden, weight, targets, temperature, scale)
     torch.testing.assert_close(ours.detach().double(), value, rtol=1e-4, atol=1e-4)
     assert h.grad is not None and w.grad is not None
@@ -56,15 +68,17 @@ def test_values_and_gradients_against_float64(
     torch.testing.assert_close(w.grad.double(), dw, rtol=1e-4, atol=2e-4)
 
 
-def test_chunks_change_nothing() -> None:
+def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, weight, targets = problem(23)
     results = []
-    for chunk in (4096, 23, 22, 8, 1):
+    for logits in (chunked.LOGITS, 23 * 37, 22 * 37 + 5, 8 * 37, 100, 1):
+        monkeypatch.setattr(chunked, "LOGITS", logits)
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-        value = linear_logprob(h, w, targets, 0.7, max_logits=chunk * 37 + 5)
-        value.square().sum().backward()
+        out = linear_logprobs(h, w, targets, 0.7, entropy=True)
+        assert out.entropy is not None
+        (out.logprob.square() + out.entropy).sum().backward()
         assert h.grad is not None and w.grad is not None
-        results.append((value.detach(), h.grad, w.grad))
+        results.append((out.logprob.detach(), out.entropy.detach(), h.grad, w.grad))
     for other in results[1:]:
         for a, b in zip(results[0], other):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)  # sums in another order
@@ -77,7 +91,9 @@ def test_float64_stays_float64() -> None:
     assert ours.dtype == torch.float64
     torch.testing.assert_close(ours, value, rtol=1e-12, atol=1e-12)
     inputs = (hidden.requires_grad_(), weight.requires_grad_())
-    assert torch.autograd.gradcheck(lambda h, w: linear_logprob(h, w, targets, 1.3, max_logits=80), inputs)
+    assert torch.autograd.gradcheck(
+        lambda h, w: linear_logprobs(h, w, targets, 1.3, entropy=True)[:2], inputs
+    )
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 8e-2), (torch.float16, 1e-2)])
@@ -104,22 +120,171 @@ def test_no_token_is_no_value() -> None:
     assert linear_logprob(hidden, weight, targets).shape == (0,)
 
 
-def test_never_more_logits_at_a_time_than_allowed() -> None:
-    """What autograd keeps of 64 tokens by 512 words: a few chunks of 8 rows, not the whole product."""
-    hidden, weight, targets = problem(64, vocabulary=512)
+def test_an_ignored_target_is_zero_and_has_no_gradient() -> None:
+    hidden, weight, targets = problem(9)
+    targets[[0, 4, 8]] = IGNORED
+    out = {}
+    for rows in (torch.arange(9), torch.nonzero(targets != IGNORED)[:, 0]):
+        h, w = hidden[rows].requires_grad_(), weight.clone().requires_grad_()
+        found = linear_logprobs(h, w, targets[rows], entropy=True, reference=weight)
+        assert found.entropy is not None and found.reference is not None
+        (found.logprob + found.entropy).sum().backward()
+        assert h.grad is not None and w.grad is not None
+        out[len(rows)] = (found.logprob.detach(), found.entropy.detach(), found.reference, h.grad, w.grad)
+    for whole, part in zip(out[9], out[6]):
+        if len(whole) == 9:
+            assert (whole[[0, 4, 8]] == 0).all()
+            whole = whole[targets != IGNORED]
+        torch.testing.assert_close(whole, part, rtol=1e-5, atol=1e-5)
+
+
+def test_entropy_and_reference_against_the_definition() -> None:
+    hidden, weight, targets = problem(12)
+    other = torch.randn(weight.shape, generator=torch.Generator().manual_seed(5)).requires_grad_()
+    out = linear_logprobs(hidden, weight, targets, 0.6, entropy=True, reference=other)
+    value, entropy = definition(hidden.double(), weight.double(), targets, 0.6)
+    of_reference, _ = definition(hidden.double(), other.detach().double(), targets, 0.6)
+    for ours, theirs in zip(out, (value, entropy, of_reference)):
+        assert ours is not None
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5)
+    assert out.reference is not None and not out.reference.requires_grad
+    uniform = linear_logprobs(hidden * 0, weight, targets, entropy=True).entropy
+    assert uniform is not None
+    torch.testing.assert_close(uniform, torch.full((12,), 37.0).log())
+
+
+def test_equal_to_torchs_own_fused_loss() -> None:
+    hidden, weight, targets = problem(30)
+    targets[3] = IGNORED
+    results = []
+    for loss in (
+        lambda h, w: -linear_logprob(h, w, targets).sum(),
+        lambda h, w: torch.nn.functional.linear_cross_entropy(h, w, targets, reduction="sum"),
+    ):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        value = loss(h, w)
+        value.backward()
+        results.append((value.detach(), h.grad, w.grad))
+    for ours, theirs in zip(*results):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_the_torch_library_contract() -> None:
+    """Schema, fake outputs, autograd registration, and the same under torch.compile's tracing."""
+    hidden, weight, targets = problem(6)
+    targets[1] = IGNORED
+    for reference, entropy in ((None, False), (weight.clone(), True)):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        torch.library.opcheck(
+            torch.ops.catmllm.linear_logprob.default, (h, w, targets, reference, 0.7, entropy)
+        )
+    lse = torch.randn(6)
+    grad = torch.randn(6)
+    for of_entropy in (None, grad):
+        torch.library.opcheck(
+            torch.ops.catmllm.linear_logprob_backward.default,
+            (grad, of_entropy, hidden, weight, targets, lse, lse, 0.7, True, of_entropy is None),
+        )
+
+
+def test_compiled_it_is_one_node_of_one_graph() -> None:
+    hidden, weight, targets = problem(6)
+    compiled = torch.compile(linear_logprob, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(
+        compiled(hidden, weight, targets, 0.7), linear_logprob(hidden, weight, targets, 0.7)
+    )
+
+
+def test_autocast_casts_as_a_linear_layer_does() -> None:
+    hidden, weight, targets = problem(6)
+    h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = linear_logprob(h, w, targets)
+    assert torch.equal(ours, linear_logprob(hidden.bfloat16(), weight.bfloat16(), targets))
+    ours.sum().backward()
+    assert h.grad is not None and h.grad.dtype == torch.float32
+
+
+def test_flops_are_counted() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    hidden, weight, targets = problem(10)
+    product = 2 * 10 * 16 * 37
+    with FlopCounterMode(display=False) as counter:
+        linear_logprob(hidden.requires_grad_(), weight.requires_grad_(), targets).sum().backward()
+    assert counter.get_total_flops() == 4 * product  # once forward, once again, a gradient each
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        linear_logprobs(hidden, weight, targets, reference=weight)
+    assert counter.get_total_flops() == 2 * product
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"hidden": torch.zeros(3, 5)}, r"hidden \[T, H\] and weight \[V, H\]"),
+        ({"targets": torch.zeros(4, dtype=torch.int64)}, "one target for each of the 3"),
+        ({"targets": torch.tensor([0, 37, 1])}, "target 37 is outside the vocabulary of 37"),
+        ({"targets": torch.tensor([0, -1, 1])}, "target -1 is outside"),
+        ({"weight": torch.zeros(37, 16, dtype=torch.bfloat16)}, "cast one"),
+        ({"reference": torch.zeros(36, 16)}, "reference head"),
+    ],
+)
+def test_what_does_not_fit_is_said(change: dict[str, Any], says: str) -> None:
+    hidden, weight, targets = problem(3)
+    with pytest.raises(ValueError, match=says):
+        linear_logprobs(**({"hidden": hidden, "weight": weight, "targets": targets} | change))
+
+
+def test_never_more_logits_at_a_time_than_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every tensor made on the way, forward and backward: a chunk, or the size of an input."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
     sizes: list[int] = []
 
-    def pack(t: torch.Tensor) -> torch.Tensor:
-        sizes.append(t.numel())
-        return t
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            sizes.extend(
+                t.numel() for t in (out if isinstance(out, tuple | list) else [out]) if torch.is_tensor(t)
+            )
+            return out
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        linear_logprob(hidden.requires_grad_(), weight.requires_grad_(), targets, max_logits=8 * 512)
-    assert sizes and max(sizes) <= weight.numel()
+    monkeypatch.setattr(chunked, "LOGITS", 8 * 512)
+    hidden, weight, targets = problem(64, width=8, vocabulary=512)
+    h, w = hidden.requires_grad_(), weight.requires_grad_()
+    with Sizes():
+        linear_logprob(h, w, targets).sum().backward()
+    assert max(sizes) == 8 * 512
 
 
-def test_a_limit_below_one_row_still_works() -> None:
-    hidden, weight, targets = problem(4)
-    torch.testing.assert_close(
-        linear_logprob(hidden, weight, targets, max_logits=1), linear_logprob(hidden, weight, targets)
+def run_alone(script: str, **environment: str) -> Any:
+    """The JSON that a script of this folder prints, from a process of its own: Triton reads its switches on import."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "kernels" / script)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"} | environment,
     )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_triton_kernels_equal_float64_in_the_interpreter() -> None:
+    """Odd shapes, memory poisoned with NaN, programs in shuffled order; the errors over the size of the values."""
+    cases = run_alone("linear_logprob_interpreted.py", TRITON_INTERPRET="1", CATMLLM_KERNELS="triton")
+    assert len(cases) >= 12
+    for case in cases:
+        bound = {"float32": 3e-6, "float16": 2e-3, "bfloat16": 1.6e-2}[case["dtype"]]
+        assert case["error"] < bound, case
+        assert case["same_bits_in_any_order"], case
+
+
+@pytest.mark.parametrize("arch", [80, pytest.param(90, marks=pytest.mark.slow)])
+def test_triton_kernels_compile_without_spills(arch: int) -> None:
+    rows = run_alone("linear_logprob_compiled.py", ARCH=str(arch))
+    assert {r["kernel"] for r in rows} == {"forward_kernel", "two_heads_kernel", "gradient_kernel"}
+    for row in rows:
+        assert row["spills"] == 0, row
+        assert row["shared"] <= 163 * 1024, row
+        assert row["mma"] > 0 or row["dtype"] == "fp32", row

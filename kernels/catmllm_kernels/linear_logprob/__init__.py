@@ -1,5 +1,6 @@
 """Per-token log-probability straight from hidden states."""
 
-from catmllm_kernels.linear_logprob.op import linear_logprob
+from catmllm_kernels.linear_logprob.op import LogProbs, linear_logprob, linear_logprobs
+from catmllm_kernels.linear_logprob.reference import IGNORED
 
-__all__ = ["linear_logprob"]
+__all__ = ["IGNORED", "LogProbs", "linear_logprob", "linear_logprobs"]

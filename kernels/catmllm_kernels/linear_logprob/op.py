@@ -1,5 +1,261 @@
-"""The public op: one function, whatever the device."""
+"""The public op: one function, whatever the device. Triton on CUDA, chunks of torch's own products elsewhere.
 
-from catmllm_kernels.linear_logprob.reference import linear_logprob
+Through `torch.library`, so that compile, activation checkpointing and planning without data see one node with a known
+output, a known FLOP count and a known workspace.
+"""
 
-__all__ = ["linear_logprob"]
+from __future__ import annotations
+
+import os
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from catmllm_kernels.linear_logprob import chunked
+from catmllm_kernels.linear_logprob.reference import IGNORED
+
+
+class LogProbs(NamedTuple):
+    """Per token [T] in float32 (float64 of float64 inputs); None for what was not asked for."""
+
+    logprob: Tensor
+    entropy: Tensor | None
+    reference: Tensor | None
+
+
+def linear_logprob(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
+    """log softmax(hidden @ weight.T / temperature)[targets], the logits never in memory as a whole.
+
+    hidden [T, H] and weight [V, H] in one floating dtype, targets [T] int64 in [0, V), or -100: ignored, a result of 0
+    and no gradient. Returns [T] float32 (float64 of float64 inputs). Sums run in float32; a CPU rounds the logits to the
+    inputs' dtype in between. Differentiable once in hidden and weight; the backward pass recomputes the logits. Under
+    autocast the two are cast as for a linear layer.
+    Raises ValueError for shapes or dtypes that do not fit, and on a CPU for a target out of range; on CUDA, where
+    looking would stall the queue, such a target's result is NaN.
+    """
+    return linear_logprobs(hidden, weight, targets, temperature).logprob
+
+
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    temperature: float = 1.0,
+    entropy: bool = False,
+    reference: Tensor | None = None,
+) -> LogProbs:
+    """`linear_logprob`, and where asked: the entropy of each distribution (differentiable; 0 where ignored), and the
+    log-probabilities of a second head `reference` [V, H] on the same hidden states in the same pass (no gradient)."""
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(f"need hidden [T, H] and weight [V, H], not {_shape(hidden)} and {_shape(weight)}")
+    if targets.shape != hidden.shape[:1]:
+        raise ValueError(f"need one target for each of the {len(hidden)} tokens, not {_shape(targets)}")
+    if reference is not None and reference.shape != weight.shape:
+        raise ValueError(f"the reference head is {_shape(reference)}, the policy's {_shape(weight)}")
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        reference = None if reference is None else reference.to(dtype)
+    for w in (weight, reference):
+        if w is not None and w.dtype != hidden.dtype:
+            raise ValueError(f"hidden is {hidden.dtype}, a head is {w.dtype}: cast one of them")
+    frozen = None if reference is None else reference.detach()
+    logprob, _, spread, other = torch.ops.catmllm.linear_logprob(
+        hidden.contiguous(), weight.contiguous(), targets, frozen, float(temperature), entropy
+    )
+    return LogProbs(logprob, spread if entropy else None, None if reference is None else other.detach())
+
+
+def _shape(t: Tensor) -> list[int]:
+    return list(t.shape)
+
+
+def _path(hidden: Tensor) -> ModuleType:
+    """Where this input is computed; CATMLLM_KERNELS=triton or =torch forces one, for tests and timing."""
+    forced = os.environ.get("CATMLLM_KERNELS", "")
+    if forced not in ("", "torch", "triton"):
+        raise ValueError(f"CATMLLM_KERNELS={forced}: choose torch or triton, or leave it unset")
+    if hidden.dtype == torch.float64 or forced == "torch" or not (forced or hidden.is_cuda):
+        return chunked
+    from catmllm_kernels.linear_logprob import triton
+
+    return triton
+
+
+@torch.library.custom_op("catmllm::linear_logprob", mutates_args=())
+def _forward(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    reference: Tensor | None,
+    temperature: float,
+    entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    kept = targets != IGNORED
+    valid = (targets >= 0) & (targets < weight.shape[0])
+    if not hidden.is_cuda and not bool((valid | ~kept).all()):
+        wrong = int(targets[kept & ~valid][0])
+        raise ValueError(
+            f"target {wrong} is outside the vocabulary of {weight.shape[0]} (or {IGNORED} to ignore)"
+        )
+    out = _path(hidden).forward(hidden, weight, targets.where(valid, 0), temperature, entropy, reference)
+    lp, lse, spread, ref = out
+    # 0 where ignored, NaN where out of range
+    rest = torch.where(kept, torch.nan, 0.0).to(lp.dtype)
+    lp, spread, ref = (x.where(valid, rest) if x.numel() else x for x in (lp, spread, ref))
+    return lp, lse, spread, ref
+
+
+@_forward.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    reference: Tensor | None,
+    temperature: float,
+    entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    lp = hidden.new_empty(hidden.shape[0], dtype=chunked.wide(hidden.dtype))
+    nothing = lp.new_empty(0)
+    return (
+        lp,
+        torch.empty_like(lp),
+        torch.empty_like(lp) if entropy else nothing,
+        torch.empty_like(lp) if reference is not None else nothing.clone(),
+    )
+
+
+@torch.library.custom_op("catmllm::linear_logprob_backward", mutates_args=())
+def _backward(
+    grad: Tensor,
+    grad_entropy: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    lse: Tensor,
+    entropy: Tensor,
+    temperature: float,
+    need_hidden: bool,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor]:
+    valid = (targets >= 0) & (targets < weight.shape[0])
+    of_hidden, of_weight = _path(hidden).backward(
+        grad.where(valid, 0.0),
+        None if grad_entropy is None else grad_entropy.where(valid, 0.0),
+        hidden,
+        weight,
+        targets.where(valid, 0),
+        lse,
+        entropy,
+        temperature,
+        need_hidden,
+        need_weight,
+    )
+    nothing = hidden.new_empty(0)
+    return nothing if of_hidden is None else of_hidden, nothing.clone() if of_weight is None else of_weight
+
+
+@_backward.register_fake
+def _(
+    grad: Tensor,
+    grad_entropy: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    lse: Tensor,
+    entropy: Tensor,
+    temperature: float,
+    need_hidden: bool,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor]:
+    return (
+        torch.empty_like(hidden) if need_hidden else hidden.new_empty(0),
+        torch.empty_like(weight) if need_weight else weight.new_empty(0),
+    )
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, targets, _, ctx.temperature, ctx.entropy = inputs
+    _, lse, spread, _ = output
+    ctx.save_for_backward(hidden, weight, targets, lse, spread)
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(
+    ctx: Any, grad: Tensor | None, _lse: Any, grad_entropy: Tensor | None, _ref: Any
+) -> tuple[Any, ...]:
+    hidden, weight, targets, lse, spread = ctx.saved_tensors
+    if not ctx.entropy:
+        grad_entropy = None
+    if grad is None and grad_entropy is None:
+        return None, None, None, None, None, None
+    need_hidden, need_weight = ctx.needs_input_grad[:2]
+    of_hidden, of_weight = torch.ops.catmllm.linear_logprob_backward(
+        torch.zeros_like(lse) if grad is None else grad,
+        grad_entropy,
+        hidden,
+        weight,
+        targets,
+        lse,
+        spread,
+        ctx.temperature,
+        need_hidden,
+        need_weight,
+    )
+    return of_hidden if need_hidden else None, of_weight if need_weight else None, None, None, None, None
+
+
+_forward.register_autograd(_gradients, setup_context=_keep)
+
+
+@register_flop_formula(torch.ops.catmllm.linear_logprob)
+def forward_flops(
+    hidden: Any,
+    weight: Any,
+    targets: Any,
+    reference: Any,
+    temperature: Any,
+    entropy: Any,
+    *,
+    out_shape: Any = None,
+) -> int:
+    """A product a head: 2·T·V·H."""
+    return 2 * hidden[0] * weight[0] * weight[1] * (1 if reference is None else 2)
+
+
+@register_flop_formula(torch.ops.catmllm.linear_logprob_backward)
+def backward_flops(
+    grad: Any,
+    grad_entropy: Any,
+    hidden: Any,
+    weight: Any,
+    targets: Any,
+    lse: Any,
+    entropy: Any,
+    temperature: Any,
+    need_hidden: bool,
+    need_weight: bool,
+    *,
+    out_shape: Any = None,
+) -> int:
+    """The logits once more, and a product for each gradient."""
+    return 2 * hidden[0] * weight[0] * weight[1] * (1 + need_hidden + need_weight)
+
+
+def workspace(tokens: int, width: int, words: int, element_size: int, cuda: bool, backward: bool) -> int:
+    """Bytes that the op allocates beside inputs and outputs at its peak, for plans made without running it."""
+    if not cuda:
+        chunk = min(tokens * words, chunked.LOGITS)
+        # the chunk in the inputs' dtype and in float32, and a second one in float32 (log-softmax; exp)
+        return chunk * (8 + (element_size if element_size < 4 else 0)) + (
+            4 * tokens * width if backward else 0
+        )
+    if not backward:
+        return 0
+    from catmllm_kernels.linear_logprob.triton import slice_of
+
+    return tokens * slice_of(tokens, words) * element_size + 8 * tokens * width
