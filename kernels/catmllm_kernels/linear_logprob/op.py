@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from catmllm_kernels.linear_logprob import chunked
+import catmllm_kernels.linear_logprob.chunked as chunked
 from catmllm_kernels.linear_logprob.reference import IGNORED
 
 
