@@ -3,14 +3,13 @@
 Parameters carry fairchem 1.x's names, so that OC20 checkpoints load key for key; the arithmetic is our own. A node is
 x [N, (lmax+1)², C]. A message between two nodes is computed in the frame of its edge, where a rotation about the edge
 mixes only +m with -m: there an equivariant linear map is one complex matrix per order m (eSCN, arXiv 2302.03655), and
-few orders (|m| <= mmax) suffice. The rows of an edge are kept by m ("m-primary", see `so3`): a message is then a
-tuple of `parts`, one matrix per m: [E, (lmax+1)·C] for m = 0 and [E, 2·(lmax+1-m)·C] = (+m, -m) for m > 0.
+few orders (|m| <= mmax) suffice. What happens along an edge is one fused operation, `catmllm_kernels.escn`, whose
+reference.py is its definition; here are the weights and everything that happens on nodes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -19,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from catmllm.models.edge_ops import rotate_and_scale, rotate_back_and_sum, sphere_silu
 from catmllm.models.fairchem_checkpoint import load_fairchem_checkpoint
 from catmllm.models.so3 import SphereTables
 from catmllm.models.spherical_layers import (
@@ -30,6 +28,7 @@ from catmllm.models.spherical_layers import (
     at_least_float32,
     layer_norm,
 )
+from catmllm_kernels.escn import EdgeGraph, Sphere, edge_attention, edge_graph, rotate_back_sum
 
 __all__ = ["EquiformerV2", "EquiformerV2Config", "load_fairchem_checkpoint"]
 
@@ -82,17 +81,15 @@ class EquiformerV2Config:
 class Geometry:
     """What every block reads of a batch: its edges, their frames, and the constant tables in the model's dtype."""
 
-    source: Tensor  # [E] int64
-    target: Tensor
+    graph: EdgeGraph  # edges sorted by target
     source_number: Tensor  # [E] atomic numbers
     target_number: Tensor
     basis: Tensor  # [E, num_distance_basis]
-    wigner: Tensor  # [E, M, S] onto the edge frame
-    wigner_back: Tensor  # [E, S, M] back, scaled for the orders that were cut
+    wigner: Tensor  # [E, P] packed blocks onto the edge frame, in at least float32
+    sphere: Sphere  # grid of the edges, in at least float32
     batch: Tensor | None  # [N] int64 system of each node, for stochastic depth
     degree: Tensor  # [S] l of every node row
-    node_grid: tuple[Tensor, Tensor]  # [P, S] and [S, P]
-    edge_grid: tuple[Tensor, Tensor]  # [P', M] and [M, P']
+    node_grid: tuple[Tensor, Tensor]  # [P', S] and [S, P']
 
 
 class RadialFunction(nn.Module):
@@ -116,14 +113,20 @@ class RadialFunction(nn.Module):
         )
 
     def forward(self, geometry: Geometry, source: nn.Embedding, target: nn.Embedding) -> Tensor:
+        """[E, c_out], from the elements' embeddings at both ends."""
+        last: Any = self.net[6]
+        return last(self.hidden(geometry, source, target))
+
+    def hidden(self, geometry: Geometry, source: nn.Embedding, target: nn.Embedding) -> Tensor:
+        """What the last layer `net[6]` reads: [E, channels]. The edge attention applies that layer itself."""
         net: Any = self.net
-        first, norm_1, _, second, norm_2, _, last = net
+        first, norm_1, _, second, norm_2, _, _ = net
         distance, of_source, of_target = first.weight.split([self.basis, self.channels, self.channels], dim=1)
         x = F.linear(geometry.basis, distance, first.bias)
         x = x + F.embedding(geometry.source_number, F.linear(source.weight, of_source))
         x = x + F.embedding(geometry.target_number, F.linear(target.weight, of_target))
         x = second(F.silu(layer_norm(x, norm_1)))
-        return last(F.silu(layer_norm(x, norm_2)))
+        return F.silu(layer_norm(x, norm_2))
 
 
 class EdgeDegreeEmbedding(nn.Module):
@@ -131,49 +134,42 @@ class EdgeDegreeEmbedding(nn.Module):
 
     def __init__(self, config: EquiformerV2Config) -> None:
         super().__init__()
-        self.lmax, self.avg_degree = config.lmax, config.avg_degree
+        self.lmax, self.mmax, self.avg_degree = config.lmax, config.mmax, config.avg_degree
         self.source_embedding = nn.Embedding(config.max_num_elements, config.edge_channels)
         self.target_embedding = nn.Embedding(config.max_num_elements, config.edge_channels)
         width = (config.lmax + 1) * config.sphere_channels
         self.rad_func = RadialFunction(config.num_distance_basis, config.edge_channels, width)
 
     def forward(self, geometry: Geometry, n_nodes: int) -> Tensor:
-        rows = self.rad_func(geometry, self.source_embedding, self.target_embedding)
-        rows = rows.unflatten(1, (self.lmax + 1, -1)).to(geometry.wigner.dtype)
-        x = at_least_float32(torch.bmm(geometry.wigner_back[:, :, : self.lmax + 1], rows))
-        total = x.new_zeros(n_nodes, *x.shape[1:]).index_add(0, geometry.target, x)
-        return (total / self.avg_degree).to(rows.dtype)
+        g = geometry
+        rows = self.rad_func(g, self.source_embedding, self.target_embedding).unflatten(
+            1, (self.lmax + 1, -1)
+        )
+        weight = at_least_float32(rows.new_ones(1)).expand(len(rows), 1) / self.avg_degree
+        return rotate_back_sum(rows, weight, g.wigner, g.graph, n_nodes, self.lmax, self.mmax)
 
 
 class SO2Linear(nn.Module):
-    """The complex matrix of one order m > 0: y₊ + i·y₋ = (r + i·s)(x₊ + i·x₋), `fc.weight` = (r; s)."""
+    """The complex matrix r + i·s of one order m > 0: `fc.weight` = (r; s)."""
 
     def __init__(self, width_in: int, width_out: int) -> None:
         super().__init__()
         self.fc = nn.Linear(width_in, 2 * width_out, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(x₊, x₋) [E, 2·in] -> (y₊, y₋) [E, 2·out], as one real product."""
-        r, s = self.fc.weight.chunk(2)
-        return F.linear(x, torch.cat([torch.cat([r, -s], dim=1), torch.cat([s, r], dim=1)]))
-
 
 class SO2Convolution(nn.Module):
-    """A linear map of `parts` that commutes with rotations about the edge. m = 0 also gives `extra` scalars."""
+    """The weights of a linear map of an edge's rows that commutes with rotations about it. m = 0 also gives `extra` scalars."""
 
     def __init__(self, lmax: int, mmax: int, c_in: int, c_out: int, extra: int = 0) -> None:
         super().__init__()
         degrees = [lmax + 1 - m for m in range(mmax + 1)]
-        self.widths = [n * c_in for n in degrees]
-        self.extra = extra
         self.fc_m0 = nn.Linear(degrees[0] * c_in, extra + degrees[0] * c_out)
         self.so2_m_conv = nn.ModuleList(SO2Linear(n * c_in, n * c_out) for n in degrees[1:])
 
-    def forward(self, parts: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """Parts -> (extra [E, extra], parts of c_out channels)."""
-        scalars = self.fc_m0(parts[0])
-        extra, scalars = scalars.split([self.extra, scalars.shape[1] - self.extra], dim=1)
-        return extra, [scalars, *(conv(x) for conv, x in zip(self.so2_m_conv, parts[1:], strict=True))]
+    def weights(self) -> list[Tensor]:
+        """One matrix per m."""
+        convs: Any = self.so2_m_conv
+        return [self.fc_m0.weight, *(conv.fc.weight for conv in convs)]
 
 
 class RadialSO2Convolution(SO2Convolution):
@@ -181,7 +177,8 @@ class RadialSO2Convolution(SO2Convolution):
 
     def __init__(self, config: EquiformerV2Config, c_in: int, c_out: int, extra: int) -> None:
         super().__init__(config.lmax, config.mmax, c_in, c_out, extra)
-        self.rad_func = RadialFunction(config.num_distance_basis, config.edge_channels, sum(self.widths))
+        width = sum(config.lmax + 1 - m for m in range(config.mmax + 1)) * c_in
+        self.rad_func = RadialFunction(config.num_distance_basis, config.edge_channels, width)
 
 
 class GraphAttention(nn.Module):
@@ -192,10 +189,10 @@ class GraphAttention(nn.Module):
         c = self.config = config
         self.source_embedding = nn.Embedding(c.max_num_elements, c.edge_channels)
         self.target_embedding = nn.Embedding(c.max_num_elements, c.edge_channels)
-        self.alpha_width = c.num_heads * c.attn_alpha_channels
+        alpha_width = c.num_heads * c.attn_alpha_channels
         gates = c.attn_hidden_channels * (c.lmax if c.use_gate_act else 1)
         hidden, value = c.attn_hidden_channels, c.num_heads * c.attn_value_channels
-        self.so2_conv_1 = RadialSO2Convolution(c, 2 * c.sphere_channels, hidden, self.alpha_width + gates)
+        self.so2_conv_1 = RadialSO2Convolution(c, 2 * c.sphere_channels, hidden, alpha_width + gates)
         self.alpha_norm = nn.LayerNorm(c.attn_alpha_channels) if c.use_attn_renorm else None
         self.alpha_dot = nn.Parameter(torch.empty(c.num_heads, c.attn_alpha_channels))
         self.so2_conv_2 = SO2Convolution(c.lmax, c.mmax, hidden, value)
@@ -203,41 +200,33 @@ class GraphAttention(nn.Module):
 
     def forward(self, x: Tensor, geometry: Geometry) -> Tensor:
         """Nodes [N, S, C] -> [N, S, c_out]."""
-        g, conv = geometry, self.so2_conv_1
-        radial = conv.rad_func(g, self.source_embedding, self.target_embedding)
-        x = x.to(radial.dtype)
-        parts = rotate_and_scale(x, radial, g.wigner, g.source, g.target, conv.widths)
-        extra, parts = conv(parts)
-        alpha, gates = extra.split([self.alpha_width, extra.shape[1] - self.alpha_width], dim=1)
-        _, parts = self.so2_conv_2(self.activation(gates, parts, g))
-        alpha = self.attention(alpha, g.target, len(x)).to(parts[0].dtype)
-        total = rotate_back_and_sum(parts, alpha, g.wigner_back, g.target, len(x))
-        return self.proj(total.transpose(0, 1), g.degree).transpose(0, 1)
-
-    def attention(self, alpha: Tensor, target: Tensor, n_nodes: int) -> Tensor:
-        """Softmax over the edges of each target: [E, heads·alpha] -> [E, heads], in at least float32."""
-        x = at_least_float32(alpha).unflatten(1, self.alpha_dot.shape)
-        if self.alpha_norm is not None:
-            x = layer_norm(x, self.alpha_norm)
-        x = 0.2 * x + 0.8 * F.silu(x)  # fairchem's SmoothLeakyReLU, multiplied out
-        x = (x * self.alpha_dot).sum(2)
-        index = target[:, None].expand_as(x)
-        top = x.new_zeros(n_nodes, x.shape[1]).scatter_reduce(
-            0, index, x.detach(), "amax", include_self=False
+        c, g, conv1, conv2 = self.config, geometry, self.so2_conv_1, self.so2_conv_2
+        radial = conv1.rad_func.hidden(g, self.source_embedding, self.target_embedding)
+        last: Any = conv1.rad_func.net[6]
+        norm = None if self.alpha_norm is None else (self.alpha_norm.weight, self.alpha_norm.bias)
+        keep = None
+        if self.training and c.alpha_drop:
+            ones = torch.ones(len(radial), c.num_heads, device=x.device)
+            keep = F.dropout(ones.to(g.wigner.dtype), c.alpha_drop)
+        total = edge_attention(
+            x.to(radial.dtype),
+            radial,
+            last.weight,
+            last.bias,
+            g.wigner,
+            g.graph,
+            conv1.weights(),
+            conv1.fc_m0.bias,
+            norm,
+            self.alpha_dot,
+            conv2.weights(),
+            conv2.fc_m0.bias,
+            None if c.use_gate_act else g.sphere,
+            c.lmax,
+            c.mmax,
+            keep,
         )
-        weight = torch.exp(x - top.index_select(0, target))
-        total = weight.new_zeros(n_nodes, x.shape[1]).index_add(0, target, weight)
-        return F.dropout(weight / total.index_select(0, target), self.config.alpha_drop, self.training)
-
-    def activation(self, gates: Tensor, parts: list[Tensor], geometry: Geometry) -> list[Tensor]:
-        """Nonlinearity of the hidden parts: gates per degree, or SiLU on the sphere with l = 0 apart."""
-        hidden = self.config.attn_hidden_channels
-        if self.config.use_gate_act:
-            # SiLU(x) = x·σ(x), so that the l = 0 row is its own gate
-            gate = torch.sigmoid(torch.cat([parts[0][:, :hidden], gates], dim=1))
-            rows = [gate] + [gate[:, m * hidden :] for m in range(1, len(parts))]
-            return [(p.unflatten(1, (-1, r.shape[1])) * r[:, None]).flatten(1) for p, r in zip(parts, rows)]
-        return sphere_silu(gates, parts, *geometry.edge_grid)
+        return self.proj(total.transpose(0, 1), g.degree).transpose(0, 1)
 
 
 class FeedForward(nn.Module):
@@ -415,23 +404,25 @@ class EquiformerV2(nn.Module):
         dtype = self.sphere_embedding.weight.dtype
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
+        order = torch.argsort(edge_index[1], stable=True)
+        edge_index, edge_vec = edge_index.index_select(1, order), edge_vec.index_select(0, order)
+        if edge_rot_mat is not None:
+            edge_rot_mat = edge_rot_mat.index_select(0, order)
         with torch.autocast(device.type, enabled=False):
             wigner = t.rotation(edge_vec, edge_rot_mat)
-            back = wigner * t.row_scale.to(wigner.dtype)[:, None]
             basis = self.distance_basis(torch.linalg.vector_norm(edge_vec, dim=1))
-        source, target = edge_index.unbind(0)
+        graph = edge_graph(edge_index, len(numbers))
+        wide = torch.promote_types(dtype, torch.float32)
         return Geometry(
-            source,
-            target,
-            numbers.index_select(0, source),
-            numbers.index_select(0, target),
+            graph,
+            numbers.index_select(0, graph.source),
+            numbers.index_select(0, graph.target),
             basis.to(dtype),
-            wigner.to(dtype),
-            back.to(dtype).transpose(1, 2),
+            wigner.to(wide),
+            Sphere(t.edge_to_lat.to(wide), t.edge_from_lat.to(wide), t.edge_lon.to(wide)),
             batch,
             t.degree,
             (t.node_to_grid.to(dtype), t.node_from_grid.to(dtype)),
-            (t.edge_to_grid.to(dtype), t.edge_from_grid.to(dtype)),
         )
 
     def distance_basis(self, distance: Tensor) -> Tensor:

@@ -76,7 +76,7 @@ def _constants(state: Mapping[str, Tensor], model: EquiformerV2) -> list[str]:
             )
     grid = state.get(f"SO3_grid.{c.lmax}.{c.mmax}.to_grid_mat")
     if grid is not None:
-        points = len(model.tables.edge_to_grid)
+        points = model.tables.edge_to_lat.shape[0] * model.tables.edge_lon.shape[0]
         if grid.shape[0] * grid.shape[1] != points:
             problems.append(f"sphere grid: {grid.shape[0]} x {grid.shape[1]} points, the model has {points}")
     return problems

@@ -72,9 +72,20 @@ def axis_swap(lmax: int) -> np.ndarray:
     return np.where(l[:, None] == l[None, :], J, 0.0)
 
 
+def packed_wigner_entries(lmax: int, mmax: int) -> tuple[np.ndarray, ...]:
+    """l, m and column k of every entry of the packed matrices, int64 [P]: rows |m| <= mmax of each block D^l in turn."""
+    entries = [
+        (l, m, k)
+        for l in range(lmax + 1)
+        for m in range(-min(l, mmax), min(l, mmax) + 1)
+        for k in range(2 * l + 1)
+    ]
+    return tuple(np.array(entries).T)
+
+
 @lru_cache
 def wigner_table(lmax: int, mmax: int) -> np.ndarray:
-    """The m-primary rows of D(R_x(β)·R_y(γ)) = J·X(β)·J·X(γ) as a table [(2·lmax+1)², M, (lmax+1)²].
+    """The packed entries of D(R_x(β)·R_y(γ)) = J·X(β)·J·X(γ) as a table [(2·lmax+1)², P].
 
     They are bilinear in (1, cos β … cos lmax·β, sin β … sin lmax·β) and the same of γ; the table's first axis runs over those
     products, γ fastest.
@@ -88,8 +99,9 @@ def wigner_table(lmax: int, mmax: int) -> np.ndarray:
         X = np.zeros_like(J)
         X[np.arange(len(m)), mirror] = np.where(np.abs(m) == k, -np.sign(m), 0)
         turns.append(X)
-    rows = m_primary_rows(lmax, mmax)
-    return np.stack([((J @ X_beta @ J) @ X_gamma)[rows] for X_beta in turns for X_gamma in turns])
+    entry_l, entry_m, column = packed_wigner_entries(lmax, mmax)
+    row, column = entry_l * entry_l + entry_l + entry_m, entry_l * entry_l + column
+    return np.stack([((J @ X_beta @ J) @ X_gamma)[row, column] for X_beta in turns for X_gamma in turns])
 
 
 def lost_order_scale(lmax: int, mmax: int) -> np.ndarray:
@@ -124,6 +136,23 @@ def sphere_grid(lmax: int, mmax: int, resolution: int | None) -> tuple[np.ndarra
     return Y * component * scale, Y * np.repeat(weights, n_lon)[:, None] / component * scale
 
 
+def edge_sphere(lmax: int, mmax: int, resolution: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`sphere_grid` of an edge's rows in two factors: a harmonic is latitude(l, |m|) · longitude(m).
+
+    To and from the latitudes, both [latitudes, H] by m-primary rows m >= 0, and [longitudes, 2·mmax+1] by 1, cos φ, sin φ, cos 2φ, ….
+    """
+    to_grid, from_grid = sphere_grid(lmax, mmax, resolution)
+    n_lat = resolution or 2 * (lmax + 1)
+    n_lon = len(to_grid) // n_lat
+    half = [l * l + l + m for m in range(mmax + 1) for l in range(m, lmax + 1)]
+    azimuth = 2 * np.pi * np.arange(n_lon) / n_lon
+    lon = np.stack(
+        [np.ones(n_lon)] + [f(m * azimuth) for m in range(1, mmax + 1) for f in (np.cos, np.sin)], 1
+    )
+    # at φ = 0 the harmonics of m >= 0 are their latitude factors
+    return to_grid[::n_lon, half], from_grid[::n_lon, half], lon
+
+
 def harmonics(cosine: Tensor, sine: Tensor, n: int) -> Tensor:
     """(1, cos θ … cos nθ, sin θ … sin nθ) [E, 2n+1] from cos θ and sin θ [E]."""
     cosines, sines = [torch.ones_like(cosine)], [torch.zeros_like(sine)]
@@ -142,15 +171,15 @@ class SphereTables(nn.Module):
     """
 
     degree: Tensor  # [S] l of every l-primary row
-    row_order: Tensor  # [M] |m| of every m-primary row
-    row_sign: Tensor  # [M] -sign(m)
-    row_mirror: Tensor  # [M] the row of the same l with -m
-    row_scale: Tensor  # [M] `lost_order_scale`
-    wigner: Tensor  # [(2·lmax+1)², M·S] `wigner_table`
-    node_to_grid: Tensor  # [P, S] all orders
-    node_from_grid: Tensor  # [S, P]
-    edge_to_grid: Tensor  # [P', M] orders up to mmax, m-primary
-    edge_from_grid: Tensor  # [M, P']
+    entry_order: Tensor  # [P] |m| of every packed Wigner entry
+    entry_sign: Tensor  # [P] -sign(m)
+    entry_mirror: Tensor  # [P] the entry of the same l and column with -m
+    wigner: Tensor  # [(2·lmax+1)², P] `wigner_table`
+    node_to_grid: Tensor  # [P', S] all orders
+    node_from_grid: Tensor  # [S, P']
+    edge_to_lat: Tensor  # [latitudes, H] rows m >= 0 up to mmax, m-primary
+    edge_from_lat: Tensor  # [latitudes, H]
+    edge_lon: Tensor  # [longitudes, 2·mmax+1] 1, cos φ, sin φ, cos 2φ, …
 
     def __init__(self, lmax: int, mmax: int, resolution: int | None) -> None:
         super().__init__()
@@ -159,22 +188,21 @@ class SphereTables(nn.Module):
 
     def fill(self, device: torch.device) -> None:
         """(Re)compute every buffer on `device`."""
-        rows = m_primary_rows(self.lmax, self.mmax)
-        l, m = degrees_and_orders(self.lmax)
+        degree, _ = degrees_and_orders(self.lmax)
+        l, m, _ = packed_wigner_entries(self.lmax, self.mmax)
         node_to, node_from = sphere_grid(self.lmax, self.lmax, self.resolution)
-        edge_to, edge_from = sphere_grid(self.lmax, self.mmax, self.resolution)
-        mirrored = l[rows] ** 2 + l[rows] - m[rows]
+        to_lat, from_lat, lon = edge_sphere(self.lmax, self.mmax, self.resolution)
         tables = {
-            "degree": l,
-            "row_order": np.abs(m[rows]),
-            "row_sign": -np.sign(m[rows]).astype(np.float64),
-            "row_mirror": np.argmax(mirrored[:, None] == rows, axis=1),
-            "row_scale": lost_order_scale(self.lmax, self.mmax)[rows],
-            "wigner": wigner_table(self.lmax, self.mmax).reshape((2 * self.lmax + 1) ** 2, -1),
+            "degree": degree,
+            "entry_order": np.abs(m),
+            "entry_sign": -np.sign(m).astype(np.float64),
+            "entry_mirror": np.arange(len(m)) - 2 * m * (2 * l + 1),
+            "wigner": wigner_table(self.lmax, self.mmax),
             "node_to_grid": node_to,
             "node_from_grid": node_from.T,
-            "edge_to_grid": edge_to[:, rows],
-            "edge_from_grid": edge_from[:, rows].T,
+            "edge_to_lat": to_lat,
+            "edge_from_lat": from_lat,
+            "edge_lon": lon,
         }
         for name, table in tables.items():
             self.register_buffer(
@@ -188,7 +216,7 @@ class SphereTables(nn.Module):
 
     @torch.no_grad()
     def rotation(self, edge_vec: Tensor, edge_rot_mat: Tensor | None = None) -> Tensor:
-        """Wigner matrices [E, M, S] that turn every edge onto +y, m-primary rows, in the dtype of `edge_vec`.
+        """Packed Wigner matrices [E, P] that turn every edge onto +y, in the dtype of `edge_vec`.
 
         `edge_vec` [E, 3] needs no length. The remaining angle about the edge is free; it is 0 here, so that equal
         edges have equal frames, unless `edge_rot_mat` [E, 3, 3] fixes the whole frame (its second row is then the
@@ -210,12 +238,12 @@ class SphereTables(nn.Module):
         """X(α)·D(R_x(β))·X(γ) from (cos, sin) of β and γ; α from what `edge_rot_mat` has beyond them."""
         of_beta, of_gamma = (harmonics(*angle, self.lmax) for angle in (beta, gamma))
         products = (of_beta[:, :, None] * of_gamma[:, None, :]).flatten(1)
-        wigner = (products @ self.wigner.to(products.dtype)).unflatten(1, (-1, len(self.degree)))
+        wigner = products @ self.wigner.to(products.dtype)
         if edge_rot_mat is None:
             return wigner
         # R·R₀ᵀ = R_y(α); the first row of R₀ = R_x(β)·R_y(γ) is (cos γ, 0, sin γ)
         cos_alpha = edge_rot_mat[:, 0, 0] * gamma[0] + edge_rot_mat[:, 0, 2] * gamma[1]
         sin_alpha = -(edge_rot_mat[:, 2, 0] * gamma[0] + edge_rot_mat[:, 2, 2] * gamma[1])
         cosines, sines = harmonics(cos_alpha, sin_alpha, self.lmax).split([self.lmax + 1, self.lmax], dim=1)
-        sines = F.pad(sines, (1, 0))[:, self.row_order] * self.row_sign.to(sines.dtype)
-        return wigner * cosines[:, self.row_order, None] + wigner[:, self.row_mirror] * sines[:, :, None]
+        sines = F.pad(sines, (1, 0))[:, self.entry_order] * self.entry_sign.to(sines.dtype)
+        return wigner * cosines[:, self.entry_order] + wigner[:, self.entry_mirror] * sines

@@ -13,9 +13,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from catmllm.models import edge_ops
 from catmllm.models.equiformer_v2 import EquiformerV2, EquiformerV2Config, load_fairchem_checkpoint
 from catmllm.models.so3 import SphereTables, m_primary_rows, real_spherical_harmonics, sphere_grid
+from catmllm_kernels.escn.layout import lost_order_scale, rows_of, unpack_wigner
+from catmllm_kernels.escn.reference import index_of
 
 ROOT = Path(__file__).parents[2]
 REFERENCES = Path(os.environ.get("CATMLLM_ESCN_REFERENCES", ROOT.parent / "shared" / "reference" / "escn"))
@@ -58,6 +59,16 @@ def run(model, numbers, positions, edge_index, batch, **options):
 
 def relative(a, b):
     return float((a - b).abs().max() / b.abs().max())
+
+
+def dense_grid(sphere, lmax, mmax):
+    """[points, R] to and [R, points] from the grid, of its factors."""
+    radial, order = (index_of(name, lmax, mmax, sphere.lon.device) for name in ("radial", "order"))
+    to, back = (
+        (lat[:, radial][:, None] * sphere.lon[:, order]).flatten(0, 1)
+        for lat in (sphere.to_lat, sphere.from_lat)
+    )
+    return to, back.T
 
 
 # ------------------------------------------------------------------------------------------ fairchem's float64 runs
@@ -105,10 +116,13 @@ def test_constants_equal_fairchem(reference):
     reduced = rows.sort().values  # fairchem cuts orders but keeps l-primary order
     order = torch.searchsorted(reduced, rows)
     torch.testing.assert_close(arrays["to_m"].argmax(1), order)
-    torch.testing.assert_close(geometry.wigner, arrays["wigner"][:, rows], rtol=0, atol=1e-13)
+    lmax, mmax = model.config.lmax, model.config.mmax
+    dense = unpack_wigner(geometry.wigner, lmax, mmax)
+    torch.testing.assert_close(dense, arrays["wigner"][:, rows], rtol=0, atol=1e-13)
+    scale = torch.tensor([lost_order_scale(l, mmax) for l, _ in rows_of(lmax, mmax)], dtype=torch.float64)
     back = (arrays["wigner"].transpose(1, 2)[:, :, reduced] * arrays["rotate_inv_rescale"])[:, :, order]
-    torch.testing.assert_close(geometry.wigner_back, back, rtol=0, atol=1e-13)
-    to_grid, from_grid = geometry.edge_grid
+    torch.testing.assert_close(dense.transpose(1, 2) * scale, back, rtol=0, atol=1e-13)
+    to_grid, from_grid = dense_grid(geometry.sphere, lmax, mmax)
     torch.testing.assert_close(to_grid, arrays["to_grid"].flatten(0, 1)[:, order], rtol=0, atol=1e-13)
     torch.testing.assert_close(from_grid.T, arrays["from_grid"].flatten(0, 1)[:, order], rtol=0, atol=1e-13)
 
@@ -116,17 +130,8 @@ def test_constants_equal_fairchem(reference):
 def test_attention_equals_fairchem_with_gradients(reference):
     arrays, model, geometry = reference
     attention = model.blocks[0].ga
-    order = m_primary_rows(model.config.lmax, model.config.mmax).argsort()
-    taps = {}
-    for name in ("so2_conv_1", "so2_conv_2"):
-        getattr(attention, name).register_forward_hook(lambda _, __, out, name=name: taps.update({name: out}))
     x = arrays["x"].clone().requires_grad_()
     out = attention(x, geometry)
-    for name in ("so2_conv_1", "so2_conv_2"):
-        expected = arrays[f"{name}_out_lprimary"]
-        rows = torch.cat(taps[name][1], dim=1).view(len(expected), -1, expected.shape[2])
-        torch.testing.assert_close(rows[:, order], expected, rtol=0, atol=1e-10)
-    torch.testing.assert_close(taps["so2_conv_1"][0], arrays["so2_conv_1_extra_m0"], rtol=0, atol=1e-10)
     torch.testing.assert_close(out, arrays["ga_out"], rtol=0, atol=1e-10)
 
     names, parameters = zip(*attention.named_parameters(), strict=True)
@@ -198,7 +203,7 @@ def special_directions():
 def test_frames_turn_every_edge_onto_y(lmax, dtype):
     v = special_directions().to(dtype)
     tables = SphereTables(lmax, lmax, None)
-    wigner = tables.rotation(v)
+    wigner = unpack_wigner(tables.rotation(v), lmax, lmax)
     rows = m_primary_rows(lmax, lmax)
     identity = torch.eye(len(rows), dtype=dtype).expand(len(v), -1, -1)
     atol = 1e-13 if dtype == torch.float64 else 3e-6
@@ -214,7 +219,7 @@ def test_frames_turn_every_edge_onto_y(lmax, dtype):
 def test_given_frames_equal_e3nn():
     o3 = pytest.importorskip("e3nn.o3")
     matrices = o3.rand_matrix(30, dtype=torch.float64)
-    wigner = SphereTables(3, 2, None).rotation(matrices[:, 1], matrices)
+    wigner = unpack_wigner(SphereTables(3, 2, None).rotation(matrices[:, 1], matrices), 3, 2)
     irreps = o3.Irreps("0e+1e+2e+3e")
     expected = irreps.D_from_matrix(matrices)[:, m_primary_rows(3, 2)]
     torch.testing.assert_close(wigner, expected, rtol=0, atol=1e-5)  # e3nn's generators are float32
@@ -291,100 +296,9 @@ def test_systems_of_a_batch_do_not_see_each_other():
         torch.testing.assert_close(alone, together[system : system + 1])
 
 
-# ------------------------------------------------------------------------------------------ the three fused steps
-
-
-@pytest.fixture
-def small_chunks(monkeypatch):
-    """Chunks of a few edges, the last one shorter, so that their seams are tested."""
-    monkeypatch.setattr(edge_ops, "_CACHE", 1500)
-
-
-def edge_case(seed=0):
-    torch.manual_seed(seed)
-    geometry = make_model(replace(SMALL, mmax=1)).geometry(*graph_vectors())
-    return geometry, int(geometry.target.max()) + 1
-
-
 def graph_vectors():
     numbers, positions, edge_index, _ = make_graph()
     return numbers, edge_index, positions[edge_index[0]] - positions[edge_index[1]]
-
-
-def as_parts(x, n_channels):
-    """[E, M, C] of lmax 2, mmax 1 -> parts of m = 0 and m = 1."""
-    assert x.shape[1:] == (7, n_channels)
-    return [x[:, :3].flatten(1), x[:, 3:].flatten(1)]
-
-
-def same_value_and_gradients(fused, plain, inputs):
-    leaves = [x.clone().requires_grad_() for x in inputs]
-    outs, gradients = [], []
-    for function in (fused, plain):
-        out = torch.cat([t.flatten() for t in function(*leaves)])
-        outs.append(out)
-        gradients.append(torch.autograd.grad(out, leaves, torch.linspace(-1, 1, len(out), dtype=out.dtype)))
-    torch.testing.assert_close(outs[0], outs[1], rtol=0, atol=1e-12)
-    for a, b in zip(*gradients, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
-
-
-def test_rotate_and_scale_is_its_definition(small_chunks):
-    g, n = edge_case()
-    x, weights = torch.randn(n, 9, 4).double(), torch.randn(len(g.target), 5 * 8).double()
-
-    def fused(x, weights):
-        return edge_ops.rotate_and_scale(x, weights, g.wigner, g.source, g.target, [24, 16])
-
-    def plain(x, weights):
-        z = g.wigner @ torch.cat([x[g.source], x[g.target]], dim=2)
-        w = weights.view(-1, 5, 8)
-        return as_parts(z * torch.cat([w[:, :3], w[:, 3:], w[:, 3:]], dim=1), 8)
-
-    same_value_and_gradients(fused, plain, [x, weights])
-
-
-def test_sphere_silu_is_its_definition(small_chunks):
-    g, _ = edge_case()
-    n_edges, (to_grid, from_grid) = len(g.target), g.edge_grid
-    inputs = [torch.randn(n_edges, 6).double(), torch.randn(n_edges, 7, 6).double()]
-
-    def fused(gates, x):
-        return edge_ops.sphere_silu(gates, as_parts(x, 6), to_grid, from_grid)
-
-    def plain(gates, x):
-        grid = F.silu(torch.einsum("pm,emc->epc", to_grid, x))
-        y = torch.einsum("mp,epc->emc", from_grid, grid)
-        return as_parts(torch.cat([F.silu(gates)[:, None], y[:, 1:]], dim=1), 6)
-
-    same_value_and_gradients(fused, plain, inputs)
-
-
-def test_rotate_back_and_sum_is_its_definition(small_chunks):
-    g, n = edge_case()
-    n_edges = len(g.target)
-
-    def fused(x, alpha):
-        return [edge_ops.rotate_back_and_sum(as_parts(x, 6), alpha, g.wigner_back, g.target, n)]
-
-    def plain(x, alpha):
-        value = x.view(n_edges, 7, 2, 3) * alpha[:, None, :, None]
-        message = g.wigner_back @ value.flatten(2)
-        return [message.new_zeros(n, 9, 6).index_add(0, g.target, message)]
-
-    same_value_and_gradients(
-        fused, plain, [torch.randn(n_edges, 7, 6).double(), torch.rand(n_edges, 2).double()]
-    )
-
-
-def test_attention_weights_sum_to_one_and_survive_large_logits():
-    attention = make_model(SMALL).blocks[0].ga
-    target = torch.tensor([0, 0, 0, 2, 2])
-    with torch.no_grad():
-        attention.alpha_dot.mul_(1e4)
-        weight = attention.attention(torch.randn(5, attention.alpha_width).double(), target, 3)
-    total = torch.zeros(3, 2).double().index_add(0, target, weight)
-    torch.testing.assert_close(total, torch.tensor([[1.0, 1], [0, 0], [1, 1]]).double())
 
 
 # ------------------------------------------------------------------------------------------ edges of the input

@@ -1,0 +1,235 @@
+"""The definition: EquiformerV2's edge path in plain torch, differentiable, in any floating dtype. Layouts: `layout.py`.
+
+A message is: both end nodes turned into the frame of the edge, cut to |m| <= mmax and scaled by radial weights; one
+complex matrix per m (eSCN, arXiv 2302.03655); a nonlinearity; a second matrix per m; attention over the edges of a
+target; back to the common frame; summed. Names and conventions are fairchem 1.10's. Half precision: products in the
+inputs' dtype (their accumulation is float32), softmax, norms and the sum over edges in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from catmllm_kernels.backend import autograd_again
+from catmllm_kernels.escn.layout import (
+    EdgeAttention,
+    EdgeGraph,
+    Sphere,
+    first_row,
+    gradients_of,
+    lost_order_scale,
+    n_rows,
+    rows_of,
+    wigner_offset,
+)
+
+
+def edge_attention(
+    x: Tensor,
+    radial: Tensor,
+    radial_weight: Tensor,
+    radial_bias: Tensor,
+    wigner: Tensor,
+    graph: EdgeGraph,
+    conv1: Sequence[Tensor],
+    conv1_bias: Tensor,
+    alpha_norm: tuple[Tensor, Tensor] | None,
+    alpha_dot: Tensor,
+    conv2: Sequence[Tensor],
+    conv2_bias: Tensor,
+    sphere: Sphere | None,
+    lmax: int,
+    mmax: int,
+    keep: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(sum [N, S, V], extra [E, heads·A + gates], hidden before [E, R·C'] and after [E, R·C'] the activation, alpha [E, heads]).
+
+    For shapes and meaning of the arguments see `op.edge_attention`.
+    """
+    heads = alpha_dot.shape
+    weights = F.linear(radial, radial_weight, radial_bias)
+    rows = gather_rotate(x, weights, wigner, graph, lmax, mmax)
+    n_extra = conv1[0].shape[0] - (lmax + 1) * (conv2[0].shape[1] // (lmax + 1))
+    extra, hidden = so2_product(rows, conv1, conv1_bias, n_extra, lmax, mmax)
+    gates = extra[:, heads.numel() :]
+    if sphere is None:
+        active = gate_activation(hidden, gates, lmax, mmax)
+    else:
+        active = sphere_activation(hidden, gates, sphere, lmax, mmax)
+    alpha = attention_weights(extra[:, : heads.numel()], alpha_norm, alpha_dot, graph, len(x))
+    _, values = so2_product(active, conv2, conv2_bias, 0, lmax, mmax)
+    total = rotate_back_sum(
+        values, alpha if keep is None else alpha * keep, wigner, graph, len(x), lmax, mmax
+    )
+    return total, extra, hidden.flatten(1), active.flatten(1), alpha
+
+
+def gather_rotate(
+    x: Tensor, weights: Tensor, wigner: Tensor, graph: EdgeGraph, lmax: int, mmax: int
+) -> Tensor:
+    """Nodes [N, S, C], radial weights [E, H·2C] -> rows [E, R, 2C], channels of the source before the target's."""
+    pair = torch.cat([x.index_select(0, graph.source), x.index_select(0, graph.target)], dim=2)
+    blocks = [
+        block.to(x.dtype) @ pair[:, l * l : (l + 1) ** 2]
+        for l, block in enumerate(wigner_blocks(wigner, lmax, mmax))
+    ]
+    rows = torch.cat(blocks, dim=1).index_select(1, index_of("by m", lmax, mmax, x.device))
+    weights = weights.unflatten(1, (-1, pair.shape[2]))
+    return rows * weights.index_select(1, index_of("radial", lmax, mmax, x.device))
+
+
+def so2_product(
+    rows: Tensor, weights: Sequence[Tensor], bias: Tensor, n_extra: int, lmax: int, mmax: int
+) -> tuple[Tensor, Tensor]:
+    """Rows [E, R, C] -> (extra [E, n_extra], rows [E, R, C']): y₊ + i·y₋ = (r + i·s)(x₊ + i·x₋), weights[m] = (r; s).
+
+    weights[0] [n_extra + n_0·C', n_0·C] with `bias` of its length; weights[m] [2·n_m·C', n_m·C].
+    """
+    first = F.linear(rows[:, : lmax + 1].flatten(1), weights[0], bias)
+    extra, out = first.split([n_extra, first.shape[1] - n_extra], dim=1)
+    parts = [out]
+    for m in range(1, mmax + 1):
+        start, n = first_row(lmax, m), lmax + 1 - m
+        parts.append(F.linear(rows[:, start : start + 2 * n].flatten(1), real_form(weights[m])))
+    return extra, torch.cat(parts, dim=1).unflatten(1, (n_rows(lmax, mmax), -1))
+
+
+def real_form(weight: Tensor) -> Tensor:
+    """(r; s) [2·out, in] -> [[r, -s], [s, r]] [2·out, 2·in], which acts on (x₊, x₋)."""
+    r, s = weight.chunk(2)
+    return torch.cat([torch.cat([r, -s], dim=1), torch.cat([s, r], dim=1)])
+
+
+def gate_activation(rows: Tensor, gates: Tensor, lmax: int, mmax: int) -> Tensor:
+    """SiLU on l = 0 (its own gate, as SiLU(x) = x·σ(x)), every degree l > 0 times σ(gates [E, lmax·C'])."""
+    all_gates = torch.cat([rows[:, :1], gates.unflatten(1, (lmax, rows.shape[2]))], dim=1)
+    return rows * torch.sigmoid(all_gates).index_select(1, index_of("degree", lmax, mmax, rows.device))
+
+
+def sphere_activation(rows: Tensor, gates: Tensor, sphere: Sphere, lmax: int, mmax: int) -> Tensor:
+    """SiLU at every point of the sphere grid; the l = 0 row is SiLU(gates [E, C']) instead ("separable")."""
+    radial, order = (index_of(name, lmax, mmax, rows.device) for name in ("radial", "order"))
+    lon = sphere.lon.index_select(1, order)
+    to_grid, from_grid = (
+        (table.index_select(1, radial)[:, None] * lon).flatten(0, 1).to(rows.dtype)
+        for table in (sphere.to_lat, sphere.from_lat)
+    )
+    points = F.silu(to_grid @ rows)
+    return torch.cat([F.silu(gates)[:, None], from_grid.T[1:] @ points], dim=1)
+
+
+def attention_weights(
+    logits: Tensor, norm: tuple[Tensor, Tensor] | None, dot: Tensor, graph: EdgeGraph, n_nodes: int
+) -> Tensor:
+    """Softmax over the edges of each target: [E, heads·A] -> [E, heads], in at least float32. dot [heads, A]."""
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    x = logits.to(wide).unflatten(1, dot.shape)
+    if norm is not None:
+        x = F.layer_norm(x, x.shape[-1:], norm[0].to(wide), norm[1].to(wide), 1e-5)
+    x = 0.2 * x + 0.8 * F.silu(x)  # fairchem's SmoothLeakyReLU, multiplied out
+    x = (x * dot.to(wide)).sum(2)
+    top = x.new_zeros(n_nodes, x.shape[1]).scatter_reduce(
+        0, graph.target[:, None].expand_as(x), x.detach(), "amax", include_self=False
+    )
+    weight = torch.exp(x - top.index_select(0, graph.target))
+    total = weight.new_zeros(n_nodes, x.shape[1]).index_add(0, graph.target, weight)
+    return weight / total.index_select(0, graph.target)
+
+
+def rotate_back_sum(
+    values: Tensor, alpha: Tensor, wigner: Tensor, graph: EdgeGraph, n_nodes: int, lmax: int, mmax: int
+) -> Tensor:
+    """Values [E, R', V] times alpha [E, heads] (V/heads channels each), rotated back and summed: [N, S, V].
+
+    R' is R, or lmax+1 where a message has m = 0 alone; mmax is the one of `wigner` (and of the scale of cut rows).
+    """
+    n, width = len(values), values.shape[2]
+    only_zero = values.shape[1] == lmax + 1
+    weighted = values.unflatten(2, (alpha.shape[1], -1)) * alpha.to(values.dtype)[:, None, :, None]
+    weighted = weighted.flatten(2)
+    if not only_zero:
+        weighted = weighted.index_select(1, index_of("by l", lmax, mmax, values.device))
+    blocks, row = [], 0
+    for l, block in enumerate(wigner_blocks(wigner, lmax, mmax)):
+        k = min(l, mmax)
+        size = 1 if only_zero else 2 * k + 1
+        block = (block[:, k : k + 1] if only_zero else block) * lost_order_scale(l, mmax)
+        blocks.append(block.to(values.dtype).transpose(1, 2) @ weighted[:, row : row + size])
+        row += size
+    message = torch.cat(blocks, dim=1)
+    wide = torch.promote_types(message.dtype, torch.float32)
+    total = message.new_zeros(n_nodes, message.shape[1] if n else (lmax + 1) ** 2, width, dtype=wide)
+    return total.index_add(0, graph.target, message.to(wide)).to(values.dtype)
+
+
+def wigner_blocks(wigner: Tensor, lmax: int, mmax: int) -> list[Tensor]:
+    """The packed matrices as views [E, 2·min(l, M)+1, 2l+1] for l = 0 … L."""
+    return [
+        wigner[:, wigner_offset(l, mmax) : wigner_offset(l + 1, mmax)].unflatten(1, (-1, 2 * l + 1))
+        for l in range(lmax + 1)
+    ]
+
+
+@lru_cache
+def index_of(what: str, lmax: int, mmax: int, device: torch.device) -> Tensor:
+    """Constant row indices. "by m": rows of the blocks in m-primary order, "by l": its inverse, "degree": l, "radial": the
+
+    row m >= 0 that shares weights, "order": the column of `Sphere.lon`."""
+    rows = rows_of(lmax, mmax)
+    blocks = [(l, m) for l in range(lmax + 1) for m in range(-min(l, mmax), min(l, mmax) + 1)]
+    half = [(l, m) for m in range(mmax + 1) for l in range(m, lmax + 1)]
+    index = {
+        "by m": lambda: [blocks.index(lm) for lm in rows],
+        "by l": lambda: [rows.index(lm) for lm in blocks],
+        "degree": lambda: [l for l, _ in rows],
+        "radial": lambda: [half.index((l, abs(m))) for l, m in rows],
+        "order": lambda: [max(2 * abs(m) - (m > 0), 0) for _, m in rows],
+    }[what]()
+    with torch.inference_mode(False):  # kept for later calls, which may need gradients
+        return torch.tensor(index, device=device)
+
+
+# ------------------------------------------------------------------------------------------ as an implementation
+
+
+def edge_attention_forward(a: EdgeAttention, save: bool) -> tuple[Tensor, ...]:
+    with torch.no_grad():
+        return edge_attention(*a)
+
+
+def edge_attention_backward(
+    grad: Tensor, a: EdgeAttention, extra: Tensor, hidden: Tensor, active: Tensor, alpha: Tensor
+) -> list[Tensor]:
+    """By autograd through the definition, run once more."""
+    leaves = iter([t.detach().requires_grad_() for t in gradients_of(a)])
+    x, radial, weight, bias = (next(leaves) for _ in range(4))
+    conv1, conv1_bias = [next(leaves) for _ in a.conv1], next(leaves)
+    norm = None if a.alpha_norm is None else (next(leaves), next(leaves))
+    b = a._replace(
+        x=x, radial=radial, radial_weight=weight, radial_bias=bias, conv1=conv1, conv1_bias=conv1_bias,
+        alpha_norm=norm, alpha_dot=next(leaves), conv2=[next(leaves) for _ in a.conv2], conv2_bias=next(leaves),
+    )  # fmt: skip
+    with autograd_again():
+        total = edge_attention(*b)[0]
+        return list(torch.autograd.grad(total, gradients_of(b), grad))
+
+
+def rotate_back_sum_forward(*inputs: Any) -> Tensor:
+    with torch.no_grad():
+        return rotate_back_sum(*inputs)
+
+
+def rotate_back_sum_backward(
+    grad: Tensor, values: Tensor, alpha: Tensor, wigner: Tensor, graph: EdgeGraph, lmax: int, mmax: int
+) -> tuple[Tensor, Tensor]:
+    values, alpha = values.detach().requires_grad_(), alpha.detach().requires_grad_()
+    with autograd_again():
+        total = rotate_back_sum(values, alpha, wigner, graph, len(grad), lmax, mmax)
+        grad_values, grad_alpha = torch.autograd.grad(total, (values, alpha), grad)
+    return grad_values, grad_alpha

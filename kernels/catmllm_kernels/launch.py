@@ -1,0 +1,55 @@
+"""The one door through which Triton kernels start: they run, or are written down for the ahead-of-time compiler.
+
+`recorded()` collects what an op would launch. The arguments may then be meta tensors, so that the shapes of a full model cost
+nothing and need no GPU; the compiler gets exactly the specialisations that a real call would make.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+_RECORD: list[Launch] | None = None
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One start of a kernel, as given to `launch`."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any] = field(default_factory=dict)
+    num_warps: int = 4
+    num_stages: int = 2
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    *arguments: Any,
+    num_warps: int = 4,
+    num_stages: int = 2,
+    **constants: Any,
+) -> None:
+    """kernel[grid](*arguments, **constants); nothing for an empty grid.
+
+    Arguments in the kernel's order: tensors and integers, then constexprs by name.
+    """
+    if _RECORD is not None:
+        _RECORD.append(Launch(kernel, grid, arguments, constants, num_warps, num_stages))
+    elif all(grid):
+        kernel[grid](*arguments, **constants, num_warps=num_warps, num_stages=num_stages)
+
+
+@contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """Within, launches are collected and not run."""
+    global _RECORD
+    before, _RECORD = _RECORD, []
+    try:
+        yield _RECORD
+    finally:
+        _RECORD = before
