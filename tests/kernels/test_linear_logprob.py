@@ -282,7 +282,7 @@ def test_triton_kernels_equal_float64_in_the_interpreter() -> None:
 
 @pytest.mark.parametrize("arch", [80, pytest.param(90, marks=pytest.mark.slow)])
 def test_triton_kernels_compile_without_spills(arch: int) -> None:
-    rows = run_alone("linear_logprob_compiled.py", ARCH=str(arch))
+    rows = run_alone("linear_logprob_compiled.py", ARCH=str(arch), TRITON_INTERPRET="0")
     assert {r["kernel"] for r in rows} == {"forward_kernel", "two_heads_kernel", "gradient_kernel"}
     for row in rows:
         assert row["spills"] == 0, row
