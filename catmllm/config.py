@@ -73,6 +73,15 @@ class EncoderConfig:
 
 
 @dataclass
+class LoRAConfig:
+    """Low-rank adapters (peft) on the seven linear maps of every LLM block; merged into the weights on export."""
+
+    r: int = 0  # rank; 0: the LLM's own weights train
+    alpha: float = 16.0
+    dropout: float = 0.05
+
+
+@dataclass
 class ModelConfig:
     llm: LLMConfig = field(default_factory=LLMConfig)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
@@ -94,10 +103,26 @@ class OptimConfig:
     grad_clip: float = 1.0
     checkpoint_every: int = 100
     log_every: int = 10
+    # Which gathered weights are freed after a forward pass: of the trained parts (frozen ones never change and stay
+    # whole), of all (least memory), of none (one gather less a step, ZeRO-2).
+    reshard: Literal["trained", "all", "none"] = "trained"
 
 
 @dataclass
-class AlignConfig(OptimConfig):
+class SupervisedConfig(OptimConfig):
+    """Stage 1: passes a step, validation, and when a run is stopped."""
+
+    accumulate: int = 1  # passes that a rank's batch is cut into
+    validate_every: int = (
+        0  # steps between validations; the best weights seen are the stage's result. 0: never
+    )
+    validate_systems: int = 1024  # of the validation split, over all ranks
+    patience: int = 0  # stop after so many validations without a better one; 0: never
+    spike: float = 20.0  # stop where the loss is so many median deviations above its recent median; 0: never
+
+
+@dataclass
+class AlignConfig(SupervisedConfig):
     """Stage 1a: symmetric InfoNCE between graph token and frozen text encoding."""
 
     steps: int = 60
@@ -107,7 +132,7 @@ class AlignConfig(OptimConfig):
 
 
 @dataclass
-class JointConfig(OptimConfig):
+class JointConfig(SupervisedConfig):
     """Stage 1b: everything trains; MMTG of energy MAE and answer cross-entropy, per sample."""
 
     steps: int = 600
@@ -123,7 +148,7 @@ class JointConfig(OptimConfig):
 
 
 @dataclass
-class InstructConfig(OptimConfig):
+class InstructConfig(SupervisedConfig):
     """Stage 1c: the LLM alone, on all three tasks, with modalities dropped at random."""
 
     steps: int = 400
@@ -228,11 +253,18 @@ class Config:
     init: str | None = None  # exported model folder to start from; None: pretrained parts and random weights
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     encoder_precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    replicate: int = 1  # copies of the sharded model (HSDP); on several nodes: their number
+    keep_checkpoints: int = 2  # of a running stage, beside the one with the best validation
     tensorboard: bool = True
+    wandb: str | None = None  # project name on Weights & Biases; None: off
+    profile: bool = (
+        False  # of each stage's first steps: a Chrome trace and a table by phase in <stage>/profile
+    )
     threads: int = 1  # of torch, per rank on a CPU
     stages: tuple[str, ...] = STAGES
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
     align: AlignConfig = field(default_factory=AlignConfig)
     joint: JointConfig = field(default_factory=JointConfig)
     instruct: InstructConfig = field(default_factory=InstructConfig)
@@ -375,6 +407,10 @@ def _check(config: Config) -> None:
         )
     if config.grpo.checkpoint_every % config.grpo.updates_per_rollout:
         raise ConfigError("`grpo.checkpoint_every` must be a multiple of `grpo.updates_per_rollout`")
+    if config.align.accumulate != 1:
+        raise ConfigError(
+            "`align.accumulate` must be 1: the negatives of a sample are those of its pass; raise `align.batch_size`"
+        )
     if config.model.llm.hidden_size % config.model.llm.num_attention_heads:
         raise ConfigError("`model.llm.hidden_size` must be a multiple of `model.llm.num_attention_heads`")
 
@@ -400,6 +436,11 @@ _POSITIVE = frozenset(
         "threads",
         "updates_per_rollout",
         "tolerance",
+        "accumulate",
+        "replicate",
+        "keep_checkpoints",
+        "validate_systems",
+        "alpha",
     ]
 )
-_SHARES = frozenset(["property_share", "design_share", "drop_text", "drop_graph", "top_p"])
+_SHARES = frozenset(["property_share", "design_share", "drop_text", "drop_graph", "top_p", "dropout"])

@@ -6,11 +6,8 @@ the head would drift otherwise.
 
 from __future__ import annotations
 
-import torch
-
-from catmllm.data.batches import Batch
-from catmllm.stages.supervised import Mixture, property_with_dropout, sample_losses
-from catmllm.trainer.loop import Context, MicroBatch, Stateless, Step
+from catmllm.stages.supervised import Mixture, property_with_dropout, supervised_step
+from catmllm.trainer.loop import Context, Stateless, Step
 
 
 class Instruct(Stateless):
@@ -27,25 +24,12 @@ class Instruct(Stateless):
 
     def step(self, step: int) -> Step:
         o = self.config
-        batch = self.mixture.draw(
+        batches = self.mixture.draw(
             step,
-            o.batch_size,
+            o,
             o.property_share,
             lambda s, rng: property_with_dropout(s, rng, o.drop_text, o.drop_graph, 0.0),
             design_share=o.design_share / max(1e-9, 1 - o.property_share),
             noise=o.exemplar_noise,
         )
-        work = Step([])
-        work.passes.append(
-            MicroBatch(lambda: self._loss(batch, work.metrics), int(batch.attention_mask.sum()))
-        )
-        return work
-
-    def _loss(self, batch: Batch, metrics: dict[str, float]) -> torch.Tensor:
-        ce, mae, labelled = sample_losses(self.context.model, batch)
-        metrics |= {"cross_entropy": float(ce.detach().mean())}
-        if bool(labelled.any()):
-            metrics["energy_mae"] = float(mae[labelled].detach().mean()) * float(
-                self.context.model.energy_std
-            )
-        return (ce + mae).mean()
+        return supervised_step(self.context.model, batches, lambda ce, mae, labelled: ce + mae)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from catmllm.data.batches import Batch
 from catmllm.models.losses import mmtg_loss
-from catmllm.stages.supervised import Mixture, property_with_dropout, sample_losses
-from catmllm.trainer.loop import Context, MicroBatch, Stateless, Step
+from catmllm.stages.supervised import Mixture, property_with_dropout, supervised_step
+from catmllm.trainer.loop import Context, Stateless, Step
 
 
 class Joint(Stateless):
@@ -27,25 +26,16 @@ class Joint(Stateless):
 
     def step(self, step: int) -> Step:
         o = self.config
-        batch = self.mixture.draw(
+        batches = self.mixture.draw(
             step,
-            o.batch_size,
+            o,
             o.property_share,
             lambda s, rng: property_with_dropout(s, rng, o.drop_text, o.drop_graph, o.position_noise),
             design_share=0.5,
             noise=o.exemplar_noise,
         )
-        work = Step([])
-        work.passes.append(
-            MicroBatch(lambda: self._loss(batch, work.metrics), int(batch.attention_mask.sum()))
-        )
-        return work
 
-    def _loss(self, batch: Batch, metrics: dict[str, float]) -> torch.Tensor:
-        ce, mae, labelled = sample_losses(self.context.model, batch)
-        joined = mmtg_loss(mae, ce, self.config.mmtg_lambda, self.config.mmtg_sign)
-        metrics |= {"cross_entropy": float(ce.detach().mean())}
-        if bool(labelled.any()):
-            std = float(self.context.model.energy_std)
-            metrics["energy_mae"] = float(mae[labelled].detach().mean()) * std
-        return torch.where(labelled, joined, ce).mean()
+        def loss(ce: torch.Tensor, mae: torch.Tensor, labelled: torch.Tensor) -> torch.Tensor:
+            return torch.where(labelled, mmtg_loss(mae, ce, o.mmtg_lambda, o.mmtg_sign), ce)
+
+        return supervised_step(self.context.model, batches, loss)

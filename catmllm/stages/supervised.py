@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal
 
 import numpy as np
 import torch
 
+from catmllm.config import SupervisedConfig
 from catmllm.data.augment import symmetric_copy
 from catmllm.data.batches import Batch, draw
 from catmllm.data.prompts import Sample, cif_sample, design_sample, jitter, property_sample
 from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.structure.system import System
-from catmllm.trainer.loop import Context
+from catmllm.trainer.loop import Context, MicroBatch, Step
 
 
 def relatives(systems: Sequence[System]) -> list[list[int]]:
@@ -39,9 +42,13 @@ def property_with_dropout(
 def chosen(
     n: int, batch: int, seed: int, step: int, rank: int, world: int
 ) -> list[tuple[int, np.random.Generator]]:
-    """This rank's systems at a step, each with its own generator: a function of the arguments alone."""
+    """This rank's systems at a step, each with its own generator.
+
+    A generator is a function of seed, step and place in the batch of all ranks: two ranks together draw what one with
+    twice the batch does.
+    """
     indices = draw(n, batch, seed, step, rank, world)
-    return [(int(i), np.random.default_rng([seed, step, rank, k])) for k, i in enumerate(indices)]
+    return [(int(i), np.random.default_rng([seed, step, rank * batch + k])) for k, i in enumerate(indices)]
 
 
 def task_sample(
@@ -65,8 +72,13 @@ def task_sample(
     return design_sample(system, exemplar, decimals)
 
 
+def is_property(place: int, share: float) -> bool:
+    """Whether the sample at this place in the batch of all ranks is a property sample: evenly spread, `share` of all."""
+    return int((place + 1) * share + 1e-9) > int(place * share + 1e-9)
+
+
 class Mixture:
-    """The samples of a supervised step: property samples first, CIF and design samples after them."""
+    """The samples of a supervised step: property samples evenly among CIF and design samples."""
 
     def __init__(self, context: Context, seed: int) -> None:
         self.context, self.seed = context, context.config.seed + seed
@@ -76,27 +88,55 @@ class Mixture:
     def draw(
         self,
         step: int,
-        batch_size: int,
+        config: SupervisedConfig,
         property_share: float,
         property_of: Callable[[System, np.random.Generator], Sample],
         design_share: float,
         noise: float,
-    ) -> Batch:
-        """This rank's batch of a step; `property_of` makes a property sample, `design_share` is of the rest."""
-        c = self.context
-        n_property = round(property_share * batch_size)
+    ) -> list[Batch]:
+        """This rank's passes of a step; `property_of` makes a property sample, `design_share` is of the rest."""
+        c, size = self.context, config.batch_size
         samples = []
-        picks = chosen(len(self.systems), batch_size, self.seed, step, c.world.rank, c.world.size)
+        picks = chosen(len(self.systems), size, self.seed, step, c.world.rank, c.world.size)
         for k, (i, rng) in enumerate(picks):
             system = self.systems[i]
             if c.config.data.augment:
                 system = symmetric_copy(system, rng)
-            if k < n_property:
+            if is_property(c.world.rank * size + k, property_share):
                 samples.append(property_of(system, rng))
             else:
                 kin = [self.systems[j] for j in self.kin[i]]
                 samples.append(task_sample(system, kin, rng, design_share, noise, c.config.data.decimals))
-        return c.collate(samples).to(c.world.device)
+        cuts = [len(samples) * k // config.accumulate for k in range(config.accumulate + 1)]
+        parts = [samples[a:b] for a, b in itertools.pairwise(cuts)]
+        return [c.collate(part).to(c.world.device) for part in parts if part]
+
+
+def supervised_step(
+    model: CatalyticMLLM,
+    batches: list[Batch],
+    loss_of: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+) -> Step:
+    """The passes over this rank's batches; `loss_of` (cross-entropy, |energy error|, labelled), all [B], gives [B].
+
+    A pass counts by its samples, so that how a batch is cut changes nothing. Logs both losses, the energy's in eV.
+    """
+    total = sum(len(b.labels) for b in batches)
+    n_labelled = sum(
+        int((~b.energy.isnan() & (b.input_ids == model.energy_id).any(1)).sum()) for b in batches
+    )
+    metrics = {"cross_entropy": 0.0, "energy_mae": 0.0 if n_labelled else float("nan")}
+
+    def loss(batch: Batch) -> torch.Tensor:
+        ce, mae, labelled = sample_losses(model, batch)
+        metrics["cross_entropy"] += float(ce.detach().sum()) / total
+        if n_labelled:
+            in_ev = float(mae.detach().sum()) * float(model.energy_std)
+            metrics["energy_mae"] += in_ev / n_labelled
+        return loss_of(ce, mae, labelled).sum() / total
+
+    passes = [MicroBatch(partial(loss, b), int(b.attention_mask.sum())) for b in batches]
+    return Step(passes, metrics)
 
 
 def sample_losses(model: CatalyticMLLM, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

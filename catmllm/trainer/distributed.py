@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import sys
@@ -12,12 +13,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from catmllm.config import Config
 from catmllm.models.catalytic_mllm import CatalyticMLLM
+from catmllm.models.half_precision import keep_large_values
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -44,13 +46,14 @@ class World:
         return out
 
     def mean(self, values: dict[str, float]) -> dict[str, float]:
-        """The mean over ranks of each value; every rank must bring the same keys."""
+        """The mean of each value over the ranks where it is not NaN; every rank must bring the same keys."""
         if not values:
             return {}
         keys = sorted(values)
         t = torch.tensor([values[k] for k in keys], dtype=torch.float64, device=self.device)
+        t = torch.stack([t.nan_to_num(0.0, torch.inf, -torch.inf), (~t.isnan()).double()])
         dist.all_reduce(t)
-        return dict(zip(keys, (t / self.size).tolist()))
+        return dict(zip(keys, (t[0] / t[1]).tolist()))
 
     def maximum(self, value: int) -> int:
         t = torch.tensor(value, device=self.device)
@@ -91,26 +94,58 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
-def shard(model: CatalyticMLLM, config: Config, world: World) -> CatalyticMLLM:
+def mesh_of(config: Config, world: World) -> DeviceMesh:
+    """All ranks in one line; with `replicate` > 1 in two dimensions: copies (outer, over nodes) and shards (inner)."""
+    copies, rest = config.replicate, world.size % config.replicate
+    if rest or copies > world.size:
+        raise ValueError(
+            f"`replicate: {copies}` does not divide {world.size} ranks; give the number of nodes, or 1 for one copy"
+        )
+    if copies == 1:
+        return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
+    return init_device_mesh(
+        world.device.type, (copies, world.size // copies), mesh_dim_names=("replicate", "shard")
+    )
+
+
+def shard(model: CatalyticMLLM, config: Config, world: World, reshard: str = "trained") -> CatalyticMLLM:
     """Shard in place: a unit per block of encoder and LLM, one for the rest of the encoder, the projector and the energy
-    head each, one for what remains.
+    head each, one for what remains. The image tower, which never runs, is left out and on the CPU.
 
     Compute runs in `precision` (the encoder, whose coordinates and norms want it, in `encoder_precision`), gradients
-    are reduced and the optimizer works in float32.
+    are reduced and the optimizer works in float32. `reshard` names the parts whose gathered weights are freed after a
+    forward pass (see `OptimConfig`); set `requires_grad` before.
     """
-    mesh = init_device_mesh(world.device.type, (world.size,))
+    mesh = mesh_of(config, world)
     llm = MixedPrecisionPolicy(DTYPES[config.precision], torch.float32, cast_forward_inputs=False)
     graph = MixedPrecisionPolicy(DTYPES[config.encoder_precision], torch.float32, cast_forward_inputs=False)
-    for block in model.encoder.blocks:
-        fully_shard(block, mesh=mesh, mp_policy=graph)
-    fully_shard(model.encoder, mesh=mesh, mp_policy=graph)
-    fully_shard(model.projector, mesh=mesh, mp_policy=graph)
+    keep_large_values(model, DTYPES[config.precision], DTYPES[config.encoder_precision])
+
+    def unit(
+        module: Any, policy: MixedPrecisionPolicy, ignored: set[torch.nn.Parameter] | None = None
+    ) -> Any:
+        trained = any(p.requires_grad for p in module.parameters())
+        frees = {"trained": trained, "all": True, "none": False}[reshard]
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=frees, ignored_params=ignored)
+        module.frees, module.trained = frees, trained
+        return module
+
+    blocks = [unit(block, graph) for block in model.encoder.blocks]
+    unit(model.encoder, graph)
+    unit(model.projector, graph)
     # A unit of its own: passes that train no energy leave its gradient out, and gradients accumulated over passes
     # must be of one dtype within a unit.
-    fully_shard(model.energy_head, mesh=mesh, mp_policy=replace(graph, cast_forward_inputs=True))
-    for layer in model.text.layers:
-        fully_shard(layer, mesh=mesh, mp_policy=llm)
-    fully_shard(model, mesh=mesh, mp_policy=llm)
+    unit(model.energy_head, replace(graph, cast_forward_inputs=True))
+    layers = [unit(layer, llm) for layer in model.text.layers]
+    visual = model.llm.model.visual.cpu()
+    unit(model, llm, set(visual.parameters()))
+    model.set_reshard_after_forward(False, recurse=False)  # type: ignore[operator]  # its backward pass comes next
+    model.frees = False  # type: ignore[assignment]
+    for tower in (blocks, layers):
+        for this, following in itertools.pairwise(tower):
+            this.set_modules_to_forward_prefetch([following])
+            if following.trained:
+                following.set_modules_to_backward_prefetch([this])
     model.lockstep = world.size > 1
     # Sampling may run the encoder before the first training pass has run the model; FSDP2 would then take the encoder
     # for a root of its own. There is no public call that settles who is root.
@@ -122,9 +157,10 @@ def shard(model: CatalyticMLLM, config: Config, world: World) -> CatalyticMLLM:
 def unsharded(model: CatalyticMLLM) -> Iterator[None]:
     """Every parameter whole on every rank, so that ranks may run forward passes at their own pace.
 
-    No collective happens inside. For sampling and prediction; gradients do not belong here.
+    No collective happens inside. For sampling and prediction; gradients do not belong here. Frozen parts that are
+    never freed stay whole.
     """
-    units = [m for m in model.modules() if isinstance(m, FSDPModule)]
+    units: list[Any] = [m for m in model.modules() if isinstance(m, FSDPModule)]
     for unit in units:
         unit.set_reshard_after_forward(False, recurse=False)
         unit.unshard()
@@ -133,8 +169,9 @@ def unsharded(model: CatalyticMLLM) -> Iterator[None]:
             yield
     finally:
         for unit in units:
-            unit.reshard()
-            unit.set_reshard_after_forward(unit is not model, recurse=False)
+            if unit.trained or unit.frees:
+                unit.reshard()
+            unit.set_reshard_after_forward(unit.frees, recurse=False)
 
 
 def whole(t: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from catmllm.stages.joint import Joint
-from catmllm.stages.supervised import Mixture, relatives
+from catmllm.stages.supervised import Mixture, is_property, relatives
+from catmllm.trainer.distributed import World
 from catmllm.trainer.loop import train
 from tests.stages.conftest import MakeContext, small
 
@@ -38,9 +39,11 @@ def test_minus_sign_of_mmtg_is_a_choice(make_context: MakeContext) -> None:
 
 def test_a_step_draws_the_same_batch_again_and_other_steps_others(make_context: MakeContext) -> None:
     context = make_context(small())
+    config = context.config.joint
+    config.batch_size = 6
 
     def batch(step: int):
-        return Mixture(context, 1).draw(step, 6, 0.5, lambda s, rng: _property(s), 0.5, 0.05)
+        return Mixture(context, 1).draw(step, config, 0.5, lambda s, rng: _property(s), 0.5, 0.05)[0]
 
     def _property(system):
         from catmllm.data.prompts import property_sample
@@ -61,3 +64,31 @@ def test_relatives_share_identity_and_leave_out_the_system_itself(make_context: 
         assert i not in kin
         assert all(systems[j].identity == systems[i].identity for j in kin)
     assert any(relatives(systems))
+
+
+def test_ranks_and_passes_share_one_batch(make_context: MakeContext) -> None:
+    """The samples of a step do not depend on how many ranks and passes they are spread over."""
+    from catmllm.data.prompts import property_sample
+
+    context = make_context(small())
+    config = context.config.joint
+
+    def tokens(ranks: int, accumulate: int) -> list[list[int]]:
+        config.batch_size, config.accumulate = 12 // ranks, accumulate
+        rows = []
+        for rank in range(ranks):
+            context.world = World(rank, ranks, torch.device("cpu"))
+            batches = Mixture(context, 1).draw(5, config, 0.4, lambda s, _: property_sample(s), 0.5, 0.05)
+            assert len(batches) == accumulate
+            rows += [r[m].tolist() for b in batches for r, m in zip(b.input_ids, b.attention_mask)]
+        return rows
+
+    one = tokens(1, 1)
+    assert len(one) == 12 and one == tokens(2, 1) == tokens(3, 2) == tokens(1, 4)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.7, 1.0])
+def test_property_samples_are_spread_evenly(share: float) -> None:
+    marks = [is_property(i, share) for i in range(400)]
+    assert sum(marks) == round(400 * share)
+    assert all(abs(sum(marks[i : i + 20]) - 20 * share) <= 1 for i in range(380))
