@@ -255,6 +255,9 @@ class Config:
     encoder_precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     replicate: int = 1  # copies of the sharded model (HSDP); on several nodes: their number
     keep_checkpoints: int = 2  # of a running stage, beside the one with the best validation
+    # What a block keeps for its backward pass: everything, matrix products and attention, or its input alone.
+    checkpointing: Literal["none", "selective", "full"] = "none"
+    compile: bool = False  # each block of LLM and encoder by torch.compile
     tensorboard: bool = True
     wandb: str | None = None  # project name on Weights & Biases; None: off
     profile: bool = (

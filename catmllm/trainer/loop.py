@@ -18,6 +18,7 @@ from catmllm.data.batches import Collator
 from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.structure.system import System
 from catmllm.trainer import checkpoint
+from catmllm.trainer.activations import prepare_blocks
 from catmllm.trainer.distributed import World, full_state, shard
 from catmllm.trainer.metrics import StageLog
 
@@ -97,6 +98,7 @@ def train(make_stage: Callable[[Context], Stage], context: Context) -> tuple[dic
     world, config = context.world, context.config
     stage = make_stage(context)
     _freeze(context.model, stage)
+    prepare_blocks(context.model, config)
     optim = stage.config
     sharded = cast(FSDPModule, shard(context.model, config, world, optim.reshard))
     optimizer = _optimizer(context.model, optim)
@@ -205,4 +207,5 @@ def _optimizer(model: CatalyticMLLM, optim: OptimConfig) -> torch.optim.Optimize
         ],
         lr=optim.lr,
         betas=optim.betas,
+        fused=True,
     )

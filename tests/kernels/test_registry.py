@@ -40,7 +40,9 @@ def worst(found: list[Tensor], expected: list[Tensor]) -> float:
     """The largest relative error of a tensor; NaN where one is NaN."""
     assert len(found) == len(expected)
     errors = [
-        float((a.detach().double() - b.detach()).abs().max() / b.abs().max().clamp_min(1e-30)) if b.numel() else 0.0
+        float((a.detach().double() - b.detach()).abs().max() / b.abs().max().clamp_min(1e-30))
+        if b.numel()
+        else 0.0
         for a, b in zip(found, expected)
     ]
     return max(errors) if all(e == e for e in errors) else float("nan")

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 import catmllm_kernels.linear_logprob.chunked as chunked
+from catmllm_kernels.backend import NAMES
 from catmllm_kernels.linear_logprob.reference import IGNORED
 
 
@@ -75,11 +76,11 @@ def _shape(t: Tensor) -> list[int]:
 
 
 def _path(hidden: Tensor) -> ModuleType:
-    """Where this input is computed; CATMLLM_KERNELS=triton or =torch forces one, for tests and timing."""
+    """Where this input is computed. CATMLLM_KERNELS forces one, as for every op; `cpu` and `reference` are both the chunks."""
     forced = os.environ.get("CATMLLM_KERNELS", "")
-    if forced not in ("", "torch", "triton"):
-        raise ValueError(f"CATMLLM_KERNELS={forced}: choose torch or triton, or leave it unset")
-    if hidden.dtype == torch.float64 or forced == "torch" or not (forced or hidden.is_cuda):
+    if forced not in ("", *NAMES):
+        raise ValueError(f"CATMLLM_KERNELS={forced!r}; choose one of {', '.join(NAMES)}")
+    if hidden.dtype == torch.float64 or (forced or ("triton" if hidden.is_cuda else "cpu")) != "triton":
         return chunked
     from catmllm_kernels.linear_logprob import triton
 
