@@ -10,7 +10,7 @@ RANKS  ?= 2
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup run test test-slow bench lint format clean engine test-engine fuzz
+.PHONY: setup run test test-slow frameworks bench lint format clean engine test-engine fuzz
 setup: $(READY)
 
 $(READY): pyproject.toml setup.py rewards_fast/_core.pyx $(wildcard csrc/cif/* csrc/geometry/* csrc/pvcp/*)
@@ -27,8 +27,20 @@ run: setup  ## all stages on the shipped data; metrics, plots and report.html in
 test: setup
 	$(BIN)/python -m pytest -q -m "not slow"
 
-test-slow: setup
-	$(BIN)/python -m pytest -q -m slow
+# verl, Ray and OpenRLHF want other versions than the trainer: they live in an environment of their own, for tests alone.
+FRAMEWORKS := .frameworks
+frameworks: $(FRAMEWORKS)/.ready
+
+$(FRAMEWORKS)/.ready:
+	$(PYTHON) -m venv $(FRAMEWORKS)
+	$(FRAMEWORKS)/bin/python -m pip install --quiet torch==2.13.0
+	$(FRAMEWORKS)/bin/python -m pip install --quiet "transformers>=5.5.3,<5.11,!=5.6.0" "tensordict>=0.8,<=0.10,!=0.9.0" ray \
+		hydra-core pandas codetiming dill aiohttp cachetools packaging peft pylatexenc
+	$(FRAMEWORKS)/bin/python -m pip install --quiet --no-deps verl==0.9.1 openrlhf==0.11.2
+	@touch $@
+
+test-slow: setup frameworks
+	VERL_PYTHON=$(FRAMEWORKS)/bin/python OPENRLHF_PYTHON=$(FRAMEWORKS)/bin/python $(BIN)/python -m pytest -q -m slow
 
 bench: setup
 	@for b in bench/*.py; do echo "== $$b"; $(BIN)/python $$b || exit 1; done

@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from rewards_fast import RewardSettings
+
 STAGES = ("align", "joint", "instruct", "grpo", "ga_grpo")
 
 
@@ -170,16 +172,12 @@ class SamplingConfig:
 
 
 @dataclass
-class RewardConfig:
-    """PVCP weights and the distance thresholds of Eq. 41. The paper's upper one (1.0 Å) punishes every O-H bond."""
+class RewardConfig(RewardSettings):
+    """PVCP weights and thresholds, every key of `rewards_fast.RewardSettings`. Eq. 41's upper distance (1.0 Å) punishes
+    every O-H bond."""
 
-    comp: float = 0.60
-    parse: float = 0.20
-    valid: float = 0.10
-    phys: float = 0.10
-    close: float = 0.5  # Å; nearer than this is an overlap
     near: float = 0.7  # Å; nearer than this is penalised
-    threads: int = 1
+    threads: int | None = 1
 
 
 @dataclass
@@ -402,6 +400,11 @@ def _check(config: Config) -> None:
                 raise ConfigError(f"`{name}` must be between 0 and 1, got {value}")
 
     positive(config, "")
+    for stage in ("grpo", "ga_grpo"):
+        try:
+            getattr(config, stage).reward.check(f"`{stage}.reward`")
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
     d, preset = config.data, config.model.encoder.preset
     if preset and (d.cutoff, d.max_neighbours) != (12.0, 20):
         raise ConfigError(

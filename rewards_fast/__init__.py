@@ -15,11 +15,13 @@ from rewards_fast.pvcp import (
     parse_cif,
     parse_target,
 )
+from rewards_fast.settings import RewardSettings
 
 __all__ = [
     "PVCP",
     "CIFError",
     "Crystal",
+    "RewardSettings",
     "Scores",
     "Thresholds",
     "Weights",

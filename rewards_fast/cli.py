@@ -151,9 +151,6 @@ def run_score(arguments: argparse.Namespace) -> int:
                         f"{source}, row {number + offset + 1}: no text under {arguments.text!r} (it has {keys})"
                     )
             targets = [row.get(arguments.target) for row in rows]
-            targets = [
-                {k: v for k, v in t.items() if v is not None} if isinstance(t, dict) else t for t in targets
-            ]
             try:
                 scores = scorer.score([row[arguments.text] for row in rows], targets)
             except (ValueError, TypeError) as error:

@@ -208,10 +208,12 @@ class Scores:
 
 
 _FORMULA_PIECE = re.compile(r"([A-Z][a-z]?)(\d+(?:\.\d+)?|\.\d+)?|([(\[])|([)\]])(\d+(?:\.\d+)?|\.\d+)?")
+# A word is tried from its first letter only and an index has few digits: no prompt takes more than linear time.
 _PROMPT = re.compile(
-    r"([^\s<>]+)\s*</s>\s*([A-Za-z0-9.()\[\]]+?)\s*\(\s*-?\d+\s*,?\s*-?\d+\s*,?\s*-?\d+\s*\)"
+    r"(?<![^\s<>])([^\s<>]+)\s*</s>\s*([A-Za-z0-9.()\[\]]+?)"
+    r"\s*\(\s*-?\d{1,3}\s*,?\s*-?\d{1,3}\s*,?\s*-?\d{1,3}\s*\)"
 )
-_PROMPT_BARE = re.compile(r"([^\s<>]+)\s*</s>\s*([A-Za-z0-9.()\[\]]+)")
+_PROMPT_BARE = re.compile(r"(?<![^\s<>])([^\s<>]+)\s*</s>\s*([A-Za-z0-9.()\[\]]+)")
 
 
 def _parse_formula(formula: str) -> dict[str, float]:
@@ -248,9 +250,9 @@ def _add(counts: dict[str, float], symbol: str, amount: float, source: object) -
     counts[symbol] = counts.get(symbol, 0.0) + amount
 
 
-def parse_target(target: str | Mapping[str, float] | None) -> dict[str, float]:
+def parse_target(target: str | Mapping[str, float | None] | None) -> dict[str, float]:
     """Counts by element of a target: a prompt (`CO</s>Pt9Cu3 (1 1 1)`: adsorbate + slab, other text around it is
-    passed over), a formula, or counts. Empty (None, '', {}) gives {}. D and T count as H.
+    passed over), a formula, or counts (a count of None is none). Empty (None, '', {}) gives {}. D and T count as H.
 
     Raises ValueError for what is none of these.
     """
@@ -259,7 +261,9 @@ def parse_target(target: str | Mapping[str, float] | None) -> dict[str, float]:
     if isinstance(target, Mapping):
         counts: dict[str, float] = {}
         for symbol, amount in target.items():
-            if not math.isfinite(amount) or amount < 0:
+            if amount is None:  # Arrow and Parquet fill the elements that a row does not have
+                continue
+            if not 0 <= amount < math.inf:
                 raise ValueError(f"the target {target!r} has the count {amount!r} for {symbol}")
             _add(counts, str(symbol), float(amount), target)
     elif not isinstance(target, str):
@@ -273,6 +277,8 @@ def parse_target(target: str | Mapping[str, float] | None) -> dict[str, float]:
             _add(counts, symbol, amount, target)
     else:
         counts = _parse_formula(target)
+    if not all(map(math.isfinite, counts.values())):
+        raise ValueError(f"the target {target!r} has a count that is no finite number")
     return {symbol: amount for symbol, amount in counts.items() if amount > COUNT_TOLERANCE}
 
 
@@ -376,7 +382,19 @@ def min_distance(lattice: ArrayLike, frac: ArrayLike) -> float:
     return float(_core.min_distance(rows, np.ascontiguousarray(frac, dtype=np.float64).reshape(-1, 3)))
 
 
-Target = str | Mapping[str, float] | None
+Target = str | Mapping[str, float | None] | None
+
+
+def prompt_target(prompt: str) -> str | None:
+    """The part of a prompt that names a composition (`CO</s>Pt9Cu3 (1 1 1)`), None where it names none."""
+    for pattern in (_PROMPT, _PROMPT_BARE):
+        for found in pattern.finditer(prompt):
+            try:
+                parse_target(found.group())
+            except ValueError:
+                continue
+            return found.group()
+    return None
 
 
 class PVCP:

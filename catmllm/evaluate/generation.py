@@ -14,7 +14,6 @@ from catmllm.data.batches import Collator
 from catmllm.data.prompts import Sample, cif_prompt, design_prompt
 from catmllm.evaluate.metrics import generation_rates
 from catmllm.models.catalytic_mllm import CatalyticMLLM
-from catmllm.rl.reward import make_pvcp
 from catmllm.rl.rollout import RolloutEngine
 from catmllm.structure.system import System
 from catmllm.trainer.distributed import World
@@ -54,7 +53,7 @@ def evaluate_generation(
         for text, target in part:
             texts.append(text)
             targets.append(target)
-    scores = make_pvcp(reward).score(texts, targets)
+    scores = reward.scorer().score(texts, targets)
     counts, edges = np.histogram(scores.total, bins=np.arange(-15.0, 10.51, 0.5))
     rates = generation_rates(scores)
     rates["PV_eq41"] = rates.pop("PV")

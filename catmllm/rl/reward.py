@@ -6,17 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from catmllm.config import GAGRPOConfig, RewardConfig
-from rewards_fast import PVCP, Scores, Thresholds
-
-
-def make_pvcp(config: RewardConfig) -> PVCP:
-    """The PVCP reward with the weights and distance thresholds of a configuration."""
-    return PVCP(
-        weights={k: getattr(config, k) for k in ("comp", "parse", "valid", "phys")},
-        thresholds=Thresholds(close=config.close, near=config.near),
-        threads=config.threads,
-    )
+from catmllm.config import GAGRPOConfig
+from rewards_fast import Scores
 
 
 def energy_reward(predicted: np.ndarray, target: np.ndarray, lam: float) -> np.ndarray:

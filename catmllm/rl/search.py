@@ -20,7 +20,7 @@ from catmllm.data.prompts import Sample, design_prompt, property_sample
 from catmllm.evaluate.metrics import hard_constraints
 from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.rl.exemplar_pool import Candidate, ExemplarPool
-from catmllm.rl.reward import design_reward, make_pvcp
+from catmllm.rl.reward import design_reward
 from catmllm.rl.rollout import Rollout, RolloutEngine
 from catmllm.structure.cif import read_cif, system_from_crystal
 from catmllm.structure.formula import parse_identity
@@ -87,7 +87,7 @@ class ClosedLoop:
 
     def __init__(self, model: CatalyticMLLM, collate: Collator, config: GAGRPOConfig) -> None:
         self.model, self.collate, self.config = model, collate, config
-        self.pvcp = make_pvcp(config.reward)
+        self.pvcp = config.reward.scorer()
         self._known: dict[str, float] = {}  # energy by structure key
 
     def judge(

@@ -19,7 +19,7 @@ import torch
 from catmllm.data.batches import Batch, Collator
 from catmllm.data.prompts import Sample, cif_prompt, design_prompt
 from catmllm.rl.advantages import group_advantages, policy_loss
-from catmllm.rl.reward import make_pvcp, mean_terms
+from catmllm.rl.reward import mean_terms
 from catmllm.rl.rollout import Rollout, RolloutEngine
 from catmllm.stages.supervised import chosen, property_with_dropout, relatives, sample_losses
 from catmllm.trainer.distributed import DTYPES, unsharded
@@ -37,7 +37,7 @@ class GRPO:
     def __init__(self, context: Context) -> None:
         self.context, self.config = context, context.config.grpo
         self.systems = context.data["train"]
-        self.pvcp = make_pvcp(self.config.reward)
+        self.pvcp = self.config.reward.scorer()
         # The reference is the stage's starting point. Made before sharding, it is a whole copy on every rank.
         self.reference = copy.deepcopy(context.model).eval().requires_grad_(False)
         self.reference.llm.to(DTYPES[context.config.precision])

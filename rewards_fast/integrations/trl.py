@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
-from rewards_fast.pvcp import PVCP, Target
+from rewards_fast.pvcp import PVCP, Target, prompt_target
 
 Completion = str | Sequence[Mapping[str, Any]]
 
@@ -26,11 +26,6 @@ def _text(completion: Completion) -> str:
             content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
         )
     return "\n".join(pieces)
-
-
-def _target_of(prompt: Completion) -> Target:
-    text = _text(prompt)
-    return text if "</s>" in text else None
 
 
 class CIFReward:
@@ -49,12 +44,7 @@ class CIFReward:
     ) -> list[float]:
         """One finite reward a completion. Other columns and TRL's own arguments are passed over."""
         if target is None and prompts is not None:
-            target = [_target_of(prompt) for prompt in prompts]
-        elif target is not None:
-            # a data set fills the elements that a row does not have with None
-            target = [
-                {k: v for k, v in t.items() if v is not None} if isinstance(t, Mapping) else t for t in target
-            ]
+            target = [prompt_target(_text(prompt)) for prompt in prompts]
         return self.scorer.score([_text(c) for c in completions], target).total.tolist()
 
 

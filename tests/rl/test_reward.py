@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from catmllm.config import GAGRPOConfig, RewardConfig
-from catmllm.rl.reward import design_reward, energy_reward, make_pvcp, mean_terms
+from catmllm.rl.reward import design_reward, energy_reward, mean_terms
 from catmllm.structure.cif import write_cif
 from catmllm.structure.system import System
 from rewards_fast import min_distance
@@ -60,17 +60,17 @@ def test_pvcp_has_the_configurations_weights_and_distances(train_systems: list[S
     hydroxyls = (s for s in train_systems if s.adsorbate == "OH")
     system = next(s for s in hydroxyls if 0.7 < min_distance(s.lattice, s.frac) < 0.995)
     text, target = write_cif(system), system.target
-    default = make_pvcp(RewardConfig()).score([text], [target])
-    strict = make_pvcp(RewardConfig(near=1.0)).score([text], [target])
+    default = RewardConfig().scorer().score([text], [target])
+    strict = RewardConfig(near=1.0).scorer().score([text], [target])
     assert default.total[0] == pytest.approx(10.0)
     assert strict.total[0] == pytest.approx(10.0 - 0.1 * 3.0)  # Eq. 41 hits the O-H bond of 0.98 A
-    weighted = make_pvcp(RewardConfig(comp=0.0, parse=1.0, valid=0.0, phys=0.0)).score(["garbage"], [target])
+    weighted = RewardConfig(comp=0.0, parse=1.0, valid=0.0, phys=0.0).scorer().score(["garbage"], [target])
     assert weighted.total[0] == -20.0
-    assert make_pvcp(RewardConfig(close=3.0, near=3.0)).score([text], [target]).phys[0] == pytest.approx(2.0)
+    assert RewardConfig(close=3.0, near=3.0).scorer().score([text], [target]).phys[0] == pytest.approx(2.0)
 
 
 def test_mean_terms() -> None:
-    scores = make_pvcp(RewardConfig()).score(["garbage", "more"], "Pd2")
+    scores = RewardConfig().scorer().score(["garbage", "more"], "Pd2")
     assert mean_terms(scores) == {
         "total": -15.0,
         "comp": -15.0,

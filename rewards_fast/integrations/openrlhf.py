@@ -1,0 +1,80 @@
+"""The PVCP reward as OpenRLHF's `reward_func`; this file's own path is the argument:
+
+    --reward.remote_url "$(python -m rewards_fast.integrations.openrlhf)"
+
+or, with other settings, a file of two lines:
+
+    from rewards_fast.integrations.openrlhf import make_reward_func
+    reward_func = make_reward_func(near=0.7)
+
+`rewards-fast serve` answers the same over HTTP (`--reward.remote_url http://127.0.0.1:8000/get_reward`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from rewards_fast.pvcp import PVCP, Scores, Target, floor_scores, prompt_target
+from rewards_fast.settings import read_settings
+
+
+def _answer(query: str, prompt: str) -> str:
+    """What the model wrote: a query is prompt and answer in one text, with the special tokens."""
+    start = query.find(prompt)
+    return query if start < 0 else query[start + len(prompt) :]
+
+
+def score_queries(
+    scorer: PVCP,
+    queries: Sequence[str],
+    prompts: Sequence[str] | None = None,
+    labels: Sequence[Target] | None = None,
+) -> Scores:
+    """Scores of queries (prompt + answer). A label is the wanted composition; where it is empty the prompt names it."""
+    n = len(queries)
+    prompts = [""] * n if prompts is None else prompts
+    labels = [None] * n if labels is None else labels
+    if len(prompts) != n or len(labels) != n:
+        raise ValueError(
+            f"{n} queries, {len(prompts)} prompts and {len(labels)} labels: one of each is needed"
+        )
+    targets = [label or prompt_target(prompt) for label, prompt in zip(labels, prompts)]
+    return scorer.score([_answer(q, p) for q, p in zip(queries, prompts)], targets)
+
+
+def reply(scorer: PVCP, scores: Scores) -> dict[str, Any]:
+    """OpenRLHF's answer: `rewards`; `scores`, the same from 0 (does not parse) to 1 (perfect), for dynamic filtering;
+    `extra_logs`, the mean of each term and the share that parses."""
+    w = scorer.weights
+    floor = floor_scores(w)["total"]
+    span = 10.0 * (w.comp + w.parse + w.valid + w.phys) - floor
+    n = max(1, len(scores))
+    logs = {name: float(getattr(scores, name).sum()) / n for name in ("comp", "valid", "phys")}
+    logs["parses"] = sum(reason is None for reason in scores.reason) / n
+    return {
+        "rewards": scores.total.tolist(),
+        "scores": np.clip((scores.total - floor) / (span or 1.0), 0.0, 1.0).tolist(),
+        "extra_logs": logs,
+    }
+
+
+def make_reward_func(**settings: Any) -> Callable[..., dict[str, Any]]:
+    """A `reward_func` with other settings; keys of `rewards_fast.RewardSettings`."""
+    scorer = read_settings(settings, "make_reward_func").scorer()
+
+    def reward_func(
+        queries: Sequence[str], prompts: Sequence[str], labels: Sequence[Target], **others: Any
+    ) -> dict[str, Any]:
+        """Rewards of answers, as OpenRLHF's single-turn executor calls it (from a thread); lists of floats, never NaN."""
+        return reply(scorer, score_queries(scorer, queries, prompts, labels))
+
+    return reward_func
+
+
+reward_func = make_reward_func()
+
+if __name__ == "__main__":
+    print(__file__)
