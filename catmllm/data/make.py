@@ -104,7 +104,7 @@ def check(tolerance: float = 0.005) -> int:
 _worker: dict[str, Any] = {}  # calculator and references of this process
 
 
-def _exit_with_parent() -> None:
+def exit_with_parent() -> None:
     """A killed parent leaves pool workers waiting for ever; end them with it."""
     parent = parent_process()
     if parent is not None:
@@ -119,7 +119,7 @@ def _load(factory: CalculatorFactory) -> None:
 
 def _start_worker(factory: CalculatorFactory) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    threading.Thread(target=exit_with_parent, daemon=True).start()
     _load(factory)
 
 

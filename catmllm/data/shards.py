@@ -14,6 +14,7 @@ a structure: `n_atoms`, `energies`, `pairs`, `sources`. Neighbour graphs are not
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -167,6 +168,8 @@ class Entry(NamedTuple):
     system: System
     frame: int = 0
     text: str | None = None  # three-part text, where it is known already
+    source: int = 0  # position in the names of the sources
+    surface: str = ""  # names adsorbate and surface, by which two sources may not overlap
 
 
 def write_shard(path: Path, entries: Sequence[Entry], facts: dict[str, Any] | None = None) -> None:
@@ -180,6 +183,9 @@ def write_shard(path: Path, entries: Sequence[Entry], facts: dict[str, Any] | No
     arrays: Arrays = {
         "lattice": np.array([s.lattice for s in systems], dtype=np.float64).reshape(-1, 3, 3),
         "frac": _joined([s.frac for s in systems], np.float64, (3,)),
+        "source": np.array([e.source for e in entries], dtype=np.int8),
+        "sid_key": _keys([s.sid for s in systems]),
+        "surface_key": _keys([e.surface for e in entries]),
         "energy": np.array([s.known_energy for s in systems], dtype=np.float64),
         "first_atom": _starts(counts),
         "frame": np.array([e.frame for e in entries], dtype=np.int64),
@@ -198,14 +204,13 @@ def write_index(
     folder: Path,
     order: Sequence[tuple[int, NDArray[np.int64]]],
     sources: Sequence[str],
-    source_of: Sequence[int],
     facts: dict[str, Any] | None = None,
 ) -> None:
-    """Finish a dataset: for each shard in `order` the rows that it contributes, and where that shard is from
-    (`source_of`, a position in `sources`). `facts` go into dataset.json."""
+    """Finish a dataset: for each shard in `order` the rows that it contributes, in this order; `sources` names where
+    systems are from. `facts` go into dataset.json."""
     columns: dict[str, list[NDArray[Any]]] = {name: [] for name in _INDEX_COLUMNS}
     pair_names: dict[str, int] = {}
-    for (number, rows), source in zip(order, source_of, strict=True):
+    for number, rows in order:
         shard = map_arrays(folder / shard_name(number))
         pairs = [pair_name(_words(shard, "text", row)) for row in rows.tolist()]
         columns["shard"].append(np.full(len(rows), number, np.int32))
@@ -213,7 +218,7 @@ def write_index(
         columns["n_atoms"].append(np.diff(shard["first_atom"])[rows].astype(np.int32))
         columns["energy"].append(shard["energy"][rows])
         columns["pair"].append(np.array([pair_names.setdefault(p, len(pair_names)) for p in pairs], np.int32))
-        columns["source"].append(np.full(len(rows), source, np.int8))
+        columns["source"].append(shard["source"][rows])
     dtypes = dict.fromkeys(_INDEX_COLUMNS, np.int32) | {"energy": np.float64, "source": np.int8}
     arrays: Arrays = {k: _joined(v, dtypes[k]) for k, v in columns.items()}
     arrays["pair_names"] = np.frombuffer("\n".join(pair_names).encode(), dtype=np.uint8)
@@ -234,7 +239,7 @@ def write_shards(folder: str | Path, systems: Iterable[System], shard_size: int 
         some = every[first : first + shard_size]
         write_shard(folder / shard_name(number), [Entry(s) for s in some])
         order.append((number, np.arange(len(some))))
-    write_index(folder, order, ["systems"], [0] * len(order))
+    write_index(folder, order, ["systems"])
     return Shards(folder)
 
 
@@ -250,6 +255,12 @@ def pair_name(text: str) -> str:
     """`IrPd (1, 1, 1)`, by which systems are split, of a three-part text."""
     bulk, _, miller = text.split(SEPARATOR)[1].partition(" ")
     return f"{bulk} {tuple(int(i) for i in miller.strip('()').split())}"
+
+
+def _keys(texts: Sequence[str]) -> NDArray[np.int64]:
+    """int64 [n] by which equal texts are found without keeping them."""
+    digests = [hashlib.blake2b(text.encode(), digest_size=8).digest() for text in texts]
+    return np.frombuffer(b"".join(digests), dtype=np.int64)
 
 
 def _starts(lengths: Sequence[int]) -> NDArray[np.int64]:
