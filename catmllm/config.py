@@ -168,6 +168,7 @@ class SamplingConfig:
     temperature: float = 1.0
     top_p: float = 0.95
     max_new_tokens: int = 256
+    grammar: bool = False  # CIF answers keep to the file's form and to the wanted counts of elements
     stop: tuple[str, ...] = ()  # an answer also ends where it has come to hold one of these
 
 

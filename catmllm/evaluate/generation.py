@@ -14,6 +14,7 @@ from catmllm.data.batches import Collator
 from catmllm.data.prompts import Sample, cif_prompt, design_prompt
 from catmllm.evaluate.metrics import generation_rates
 from catmllm.models.catalytic_mllm import CatalyticMLLM
+from catmllm.rl.grammar import answer_pattern
 from catmllm.rl.rollout import RolloutEngine
 from catmllm.structure.system import System
 from catmllm.trainer.distributed import World
@@ -45,8 +46,15 @@ def evaluate_generation(
     """
     prompts = generation_prompts(systems, n)
     mine = prompts[world.rank :: world.size]
+    patterns = None
+    if sampling.grammar:
+        first = world.rank
+        patterns = [
+            answer_pattern(s.identity, s.target, (first + world.size * k) % 2 == 1, collate.data.decimals)
+            for k, (_, s) in enumerate(mine)
+        ]
     rollouts = RolloutEngine(model, collate, dtype).generate(
-        [p for p, _ in mine], sampling, [seed, world.rank]
+        [p for p, _ in mine], sampling, [seed, world.rank], patterns=patterns
     )
     texts, targets = [], []
     for part in world.gather([(r.text, mine[r.prompt][1].target) for r in rollouts]):

@@ -20,6 +20,7 @@ from catmllm.data.batches import Collator
 from catmllm.data.prompts import Sample
 from catmllm.data.tokenizer import decode
 from catmllm.models.catalytic_mllm import CatalyticMLLM
+from catmllm.rl.grammar import Grammar, Pattern, grammar_of
 from catmllm.rl.nucleus import sample_nucleus, uniforms
 
 CACHE_STEP = 64  # slots by which the caches of sampled tokens grow
@@ -275,17 +276,23 @@ class RolloutEngine:
         seed: Sequence[int],
         group_size: int = 1,
         keep_hidden: bool = False,
+        patterns: Sequence[Pattern] | None = None,
         on_answer: Callable[[int, Rollout], None] | None = None,
     ) -> list[Rollout]:
         """`group_size` answers to each prompt, in order; a graph marker takes the vectors of its sample's structure.
 
         Every draw is a function of `seed`, the answer's number and the token's, so that equal arguments give equal
         answers whatever else is in the batch. `on_answer(i, rollout)` is called as soon as answer i has ended, while
-        the others go on.
+        the others go on. With `patterns`, one a prompt, only tokens are drawn by which the answer can still fit its
+        pattern.
         """
         prompts = [self.collate.prompt_ids(s) for s in samples]
         batch = _Batch(self.tower, max(map(len, prompts), default=0))
         answers = _Answers(self, len(samples) * group_size, group_size, params, keep_hidden, on_answer)
+        mask = None
+        if patterns is not None:
+            grammar = grammar_of(self.collate.tokenizer, self.collate.end_id)
+            mask = _Mask(grammar, [p for p in patterns for _ in range(group_size)])
         key, waiting = hash_seed(seed), 0  # `waiting`: the first prompt that has not entered
         while waiting < len(samples) or len(batch.row):
             room = (self.rows - len(batch.row)) // group_size
@@ -296,7 +303,7 @@ class RolloutEngine:
                 part = slice(waiting, min(len(samples), waiting + max(1, room)))
                 batch.admit(waiting * group_size, *self._embed(prompts[part], samples[part]), group_size)
                 waiting = part.stop
-            token, logprob = self._draw(batch, params, key)
+            token, logprob = self._draw(batch, params, key, mask)
             batch.ended |= answers.take(batch, token, logprob)
             if int(batch.ended.sum()) * 8 >= len(batch.row):  # moving the caches costs, idle rows cost too
                 token = token[batch.leave()]
@@ -304,19 +311,28 @@ class RolloutEngine:
                 batch.advance(token)
         return answers.done()
 
-    def _draw(self, batch: _Batch, params: SamplingConfig, key: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _draw(
+        self, batch: _Batch, params: SamplingConfig, key: int, mask: _Mask | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The next token [R] of every row and its log-probability [R] under logits / T."""
         logits = F.linear(batch.hidden, self.tower.lm_head).float()
         if params.temperature != 1.0:
             logits /= params.temperature
         # Markers are places for vectors, not text: a sampled one would ask for a structure that is not there.
         markers = [self.collate.graph_id, self.collate.energy_id]
-        banned = logits[:, markers].logsumexp(1)
-        logits[:, markers] = -torch.inf
+        if mask is None:
+            banned = logits[:, markers].logsumexp(1)
+            logits[:, markers] = -torch.inf
+        else:
+            whole = logits.logsumexp(1)
+            logits = mask.apply(logits, batch)
         peak = logits.amax(1, keepdim=True)
         mass = (logits - peak).exp_()
-        whole = torch.logaddexp(mass.sum(1).log() + peak[:, 0], banned)
+        if mask is None:
+            whole = torch.logaddexp(mass.sum(1).log() + peak[:, 0], banned)
         token = sample_nucleus(mass, params.top_p, uniforms(key, batch.row, batch.steps, 5))
+        if mask is not None:
+            mask.take(batch, token)
         return token, logits.gather(1, token[:, None])[:, 0] - whole
 
     def _embed(
@@ -331,6 +347,28 @@ class RolloutEngine:
         graph = self.collate.graphs([s.graph for s in samples if s.graph is not None])
         x = self.model.insert_graphs(x, ids, None if graph is None else graph.to(device))
         return x, torch.tensor([len(p) for p in prompts], device=device)
+
+
+class _Mask:
+    """Where each answer stands in its pattern."""
+
+    def __init__(self, grammar: Grammar, patterns: Sequence[Pattern]) -> None:
+        self.grammar, self.patterns = grammar, patterns
+        self.places = [p.start for p in patterns]
+
+    def apply(self, logits: torch.Tensor, batch: _Batch) -> torch.Tensor:
+        """Logits [R, V] with -inf at what would break a row's pattern."""
+        rows = batch.row.tolist()
+        allowed = [self.grammar.allowed(self.patterns[i], self.places[i]) for i in rows]
+        columns = torch.cat(allowed).to(logits.device)
+        lines = torch.arange(len(rows)).repeat_interleave(torch.tensor([len(a) for a in allowed]))
+        lines = lines.to(logits.device)
+        return torch.full_like(logits, -torch.inf).index_put_((lines, columns), logits[lines, columns])
+
+    def take(self, batch: _Batch, token: torch.Tensor) -> None:
+        for i, ended, t in zip(batch.row.tolist(), batch.ended.tolist(), token.tolist()):
+            if not ended and t != self.grammar.end_id:
+                self.places[i] = self.grammar.after(self.patterns[i], self.places[i], t)
 
 
 class _Answers:

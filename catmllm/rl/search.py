@@ -20,6 +20,7 @@ from catmllm.data.prompts import Sample, design_prompt, property_sample
 from catmllm.evaluate.metrics import hard_constraints
 from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.rl.exemplar_pool import Candidate, ExemplarPool
+from catmllm.rl.grammar import Pattern, answer_pattern
 from catmllm.rl.reward import design_reward
 from catmllm.rl.rollout import Rollout, RolloutEngine
 from catmllm.structure.cif import read_cif, system_from_crystal
@@ -107,7 +108,9 @@ class ClosedLoop:
     def start(self, tasks: Sequence[Task], engine: RolloutEngine, seed: Sequence[int]) -> list[TaskState]:
         """N0 text-conditioned candidates a task, and the pools made of them."""
         samples = [Sample(design_prompt(t.identity, t.energy)) for t in tasks]
-        rollouts = engine.generate(samples, self.config.sampling, [*seed, 0], self.config.initial)
+        rollouts = engine.generate(
+            samples, self.config.sampling, [*seed, 0], self.config.initial, patterns=self._patterns(tasks)
+        )
         states = [TaskState(t, ExemplarPool(self.config.pool)) for t in tasks]
         self.absorb(states, rollouts, 0)
         return states
@@ -132,11 +135,21 @@ class ClosedLoop:
                 Sample(design_prompt(state.task.identity, state.task.energy, shown is not None), "", shown)
             )
         rollouts = engine.generate(
-            samples, self.config.sampling, [*seed, iteration], self.config.group_size, keep_hidden=keep
+            samples,
+            self.config.sampling,
+            [*seed, iteration],
+            self.config.group_size,
+            keep_hidden=keep,
+            patterns=self._patterns([s.task for s in states]),
         )
         candidates, metrics = self.absorb(states, rollouts, iteration)
         rewards = np.array([c.reward for c in candidates]).reshape(len(states), self.config.group_size)
         return rollouts, rewards, metrics
+
+    def _patterns(self, tasks: Sequence[Task]) -> list[Pattern] | None:
+        if not self.config.sampling.grammar:
+            return None
+        return [answer_pattern(t.identity, t.target, True, self.collate.data.decimals) for t in tasks]
 
     def absorb(
         self, states: Sequence[TaskState], rollouts: Sequence[Rollout], iteration: int

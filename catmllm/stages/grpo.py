@@ -19,6 +19,7 @@ import torch
 from catmllm.data.batches import Batch, Collator
 from catmllm.data.prompts import Sample, cif_prompt, design_prompt
 from catmllm.rl.advantages import group_advantages, policy_loss
+from catmllm.rl.grammar import answer_pattern
 from catmllm.rl.reward import mean_terms
 from catmllm.rl.rollout import Rollout, RolloutEngine
 from catmllm.stages.supervised import chosen, property_with_dropout, relatives, sample_losses
@@ -63,9 +64,18 @@ class GRPO:
         c, o = self.context, self.config
         picks = chosen(len(self.systems), o.batch_size, c.config.seed + 3, step, c.world.rank, c.world.size)
         prompts = [self._prompt(i, k, rng) for k, (i, rng) in enumerate(picks)]
+        patterns = None
+        if o.sampling.grammar:
+            asked = [self.systems[i] for i, _ in picks]
+            patterns = [
+                answer_pattern(s.identity, s.target, k % 3 > 0, c.config.data.decimals)
+                for k, s in enumerate(asked)
+            ]
         with unsharded(c.model):
             engine = RolloutEngine(c.model, c.collate, DTYPES[c.config.precision])
-            rollouts = engine.generate(prompts, o.sampling, [c.config.seed, step, c.world.rank], o.group_size)
+            rollouts = engine.generate(
+                prompts, o.sampling, [c.config.seed, step, c.world.rank], o.group_size, patterns=patterns
+            )
         targets = [self.systems[picks[r.prompt][0]].target for r in rollouts]
         began = time.perf_counter()
         scores = self.pvcp.score([r.text for r in rollouts], targets)

@@ -6,11 +6,19 @@ The layout is that of the paper's Appendix C.3, which prints the first half; the
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 
-from catmllm.structure.elements import ATOMIC_RADIUS, AVERAGE_IONIC_RADIUS, ELECTRONEGATIVITY, NUMBER, SYMBOLS
+from catmllm.structure.elements import (
+    ATOMIC_RADIUS,
+    AVERAGE_IONIC_RADIUS,
+    ELECTRONEGATIVITY,
+    NUMBER,
+    SYMBOLS,
+    order_elements,
+)
 from catmllm.structure.formula import (
     Identity,
     Miller,
@@ -94,6 +102,39 @@ def write_cif(system: System, decimals: int = 3) -> str:
         units=units,
         sites="\n".join(site_lines),
     )
+
+
+def cif_pattern(
+    identity: str, target: Mapping[str, int], decimals: int = 3
+) -> tuple[tuple[str, ...], list[tuple]]:
+    """What `write_cif` can write for a system of these counts: its elements in order, and the file's parts.
+
+    A part is ("text", what always stands there), ("number", most digits before the point), ("fraction",) for a
+    coordinate in [0, 1), or ("site", index) for a row's symbol, label and multiplicity. The last line has no end.
+    """
+    symbols = tuple(order_elements(target))
+    reduced, units = reduce_counts({s: target[s] for s in symbols})
+    sites: list[tuple] = []
+    for i in range(sum(target.values())):
+        row = [("fraction",), ("text", " "), ("fraction",), ("text", " "), ("fraction",), ("text", " 1\n")]
+        sites += [("site", i), *row]
+    sites[-1] = ("text", " 1")
+    names = ("a", "b", "c", "alpha", "beta", "gamma", "volume")
+    text = _TEMPLATE.format(
+        identity=identity,
+        elements="\n".join(element_line(symbol, decimals) for symbol in symbols),
+        structural=format_formula(reduced),
+        total=" ".join(f"{symbol}{target[symbol]}" for symbol in symbols),
+        units=units,
+        sites="",
+        **dict.fromkeys(names, "\0"),
+    ).removesuffix("\n")
+    parts: list[tuple] = []
+    for name, piece in zip((*names, None), text.split("\0")):
+        parts.append(("text", piece))
+        if name is not None:
+            parts.append(("number", 5 if name == "volume" else 3))
+    return symbols, parts + sites
 
 
 def element_line(symbol: str, decimals: int = 3) -> str:
