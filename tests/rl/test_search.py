@@ -51,6 +51,7 @@ class Parrot:
         seed: Sequence[int],
         group_size: int = 1,
         keep_hidden: bool = False,
+        patterns: None = None,
     ) -> list[Rollout]:
         self.asked.append({"samples": list(samples), "seed": list(seed), "group": group_size})
         texts = self.calls.pop(0)
