@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 from numpy.typing import ArrayLike
 
 from catmllm.data.slabs import load_slabs
-from catmllm.structure.graph import Graph, neighbour_graph
+from catmllm.structure.graph import Graph, _many, neighbour_graph, neighbour_graphs
 from catmllm.structure.periodic import MAX_CANDIDATES
 from catmllm.structure.system import System
 from tests.oracles.structure_ase import ase_neighbours
@@ -226,3 +228,54 @@ def test_doubled_cell_sees_the_same_surroundings(system: System) -> None:
     first_half = twice.edge_index[1] < n
     half = Graph(folded.edge_index[:, first_half], folded.edge_vec[first_half])
     np.testing.assert_allclose(_as_rows(half), _as_rows(once), atol=1e-7)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("threads", [1, 3, 64])
+def test_batch_is_the_graphs_side_by_side(strict: bool, threads: int) -> None:
+    systems = load_slabs()[::400]
+    joined, degree = neighbour_graphs(systems, 6.0, 12, strict, threads)
+    shift = edges = atoms = 0
+    for system in systems:
+        one = neighbour_graph(system.lattice, system.positions, 6.0, 12, strict)
+        there = slice(edges, edges + one.edge_index.shape[1])
+        np.testing.assert_array_equal(joined.edge_index[:, there], one.edge_index + shift)
+        np.testing.assert_array_equal(joined.edge_vec[there], one.edge_vec)
+        counts = np.bincount(one.edge_index[1], minlength=len(system))
+        assert degree[atoms : atoms + len(system)].tolist() == counts.tolist()
+        shift, edges, atoms = shift + len(system), there.stop, atoms + len(system)
+    assert joined.edge_index.shape == (2, edges) and len(degree) == atoms
+    empty, none = neighbour_graphs([], 6.0, 12)
+    assert empty.edge_index.shape == (2, 0) and empty.edge_vec.shape == (0, 3) and len(none) == 0
+
+
+def test_batch_names_what_is_wrong_with_a_system() -> None:
+    good = load_slabs()[0]
+    bad = replace(good, lattice=np.diag([0.01, 0.01, 20.0]))
+    with pytest.raises(ValueError, match="too small"):
+        neighbour_graphs([good, bad], 6.0, 12)
+
+
+def test_threads_run_side_by_side_without_the_gil() -> None:
+    """While one thread is inside the loops another one runs Python."""
+    systems = load_slabs()[:600]
+    neighbour_graphs(systems[:1], 12.0, 20)
+    inside, done = threading.Event(), threading.Event()
+
+    def work() -> None:
+        inside.set()
+        _many(*arguments)
+        done.set()
+
+    lattices = np.array([s.lattice for s in systems])
+    points = np.concatenate([s.positions for s in systems])
+    first = np.cumsum([0, *(len(s) for s in systems)])
+    arguments = (lattices, points, first, 12.0, 20, True)
+    thread = threading.Thread(target=work)
+    thread.start()
+    inside.wait()
+    steps = 0
+    while not done.is_set():
+        steps += 1
+    thread.join()
+    assert steps > 1000, "the loops held the GIL"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import io
+import json
 from pathlib import Path
 
 import ase.io
@@ -15,6 +16,8 @@ from ase.neighborlist import NeighborList
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from catmllm.data.oc20.pickles import fields, load_pickle
+from catmllm.data.oc20.readers import from_data
 from catmllm.data.slabs import load_slabs
 from catmllm.structure.periodic import bond_matrix
 from catmllm.structure.system import System, make_system
@@ -143,3 +146,77 @@ def test_real_oc20_frames_against_ase(shared: Path) -> None:
         assert three_part_text(system) == ase_three_part_text(atoms, name, (1, 0, 0))
         bound += configuration(system) != "[]"
     assert bound >= 20
+
+
+@given(slabs(), st.sampled_from([1.0, 1.7, 4.0]), st.integers(2, 400))
+def test_capped_string_is_the_whole_one_cut_between_words(system: System, scale: float, cap: int) -> None:
+    whole, capped = configuration(system, scale), configuration(system, scale, max_characters=cap)
+    assert len(capped) <= cap
+    if len(whole) <= cap:
+        assert capped == whole
+        return
+    assert capped.count("[") == capped.count("]") and capped[0] == "[" and capped[-1] == "]"
+    kept = capped.rstrip("]")
+    assert whole.startswith(kept)
+    assert kept in ("", "[") or whole[len(kept)] in " ]["  # no word is cut in two
+    assert configuration(system, scale, max_characters=cap + 1).startswith(kept)
+
+
+def test_cap_that_holds_nothing_is_an_error() -> None:
+    with pytest.raises(ValueError, match="at least 2"):
+        configuration(SHIPPED[0], max_characters=1)
+
+
+@pytest.mark.slow
+def test_ten_thousand_random_systems_against_ase() -> None:
+    """Slabs of all sizes and skews, up to 60 atoms, half of them at scale 4 or in between."""
+    rng = np.random.default_rng(17)
+    metals = np.array([3, 11, 13, 14, 20, 22, 26, 28, 29, 31, 33, 46, 50, 74, 78, 79, 80, 82])
+    bound = 0
+    for k in range(10_000):
+        n, m = int(rng.integers(1, 50 if k % 10 == 0 else 16)), int(rng.integers(1, 6))
+        edges = rng.uniform(2.2, 12.0, 2)
+        height = rng.uniform(6.0, 25.0)
+        lattice = np.diag([*edges, height])
+        lattice[1, 0], lattice[2, :2] = rng.uniform(-1, 1) * edges[0], rng.uniform(-0.5, 0.5, 2) * edges
+        slab = rng.uniform(0, 1, (n, 3)) * [1, 1, 0.4]
+        over = rng.uniform(0, 1, (m, 3)) * [1, 1, 0.15] + [0, 0, 0.4]
+        numbers = [*rng.choice(metals, n), *rng.choice([1, 6, 7, 8], m)]
+        tags = [*rng.integers(0, 2, n), *[2] * m]
+        frac = np.vstack([slab, over]) + rng.integers(-2, 3, (n + m, 3))
+        name = Atoms(numbers[n:]).get_chemical_formula()
+        miller = tuple(rng.integers(-2, 3, 3).tolist())
+        system = make_system(lattice, None, numbers, tags, name, miller, frac=frac)  # type: ignore[arg-type]
+        scale = 1.0 if k % 2 else float(rng.choice([0.7, 1.3, 2.0, 4.0]))
+        assert three_part_text(system, scale) == _expected(system, scale), k
+        bound += configuration(system, scale) != "[]"
+    assert 5_000 < bound < 10_000
+
+
+@pytest.mark.slow
+def test_all_real_and_shipped_systems_against_ase(shared: Path) -> None:
+    for system in SHIPPED:
+        assert three_part_text(system) == _expected(system, 1.0)
+    path = shared / "data/dft111_882.jsonl.gz"
+    with gzip.open(path, "rt") as lines:
+        rows = [json.loads(line) for line in lines]
+    assert len(rows) == 882
+    for row in rows:
+        atoms = Atoms(
+            row["symbols"],
+            row["pos"],
+            cell=row["cell"],
+            pbc=True,
+            tags=[1] * 16 + [2] * (len(row["pos"]) - 16),
+        )
+        name = atoms[atoms.get_tags() == 2].get_chemical_formula()
+        system = make_system(atoms.cell[:], atoms.positions, atoms.numbers, atoms.get_tags(), name, (1, 1, 1))
+        for scale in (1.0, 4.0):
+            assert configuration(system, scale) == ase_configuration(atoms, scale)
+    pickled = load_pickle((shared / "data/oc20/oc22_s2ef_16.pkl").read_bytes())
+    assert len(pickled) == 16
+    for record in map(from_data, map(fields, pickled)):
+        atoms = Atoms(record.numbers, record.positions, cell=record.lattice, pbc=True, tags=record.tags)
+        system = make_system(atoms.cell[:], atoms.positions, atoms.numbers, atoms.get_tags(), "O", (1, 1, 1))
+        for scale in (1.0, 4.0):
+            assert configuration(system, scale) == ase_configuration(atoms, scale)
