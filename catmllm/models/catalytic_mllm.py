@@ -19,6 +19,7 @@ from catmllm.config import Config, EncoderConfig, LLMConfig, from_dict, to_dict
 from catmllm.data.batches import Batch, Collator, GraphBatch
 from catmllm.data.prompts import ENERGY, GRAPH
 from catmllm.data.tokenizer import extend_tokenizer
+from catmllm.models.attention import by_part, no_mask
 from catmllm.models.equiformer_v2 import EquiformerV2, EquiformerV2Config
 from catmllm.models.fairchem_checkpoint import load_fairchem_checkpoint
 from catmllm.models.projector import Projector
@@ -57,24 +58,27 @@ class CatalyticMLLM(nn.Module):
         nodes = self.encoder(graph.numbers, graph.edge_index, graph.edge_vec, graph.batch, graph.n_systems)
         return self.projector(nodes, graph.batch, graph.n_systems)
 
-    def embed(self, input_ids: torch.Tensor, graph: GraphBatch | None) -> torch.Tensor:
-        """Token embeddings [B, T, H] with the graph vectors in the places of their markers, in order."""
-        return self.insert_graphs(self.text.embed_tokens(input_ids), input_ids, graph)
+    def embed(self, batch: Batch) -> torch.Tensor:
+        """Token embeddings [T, H] with the graph vectors in the places of their markers, in order."""
+        return self._place(self.text.embed_tokens(batch.input_ids), batch.graph_at, batch.graph)
 
     def insert_graphs(
         self, x: torch.Tensor, input_ids: torch.Tensor, graph: GraphBatch | None
     ) -> torch.Tensor:
         """Embeddings x [B, T, H] with the graph vectors in the places of the markers of input_ids [B, T]."""
-        marks = input_ids == self.graph_id
-        n = int(marks.sum())
+        at = (input_ids.flatten() == self.graph_id).nonzero()[:, 0]
+        return self._place(x.flatten(0, -2), at, graph).view_as(x)
+
+    def _place(self, x: torch.Tensor, at: torch.Tensor, graph: GraphBatch | None) -> torch.Tensor:
+        """x [T, H] with the rows `at` [V] replaced by the V vectors of the structures."""
         vectors = None if graph is None else self.graph_tokens(graph)
-        if n != (0 if vectors is None else len(vectors)):
+        if len(at) != (0 if vectors is None else len(vectors)):
             raise ValueError(
-                f"{n} graph markers in the text, {0 if vectors is None else len(vectors)} vectors"
+                f"{len(at)} graph markers in the text, {0 if vectors is None else len(vectors)} vectors"
             )
         if vectors is None:
             return x + 0.0 * self._lone_atom().to(x.dtype) if self.lockstep else x
-        return x.masked_scatter(marks[..., None], vectors.to(x.dtype))
+        return x.index_copy(0, at, vectors.to(x.dtype))
 
     def _lone_atom(self) -> torch.Tensor:
         """The sum of one atom's graph token: a pass through encoder and projector for its collectives' sake."""
@@ -86,17 +90,19 @@ class CatalyticMLLM(nn.Module):
         edges = torch.zeros(2, 0, dtype=torch.int64, device=device)
         return self.graph_tokens(GraphBatch(numbers, edges, torch.zeros(0, 3, device=device), batch, 1)).sum()
 
-    def hidden(self, input_ids: torch.Tensor, graph: GraphBatch | None) -> torch.Tensor:
-        """Final hidden states [B, T, H] of right-padded sequences."""
-        return self._tower(self.embed(input_ids, graph))
+    def hidden(self, batch: Batch) -> torch.Tensor:
+        """Final hidden states [T, H] of samples end to end; `batch.padded` changes the speed, not the result."""
+        return self._tower(self.embed(batch), batch)
 
-    def energy(self, hidden: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
-        """Standardised energies [B] float32 at each row's `<energy>` token; NaN for a row without one."""
-        marks = input_ids == self.energy_id
-        at = marks.float().argmax(1)
-        query = hidden[torch.arange(len(hidden), device=hidden.device), at]
+    def query_states(self, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """What the energy head reads [S, H]; a row without `<energy>` token holds that of some other place."""
+        return hidden[batch.energy_at.clamp_min(0)]
+
+    def energy(self, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Standardised energies [S] float32 at each sample's `<energy>` token; NaN for a sample without one."""
+        query = self.query_states(hidden, batch)
         value = self.energy_head(query.to(self.energy_head.weight.dtype)).squeeze(1).float()
-        return torch.where(marks.any(1), value, torch.nan)
+        return torch.where(batch.energy_at >= 0, value, torch.nan)
 
     def forward(self, task: str, *args: Any, **options: Any) -> dict[str, torch.Tensor]:
         """The one entry of training, so that sharding hooks see every use of a parameter.
@@ -106,14 +112,12 @@ class CatalyticMLLM(nn.Module):
         return getattr(self, f"task_{task}")(*args, **options)
 
     def task_answer(self, batch: Batch, temperature: float = 1.0) -> dict[str, torch.Tensor]:
-        """{"logprob" [M] of the M labelled tokens in row order, "energy" [B] standardised, NaN without query}."""
-        hidden = self.hidden(batch.input_ids, batch.graph)
-        labels = batch.labels[:, 1:]
-        wanted = labels != -100
+        """{"logprob" [M] of `batch.targets`, "energy" [S] standardised, NaN without query}."""
+        hidden = self.hidden(batch)
         logprob = linear_logprob(
-            hidden[:, :-1][wanted], self.llm.lm_head.weight, labels[wanted], temperature=temperature
+            hidden[batch.answer_at], self.llm.lm_head.weight, batch.targets, temperature=temperature
         )
-        return {"logprob": logprob, "energy": self.energy(hidden, batch.input_ids)}
+        return {"logprob": logprob, "energy": self.energy(hidden, batch)}
 
     def task_head(
         self, hidden: torch.Tensor, targets: torch.Tensor, temperature: float = 1.0
@@ -123,31 +127,43 @@ class CatalyticMLLM(nn.Module):
         return {"logprob": linear_logprob(hidden.to(weight.dtype), weight, targets, temperature=temperature)}
 
     def task_contrast(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """{"graph" [B, H], "text" [B, H]}; the text side carries no gradient."""
+        """{"graph" [S, H], "text" [S, H]}; the text side carries no gradient."""
         if batch.graph is None:
             raise ValueError("contrastive batches need a structure for every sample")
         vectors = self.graph_tokens(batch.graph)
         if self.projector.mode == "atoms":
             vectors = segment_mean(vectors, batch.graph.batch, batch.graph.n_systems)
         with torch.no_grad():
-            x = self._tower(self.text.embed_tokens(batch.input_ids))
-            weight = batch.attention_mask[..., None].to(x.dtype)
-            text = (x * weight).sum(1) / weight.sum(1)
+            x = self._tower(self.text.embed_tokens(batch.input_ids), batch)
+            text = segment_mean(x.float(), batch.sample, len(batch)).to(x.dtype)
         return {"graph": vectors, "text": text}
 
     def predict(self, batch: Batch) -> torch.Tensor:
-        """Energies [B] in eV of property prompts."""
-        hidden = self.hidden(batch.input_ids, batch.graph)
-        return self.energy(hidden, batch.input_ids) * self.energy_std + self.energy_mean
+        """Energies [S] in eV of property prompts."""
+        return self.energy(self.hidden(batch), batch) * self.energy_std + self.energy_mean
 
-    def _tower(self, x: torch.Tensor) -> torch.Tensor:
-        """Causal attention needs no padding mask: sequences start at the left, and what is padded comes after."""
-        position = torch.arange(x.shape[1], device=x.device)
+    def _tower(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Embeddings [T, H] to final hidden states [T, H], each sample for itself."""
+        if batch.padded:
+            # What stands after a sample's end is what follows in x: causal attention never looks there.
+            column = torch.arange(batch.max_length, device=x.device)
+            place = (batch.cu_seqlens[:-1, None] + column).clamp_max(len(x) - 1)
+            wide = self.text(
+                inputs_embeds=x[place], position_ids=column.expand(3, len(batch), -1), use_cache=False
+            ).last_hidden_state
+            return wide.flatten(0, 1)[batch.sample * batch.max_length + batch.position_ids]
+        # transformers' convention for samples without padding: the text's positions before the three of M-RoPE (all
+        # equal where there is no image), and the bounds of the samples for attention.
+        bounds = {"cu_seq_lens_q": batch.cu_seqlens, "cu_seq_lens_k": batch.cu_seqlens}
+        longest = {"max_length_q": batch.max_length, "max_length_k": batch.max_length}
         return self.text(
-            inputs_embeds=x,
-            position_ids=position.expand(3, len(x), -1),
+            inputs_embeds=x[None],
+            attention_mask=no_mask(self.text),
+            position_ids=batch.position_ids.expand(4, 1, -1),
             use_cache=False,
-        ).last_hidden_state
+            **bounds,
+            **longest,
+        ).last_hidden_state[0]
 
 
 def segment_mean(x: torch.Tensor, batch: torch.Tensor, n: int) -> torch.Tensor:
@@ -224,7 +240,9 @@ def _random_llm(config: LLMConfig, tokenizer: PreTrainedTokenizerBase) -> Any:
         },
         tie_word_embeddings=False,
     )
-    return Qwen2_5_VLForConditionalGeneration._from_config(qwen, attn_implementation=config.attention)
+    return Qwen2_5_VLForConditionalGeneration._from_config(
+        qwen, attn_implementation=by_part(config.attention)
+    )
 
 
 def _pretrained_llm(config: LLMConfig, decimals: int) -> tuple[Any, PreTrainedTokenizerBase]:
@@ -232,7 +250,9 @@ def _pretrained_llm(config: LLMConfig, decimals: int) -> tuple[Any, PreTrainedTo
 
     name = config.pretrained
     tokenizer = AutoTokenizer.from_pretrained(name)
-    llm: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(name, attn_implementation=config.attention)
+    llm: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        name, attn_implementation=by_part(config.attention)
+    )
     added = extend_tokenizer(tokenizer, decimals, elements=False)
     untie(llm)
     if len(tokenizer) > llm.get_input_embeddings().num_embeddings:
@@ -286,7 +306,7 @@ def load_model(folder: str | Path) -> tuple[CatalyticMLLM, Collator, Config]:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     qwen = Qwen2_5_VLConfig.from_pretrained(folder / "llm")
     attention = config.model.llm.attention
-    llm = Qwen2_5_VLForConditionalGeneration._from_config(qwen, attn_implementation=attention)
+    llm = Qwen2_5_VLForConditionalGeneration._from_config(qwen, attn_implementation=by_part(attention))
     encoder = build_encoder(replace(config.model.encoder, checkpoint=None), config.data.cutoff)
     model = _assemble(llm, encoder, config, tokenizer)
     model.load_state_dict(load_file(folder / "model.safetensors"), strict=True)

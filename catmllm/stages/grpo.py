@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from catmllm.data.batches import Batch, Collator
+from catmllm.data.batches import Batch, Collator, Encoded
 from catmllm.data.prompts import Sample, cif_prompt, design_prompt
 from catmllm.rl.advantages import group_advantages, policy_loss
 from catmllm.rl.grammar import answer_pattern
@@ -128,7 +128,7 @@ class GRPO:
             work.passes.append(
                 MicroBatch(
                     partial(self._policy_loss, k, batch, advantage, weight, work.metrics),
-                    int(batch.attention_mask.sum()),
+                    batch.tokens,
                 )
             )
 
@@ -140,8 +140,9 @@ class GRPO:
         old = self.old.setdefault(k, logprob.detach())
         with torch.no_grad():
             reference = self.reference("answer", batch, temperature=o.sampling.temperature)["logprob"]
-        row = torch.nonzero(batch.labels[:, 1:] != -100)[:, 0]
-        loss, kl = policy_loss(logprob, old, reference, advantage, row, len(advantage), o.beta, o.kl, o.clip)
+        loss, kl = policy_loss(
+            logprob, old, reference, advantage, batch.answer_sample, len(batch), o.beta, o.kl, o.clip
+        )
         metrics["kl"] += weight * float(kl.detach().mean())
         outside = ((logprob.detach() - old).exp() - 1).abs() > o.clip
         metrics["clipped"] += weight * float(outside.float().mean())
@@ -166,7 +167,7 @@ class GRPO:
             work.metrics["energy_mae"] = float(mae[labelled].detach().mean()) * float(c.model.energy_std)
             return o.property_share * (ce + mae).mean()
 
-        work.passes.append(MicroBatch(loss, int(batch.attention_mask.sum())))
+        work.passes.append(MicroBatch(loss, batch.tokens))
 
     def _show(self, step: int, prompts: list[Sample], rollouts: list[Rollout], rewards: np.ndarray) -> None:
         """Keep one sampled answer a step for people to read."""
@@ -189,15 +190,5 @@ class GRPO:
 
 def rollout_batch(collate: Collator, prompts: list[Sample], rollouts: list[Rollout]) -> Batch:
     """Prompts and the very tokens that were sampled, as a batch whose labels are those tokens."""
-    heads = [collate.prompt_ids(p) for p in prompts]
-    width = max(len(p) + len(r.ids) for p, r in zip(heads, rollouts))
-    ids = torch.full((len(rollouts), width), collate.pad_id, dtype=torch.int64)
-    labels = torch.full_like(ids, -100)
-    mask = torch.zeros_like(ids, dtype=torch.bool)
-    for row, (p, r) in enumerate(zip(heads, rollouts)):
-        n = len(p) + len(r.ids)
-        ids[row, : len(p)] = torch.tensor(p)
-        ids[row, len(p) : n] = labels[row, len(p) : n] = r.ids
-        mask[row, :n] = True
-    graph = collate.graphs([p.graph for p in prompts if p.graph is not None])
-    return Batch(ids, mask, labels, torch.full((len(rollouts),), torch.nan), graph)
+    rows = [Encoded(collate.prompt_ids(p), r.ids.tolist(), None, p.graph) for p, r in zip(prompts, rollouts)]
+    return collate.join(rows)

@@ -28,9 +28,7 @@ def query_states(model: CatalyticMLLM, collate: Collator, samples: Sequence[Samp
     device = model.energy_mean.device
     for i in range(0, len(samples), 64):
         batch = collate(samples[i : i + 64]).to(device)
-        hidden = model.hidden(batch.input_ids, batch.graph)
-        at = (batch.input_ids == model.energy_id).float().argmax(1)
-        out.append(hidden[torch.arange(len(hidden), device=device), at].double().cpu().numpy())
+        out.append(model.query_states(model.hidden(batch), batch).double().cpu().numpy())
     return np.concatenate(out)
 
 

@@ -117,14 +117,12 @@ def supervised_step(
     batches: list[Batch],
     loss_of: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
 ) -> Step:
-    """The passes over this rank's batches; `loss_of` (cross-entropy, |energy error|, labelled), all [B], gives [B].
+    """The passes over this rank's batches; `loss_of` (cross-entropy, |energy error|, labelled), all [S], gives [S].
 
     A pass counts by its samples, so that how a batch is cut changes nothing. Logs both losses, the energy's in eV.
     """
-    total = sum(len(b.labels) for b in batches)
-    n_labelled = sum(
-        int((~b.energy.isnan() & (b.input_ids == model.energy_id).any(1)).sum()) for b in batches
-    )
+    total = sum(len(b) for b in batches)
+    n_labelled = sum(int(b.labelled.sum()) for b in batches)
     metrics = {"cross_entropy": 0.0, "energy_mae": 0.0 if n_labelled else float("nan")}
 
     def loss(batch: Batch) -> torch.Tensor:
@@ -135,18 +133,17 @@ def supervised_step(
             metrics["energy_mae"] += in_ev / n_labelled
         return loss_of(ce, mae, labelled).sum() / total
 
-    passes = [MicroBatch(partial(loss, b), int(b.attention_mask.sum())) for b in batches]
+    passes = [MicroBatch(partial(loss, b), b.tokens) for b in batches]
     return Step(passes, metrics)
 
 
 def sample_losses(model: CatalyticMLLM, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Per sample: cross-entropy of the answer (mean over its tokens), |error| of the standardised energy (0 where
-    there is no label), and whether there is one. All [B]."""
+    there is no label), and whether there is one. All [S]."""
     out = model("answer", batch)
-    rows = torch.nonzero(batch.labels[:, 1:] != -100)[:, 0]
-    count = torch.bincount(rows, minlength=len(batch.labels)).clamp_min(1)
-    ce = out["logprob"].new_zeros(len(batch.labels)).index_add(0, rows, -out["logprob"]) / count
-    labelled = ~batch.energy.isnan() & ~out["energy"].isnan()
+    count = torch.bincount(batch.answer_sample, minlength=len(batch)).clamp_min(1)
+    ce = out["logprob"].new_zeros(len(batch)).index_add(0, batch.answer_sample, -out["logprob"]) / count
+    labelled = batch.labelled
     target = (batch.energy - model.energy_mean) / model.energy_std
     # `where` before the subtraction: a NaN times zero would still be a NaN gradient.
     error = torch.where(labelled, out["energy"], 0.0) - torch.where(labelled, target, 0.0)

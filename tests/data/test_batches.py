@@ -1,4 +1,4 @@
-"""Batches: padding, labels, joined graphs, markers, and the order of training as a pure function."""
+"""Batches: samples end to end, the places that matter, joined graphs, markers, and the order of training as a pure function."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from catmllm.config import Config
-from catmllm.data.batches import Collator, GraphBatch, draw
+from catmllm.data.batches import Collator, Encoded, GraphBatch, draw
 from catmllm.data.prompts import ENERGY, GRAPH, Sample, cif_sample, design_sample, property_sample
 from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.structure.graph import neighbour_graph
@@ -26,28 +26,57 @@ def collate(small_model: Model) -> Collator:
     return small_model[1]
 
 
-def test_rows_are_prompt_answer_padding(collate: Collator, train_systems: list[System]) -> None:
+def test_samples_stand_end_to_end(collate: Collator, train_systems: list[System]) -> None:
     a, b = train_systems[0], train_systems[1]
-    samples = [property_sample(a), cif_sample(b), design_sample(a, b), Sample("no answer")]
+    samples = [
+        property_sample(a),
+        cif_sample(b),
+        design_sample(a, b),
+        Sample("no answer"),
+        property_sample(b, "text"),
+    ]
     batch = collate(samples)
-    assert batch.input_ids.dtype == batch.labels.dtype == torch.int64
-    assert batch.attention_mask.dtype == torch.bool and batch.energy.dtype == torch.float32
+    assert len(batch) == 5 and not batch.padded
     tokenizer = collate.tokenizer
+    ids, expected_targets = [], []
     for row, s in enumerate(samples):
         prompt = tokenizer.encode(s.prompt, add_special_tokens=False)
         answer = tokenizer.encode(s.answer, add_special_tokens=False)
-        n = len(prompt) + len(answer)
-        assert batch.input_ids[row, :n].tolist() == prompt + answer
-        assert (batch.input_ids[row, n:] == tokenizer.pad_token_id).all()
-        assert batch.attention_mask[row].tolist() == [i < n for i in range(batch.input_ids.shape[1])]
-        assert batch.labels[row][batch.labels[row] != -100].tolist() == answer
-        assert (batch.labels[row, : len(prompt)] == -100).all() and (batch.labels[row, n:] == -100).all()
+        begin, end = batch.cu_seqlens[row : row + 2].tolist()
+        assert (begin, end) == (len(ids), len(ids) + len(prompt) + len(answer))
+        assert batch.input_ids[begin:end].tolist() == prompt + answer
+        assert batch.position_ids[begin:end].tolist() == list(range(end - begin))
+        assert (batch.sample[begin:end] == row).all()
+        at = batch.answer_at[batch.answer_sample == row]
+        assert at.tolist() == list(range(begin + len(prompt) - 1, end - 1))
+        if ENERGY in s.prompt:
+            assert batch.energy_at[row] == begin + len(prompt) - 1
+        else:
+            assert batch.energy_at[row] == -1
+        ids += prompt + answer
+        expected_targets += answer
         if answer:
             assert answer[-1] == tokenizer.eos_token_id
-    assert batch.energy[0].item() == pytest.approx(a.energy)
-    assert batch.energy[1:].isnan().all()
+    assert batch.tokens == len(ids) == batch.cu_seqlens[-1]
+    assert batch.max_length == int(batch.cu_seqlens.diff().max())
+    assert batch.targets.tolist() == expected_targets
+    assert torch.equal(batch.input_ids[batch.answer_at + 1], batch.targets)
+    assert batch.energy[[0, 4]].tolist() == pytest.approx([a.energy, b.energy])
+    assert batch.energy[1:4].isnan().all() and batch.energy.dtype == torch.float32
+    assert (batch.input_ids == collate.graph_id).nonzero()[:, 0].tolist() == batch.graph_at.tolist()
     assert batch.graph is not None and batch.graph.n_systems == 2  # of the first and the third, in this order
     assert batch.graph.numbers.tolist() == [*a.numbers, *b.numbers]
+    assert batch.cu_seqlens.dtype == torch.int32
+    places = (batch.input_ids, batch.position_ids, batch.answer_at, batch.targets, batch.answer_sample)
+    assert all(t.dtype == torch.int64 for t in (*places, batch.energy_at, batch.graph_at))
+
+
+def test_answers_without_prompts_have_no_place_for_their_first_token(collate: Collator) -> None:
+    batch = collate.join([Encoded([], [5, 6, 7]), Encoded([8], []), Encoded([9], [10])])
+    assert batch.answer_at.tolist() == [0, 1, 4] and batch.targets.tolist() == [6, 7, 10]
+    assert batch.answer_sample.tolist() == [0, 0, 2] and batch.graph is None
+    with pytest.raises(ValueError, match="no tokens"):
+        collate.join([Encoded([1], []), Encoded([], [])])
 
 
 def test_graphs_side_by_side_are_each_systems_own(
@@ -89,14 +118,13 @@ def test_one_marker_an_atom(small_model: Model, train_systems: list[System]) -> 
     by_atom = replace(small_model[1], tokens_per_atom=True)
     s = train_systems[0]
     batch = by_atom([property_sample(s), property_sample(s, "text")])
-    marks = batch.input_ids == by_atom.graph_id
-    assert marks.sum(1).tolist() == [len(s), 0]
-    at = marks[0].nonzero()[:, 0]
+    at = batch.graph_at
+    assert batch.sample[at].tolist() == [0] * len(s)
     assert (at.diff() == 1).all()  # in one run, where the single marker stands
     plain = small_model[1].prompt_ids(property_sample(s))
     assert at[0] == plain.index(by_atom.graph_id)
-    kept = batch.input_ids[0][~marks[0] & batch.attention_mask[0]].tolist()
-    whole = small_model[1]([property_sample(s)]).input_ids[0].tolist()
+    kept = [i for i in batch.input_ids[batch.sample == 0].tolist() if i != by_atom.graph_id]
+    whole = small_model[1]([property_sample(s)]).input_ids.tolist()
     assert kept == [i for i in whole if i != by_atom.graph_id]
 
 

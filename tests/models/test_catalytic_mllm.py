@@ -51,8 +51,16 @@ def samples(train_systems: list[System]) -> list[Sample]:
 
 @torch.no_grad()
 def logits_and_energy(model: CatalyticMLLM, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    hidden = model.hidden(batch.input_ids, batch.graph)
-    return hidden @ model.llm.lm_head.weight.T, model.energy(hidden, batch.input_ids)
+    """[T, V] and [S]."""
+    hidden = model.hidden(batch)
+    return hidden @ model.llm.lm_head.weight.T, model.energy(hidden, batch)
+
+
+def rectangle(batch: Batch, values: torch.Tensor, fill: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values [T, ...] of samples end to end as transformers has them: rows padded on the right, and the mask."""
+    parts = values.split(batch.cu_seqlens.diff().tolist())
+    mask = torch.arange(batch.max_length) < batch.cu_seqlens.diff()[:, None]
+    return torch.nn.utils.rnn.pad_sequence(list(parts), batch_first=True, padding_value=fill), mask
 
 
 def test_another_graph_changes_logits_and_energy(small_model: Model, train_systems: list[System]) -> None:
@@ -103,25 +111,59 @@ def test_the_gradient_of_the_answer_reaches_the_encoder(small_model: Model, samp
     assert all(p.grad is None for p in model.llm.model.visual.parameters())
 
 
-def test_padding_changes_nothing(small_model: Model, samples: list[Sample]) -> None:
-    """Each sample alone gives what it gives in a batch of longer ones."""
-    model, collate = small_model
-    batch = collate(samples)
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("attention", ["varlen", "eager", "sdpa"])
+def test_samples_do_not_see_each_other(
+    small_model: Model, samples: list[Sample], padded: bool, attention: str
+) -> None:
+    """Each sample alone gives what it gives among others, however they are laid out."""
+    model, collate = copy.deepcopy(small_model[0]), small_model[1]
+    own = [logits_and_energy(model, collate([s])) for s in samples]
+    with torch.no_grad():
+        own_logprob = [model("answer", collate([s]))["logprob"] for s in samples]
+    model.text.set_attn_implementation(attention)
+    batch = replace(collate(samples), padded=padded)
     logits, energy = logits_and_energy(model, batch)
     with torch.no_grad():
         logprob = model("answer", batch)["logprob"]
-    start = 0
-    for row, sample in enumerate(samples):
-        own_batch = collate([sample])
-        own_logits, own_energy = logits_and_energy(model, own_batch)
-        n = own_batch.input_ids.shape[1]
-        torch.testing.assert_close(logits[row, :n], own_logits[0], rtol=1e-3, atol=1e-3)
-        torch.testing.assert_close(energy[row], own_energy[0], equal_nan=True, rtol=1e-4, atol=1e-4)
-        with torch.no_grad():
-            own = model("answer", own_batch)["logprob"]
-        torch.testing.assert_close(logprob[start : start + len(own)], own, rtol=1e-3, atol=1e-3)
-        start += len(own)
-    assert start == len(logprob)
+    torch.testing.assert_close(logits, torch.cat([o[0] for o in own]), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(energy, torch.cat([o[1] for o in own]), equal_nan=True, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logprob, torch.cat(own_logprob), rtol=1e-3, atol=1e-3)
+
+
+def test_packed_gradients_are_those_of_transformers_on_padded_rows(
+    small_model: Model, samples: list[Sample]
+) -> None:
+    """Loss of answers and energies, every parameter's gradient: ours end to end, transformers' forward with eager
+    attention, rows padded on the right and a padding mask. Weights are float64, Qwen's norms and softmax float32."""
+    collate = small_model[1]
+    ours, theirs = (copy.deepcopy(small_model[0]).double() for _ in range(2))
+    theirs.text.set_attn_implementation("eager")
+    batch = collate(samples)
+
+    def losses(model: CatalyticMLLM, hidden: torch.Tensor) -> torch.Tensor:
+        query = hidden[batch.energy_at[batch.energy_at >= 0]]
+        return (model.energy_head(query) - 0.3).abs().sum()
+
+    out = ours("answer", batch)
+    labelled = ~out["energy"].isnan()
+    (-out["logprob"].mean() + (out["energy"].double()[labelled] - 0.3).abs().sum()).backward()
+
+    ids, mask = rectangle(batch, batch.input_ids, collate.pad_id)
+    x = theirs.insert_graphs(theirs.text.embed_tokens(ids), ids, batch.graph)
+    wide = theirs.llm(inputs_embeds=x, attention_mask=mask.long(), output_hidden_states=True)
+    flat = wide.hidden_states[-1][mask]
+    table = wide.logits[mask].log_softmax(-1)
+    expected = -table[batch.answer_at, batch.targets].mean() + losses(theirs, flat)
+    expected.backward()
+    torch.testing.assert_close(
+        -table[batch.answer_at, batch.targets], -out["logprob"].detach(), rtol=0, atol=2e-5
+    )
+    for (name, a), b in zip(ours.named_parameters(), theirs.parameters()):
+        assert (a.grad is None) == (b.grad is None), name
+        if a.grad is not None and b.grad is not None:
+            error = (a.grad - b.grad).abs().max() / b.grad.abs().max().clamp_min(1e-3)
+            assert error < 3e-5, f"{name}: {error:.1e}"
 
 
 def test_what_follows_does_not_change_what_came_before(small_model: Model, samples: list[Sample]) -> None:
@@ -135,28 +177,28 @@ def test_what_follows_does_not_change_what_came_before(small_model: Model, sampl
 def test_the_text_tower_is_transformers_own_forward(small_model: Model, samples: list[Sample]) -> None:
     """Qwen2_5_VLForConditionalGeneration on the same embeddings, left to find masks and positions itself."""
     model, collate = small_model
-    for sample in samples:
-        batch = collate([sample])
+    theirs = copy.deepcopy(model.llm)
+    theirs.model.language_model.set_attn_implementation("eager")
+    for some in ([samples[0]], samples):
+        batch = collate(some)
         with torch.no_grad():
-            embeds = model.embed(batch.input_ids, batch.graph)
-            theirs = model.llm(inputs_embeds=embeds, attention_mask=batch.attention_mask.long()).logits
-        torch.testing.assert_close(logits_and_energy(model, batch)[0], theirs, rtol=1e-4, atol=1e-4)
-    padded = collate(samples)
-    with torch.no_grad():
-        embeds = model.embed(padded.input_ids, padded.graph)
-        theirs = model.llm(inputs_embeds=embeds, attention_mask=padded.attention_mask.long()).logits
-    real = padded.attention_mask
-    torch.testing.assert_close(logits_and_energy(model, padded)[0][real], theirs[real], rtol=1e-3, atol=1e-3)
+            embeds, mask = rectangle(batch, model.embed(batch))
+            expected = theirs(inputs_embeds=embeds, attention_mask=mask.long()).logits[mask]
+            with_varlen = model.llm(inputs_embeds=embeds, attention_mask=mask.long()).logits[mask]
+        torch.testing.assert_close(logits_and_energy(model, batch)[0], expected, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(with_varlen, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_text_alone_equals_transformers_on_token_ids(small_model: Model, samples: list[Sample]) -> None:
     model, collate = small_model
     batch = collate(samples[1:2])
     with torch.no_grad():
-        out = model.llm(input_ids=batch.input_ids, labels=batch.labels)
+        labels = torch.full_like(batch.input_ids, -100)
+        labels[batch.answer_at + 1] = batch.targets
+        out = model.llm(input_ids=batch.input_ids[None], labels=labels[None])
         ours = model("answer", batch)["logprob"]
     assert float(-ours.mean()) == pytest.approx(float(out.loss), rel=1e-5)
-    torch.testing.assert_close(logits_and_energy(model, batch)[0], out.logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits_and_energy(model, batch)[0], out.logits[0], rtol=1e-4, atol=1e-4)
 
 
 def test_log_probabilities_are_those_of_the_labels(small_model: Model, samples: list[Sample]) -> None:
@@ -167,7 +209,7 @@ def test_log_probabilities_are_those_of_the_labels(small_model: Model, samples: 
         with torch.no_grad():
             out = model("answer", batch, temperature=temperature)
         table = (logits.double() / temperature).log_softmax(-1)
-        expected = [table[b, t - 1, batch.labels[b, t]] for b, t in (batch.labels != -100).nonzero().tolist()]
+        expected = [table[at, token] for at, token in zip(batch.answer_at.tolist(), batch.targets.tolist())]
         torch.testing.assert_close(out["logprob"].double(), torch.stack(expected), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(out["energy"], energy, equal_nan=True)
 
@@ -176,12 +218,12 @@ def test_energies_come_from_the_query_token(small_model: Model, samples: list[Sa
     model, collate = small_model
     batch = collate(samples)
     with torch.no_grad():
-        hidden = model.hidden(batch.input_ids, batch.graph)
-        energy = model.energy(hidden, batch.input_ids)
+        hidden = model.hidden(batch)
+        energy = model.energy(hidden, batch)
         eV = model.predict(batch)
     assert energy.isnan().tolist() == [False, True, True, False]
-    at = batch.input_ids[0].tolist().index(collate.energy_id)
-    expected = model.energy_head(hidden[0, at]).item()
+    at = batch.input_ids.tolist().index(collate.energy_id)
+    expected = model.energy_head(hidden[at]).item()
     assert float(energy[0]) == pytest.approx(expected, rel=1e-5)
     assert float(eV[0]) == pytest.approx(expected * 1.5 - 1.25, abs=1e-4)
 
@@ -192,13 +234,11 @@ def test_a_wrong_number_of_markers_is_an_error(
 ) -> None:
     model, collate = small_model
     batch = collate([property_sample(train_systems[0])])
-    ids = batch.input_ids.clone()
-    ids[ids == collate.graph_id] = collate.pad_id
-    ids[0, :markers] = collate.graph_id
+    wrong = replace(batch, graph_at=torch.arange(markers))
     with pytest.raises(ValueError, match=f"{markers} graph markers in the text, 1 vectors"):
-        model.hidden(ids, batch.graph)
+        model.hidden(wrong)
     with pytest.raises(ValueError, match="1 graph markers in the text, 0 vectors"):
-        model.hidden(batch.input_ids, None)
+        model.hidden(replace(batch, graph=None))
 
 
 def test_markers_take_their_vectors_in_order(small_model: Model, train_systems: list[System]) -> None:
@@ -207,11 +247,15 @@ def test_markers_take_their_vectors_in_order(small_model: Model, train_systems: 
     batch = collate([property_sample(systems[0]), cif_sample(systems[1]), *map(property_sample, systems[1:])])
     assert batch.graph is not None
     with torch.no_grad():
-        x = model.embed(batch.input_ids, batch.graph)
+        x = model.embed(batch)
+        in_rows = model.insert_graphs(
+            model.text.embed_tokens(batch.input_ids)[None], batch.input_ids[None], batch.graph
+        )
         vectors = model.graph_tokens(batch.graph)
         plain = model.text.embed_tokens(batch.input_ids)
     marks = batch.input_ids == collate.graph_id
-    assert marks.sum(1).tolist() == [1, 0, 1, 1]
+    assert batch.sample[marks].tolist() == [0, 2, 3]
+    torch.testing.assert_close(in_rows[0], x, rtol=0, atol=0)
     torch.testing.assert_close(x[marks], vectors)
     torch.testing.assert_close(x[~marks], plain[~marks], rtol=0, atol=0)
 

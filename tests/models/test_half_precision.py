@@ -103,13 +103,13 @@ def test_ordinary_magnitudes_lose_nothing(small_model, train_systems) -> None:
     model, collate = small_model
     batch = collate([property_sample(s) for s in train_systems[:4]])
     exact = copy.deepcopy(model).text.double()
-    x = model.text.embed_tokens(batch.input_ids).detach()
+    x = model.text.embed_tokens(batch.input_ids[None]).detach()
     expected = exact(inputs_embeds=x.double(), use_cache=False).last_hidden_state
     errors = []
     for guard in (False, True):
         m = cast_blocks(copy.deepcopy(model))
         if guard:
             keep_large_values(m, HALF, torch.float32)
-        hidden = m.text(inputs_embeds=m.text.embed_tokens(batch.input_ids), use_cache=False)
+        hidden = m.text(inputs_embeds=m.text.embed_tokens(batch.input_ids[None]), use_cache=False)
         errors.append(float((hidden.last_hidden_state.detach().double() - expected).square().mean().sqrt()))
     assert errors[1] < 1.2 * errors[0]

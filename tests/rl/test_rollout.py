@@ -58,7 +58,10 @@ def left_padded(model: CatalyticMLLM, collate: Collator, samples: list[Sample]) 
         mask[row, width - len(p) :] = 1
     graph = collate.graphs([s.graph for s in samples if s.graph is not None])
     with torch.no_grad():
-        return {"inputs_embeds": model.embed(padded, graph), "attention_mask": mask}
+        return {
+            "inputs_embeds": model.insert_graphs(model.text.embed_tokens(padded), padded, graph),
+            "attention_mask": mask,
+        }
 
 
 def check_greedy(model: CatalyticMLLM, collate: Collator, prompts: list[Sample]) -> list[Rollout]:
@@ -148,7 +151,7 @@ def test_log_probabilities_are_the_models_of_the_very_tokens(
     batch = rollout_batch(collate, [prompts[r.prompt] for r in rollouts], rollouts)
     with torch.no_grad():
         forced = model("answer", batch, temperature=temperature)["logprob"]
-        hidden = model.hidden(batch.input_ids, batch.graph)
+        hidden = model.hidden(batch)
         head = model(
             "head",
             torch.cat([r.hidden for r in rollouts]),  # type: ignore[misc]
@@ -159,13 +162,15 @@ def test_log_probabilities_are_the_models_of_the_very_tokens(
     torch.testing.assert_close(sampled, forced, rtol=0, atol=1e-4)
     torch.testing.assert_close(sampled, head, rtol=0, atol=1e-4)
     for row, r in enumerate(rollouts):
-        n = int((batch.labels[row] != -100).sum())
+        answer = batch.answer_at[batch.answer_sample == row]
+        n = len(answer)
         assert n == len(r.ids) == len(r.logprob) == len(r.hidden)  # type: ignore[arg-type]
-        at = int((batch.labels[row] != -100).nonzero()[0])
-        torch.testing.assert_close(r.hidden, hidden[row, at - 1 : at - 1 + n], rtol=1e-3, atol=1e-3)
+        assert torch.equal(batch.targets[batch.answer_sample == row], r.ids)
+        torch.testing.assert_close(r.hidden, hidden[answer], rtol=1e-3, atol=1e-3)
         # an independent reading: HF's forward of prompt and answer, log_softmax, gather
         if batch.graph is None or prompts[r.prompt].graph is None:
-            ids = batch.input_ids[row : row + 1, : at + n]
+            begin, end = batch.cu_seqlens[row : row + 2].tolist()
+            ids, at = batch.input_ids[None, begin:end], int(answer[0]) + 1 - begin
             with torch.no_grad():
                 logits = model.llm(input_ids=ids).logits[0, at - 1 : at + n - 1] / temperature
             theirs = logits.log_softmax(-1)[torch.arange(n), r.ids]

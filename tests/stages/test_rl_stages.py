@@ -78,7 +78,7 @@ def test_scored_tokens_are_the_sampled_tokens(context: Context) -> None:
     prompts, rollouts, _, _, _ = stage._roll(0)
     batch = rollout_batch(context.collate, [prompts[r.prompt] for r in rollouts], rollouts)
     for row, (rollout, text) in enumerate(zip(rollouts, texts)):
-        trained = batch.labels[row][batch.labels[row] != -100]
+        trained = batch.targets[batch.answer_sample == row]
         assert torch.equal(trained, rollout.ids)
         assert decode(context.collate.tokenizer, trained.tolist()) == text
     out = context.model("answer", batch)

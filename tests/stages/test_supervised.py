@@ -80,7 +80,7 @@ def test_ranks_and_passes_share_one_batch(make_context: MakeContext) -> None:
             context.world = World(rank, ranks, torch.device("cpu"))
             batches = Mixture(context, 1).draw(5, config, 0.4, lambda s, _: property_sample(s), 0.5, 0.05)
             assert len(batches) == accumulate
-            rows += [r[m].tolist() for b in batches for r, m in zip(b.input_ids, b.attention_mask)]
+            rows += [r.tolist() for b in batches for r in b.input_ids.split(b.cu_seqlens.diff().tolist())]
         return rows
 
     one = tokens(1, 1)

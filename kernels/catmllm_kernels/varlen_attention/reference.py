@@ -1,0 +1,19 @@
+"""The definition: softmax attention in which a token sees its own sample up to itself, by one dense mask."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def varlen_attention(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scale: float) -> Tensor:
+    """query [T, H, D], key and value [T, K, D] with K dividing H, cu_seqlens [S+1] -> [T, H, D]. Needs T² memory."""
+    tokens, group = len(query), query.shape[1] // key.shape[1]
+    lengths = cu_seqlens.diff().long()
+    sample = torch.arange(len(lengths), device=query.device).repeat_interleave(lengths)
+    hidden = (sample[:, None] != sample) | torch.ones(tokens, tokens, device=query.device).triu(1).bool()
+    wide = torch.promote_types(query.dtype, torch.float32)
+    k, v = (x.to(wide).repeat_interleave(group, 1).transpose(0, 1) for x in (key, value))
+    scores = query.to(wide).transpose(0, 1) @ k.transpose(1, 2) * scale
+    weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+    return (weights @ v).transpose(0, 1).to(query.dtype)

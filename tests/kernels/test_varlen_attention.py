@@ -1,0 +1,158 @@
+"""Attention over samples end to end: the dense definition in float64, torch's own SDPA sample by sample, magnitudes that
+overflow float16, and what compile, planning and FLOP counting see of the op."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from catmllm_kernels.varlen_attention import reference, varlen_attention
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+LENGTHS = [1, 63, 64, 65, 7, 0, 200]
+
+
+def problem(
+    lengths: list[int], heads: int = 6, kv_heads: int = 2, width: int = 16, device: str = "cpu"
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Query, key, value and the result's gradient, float64, and the bounds."""
+    generator = torch.Generator().manual_seed(sum(lengths))
+    tensors = [
+        torch.randn(sum(lengths), h, width, generator=generator, dtype=torch.float64).to(device)
+        for h in (heads, kv_heads, kv_heads, heads)
+    ]
+    bounds = torch.tensor([0, *lengths], device=device).cumsum(0, dtype=torch.int32)
+    return tensors, bounds
+
+
+def results(
+    run: object, tensors: list[torch.Tensor], dtype: torch.dtype, *arguments: object
+) -> list[torch.Tensor]:
+    """Output and the gradients of query, key and value."""
+    q, k, v = (x.to(dtype).detach().requires_grad_() for x in tensors[:3])
+    out = run(q, k, v, *arguments)  # type: ignore[operator]
+    return [out.detach(), *torch.autograd.grad(out, (q, k, v), tensors[3].to(dtype))]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("dtype", "bound"),
+    [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.05), (torch.float16, 0.01)],
+)
+def test_it_is_the_definition_in_float64(device: str, dtype: torch.dtype, bound: float) -> None:
+    tensors, bounds = problem(LENGTHS, device=device)
+    ours = results(varlen_attention, tensors, dtype, bounds, 200)
+    expected = results(reference.varlen_attention, tensors, torch.float64, bounds, 0.25)
+    for a, b in zip(ours, expected):
+        assert a.dtype == dtype
+        assert (a.double() - b).abs().max() <= bound
+
+
+def test_it_is_sdpa_of_each_sample() -> None:
+    (q, k, v, _), bounds = problem(LENGTHS)
+
+    def heads_first(x: torch.Tensor, a: int, b: int) -> torch.Tensor:
+        return x[a:b].transpose(0, 1)[None]
+
+    pairs = zip(bounds.tolist(), bounds.tolist()[1:])
+    parts = [
+        torch.nn.functional.scaled_dot_product_attention(
+            heads_first(q, a, b), heads_first(k, a, b), heads_first(v, a, b), is_causal=True, enable_gqa=True
+        )[0].transpose(0, 1)
+        for a, b in pairs
+        if b > a
+    ]
+    torch.testing.assert_close(varlen_attention(q, k, v, bounds, 200), torch.cat(parts))
+
+
+@settings(max_examples=25)
+@given(
+    lengths=st.lists(st.integers(1, 140), min_size=1, max_size=6),
+    kv_heads=st.integers(1, 3),
+    group=st.integers(1, 3),
+    width=st.sampled_from([1, 4, 24]),
+)
+def test_any_lengths_and_heads(lengths: list[int], kv_heads: int, group: int, width: int) -> None:
+    tensors, bounds = problem(lengths, kv_heads * group, kv_heads, width)
+    ours = results(varlen_attention, tensors, torch.float64, bounds, max(lengths), 0.7)
+    expected = results(reference.varlen_attention, tensors, torch.float64, bounds, 0.7)
+    for a, b in zip(ours, expected):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_another_samples_tokens_change_nothing() -> None:
+    """Nor do NaN and infinities there: they stay in their sample."""
+    (q, k, v, _), bounds = problem([50, 70, 90])
+    clean = varlen_attention(q, k, v, bounds, 90)
+    for x in (q, k, v):
+        x[50:120] = torch.nan
+    spoilt = varlen_attention(q, k, v, bounds, 90)
+    assert torch.equal(spoilt[:50], clean[:50]) and torch.equal(spoilt[120:], clean[120:])
+    assert spoilt[50:120].isnan().all()
+
+
+def test_scores_beyond_float16_stay_finite() -> None:
+    """Qwen2.5's key biases are in the hundreds: q.k passes 65504 before the scale is applied."""
+    tensors, bounds = problem([70, 30], width=64)
+    tensors[0] *= 40
+    tensors[1] *= 40
+    tensors[1] += 150
+    assert (tensors[0] @ tensors[1].repeat_interleave(3, 1).transpose(1, 2)).abs().max() > 65504
+    ours = results(varlen_attention, tensors, torch.float16, bounds, 70)
+    assert all(x.isfinite().all() for x in ours)
+    halves = [x.half().double() for x in tensors]
+    expected = results(reference.varlen_attention, halves, torch.float64, bounds, 64**-0.5)
+    assert (ours[0].double() - expected[0]).abs().mean() < 0.05  # scores in the thousands: half a unit each
+
+
+@pytest.mark.parametrize("bounds", [[0, 3], [1, 5], [0, 4, 3, 5], []])
+def test_wrong_bounds_are_an_error(bounds: list[int]) -> None:
+    (q, k, v, _), _ = problem([5])
+    with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to 5"):
+        varlen_attention(q, k, v, torch.tensor(bounds, dtype=torch.int32), 5)
+    with pytest.raises(ValueError, match="K dividing H"):
+        varlen_attention(q, k[:, :1].expand(-1, 4, -1), v[:, :1].expand(-1, 4, -1), torch.tensor([0, 5]), 5)
+
+
+def test_what_torch_needs_of_an_op() -> None:
+    (q, k, v, _), bounds = problem([5, 9])
+    arguments = (q.float().requires_grad_(), k.float().requires_grad_(), v.float(), bounds, 9, 0.25)
+    torch.library.opcheck(torch.ops.catmllm.varlen_attention.default, arguments)
+
+
+def test_a_compiled_caller_agrees_and_is_one_graph() -> None:
+    torch.compiler.reset()
+    tensors, _ = problem([30, 40])
+    compiled = torch.compile(lambda *a: varlen_attention(*a) * 2, backend="aot_eager", fullgraph=True)
+    for lengths in ([30, 40], [20, 50], [10, 25, 35]):
+        bounds = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
+        ours = results(compiled, tensors, torch.float64, bounds, max(lengths))
+        expected = results(varlen_attention, tensors, torch.float64, bounds, max(lengths))
+        for a, b in zip(ours, expected):
+            torch.testing.assert_close(a, 2 * b)
+
+
+def test_flops_are_those_that_torch_counts_for_its_own_attention() -> None:
+    (q, k, v, _), bounds = problem([48, 16], kv_heads=6)
+    with FlopCounterMode(display=False) as ours:
+        varlen_attention(q, k, v, bounds, 48)
+    with FlopCounterMode(display=False) as theirs, sdpa_kernel(SDPBackend.MATH):
+        for part in ((x.split([48, 16])[i].transpose(0, 1)[None] for x in (q, k, v)) for i in range(2)):
+            torch.nn.functional.scaled_dot_product_attention(*part, is_causal=True)
+    assert ours.get_total_flops() == theirs.get_total_flops() > 0
+    with FakeTensorMode() as fake, FlopCounterMode(display=False) as planned:
+        varlen_attention(*(fake.from_tensor(x) for x in (q, k, v, bounds)), 48)  # type: ignore[arg-type]
+    assert planned.get_total_flops() == 4 * 2 * 48**2 * 6 * 16  # every sample as the longest
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch's FlashAttention needs a CUDA device")
+def test_cuda_half_precision_is_torchs_flash_attention() -> None:
+    (q, k, v, _), bounds = problem([48, 16], width=32, device="cuda")
+    with torch.profiler.profile() as profile:
+        varlen_attention(q.half(), k.half(), v.half(), bounds, 48)
+    assert any("flash" in e.key for e in profile.key_averages())
