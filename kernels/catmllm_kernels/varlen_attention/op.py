@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from catmllm_kernels.varlen_attention import blocked
+from catmllm_kernels.varlen_attention.blocked import backward, forward
 
 
 def varlen_attention(
@@ -58,7 +58,7 @@ def varlen_attention(
 def _forward(
     query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_length: int, scale: float
 ) -> Tensor:
-    return blocked.forward(query, key, value, _lengths(query, cu_seqlens), scale)
+    return forward(query, key, value, _lengths(query, cu_seqlens), scale)
 
 
 @_forward.register_fake
@@ -77,7 +77,7 @@ def _backward(
     max_length: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return blocked.backward(grad, query, key, value, out, _lengths(query, cu_seqlens), scale)
+    return backward(grad, query, key, value, out, _lengths(query, cu_seqlens), scale)
 
 
 @_backward.register_fake
