@@ -23,7 +23,7 @@ from catmllm.models.catalytic_mllm import CatalyticMLLM
 _PRODUCTS = frozenset(
     {"mm", "addmm"}
 )  # bmm is left out: eager attention's scores are a bmm, and quadratic in tokens
-_ATTENTION = ("scaled_dot_product", "flash_attn", "flash_attention", "varlen_attn", "efficient_attention")
+_ATTENTION = ("scaled_dot_product", "flash_attn", "flash_attention", "varlen_att", "efficient_attention")
 
 
 def _policy(context: Any, operator: Any, *args: Any, **options: Any) -> CheckpointPolicy:

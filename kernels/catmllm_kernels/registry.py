@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-OPS = ("escn",)
+OPS = ("escn", "varlen_attention")
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ __all__ = ["make_context"]  # a fixture, found by name
 STEPS = 6
 
 
-def losses(make_context: MakeContext, folder: Path, attention: str = "eager", **options: Any) -> list[float]:
+def losses(make_context: MakeContext, folder: Path, attention: str = "varlen", **options: Any) -> list[float]:
     """The loss of every step of a short joint training, where everything trains."""
     config = dataclasses.replace(small(), **options)
     config.model.llm.attention = attention  # type: ignore[assignment]
@@ -34,7 +34,7 @@ def losses(make_context: MakeContext, folder: Path, attention: str = "eager", **
     return [json.loads(r)["loss"] for r in (folder / "log.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("attention", ["varlen", "eager", "sdpa"])
 def test_checkpointing_repeats_the_loss_curve(
     make_context: MakeContext, tmp_path: Path, attention: str
 ) -> None:
