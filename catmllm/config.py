@@ -200,8 +200,11 @@ class GRPOConfig(OptimConfig):
     delta: float = 1e-4
     updates_per_rollout: int = 1
     clip: float = 0.2  # of the probability ratio; acts only with more than one update a rollout
+    normalise: Literal["sample", "token"] = "sample"  # every answer counts alike, or every token does
     property_share: float = 0.1  # property samples replayed beside the rollouts
     micro_batch: int = 32  # sequences a forward pass
+    reward_function: str | None = None  # file.py:function of your own, f(texts, targets); None: PVCP
+    reward_timeout: float = 60.0  # s; an answer whose reward takes longer has none
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
 
@@ -443,6 +446,7 @@ _POSITIVE = frozenset(
         "initial",
         "threads",
         "updates_per_rollout",
+        "reward_timeout",
         "tolerance",
         "accumulate",
         "replicate",

@@ -23,7 +23,7 @@ from catmllm.models.attention import by_part, no_mask
 from catmllm.models.equiformer_v2 import EquiformerV2, EquiformerV2Config
 from catmllm.models.fairchem_checkpoint import load_fairchem_checkpoint
 from catmllm.models.projector import Projector
-from catmllm_kernels.linear_logprob import linear_logprob
+from catmllm_kernels.linear_logprob import linear_logprobs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -111,20 +111,31 @@ class CatalyticMLLM(nn.Module):
         """
         return getattr(self, f"task_{task}")(*args, **options)
 
-    def task_answer(self, batch: Batch, temperature: float = 1.0) -> dict[str, torch.Tensor]:
-        """{"logprob" [M] of `batch.targets`, "energy" [S] standardised, NaN without query}."""
+    def task_answer(
+        self, batch: Batch, temperature: float = 1.0, entropy: bool = False
+    ) -> dict[str, torch.Tensor]:
+        """{"logprob" [M] of `batch.targets`, "energy" [S] standardised, NaN without query}.
+
+        `entropy` adds "entropy" [M], of the distributions that those tokens were drawn from, without gradient.
+        """
         hidden = self.hidden(batch)
-        logprob = linear_logprob(
-            hidden[batch.answer_at], self.llm.lm_head.weight, batch.targets, temperature=temperature
+        found = linear_logprobs(
+            hidden[batch.answer_at], self.llm.lm_head.weight, batch.targets, temperature, entropy
         )
-        return {"logprob": logprob, "energy": self.energy(hidden, batch)}
+        out = {"logprob": found.logprob, "energy": self.energy(hidden, batch)}
+        return out | {"entropy": found.entropy.detach()} if found.entropy is not None else out
 
     def task_head(
-        self, hidden: torch.Tensor, targets: torch.Tensor, temperature: float = 1.0
+        self, hidden: torch.Tensor, targets: torch.Tensor, temperature: float, reference: torch.Tensor
     ) -> dict[str, torch.Tensor]:
-        """{"logprob" [M]} of targets [M] from kept hidden states [M, H]: the LM head alone."""
+        """{"logprob", "reference"} [M] of targets [M] from kept hidden states [M, H]: the LM head alone, and in the
+        same pass a frozen one, `reference` [V, H]."""
         weight = self.llm.lm_head.weight
-        return {"logprob": linear_logprob(hidden.to(weight.dtype), weight, targets, temperature=temperature)}
+        found = linear_logprobs(
+            hidden.to(weight.dtype), weight, targets, temperature, reference=reference.to(weight.dtype)
+        )
+        assert found.reference is not None
+        return {"logprob": found.logprob, "reference": found.reference}
 
     def task_contrast(self, batch: Batch) -> dict[str, torch.Tensor]:
         """{"graph" [S, H], "text" [S, H]}; the text side carries no gradient."""

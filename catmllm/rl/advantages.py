@@ -9,15 +9,19 @@ import torch
 def group_advantages(rewards: np.ndarray, delta: float) -> tuple[np.ndarray, np.ndarray]:
     """(r - mean) / (std + delta) inside each group, with the population std.
 
-    rewards [groups, K] float64. Returns advantages of that shape and `informative` [groups] bool: a group whose
-    rewards are all equal (to 1e-9) carries no signal; its advantages are 0 and it should be left out.
+    rewards [groups, K] float64, NaN for an answer that has none: it takes no part. Returns advantages of that shape and
+    `informative` [groups, K] bool: an answer without a reward, and every answer of a group whose rewards are all equal
+    (to 1e-9), carries no signal; its advantage is 0 and it should be left out.
     """
-    if not np.isfinite(rewards).all():
-        raise ValueError("rewards must be finite")
-    centred = rewards - rewards.mean(1, keepdims=True)
-    informative = np.abs(centred).max(1) > 1e-9
-    advantages = centred / (rewards.std(1, keepdims=True) + delta)
-    return advantages * informative[:, None], informative
+    if np.isinf(rewards).any():
+        raise ValueError("rewards must be finite, or NaN where an answer has none")
+    there = ~np.isnan(rewards)
+    n = there.sum(1, keepdims=True).clip(1)
+    known = np.where(there, rewards, 0.0)
+    centred = np.where(there, known - known.sum(1, keepdims=True) / n, 0.0)
+    std = np.sqrt((centred**2).sum(1, keepdims=True) / n)
+    informative = there & (np.abs(centred).max(1, keepdims=True) > 1e-9)
+    return np.where(informative, centred / (std + delta), 0.0), informative
 
 
 def kl_estimate(logprob: torch.Tensor, reference: torch.Tensor, kind: str) -> torch.Tensor:
@@ -36,6 +40,17 @@ def kl_estimate(logprob: torch.Tensor, reference: torch.Tensor, kind: str) -> to
     raise ValueError(f"unknown KL estimator {kind!r}; choose k1, k2 or k3")
 
 
+def per_answer(x: torch.Tensor, row: torch.Tensor, n_rows: int, normalise: str) -> torch.Tensor:
+    """Per-token values x [M] of answers row [M] as one number an answer [n_rows].
+
+    `sample`: their mean, so that every answer counts alike (Eq. 48); `token`: their sum, so that every token does.
+    """
+    total = x.new_zeros(n_rows).index_add(0, row, x)
+    if normalise == "token":
+        return total
+    return total / torch.bincount(row, minlength=n_rows).clamp_min(1)
+
+
 def policy_loss(
     logprob: torch.Tensor,
     old: torch.Tensor,
@@ -46,20 +61,16 @@ def policy_loss(
     beta: float,
     kl: str,
     clip: float,
+    normalise: str = "sample",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """-A l + beta KL of each sample, both length-normalised, and the KL alone: two tensors [n_rows].
+    """-A l + beta KL of each answer, and the KL alone, both as `per_answer` has it: two tensors [n_rows].
 
-    logprob, old, reference [M] per token (old: of the policy that sampled), advantage [n_rows], row [M] the sample of
+    logprob, old, reference [M] per token (old: of the policy that sampled), advantage [n_rows], row [M] the answer of
     each token. l enters as the ratio exp(logprob - old), clipped to 1 ± clip, whose value and gradient at one update
     a rollout are those of A l.
     """
-    length = torch.bincount(row, minlength=n_rows).clamp_min(1)
-
-    def per_row(x: torch.Tensor) -> torch.Tensor:
-        return x.new_zeros(n_rows).index_add(0, row, x) / length
-
     ratio = (logprob - old).exp()
     a = advantage[row]
     gain = torch.minimum(ratio * a, ratio.clamp(1 - clip, 1 + clip) * a)
-    divergence = per_row(kl_estimate(logprob, reference, kl))
-    return -per_row(gain) + beta * divergence, divergence
+    divergence = per_answer(kl_estimate(logprob, reference, kl), row, n_rows, normalise)
+    return -per_answer(gain, row, n_rows, normalise) + beta * divergence, divergence

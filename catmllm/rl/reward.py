@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from catmllm.config import GAGRPOConfig
-from rewards_fast import Scores
 
 
 def energy_reward(predicted: np.ndarray, target: np.ndarray, lam: float) -> np.ndarray:
@@ -23,10 +20,3 @@ def design_reward(
     return config.energy_weight * energy_reward(predicted, target, config.energy_lambda) + (
         config.pvcp_weight * quality
     )
-
-
-def mean_terms(
-    scores: Scores, parts: Sequence[str] = ("total", "comp", "parse", "valid", "phys")
-) -> dict[str, float]:
-    """The mean of each reward term."""
-    return {p: float(np.mean(getattr(scores, p))) for p in parts}

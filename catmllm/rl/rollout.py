@@ -9,6 +9,7 @@ test holds the loop equal to transformers' own forward.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -267,6 +268,7 @@ class RolloutEngine:
         self, model: CatalyticMLLM, collate: Collator, dtype: torch.dtype = torch.float32, rows: int = 256
     ) -> None:
         self.tower, self.collate, self.model, self.rows = _Tower(model, dtype), collate, model, rows
+        self.seconds = {"prefill": 0.0, "decode": 0.0}  # spent so far
 
     @torch.no_grad()
     def generate(
@@ -295,6 +297,7 @@ class RolloutEngine:
             mask = _Mask(grammar, [p for p in patterns for _ in range(group_size)])
         key, waiting = hash_seed(seed), 0  # `waiting`: the first prompt that has not entered
         while waiting < len(samples) or len(batch.row):
+            began = time.perf_counter()
             room = (self.rows - len(batch.row)) // group_size
             # A quarter of the places at a time: reading a prompt alone would stop all the others for it.
             if waiting < len(samples) and (
@@ -303,12 +306,14 @@ class RolloutEngine:
                 part = slice(waiting, min(len(samples), waiting + max(1, room)))
                 batch.admit(waiting * group_size, *self._embed(prompts[part], samples[part]), group_size)
                 waiting = part.stop
+                self.seconds["prefill"] -= began - (began := time.perf_counter())
             token, logprob = self._draw(batch, params, key, mask)
             batch.ended |= answers.take(batch, token, logprob)
             if int(batch.ended.sum()) * 8 >= len(batch.row):  # moving the caches costs, idle rows cost too
                 token = token[batch.leave()]
             if len(token):
                 batch.advance(token)
+            self.seconds["decode"] += time.perf_counter() - began
         return answers.done()
 
     def _draw(

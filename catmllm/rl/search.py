@@ -7,6 +7,7 @@ number. Training makes a policy update of what each iteration returns; evaluatio
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -89,14 +90,19 @@ class ClosedLoop:
     def __init__(self, model: CatalyticMLLM, collate: Collator, config: GAGRPOConfig) -> None:
         self.model, self.collate, self.config = model, collate, config
         self.pvcp = config.reward.scorer()
+        self.seconds = {"reward": 0.0, "predict": 0.0}  # spent so far
         self._known: dict[str, float] = {}  # energy by structure key
 
     def judge(
         self, task: Sequence[Task], texts: Sequence[str], iteration: int
     ) -> tuple[list[Candidate], Scores]:
         """Candidates from texts, text i for task[i]."""
+        began = time.perf_counter()
         scores = self.pvcp.score(texts, [t.target for t in task])
+        scored = time.perf_counter()
         predicted, keys = self._predict(task, scores)
+        self.seconds["reward"] += scored - began
+        self.seconds["predict"] += time.perf_counter() - scored
         target = np.array([t.energy for t in task])
         rewards = design_reward(scores.total, predicted, target, self.config)
         feasible = hard_constraints(scores) & ~np.isnan(predicted)

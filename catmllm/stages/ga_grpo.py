@@ -20,7 +20,6 @@ from catmllm.rl.rollout import Rollout, RolloutEngine
 from catmllm.rl.search import ClosedLoop, Task, TaskState, summary
 from catmllm.trainer.distributed import DTYPES, unsharded
 from catmllm.trainer.loop import Context, MicroBatch, Step, TrainingError
-from catmllm_kernels.linear_logprob import linear_logprob
 
 
 class GAGRPO:
@@ -50,6 +49,7 @@ class GAGRPO:
         c, o = self.context, self.config
         wave, iteration = divmod(step, o.iterations)
         seed = [c.config.seed, 11, wave, c.world.rank]
+        before = dict(self.loop.seconds)
         with unsharded(c.model):
             engine = RolloutEngine(c.model, c.collate, DTYPES[c.config.precision])
             if iteration == 0:
@@ -63,11 +63,15 @@ class GAGRPO:
         errors = [abs(b.predicted - s.task.energy) for b, s in zip(best, self.running) if b is not None]
         metrics |= {
             "best_error": float(np.mean(errors)) if errors else float("inf"),
-            "skipped_groups": float((~informative).mean()),
+            "skipped_groups": float((~informative.any(1)).mean()),
             "kl": 0.0,
+            "seconds_prefill": engine.seconds["prefill"],
+            "seconds_decode": engine.seconds["decode"],
+            "seconds_reward": self.loop.seconds["reward"] - before["reward"],
+            "seconds_predict": self.loop.seconds["predict"] - before["predict"],
         }
         work = Step([], metrics)
-        self._add_policy(work, rollouts, advantages.reshape(-1), np.repeat(informative, o.group_size))
+        self._add_policy(work, rollouts, advantages.reshape(-1), informative.reshape(-1))
         return work
 
     def _tasks(self, wave: int) -> list[Task]:
@@ -82,10 +86,12 @@ class GAGRPO:
         c, o = self.context, self.config
         kept = np.flatnonzero(informative)
         n = max(1, c.world.maximum(-(-len(kept) // o.micro_batch)))
+        # Gradients are averaged over ranks, which may keep different numbers of answers.
+        whole = max(1.0, c.world.mean({"rows": float(len(kept))})["rows"])
         for part in np.array_split(kept, n):
             rows = part if len(part) else np.array([0])
             chosen = [rollouts[i] for i in rows]
-            weight = len(part) / max(1, len(kept))
+            weight = (len(part) > 0) / whole
             advantage = torch.tensor(advantages[rows], dtype=torch.float32, device=c.world.device)
             work.passes.append(
                 MicroBatch(
@@ -103,14 +109,13 @@ class GAGRPO:
         lengths = torch.tensor([len(r.ids) for r in rollouts], device=device)
         row = torch.arange(len(rollouts), device=device).repeat_interleave(lengths)
         t = o.sampling.temperature
-        logprob = self.context.model("head", hidden, targets, temperature=t)["logprob"]
-        with torch.no_grad():
-            reference = linear_logprob(hidden, self.reference_head.to(hidden.dtype), targets, temperature=t)
+        found = self.context.model("head", hidden, targets, t, self.reference_head)
+        logprob, reference = found["logprob"], found["reference"]
         loss, kl = policy_loss(
             logprob, logprob.detach(), reference, advantage, row, len(rollouts), o.beta, o.kl, clip=1.0
         )
-        metrics["kl"] += weight * float(kl.detach().mean())
-        return weight * loss.mean()
+        metrics["kl"] += weight * float(kl.detach().sum())
+        return weight * loss.sum()
 
     def state(self) -> dict[str, Any]:
         return {

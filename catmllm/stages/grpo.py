@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import json
-import time
 from functools import partial
 from typing import Any
 
@@ -18,15 +17,15 @@ import torch
 
 from catmllm.data.batches import Batch, Collator, Encoded
 from catmllm.data.prompts import Sample, cif_prompt, design_prompt
-from catmllm.rl.advantages import group_advantages, policy_loss
+from catmllm.rl.advantages import group_advantages, per_answer, policy_loss
 from catmllm.rl.grammar import answer_pattern
-from catmllm.rl.reward import mean_terms
 from catmllm.rl.rollout import Rollout, RolloutEngine
+from catmllm.rl.scoring import Reward, Scored, Scoring, load_reward
 from catmllm.stages.supervised import chosen, property_with_dropout, relatives, sample_losses
 from catmllm.trainer.distributed import DTYPES, unsharded
-from catmllm.trainer.loop import Context, MicroBatch, Step
+from catmllm.trainer.loop import Context, MicroBatch, Step, TrainingError
 
-# prompts, their rollouts, and per rollout its advantage and whether its group is informative; what to log
+# prompts, their rollouts, per rollout its advantage and whether it carries a signal; what to log
 Rolled = tuple[list[Sample], list[Rollout], np.ndarray, np.ndarray, dict[str, float]]
 
 
@@ -38,12 +37,13 @@ class GRPO:
     def __init__(self, context: Context) -> None:
         self.context, self.config = context, context.config.grpo
         self.systems = context.data["train"]
-        self.pvcp = self.config.reward.scorer()
+        o = self.config
+        self.reward: Reward = load_reward(o.reward_function) if o.reward_function else o.reward.scorer().score
         # The reference is the stage's starting point. Made before sharding, it is a whole copy on every rank.
         self.reference = copy.deepcopy(context.model).eval().requires_grad_(False)
         self.reference.llm.to(DTYPES[context.config.precision])
         self.kin = relatives(self.systems)
-        self.skipped = 0
+        self.skipped = self.unrewarded = 0
         self.rolled: Rolled | None = None
         self.old: dict[int, torch.Tensor] = {}  # log-probabilities of the sampling policy, by pass
 
@@ -55,7 +55,7 @@ class GRPO:
         if step % self.config.updates_per_rollout == 0 or self.rolled is None:
             self.rolled = self._roll(step)
         prompts, rollouts, advantages, informative, metrics = self.rolled
-        work = Step([], metrics | {"kl": 0.0, "clipped": 0.0, "energy_mae": 0.0})
+        work = Step([], metrics | dict.fromkeys(("kl", "clipped", "entropy", "energy_mae"), 0.0))
         self._add_policy(work, prompts, rollouts, advantages, informative)
         self._add_replay(work, step)
         return work
@@ -71,29 +71,39 @@ class GRPO:
                 answer_pattern(s.identity, s.target, k % 3 > 0, c.config.data.decimals)
                 for k, s in enumerate(asked)
             ]
+        targets = [self.systems[i].target for i, _ in picks for _ in range(o.group_size)]
+        scoring = Scoring(self.reward, targets, o.reward_timeout)
         with unsharded(c.model):
             engine = RolloutEngine(c.model, c.collate, DTYPES[c.config.precision])
             rollouts = engine.generate(
-                prompts, o.sampling, [c.config.seed, step, c.world.rank], o.group_size, patterns=patterns
+                prompts,
+                o.sampling,
+                [c.config.seed, step, c.world.rank],
+                o.group_size,
+                patterns=patterns,
+                on_answer=lambda i, r: scoring.take(i, r.text),
             )
-        targets = [self.systems[picks[r.prompt][0]].target for r in rollouts]
-        began = time.perf_counter()
-        scores = self.pvcp.score([r.text for r in rollouts], targets)
-        scored = time.perf_counter() - began
-        advantages, informative = group_advantages(scores.total.reshape(-1, o.group_size), o.delta)
-        self.skipped += int((~informative).sum())
+        scored = scoring.finish()
+        advantages, informative = group_advantages(scored.total.reshape(-1, o.group_size), o.delta)
+        self.skipped += int((~informative.any(1)).sum())
         self.old.clear()
-        metrics = {"reward" if k == "total" else f"reward_{k}": v for k, v in mean_terms(scores).items()}
+        metrics = {f"reward_{k}": float(np.nanmean(v)) for k, v in scored.terms.items()}
         metrics |= {
-            "parse_failures": float(np.mean([r is not None for r in scores.reason])),
-            "exact_composition": float(np.mean(scores.comp >= 10.0)),
-            "skipped_groups": float((~informative).mean()),
+            "reward": float(np.nanmean(scored.total)) if np.isfinite(scored.total).any() else float("nan"),
+            "unrewarded": float(np.isnan(scored.total).mean()),
+            "parse_failures": float(np.mean([r is not None for r in scored.reason])),
+            "skipped_groups": float((~informative.any(1)).mean()),
             "tokens_per_answer": float(np.mean([len(r.ids) for r in rollouts])),
-            "reward_seconds": scored,
+            "unfinished": float(np.mean([not r.finished for r in rollouts])),
+            "seconds_prefill": engine.seconds["prefill"],
+            "seconds_decode": engine.seconds["decode"],
+            "seconds_reward": scored.busy,  # beside decoding
+            "seconds_wait": scored.waited,  # for the last rewards, after it
         }
-        if c.world.main:
-            self._show(step, prompts, rollouts, scores.total)
-        return prompts, rollouts, advantages.reshape(-1), np.repeat(informative, o.group_size), metrics
+        if "comp" in scored.terms:
+            metrics["exact_composition"] = float(np.mean(scored.terms["comp"] >= 10.0))
+        self._report(step, prompts, rollouts, scored)
+        return prompts, rollouts, advantages.reshape(-1), informative.reshape(-1), metrics
 
     def _prompt(self, i: int, k: int, rng: np.random.Generator) -> Sample:
         """CIF prompts, design prompts and design prompts with an exemplar in turn."""
@@ -117,14 +127,19 @@ class GRPO:
         c, o = self.context, self.config
         kept = np.flatnonzero(informative)
         n = c.world.maximum(-(-len(kept) // o.micro_batch))
+        # Ranks keep different numbers of answers and gradients are averaged over ranks: with the mean number in the
+        # denominator the step is that of all answers in one batch.
+        count = {"rows": float(len(kept)), "tokens": float(sum(len(rollouts[i].ids) for i in kept))}
+        count = c.world.mean(count)
+        whole = count["rows" if o.normalise == "sample" else "tokens"]
         for k, part in enumerate(np.array_split(kept, n) if n else []):
             # A rank that has run out of rows still takes part in the collectives, with weight zero.
             rows = part if len(part) else np.array([0])
-            weight = len(part) / max(1, len(kept))
             batch = rollout_batch(
                 c.collate, [prompts[rollouts[i].prompt] for i in rows], [rollouts[i] for i in rows]
             ).to(c.world.device)
             advantage = torch.tensor(advantages[rows], dtype=torch.float32, device=c.world.device)
+            weight = (len(part) > 0) / max(whole, 1.0)
             work.passes.append(
                 MicroBatch(
                     partial(self._policy_loss, k, batch, advantage, weight, work.metrics),
@@ -136,17 +151,22 @@ class GRPO:
         self, k: int, batch: Batch, advantage: torch.Tensor, weight: float, metrics: dict[str, float]
     ) -> torch.Tensor:
         o = self.config
-        logprob = self.context.model("answer", batch, temperature=o.sampling.temperature)["logprob"]
+        t = o.sampling.temperature
+        policy = self.context.model("answer", batch, temperature=t, entropy=True)
+        logprob = policy["logprob"]
         old = self.old.setdefault(k, logprob.detach())
         with torch.no_grad():
-            reference = self.reference("answer", batch, temperature=o.sampling.temperature)["logprob"]
+            reference = self.reference("answer", batch, temperature=t)["logprob"]
+        row = batch.answer_sample
         loss, kl = policy_loss(
-            logprob, old, reference, advantage, batch.answer_sample, len(batch), o.beta, o.kl, o.clip
+            logprob, old, reference, advantage, row, len(advantage), o.beta, o.kl, o.clip, o.normalise
         )
-        metrics["kl"] += weight * float(kl.detach().mean())
-        outside = ((logprob.detach() - old).exp() - 1).abs() > o.clip
-        metrics["clipped"] += weight * float(outside.float().mean())
-        return weight * loss.mean()
+        outside = (((logprob.detach() - old).exp() - 1).abs() > o.clip).float()
+        for name, value in (("kl", kl), ("clipped", outside), ("entropy", policy["entropy"])):
+            if name != "kl":
+                value = per_answer(value, row, len(advantage), o.normalise)
+            metrics[name] += weight * float(value.detach().sum())
+        return weight * loss.sum()
 
     def _add_replay(self, work: Step, step: int) -> None:
         """A pass over property samples, as many as `property_share` of the rollouts."""
@@ -169,17 +189,25 @@ class GRPO:
 
         work.passes.append(MicroBatch(loss, batch.tokens))
 
-    def _show(self, step: int, prompts: list[Sample], rollouts: list[Rollout], rewards: np.ndarray) -> None:
-        """Keep one sampled answer a step for people to read."""
-        r = rollouts[0]
-        row = {
-            "step": step,
-            "prompt": prompts[r.prompt].prompt,
-            "answer": r.text,
-            "reward": float(rewards[0]),
-        }
-        with (self.context.folder / "samples.jsonl").open("a") as f:
-            f.write(json.dumps(row) + "\n")
+    def _report(self, step: int, prompts: list[Sample], rollouts: list[Rollout], scored: Scored) -> None:
+        """Answers for people to read: one a step in samples.jsonl, every one without a reward in unrewarded.jsonl."""
+        c = self.context
+        row = {"step": step, "prompt": prompts[0].prompt, "answer": rollouts[0].text}
+        if c.world.main:
+            with (c.folder / "samples.jsonl").open("a") as f:
+                f.write(json.dumps(row | {"reward": float(scored.total[0])}) + "\n")
+        if scored.problems:
+            with (c.folder / f"unrewarded.{c.world.rank}.jsonl").open("a") as f:
+                for i, problem in sorted(scored.problems.items()):
+                    r = rollouts[i]
+                    row = {"step": step, "prompt": prompts[r.prompt].prompt, "answer": r.text}
+                    f.write(json.dumps(row | {"problem": problem}) + "\n")
+        self.unrewarded = self.unrewarded + 1 if len(scored.problems) == len(rollouts) else 0
+        if self.unrewarded == 3:
+            raise TrainingError(
+                f"grpo: no answer got a reward in the last 3 steps (to step {step}); the first of this step: "
+                f"{scored.problems[0]}"
+            )
 
     def state(self) -> dict[str, Any]:
         return {"skipped": self.skipped}

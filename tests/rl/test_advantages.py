@@ -21,14 +21,14 @@ rewards = arrays(
 @given(r=rewards, delta=st.floats(1e-6, 1.0))
 def test_advantages_are_eqs_45_to_47(r: np.ndarray, delta: float) -> None:
     advantages, informative = group_advantages(r, delta)
-    assert advantages.shape == r.shape and informative.shape == (len(r),)
+    assert advantages.shape == r.shape and informative.shape == r.shape
     for group, row in enumerate(r):
         if np.ptp(row) < 1e-7:
             continue  # the next test
         mean = sum(row) / len(row)
         std = (sum((v - mean) ** 2 for v in row) / len(row)) ** 0.5
         expected = [(v - mean) / (std + delta) for v in row]
-        assert informative[group]
+        assert informative[group].all()
         np.testing.assert_allclose(advantages[group], expected, rtol=1e-9, atol=1e-9)
         assert abs(advantages[group].sum()) < 1e-7
         assert (np.argsort(advantages[group], kind="stable") == np.argsort(row, kind="stable")).all()
@@ -38,14 +38,27 @@ def test_a_group_of_equal_rewards_is_skipped() -> None:
     third = 1 / 3
     r = np.array([[third] * 3, [0.1 + 0.2, 0.3, 0.3], [1.0, 2.0, 3.0]])  # 0.1 + 0.2 is not quite 0.3
     advantages, informative = group_advantages(r, 1e-4)
-    assert informative.tolist() == [False, False, True]
+    assert informative.tolist() == [[False] * 3, [False] * 3, [True] * 3]
     assert (advantages[:2] == 0).all() and (advantages[2] != 0).any()
 
 
-def test_a_reward_that_is_not_finite_is_an_error() -> None:
-    for bad in (np.nan, np.inf):
-        with pytest.raises(ValueError, match="finite"):
-            group_advantages(np.array([[1.0, bad]]), 1e-4)
+def test_an_infinite_reward_is_an_error() -> None:
+    with pytest.raises(ValueError, match="finite"):
+        group_advantages(np.array([[1.0, np.inf]]), 1e-4)
+
+
+@given(r=rewards, seed=st.integers(0, 99))
+def test_an_answer_without_a_reward_takes_no_part(r: np.ndarray, seed: int) -> None:
+    """Its group's advantages are those of the group without it."""
+    holes = np.random.default_rng(seed).random(r.shape) < 0.4
+    advantages, informative = group_advantages(np.where(holes, np.nan, r), 1e-4)
+    assert not advantages[holes].any() and not informative[holes].any()
+    for group, row in enumerate(r):
+        there = ~holes[group]
+        if there.any():
+            alone, signal = group_advantages(row[None, there], 1e-4)
+            np.testing.assert_allclose(advantages[group, there], alone[0], rtol=1e-12, atol=1e-12)
+            assert (informative[group, there] == signal[0]).all()
 
 
 def test_k3_is_trls_estimator_and_the_others_are_schulmans() -> None:

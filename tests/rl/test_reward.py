@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from catmllm.config import GAGRPOConfig, RewardConfig
-from catmllm.rl.reward import design_reward, energy_reward, mean_terms
+from catmllm.rl.reward import design_reward, energy_reward
 from catmllm.structure.cif import write_cif
 from catmllm.structure.system import System
 from rewards_fast import min_distance
@@ -67,14 +67,3 @@ def test_pvcp_has_the_configurations_weights_and_distances(train_systems: list[S
     weighted = RewardConfig(comp=0.0, parse=1.0, valid=0.0, phys=0.0).scorer().score(["garbage"], [target])
     assert weighted.total[0] == -20.0
     assert RewardConfig(close=3.0, near=3.0).scorer().score([text], [target]).phys[0] == pytest.approx(2.0)
-
-
-def test_mean_terms() -> None:
-    scores = RewardConfig().scorer().score(["garbage", "more"], "Pd2")
-    assert mean_terms(scores) == {
-        "total": -15.0,
-        "comp": -15.0,
-        "parse": -20.0,
-        "valid": -10.0,
-        "phys": -10.0,
-    }

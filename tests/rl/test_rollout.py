@@ -156,7 +156,8 @@ def test_log_probabilities_are_the_models_of_the_very_tokens(
             "head",
             torch.cat([r.hidden for r in rollouts]),  # type: ignore[misc]
             torch.cat([r.ids for r in rollouts]),
-            temperature=temperature,
+            temperature,
+            model.llm.lm_head.weight,
         )["logprob"]
     sampled = torch.cat([r.logprob for r in rollouts])
     torch.testing.assert_close(sampled, forced, rtol=0, atol=1e-4)

@@ -4,6 +4,10 @@ A model of a few steps writes nothing that parses, so that every group would be 
 tokens instead.
 """
 
+import itertools
+import json
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +17,7 @@ from catmllm.rl.search import ClosedLoop
 from catmllm.stages.ga_grpo import GAGRPO
 from catmllm.stages.grpo import GRPO
 from catmllm.structure.cif import write_cif
-from catmllm.trainer.loop import Context, train
+from catmllm.trainer.loop import Context, TrainingError, train
 from tests.stages.conftest import MakeContext, small
 
 
@@ -38,7 +42,7 @@ def test_grpo_moves_the_llm_and_nothing_frozen(
 
     def make(c: Context) -> GRPO:
         stage = GRPO(c)
-        stage.pvcp = TokenReward()  # type: ignore[assignment]
+        stage.reward = TokenReward().score
         roll = stage._roll
 
         def spy(step):
@@ -69,7 +73,7 @@ def test_scored_tokens_are_the_sampled_tokens(context: Context) -> None:
             texts.extend(got)
             return super().score(got, targets)
 
-    stage.pvcp = Spy()  # type: ignore[assignment]
+    stage.reward = Spy().score
     from catmllm.trainer.distributed import shard
 
     for p in context.model.parameters():
@@ -77,10 +81,11 @@ def test_scored_tokens_are_the_sampled_tokens(context: Context) -> None:
     shard(context.model, context.config, context.world)
     prompts, rollouts, _, _, _ = stage._roll(0)
     batch = rollout_batch(context.collate, [prompts[r.prompt] for r in rollouts], rollouts)
-    for row, (rollout, text) in enumerate(zip(rollouts, texts)):
+    assert sorted(texts) == sorted(r.text for r in rollouts)  # scored as they end
+    for row, rollout in enumerate(rollouts):
         trained = batch.targets[batch.answer_sample == row]
         assert torch.equal(trained, rollout.ids)
-        assert decode(context.collate.tokenizer, trained.tolist()) == text
+        assert decode(context.collate.tokenizer, trained.tolist()) == rollout.text
     out = context.model("answer", batch)
     expected = torch.cat([r.logprob for r in rollouts])
     torch.testing.assert_close(out["logprob"].detach(), expected, atol=2e-4, rtol=1e-4)
@@ -115,7 +120,7 @@ def test_a_step_without_any_signal_changes_nothing(make_context: MakeContext, pr
 
     def make(c: Context) -> GRPO:
         stage = GRPO(c)
-        stage.pvcp = Flat()  # type: ignore[assignment]
+        stage.reward = Flat().score
         return stage
 
     config = small()
@@ -125,3 +130,80 @@ def test_a_step_without_any_signal_changes_nothing(make_context: MakeContext, pr
     state, stage = train(make, context)
     assert all(torch.equal(v, before[k]) for k, v in state.items())
     assert stage.state()["skipped"] == 2 * config.grpo.batch_size
+
+
+@pytest.mark.parametrize("failure", ["raises", "nan", "stalls"])
+def test_a_failing_reward_costs_its_answer_and_no_more(context: Context, failure: str) -> None:
+    """Every third answer fails: the step goes on with the others, and the failures can be read."""
+    context.config.grpo.reward_timeout = 0.5
+    release = threading.Event()
+    calls = itertools.count()
+
+    def reward(texts, targets):
+        if len(texts) > 1:
+            raise RuntimeError("one at a time")
+        if next(calls) % 3 == 0:
+            if failure == "raises":
+                raise KeyError("no such element")
+            if failure == "stalls":
+                release.wait(60)
+            return [float("nan")]
+        return [float(len(texts[0])) + 1e-3 * next(calls)]
+
+    def make(c: Context) -> GRPO:
+        stage = GRPO(c)
+        stage.reward = reward
+        return stage
+
+    before = {k: v.clone() for k, v in context.model.state_dict().items()}
+    state, _ = train(make, context)
+    release.set()
+    assert all(v.isfinite().all() for v in state.values() if v.is_floating_point())
+    assert not torch.equal(state["llm.lm_head.weight"], before["llm.lm_head.weight"])
+    rows = [json.loads(line) for line in (context.folder / "unrewarded.0.jsonl").read_text().splitlines()]
+    wanted = {"raises": "KeyError", "nan": "nan", "stalls": "no reward within 0.5 s"}[failure]
+    assert 2 <= len(rows) < 2 * 9 and all(wanted in row["problem"] for row in rows)
+    assert all(row["prompt"] and "answer" in row for row in rows)
+    log = [json.loads(line) for line in (context.folder / "log.jsonl").read_text().splitlines()]
+    assert all(0 < row["unrewarded"] < 1 and np.isfinite(row["reward"]) for row in log)
+
+
+def test_a_reward_that_never_works_stops_training_soon(context: Context) -> None:
+    def reward(texts, targets):
+        raise ZeroDivisionError("always")
+
+    def make(c: Context) -> GRPO:
+        stage = GRPO(c)
+        stage.reward = reward
+        return stage
+
+    context.config.grpo.steps = 5
+    with pytest.raises(
+        TrainingError, match=r"no answer got a reward in the last 3 steps.*ZeroDivisionError: always"
+    ):
+        train(make, context)
+
+
+def test_token_level_normalisation_and_several_updates_a_rollout(context: Context) -> None:
+    """The clip acts from the second update on, where the policy has moved from the one that sampled."""
+    o = context.config.grpo
+    o.normalise, o.updates_per_rollout, o.steps, o.clip, o.lr, o.checkpoint_every = (
+        "token",
+        2,
+        4,
+        1e-4,
+        5e-3,
+        2,
+    )
+
+    def make(c: Context) -> GRPO:
+        stage = GRPO(c)
+        stage.reward = TokenReward().score
+        return stage
+
+    train(make, context)
+    log = [json.loads(line) for line in (context.folder / "log.jsonl").read_text().splitlines()]
+    clipped, kl, entropy = ([row[k] for row in log] for k in ("clipped", "kl", "entropy"))
+    assert clipped[0] == clipped[2] == 0.0 and min(clipped[1], clipped[3]) > 0.3
+    assert abs(kl[0]) < 1e-6 < kl[1]  # policy and reference are equal before the first update
+    assert all(0 < e < np.log(len(context.collate.tokenizer)) for e in entropy)
