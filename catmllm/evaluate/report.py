@@ -6,18 +6,16 @@ and control characters replaced; the page forbids itself scripts and requests (C
 
 from __future__ import annotations
 
-import html
 import json
 import math
-import re
 from collections import Counter
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
 from catmllm.config import STAGES
+from catmllm.evaluate import page as html
 from catmllm.evaluate.drawing import legend, structure_svg
 from catmllm.evaluate.figures import (
     draw_design,
@@ -28,7 +26,6 @@ from catmllm.evaluate.figures import (
     draw_solved,
     draw_trace,
     draw_training,
-    figure_svg,
     readme_figure,
     solved_by_iteration,
 )
@@ -57,35 +54,6 @@ from rewards_fast import extract_cif
 __all__ = ["readme_figure", "summary_table", "write_report"]
 
 _PICTURES = 6  # designs that are drawn
-_EXAMPLE_CHARACTERS = 4000  # of a model's text that are shown
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-_CSS = """
-body { font: 15px/1.5 Verdana, "DejaVu Sans", sans-serif; color: #1a1a1a; background: #fff; max-width: 66rem;
-  margin: 2rem auto; padding: 0 1.2rem; }
-h1 { font-size: 1.5rem; margin: 0; } h2 { font-size: 1.15rem; border-bottom: 1px solid #ccc; margin: 2.4rem 0 .8rem; }
-.conditions, figcaption, .notes { color: #555; font-size: .82rem; } .notes { margin: .3rem 0 1rem; padding-left: 1.1rem; }
-.missing { border-left: 4px solid #e69f00; background: #fff8e8; padding: .5rem .9rem; }
-.claims { list-style: none; padding: 0; } .claims li { margin: .5rem 0; padding-left: 6rem; position: relative; }
-.verdict { position: absolute; left: 0; top: .1rem; width: 5rem; text-align: center; border-radius: 3px; color: #fff;
-  font-size: .8rem; print-color-adjust: exact; -webkit-print-color-adjust: exact; }
-.yes { background: #00734f; } .no { background: #b03a2e; } .unclear { background: #6b6b6b; }
-.evidence { display: block; color: #555; font-size: .85rem; }
-table { border-collapse: collapse; font-size: .85rem; margin: .6rem 0 .2rem; font-variant-numeric: tabular-nums; }
-caption { text-align: left; font-weight: bold; white-space: nowrap; padding-bottom: .3rem; }
-th, td { padding: .2rem .8rem .2rem 0; text-align: right; border-bottom: 1px solid #e4e4e4; }
-th:first-child, td:first-child { text-align: left; } thead th { border-bottom: 1px solid #888; vertical-align: bottom; }
-figure { margin: 1rem 0; } figure svg { max-width: 100%; height: auto; display: block; }
-.pair { display: flex; flex-wrap: wrap; gap: 1.5rem; align-items: flex-start; } .pair figure { flex: 1 1 26rem; }
-.designs { display: flex; flex-wrap: wrap; gap: 1rem; } .design { border: 1px solid #ddd; padding: .6rem; width: 19.5rem;
-  break-inside: avoid; font-size: .82rem; box-sizing: border-box; } .design .views { display: flex; gap: .4rem; align-items: flex-end;
-  margin-bottom: .4rem; }
-.atoms { background: #fafafa; flex: none; } .dot { display: inline-block; width: .7em; height: .7em; border: 1px solid #555;
-  border-radius: 50%; margin: 0 .2em 0 .5em; print-color-adjust: exact; -webkit-print-color-adjust: exact; }
-pre { font: 12px/1.35 monospace; background: #f6f6f6; padding: .7rem; overflow-x: auto; white-space: pre-wrap;
-  unicode-bidi: isolate; } summary { cursor: pointer; margin: .3rem 0; }
-@media print { h2 { break-after: avoid; } body { margin: 0; max-width: none; font-size: 11px; } figure, table, .claims li { break-inside: avoid; } }
-"""
 
 
 def write_report(run: Path) -> Path:
@@ -102,8 +70,8 @@ def write_report(run: Path) -> Path:
     missing = ([problem] if problem else []) + missing_parts(metrics, logs)
     title = f"Run {run.resolve().name}"
     body = [
-        f"<h1>{_text(title)}</h1>",
-        f'<p class="conditions">{_text(conditions(metrics))}</p>',
+        f"<h1>{html.text(title)}</h1>",
+        f'<p class="conditions">{html.text(conditions(metrics))}</p>',
         _missing(missing),
         _headlines(metrics),
         _property(metrics),
@@ -113,13 +81,8 @@ def write_report(run: Path) -> Path:
         _texts(metrics),
         _configuration(metrics),
     ]
-    page = (
-        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta http-equiv="Content-Security-Policy" '
-        f'content="{_POLICY}">\n<meta name="viewport" content="width=device-width">\n<title>{_text(title)}</title>\n'
-        f"<style>{_CSS}</style>\n</head>\n<body>\n" + "\n".join(filter(None, body)) + "\n</body>\n</html>\n"
-    )
     path = run / "report.html"
-    path.write_text(page, encoding="utf-8")
+    path.write_text(html.page(title, body), encoding="utf-8")
     return path
 
 
@@ -136,65 +99,20 @@ def _read_metrics(path: Path) -> tuple[Metrics, str]:
     )
 
 
-# --------------------------------------------------------------------------- pieces of HTML
-
-
-def _text(value: Any) -> str:
-    """Any text made harmless: escaped, control and direction characters and lone surrogates replaced."""
-    return html.escape(_CONTROL.sub("\ufffd", str(value).replace("\r\n", "\n")))
-
-
-def _section(title: str, *parts: str) -> str:
-    return "\n".join([f"<section>\n<h2>{_text(title)}</h2>", *filter(None, parts), "</section>"])
-
-
-def _table(table: Table | None) -> str:
-    if table is None:
-        return ""
-    head = "".join(f'<th scope="col">{_text(cell)}</th>' for cell in table.header)
-    rows = "\n".join(
-        "<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in row) + "</tr>" for row in table.rows
-    )
-    return (
-        f"<table><caption>{_text(table.title)}</caption>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody></table>"
-        + _notes(table.notes)
-    )
-
-
-def _notes(notes: Iterable[str]) -> str:
-    items = "".join(f"<li>{_text(note)}</li>" for note in notes)
-    return f'\n<ul class="notes">{items}</ul>' if items else ""
-
-
-def _figure(name: str, caption: str, size: tuple[float, float], draw: Callable[[Figure], None]) -> str:
-    svg = figure_svg(name, caption, size, draw)
-    return f"<figure>{svg}<figcaption>{_text(caption)}</figcaption></figure>"
-
-
-def _details(summary: str, body: str) -> str:
-    return f"<details><summary>{_text(summary)}</summary>\n{body}\n</details>"
-
-
-def _pre(text: Any) -> str:
-    shown = str(text)[:_EXAMPLE_CHARACTERS]
-    cut = len(str(text)) - len(shown)
-    return f"<pre>{_text(shown)}</pre>" + (f'<p class="notes">{cut} more characters</p>' if cut else "")
-
-
 # --------------------------------------------------------------------------- sections
 
 
 def _missing(missing: list[str]) -> str:
     if not missing:
         return ""
-    return f'<p class="missing"><b>Not in this run (yet):</b> {"; ".join(map(_text, missing))}.</p>'
+    return f'<p class="missing"><b>Not in this run (yet):</b> {"; ".join(map(html.text, missing))}.</p>'
 
 
 def _headlines(metrics: Metrics) -> str:
     found = claims(metrics)
     items = "\n".join(
-        f'<li><span class="verdict {c.verdict}">{c.verdict}</span>{_text(c.sentence)}'
-        f'<span class="evidence">{_text(c.evidence)}</span></li>'
+        f'<li><span class="verdict {c.verdict}">{c.verdict}</span>{html.text(c.sentence)}'
+        f'<span class="evidence">{html.text(c.evidence)}</span></li>'
         for c in found
     )
     explained = (
@@ -205,7 +123,7 @@ def _headlines(metrics: Metrics) -> str:
     )
     listed = f'<ul class="claims">\n{items}\n</ul>' if found else "<p>Nothing has been measured yet.</p>"
     notes = [explained, *STAGE_MEANINGS] if found else STAGE_MEANINGS
-    return _section("What holds, what does not", listed, _notes(notes))
+    return html.section("What holds, what does not", listed, html.notes(notes))
 
 
 def _property(metrics: Metrics) -> str:
@@ -217,13 +135,13 @@ def _property(metrics: Metrics) -> str:
         caption = (
             f"Energy head with text and graph, after {STAGE_NAMES[stages[-1]]}. Line: perfect prediction."
         )
-        parity = _figure(
+        parity = html.figure(
             "parity",
             caption,
             (5.4, 4.3),
             lambda f: draw_parity(f.subplots(), result, "Energies of test systems"),
         )
-    return _section("Energy prediction", _table(table), parity) if table else ""
+    return html.section("Energy prediction", html.table(table), parity) if table else ""
 
 
 def _generation(metrics: Metrics) -> str:
@@ -232,8 +150,8 @@ def _generation(metrics: Metrics) -> str:
     if table is None:
         return ""
     parts = [
-        _table(table),
-        _figure(
+        html.table(table),
+        html.figure(
             "failures",
             "Share of sampled CIFs that fail each check; lines: 95 % Wilson intervals.",
             (8.6, 3.6),
@@ -242,9 +160,9 @@ def _generation(metrics: Metrics) -> str:
     ]
     if any(generation[stage].get("reward_hist") for stage in ordered(generation)):
         caption = "Rewards of single texts; an unreadable one is at the floor of -15."
-        parts.append(_figure("rewards", caption, (8.6, 2.9), lambda f: draw_rewards(f, generation)))
-    parts += [_table(_terms_table(generation)), _table(_reasons_table(generation))]
-    return _section("Generated CIFs", *parts)
+        parts.append(html.figure("rewards", caption, (8.6, 2.9), lambda f: draw_rewards(f, generation)))
+    parts += [html.table(_terms_table(generation)), html.table(_reasons_table(generation))]
+    return html.section("Generated CIFs", *parts)
 
 
 def _terms_table(generation: Metrics) -> Table | None:
@@ -280,8 +198,8 @@ def _design(metrics: Metrics) -> str:
         return ""
     items = design.get("items") or []
     parts = [
-        _table(table),
-        _figure(
+        html.table(table),
+        html.figure(
             "design",
             "Share of tasks with a successful design, 95 % Wilson intervals; controls are exact averages.",
             (8.6, 3.4),
@@ -293,8 +211,8 @@ def _design(metrics: Metrics) -> str:
     pictures = _pictures(items)
     if pictures:
         parts.append(pictures)
-    parts += [_table(_refusals(items)), _all_tasks(items)]
-    return _section("Design by target energy", *parts)
+    parts += [html.table(_refusals(items)), _all_tasks(items)]
+    return html.section("Design by target energy", *parts)
 
 
 def _trace_figure(design: Metrics) -> str:
@@ -311,7 +229,7 @@ def _trace_figure(design: Metrics) -> str:
         "More candidates alone raise this too. Bands: quartiles over tasks; a task without a candidate counts as an "
         "infinite error (a gap in a line: more than half of the tasks; a band up to the edge: more than a quarter)."
     )
-    return _figure("trace", caption, (8.6, 3.5), draw)
+    return html.figure("trace", caption, (8.6, 3.5), draw)
 
 
 def _refusals(items: list[dict[str, Any]]) -> Table | None:
@@ -359,7 +277,7 @@ def _pictures(items: list[dict[str, Any]]) -> str:
         f"The {len(shown)} closest of {len(items)} by {judge}, one a system: chosen, not typical; all tasks are below. From "
         "above with one cell dashed, and from the side; deeper atoms are paler, the adsorbate is ringed."
     )
-    return f'<p><b>Best designs</b></p>\n<div class="designs">\n{cards}\n</div>{_notes([note])}'
+    return f'<p><b>Best designs</b></p>\n<div class="designs">\n{cards}\n</div>{html.notes([note])}'
 
 
 def _card(item: dict[str, Any]) -> str:
@@ -370,12 +288,12 @@ def _card(item: dict[str, Any]) -> str:
         views = structure_svg(system, "top", 150) + structure_svg(system, "side", 118)
         picture = f'<div class="views">{views}</div>{legend(system)}'
     except ValueError as error:
-        picture = f"<p>cannot be drawn: {_text(error)}</p>"
+        picture = f"<p>cannot be drawn: {html.text(error)}</p>"
     facts = (
-        f"<b>{_text(item['identity'])}</b><br>wanted {number(item['energy'], 2)} eV · predicted "
-        f"{number(best.get('predicted'), 2)} eV · {_text(_judged(item))}"
+        f"<b>{html.text(item['identity'])}</b><br>wanted {number(item['energy'], 2)} eV · predicted "
+        f"{number(best.get('predicted'), 2)} eV · {html.text(_judged(item))}"
     )
-    text = _details("CIF", _pre(best["text"]))
+    text = html.details("CIF", html.pre(best["text"]))
     return f'<div class="design">{picture}<p>{facts}</p>{text}</div>'
 
 
@@ -408,7 +326,7 @@ def _all_tasks(items: list[dict[str, Any]]) -> str:
         "success, own",
         "success, SevenNet-0",
     ]
-    return _details(f"All {len(items)} tasks", _table(Table("", header, rows, []))) if rows else ""
+    return html.details(f"All {len(items)} tasks", html.table(Table("", header, rows, []))) if rows else ""
 
 
 # --------------------------------------------------------------------------- training, texts, configuration
@@ -422,14 +340,14 @@ def _training(metrics: Metrics, logs: dict[str, list[dict[str, Any]]]) -> str:
             "mean). GA-GRPO's reward falls whenever new tasks begin."
         )
         size = (max(4.5, 2.35 * len(logs)), 4.2)
-        parts.append(_figure("training", caption, size, lambda f: draw_training(f, logs)))
+        parts.append(html.figure("training", caption, size, lambda f: draw_training(f, logs)))
     seconds = {k: v for k, v in (metrics.get("seconds") or {}).items() if finite(v)}
     if seconds:
         caption = "Wall-clock time of every part; stages in their colours, everything else grey."
         size = (7.5, 0.7 + 0.27 * len(seconds))
         parts += [
-            _table(time_table(metrics)),
-            _figure("seconds", caption, size, lambda f: draw_seconds(f.subplots(), seconds)),
+            html.table(time_table(metrics)),
+            html.figure("seconds", caption, size, lambda f: draw_seconds(f.subplots(), seconds)),
         ]
     refit = metrics.get("refit") or {}
     if refit:
@@ -437,18 +355,18 @@ def _training(metrics: Metrics, logs: dict[str, list[dict[str, Any]]]) -> str:
             f"<p>Before GA-GRPO the energy head was refitted on the frozen backbone: validation MAE "
             f"{number(refit.get('val_mae_before'))} → {number(refit.get('val_mae_after'))} eV.</p>"
         )
-    return _section("Training", *parts) if parts else ""
+    return html.section("Training", *parts) if parts else ""
 
 
 def _texts(metrics: Metrics) -> str:
     generation = metrics.get("generation") or {}
     parts = [
-        _details(f"Sampled after {STAGE_NAMES[stage]}, example {k}", _pre(text))
+        html.details(f"Sampled after {STAGE_NAMES[stage]}, example {k}", html.pre(text))
         for stage in ordered(generation)
         for k, text in enumerate(generation[stage].get("examples") or [], start=1)
     ]
     return (
-        _section("Example answers", *parts, _notes(["As sampled, the first of each evaluation."]))
+        html.section("Example answers", *parts, html.notes(["As sampled, the first of each evaluation."]))
         if parts
         else ""
     )
@@ -456,7 +374,7 @@ def _texts(metrics: Metrics) -> str:
 
 def _configuration(metrics: Metrics) -> str:
     parts = [
-        _details(title, f"<pre>{_text(json.dumps(metrics[key], indent=2, ensure_ascii=False))}</pre>")
+        html.details(title, f"<pre>{html.text(json.dumps(metrics[key], indent=2, ensure_ascii=False))}</pre>")
         for key, title in (
             ("config", "Configuration"),
             ("machine", "Machine"),
@@ -465,4 +383,4 @@ def _configuration(metrics: Metrics) -> str:
         )
         if metrics.get(key)
     ]
-    return _section("Configuration", *parts) if parts else ""
+    return html.section("Configuration", *parts) if parts else ""
