@@ -272,7 +272,7 @@ class Updates:
         self.rollouts = engine.generate(self.prompts, params, [0], group, keep_hidden=True)
         self.batch = rollout_batch(collate, [self.prompts[r.prompt] for r in self.rollouts], self.rollouts)
         self.advantage = torch.linspace(-1, 1, len(self.rollouts))
-        self.row = torch.nonzero(self.batch.labels[:, 1:] != -100)[:, 0]
+        self.row = self.batch.answer_sample
         self.targets = torch.cat([r.ids for r in self.rollouts])
         self.head = self.model.llm.lm_head.weight
         self.frozen = self.head.detach().clone()
@@ -293,9 +293,7 @@ class Updates:
     def recomputed(self) -> None:
         """The head alone, from one pass of the frozen backbone."""
         with torch.no_grad():
-            hidden = self.model.hidden(self.batch.input_ids, None)
-            wanted = self.batch.labels[:, 1:] != -100
-            hidden = hidden[:, :-1][wanted]
+            hidden = self.model.hidden(self.batch)[self.batch.answer_at]
         self._head(hidden)
 
     def _head(self, hidden: torch.Tensor) -> None:
