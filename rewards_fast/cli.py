@@ -1,4 +1,4 @@
-"""`rewards-fast score` for files of answers, `rewards-fast profile` for where the time of a reward goes."""
+"""`rewards-fast score` for files of answers, `profile` for where the time of a reward goes, `serve` for HTTP."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import numpy as np
 
 from rewards_fast.extract import extract_cif
 from rewards_fast.pvcp import FIELD_NAMES, PVCP, SCORE_NAMES, TERM_NAMES, Scores
+from rewards_fast.settings import load_settings
 
 BATCH = 512
 
@@ -294,6 +295,49 @@ def run_profile(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def read_token(path: str | None) -> str | None:
+    """The token of a file, else of the environment variable REWARDS_FAST_TOKEN; an argument would show in `ps`."""
+    try:
+        token = (
+            Path(path).read_text(encoding="utf-8") if path else os.environ.get("REWARDS_FAST_TOKEN", "")
+        ).strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SystemExit(f"{path}: cannot be read: {error}") from None
+    if path and not token:
+        raise SystemExit(f"{path}: the token is empty")
+    return token or None
+
+
+def run_serve(arguments: argparse.Namespace) -> int:
+    """Serves scores over HTTP until it is told to stop."""
+    try:
+        from rewards_fast.integrations import server
+    except ImportError as error:
+        raise SystemExit(
+            f"serving needs the extra `server` ({error}): pip install 'catmllm[server]'"
+        ) from None
+    files = [item for item in arguments.settings if "=" not in item]
+    if len(files) > 1:
+        raise SystemExit(f"one settings file at most, got {', '.join(files)}")
+    try:
+        settings = load_settings(files[0] if files else None, [i for i in arguments.settings if "=" in i])
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+    limits = server.Limits(
+        body=int(arguments.max_body * 2**20),
+        texts=arguments.max_texts,
+        chars=arguments.max_chars,
+        queue=arguments.queue,
+        held=max(server.Limits.held, int(2 * arguments.max_body * 2**20)),
+        body_seconds=arguments.body_seconds,
+        drain_seconds=arguments.drain_seconds,
+    )
+    server.serve(
+        settings, arguments.host, arguments.port, read_token(arguments.token_file), limits, arguments.log
+    )
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `rewards-fast`."""
     parser = argparse.ArgumentParser(prog="rewards-fast", description=__doc__)
@@ -325,6 +369,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     profile.add_argument("--plot", help="write a figure to this file")
     profile.add_argument("--json", action="store_true")
     profile.set_defaults(run=run_profile)
+    serve = commands.add_parser(
+        "serve", help="score over HTTP", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    serve.add_argument(
+        "settings", nargs="*", metavar="FILE.yaml|key=value", help="weights and thresholds, as in training"
+    )
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    serve.add_argument("--port", type=int, default=8000, help="0 takes a free one")
+    serve.add_argument("--token-file", help="file with the bearer token (else REWARDS_FAST_TOKEN)")
+    serve.add_argument("--max-body", type=float, default=32, metavar="MiB", help="of one request")
+    serve.add_argument("--max-texts", type=int, default=4096, help="of one request")
+    serve.add_argument("--max-chars", type=int, default=1_000_000, help="of one text")
+    serve.add_argument("--queue", type=int, default=256, help="requests that may wait; more are refused")
+    serve.add_argument("--body-seconds", type=float, default=30, help="in which a body must have come")
+    serve.add_argument("--drain-seconds", type=float, default=1, help="of answering on after SIGTERM")
+    serve.add_argument("--log", default="info", choices=("debug", "info", "warning", "error"))
+    serve.set_defaults(run=run_serve)
     arguments = parser.parse_args(argv)
     return int(arguments.run(arguments))
 

@@ -7,7 +7,7 @@ The training configurations inherit these keys (`grpo.reward`, `ga_grpo.reward`)
 from __future__ import annotations
 
 import difflib
-import math
+import re
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -20,6 +20,7 @@ from rewards_fast.pvcp import PVCP, Thresholds, Weights
 WEIGHTS = tuple(f.name for f in fields(Weights))
 THRESHOLDS = tuple(f.name for f in fields(Thresholds))
 LARGEST_WEIGHT = 1e6  # a reward stays a finite number
+LARGEST_THRESHOLD = 1e12
 
 
 @dataclass
@@ -52,8 +53,10 @@ class RewardSettings:
                     f"{source}: `{name}` must be from 0 to {LARGEST_WEIGHT:g}, got {getattr(self, name)!r}"
                 )
         for name in THRESHOLDS:
-            if not math.isfinite(getattr(self, name)):
-                raise ValueError(f"{source}: `{name}` must be finite, got {getattr(self, name)!r}")
+            if not abs(getattr(self, name)) <= LARGEST_THRESHOLD:
+                raise ValueError(
+                    f"{source}: `{name}` must be finite and at most {LARGEST_THRESHOLD:g}, got {getattr(self, name)!r}"
+                )
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"{source}: `threads` must be at least 1, got {self.threads}")
 
@@ -65,7 +68,7 @@ class RewardSettings:
 
 _NAMES = tuple(f.name for f in fields(RewardSettings))
 _TYPES = typing.get_type_hints(RewardSettings)
-_SWITCH = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}  # fmt: skip
+_NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?\Z")
 
 
 @lru_cache(maxsize=256)
@@ -83,7 +86,7 @@ def _value(name: str, value: Any, source: str) -> Any:
     """A value of a key's type, from itself or from the text of a query or a command line."""
     kind = _TYPES[name]
     if kind is bool:
-        known = _SWITCH.get(value.lower()) if isinstance(value, str) else value
+        known = {"true": True, "false": False}.get(value.lower()) if isinstance(value, str) else value
         if isinstance(known, bool):
             return known
         raise ValueError(f"{source}: `{name}` must be true or false, got {value!r}")
@@ -93,7 +96,7 @@ def _value(name: str, value: Any, source: str) -> Any:
     number = value
     if isinstance(value, str):  # also 1e-4 in a YAML file, which YAML reads as text
         try:
-            number = int(value) if whole else float(value)
+            number = None if not _NUMBER.match(value) else int(value) if whole else float(value)
         except ValueError:
             number = None
     if isinstance(number, bool) or not isinstance(number, int if whole else (int, float)):
