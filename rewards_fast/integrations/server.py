@@ -696,6 +696,9 @@ class DrainingServer(uvicorn.Server):
     idle when it was closed. A second signal ends the moment.
     """
 
+    should_exit: bool
+    force_exit: bool
+
     def __init__(self, config: uvicorn.Config, load: Load, seconds: float) -> None:
         super().__init__(config)
         self.load, self.seconds, self.stop_at = load, seconds, float("inf")
