@@ -28,6 +28,7 @@ import msgspec
 import prometheus_client
 import uvicorn
 from fastapi import FastAPI
+from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import JSONResponse
 from msgspec import Meta
 from starlette.exceptions import HTTPException
@@ -360,10 +361,8 @@ def make_app(
     pool = ThreadPoolExecutor(workers or max(2, os.cpu_count() or 1), "score")
     scorer_of = lru_cache(maxsize=256)(lambda query: read_query(query, base))
     types = body_types(limits)
-    app = FastAPI(
-        title="rewards-fast", version=VERSION, docs_url="/docs", redoc_url=None, openapi_url="/openapi.json"
-    )
-    app.openapi_schema = openapi_schema(types, base, token is not None)
+    app = FastAPI(openapi_url=None)
+    schema = openapi_schema(types, base, token is not None)
 
     async def read_body(request: Request) -> bytes:
         length = int(header(request.scope, b"content-length") or 0)
@@ -462,6 +461,12 @@ def make_app(
         text = prometheus_client.generate_latest(metrics.registry)
         return Response(text, media_type=prometheus_client.CONTENT_TYPE_LATEST)
 
+    async def show_schema(request: Request) -> Response:
+        return JSONResponse(schema)
+
+    async def show_page(request: Request) -> Response:
+        return get_swagger_ui_html(openapi_url="/openapi.json", title="rewards-fast")
+
     async def http_error(request: Request, error: Any) -> Response:
         message = {"error": error.detail, "request_id": request.scope["state"]["notes"]["id"]}
         return JSONResponse(message, error.status_code, error.headers)
@@ -475,6 +480,8 @@ def make_app(
     app.add_route("/healthz", healthz)
     app.add_route("/readyz", readyz)
     app.add_route("/metrics", show_metrics)
+    app.add_route("/openapi.json", show_schema)
+    app.add_route("/docs", show_page)
     app.add_exception_handler(HTTPException, http_error)
     app.add_exception_handler(Exception, fault)
     return Gate(app, load, metrics, token, limits)
