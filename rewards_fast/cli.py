@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import os
 import sys
@@ -341,6 +342,7 @@ def run_serve(arguments: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `rewards-fast`."""
     parser = argparse.ArgumentParser(prog="rewards-fast", description=__doc__)
+    parser.add_argument("--version", action="version", version=importlib.metadata.version("catmllm"))
     commands = parser.add_subparsers(dest="command", required=True)
     score = commands.add_parser(
         "score", help="score answers of a .jsonl or .parquet file; resumes an unfinished output"

@@ -1,0 +1,77 @@
+"""What is shipped: quick to import, complete, typed, and usable from an empty environment."""
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def test_import_is_quick() -> None:
+    """Processor time, the least of several: NumPy's own import is most of it."""
+    code = "import time; t = time.process_time(); import rewards_fast; print(time.process_time() - t)"
+    seconds = []
+    for _ in range(10):
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        seconds.append(float(run.stdout))
+        if seconds[-1] < 0.15:
+            return
+    raise AssertionError(f"import rewards_fast takes {min(seconds):.3f} s")
+
+
+def test_every_package_is_listed() -> None:
+    listed = set(PROJECT["tool"]["setuptools"]["packages"])
+    for root, folder in ((ROOT, "catmllm"), (ROOT, "rewards_fast"), (ROOT / "kernels", "catmllm_kernels")):
+        found = {
+            ".".join(path.parent.relative_to(root).parts) for path in (root / folder).rglob("__init__.py")
+        }
+        assert found and found <= listed, sorted(found - listed)
+
+
+def test_the_changelog_begins_with_this_version() -> None:
+    version = PROJECT["project"]["version"]
+    assert re.fullmatch(r"\d+\.\d+\.\d+", version)
+    assert re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[0] == version
+
+
+@pytest.mark.slow
+def test_the_stub_of_the_engine_is_its_interface() -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "mypy.stubtest",
+        "rewards_fast._core",
+        "--ignore-missing-stub",
+        "--concise",
+    ]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    wrong = [line for line in run.stdout.splitlines() if "is not present" in line]
+    assert not wrong, run.stdout
+
+
+@pytest.mark.slow
+def test_a_wheel_works_in_an_empty_environment(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path)]
+    subprocess.run([*command, str(ROOT)], check=True)
+    spec = importlib.util.spec_from_file_location("try_package", ROOT / "tests" / "try_package.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert set(module.main(tmp_path)) == {"install", "import", "score"}
+
+
+@pytest.mark.slow
+def test_the_server_keeps_its_memory() -> None:
+    """A minute of right, broken and wrong requests; `bench/server.py --soak 600` is the long one."""
+    command = [sys.executable, str(ROOT / "bench" / "server.py"), "--soak", "60", "--json"]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=240)
+    found = json.loads(run.stdout)["soak"]
+    assert set(found["statuses"]) == {"200", "400", "422"} and found["answers"] > 500
+    assert found["rss_mib"]["end"] < found["rss_mib"]["half"] + 8
