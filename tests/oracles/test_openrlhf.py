@@ -16,6 +16,7 @@ import pytest
 
 from rewards_fast import PVCP
 from tests.rewards_fast.cif_texts import SLAB, TARGET
+from tests.rewards_fast.test_server import running
 
 ROOT = Path(__file__).parents[2]
 PROMPT = f"<|im_start|>user\n{TARGET} Please generate the CIF.<|im_end|>\n<|im_start|>assistant\n"
@@ -58,3 +59,11 @@ def check(found: dict[str, Any]) -> None:
 def test_the_function_file() -> None:
     path = ROOT / "rewards_fast" / "integrations" / "openrlhf.py"
     check(call_openrlhf(str(path), ANSWERS, LABELS))
+
+
+@pytest.mark.slow
+def test_over_http() -> None:
+    with running() as port:
+        check(call_openrlhf(f"http://127.0.0.1:{port}/get_reward", ANSWERS, LABELS))
+    with running(token="s3cret") as port:
+        check(call_openrlhf(f"http://any:s3cret@127.0.0.1:{port}/get_reward", ANSWERS, LABELS))
