@@ -15,7 +15,6 @@ source_order [E], source_ptr [N+1]: the same by source, for gradients without at
 
 from __future__ import annotations
 
-import math
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -90,7 +89,7 @@ def gradients_of(a: EdgeAttention) -> list[Tensor]:
 
 def n_rows(lmax: int, mmax: int) -> int:
     """R, the rows of an edge."""
-    return n_half(lmax, mmax) * 2 - (lmax + 1)
+    return 2 * sum(lmax + 1 - m for m in range(mmax + 1)) - (lmax + 1)
 
 
 def n_half(lmax: int, mmax: int) -> int:
@@ -100,7 +99,7 @@ def n_half(lmax: int, mmax: int) -> int:
 
 def first_row(lmax: int, m: int) -> int:
     """The first row of order +m."""
-    return 0 if m == 0 else 2 * n_half(lmax, m - 1) - (lmax + 1)
+    return 0 if m == 0 else 2 * sum(lmax + 1 - k for k in range(m)) - (lmax + 1)
 
 
 @lru_cache
@@ -119,7 +118,7 @@ def wigner_offset(l: int, mmax: int) -> int:
 
 def lost_order_scale(l: int, mmax: int) -> float:
     """√((2l+1)/(2M+1)) for l > M, else 1: on the way back, for the rows that were cut."""
-    return math.sqrt((2 * l + 1) / (2 * mmax + 1)) if l > mmax else 1.0
+    return ((2 * l + 1) / (2 * mmax + 1)) ** 0.5 if l > mmax else 1.0
 
 
 @lru_cache

@@ -1,0 +1,231 @@
+"""Compile every registered Triton kernel for a GPU that need not be there, and check what it uses.
+
+    python -m catmllm_kernels.aot [--arch sm_80] [--op escn] [--tiles] [--json]
+
+The launches of each model-sized case are recorded on meta tensors and compiled for `--arch`; Triton's wheel carries
+ptxas, cuobjdump and nvdisasm. One row per kernel variant: registers a thread, spilled bytes, local (stack) bytes, shared
+bytes a block, tensor-core instructions (HMMA, HGMMA), 16-byte global loads. A row is wrong if it spills, wants more shared memory than an A100
+gives (163 KiB), has a half-precision product without tensor cores, or reads a stream without 16-byte loads. `--tiles` also takes every
+candidate tile. Exit status 1 if any row is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from catmllm_kernels.launch import Launch, recorded
+from catmllm_kernels.registry import OPS, Case, cases
+
+DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+KINDS = {torch.int64: "i64", torch.int32: "i32", **DTYPES}
+SHARED_LIMIT = 163 * 1024
+REGISTERS = 65536  # of a multiprocessor
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one compiled kernel uses."""
+
+    op: str
+    case: str
+    kernel: str
+    config: str
+    dtype: str
+    arch: str
+    registers: int
+    spills: int
+    local: int
+    shared: int
+    mma: int
+    loads16: int
+    warps: int  # resident on a multiprocessor as registers and shared memory allow, of 64
+
+    def faults(self) -> list[str]:
+        """What is wrong with it."""
+        found = []
+        if self.spills or self.local:
+            found.append(f"spills {self.spills} B, {self.local} B on the stack")
+        if self.shared > SHARED_LIMIT:
+            found.append(f"{self.shared} B shared, an A100 has {SHARED_LIMIT}")
+        if self.dtype != "fp32" and "product" in self.kernel and not self.mma:
+            found.append("a product without tensor cores")
+        if not self.loads16 and self.kernel not in NARROW:
+            found.append("no 16-byte loads")
+        return found
+
+
+# Kernels that hold three tiles of every row of an edge in registers, one or two values a thread: their loads are narrow, and they
+# are bound by the exponential of 324 grid points, not by memory.
+NARROW = ("activation_grad_kernel",)
+
+
+def launches(case: Case, dtype: torch.dtype) -> list[Launch]:
+    """What the case launches, forward and backward."""
+    if case.compile is None:
+        return []
+    with recorded() as found:
+        case.compile(dtype)
+    return found
+
+
+def compiled(start: Launch, arch: int) -> Any:
+    """Triton's compiled kernel of a launch."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    names = [p.name for p in start.kernel.params]
+    given = dict(zip(names, start.arguments)) | start.constants
+    signature, constants, attributes = {}, {}, {}
+    for i, name in enumerate(names):
+        value = given[name]
+        if isinstance(value, torch.Tensor):
+            signature[name] = f"*{KINDS[value.dtype]}"
+            aligned = value.storage_offset() * value.element_size() % 16 == 0
+        elif name in start.constants or value is None:
+            signature[name], constants[(i,)], aligned = "constexpr", value, False
+        elif isinstance(value, float):
+            signature[name], aligned = "fp32", False
+        else:
+            signature[name], aligned = "i32", value % 16 == 0
+        if aligned:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    options = {"num_warps": start.num_warps, "num_stages": start.num_stages}
+    source = ASTSource(start.kernel, signature, constants, attributes)
+    return compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def inspect(case: Case, start: Launch, dtype: torch.dtype, arch: int) -> Row:
+    """Compile one launch and read what the binary uses."""
+    import triton
+
+    built = compiled(start, arch)
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(built.asm["cubin"])
+        usage = _output([tools / "cuobjdump", "--dump-resource-usage", file.name])
+        listing = _output([tools / "nvdisasm", "-c", file.name])
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+    if not found:
+        raise RuntimeError(f"cuobjdump printed no resource usage: {usage[:500]}")
+    registers, stack, local = map(int, found.groups())
+    shared = built.metadata.shared
+    by_registers = REGISTERS // (-(-registers * 32 // 256) * 256)
+    by_shared = SHARED_LIMIT // shared * start.num_warps if shared else 64
+    config = {k: v for k, v in start.constants.items() if v is not False}
+    return Row(
+        op=case.op,
+        case=case.name,
+        kernel=start.kernel.__name__,
+        config=" ".join(f"{k}={v}" for k, v in config.items())
+        + f" warps={start.num_warps} stages={start.num_stages}",
+        dtype=DTYPES[dtype],
+        arch=f"sm_{arch}",
+        registers=registers,
+        spills=4 * len(re.findall(r"\bSTL\b", listing)),
+        local=stack + local,
+        shared=shared,
+        mma=len(re.findall(r"\bHG?MMA\b", listing)),
+        loads16=len(re.findall(r"\b(?:LDG\.E|LDGSTS\.E)(?:\.\w+)*\.128\b|\bUBLKCP\b", listing)),
+        warps=min(64, by_registers, by_shared) // start.num_warps * start.num_warps,
+    )
+
+
+def _output(command: list[Any]) -> str:
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True).stdout
+
+
+@contextmanager
+def first_tile(op: str, name: str, index: int) -> Iterator[None]:
+    """Candidate `index` of a kernel in the place of the chosen one."""
+    tiles = importlib.import_module(f"catmllm_kernels.{op}.triton").TILES
+    before = tiles[name]
+    tiles[name] = [before[index]]
+    try:
+        yield
+    finally:
+        tiles[name] = before
+
+
+def table(
+    ops: tuple[str, ...], arch: int, dtypes: tuple[torch.dtype, ...], every_tile: bool = False, show: bool = False
+) -> list[Row]:
+    """A row for every different launch of the model-sized cases."""
+    rows: list[Row] = []
+    seen = set()
+    for case in (c for op in ops for c in cases(op, "model") if c.compile):
+        starts = [(start, d) for d in dtypes if d in case.tolerance for start in launches(case, d)]
+        if every_tile:
+            tiles = importlib.import_module(f"catmllm_kernels.{case.op}.triton").TILES
+            for name, index in ((n, i) for n, t in tiles.items() for i in range(1, len(t))):
+                with first_tile(case.op, name, index):
+                    again = [(start, d) for d in dtypes for start in launches(case, d)]
+                starts += [s for s in again if s[0].kernel.__name__ == f"{name}_kernel"]
+        for start, dtype in starts:
+            kinds = tuple(str(getattr(a, "dtype", a)) for a in start.arguments)
+            key = (start.kernel.__name__, kinds, tuple(start.constants.items()), start.num_warps, start.num_stages)
+            if key in seen:
+                continue
+            seen.add(key)
+            rows.append(inspect(case, start, dtype, arch))
+            if show:
+                print_row(rows[-1])
+    return rows
+
+
+def print_row(row: Row) -> None:
+    print(
+        f"{row.kernel:24s} {row.case:13s} {row.dtype:4s} {row.registers:4d} {row.spills:6d} {row.local:5d} "
+        f"{row.shared / 1024:6.1f} {row.mma:5d} {row.loads16:5d} {row.warps:3d}  {row.config}"
+        + "".join(f"\n    WRONG: {fault}" for fault in row.faults()),
+        flush=True,
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m catmllm_kernels.aot",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--arch", default="sm_80", help="sm_80 (A100), sm_90 (H100), …")
+    parser.add_argument("--op", choices=OPS, action="append", help="only this op; may be repeated")
+    parser.add_argument("--dtype", choices=DTYPES.values(), action="append", help="default: fp16 and bf16")
+    parser.add_argument("--tiles", action="store_true", help="every candidate tile, not the chosen one alone")
+    parser.add_argument("--json", action="store_true", help="the rows as JSON")
+    args = parser.parse_args(arguments)
+    import triton
+
+    if triton.knobs.runtime.interpret:
+        parser.error("TRITON_INTERPRET is set; the compiler needs it unset")
+    dtypes = tuple(d for d, name in DTYPES.items() if name in (args.dtype or ("fp16", "bf16")))
+    if not args.json:
+        print(
+            f"{'kernel':24s} {'case':13s} {'type':4s} {'reg':>4s} {'spills':>6s} {'local':>5s} "
+            f"{'KiB':>6s} {'mma':>5s} {'ld16':>5s} {'wrp':>3s}  config"
+        )
+    rows = table(
+        tuple(args.op or OPS), int(args.arch.removeprefix("sm_")), dtypes, args.tiles, show=not args.json
+    )
+    wrong = [row for row in rows if row.faults()]
+    if args.json:
+        print(json.dumps([asdict(row) for row in rows], indent=0))
+    else:
+        print(f"{len(rows)} variants, {len(wrong)} wrong")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
