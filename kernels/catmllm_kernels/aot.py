@@ -60,7 +60,7 @@ class Row:
             found.append(f"spills {self.spills} B, {self.local} B on the stack")
         if self.shared > SHARED_LIMIT:
             found.append(f"{self.shared} B shared, an A100 has {SHARED_LIMIT}")
-        if self.dtype != "fp32" and "product" in self.kernel and not self.mma:
+        if "product" in self.kernel and not self.mma:
             found.append("a product without tensor cores")
         if not self.loads16 and self.kernel not in NARROW:
             found.append("no 16-byte loads")
@@ -160,7 +160,11 @@ def first_tile(op: str, name: str, index: int) -> Iterator[None]:
 
 
 def table(
-    ops: tuple[str, ...], arch: int, dtypes: tuple[torch.dtype, ...], every_tile: bool = False, show: bool = False
+    ops: tuple[str, ...],
+    arch: int,
+    dtypes: tuple[torch.dtype, ...],
+    every_tile: bool = False,
+    show: bool = False,
 ) -> list[Row]:
     """A row for every different launch of the model-sized cases."""
     rows: list[Row] = []
@@ -175,7 +179,13 @@ def table(
                 starts += [s for s in again if s[0].kernel.__name__ == f"{name}_kernel"]
         for start, dtype in starts:
             kinds = tuple(str(getattr(a, "dtype", a)) for a in start.arguments)
-            key = (start.kernel.__name__, kinds, tuple(start.constants.items()), start.num_warps, start.num_stages)
+            key = (
+                start.kernel.__name__,
+                kinds,
+                tuple(start.constants.items()),
+                start.num_warps,
+                start.num_stages,
+            )
             if key in seen:
                 continue
             seen.add(key)

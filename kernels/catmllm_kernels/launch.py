@@ -38,10 +38,17 @@ def launch(
 
     Arguments in the kernel's order: tensors and integers, then constexprs by name.
     """
+    start = Launch(kernel, grid, arguments, constants, num_warps, num_stages)
     if _RECORD is not None:
-        _RECORD.append(Launch(kernel, grid, arguments, constants, num_warps, num_stages))
+        _RECORD.append(start)
     elif all(grid):
-        kernel[grid](*arguments, **constants, num_warps=num_warps, num_stages=num_stages)
+        run(start)
+
+
+def run(start: Launch) -> None:
+    """Start it for real."""
+    options = {"num_warps": start.num_warps, "num_stages": start.num_stages}
+    start.kernel[start.grid](*start.arguments, **start.constants, **options)
 
 
 @contextmanager

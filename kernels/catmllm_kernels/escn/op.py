@@ -241,7 +241,7 @@ def _attention_gradient(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tup
         parts.append(tensors[0] if count < 0 else tensors[:count])
         tensors = tensors[max(count, 1) if count < 0 else count :]
     if grad is None:
-        return (None,) * 17
+        return (*([None] * len(p) if isinstance(p, list) else None for p in parts), None, None, None, None)
     inputs = (*parts, *ctx.sizes, tensors[0] if ctx.has_keep else None)
     out = iter(_attention_backward(grad, kept, *inputs))
     n_conv, n_norm = len(parts[6]), len(parts[8])

@@ -200,7 +200,8 @@ def index_of(what: str, lmax: int, mmax: int, device: torch.device) -> Tensor:
 
 def edge_attention_forward(a: EdgeAttention, save: bool) -> tuple[Tensor, ...]:
     with torch.no_grad():
-        return edge_attention(*a)
+        total, extra, *rest = edge_attention(*a)
+        return total, extra.contiguous(), *rest
 
 
 def edge_attention_backward(

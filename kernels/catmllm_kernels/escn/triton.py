@@ -18,6 +18,9 @@ Rows of an edge are tuples of tiles that are indexed at compile time, so that a 
 transform is a few multiplications in registers, and no zero is ever multiplied.
 """
 
+# mypy: disable-error-code="assignment, misc"
+# (tuples of tiles grow in kernels)
+
 from __future__ import annotations
 
 from typing import Any
@@ -210,7 +213,10 @@ def add_edges(
                 new = new + (acc[k] + d[:, None] * v,)
             acc = new
             if m > 0:
-                v = tl.load(value + row_of(l, -m, L) * VALUE_ROW, mask=mask, other=0.0).to(tl.float32) * weight
+                v = (
+                    tl.load(value + row_of(l, -m, L) * VALUE_ROW, mask=mask, other=0.0).to(tl.float32)
+                    * weight
+                )
                 new = ()
                 for k in tl.static_range(2 * l + 1):
                     d = tl.load(D + (K - m) * (2 * l + 1) + k, mask=real, other=0.0)
@@ -436,6 +442,35 @@ def activate(
 
 
 @triton.jit
+def activation_kernel(
+    gates,
+    hidden,
+    active,
+    to_lat,
+    from_lat,
+    lon,
+    n_edges,
+    gates_edge,
+    HIDDEN: tl.constexpr,
+    L: tl.constexpr,
+    M: tl.constexpr,
+    SPHERE: tl.constexpr,
+    LAT: tl.constexpr,
+    LON: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """The activation alone, behind a product that is not ours."""
+    edge = tl.program_id(0).to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    at = edge[:, None] * (n_rows(L, M) * HIDDEN) + c[None, :]
+    activate(
+        gates + edge[:, None] * gates_edge + c[None, :], hidden + at, active + at, to_lat, from_lat, lon,
+        (edge < n_edges)[:, None] & (c < HIDDEN)[None, :], HIDDEN, L, M, SPHERE, LAT, LON, BLOCK_E, BLOCK_C,
+    )  # fmt: skip
+
+
+@triton.jit
 def load_tile(at, rows, columns, EVEN: tl.constexpr):
     """A tile for a product; EVEN: all columns are real. Masks that are always true cost registers."""
     if EVEN:
@@ -505,7 +540,7 @@ def product_kernel(
         new = ()
         for i in tl.static_range(G + N0):
             w = load_weights(w_at + i * HIDDEN * W0, k_mask[:, None], c_mask[None, :], EVEN)
-            new = new + (tl.dot(a, w, sums[i], input_precision="ieee"),)
+            new = new + (tl.dot(a, w, sums[i]),)
         sums = new
     for i in tl.static_range(G):
         out = gates + edge[:, None] * gates_edge + (i * HIDDEN + c)[None, :]
@@ -522,7 +557,9 @@ def product_kernel(
         for first in range(0, W, BLOCK_K):
             k_mask = first + k < W
             x_plus = load_tile(row_at + (start + first + k)[None, :], real[:, None], k_mask[None, :], EVEN)
-            x_minus = load_tile(row_at + (start + W + first + k)[None, :], real[:, None], k_mask[None, :], EVEN)
+            x_minus = load_tile(
+                row_at + (start + W + first + k)[None, :], real[:, None], k_mask[None, :], EVEN
+            )
             w_at = weights + at + c[None, :] * W + (first + k)[:, None]
             new_plus = ()
             new_minus = ()
@@ -530,10 +567,10 @@ def product_kernel(
                 s_at = w_at + (L + 1 - m + i) * HIDDEN * W
                 r = load_weights(w_at + i * HIDDEN * W, k_mask[:, None], c_mask[None, :], EVEN)
                 s = load_weights(s_at, k_mask[:, None], c_mask[None, :], EVEN)
-                p = tl.dot(x_plus, r, plus[i], input_precision="ieee")
-                new_plus = new_plus + (tl.dot(-x_minus, s, p, input_precision="ieee"),)
-                q = tl.dot(x_minus, r, minus[i], input_precision="ieee")
-                new_minus = new_minus + (tl.dot(x_plus, s, q, input_precision="ieee"),)
+                p = tl.dot(x_plus, r, plus[i])
+                new_plus = new_plus + (tl.dot(-x_minus, s, p),)
+                q = tl.dot(x_minus, r, minus[i])
+                new_minus = new_minus + (tl.dot(x_plus, s, q),)
             plus = new_plus
             minus = new_minus
         for i in tl.static_range(L + 1 - m):
@@ -542,7 +579,7 @@ def product_kernel(
             tl.store(out + (L + 1 - m) * HIDDEN, minus[i].to(hidden.dtype.element_ty), mask=mask)
 
     tl.debug_barrier()  # what follows was written by other threads of this program
-    for step in range(0, BLOCK_E, STEP):
+    for step in range(0, tl.minimum(BLOCK_E, n_edges - tl.program_id(1) * BLOCK_E), STEP):
         few = tl.program_id(1).to(tl.int64) * BLOCK_E + step + tl.arange(0, STEP)
         tile_at = few[:, None] * (R * HIDDEN) + c[None, :]
         activate(
@@ -771,10 +808,12 @@ TILES: dict[str, list[dict[str, int]]] = {
         {"BLOCK_E": 128, "BLOCK_C": 16, "BLOCK_K": 32, "STEP": 16, "num_warps": 8, "num_stages": 3},
         {"BLOCK_E": 64, "BLOCK_C": 16, "BLOCK_K": 64, "STEP": 8, "num_warps": 4, "num_stages": 3},
     ],
+    "activation": [{"BLOCK_E": 4, "BLOCK_C": 64, "num_warps": 4}],
     "activation_grad": [{"BLOCK_E": 2, "BLOCK_C": 64, "num_warps": 4}],
     "softmax": [{"BLOCK_E": 16, "num_warps": 1}],
     "softmax_grad": [{"BLOCK_E": 16, "num_warps": 2}],
 }
+FUSED = (torch.float16, torch.bfloat16)  # dtypes of the product with activation
 PROGRAMS = 128  # of softmax_grad; a constant, so that sums do not depend on the device
 
 
@@ -782,7 +821,7 @@ def power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def tile(name: str, lmax: int, mmax: int, size: int, **limits: int) -> dict[str, int]:
+def tile(name: str, **limits: int) -> dict[str, int]:
     """The options of a kernel, blocks no larger than `limits` (rounded up to powers of two)."""
     options = dict(TILES[name][0])
     for key, limit in limits.items():
@@ -805,7 +844,7 @@ def gather_rotate(
     n_edges, channels = len(weights), a.x.shape[2]
     rows = a.x.new_empty(n_edges, layout.n_rows(a.lmax, a.mmax), 2 * channels)
     grad_weights = None if grad_rows is None else torch.empty_like(weights)
-    t = tile("gather_rotate", a.lmax, a.mmax, a.x.element_size(), BLOCK_C=channels)
+    t = tile("gather_rotate", BLOCK_C=channels)
     launch(
         gather_rotate_kernel,
         (cells(n_edges, t["BLOCK_E"]), cells(channels, t["BLOCK_C"])),
@@ -819,7 +858,7 @@ def gather_rotate_nodes(a: EdgeAttention, weights: Tensor, grad_rows: Tensor) ->
     """The gradient of the producer to the nodes [N, S, C]."""
     channels = a.x.shape[2]
     grad = torch.empty_like(a.x)
-    t = tile("scatter", a.lmax, a.mmax, a.x.element_size(), BLOCK_C=channels)
+    t = tile("scatter", BLOCK_C=channels)
     launch(
         scatter_kernel,
         (len(grad), cells(channels, t["BLOCK_C"])),
@@ -830,21 +869,37 @@ def gather_rotate_nodes(a: EdgeAttention, weights: Tensor, grad_rows: Tensor) ->
 
 
 def product_and_activation(a: EdgeAttention, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(extra [E, heads·A + gates], hidden rows, active rows [E, R·C'])."""
+    """(extra [E, heads·A + gates], hidden rows, active rows [E, R·C']).
+
+    One kernel where FUSED; else (float32, whose exact product has no tensor cores) torch's product, then the activation.
+    """
     n_edges, channels = len(rows), rows.shape[2]
     n_alpha, n_rows = a.alpha_dot.numel(), rows.shape[1]
     extra = rows.new_empty(n_edges, a.n_extra)
-    first = rows.view(n_edges, -1)[:, : (a.lmax + 1) * channels]
-    torch.addmm(a.conv1_bias[:n_alpha], first, a.conv1[0][:n_alpha].T, out=extra[:, :n_alpha])
-    weights = torch.cat([a.conv1[0][n_alpha:].flatten(), *(w.flatten() for w in a.conv1[1:])])
     hidden = rows.new_empty(n_edges, n_rows * a.hidden)
-    active = rows.new_empty(n_edges, n_rows * a.hidden)
+    active = torch.empty_like(hidden)
     tables = [None] * 3 if a.sphere is None else list(a.sphere)
-    t = tile("product", a.lmax, a.mmax, rows.element_size())
+    first = rows.flatten(1)[:, : (a.lmax + 1) * channels]
+    if rows.dtype not in FUSED:
+        torch.addmm(a.conv1_bias[: a.n_extra], first, a.conv1[0][: a.n_extra].T, out=extra)
+        weights = [a.conv1[0][a.n_extra :], *a.conv1[1:]]
+        into = hidden.view(n_edges, n_rows, a.hidden)
+        product(rows, weights, a.conv1_bias[a.n_extra :], a.lmax, a.mmax, into)
+        t = tile("activation", BLOCK_C=a.hidden)
+        launch(
+            activation_kernel,
+            (cells(n_edges, t["BLOCK_E"]), cells(a.hidden, t["BLOCK_C"])),
+            extra[:, n_alpha:], hidden, active, *tables, n_edges, a.n_extra,
+            HIDDEN=a.hidden, L=a.lmax, M=a.mmax, **grid_of(a), **t,
+        )  # fmt: skip
+        return extra, hidden, active
+    torch.addmm(a.conv1_bias[:n_alpha], first, a.conv1[0][:n_alpha].T, out=extra[:, :n_alpha])
+    packed = torch.cat([a.conv1[0][n_alpha:].flatten(), *(w.flatten() for w in a.conv1[1:])])
+    t = tile("product")
     launch(
         product_kernel,
         (cells(a.hidden, t["BLOCK_C"]), cells(n_edges, t["BLOCK_E"])),
-        rows, weights, a.conv1_bias[n_alpha:], *tables, extra[:, n_alpha:], hidden, active, n_edges, extra.shape[1],
+        rows, packed, a.conv1_bias[n_alpha:], *tables, extra[:, n_alpha:], hidden, active, n_edges, a.n_extra,
         C=channels, HIDDEN=a.hidden, L=a.lmax, M=a.mmax, **grid_of(a), **t,
     )  # fmt: skip
     return extra, hidden, active
@@ -857,11 +912,13 @@ def grid_of(a: EdgeAttention) -> dict[str, int]:
     return {"SPHERE": True, "LAT": len(a.sphere.to_lat), "LON": len(a.sphere.lon)}
 
 
-def activation_grad(a: EdgeAttention, extra: Tensor, hidden: Tensor, grad_active: Tensor, out: Tensor) -> None:
+def activation_grad(
+    a: EdgeAttention, extra: Tensor, hidden: Tensor, grad_active: Tensor, out: Tensor
+) -> None:
     """Fills `out` [E, n_extra + R·C'] from column heads·A on: gates, then rows."""
     n_edges, n_alpha = len(extra), a.alpha_dot.numel()
     tables = [None] * 3 if a.sphere is None else list(a.sphere)
-    t = tile("activation_grad", a.lmax, a.mmax, extra.element_size(), BLOCK_C=a.hidden)
+    t = tile("activation_grad", BLOCK_C=a.hidden)
     launch(
         activation_grad_kernel,
         (cells(n_edges, t["BLOCK_E"]), cells(a.hidden, t["BLOCK_C"])),
@@ -875,7 +932,7 @@ def attention_weights(a: EdgeAttention, extra: Tensor) -> Tensor:
     """alpha [E, heads] float32."""
     heads, width = a.alpha_dot.shape
     alpha = extra.new_empty(len(extra), heads, dtype=torch.float32)
-    t = tile("softmax", a.lmax, a.mmax, extra.element_size())
+    t = tile("softmax")
     launch(
         softmax_kernel,
         (len(a.x), heads),
@@ -891,7 +948,7 @@ def attention_grad(
     """Fills the first columns of `out`; gradients of norm weight, norm bias (if any) and dot."""
     heads, width = a.alpha_dot.shape
     partial = extra.new_empty(min(PROGRAMS, len(a.x)), heads, 3, width, dtype=torch.float32)
-    t = tile("softmax_grad", a.lmax, a.mmax, extra.element_size())
+    t = tile("softmax_grad")
     launch(
         softmax_grad_kernel,
         (len(partial), heads),
@@ -907,12 +964,15 @@ def attention_grad(
 def slices(x: Tensor, lmax: int, mmax: int) -> list[Tensor]:
     """Rows [E, R, C] as one matrix per m, views [E, n_0·C], [E, 2·n_m·C]."""
     widths = [(1 if m == 0 else 2) * (lmax + 1 - m) * x.shape[2] for m in range(mmax + 1)]
-    return list(x.view(len(x), -1).split(widths, dim=1))
+    return list(x.view(len(x), sum(widths)).split(widths, dim=1))
 
 
-def product(x: Tensor, weights: list[Tensor], bias: Tensor, lmax: int, mmax: int) -> Tensor:
+def product(
+    x: Tensor, weights: list[Tensor], bias: Tensor, lmax: int, mmax: int, out: Tensor | None = None
+) -> Tensor:
     """Rows [E, R, C] -> [E, R, C'], no activation."""
-    out = x.new_empty(len(x), x.shape[1], len(bias) // (lmax + 1))
+    if out is None:
+        out = x.new_empty(len(x), x.shape[1], len(bias) // (lmax + 1))
     for m, (into, part) in enumerate(zip(slices(out, lmax, mmax), slices(x, lmax, mmax))):
         if m == 0:
             torch.addmm(bias, part, weights[0].T, out=into)
@@ -958,14 +1018,12 @@ def rows_of(flat: Tensor, a: EdgeAttention) -> Tensor:
 def edge_attention_backward(
     grad: Tensor, a: EdgeAttention, extra: Tensor, hidden: Tensor, active: Tensor, alpha: Tensor
 ) -> list[Tensor]:
-    lmax, mmax, n_alpha = a.lmax, a.mmax, a.alpha_dot.numel()
+    lmax, mmax = a.lmax, a.mmax
     # the consumer and the second product
     z = rows_of(active, a)
     values = product(z, a.conv2, a.conv2_bias, lmax, mmax)
     weighted = alpha if a.keep is None else alpha * a.keep
-    grad_values, grad_alpha = rotate_back_sum_backward(
-        grad, values, weighted, a.wigner, a.graph, lmax, mmax
-    )
+    grad_values, grad_alpha = rotate_back_sum_backward(grad, values, weighted, a.wigner, a.graph, lmax, mmax)
     del values
     if a.keep is not None:
         grad_alpha *= a.keep
@@ -1019,7 +1077,7 @@ def rotate_back_sum_forward(
 ) -> Tensor:
     width = values.shape[2]
     out = values.new_empty(n_nodes, (lmax + 1) ** 2, width)
-    t = tile("scatter", lmax, mmax, values.element_size(), BLOCK_C=width)
+    t = tile("scatter", BLOCK_C=width)
     launch(
         scatter_kernel,
         (n_nodes, cells(width, t["BLOCK_C"])),
@@ -1040,7 +1098,7 @@ def rotate_back_sum_backward(
     n_edges, width, heads = len(values), values.shape[2], alpha.shape[1]
     grad_values, grad_alpha = torch.empty_like(values), torch.empty_like(alpha)
     head = power_of_two(width // heads)
-    t: dict[str, Any] = tile("value_grad", lmax, mmax, values.element_size())
+    t: dict[str, Any] = tile("value_grad")
     t["BLOCK_H"] = min(power_of_two(heads), max(1, t.pop("BLOCK_C") // head))
     launch(
         value_grad_kernel,
