@@ -14,8 +14,8 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 def layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
     """`norm(x)` in at least float32, rounded once at the end."""
-    if x.dtype == norm.weight.dtype:  # torch does just that, and keeps x for backward instead of a float32 copy
-        return norm(x)
+    if x.dtype == norm.weight.dtype:
+        return norm(x)  # torch does just that, and keeps x for backward instead of a float32 copy
     y, weight, bias = at_least_float32(x), at_least_float32(norm.weight), at_least_float32(norm.bias)
     return F.layer_norm(y, norm.normalized_shape, weight.to(y.dtype), bias.to(y.dtype), norm.eps).to(x.dtype)
 
