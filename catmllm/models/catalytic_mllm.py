@@ -55,8 +55,11 @@ class CatalyticMLLM(nn.Module):
 
     def graph_tokens(self, graph: GraphBatch) -> torch.Tensor:
         """Vectors that stand for structures: [n_systems, H], or [N, H] with the `atoms` projector."""
-        nodes = self.encoder(graph.numbers, graph.edge_index, graph.edge_vec, graph.batch, graph.n_systems)
-        return self.projector(nodes, graph.batch, graph.n_systems)
+        g = graph
+        features = self.encoder(
+            g.numbers, g.edge_index, g.edge_vec, g.batch, g.n_systems, pool=self.projector.mode
+        )
+        return self.projector(features)
 
     def embed(self, batch: Batch) -> torch.Tensor:
         """Token embeddings [T, H] with the graph vectors in the places of their markers, in order."""

@@ -29,6 +29,7 @@ from catmllm.models.spherical_layers import (
     layer_norm,
 )
 from catmllm_kernels.escn import EdgeGraph, Sphere, edge_attention, edge_graph, rotate_back_sum
+from catmllm_kernels.so3_pool_project import so3_pool
 
 __all__ = ["EquiformerV2", "EquiformerV2Config", "load_fairchem_checkpoint"]
 
@@ -341,15 +342,20 @@ class EquiformerV2(nn.Module):
         batch: Tensor | None = None,
         n_systems: int | None = None,
         edge_rot_mat: Tensor | None = None,
+        pool: str | None = None,
     ) -> Tensor:
-        """Node embedding [N, (lmax+1)², C] after the final norm.
+        """Node embedding [N, (lmax+1)², C] after the final norm, or with `pool` its features by system or atom (`so3_pool`).
 
         numbers [N] int64 atomic numbers below max_num_elements; edge_index [2, E] int64 (source, target); edge_vec
-        [E, 3] float32 or float64 Å, source minus target; batch [N] int64, system of each atom (stochastic depth reads it);
+        [E, 3] float32 or float64 Å, source minus target; batch [N] int64, system of each atom (stochastic depth and pooling read it);
         edge_rot_mat [E, 3, 3] fixes the edge frames, for comparison with fairchem, whose frames are random.
         """
         geometry = self.geometry(numbers, edge_index, edge_vec, batch, edge_rot_mat)
-        return self._embed(numbers, geometry)
+        x = self._embed(numbers, geometry)
+        if pool is None:
+            return self.norm(x, geometry.degree)
+        batch = torch.zeros_like(numbers) if batch is None else batch
+        return so3_pool(x, batch, 1 if n_systems is None else n_systems, pool, self.norm.for_pooling())
 
     def predict(
         self,
@@ -366,7 +372,7 @@ class EquiformerV2(nn.Module):
         `register_fsdp_forward_method`.
         """
         geometry = self.geometry(numbers, edge_index, edge_vec, batch, edge_rot_mat)
-        x = self._embed(numbers, geometry)
+        x = self.norm(self._embed(numbers, geometry), geometry.degree)
         out = {}
         if self.energy_block is not None:
             per_atom = at_least_float32(self.energy_block(x, geometry)[:, 0, 0])
@@ -379,12 +385,13 @@ class EquiformerV2(nn.Module):
         return out
 
     def _embed(self, numbers: Tensor, geometry: Geometry) -> Tensor:
+        """Before the final norm."""
         x = self.edge_degree_embedding(geometry, len(numbers))
         scalars = self.sphere_embedding(numbers)
         x = torch.cat([x[:, :1] + scalars[:, None], x[:, 1:]], dim=1)
         for block in self.blocks:
             x = block(x, geometry)
-        return self.norm(x, geometry.degree)
+        return x
 
     def geometry(
         self,

@@ -1,11 +1,12 @@
-"""From the encoder's node embeddings to vectors of the LLM's width: pooling, then one linear layer."""
+"""From the encoder's pooled node embeddings to vectors of the LLM's width: one linear layer.
+
+The encoder pools, as its final norm is part of that one pass (`catmllm_kernels.so3_pool_project`).
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
-
-from catmllm_kernels.so3_pool_project import so3_pool
 
 
 class Projector(nn.Module):
@@ -19,7 +20,6 @@ class Projector(nn.Module):
         self.mode = mode
         self.linear = nn.Linear(features[mode], width)
 
-    def forward(self, x: torch.Tensor, batch: torch.Tensor, n_systems: int) -> torch.Tensor:
-        """x [N, (L+1)^2, C], batch [N] sorted -> [n_systems, width], or [N, width] for `atoms`."""
-        features = so3_pool(x, batch, n_systems, self.mode)
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """What the encoder pools (`pool=projector.mode`): [n_systems, F] -> [n_systems, width], or [N, F] for `atoms`."""
         return self.linear(features.to(self.linear.weight.dtype))

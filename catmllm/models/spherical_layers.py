@@ -35,6 +35,11 @@ class SphericalLayerNorm(nn.Module):
         scale = torch.rsqrt(power + self.eps)[:, None, None] * self.affine_weight.index_select(0, l - 1)
         return torch.cat([layer_norm(x[:, :1], self.norm_l0), (y * scale).to(x.dtype)], dim=1)
 
+    def for_pooling(self) -> tuple[Tensor, Tensor, bool]:
+        """Its parameters as `so3_pool` takes them: scale by degree, bias of l = 0, one RMS for all rows."""
+        scale = torch.cat([self.norm_l0.weight[None], self.affine_weight])
+        return scale, self.norm_l0.bias, False
+
 
 class SphericalRMSNorm(nn.Module):
     """One RMS over all rows, every degree with equal weight; l = 0 is centred first. x [N, S, C]."""
@@ -52,8 +57,15 @@ class SphericalRMSNorm(nn.Module):
         scale = torch.rsqrt(power + self.eps)[:, None, None] * self.affine_weight.index_select(0, degree)
         return (y * scale + first_row(self.affine_bias, len(degree))).to(x.dtype)
 
+    def for_pooling(self) -> tuple[Tensor, Tensor, bool]:
+        """See SphericalLayerNorm."""
+        return self.affine_weight, self.affine_bias, True
 
-NORMS = {"layer_norm_sh": SphericalLayerNorm, "rms_norm_sh": SphericalRMSNorm}
+
+NORMS: dict[str, type[SphericalLayerNorm | SphericalRMSNorm]] = {
+    "layer_norm_sh": SphericalLayerNorm,
+    "rms_norm_sh": SphericalRMSNorm,
+}
 
 
 def first_row(x: Tensor, n: int) -> Tensor:

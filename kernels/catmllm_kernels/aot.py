@@ -1,6 +1,6 @@
 """Compile every registered Triton kernel for a GPU that need not be there, and check what it uses.
 
-    python -m catmllm_kernels.aot [--arch sm_80] [--op escn] [--tiles] [--json]
+    python -m catmllm_kernels.aot [--arch sm_80] [--op escn] [--match REGEX] [--tiles] [--json]
 
 The launches of each model-sized case are recorded on meta tensors and compiled for `--arch`; Triton's wheel carries
 ptxas, cuobjdump and nvdisasm. One row per kernel variant: registers a thread, spilled bytes, local (stack) bytes, shared
@@ -45,6 +45,7 @@ class Row:
     config: str
     dtype: str
     arch: str
+    triton: str
     registers: int
     spills: int
     local: int
@@ -133,6 +134,7 @@ def inspect(case: Case, start: Launch, dtype: torch.dtype, arch: int) -> Row:
         + f" warps={start.num_warps} stages={start.num_stages}",
         dtype=DTYPES[dtype],
         arch=f"sm_{arch}",
+        triton=triton.__version__,
         registers=registers,
         spills=4 * len(re.findall(r"\bSTL\b", listing)),
         local=stack + local,
@@ -164,9 +166,10 @@ def table(
     arch: int,
     dtypes: tuple[torch.dtype, ...],
     every_tile: bool = False,
+    match: str = "",
     show: bool = False,
 ) -> list[Row]:
-    """A row for every different launch of the model-sized cases."""
+    """A row for every different launch of the model-sized cases; `match` is searched in "kernel case"."""
     rows: list[Row] = []
     seen = set()
     for case in (c for op in ops for c in cases(op, "model") if c.compile):
@@ -186,7 +189,7 @@ def table(
                 start.num_warps,
                 start.num_stages,
             )
-            if key in seen:
+            if key in seen or not re.search(match, f"{start.kernel.__name__} {case.name}"):
                 continue
             seen.add(key)
             rows.append(inspect(case, start, dtype, arch))
@@ -214,6 +217,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--op", choices=OPS, action="append", help="only this op; may be repeated")
     parser.add_argument("--dtype", choices=DTYPES.values(), action="append", help="default: fp16 and bf16")
     parser.add_argument("--tiles", action="store_true", help="every candidate tile, not the chosen one alone")
+    parser.add_argument("--match", default="", metavar="REGEX", help='searched in "kernel case"')
     parser.add_argument("--json", action="store_true", help="the rows as JSON")
     args = parser.parse_args(arguments)
     import triton
@@ -226,9 +230,8 @@ def main(arguments: list[str] | None = None) -> int:
             f"{'kernel':24s} {'case':13s} {'type':4s} {'reg':>4s} {'spills':>6s} {'local':>5s} "
             f"{'KiB':>6s} {'mma':>5s} {'ld16':>5s} {'wrp':>3s}  config"
         )
-    rows = table(
-        tuple(args.op or OPS), int(args.arch.removeprefix("sm_")), dtypes, args.tiles, show=not args.json
-    )
+    arch = int(args.arch.removeprefix("sm_"))
+    rows = table(tuple(args.op or OPS), arch, dtypes, args.tiles, args.match, not args.json)
     wrong = [row for row in rows if row.faults()]
     if args.json:
         print(json.dumps([asdict(row) for row in rows], indent=0))

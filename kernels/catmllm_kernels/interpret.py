@@ -76,10 +76,12 @@ def _negative(x: Any) -> Any:
 class Traffic:
     """Bytes of one launch by name of the tensor argument.
 
-    `moved`: of every load and store instruction the different addresses that it touches, lanes masked off left out. `touched`: every address once.
+    `asked`: every lane that is not masked off. `moved`: of every load and store the different addresses. `touched`: of the launch the
+    different addresses.
     """
 
     kernel: str
+    asked: dict[str, int] = field(default_factory=dict)
     moved: dict[str, int] = field(default_factory=dict)
     touched: dict[str, int] = field(default_factory=dict)
 
@@ -95,18 +97,21 @@ def counted() -> Iterator[list[Traffic]]:
         names = start.kernel.arg_names
         given = [(n, t) for n, t in zip(names, start.arguments) if isinstance(t, torch.Tensor) and t.numel()]
         spans = [(n, t.data_ptr(), t.data_ptr() + _extent(t)) for n, t in given]
-        moved: dict[str, int] = dict.fromkeys((n for n, _ in given), 0)
+        asked: dict[str, int] = dict.fromkeys((n for n, _ in given), 0)
+        moved = dict(asked)
         seen: dict[str, list[np.ndarray]] = {n: [] for n, _ in given}
         size = {n: t.element_size() for n, t in given}
 
         def note(pointers: Any, mask: Any) -> None:
-            addresses = np.unique(np.broadcast_to(pointers.data, mask.data.shape)[mask.data])
-            if not addresses.size:
+            lanes = np.broadcast_to(pointers.data, mask.data.shape)[mask.data]
+            if not lanes.size:
                 return
+            addresses = np.unique(lanes)
             # views of one tensor overlap: the narrowest argument that holds all addresses
             name = min(
                 (s for s in spans if s[1] <= addresses[0] and addresses[-1] < s[2]), key=lambda s: s[2] - s[1]
             )[0]
+            asked[name] += lanes.size * size[name]
             moved[name] += addresses.size * size[name]
             seen[name].append(addresses)
 
@@ -124,7 +129,7 @@ def counted() -> Iterator[list[Traffic]]:
         finally:
             del interpreter_builder.create_masked_load, interpreter_builder.create_masked_store
         touched = {n: len(np.unique(np.concatenate(a))) * size[n] if a else 0 for n, a in seen.items()}
-        found.append(Traffic(start.kernel.__name__, moved, touched))
+        found.append(Traffic(start.kernel.__name__, asked, moved, touched))
 
     launching.run = run
     try:

@@ -17,6 +17,7 @@ from catmllm.models.equiformer_v2 import EquiformerV2, EquiformerV2Config, load_
 from catmllm.models.so3 import SphereTables, m_primary_rows, real_spherical_harmonics, sphere_grid
 from catmllm_kernels.escn.layout import lost_order_scale, rows_of, unpack_wigner
 from catmllm_kernels.escn.reference import index_of
+from catmllm_kernels.so3_pool_project import so3_pool
 
 ROOT = Path(__file__).parents[2]
 REFERENCES = Path(os.environ.get("CATMLLM_ESCN_REFERENCES", ROOT.parent / "shared" / "reference" / "escn"))
@@ -281,6 +282,26 @@ def test_rotation_permutation_translation(config, tolerance):
         shuffled = edge_index[:, torch.randperm(edge_index.shape[1])]
         assert relative(run(model, numbers, positions, shuffled, batch), x) < 1e-12
         assert relative(run(model, numbers, positions + 5, edge_index, batch), x) < 1e-12
+
+
+@pytest.mark.parametrize("norm", ["layer_norm_sh", "rms_norm_sh"])
+@pytest.mark.parametrize("mode", ["max", "invariant", "atoms"])
+def test_pooling_includes_the_final_norm(norm, mode):
+    model = make_model(replace(SMALL, norm_type=norm))
+    graph = make_graph()
+    pooled = run(model, *graph, pool=mode)
+    expected = so3_pool(run(model, *graph), graph[3], 2, mode)
+    torch.testing.assert_close(pooled, expected, rtol=0, atol=1e-12)
+    weights = torch.randn_like(pooled)
+    wanted = [model.norm.affine_weight, model.sphere_embedding.weight]
+    for a, b in zip(
+        torch.autograd.grad(pooled, wanted, weights, allow_unused=True),
+        torch.autograd.grad(expected, wanted, weights, allow_unused=True),
+    ):
+        if b is None or not b.any():
+            assert a is None or not a.any()
+        else:
+            assert relative(a, b) < 1e-10
 
 
 def test_systems_of_a_batch_do_not_see_each_other():

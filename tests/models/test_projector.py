@@ -11,6 +11,7 @@ from catmllm.data.batches import Collator, GraphBatch
 from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.models.projector import Projector
 from catmllm.structure.system import System
+from catmllm_kernels.so3_pool_project import so3_pool
 
 LMAX, CHANNELS, WIDTH = 2, 16, 24
 
@@ -18,6 +19,10 @@ LMAX, CHANNELS, WIDTH = 2, 16, 24
 def projector(mode: str, dtype: torch.dtype = torch.float32) -> Projector:
     torch.manual_seed(0)
     return Projector(mode, LMAX, CHANNELS, WIDTH).to(dtype)
+
+
+def project(p: Projector, x: torch.Tensor, batch: torch.Tensor, n: int) -> torch.Tensor:
+    return p(so3_pool(x, batch, n, p.mode))
 
 
 def embeddings(n: int = 7, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -29,7 +34,7 @@ def embeddings(n: int = 7, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize(("mode", "rows"), [("max", 3), ("invariant", 3), ("atoms", 7)])
 def test_shapes(mode: str, rows: int) -> None:
     x, batch = embeddings()
-    assert projector(mode)(x, batch, 3).shape == (rows, WIDTH)
+    assert project(projector(mode), x, batch, 3).shape == (rows, WIDTH)
 
 
 def test_an_unknown_mode_names_the_known_ones() -> None:
@@ -39,7 +44,7 @@ def test_an_unknown_mode_names_the_known_ones() -> None:
 
 def test_features_take_the_dtype_of_the_weights() -> None:
     x, batch = embeddings()
-    out = projector("max", torch.bfloat16)(x, batch, 3)
+    out = project(projector("max", torch.bfloat16), x, batch, 3)
     assert out.dtype == torch.bfloat16
 
 
@@ -48,7 +53,7 @@ def test_the_order_of_a_systems_atoms_does_not_matter(mode: str) -> None:
     x, batch = embeddings()
     turned = torch.tensor([2, 0, 1, 3, 6, 5, 4])
     p = projector(mode)
-    torch.testing.assert_close(p(x[turned], batch, 3), p(x, batch, 3), rtol=0, atol=0)
+    torch.testing.assert_close(project(p, x[turned], batch, 3), project(p, x, batch, 3), rtol=0, atol=0)
 
 
 def rotated_tokens(
@@ -66,7 +71,7 @@ def rotated_tokens(
     for vectors in (graph.edge_vec, (graph.edge_vec.double() @ turn.T).float()):
         g = GraphBatch(graph.numbers, graph.edge_index, vectors, graph.batch, 1)
         with torch.no_grad():
-            out.append(p(encoder(g.numbers, g.edge_index, g.edge_vec, g.batch, 1), g.batch, 1))
+            out.append(p(encoder(g.numbers, g.edge_index, g.edge_vec, g.batch, 1, pool=mode)))
     return out[0], out[1]
 
 
