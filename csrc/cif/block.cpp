@@ -164,12 +164,12 @@ Value interleaved(const Token* items, const std::vector<std::string_view>& colum
     std::uint32_t times = 0;
     for (std::string_view column : columns) times += column == name;
     const std::size_t n = std::size_t{times} * rows;
-    auto* list = arena.array<std::string_view>(n);
+    auto* list = arena.array<Token>(n);
     std::size_t at = 0;
     for (std::uint32_t row = 0; row < rows; ++row)
         for (std::size_t c = 0; c < columns.size(); ++c)
-            if (columns[c] == name) list[at++] = items[std::size_t{row} * columns.size() + c].view();
-    return Value::list_of(list, static_cast<std::uint32_t>(n));
+            if (columns[c] == name) list[at++] = items[std::size_t{row} * columns.size() + c];
+    return Value::column_of(list, 1, static_cast<std::uint32_t>(n));
 }
 
 }  // namespace
@@ -404,13 +404,15 @@ Status pauling_rows(Block& block, Arena& arena) {
         for (int c = 0; c < 6; ++c)
             if (&value == &block[kSiteColumns[c]]) site = c;
         const std::size_t total = n + (site >= 0 ? added[site].size() : 0);
-        auto* list = arena.array<std::string_view>(total);
+        auto* list = arena.array<Token>(total);
         std::size_t out = 0;
         for (std::uint32_t i = 0; i < value.size(); ++i)
-            if (!std::binary_search(removed.begin(), removed.end(), i)) list[out++] = value[i];
+            if (!std::binary_search(removed.begin(), removed.end(), i))
+                list[out++] = value.tokens()[std::size_t{i} * value.stride()];
         if (site >= 0)
-            for (std::string_view item : added[site]) list[out++] = item;
-        value = Value::list_of(list, static_cast<std::uint32_t>(total));
+            for (std::string_view item : added[site])
+                list[out++] = Token{item.data(), static_cast<std::uint32_t>(item.size()), false};
+        value = Value::column_of(list, 1, static_cast<std::uint32_t>(total));
     }
     for (Key key : kSiteColumns)
         if (!block[key].is_list()) return reject_text(Reason::kSites);  // KeyError, or list added to a string

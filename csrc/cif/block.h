@@ -66,20 +66,22 @@ enum class Key : std::uint8_t {
 // A value of the block's dictionary: absent, a string, or the list of a loop column.
 class Value {
   public:
-    enum Kind : std::uint8_t { kAbsent, kScalar, kColumn, kList };
+    enum Kind : std::uint8_t { kAbsent, kScalar, kColumn };
 
     bool present() const { return kind_ != kAbsent; }
-    bool is_list() const { return kind_ >= kColumn; }
-    bool truthy() const { return kind_ == kScalar ? size_ > 0 : kind_ != kAbsent && size_ > 0; }
+    bool is_list() const { return kind_ == kColumn; }
+    bool truthy() const { return kind_ != kAbsent && size_ > 0; }
     // len(value): characters of a string, items of a list
     std::uint32_t size() const { return size_; }
     std::string_view scalar() const { return {text_, size_}; }
     // value[i], i < size(); a string is indexed character by character
     std::string_view operator[](std::uint32_t i) const {
         if (kind_ == kColumn) return tokens_[std::size_t{i} * stride_].view();
-        if (kind_ == kScalar) return {text_ + i, 1};
-        return list_[i];
+        return {text_ + i, 1};
     }
+    // The tokens of a list, `stride` apart
+    const Token* tokens() const { return tokens_; }
+    std::uint32_t stride() const { return stride_; }
 
     static Value scalar_of(std::string_view text) {
         Value v;
@@ -96,19 +98,10 @@ class Value {
         v.size_ = rows;
         return v;
     }
-    static Value list_of(const std::string_view* items, std::uint32_t n) {
-        Value v;
-        v.kind_ = kList;
-        v.list_ = items;
-        v.size_ = n;
-        return v;
-    }
-
   private:
     union {
         const char* text_;
         const Token* tokens_;
-        const std::string_view* list_;
     };
     std::uint32_t size_ = 0;
     std::uint32_t stride_ = 1;

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 #include <string_view>
 
 namespace catmllm::cif {
@@ -31,6 +32,33 @@ inline std::string_view strip(std::string_view s) {
 
 inline bool starts_with(std::string_view s, std::string_view prefix) {
     return s.size() >= prefix.size() && s.compare(0, prefix.size(), prefix) == 0;
+}
+
+// Eight bytes as a number, the first in the lowest byte.
+inline std::uint64_t word_at(const char* p) {
+    std::uint64_t word;
+    std::memcpy(&word, p, 8);
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+    word = __builtin_bswap64(word);
+#endif
+    return word;
+}
+
+// The same of 1 to 8 bytes, zeros behind them, by loads that stay inside.
+inline std::uint64_t left_word(const char* p, std::size_t size) {
+    if (size == 8) return word_at(p);
+    const auto byte = [&](std::size_t i) { return std::uint64_t{static_cast<unsigned char>(p[i])}; };
+    if (size >= 4) {
+        std::uint32_t low, high;
+        std::memcpy(&low, p, 4);
+        std::memcpy(&high, p + size - 4, 4);
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+        low = __builtin_bswap32(low);
+        high = __builtin_bswap32(high);
+#endif
+        return low | std::uint64_t{high} << (8 * (size - 4));
+    }
+    return byte(0) | byte(size >> 1) << (8 * (size >> 1)) | byte(size - 1) << (8 * (size - 1));
 }
 
 }  // namespace catmllm::cif

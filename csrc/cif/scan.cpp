@@ -19,32 +19,37 @@ struct Found {
 };
 
 [[maybe_unused]] void portable_words(const unsigned char* p, std::size_t words, std::uint64_t* space,
-                                     std::uint64_t* d, Found& found) {
+                                     std::uint64_t* d, std::uint64_t* special, Found& found) {
     for (std::size_t w = 0; w < words; ++w, p += 64) {
         std::uint64_t spaces = 0;
         std::uint64_t ds = 0;
+        std::uint64_t specials = 0;
         for (int i = 0; i < 64; ++i) {
             const unsigned char c = p[i];
             spaces |= static_cast<std::uint64_t>(is_space(c)) << i;
             ds |= static_cast<std::uint64_t>(c == 'd') << i;
+            const bool is_special = c == '_' || c == 'l' || c == '\'' || c == '"' || c == ';';
+            specials |= static_cast<std::uint64_t>(is_special) << i;
             found.hash |= c == '#';
             found.semicolon |= c == ';';
             found.high |= c >> 7;
         }
         space[w] = spaces;
         d[w] = ds;
+        special[w] = specials;
     }
 }
 
 #ifdef CATMLLM_X86
 // White space is 9..13, 28..31 and 32; unsigned ranges by saturating subtraction and minimum.
-void sse2_words(const unsigned char* p, std::size_t words, std::uint64_t* space, std::uint64_t* d, Found& found) {
+void sse2_words(const unsigned char* p, std::size_t words, std::uint64_t* space, std::uint64_t* d, std::uint64_t* special, Found& found) {
     __m128i high = _mm_setzero_si128();
     __m128i hash = high;
     __m128i semicolon = high;
     for (std::size_t w = 0; w < words; ++w, p += 64) {
         std::uint64_t spaces = 0;
         std::uint64_t ds = 0;
+        std::uint64_t specials = 0;
         for (int k = 0; k < 4; ++k) {
             const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 16 * k));
             const __m128i tab = _mm_sub_epi8(x, _mm_set1_epi8(9));
@@ -59,24 +64,32 @@ void sse2_words(const unsigned char* p, std::size_t words, std::uint64_t* space,
                   << (16 * k);
             high = _mm_or_si128(high, x);
             hash = _mm_or_si128(hash, _mm_cmpeq_epi8(x, _mm_set1_epi8('#')));
-            semicolon = _mm_or_si128(semicolon, _mm_cmpeq_epi8(x, _mm_set1_epi8(';')));
+            const __m128i field = _mm_cmpeq_epi8(x, _mm_set1_epi8(';'));
+            semicolon = _mm_or_si128(semicolon, field);
+            const __m128i quote = _mm_or_si128(_mm_cmpeq_epi8(x, _mm_set1_epi8('\'')),
+                                              _mm_cmpeq_epi8(x, _mm_set1_epi8('"')));
+            const __m128i word = _mm_or_si128(_mm_cmpeq_epi8(x, _mm_set1_epi8('_')),
+                                             _mm_cmpeq_epi8(x, _mm_set1_epi8('l')));
+            const __m128i any = _mm_or_si128(field, _mm_or_si128(quote, word));
+            specials |= static_cast<std::uint64_t>(static_cast<unsigned>(_mm_movemask_epi8(any))) << (16 * k);
         }
         space[w] = spaces;
         d[w] = ds;
+        special[w] = specials;
     }
     found.high |= static_cast<unsigned>(_mm_movemask_epi8(high));
     found.hash |= static_cast<unsigned>(_mm_movemask_epi8(hash));
     found.semicolon |= static_cast<unsigned>(_mm_movemask_epi8(semicolon));
 }
 
-__attribute__((target("avx2"))) void avx2_words(const unsigned char* p, std::size_t words, std::uint64_t* space,
-                                                std::uint64_t* d, Found& found) {
+__attribute__((target("avx2"))) void avx2_words(const unsigned char* p, std::size_t words, std::uint64_t* space, std::uint64_t* d, std::uint64_t* special, Found& found) {
     __m256i high = _mm256_setzero_si256();
     __m256i hash = high;
     __m256i semicolon = high;
     for (std::size_t w = 0; w < words; ++w, p += 64) {
         std::uint64_t spaces = 0;
         std::uint64_t ds = 0;
+        std::uint64_t specials = 0;
         for (int k = 0; k < 2; ++k) {
             const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 32 * k));
             const __m256i tab = _mm256_sub_epi8(x, _mm256_set1_epi8(9));
@@ -92,10 +105,18 @@ __attribute__((target("avx2"))) void avx2_words(const unsigned char* p, std::siz
                   << (32 * k);
             high = _mm256_or_si256(high, x);
             hash = _mm256_or_si256(hash, _mm256_cmpeq_epi8(x, _mm256_set1_epi8('#')));
-            semicolon = _mm256_or_si256(semicolon, _mm256_cmpeq_epi8(x, _mm256_set1_epi8(';')));
+            const __m256i field = _mm256_cmpeq_epi8(x, _mm256_set1_epi8(';'));
+            semicolon = _mm256_or_si256(semicolon, field);
+            const __m256i quote = _mm256_or_si256(_mm256_cmpeq_epi8(x, _mm256_set1_epi8('\'')),
+                                              _mm256_cmpeq_epi8(x, _mm256_set1_epi8('"')));
+            const __m256i word = _mm256_or_si256(_mm256_cmpeq_epi8(x, _mm256_set1_epi8('_')),
+                                             _mm256_cmpeq_epi8(x, _mm256_set1_epi8('l')));
+            const __m256i any = _mm256_or_si256(field, _mm256_or_si256(quote, word));
+            specials |= static_cast<std::uint64_t>(static_cast<unsigned>(_mm256_movemask_epi8(any))) << (32 * k);
         }
         space[w] = spaces;
         d[w] = ds;
+        special[w] = specials;
     }
     found.high |= static_cast<unsigned>(_mm256_movemask_epi8(high));
     found.hash |= static_cast<unsigned>(_mm256_movemask_epi8(hash));
@@ -103,7 +124,7 @@ __attribute__((target("avx2"))) void avx2_words(const unsigned char* p, std::siz
 }
 
 __attribute__((target("avx512f,avx512bw"))) void avx512_words(const unsigned char* p, std::size_t words,
-                                                              std::uint64_t* space, std::uint64_t* d, Found& found) {
+                                                              std::uint64_t* space, std::uint64_t* d, std::uint64_t* special, Found& found) {
     for (std::size_t w = 0; w < words; ++w, p += 64) {
         const __m512i x = _mm512_loadu_si512(p);
         const __mmask64 tab = _mm512_cmple_epu8_mask(_mm512_sub_epi8(x, _mm512_set1_epi8(9)), _mm512_set1_epi8(4));
@@ -113,12 +134,17 @@ __attribute__((target("avx512f,avx512bw"))) void avx512_words(const unsigned cha
         d[w] = _mm512_cmpeq_epi8_mask(x, _mm512_set1_epi8('d'));
         found.high |= _mm512_movepi8_mask(x);
         found.hash |= _mm512_cmpeq_epi8_mask(x, _mm512_set1_epi8('#'));
-        found.semicolon |= _mm512_cmpeq_epi8_mask(x, _mm512_set1_epi8(';'));
+        const __mmask64 field = _mm512_cmpeq_epi8_mask(x, _mm512_set1_epi8(';'));
+        found.semicolon |= field;
+        special[w] = field | _mm512_cmpeq_epi8_mask(x, _mm512_set1_epi8('_')) |
+                     _mm512_cmpeq_epi8_mask(x, _mm512_set1_epi8('l')) |
+                     _mm512_cmpeq_epi8_mask(x, _mm512_set1_epi8('\'')) |
+                     _mm512_cmpeq_epi8_mask(x, _mm512_set1_epi8('"'));
     }
 }
 #endif
 
-using Words = void (*)(const unsigned char*, std::size_t, std::uint64_t*, std::uint64_t*, Found&);
+using Words = void (*)(const unsigned char*, std::size_t, std::uint64_t*, std::uint64_t*, std::uint64_t*, Found&);
 
 struct Choice {
     Words words;
@@ -151,13 +177,16 @@ void scan(const char* text, std::size_t size, ScanMasks& masks) {
     masks.space.resize(whole + 2);
     masks.d_starts.resize(whole + 2);
     Found found;
-    choice().words(p, whole, masks.space.data(), masks.d_starts.data(), found);
+    masks.special.resize(whole + 2);
+    choice().words(p, whole, masks.space.data(), masks.d_starts.data(), masks.special.data(), found);
     unsigned char tail[64];
     std::memset(tail, ' ', sizeof tail);
     if (size > whole * 64) std::memcpy(tail, p + whole * 64, size - whole * 64);
-    choice().words(tail, 1, masks.space.data() + whole, masks.d_starts.data() + whole, found);
+    choice().words(tail, 1, masks.space.data() + whole, masks.d_starts.data() + whole, masks.special.data() + whole,
+                   found);
     masks.space[whole + 1] = ~std::uint64_t{0};
     masks.d_starts[whole + 1] = 0;
+    masks.special[whole + 1] = 0;
     std::uint64_t carry = 1;
     for (std::size_t w = 0; w <= whole; ++w) {
         const std::uint64_t behind = masks.space[w] << 1 | carry;

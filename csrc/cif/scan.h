@@ -11,6 +11,7 @@ namespace catmllm::cif {
 struct ScanMasks {
     std::vector<std::uint64_t> space;     // bit i of word w: byte 64 w + i is white space (bits past the end are set)
     std::vector<std::uint64_t> d_starts;  // bit: the byte is `d` behind white space or at the start
+    std::vector<std::uint64_t> special;   // bit: the byte is one of _ l ' " ; which begin words that may be no plain value
     bool has_hash = false;
     bool has_semicolon = false;
     bool has_high = false;  // bytes >= 0x80

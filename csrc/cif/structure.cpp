@@ -8,6 +8,7 @@
 
 #include "../geometry/rounding.h"
 #include "characters.h"
+#include "decimals.h"
 #include "number.h"
 
 namespace catmllm::cif {
@@ -16,6 +17,7 @@ namespace {
 constexpr double kSiteTolerance = 1e-4;
 constexpr double kAmountTolerance = 1e-8;
 constexpr std::uint32_t kEnd = 0xffffffff;
+constexpr std::uint32_t kFewPoints = 12;  // up to here comparing with all is quicker than a table
 constexpr double kThinnest = 0.01;  // Å
 
 constexpr Key key_at(Key first, int offset) { return static_cast<Key>(static_cast<int>(first) + offset); }
@@ -173,7 +175,7 @@ class PointTable {
         std::int32_t beside[3] = {0, 0, 0};  // -1 or 1 where the neighbouring cube is as near
         bool alone = true;
         for (int k = 0; k < 3; ++k) {
-            const double y = wrapped[k] * cubes_;
+            const double y = wrapped[k] * cubes_ + kShift;
             at[k] = static_cast<std::int32_t>(y);
             const double inside = y - at[k];
             if (inside < margin_) beside[k] = -1;
@@ -197,6 +199,8 @@ class PointTable {
     }
 
   private:
+    // No simple fraction lies on a face between cubes, where all neighbours would have to be looked at.
+    static constexpr double kShift = 0.37;
     template <class Visit>
     bool visit_chain(std::int32_t i, std::int32_t j, std::int32_t k, bool& full, Visit& visit) const {
         std::uint32_t steps = 0;
@@ -209,7 +213,8 @@ class PointTable {
         }
         return false;
     }
-    std::int32_t cube(double x) const { return static_cast<std::int32_t>(x * cubes_); }  // x in [0, 1]; 1 is 0 again
+    // x in [0, 1]; 1 is 0 again
+    std::int32_t cube(double x) const { return static_cast<std::int32_t>(x * cubes_ + kShift); }
     std::uint32_t slot(std::int32_t i, std::int32_t j, std::int32_t k) const {
         const std::int32_t m = cubes_ - 1;
         const std::uint64_t h = (static_cast<std::uint64_t>(i & m) << 24 | static_cast<std::uint64_t>(j & m) << 12 |
@@ -243,13 +248,31 @@ inline bool nearly_same_modulo_one(const double* a, const double* b) {
     return true;
 }
 
+// What is read of a site's columns: a string is taken letter by letter.
+struct Column {
+    const Token* first;
+    std::uint32_t stride;
+    std::uint32_t size;
+    const Token& operator[](std::uint32_t i) const { return first[std::size_t{i} * stride]; }
+};
+
+Column column_of(const Value& value, std::vector<Token>& letters) {
+    if (value.is_list()) return {value.tokens(), value.stride(), value.size()};
+    letters.clear();
+    for (std::uint32_t i = 0; i < value.size(); ++i) letters.push_back({value[i].data(), 1, false});
+    return {letters.data(), 1, value.size()};
+}
+
 inline void wrap(const double* x, double* wrapped) {
     for (int k = 0; k < 3; ++k) wrapped[k] = x[k] >= 0 && x[k] < 1 ? x[k] : x[k] - geometry::floor_of(x[k]);
 }
 
 // One third and two thirds, written with few digits, become exact.
+inline bool may_be_third(double x) {
+    return (std::fabs(x - 1.0 / 3.0) < 4e-5) | (std::fabs(x - 2.0 / 3.0) < 8e-5);
+}
 inline double ideal_fraction(double x) {
-    if (!(x > 0.33 && x < 0.67)) return x;
+    if (!may_be_third(x)) return x;
     for (const double third : {1.0 / 3.0, 2.0 / 3.0})
         if (std::fabs(x / third - 1.0) <= 1e-4) return third;
     return x;
@@ -272,8 +295,13 @@ class Builder {
 
   private:
     Status read_rows();
+    Status merge_rows();
+    void group_rows();
     Status make_images();
+    void rows_as_sites();
+    bool rows_are_apart() const;
     Status finish(bool have_lattice);
+    std::uint32_t species_of(std::string_view name, const Symbol& symbol, bool typed);
     std::uint32_t species_id(const Species& species);
     bool equal_compositions(const StructureScratch::Row& a, const StructureScratch::Row& b) const;
     double amount_of(const StructureScratch::Row& row, const Species& species) const;
@@ -285,7 +313,10 @@ class Builder {
     StructureScratch& s_;
     Structure& out_;
     OxidationStates oxidation_;
-    bool identity_ = false;  // one operation, x,y,z
+    std::uint32_t n_rows_ = 0;
+    bool too_many_groups_ = false;
+    bool odd_species_ = false;  // with an oxidation state that is not finite
+    bool identity_ = false;     // one operation, x,y,z
     bool far_away_ = false;  // coordinates too large for the table's arithmetic
     bool merged_ = false;
     bool close_call_ = false;  // two rows are about as near as the tolerance
@@ -352,110 +383,160 @@ double Builder::total_amount(const StructureScratch::Row& row) const {
     return sum;
 }
 
+std::uint32_t Builder::species_of(std::string_view name, const Symbol& symbol, bool typed) {
+    Species species;
+    species.element = symbol.element;
+    species.dummy = symbol.dummy;
+    if (oxidation_.present()) {
+        species.has_oxidation = true;
+        char letters[3] = {0, 0, 0};
+        std::string_view plain = symbol.dummy;
+        if (symbol.kind == Symbol::kElement) {
+            std::memcpy(letters, element(symbol.element).symbol, 3);
+            plain = letters;
+        }
+        double state = 0;
+        if (!oxidation_.find(plain, state)) state = 0;
+        if (typed) oxidation_.find(name, state);
+        species.oxidation = state;
+        odd_species_ |= !std::isfinite(state);
+    } else if (symbol.kind == Symbol::kDummy) {
+        species.has_oxidation = true;  // a dummy always has one: 0
+    }
+    return species_id(species);
+}
+
 Status Builder::read_rows() {
-    const Value& labels = block_[Key::kSiteLabel];
     const Value& types = block_[Key::kSiteTypeSymbol];
-    const Value& occupancies = block_[Key::kSiteOccupancy];
-    const Value* axes[3] = {&block_[Key::kSiteFractX], &block_[Key::kSiteFractY], &block_[Key::kSiteFractZ]};
-    const Value& names = types.present() ? types : labels;
-
-    const std::uint32_t n = labels.size();
+    const Value& occupancy_values = block_[Key::kSiteOccupancy];
+    const std::uint32_t n = block_[Key::kSiteLabel].size();
     if (std::uint64_t{n} * s_.operations.size() > Limits::kImages) return reject_text(Reason::kLimit);
-    out_.raw.resize(3 * std::size_t{n});
-    double* raw = out_.raw.data();
-    s_.rows.reserve(n);
-    s_.amounts.reserve(2 * std::size_t{n});
-    PointTable points(s_.table, s_.next, n);
+    const Column names = column_of(types.present() ? types : block_[Key::kSiteLabel], s_.letters[0]);
+    const Column occupancies = column_of(occupancy_values, s_.letters[1]);
+    Column axes[3];
+    bool have_axes = true;
+    std::vector<double>& x = s_.x;
+    if (x.size() < 3 * std::size_t{n}) x.resize(3 * std::size_t{n});
+    for (int k = 0; k < 3; ++k) {
+        const Value& value = block_[key_at(Key::kSiteFractX, k)];
+        have_axes &= value.present();
+        axes[k] = column_of(value, s_.letters[2 + k]);
+        plain_decimals(axes[k].first, axes[k].stride, std::min(n, axes[k].size), x.data() + k, 3);
+    }
+    if (s_.rows.size() < n) s_.rows.resize(n);
+    s_.amounts.resize(2 * std::size_t{n});
+    Amount* amount = s_.amounts.data();
+    for (StructureScratch::Name& known : s_.names) known.size = 0;
 
-    std::string_view last_name;
-    Symbol symbol;
-    std::uint32_t last_species = 0;
-    bool have_last = false;
+    StructureScratch::Name unnamed{};
+    StructureScratch::Row* row = s_.rows.data();
+    double* out = x.data();
     for (std::uint32_t i = 0; i < n; ++i) {
-        if (i >= names.size()) return reject_text(Reason::kSites);  // IndexError
-        const std::string_view name = names[i];
-        const bool repeated = have_last && name == last_name;
-        if (!repeated) {
+        if (i >= names.size) return reject_text(Reason::kSites);  // IndexError
+        const std::string_view name = names[i].view();
+        StructureScratch::Name* known = &unnamed;
+        if (name.size() - 1 < 8) {
+            const std::uint64_t word = left_word(name.data(), name.size());
+            known = &s_.names[word * 0x9E3779B97F4A7C15ull >> 59];
+            if (known->word != word) known->size = 0;
+            known->word = word;
+        } else {
+            known->size = 0;
+        }
+        if (known->size != name.size() || known->size == 0) {
+            Symbol symbol;
             if (!parse_symbol(name, symbol)) return reject_text(Reason::kSites);
-            last_name = name;
-            have_last = true;
-        }
-        if (symbol.kind == Symbol::kNothing) continue;
-        if (!repeated) {
-            Species species;
-            species.element = symbol.element;
-            species.dummy = symbol.dummy;
-            if (oxidation_.present()) {
-                species.has_oxidation = true;
-                char letters[3] = {0, 0, 0};
-                std::string_view plain = symbol.dummy;
-                if (symbol.kind == Symbol::kElement) {
-                    std::memcpy(letters, element(symbol.element).symbol, 3);
-                    plain = letters;
-                }
-                double state = 0;
-                if (!oxidation_.find(plain, state)) state = 0;
-                if (types.present()) oxidation_.find(name, state);
-                species.oxidation = state;
-            } else if (symbol.kind == Symbol::kDummy) {
-                species.has_oxidation = true;  // a dummy always has one: 0
-            }
-            last_species = species_id(species);
+            known->species = symbol.kind == Symbol::kNothing ? StructureScratch::kNoSpecies
+                                                             : species_of(name, symbol, types.present());
             if (s_.species.size() > Limits::kCompositions) return reject_text(Reason::kLimit);
+            known->hydrogens = static_cast<std::uint32_t>(implicit_hydrogens(name));
+            known->size = static_cast<std::uint32_t>(name.size());
         }
+        if (known->species == StructureScratch::kNoSpecies) continue;
         double occupancy = 1;
-        if (occupancies.present()) {
-            if (i >= occupancies.size()) return reject_text(Reason::kSites);
-            const std::string_view text = occupancies[i];
+        if (occupancy_values.present()) {
+            if (i >= occupancies.size) return reject_text(Reason::kSites);
+            const std::string_view text = occupancies[i].view();
             if (!(text.size() == 1 && text[0] == '1') && !str2float(text, occupancy)) occupancy = 1;
         }
         if (!(occupancy > 0)) continue;
-        double x[3];
+        if (!have_axes) return skip_block(Reason::kSites);
         for (int k = 0; k < 3; ++k) {
-            if (!axes[k]->present()) return skip_block(Reason::kSites);
-            if (i >= axes[k]->size()) return reject_text(Reason::kSites);
-            const std::string_view text = (*axes[k])[i];
-            if (!plain_decimal(text.data(), text.data() + text.size(), raw[k]) && !str2float(text, raw[k]))
-                return skip_block(Reason::kNumber);
-            x[k] = ideal_fraction(raw[k]);
-            if (!(std::fabs(raw[k]) < 1e6)) far_away_ = true;
+            if (i >= axes[k].size) return reject_text(Reason::kSites);
+            double value = x[3 * std::size_t{i} + k];
+            if (std::isnan(value) && !str2float(axes[k][i].view(), value)) return skip_block(Reason::kNumber);
+            out[k] = value;
         }
-        raw += 3;
-        if (const Species& species = s_.species[last_species]; !std::isfinite(species.oxidation)) {
+        out += 3;
+        if (odd_species_ && !std::isfinite(s_.species[known->species].oxidation)) {
             // pymatgen cannot write such a species: ValueError for nan, OverflowError for inf
-            if (std::isnan(species.oxidation)) return skip_block(Reason::kUnsupported);
+            if (std::isnan(s_.species[known->species].oxidation)) return skip_block(Reason::kUnsupported);
             return reject_text(Reason::kUnsupported);
         }
-
-        const auto first_amount = static_cast<std::uint32_t>(s_.amounts.size());
-        s_.amounts.push_back({last_species, std::max(occupancy, 1e-8)});
-        if (const int hydrogens = implicit_hydrogens(name)) {
+        row->first_amount = static_cast<std::uint32_t>(amount - s_.amounts.data());
+        row->n_amounts = 1;
+        *amount++ = {known->species, std::max(occupancy, 1e-8)};
+        if (known->hydrogens != 0) {
             Species hydrogen;
             hydrogen.element = find_element('H', 0);
-            s_.amounts.push_back({species_id(hydrogen), static_cast<double>(hydrogens)});
+            *amount++ = {species_id(hydrogen), static_cast<double>(known->hydrogens)};
+            row->n_amounts = 2;
         }
+        ++row;
+    }
+    s_.amounts.resize(static_cast<std::size_t>(amount - s_.amounts.data()));
+    n_rows_ = static_cast<std::uint32_t>(row - s_.rows.data());
+    out_.raw.assign(x.data(), out);
+    bool thirds = false;
+    double low = out_.raw.empty() ? 0 : x[0];
+    double high = low;
+    bool numbers = true;
+    for (std::size_t i = 0; i < out_.raw.size(); ++i) {
+        const double value = x[i];
+        thirds |= may_be_third(value);
+        numbers &= value == value;
+        low = value < low ? value : low;
+        high = value > high ? value : high;
+    }
+    out_.raw_low = numbers ? low : std::numeric_limits<double>::quiet_NaN();
+    out_.raw_high = high;
+    far_away_ = !(numbers && low > -1e6 && high < 1e6);
+    if (thirds)
+        for (std::size_t i = 0; i < out_.raw.size(); ++i) x[i] = ideal_fraction(x[i]);
+    return ok();
+}
 
-        // get_matching_coord: the first operation that carries this row onto an earlier one. Points from other rows
-        // with non-finite or huge coordinates are compared one by one.
-        std::uint32_t match = kEnd;
+// Rows that an operation carries onto an earlier one are added to it.
+Status Builder::merge_rows() {
+    PointTable points(s_.table, s_.next, n_rows_);
+    std::vector<StructureScratch::Row>& rows = s_.rows;
+    std::uint32_t kept = 0;
+    for (std::uint32_t r = 0; r < n_rows_; ++r) {
+        const StructureScratch::Row row = rows[r];
+        const double x[3] = {s_.x[3 * std::size_t{r}], s_.x[3 * std::size_t{r} + 1], s_.x[3 * std::size_t{r} + 2]};
+        const auto at = [&](std::uint32_t id) { return s_.x.data() + 3 * std::size_t{id}; };
+        // Few rows are compared one by one, and so are huge and non-finite coordinates.
+        const bool all = kept <= kFewPoints || far_away_;
+        if (far_away_ && kept > 4096) return reject_text(Reason::kLimit);
         bool full = false;
-        for (const AffineOperation& operation : s_.operations) {
+        // get_matching_coord: the first operation that carries this row onto an earlier one
+        std::uint32_t match = kEnd;
+        for (std::size_t o = 0; o < s_.operations.size() && kept > 0; ++o) {
             double image[3];
             if (identity_) {
                 std::memcpy(image, x, sizeof image);
             } else {
-                for (int k = 0; k < 3; ++k) image[k] = operation.component(k, x);
+                for (int k = 0; k < 3; ++k) image[k] = s_.operations[o].component(k, x);
             }
             const auto closer = [&](std::uint32_t id) {
-                if (nearly_same_modulo_one(s_.rows[id].x, image)) {
+                if (nearly_same_modulo_one(at(id), image)) {
                     close_call_ = true;
-                    if (same_modulo_one(s_.rows[id].x, image)) match = std::min(match, id);
+                    if (same_modulo_one(at(id), image)) match = std::min(match, id);
                 }
                 return false;
             };
-            if (far_away_) {
-                if (s_.rows.size() > 4096) return reject_text(Reason::kLimit);
-                for (std::uint32_t id = 0; id < s_.rows.size(); ++id) closer(id);
+            if (all) {
+                for (std::uint32_t id = 0; id < kept; ++id) closer(id);
             } else {
                 double wrapped[3];
                 wrap(image, wrapped);  // not finite: no match
@@ -466,16 +547,15 @@ Status Builder::read_rows() {
         }
         if (match != kEnd) {  // Composition.__add__, the earlier species first
             merged_ = true;
-            StructureScratch::Row& row = s_.rows[match];
+            StructureScratch::Row& earlier = rows[match];
             const auto start = static_cast<std::uint32_t>(s_.amounts.size());
-            for (std::uint32_t a = 0; a < row.n_amounts; ++a) {
-                const std::uint32_t species = s_.amounts[row.first_amount + a].species;
-                const double value = amount_of(row, s_.species[species]);
+            for (std::uint32_t a = 0; a < earlier.n_amounts; ++a) {
+                const std::uint32_t species = s_.amounts[earlier.first_amount + a].species;
+                const double value = amount_of(earlier, s_.species[species]);
                 s_.amounts.push_back({species, value});
             }
-            const std::uint32_t added_end = start;
-            for (std::uint32_t a = first_amount; a < added_end; ++a) {
-                const Amount added = s_.amounts[a];
+            for (std::uint32_t a = 0; a < row.n_amounts; ++a) {
+                const Amount added = s_.amounts[row.first_amount + a];
                 bool known = false;
                 for (std::size_t b = start; b < s_.amounts.size() && !known; ++b) {
                     if (s_.amounts[b].species != added.species) continue;
@@ -484,95 +564,117 @@ Status Builder::read_rows() {
                 }
                 if (!known) s_.amounts.push_back(added);
             }
-            row.first_amount = start;
-            row.n_amounts = static_cast<std::uint32_t>(s_.amounts.size() - start);
+            earlier.first_amount = start;
+            earlier.n_amounts = static_cast<std::uint32_t>(s_.amounts.size() - start);
             if (s_.amounts.size() > 64u * Limits::kSites) return reject_text(Reason::kLimit);
             continue;
         }
         // Without the identity among the operations a row may repeat an earlier one's coordinates unnoticed: the same
         // key of pymatgen's dict, so the later composition wins.
+        double wrapped[3];
+        wrap(x, wrapped);
         if (!identity_) {
             std::uint32_t same = kEnd;
             const auto exact = [&](std::uint32_t id) {
-                const double* y = s_.rows[id].x;
+                const double* y = at(id);
                 if (y[0] == x[0] && y[1] == x[1] && y[2] == x[2]) same = id;
                 return same != kEnd;
             };
-            if (far_away_) {
-                for (std::uint32_t id = 0; id < s_.rows.size() && same == kEnd; ++id) exact(id);
+            if (all) {
+                for (std::uint32_t id = 0; id < kept && same == kEnd; ++id) exact(id);
             } else {
-                double wrapped[3];
-                wrap(x, wrapped);
                 points.search(wrapped, full, exact);
                 if (full) return reject_text(Reason::kLimit);
             }
             if (same != kEnd) {
-                s_.rows[same].first_amount = first_amount;
-                s_.rows[same].n_amounts = static_cast<std::uint32_t>(s_.amounts.size() - first_amount);
+                rows[same].first_amount = row.first_amount;
+                rows[same].n_amounts = row.n_amounts;
                 continue;
             }
         }
-        s_.rows.push_back(
-            {first_amount, static_cast<std::uint32_t>(s_.amounts.size() - first_amount), 0, {x[0], x[1], x[2]}});
-        if (s_.rows.size() > Limits::kSites) return reject_text(Reason::kLimit);
-        double wrapped[3];
-        wrap(x, wrapped);
-        if (far_away_)
-            for (double& w : wrapped) w = 0;  // not looked up any more
-        points.insert(wrapped);
+        std::memcpy(s_.x.data() + 3 * std::size_t{kept}, x, sizeof x);
+        rows[kept++] = row;
+        if (kept > Limits::kSites) return reject_text(Reason::kLimit);
+        if (!far_away_) points.insert(wrapped);
     }
-    out_.raw.resize(static_cast<std::size_t>(raw - out_.raw.data()));
+    n_rows_ = kept;
     return ok();
+}
+
+// Numbers the different compositions; a row is in the first group that it equals.
+void Builder::group_rows() {
+    s_.groups.clear();
+    s_.species_rows.assign(s_.species.size(), kEnd);
+    for (std::uint32_t r = 0; r < n_rows_; ++r) {
+        StructureScratch::Row& row = s_.rows[r];
+        const Amount amount = s_.amounts[row.first_amount];
+        const bool single = row.n_amounts == 1;
+        if (single) {  // the same species and amount as in a row before
+            const std::uint32_t before = s_.species_rows[amount.species];
+            if (before != kEnd && s_.amounts[s_.rows[before].first_amount].value == amount.value) {
+                row.group = s_.rows[before].group;
+                continue;
+            }
+            s_.species_rows[amount.species] = r;
+        }
+        row.group = kEnd;
+        for (std::uint32_t g = 0; g < s_.groups.size() && row.group == kEnd; ++g)
+            if (equal_compositions(s_.rows[s_.groups[g]], row)) row.group = g;
+        if (row.group == kEnd) {
+            too_many_groups_ |= s_.groups.size() >= Limits::kCompositions;
+            if (too_many_groups_) return;
+            row.group = static_cast<std::uint32_t>(s_.groups.size());
+            s_.groups.push_back(r);
+        }
+    }
+}
+
+void Builder::rows_as_sites() {
+    out_.frac.resize(3 * std::size_t{n_rows_});
+    double* frac = out_.frac.data();
+    for (std::size_t r = 0; r < n_rows_; ++r) wrap(&s_.x[3 * r], frac + 3 * r);
+}
+
+// No two sites of out_ are the same to pymatgen: such a pair is nearer than the tolerance along all three axes. (1 %
+// covers rounding. False says nothing; nan is false.)
+bool Builder::rows_are_apart() const {
+    double diagonal = 0;
+    for (int k = 0; k < 3; ++k) {
+        const double* axis = out_.lattice.rows + 3 * k;
+        diagonal += std::sqrt(axis[0] * axis[0] + axis[1] * axis[1] + axis[2] * axis[2]);
+    }
+    return out_.min_distance > 1.01 * kSiteTolerance * diagonal;
 }
 
 // _unique_coords for every group of rows with equal compositions: images that are not yet there, wrapped into the
 // cell.
 Status Builder::make_images() {
-    s_.groups.clear();
-    std::uint32_t last = kEnd;
-    for (std::uint32_t r = 0; r < s_.rows.size(); ++r) {
-        StructureScratch::Row& row = s_.rows[r];
-        if (last != kEnd && equal_compositions(s_.rows[s_.groups[last]], row)) {
-            row.group = last;
-            continue;
-        }
-        last = kEnd;
-        for (std::uint32_t g = 0; g < s_.groups.size() && last == kEnd; ++g)
-            if (equal_compositions(s_.rows[s_.groups[g]], row)) last = g;
-        if (last == kEnd) {
-            if (s_.groups.size() >= Limits::kCompositions) return reject_text(Reason::kLimit);
-            last = static_cast<std::uint32_t>(s_.groups.size());
-            s_.groups.push_back(r);
-        }
-        row.group = last;
-    }
     std::vector<double>& frac = out_.frac;
     std::vector<std::uint32_t>& group = s_.site_group;
     group.clear();
-    if (identity_ && !close_call_ && !far_away_) {  // the rows are the sites, known to be apart
-        frac.resize(3 * s_.rows.size());
-        group.resize(s_.rows.size());
-        for (std::size_t r = 0; r < s_.rows.size(); ++r) {
-            wrap(s_.rows[r].x, &frac[3 * r]);
-            group[r] = s_.rows[r].group;
-        }
-        return ok();
-    }
-    PointTable points(s_.table, s_.next, s_.rows.size() * s_.operations.size());
-    for (const StructureScratch::Row& row : s_.rows) {
+    frac.clear();
+    PointTable points(s_.table, s_.next, std::size_t{n_rows_} * s_.operations.size());
+    for (std::uint32_t r = 0; r < n_rows_; ++r) {
+        const StructureScratch::Row& row = s_.rows[r];
         for (const AffineOperation& operation : s_.operations) {
             double image[3];
             double wrapped[3];
             for (int k = 0; k < 3; ++k) {
-                image[k] = operation.component(k, row.x);
+                image[k] = operation.component(k, &s_.x[3 * std::size_t{r}]);
                 if (std::isnan(image[k])) return skip_block(Reason::kNumber);   // floor(nan): ValueError
                 if (std::isinf(image[k])) return reject_text(Reason::kNumber);  // floor(inf): OverflowError
             }
             wrap(image, wrapped);
             bool full = false;
-            const bool known = points.search(wrapped, full, [&](std::uint32_t id) {
+            bool known = false;
+            const auto same = [&](std::uint32_t id) {
                 return group[id] == row.group && same_modulo_one(&frac[3 * std::size_t{id}], wrapped);
-            });
+            };
+            if (group.size() <= kFewPoints) {
+                for (std::uint32_t id = 0; id < group.size() && !known; ++id) known = same(id);
+            } else {
+                known = points.search(wrapped, full, same);
+            }
             if (full) return reject_text(Reason::kLimit);
             if (known) continue;
             points.insert(wrapped);
@@ -587,7 +689,7 @@ Status Builder::make_images() {
 Status Builder::finish(bool have_lattice) {
     for (std::uint32_t g = 0; g < s_.groups.size(); ++g)
         if (total_amount(s_.rows[s_.groups[g]]) > 1.0) return skip_block(Reason::kOccupancy);
-    if (s_.rows.empty()) return skip_block(Reason::kSites);
+    if (n_rows_ == 0) return skip_block(Reason::kSites);
     if (!have_lattice) return skip_block(Reason::kCell);
 
     // Whole-cell counts, one site after the other as pymatgen adds them up.
@@ -654,27 +756,29 @@ void Builder::note_fields() {
     fields.site_loop = labels.is_list();
     for (Key key : {Key::kSiteFractX, Key::kSiteFractY, Key::kSiteFractZ}) fields.site_loop &= block_[key].is_list();
     if (!labels.is_list()) return;
-    // Duplicate labels, by an open hash table of row numbers.
+    // Duplicate labels, by an open hash table of row numbers. A label up to eight characters is its own word, a longer
+    // one has a hash.
     const std::uint32_t n = labels.size();
     std::size_t size = 64;
     while (size < 2 * std::size_t{n}) size *= 2;
     std::vector<std::uint32_t>& table = s_.table;
     table.assign(size, kEnd);
+    if (s_.words.size() < n) s_.words.resize(n);
+    std::uint64_t* words = s_.words.data();
     for (std::uint32_t i = 0; i < n; ++i) {
         const std::string_view label = labels[i];
-        std::uint64_t h = label.size() * 0x9E3779B97F4A7C15ull;
-        if (label.size() <= 8) {
-            std::uint64_t bytes = 0;
-            std::memcpy(&bytes, label.data(), label.size());
-            h = (h ^ bytes) * 0x9E3779B97F4A7C15ull;
-            h ^= h >> 32;
+        std::uint64_t word = label.size();
+        if (label.size() - 1 < 8) {
+            word = left_word(label.data(), label.size());
         } else {
-            for (char c : label) h = (h ^ static_cast<unsigned char>(c)) * 0x100000001B3ull;
-            h ^= h >> 29;
+            for (char c : label) word = (word ^ static_cast<unsigned char>(c)) * 0x100000001B3ull;
         }
+        words[i] = word;
+        std::uint64_t h = word * 0x9E3779B97F4A7C15ull;
+        h ^= h >> 32;
         std::size_t at = h & (size - 1);
         for (; table[at] != kEnd; at = (at + 1) & (size - 1)) {
-            if (labels[table[at]] == label) {
+            if (words[table[at]] == word && labels[table[at]] == label) {
                 fields.duplicate_labels = true;
                 return;
             }
@@ -717,10 +821,33 @@ Status Builder::build(bool magnetic, bool incommensurate) {
     identity_ = s_.operations.size() == 1 && s_.operations[0].is_identity();
     status = read_rows();
     if (!status.ok()) return status;
+    bool sites = false;  // out_.frac and min_distance are made
+    if (identity_ && have_lattice && !far_away_ && n_rows_ <= Limits::kSites) {
+        rows_as_sites();
+        out_.min_distance =
+            geometry::min_distance(out_.lattice, out_.frac.data(), n_rows_, s_.distance);
+        sites = rows_are_apart();
+    }
+    if (!sites) {  // else there is nothing to merge
+        status = merge_rows();
+        if (!status.ok()) return status;
+    }
     if (magnetic && merged_) return reject_text(Reason::kMagnetic);  // disordered magnetic structures
-    status = make_images();
-    if (!status.ok()) return status;
-    return finish(have_lattice);
+    group_rows();
+    if (too_many_groups_) return reject_text(Reason::kLimit);
+    if (sites || (identity_ && !close_call_ && !far_away_)) {  // the rows are the sites
+        if (!sites) rows_as_sites();
+        s_.site_group.resize(n_rows_);
+        for (std::uint32_t r = 0; r < n_rows_; ++r) s_.site_group[r] = s_.rows[r].group;
+    } else {
+        sites = false;
+        status = make_images();
+        if (!status.ok()) return status;
+    }
+    status = finish(have_lattice);
+    if (status.ok() && !sites)
+        out_.min_distance = geometry::min_distance(out_.lattice, out_.frac.data(), out_.numbers.size(), s_.distance);
+    return status;
 }
 
 }  // namespace
@@ -730,7 +857,7 @@ void Structure::clear() {
     numbers.clear();
     counts.clear();
     raw.clear();
-    mass = 0;
+    mass = min_distance = raw_low = raw_high = 0;
     fields = Fields();
 }
 
@@ -739,7 +866,6 @@ Status build_structure(const Block& block, bool magnetic, bool incommensurate, S
     structure.clear();
     scratch.species.clear();
     scratch.amounts.clear();
-    scratch.rows.clear();
     return Builder(block, scratch, structure).build(magnetic, incommensurate);
 }
 

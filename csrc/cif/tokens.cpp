@@ -51,23 +51,24 @@ std::uint32_t Tokenizer::line_end(std::uint32_t p) const {
     return p;
 }
 
-// '(.*?)'(?!\S) on the rest of the line; an opening quote that does not close is passed over.
+// '(.*?)'(?!\S) on the rest of the line: the closing quote is the last character of a word. An opening quote that does
+// not close is passed over.
 bool Tokenizer::quoted(std::uint32_t start, char quote, Token& token) {
     after_field_ = false;
     std::uint32_t& no_close = no_close_[quote == '"'];
-    if (start >= no_close) {
-        for (std::uint32_t p = start + 1;; ++p) {
-            if (p >= end_ || is_line_break(static_cast<unsigned char>(text_[p]))) {
-                no_close = p;
-                break;
-            }
-            if (text_[p] == quote && (p + 1 >= end_ || is_space(static_cast<unsigned char>(text_[p + 1])))) {
-                token = Token{text_ + start + 1, p - start - 1, false};
-                position_ = p + 1;
-                return true;
-            }
+    std::uint32_t stop = start;
+    while (start >= no_close) {
+        stop = std::min(next_edge(), end_);
+        if (text_[stop - 1] == quote && stop - 1 > start) {
+            token = Token{text_ + start + 1, stop - start - 2, false};
+            seek_ = false;
+            return true;
         }
+        const std::uint32_t next = std::min(next_edge(), end_);
+        while (stop < next && !is_line_break(static_cast<unsigned char>(text_[stop]))) ++stop;
+        if (stop < next || stop >= end_) no_close = stop;
     }
+    seek_ = true;
     position_ = start + 1;
     return false;
 }

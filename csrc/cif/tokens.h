@@ -1,6 +1,7 @@
 // The token stream of one block, by the rules of pymatgen's CifBlock._process_string.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <string_view>
 
@@ -23,7 +24,7 @@ class Tokenizer {
   public:
     // `text` is clean (see above) and `masks` is its scan; reads [begin, end).
     Tokenizer(const char* text, const ScanMasks& masks, std::uint32_t begin, std::uint32_t end, Arena& arena)
-        : text_(text), space_(masks.space.data()), position_(begin), begin_(begin), end_(end), arena_(arena) {}
+        : text_(text), space_(masks.space.data()), special_(masks.special.data()), position_(begin), begin_(begin), end_(end), arena_(arena) {}
 
     // No block has more tokens than this.
     std::size_t most_tokens() const { return (end_ - begin_) / 2 + 2; }
@@ -58,36 +59,37 @@ class Tokenizer {
     // written.
     Token* plain_values(Token* out) {
         if (seek_) return out;
-        std::uint32_t word = word_;
-        std::uint64_t edges = edges_;
-        const auto edge = [&]() {
-            while (edges == 0) {
-                if ((++word << 6) >= end_) {
-                    --word;
-                    return end_;
-                }
-                edges = space_[word] ^ (space_[word] << 1 | space_[word - 1] >> 63);
-            }
-            const auto found = (word << 6) + static_cast<std::uint32_t>(__builtin_ctzll(edges));
-            edges &= edges - 1;
-            return found;
-        };
         for (;;) {
-            const std::uint32_t start = edge();
-            if (start >= end_) {
+            const std::uint32_t base = word_ << 6;
+            const char* text = text_ + base;
+            std::uint64_t halt = special_[word_] & edges_ & ~space_[word_];  // special words begin here
+            if (end_ - base < 64) halt |= ~std::uint64_t{0} << (end_ - base);
+            std::uint64_t taken = halt ? edges_ & ((halt & (0 - halt)) - 1) : edges_;
+            edges_ = 0;
+            while (taken) {
+                const char* start = text + __builtin_ctzll(taken);
+                taken &= taken - 1;
+                if (taken) {
+                    *out++ = Token{start, static_cast<std::uint32_t>(text + __builtin_ctzll(taken) - start), true};
+                    taken &= taken - 1;
+                } else {  // it ends in a later word of the mask, or where the block does
+                    const std::uint32_t stop = halt ? end_ : std::min(next_edge(), end_);
+                    *out++ = Token{start, static_cast<std::uint32_t>(text_ + stop - start), true};
+                }
+            }
+            if (halt) {  // back to where that word begins
+                seek_ = true;
+                position_ = base + static_cast<std::uint32_t>(__builtin_ctzll(halt));
+                return out;
+            }
+            if (edges_ != 0) continue;
+            if (((word_ + 1) << 6) >= end_) {
                 seek_ = true;
                 position_ = end_;
                 return out;
             }
-            const char c = text_[start];
-            if (c == '_' || c == 'l' || c == '\'' || c == '"' || c == ';') {  // back to where it begins
-                seek_ = true;
-                position_ = start;
-                return out;
-            }
-            std::uint32_t stop = edge();
-            if (stop > end_) stop = end_;
-            *out++ = Token{text_ + start, stop - start, true};
+            ++word_;
+            edges_ = space_[word_] ^ (space_[word_] << 1 | space_[word_ - 1] >> 63);
         }
     }
 
@@ -131,6 +133,7 @@ class Tokenizer {
 
     const char* text_;
     const std::uint64_t* space_;
+    const std::uint64_t* special_;
     std::uint32_t position_;
     std::uint32_t begin_;
     std::uint32_t end_;

@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
@@ -26,6 +27,8 @@ namespace catmllm::geometry {
 namespace {
 
 constexpr std::uint32_t kCrowded = 24;
+constexpr std::size_t kOneRun = 24;  // up to here every pair is quicker than any order
+constexpr double kReach = 4;           // slices to the length of the bound, along the widest axis
 constexpr std::size_t kRuns = 2048;
 constexpr std::size_t kFew = 4096;  // up to here crowding costs less than looking out for it
 
@@ -107,61 +110,108 @@ class Images {
 };
 
 // Where r is under half of every plane spacing, an image nearer than r has all fractional differences under one half:
-// rounding finds it, and no shift needs to be tried. This is the usual case.
+// rounding finds it, and no shift needs to be tried. This is the usual case, done eight pairs at a time.
 constexpr int kLanes = 8;
 
+#if defined(__GNUC__) || defined(__clang__)
+#pragma GCC diagnostic ignored "-Wpsabi"
+typedef double Lanes __attribute__((vector_size(8 * kLanes)));
+typedef std::int64_t LaneMask __attribute__((vector_size(8 * kLanes)));
+
+CATMLLM_INLINE Lanes load(const double* p) {
+    Lanes v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+CATMLLM_INLINE void store(double* p, Lanes v) { std::memcpy(p, &v, sizeof v); }
+CATMLLM_INLINE Lanes lesser(Lanes a, Lanes b) { return a < b ? a : b; }
+CATMLLM_INLINE Lanes first_lanes(Lanes v, std::int64_t n, double rest) {  // v in the first n lanes
+    const LaneMask lane = {0, 1, 2, 3, 4, 5, 6, 7};
+    return lane < n ? v : Lanes{} + rest;
+}
+#else
+struct Lanes {
+    double x[kLanes];
+    double& operator[](int l) { return x[l]; }
+    double operator[](int l) const { return x[l]; }
+};
+#define CATMLLM_LANES(op)                                                        \
+    inline Lanes operator op(Lanes a, const Lanes& b) {                          \
+        for (int l = 0; l < kLanes; ++l) a.x[l] = a.x[l] op b.x[l];              \
+        return a;                                                                \
+    }                                                                            \
+    inline Lanes operator op(Lanes a, double b) {                                \
+        for (int l = 0; l < kLanes; ++l) a.x[l] = a.x[l] op b;                   \
+        return a;                                                                \
+    }
+CATMLLM_LANES(+)
+CATMLLM_LANES(-)
+CATMLLM_LANES(*)
+#undef CATMLLM_LANES
+inline Lanes load(const double* p) {
+    Lanes v;
+    std::memcpy(v.x, p, sizeof v.x);
+    return v;
+}
+inline void store(double* p, const Lanes& v) { std::memcpy(p, v.x, sizeof v.x); }
+inline Lanes lesser(Lanes a, const Lanes& b) {
+    for (int l = 0; l < kLanes; ++l) a.x[l] = a.x[l] < b.x[l] ? a.x[l] : b.x[l];
+    return a;
+}
+inline Lanes first_lanes(Lanes v, std::int64_t n, double rest) {
+    for (int l = 0; l < kLanes; ++l) v.x[l] = l < n ? v.x[l] : rest;
+    return v;
+}
+#endif
+
 struct Columns {
-    const double* f[3];  // fractional coordinates in the order of the boxes
+    const double* f[3];  // fractional coordinates in the order of the boxes, kLanes numbers of room behind the last
 };
 
-CATMLLM_INLINE double rounded(double x) {
+template <class T>
+CATMLLM_INLINE T rounded(T x) {
     constexpr double kMagic = 6755399441055744.0;  // 1.5 * 2^52: adding it leaves whole numbers
     return (x + kMagic) - kMagic;
 }
 
-// Least squared distance, at most `best`, from the site at `a` to sites [from, to). Sites up to `room` may be looked
-// at too: whole lanes are quicker than a remainder.
-CATMLLM_INLINE double nearest_of(const Columns& c, std::uint32_t from, std::uint32_t to, std::uint32_t room,
-                                 const double* a, const double* basis, double best) {
-    double least[kLanes];
-    for (double& x : least) x = best;
-    std::uint32_t q = from;
-    for (; q < to && q + kLanes <= room; q += kLanes) {
-        for (int l = 0; l < kLanes; ++l) {
-            double u = c.f[0][q + l] - a[0];
-            double v = c.f[1][q + l] - a[1];
-            double w = c.f[2][q + l] - a[2];
-            u -= rounded(u);
-            v -= rounded(v);
-            w -= rounded(w);
-            const double x = u * basis[0] + v * basis[3] + w * basis[6];
-            const double y = u * basis[1] + v * basis[4] + w * basis[7];
-            const double z = u * basis[2] + v * basis[5] + w * basis[8];
-            const double d = x * x + y * y + z * z;
-            least[l] = d < least[l] ? d : least[l];
-        }
-    }
-    for (double x : least) best = x < best ? x : best;
-    for (; q < to; ++q) {
-        double u = c.f[0][q] - a[0];
-        double v = c.f[1][q] - a[1];
-        double w = c.f[2][q] - a[2];
-        u -= rounded(u);
-        v -= rounded(v);
-        w -= rounded(w);
-        const double x = u * basis[0] + v * basis[3] + w * basis[6];
-        const double y = u * basis[1] + v * basis[4] + w * basis[7];
-        const double z = u * basis[2] + v * basis[5] + w * basis[8];
-        const double d = x * x + y * y + z * z;
-        best = d < best ? d : best;
-    }
-    return best;
+CATMLLM_INLINE double least_lane(Lanes v) {
+    double least = v[0];
+    for (int l = 1; l < kLanes; ++l) least = v[l] < least ? v[l] : least;
+    return least;
 }
 
-CATMLLM_CLONES double search_rounded(const double* basis_in, const int* slices, const Columns& c,
-                                     const std::uint32_t* start, std::uint32_t n, double best) {
+// Squared distances of eight sites beginning at q to the point a, each to the image that rounding gives.
+CATMLLM_INLINE Lanes squares(const Columns& c, std::size_t q, const double* a, const double* basis) {
+    Lanes u = load(c.f[0] + q) - a[0];
+    Lanes v = load(c.f[1] + q) - a[1];
+    Lanes w = load(c.f[2] + q) - a[2];
+    u = u - rounded(u);
+    v = v - rounded(v);
+    w = w - rounded(w);
+    const Lanes x = u * basis[0] + v * basis[3] + w * basis[6];
+    const Lanes y = u * basis[1] + v * basis[4] + w * basis[7];
+    const Lanes z = u * basis[2] + v * basis[5] + w * basis[8];
+    return x * x + y * y + z * z;
+}
+
+// The lanes' least squared distances from the site at `a` to sites [from, to).
+CATMLLM_INLINE Lanes nearest_of(const Columns& c, std::size_t from, std::size_t to, const double* a,
+                                const double* basis, Lanes least) {
+    std::size_t q = from;
+    for (; q + kLanes <= to; q += kLanes) least = lesser(squares(c, q, a, basis), least);
+    if (q < to)
+        least = lesser(first_lanes(squares(c, q, a, basis), static_cast<std::int64_t>(to - q),
+                                   std::numeric_limits<double>::infinity()),
+                       least);
+    return least;
+}
+
+// The last axis has slices so thin that `reach` of them are no thinner than the bound; it is less than their number.
+CATMLLM_CLONES double search_rounded(const double* basis_in, const int* slices, int reach, const Columns& c,
+                                     const std::uint32_t* start, double best) {
     double basis[9];
     for (int k = 0; k < 9; ++k) basis[k] = basis_in[k];
+    Lanes least = Lanes{} + best;
     const int n2 = slices[2];
     for (int i = 0; i < slices[0]; ++i) {
         for (int j = 0; j < slices[1]; ++j) {
@@ -174,26 +224,60 @@ CATMLLM_CLONES double search_rounded(const double* basis_in, const int* slices, 
                     const int j2 = (j + dj + slices[1]) % slices[1];
                     const std::uint32_t* other = start + static_cast<std::size_t>(i2 * slices[1] + j2) * n2;
                     for (int k = 0; k < n2; ++k) {
+                        // boxes k - reach .. k + reach of the other column are one run of sites, but for the
+                        // wrap-around
+                        const std::uint32_t from = other[std::max(k - reach, 0)];
+                        const std::uint32_t to = other[std::min(k + reach, n2 - 1) + 1];
+                        const int over = std::max(0, k + reach - n2 + 1);
+                        const int under = same ? n2 : std::min(n2, n2 + k - reach);
                         for (std::uint32_t p = own[k]; p < own[k + 1]; ++p) {
                             const double a[3] = {c.f[0][p], c.f[1][p], c.f[2][p]};
-                            // boxes k - 1 .. k + 1 of the other column are one run of sites, but for the wrap-around
-                            const int low = same ? k : std::max(k - 1, 0);
-                            const int high = std::min(k + 1, n2 - 1);
-                            const std::uint32_t to = other[high + 1];
-                            // lanes may run over the end, but not onto p itself
-                            const bool clear = same || p < to || p >= to + kLanes;
-                            best = nearest_of(c, same ? p + 1 : other[low], to, clear ? n : to, a, basis, best);
-                            if (k == n2 - 1 && n2 > 1)
-                                best = nearest_of(c, other[0], other[1], other[1], a, basis, best);
-                            if (k == 0 && n2 > 2 && !same)
-                                best = nearest_of(c, other[n2 - 1], other[n2], other[n2], a, basis, best);
+                            least = nearest_of(c, same ? p + 1 : from, to, a, basis, least);
+                            if (over > 0) least = nearest_of(c, other[0], other[over], a, basis, least);
+                            if (under < n2) least = nearest_of(c, other[under], other[n2], a, basis, least);
                         }
                     }
                 }
             }
         }
     }
-    return best;
+    return least_lane(least);
+}
+
+// x - floor(x) of n numbers in place, for |x| < 2^51; the largest |x| seen, nan where one is not finite.
+CATMLLM_CLONES double wrap(double* x, std::size_t n) {
+    double most = 0;
+    bool finite = true;
+    for (std::size_t i = 0; i < n; ++i) {
+        const double size = std::fabs(x[i]);
+        finite &= size <= std::numeric_limits<double>::max();
+        most = size > most ? size : most;
+        const double r = rounded(x[i]);
+        x[i] -= r > x[i] ? r - 1.0 : r;
+    }
+    return finite ? most : std::numeric_limits<double>::quiet_NaN();
+}
+
+// Least squared distance between sites that follow each other.
+CATMLLM_CLONES double neighbours(const double* basis_in, const Columns& c, std::size_t n) {
+    double basis[9];
+    for (int k = 0; k < 9; ++k) basis[k] = basis_in[k];
+    const double zero[3] = {0, 0, 0};
+    const double infinity = std::numeric_limits<double>::infinity();
+    Lanes least = Lanes{} + infinity;
+    for (std::size_t i = 0; i + 1 < n; i += kLanes) {
+        double steps[3][kLanes];
+        for (int k = 0; k < 3; ++k) store(steps[k], load(c.f[k] + i + 1) - load(c.f[k] + i));
+        const Columns step{{steps[0], steps[1], steps[2]}};
+        const Lanes d = squares(step, 0, zero, basis);
+        least = lesser(first_lanes(d, static_cast<std::int64_t>(n - 1 - i), infinity), least);
+    }
+    return least_lane(least);
+}
+
+void to_cartesian(const Cell& cell, const DistanceScratch& s, std::size_t site, double* x) {
+    const double f[3] = {s.column(0)[site], s.column(1)[site], s.column(2)[site]};
+    to_cartesian(cell.basis, f, x);
 }
 
 // Sorts the sites into boxes; the largest number of sites in one box.
@@ -206,7 +290,7 @@ std::uint32_t fill_boxes(const Cell& cell, const int slices[3], std::size_t n, D
     for (std::size_t i = 0; i < n; ++i) {
         std::uint32_t box = 0;
         for (int k = 0; k < 3; ++k) {
-            const int slice = std::min(static_cast<int>(s.fraction[3 * i + k] * slices[k]), slices[k] - 1);
+            const int slice = std::min(static_cast<int>(s.column(k)[i] * slices[k]), slices[k] - 1);
             box = box * static_cast<std::uint32_t>(slices[k]) + static_cast<std::uint32_t>(slice);
         }
         s.cell[i] = box;
@@ -220,7 +304,7 @@ std::uint32_t fill_boxes(const Cell& cell, const int slices[3], std::size_t n, D
     for (std::size_t i = n; i-- > 0;) {  // from behind: start[b + 1] ends as the start of b + 1 again
         const std::uint32_t at = --s.start[s.cell[i] + 1];
         s.order[at] = static_cast<std::uint32_t>(i);
-        to_cartesian(cell.basis, &s.fraction[3 * i], &s.position[3 * at]);
+        to_cartesian(cell, s, i, &s.position[3 * at]);
     }
     // start[b + 1] is now where box b begins; shift down by one
     for (std::size_t b = 0; b < boxes; ++b) s.start[b] = s.start[b + 1];
@@ -340,7 +424,7 @@ double search_sparse(const Cell& cell, double r, std::size_t n, const DistanceSc
         for (std::size_t i = 0; i < n; ++i) {
             std::uint64_t key = 0;
             for (int k = 0; k < 3; ++k) {
-                const int slice = std::min(static_cast<int>(s.fraction[3 * i + k] * slices[k]), slices[k] - 1);
+                const int slice = std::min(static_cast<int>(s.column(k)[i] * slices[k]), slices[k] - 1);
                 key = key << 21 | static_cast<std::uint64_t>(slice);
             }
             members[i] = {key, static_cast<std::uint32_t>(i)};
@@ -364,10 +448,10 @@ double search_sparse(const Cell& cell, double r, std::size_t n, const DistanceSc
     const auto pairs = [&](std::size_t box, std::size_t other, const double* shift) {
         for (std::uint32_t p = starts[box]; p < starts[box + 1]; ++p) {
             double a[3];
-            to_cartesian(cell.basis, &s.fraction[3 * members[p].site], a);
+            to_cartesian(cell, s, members[p].site, a);
             for (std::uint32_t q = box == other ? p + 1 : starts[other]; q < starts[other + 1]; ++q) {
                 double b[3];
-                to_cartesian(cell.basis, &s.fraction[3 * members[q].site], b);
+                to_cartesian(cell, s, members[q].site, b);
                 best = std::min(
                     best, images.nearest(b[0] - a[0] + shift[0], b[1] - a[1] + shift[1], b[2] - a[2] + shift[2]));
             }
@@ -410,44 +494,51 @@ double search_sparse(const Cell& cell, double r, std::size_t n, const DistanceSc
 
 double few_sites(const Cell& cell, double r, double best, std::size_t n, DistanceScratch& s) {
     int slices[3] = {1, 1, 1};
+    if (n <= kOneRun) {
+        const std::uint32_t all[2] = {0, static_cast<std::uint32_t>(n)};
+        return search_rounded(cell.basis, slices, 0, Columns{{s.column(0), s.column(1), s.column(2)}}, all, best);
+    }
     // Few sites: slices along the widest axis alone, since long runs of sites suit the vector unit better than small
     // boxes. More: along a second and a third axis too, in steps that still leave several sites to a box.
     int by_width[3] = {0, 1, 2};
     std::sort(by_width, by_width + 3, [&](int a, int b) { return cell.spacing[a] > cell.spacing[b]; });
-    const double count = static_cast<double>(n);
-    const double shares[3] = {count, n > 256 ? std::sqrt(count / 16) : 1, n > kRuns ? std::sqrt(count / 256) : 1};
-    for (int k = 0; k < 3; ++k) {
-        const double fit = cell.spacing[by_width[k]] / (r * (1 + 1e-9) + 1e-300);
-        slices[by_width[k]] = std::max(1, static_cast<int>(std::min({fit, shares[k], 1024.0})));
-    }
     const int wide = by_width[0];
+    const double count = static_cast<double>(n);
+    const double shares[3] = {0, n > 256 ? std::sqrt(count / 16) : 1, n > kRuns ? std::sqrt(count / 256) : 1};
+    const auto fit = [&](int axis) { return cell.spacing[axis] / (r * (1 + 1e-9) + 1e-300); };
+    for (int k = 1; k < 3; ++k)
+        slices[by_width[k]] = std::max(1, static_cast<int>(std::min({fit(by_width[k]), shares[k], 1024.0})));
+    // Slices thinner than r along the widest axis, to look no further than needed.
+    const double room = std::max(1.0, 2 * count / (slices[by_width[1]] * slices[by_width[2]]));
+    slices[wide] = std::max(1, static_cast<int>(std::min(kReach * fit(wide), room)));
+    const int reach = static_cast<int>(std::min(slices[wide] - 1.0, std::ceil(slices[wide] / fit(wide))));
     // counting sort into boxes, the widest axis innermost
     const int axes[3] = {(wide + 1) % 3, (wide + 2) % 3, wide};
     const int ordered[3] = {slices[axes[0]], slices[axes[1]], slices[axes[2]]};
     const std::size_t boxes = static_cast<std::size_t>(ordered[0]) * ordered[1] * ordered[2];
     s.start.assign(boxes + 2, 0);
     s.cell.resize(n);
-    s.position.resize(3 * n + kLanes);
+    s.position.resize(3 * (n + kLanes));
     for (std::size_t i = 0; i < n; ++i) {
         int box = 0;
         for (int k = 0; k < 3; ++k) {
-            const int slice = static_cast<int>(s.fraction[3 * i + axes[k]] * ordered[k]);
+            if (ordered[k] == 1) continue;
+            const int slice = static_cast<int>(s.column(axes[k])[i] * ordered[k]);
             box = box * ordered[k] + std::min(slice, ordered[k] - 1);
         }
         s.cell[i] = static_cast<std::uint32_t>(box);
         ++s.start[static_cast<std::size_t>(box) + 2];
     }
     for (std::size_t b = 2; b < boxes + 2; ++b) s.start[b] += s.start[b - 1];
-    double* columns[3] = {s.position.data(), s.position.data() + n, s.position.data() + 2 * n};
+    double* columns[3] = {s.position.data(), s.position.data() + n + kLanes, s.position.data() + 2 * (n + kLanes)};
     for (std::size_t i = 0; i < n; ++i) {
         const std::uint32_t at = s.start[s.cell[i] + 1]++;
-        for (int k = 0; k < 3; ++k) columns[k][at] = s.fraction[3 * i + axes[k]];
+        for (int k = 0; k < 3; ++k) columns[k][at] = s.column(axes[k])[i];
     }
     double basis[9];
     for (int k = 0; k < 3; ++k)
         for (int d = 0; d < 3; ++d) basis[3 * k + d] = cell.basis[3 * axes[k] + d];
-    const Columns c{{columns[0], columns[1], columns[2]}};
-    return search_rounded(basis, ordered, c, s.start.data(), static_cast<std::uint32_t>(n), best);
+    return search_rounded(basis, ordered, reach, Columns{{columns[0], columns[1], columns[2]}}, s.start.data(), best);
 }
 
 bool prepare(const Lattice& lattice, const double* frac, std::size_t n, Cell& cell, DistanceScratch& s) {
@@ -472,21 +563,32 @@ bool prepare(const Lattice& lattice, const double* frac, std::size_t n, Cell& ce
         for (int j = 0; j < 3; ++j) {
             double sum = 0;
             for (int k = 0; k < 3; ++k) sum += original[3 * i + k] * cell.inverse[3 * k + j];
-            change[3 * i + j] = std::rint(sum);
+            change[3 * i + j] = round_even(sum) + 0.0;  // no -0
         }
     }
-    s.fraction.resize(3 * n);
+    s.fraction.resize(3 * (n + kLanes));
+    s.stride = n + kLanes;
+    double* columns[3] = {s.fraction.data(), s.fraction.data() + s.stride, s.fraction.data() + 2 * s.stride};
+    for (std::size_t i = 0; i < n; ++i)
+        for (int k = 0; k < 3; ++k) columns[k][i] = frac[3 * i + k];
+    bool exact = true;  // wrap() was: no coordinate is huge
+    for (int k = 0; k < 3; ++k) {
+        const double most = wrap(columns[k], n);
+        if (!(most <= std::numeric_limits<double>::max())) return false;
+        exact &= most < 2251799813685248.0;
+    }
+    if (!exact)
+        for (std::size_t i = 0; i < n; ++i)
+            for (int k = 0; k < 3; ++k) columns[k][i] = frac[3 * i + k] - floor_of(frac[3 * i + k]);
+    static constexpr double kSame[9] = {1, 0, 0, 0, 1, 0, 0, 0, 1};
+    if (std::memcmp(change, kSame, sizeof change) == 0) return true;
     bool finite = true;
     for (std::size_t i = 0; i < n; ++i) {
-        double wrapped[3];
+        const double x[3] = {columns[0][i], columns[1][i], columns[2][i]};
         for (int k = 0; k < 3; ++k) {
-            const double x = frac[3 * i + k];
-            wrapped[k] = x >= 0 && x < 1 ? x : x - floor_of(x);
-            finite &= std::isfinite(wrapped[k]);
-        }
-        for (int k = 0; k < 3; ++k) {
-            const double f = wrapped[0] * change[k] + wrapped[1] * change[3 + k] + wrapped[2] * change[6 + k];
-            s.fraction[3 * i + k] = f - floor_of(f);
+            const double f = x[0] * change[k] + x[1] * change[3 + k] + x[2] * change[6 + k];
+            columns[k][i] = f - floor_of(f);
+            finite &= std::isfinite(columns[k][i]);
         }
     }
     return finite;
@@ -500,17 +602,7 @@ double min_distance(const Lattice& lattice, const double* frac, std::size_t n, D
     if (!prepare(lattice, frac, n, cell, s)) return std::numeric_limits<double>::quiet_NaN();
 
     // An upper bound: neighbours in the file.
-    double best = std::numeric_limits<double>::infinity();
-    for (std::size_t i = 0; i + 1 < n; ++i) {
-        double f[3];
-        double x[3];
-        for (int k = 0; k < 3; ++k) {
-            f[k] = s.fraction[3 * i + 3 + k] - s.fraction[3 * i + k];
-            f[k] -= rounded(f[k]);
-        }
-        to_cartesian(cell.basis, f, x);
-        best = std::min(best, x[0] * x[0] + x[1] * x[1] + x[2] * x[2]);
-    }
+    double best = neighbours(cell.basis, Columns{{s.column(0), s.column(1), s.column(2)}}, n);
     double r = std::sqrt(best);
     const double narrowest = std::min({cell.spacing[0], cell.spacing[1], cell.spacing[2]});
     if (n <= kFew && r < 0.499 * narrowest) return std::sqrt(few_sites(cell, r, best, n, s)) * cell.scale;

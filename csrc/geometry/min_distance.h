@@ -11,11 +11,13 @@ namespace catmllm::geometry {
 
 // Memory that is reused from cell to cell.
 struct DistanceScratch {
-    std::vector<double> fraction;  // [N, 3] in the reduced basis, in [0, 1)
-    std::vector<double> position;  // [N, 3] Cartesian of the above, in the order of the cells
+    std::vector<double> fraction;  // three columns in the reduced basis, in [0, 1], each `stride` long
+    std::size_t stride = 0;
+    std::vector<double> position;  // the same in the order of the boxes: [N, 3] Cartesian, or three columns
     std::vector<std::uint32_t> cell;
     std::vector<std::uint32_t> start;
     std::vector<std::uint32_t> order;
+    const double* column(int k) const { return fraction.data() + static_cast<std::size_t>(k) * stride; }
 };
 
 // frac: [n, 3]. Every periodic image counts, a site's own images do not: inf for n < 2. nan where the lattice or a

@@ -35,7 +35,6 @@ void mark(const void* data, std::size_t n, std::string& bytes) {
 
 struct Worker {
     cif::Parser parser;
-    geometry::DistanceScratch distance;
     std::string bytes;
 
     void score(const TextRef& text, const Batch& batch, Piece& piece, TextOut& out, double* row) {
@@ -55,7 +54,7 @@ struct Worker {
             return;
         }
         const cif::Structure& structure = parser.structure();
-        score_structure(structure, batch.targets[text.target], batch.weights, batch.thresholds, distance, row);
+        score_structure(structure, batch.targets[text.target], batch.weights, batch.thresholds, row);
         keep(structure, piece, out);
     }
 
@@ -196,6 +195,7 @@ Profile profile(const TextRef& text, int repeats) {
     } else {
         mark_characters(text, bytes);
     }
+    geometry::DistanceScratch distance;
     const Target none;
     double row[kScoreColumns];
     const auto least = [](double& kept, double seconds) { kept = kept == 0 ? seconds : std::min(kept, seconds); };
@@ -225,15 +225,15 @@ Profile profile(const TextRef& text, int repeats) {
         if (reason != cif::Reason::kNone) continue;
         const cif::Structure& structure = worker.parser.structure();
         const double d = geometry::min_distance(structure.lattice, structure.frac.data(), structure.numbers.size(),
-                                                worker.distance);
+                                                distance);
         const auto t4 = Clock::now();
-        score_structure(structure, none, Weights(), Thresholds(), worker.distance, row);
+        score_structure(structure, none, Weights(), Thresholds(), row);
         const auto t5 = Clock::now();
         least(result.distance, seconds(t3, t4) + (d < 0 ? 1 : 0));
         least(result.score, seconds(t4, t5));
         result.n_sites = static_cast<std::uint32_t>(structure.numbers.size());
     }
-    result.score = std::max(0.0, result.score - result.distance);
+    if (result.n_sites != 0) result.parse = std::max(0.0, result.parse - result.distance);  // it is part of it
     return result;
 }
 

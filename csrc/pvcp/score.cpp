@@ -17,19 +17,13 @@ double composition(const cif::Structure& structure, const Target& target, double
     int extra = 0;
     for (const cif::Count& count : structure.counts) {
         if (count.amount <= kCountTolerance) continue;
-        if (count.number == 0) {
-            ++extra;
-        } else {
-            found[count.number] = count.amount;
-        }
+        found[count.number] = count.amount;
+        bool wanted = false;
+        for (const Target::Entry& entry : target.entries) wanted |= entry.number == count.number;
+        extra += !wanted;  // as is every dummy, number 0
     }
     int missing = 0;
-    bool wanted[128] = {};
-    for (const Target::Entry& entry : target.entries) {
-        wanted[entry.number] = true;
-        missing += !(found[entry.number] > kCountTolerance);
-    }
-    for (int z = 1; z < 128; ++z) extra += found[z] > 0 && !wanted[z];
+    for (const Target::Entry& entry : target.entries) missing += !(found[entry.number] > kCountTolerance);
     row[kMissing] = missing;
     row[kExtra] = extra;
     row[kCountError] = kNan;
@@ -58,20 +52,21 @@ bool outside(double value, double low, double high) { return !(low <= value && v
 }  // namespace
 
 void score_structure(const cif::Structure& structure, const Target& target, const Weights& w, const Thresholds& t,
-                     geometry::DistanceScratch& scratch, double* row) {
+                     double* row) {
     const std::size_t n = structure.numbers.size();
     const double sites = static_cast<double>(n);
     const double volume = geometry::volume(structure.lattice);
     const double cubic_cm = volume * 1e-24;  // underflows where pymatgen's does
     const double density = cubic_cm == 0 ? kNan : structure.mass * kGramsPerAmu / cubic_cm;
-    const double d_min = geometry::min_distance(structure.lattice, structure.frac.data(), n, scratch);
+    const double d_min = structure.min_distance;
     row[kSites] = sites;
     row[kVolume] = volume;
     row[kDensity] = density;
     row[kMinDistance] = d_min;
 
     int bad = 0;
-    for (std::size_t i = 0; i + 2 < structure.raw.size(); i += 3) {
+    const bool all_inside = structure.raw_low >= t.coord_min && structure.raw_high <= t.coord_max;
+    for (std::size_t i = 0; i + 2 < structure.raw.size() && !all_inside; i += 3) {
         bool inside = true;
         for (std::size_t k = i; k < i + 3; ++k)
             inside &= structure.raw[k] >= t.coord_min && structure.raw[k] <= t.coord_max;

@@ -6,7 +6,6 @@
 #include <vector>
 
 #include "../cif/structure.h"
-#include "../geometry/min_distance.h"
 
 namespace catmllm::pvcp {
 
@@ -60,7 +59,7 @@ constexpr double kGramsPerAmu = 1.66053906892e-24;
 
 // Writes the kScoreColumns numbers of a structure.
 void score_structure(const cif::Structure& structure, const Target& target, const Weights& weights,
-                     const Thresholds& thresholds, geometry::DistanceScratch& scratch, double* row);
+                     const Thresholds& thresholds, double* row);
 
 // The numbers of a text that does not parse.
 void score_failure(const Weights& weights, double* row);

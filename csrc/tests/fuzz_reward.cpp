@@ -12,14 +12,13 @@
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
     using namespace catmllm;
     static cif::Parser parser;
-    static geometry::DistanceScratch scratch;
     const std::string text(reinterpret_cast<const char*>(data), size);  // exact size: reads past the end are seen
     double row[pvcp::kScoreColumns];
     pvcp::Target target;
     target.entries = {{78, 9.0}, {8, 1.0}};
     const cif::Reason reason = parser.parse(text.data(), text.size());
     if (reason == cif::Reason::kNone) {
-        pvcp::score_structure(parser.structure(), target, pvcp::Weights(), pvcp::Thresholds(), scratch, row);
+        pvcp::score_structure(parser.structure(), target, pvcp::Weights(), pvcp::Thresholds(), row);
     } else {
         pvcp::score_failure(pvcp::Weights(), row);
     }
