@@ -16,7 +16,7 @@ SOURCES = sorted(
 FLAGS = (
     ["/std:c++17", "/O2", "/EHsc"]
     if sys.platform == "win32"
-    else ["-std=c++17", "-O3", "-fvisibility=hidden"]
+    else ["-std=c++17", "-O3", "-fvisibility=hidden", "-Wno-psabi"]
 )
 
 setup(

@@ -4,10 +4,10 @@
 
 from cpython.unicode cimport PyUnicode_DATA, PyUnicode_GET_LENGTH, PyUnicode_KIND
 from libc.stddef cimport size_t
-from libc.stdint cimport int64_t, uint8_t, uint32_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t
 from libc.string cimport memcpy
 from libcpp cimport bool as cbool
-from libcpp.string cimport string
+from libcpp.string_view cimport string_view
 from libcpp.vector cimport vector
 
 import numpy as np
@@ -53,6 +53,24 @@ cdef extern from "../csrc/pvcp/score.h" namespace "catmllm::pvcp":
         kScoreColumns "catmllm::pvcp::kScoreColumns"
 
 
+cdef extern from "../csrc/pvcp/extract.h" namespace "catmllm::pvcp":
+    cdef cppclass Span:
+        size_t first
+        size_t second
+
+
+cdef extern from "../csrc/cif/structure.h" namespace "catmllm::cif":
+    struct Count:
+        string_view symbol
+        int number
+        double amount
+    cdef cppclass Structure:
+        Lattice lattice
+        vector[double] frac
+        vector[int32_t] numbers
+        vector[Count] counts
+
+
 cdef extern from "../csrc/pvcp/batch.h" namespace "catmllm::pvcp":
     cdef cppclass TextRef:
         const void* data
@@ -60,41 +78,33 @@ cdef extern from "../csrc/pvcp/batch.h" namespace "catmllm::pvcp":
         int unit
         cbool ascii
         uint32_t target
-    cdef cppclass CountOut:
-        uint8_t number
-        uint32_t dummy
-        double amount
-    cdef cppclass Piece:
-        vector[double] frac
-        vector[int64_t] numbers
-        vector[CountOut] counts
-        vector[string] dummies
     cdef cppclass TextOut:
         Reason reason
         uint8_t fields
-        uint32_t piece
-        uint32_t n_sites
-        uint32_t n_counts
-        size_t first_site
-        size_t first_count
-        double lattice[9]
+    cdef cppclass Reader:
+        string_view cif_of(const TextRef&, cbool) except +
+        Reason read(const TextRef&, cbool) except +
+        const Structure& structure()
+        const vector[Span]& parts()
+    Reader& reader_of_this_thread() except +
+    void forget_giant(const TextRef&)
     cdef cppclass Batch:
         vector[TextRef] texts
         vector[Target] targets
         Weights weights
         Thresholds thresholds
+        cbool extract
         vector[TextOut] out
-        vector[Piece] pieces
-        void run(double*, unsigned) nogil
+        void run(double*, unsigned) except + nogil
     cdef cppclass Profile:
+        double extract
         double tokenise
         double symmetry
         double parse
         double distance
         double score
         uint32_t n_sites
-    cbool c_is_bare_cif "catmllm::pvcp::is_bare_cif"(const char*, size_t)
-    Profile c_profile "catmllm::pvcp::profile"(const TextRef&, int) nogil
+    Profile c_profile "catmllm::pvcp::profile"(const TextRef&, int) except + nogil
 
 
 SCORE_COLUMNS = (
@@ -116,57 +126,59 @@ cdef TextRef _reference(str text):
     return ref
 
 
-def is_bare_cif(str text not None):
-    """True where `extract_cif` would change nothing that matters to the parser; False says nothing."""
-    if not PyUnicode_IS_ASCII(text):
-        return False
-    return c_is_bare_cif(<const char*>PyUnicode_DATA(text), <size_t>PyUnicode_GET_LENGTH(text))
+def extract_cif(str text not None):
+    """See rewards_fast.extract_cif."""
+    cdef TextRef ref = _reference(text)
+    cdef Reader* reader = &reader_of_this_thread()
+    reader.cif_of(ref, True)
+    cdef size_t n = reader.parts().size()
+    if n == 1:
+        found = text[reader.parts()[0].first : reader.parts()[0].second]
+    else:
+        found = "".join([text[reader.parts()[i].first : reader.parts()[i].second] for i in range(n)])
+    forget_giant(ref)
+    return found
 
 
-cdef class Cells:
-    """The parsed cells of a batch, kept as the engine left them; `get(i)` copies one out."""
-
-    cdef Batch batch
-
-    def __len__(self):
-        return self.batch.out.size()
-
-    def get(self, size_t i):
-        """(lattice [3, 3], frac [N, 3], numbers [N], counts by symbol or number), None where text i did not parse."""
-        if i >= self.batch.out.size():
-            raise IndexError(i)
-        cdef TextOut* out = &self.batch.out[i]
-        if <uint8_t>out.reason != 0:
-            return None
-        cdef Piece* piece = &self.batch.pieces[out.piece]
-        cdef double[:, ::1] lattice = np.empty((3, 3))
-        cdef double[:, ::1] frac = np.empty((out.n_sites, 3))
-        cdef int64_t[::1] numbers = np.empty(out.n_sites, dtype=np.int64)
-        memcpy(&lattice[0, 0], out.lattice, 72)
-        memcpy(&frac[0, 0], &piece.frac[3 * out.first_site], 24 * <size_t>out.n_sites)
-        memcpy(&numbers[0], &piece.numbers[out.first_site], 8 * <size_t>out.n_sites)
-        counts = {}
-        cdef size_t k
-        cdef CountOut* count
-        cdef bytes name
-        for k in range(out.n_counts):
-            count = &piece.counts[out.first_count + k]
-            if count.number:
-                counts[count.number] = count.amount
-            else:
-                name = piece.dummies[count.dummy]
-                counts[name.decode("ascii", "replace")] = count.amount
-        return lattice.base, frac.base, numbers.base, counts
+def parse(str text not None, cbool extract):
+    """(None, (lattice [3, 3], frac [N, 3], numbers [N], counts by symbol or number)), or (reason, None)."""
+    cdef TextRef ref = _reference(text)
+    cdef Reader* reader = &reader_of_this_thread()
+    cdef Reason reason = reader.read(ref, extract)
+    if <uint8_t>reason:
+        forget_giant(ref)
+        return _REASONS[<uint8_t>reason], None
+    cdef const Structure* structure = &reader.structure()
+    cdef size_t n = structure.numbers.size()
+    cdef double[:, ::1] lattice = np.empty((3, 3))
+    cdef double[:, ::1] frac = np.empty((n, 3))
+    cdef int64_t[::1] numbers = np.empty(n, dtype=np.int64)
+    memcpy(&lattice[0, 0], structure.lattice.rows, 72)
+    cdef size_t i
+    if n:
+        memcpy(&frac[0, 0], structure.frac.data(), 24 * n)
+    for i in range(n):
+        numbers[i] = structure.numbers[i]
+    counts = {}
+    for i in range(structure.counts.size()):
+        if structure.counts[i].number:
+            counts[structure.counts[i].number] = structure.counts[i].amount
+        else:
+            symbol = structure.counts[i].symbol.data()[: structure.counts[i].symbol.size()]
+            counts[symbol.decode("ascii", "replace")] = structure.counts[i].amount
+    forget_giant(ref)
+    return None, (lattice.base, frac.base, numbers.base, counts)
 
 
-def score(list texts, list targets, list target_of_text, tuple weights, tuple thresholds, unsigned threads):
-    """Scores a batch. targets: lists of (atomic number, count); target_of_text: an index into them for each text.
+def score(list texts, list targets, list target_of_text, tuple weights, tuple thresholds, unsigned threads, cbool extract):
+    """Scores a batch. targets: sequences of (atomic number, count); target_of_text: an index into them for each text,
+    empty where the first is everyone's.
 
-    Returns rows float64 [n, len(SCORE_COLUMNS)], reasons [n], field bits uint8 [n], Cells.
+    Returns rows float64 [n, len(SCORE_COLUMNS)], reasons [n], field bits uint8 [n].
     """
-    cdef Cells cells = Cells()
-    cdef Batch* batch = &cells.batch
+    cdef Batch batch
     cdef Py_ssize_t i, n = len(texts)
+    cdef bint same = not target_of_text
     cdef Target target
     cdef TargetEntry entry
     cdef TextRef ref
@@ -181,13 +193,15 @@ def score(list texts, list targets, list target_of_text, tuple weights, tuple th
     w.comp, w.parse, w.valid, w.phys = weights
     (t.close, t.near, t.volume_min, t.volume_max, t.max_sites, t.coord_min, t.coord_max,
      t.density_min, t.density_max, t.volume_per_atom_min, t.volume_per_atom_max) = thresholds
+    batch.extract = extract
     batch.texts.reserve(n)
     for i in range(n):
         text = texts[i]
         if not isinstance(text, str):
             raise TypeError(f"a text is a str, not {type(text).__name__}")
         ref = _reference(<str>text)
-        ref.target = target_of_text[i]
+        if not same:
+            ref.target = target_of_text[i]
         batch.texts.push_back(ref)
     rows = np.empty((n, kScoreColumns))
     cdef double[:, ::1] view = rows
@@ -201,8 +215,7 @@ def score(list texts, list targets, list target_of_text, tuple weights, tuple th
         bits[i] = batch.out[i].fields
         if <uint8_t>batch.out[i].reason:
             reasons[i] = _REASONS[<uint8_t>batch.out[i].reason]
-    batch.texts.clear()  # they pointed into the strings
-    return rows, reasons, fields, cells
+    return rows, reasons, fields
 
 
 def min_distance(lattice, frac):
@@ -221,12 +234,14 @@ def min_distance(lattice, frac):
 
 
 def profile(str text not None, int repeats):
-    """Least seconds of each stage for one text: tokenise, symmetry, parse (both included), distance, score; and its sites."""
+    """Least seconds of each stage for one text: extract, tokenise, symmetry, parse (the two before included), distance, score;
+    and its sites."""
     cdef TextRef ref = _reference(text)
     cdef Profile p
     with nogil:
         p = c_profile(ref, repeats)
-    return {"tokenise": p.tokenise, "symmetry": p.symmetry, "parse": p.parse, "distance": p.distance, "score": p.score, "sites": p.n_sites}
+    return {"extract": p.extract, "tokenise": p.tokenise, "symmetry": p.symmetry, "parse": p.parse, "distance": p.distance,
+            "score": p.score, "sites": p.n_sites}
 
 
 def instruction_set():

@@ -15,7 +15,6 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from rewards_fast.extract import extract_cif
 from rewards_fast.pvcp import FIELD_NAMES, PVCP, SCORE_NAMES, TERM_NAMES, Scores
 from rewards_fast.settings import load_settings
 
@@ -187,15 +186,11 @@ def profile_text(text: str, repeats: int = 200) -> dict[str, float]:
     """Microseconds of each stage of one text, and its characters and sites."""
     from rewards_fast import _core
 
-    cif = extract_cif(text)
-    stages = _core.profile(cif, repeats)
-    extract = _median_seconds(
-        lambda: text if _core.is_bare_cif(text) else extract_cif(text), max(5, repeats // 10)
-    )
+    stages = _core.profile(text, repeats)
     return {
         "characters": len(text),
         "sites": stages["sites"],
-        "extract": 1e6 * extract,
+        "extract": 1e6 * stages["extract"],
         "tokenise": 1e6 * stages["tokenise"],
         "symmetry": 1e6 * stages["symmetry"],
         "parse": 1e6 * max(0.0, stages["parse"] - stages["tokenise"] - stages["symmetry"]),

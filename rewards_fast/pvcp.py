@@ -6,6 +6,7 @@ on those numbers, so the pymatgen reference and any faster parser are scored by 
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -14,8 +15,6 @@ from typing import Any, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-
-from rewards_fast.extract import extract_cif
 
 _PERIODIC_TABLE = (
     "H He Li Be B C N O F Ne Na Mg Al Si P S Cl Ar K Ca Sc Ti V Cr Mn Fe Co Ni Cu Zn Ga Ge As Se Br Kr Rb Sr Y Zr Nb "
@@ -144,35 +143,33 @@ class Measurement:
     fields: Mapping[str, bool]
 
 
-class Crystals(Sequence["Crystal | None"]):
-    """The crystals of a batch, made when asked for; None where a text does not parse."""
+def _crystal(parsed: tuple[Any, ...]) -> Crystal:
+    lattice, frac, numbers, counts = parsed
+    named = {k if isinstance(k, str) else ELEMENTS[k - 1]: n for k, n in counts.items()}
+    return Crystal(lattice, frac, numbers, named)
 
-    def __init__(self, cells: Any) -> None:
-        self._cells = cells
+
+class Crystals(Sequence["Crystal | None"]):
+    """The crystals of a batch, None where a text does not parse. Texts are parsed again when one is asked for: that takes
+    microseconds, while most callers want the scores alone."""
+
+    def __init__(self, texts: list[str], extract: bool) -> None:
+        self._texts, self._extract = texts, extract
 
     def __len__(self) -> int:
-        return len(self._cells)
+        return len(self._texts)
 
     @overload
     def __getitem__(self, index: int) -> Crystal | None: ...
     @overload
     def __getitem__(self, index: slice) -> list[Crystal | None]: ...
     def __getitem__(self, index: int | slice) -> Crystal | list[Crystal | None] | None:
+        from rewards_fast import _core
+
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        i = index + len(self) if index < 0 else index
-        if not 0 <= i < len(self):
-            raise IndexError(index)
-        found = self._cells.get(i)
-        if found is None:
-            return None
-        lattice, frac, numbers, counts = found
-        return Crystal(
-            lattice,
-            frac,
-            numbers,
-            {k if isinstance(k, str) else ELEMENTS[k - 1]: n for k, n in counts.items()},
-        )
+        parsed = _core.parse(self._texts[index], self._extract)[1]
+        return None if parsed is None else _crystal(parsed)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)
@@ -362,12 +359,10 @@ def parse_cif(text: str) -> Crystal:
 
     if not isinstance(text, str):
         raise TypeError(f"a text is a str, not {type(text).__name__}")
-    _, reasons, _, cells = _core.score([text], [[]], [0], _numbers(Weights()), _numbers(Thresholds()), 1)
-    if reasons[0] is not None:
-        raise CIFError(reasons[0], REASONS.get(reasons[0], ""))
-    crystal = Crystals(cells)[0]
-    assert crystal is not None
-    return crystal
+    reason, parsed = _core.parse(text, False)
+    if parsed is None:
+        raise CIFError(reason, REASONS.get(reason, ""))
+    return _crystal(parsed)
 
 
 def min_distance(lattice: ArrayLike, frac: ArrayLike) -> float:
@@ -427,6 +422,7 @@ class PVCP:
         if threads is not None and threads < 1:
             raise ValueError(f"threads must be at least 1, not {threads}")
         self.weights, self.thresholds, self.threads, self.extract = weights, thresholds, threads, extract
+        self._settings = _numbers(weights), _numbers(thresholds), threads or 0, extract
 
     def score(self, texts: Sequence[str], targets: Sequence[Target] | Target = None) -> Scores:
         """Scores of n texts. targets: one per text, or a single one for all; see `parse_target`.
@@ -440,22 +436,12 @@ class PVCP:
             raise TypeError("texts is a sequence of strings; wrap a single text in a list")
         texts = list(texts)
         wanted, target_of_text = _parse_targets(targets, len(texts))
-        if self.extract:
-            bare = _core.is_bare_cif
-            texts = [text if not isinstance(text, str) or bare(text) else extract_cif(text) for text in texts]
-        rows, reasons, bits, cells = _core.score(
-            texts,
-            wanted,
-            target_of_text,
-            _numbers(self.weights),
-            _numbers(self.thresholds),
-            self.threads or 0,
-        )
+        rows, reasons, bits = _core.score(texts, wanted, target_of_text, *self._settings)
         columns = dict(zip(_core.SCORE_COLUMNS, rows.T))
         return Scores(
             **{name: columns[name] for name in SCORE_NAMES},
             reason=reasons,
-            crystals=Crystals(cells),
+            crystals=Crystals(texts, self.extract),
             terms={name: columns[name] for name in TERM_NAMES},
             fields={name: (bits >> i & 1).astype(np.bool_) for i, name in enumerate(FIELD_NAMES)},
         )
@@ -467,14 +453,14 @@ def _numbers(settings: Weights | Thresholds) -> tuple[float, ...]:
 
 def _parse_targets(
     targets: Sequence[Target] | Target, n: int
-) -> tuple[list[list[tuple[int, float]]], list[int]]:
-    """The different targets as (atomic number, count) pairs, and for each text which of them is its."""
+) -> tuple[list[tuple[tuple[int, float], ...]], list[int]]:
+    """The different targets as (atomic number, count) pairs, and for each text which of them is its ([]: the first)."""
     if targets is None or isinstance(targets, str | Mapping):
-        return [_numbered(targets)], [0] * n
+        return [_numbered(targets)], []
     if len(targets) != n:
         raise ValueError(f"{n} texts but {len(targets)} targets")
     known: dict[str | None, int] = {}
-    parsed: list[list[tuple[int, float]]] = []
+    parsed: list[tuple[tuple[int, float], ...]] = []
     index: list[int] = []
     for target in targets:
         if isinstance(target, str) or target is None:
@@ -488,5 +474,12 @@ def _parse_targets(
     return parsed, index
 
 
-def _numbered(target: Target) -> list[tuple[int, float]]:
-    return [(ATOMIC_NUMBER[symbol], amount) for symbol, amount in parse_target(target).items()]
+def _numbered(target: Target) -> tuple[tuple[int, float], ...]:
+    if isinstance(target, str):
+        return _numbered_text(target)
+    return tuple((ATOMIC_NUMBER[symbol], amount) for symbol, amount in parse_target(target).items())
+
+
+@functools.lru_cache(maxsize=4096)
+def _numbered_text(target: str) -> tuple[tuple[int, float], ...]:
+    return tuple((ATOMIC_NUMBER[symbol], amount) for symbol, amount in parse_target(target).items())

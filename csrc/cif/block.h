@@ -98,6 +98,7 @@ class Value {
         v.size_ = rows;
         return v;
     }
+
   private:
     union {
         const char* text_;

@@ -23,8 +23,8 @@ void portable(const Token* token, std::size_t stride, std::size_t n, double* out
 }
 
 #ifdef CATMLLM_X86
-// By number of characters: the bytes that belong to a token whose end is the end of the 16; by place of the point: how
-// the bytes before it move up.
+// By number of characters: the bytes that belong to a token whose end is the end of the 16; by place of the point:
+// how the bytes before it move up.
 struct Tables {
     alignas(16) std::uint8_t own[17][16];
     alignas(16) std::uint8_t squeeze[17][16];
@@ -58,7 +58,8 @@ __attribute__((target("avx2"))) void avx2(const Token* token, std::size_t stride
         const std::size_t size = token->size - negative;
         if (size - 1 > 15) continue;
         __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(token->data + token->size - 16));
-        x = _mm_and_si128(_mm_sub_epi8(x, zeros), _mm_load_si128(reinterpret_cast<const __m128i*>(kTables.own[size])));
+        x = _mm_and_si128(_mm_sub_epi8(x, zeros),
+                          _mm_load_si128(reinterpret_cast<const __m128i*>(kTables.own[size])));
         const auto points = static_cast<unsigned>(_mm_movemask_epi8(_mm_cmpeq_epi8(x, point_less_zero)));
         const unsigned point = static_cast<unsigned>(__builtin_ctz(points | 1u << 16));
         // A second point is no digit and shows below.

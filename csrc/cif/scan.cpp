@@ -18,8 +18,8 @@ struct Found {
     std::uint64_t high = 0;
 };
 
-[[maybe_unused]] void portable_words(const unsigned char* p, std::size_t words, std::uint64_t* space,
-                                     std::uint64_t* d, std::uint64_t* special, Found& found) {
+void portable_words(const unsigned char* p, std::size_t words, std::uint64_t* space, std::uint64_t* d,
+                    std::uint64_t* special, Found& found) {
     for (std::size_t w = 0; w < words; ++w, p += 64) {
         std::uint64_t spaces = 0;
         std::uint64_t ds = 0;
@@ -42,7 +42,8 @@ struct Found {
 
 #ifdef CATMLLM_X86
 // White space is 9..13, 28..31 and 32; unsigned ranges by saturating subtraction and minimum.
-void sse2_words(const unsigned char* p, std::size_t words, std::uint64_t* space, std::uint64_t* d, std::uint64_t* special, Found& found) {
+void sse2_words(const unsigned char* p, std::size_t words, std::uint64_t* space, std::uint64_t* d,
+                std::uint64_t* special, Found& found) {
     __m128i high = _mm_setzero_si128();
     __m128i hash = high;
     __m128i semicolon = high;
@@ -66,10 +67,10 @@ void sse2_words(const unsigned char* p, std::size_t words, std::uint64_t* space,
             hash = _mm_or_si128(hash, _mm_cmpeq_epi8(x, _mm_set1_epi8('#')));
             const __m128i field = _mm_cmpeq_epi8(x, _mm_set1_epi8(';'));
             semicolon = _mm_or_si128(semicolon, field);
-            const __m128i quote = _mm_or_si128(_mm_cmpeq_epi8(x, _mm_set1_epi8('\'')),
-                                              _mm_cmpeq_epi8(x, _mm_set1_epi8('"')));
-            const __m128i word = _mm_or_si128(_mm_cmpeq_epi8(x, _mm_set1_epi8('_')),
-                                             _mm_cmpeq_epi8(x, _mm_set1_epi8('l')));
+            const __m128i quote =
+                _mm_or_si128(_mm_cmpeq_epi8(x, _mm_set1_epi8('\'')), _mm_cmpeq_epi8(x, _mm_set1_epi8('"')));
+            const __m128i word =
+                _mm_or_si128(_mm_cmpeq_epi8(x, _mm_set1_epi8('_')), _mm_cmpeq_epi8(x, _mm_set1_epi8('l')));
             const __m128i any = _mm_or_si128(field, _mm_or_si128(quote, word));
             specials |= static_cast<std::uint64_t>(static_cast<unsigned>(_mm_movemask_epi8(any))) << (16 * k);
         }
@@ -82,7 +83,8 @@ void sse2_words(const unsigned char* p, std::size_t words, std::uint64_t* space,
     found.semicolon |= static_cast<unsigned>(_mm_movemask_epi8(semicolon));
 }
 
-__attribute__((target("avx2"))) void avx2_words(const unsigned char* p, std::size_t words, std::uint64_t* space, std::uint64_t* d, std::uint64_t* special, Found& found) {
+__attribute__((target("avx2"))) void avx2_words(const unsigned char* p, std::size_t words, std::uint64_t* space,
+                                                std::uint64_t* d, std::uint64_t* special, Found& found) {
     __m256i high = _mm256_setzero_si256();
     __m256i hash = high;
     __m256i semicolon = high;
@@ -108,9 +110,9 @@ __attribute__((target("avx2"))) void avx2_words(const unsigned char* p, std::siz
             const __m256i field = _mm256_cmpeq_epi8(x, _mm256_set1_epi8(';'));
             semicolon = _mm256_or_si256(semicolon, field);
             const __m256i quote = _mm256_or_si256(_mm256_cmpeq_epi8(x, _mm256_set1_epi8('\'')),
-                                              _mm256_cmpeq_epi8(x, _mm256_set1_epi8('"')));
+                                                  _mm256_cmpeq_epi8(x, _mm256_set1_epi8('"')));
             const __m256i word = _mm256_or_si256(_mm256_cmpeq_epi8(x, _mm256_set1_epi8('_')),
-                                             _mm256_cmpeq_epi8(x, _mm256_set1_epi8('l')));
+                                                 _mm256_cmpeq_epi8(x, _mm256_set1_epi8('l')));
             const __m256i any = _mm256_or_si256(field, _mm256_or_si256(quote, word));
             specials |= static_cast<std::uint64_t>(static_cast<unsigned>(_mm256_movemask_epi8(any))) << (32 * k);
         }
@@ -124,7 +126,8 @@ __attribute__((target("avx2"))) void avx2_words(const unsigned char* p, std::siz
 }
 
 __attribute__((target("avx512f,avx512bw"))) void avx512_words(const unsigned char* p, std::size_t words,
-                                                              std::uint64_t* space, std::uint64_t* d, std::uint64_t* special, Found& found) {
+                                                              std::uint64_t* space, std::uint64_t* d,
+                                                              std::uint64_t* special, Found& found) {
     for (std::size_t w = 0; w < words; ++w, p += 64) {
         const __m512i x = _mm512_loadu_si512(p);
         const __mmask64 tab = _mm512_cmple_epu8_mask(_mm512_sub_epi8(x, _mm512_set1_epi8(9)), _mm512_set1_epi8(4));
@@ -151,39 +154,35 @@ struct Choice {
     const char* name;
 };
 
-Choice choose() {
+// The instruction sets of this machine, the widest first.
+const std::vector<Choice>& choices() {
+    static const std::vector<Choice> known = [] {
+        std::vector<Choice> found;
 #ifdef CATMLLM_X86
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")) return {avx512_words, "avx512"};
-    if (__builtin_cpu_supports("avx2")) return {avx2_words, "avx2"};
-    return {sse2_words, "sse2"};
-#else
-    return {portable_words, "portable"};
+        __builtin_cpu_init();
+        if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw"))
+            found.push_back({avx512_words, "avx512"});
+        if (__builtin_cpu_supports("avx2")) found.push_back({avx2_words, "avx2"});
+        found.push_back({sse2_words, "sse2"});
 #endif
+        found.push_back({portable_words, "portable"});
+        return found;
+    }();
+    return known;
 }
 
-const Choice& choice() {
-    static const Choice chosen = choose();
-    return chosen;
-}
-
-}  // namespace
-
-const char* scan_level() { return choice().name; }
-
-void scan(const char* text, std::size_t size, ScanMasks& masks) {
+void scan_with(Words words, const char* text, std::size_t size, ScanMasks& masks) {
     const auto* p = reinterpret_cast<const unsigned char*>(text);
     const std::size_t whole = size / 64;
     masks.space.resize(whole + 2);
     masks.d_starts.resize(whole + 2);
     Found found;
     masks.special.resize(whole + 2);
-    choice().words(p, whole, masks.space.data(), masks.d_starts.data(), masks.special.data(), found);
+    words(p, whole, masks.space.data(), masks.d_starts.data(), masks.special.data(), found);
     unsigned char tail[64];
     std::memset(tail, ' ', sizeof tail);
     if (size > whole * 64) std::memcpy(tail, p + whole * 64, size - whole * 64);
-    choice().words(tail, 1, masks.space.data() + whole, masks.d_starts.data() + whole, masks.special.data() + whole,
-                   found);
+    words(tail, 1, masks.space.data() + whole, masks.d_starts.data() + whole, masks.special.data() + whole, found);
     masks.space[whole + 1] = ~std::uint64_t{0};
     masks.d_starts[whole + 1] = 0;
     masks.special[whole + 1] = 0;
@@ -200,6 +199,24 @@ void scan(const char* text, std::size_t size, ScanMasks& masks) {
         for (std::size_t i = 1; i < size; ++i)
             if (p[i] == 'd' && p[i - 1] == kUnicodeSpace) masks.d_starts[i / 64] |= std::uint64_t{1} << (i % 64);
     }
+}
+
+}  // namespace
+
+const char* scan_level() { return choices().front().name; }
+
+void scan(const char* text, std::size_t size, ScanMasks& masks) {
+    static const Words words = choices().front().words;
+    scan_with(words, text, size, masks);
+}
+
+bool scan_by(const char* level, const char* text, std::size_t size, ScanMasks& masks) {
+    for (const Choice& choice : choices()) {
+        if (std::strcmp(choice.name, level) != 0) continue;
+        scan_with(choice.words, text, size, masks);
+        return true;
+    }
+    return false;
 }
 
 }  // namespace catmllm::cif

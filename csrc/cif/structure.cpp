@@ -18,7 +18,7 @@ constexpr double kSiteTolerance = 1e-4;
 constexpr double kAmountTolerance = 1e-8;
 constexpr std::uint32_t kEnd = 0xffffffff;
 constexpr std::uint32_t kFewPoints = 12;  // up to here comparing with all is quicker than a table
-constexpr double kThinnest = 0.01;  // Å
+constexpr double kThinnest = 0.01;        // Å
 
 constexpr Key key_at(Key first, int offset) { return static_cast<Key>(static_cast<int>(first) + offset); }
 
@@ -268,9 +268,7 @@ inline void wrap(const double* x, double* wrapped) {
 }
 
 // One third and two thirds, written with few digits, become exact.
-inline bool may_be_third(double x) {
-    return (std::fabs(x - 1.0 / 3.0) < 4e-5) | (std::fabs(x - 2.0 / 3.0) < 8e-5);
-}
+inline bool may_be_third(double x) { return (std::fabs(x - 1.0 / 3.0) < 4e-5) | (std::fabs(x - 2.0 / 3.0) < 8e-5); }
 inline double ideal_fraction(double x) {
     if (!may_be_third(x)) return x;
     for (const double third : {1.0 / 3.0, 2.0 / 3.0})
@@ -317,7 +315,7 @@ class Builder {
     bool too_many_groups_ = false;
     bool odd_species_ = false;  // with an oxidation state that is not finite
     bool identity_ = false;     // one operation, x,y,z
-    bool far_away_ = false;  // coordinates too large for the table's arithmetic
+    bool far_away_ = false;     // coordinates too large for the table's arithmetic
     bool merged_ = false;
     bool close_call_ = false;  // two rows are about as near as the tolerance
 };
@@ -756,8 +754,8 @@ void Builder::note_fields() {
     fields.site_loop = labels.is_list();
     for (Key key : {Key::kSiteFractX, Key::kSiteFractY, Key::kSiteFractZ}) fields.site_loop &= block_[key].is_list();
     if (!labels.is_list()) return;
-    // Duplicate labels, by an open hash table of row numbers. A label up to eight characters is its own word, a longer
-    // one has a hash.
+    // Duplicate labels, by an open hash table of row numbers. A label up to eight characters is its own word, a
+    // longer one has a hash.
     const std::uint32_t n = labels.size();
     std::size_t size = 64;
     while (size < 2 * std::size_t{n}) size *= 2;
@@ -799,7 +797,8 @@ Status Builder::build(bool magnetic, bool incommensurate) {
     }
     if (magnetic && incommensurate) return reject_text(Reason::kMagnetic);
     if (magnetic && !have_lattice) return skip_block(Reason::kCell);
-    status = magnetic ? magnetic_operations(block_, s_.operations) : symmetry_operations(block_, s_.operations);
+    status = magnetic ? magnetic_operations(block_, s_.components, s_.operations)
+                      : symmetry_operations(block_, s_.components, s_.operations);
     if (!status.ok()) return status;
     if (magnetic) {
         // _parse_magmoms: the values do not matter here, a column that is too short does.
@@ -824,8 +823,7 @@ Status Builder::build(bool magnetic, bool incommensurate) {
     bool sites = false;  // out_.frac and min_distance are made
     if (identity_ && have_lattice && !far_away_ && n_rows_ <= Limits::kSites) {
         rows_as_sites();
-        out_.min_distance =
-            geometry::min_distance(out_.lattice, out_.frac.data(), n_rows_, s_.distance);
+        out_.min_distance = geometry::min_distance(out_.lattice, out_.frac.data(), n_rows_, s_.distance);
         sites = rows_are_apart();
     }
     if (!sites) {  // else there is nothing to merge

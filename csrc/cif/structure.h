@@ -47,10 +47,10 @@ struct Structure {
     std::vector<double> frac;           // [N, 3], in the order of the file: images follow their row
     std::vector<std::int32_t> numbers;  // [N], of the most abundant species; 0 for a dummy
     std::vector<Count> counts;
-    std::vector<double> raw;  // [R, 3] coordinates as written, of the rows that are atoms
-    double mass = 0;          // amu of the whole cell; nan with a dummy
+    std::vector<double> raw;           // [R, 3] coordinates as written, of the rows that are atoms
+    double mass = 0;                   // amu of the whole cell; nan with a dummy
     double raw_low = 0, raw_high = 0;  // the least and the largest number in `raw`; nan where one is no number
-    double min_distance = 0;  // Å, see geometry/min_distance.h
+    double min_distance = 0;           // Å, see geometry/min_distance.h
     Fields fields;
     void clear();
 };
@@ -72,14 +72,15 @@ struct StructureScratch {
     static constexpr std::uint32_t kNoSpecies = 0xffffffff;
     static constexpr std::size_t kNames = 32;
     Name names[kNames];
+    KnownComponents components;
     std::vector<AffineOperation> operations;
     std::vector<Species> species;
     std::vector<Amount> amounts;
-    std::vector<Row> rows;  // more than there are: it only grows
-    std::vector<double> x;  // [rows, 3], thirds made exact
+    std::vector<Row> rows;                    // more than there are: it only grows
+    std::vector<double> x;                    // [rows, 3], thirds made exact
     std::vector<Token> letters[6];            // of site columns that are no lists but strings
     std::vector<std::uint32_t> species_rows;  // the last row of one species alone, by species
-    std::vector<std::uint32_t> groups;  // row that stands for a group of equal compositions
+    std::vector<std::uint32_t> groups;        // row that stands for a group of equal compositions
     std::vector<std::uint32_t> table;
     std::vector<std::uint32_t> next;
     std::vector<std::uint32_t> site_group;

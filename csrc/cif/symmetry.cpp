@@ -19,10 +19,13 @@ bool is_axis(char c) { return c >= 'x' && c <= 'z'; }
 
 // float(a) or float(a) / float(b) for a non-empty b, both of digits and points.
 Status quotient(std::string_view a, std::string_view b, double& value) {
-    if (!python_float(a, value)) return skip_block(Reason::kSymmetry);
+    const auto read = [](std::string_view s, double& number) {
+        return plain_decimal(s.data(), s.data() + s.size(), number) || python_float(s, number);
+    };
+    if (!read(a, value)) return skip_block(Reason::kSymmetry);
     if (b.empty()) return ok();
     double divisor = 0;
-    if (!python_float(b, divisor)) return skip_block(Reason::kSymmetry);
+    if (!read(b, divisor)) return skip_block(Reason::kSymmetry);
     if (divisor == 0) return reject_text(Reason::kSymmetry);  // ZeroDivisionError
     value /= divisor;
     return ok();
@@ -104,6 +107,22 @@ Status translation_row(std::string_view s, std::size_t row, AffineOperation& ope
     return ok();
 }
 
+// One component of "x, y, z", without its spaces and in lower case.
+Status read_component(std::string_view text, std::size_t row, AffineOperation& operation) {
+    char small[256];
+    std::string large;
+    char* s = small;
+    if (text.size() > sizeof small) {
+        large.resize(text.size());
+        s = large.data();
+    }
+    std::size_t n = 0;
+    for (char c : text)
+        if (c != ' ') s[n++] = to_lower(static_cast<unsigned char>(c));
+    const Status status = rotation_row({s, n}, row, operation);
+    return status.ok() ? translation_row({s, n}, row, operation) : status;
+}
+
 constexpr Key key_at(Key first, int offset) { return static_cast<Key>(static_cast<int>(first) + offset); }
 
 void append_list(std::uint32_t list, std::vector<AffineOperation>& operations) {
@@ -136,13 +155,14 @@ bool append_named(std::string_view name, std::vector<AffineOperation>& operation
 
 // One string or a list of strings, each by `read`. kSkipBlock for ValueError.
 template <class Read>
-Status operations_of(const Value& value, std::vector<AffineOperation>& operations, Read read) {
+Status operations_of(const Value& value, KnownComponents& known, std::vector<AffineOperation>& operations,
+                     Read read) {
     const bool list = value.is_list();
     const std::uint32_t n = list ? value.size() : 1;
     if (n > Limits::kOperations) return reject_text(Reason::kLimit);
     for (std::uint32_t i = 0; i < n; ++i) {
         AffineOperation operation;
-        const Status status = read(list ? value[i] : value.scalar(), operation);
+        const Status status = read(list ? value[i] : value.scalar(), known, operation);
         if (!status.ok()) return status;
         operations.push_back(operation);
     }
@@ -159,9 +179,9 @@ bool is_time_reversal(std::string_view text) {
     return true;
 }
 
-Status operation_from_xyzt(std::string_view text, AffineOperation& operation) {
+Status operation_from_xyzt(std::string_view text, KnownComponents& known, AffineOperation& operation) {
     const std::size_t comma = text.rfind(',');
-    const Status status = operation_from_xyz(text.substr(0, comma), operation);
+    const Status status = operation_from_xyz(text.substr(0, comma), known, operation);
     if (!status.ok()) return status;
     if (comma == std::string_view::npos || !is_time_reversal(text.substr(comma + 1)))
         return reject_text(Reason::kMagnetic);
@@ -172,43 +192,46 @@ Status operation_from_xyzt(std::string_view text, AffineOperation& operation) {
 
 bool AffineOperation::is_identity() const { return std::memcmp(this, &kIdentity, sizeof kIdentity) == 0; }
 
-Status operation_from_xyz(std::string_view text, AffineOperation& operation) {
+Status operation_from_xyz(std::string_view text, KnownComponents& known, AffineOperation& operation) {
     operation = AffineOperation{};
-    // The three plain spellings make up most operations in files.
-    if (text == "x, y, z" || text == "x,y,z") {
-        operation = kIdentity;
-        return ok();
-    }
-    char small[256];
-    std::string large;
-    char* s = small;
     const std::string_view trimmed = strip(text);
-    if (trimmed.size() > sizeof small) {
-        large.resize(trimmed.size());
-        s = large.data();
-    }
-    std::size_t n = 0;
-    for (char c : trimmed)
-        if (c != ' ') s[n++] = to_lower(static_cast<unsigned char>(c));
     std::size_t row = 0;
-    for (std::size_t start = 0; start <= n; ++row) {
+    for (std::size_t start = 0; start <= trimmed.size(); ++row) {
         std::size_t end = start;
-        while (end < n && s[end] != ',') ++end;
-        const std::string_view part(s + start, end - start);
-        Status status = rotation_row(part, row, operation);
-        if (status.ok()) status = translation_row(part, row, operation);
-        if (!status.ok()) return status;
+        while (end < trimmed.size() && trimmed[end] != ',') ++end;
+        const std::string_view component = trimmed.substr(start, end - start);
         start = end + 1;
+        if (row >= 3 || component.size() - 1 >= 16) {
+            const Status status = read_component(component, row, operation);
+            if (!status.ok()) return status;
+            continue;
+        }
+        const std::size_t size = component.size();
+        const std::uint64_t words[2] = {left_word(component.data(), std::min<std::size_t>(size, 8)),
+                                        size > 8 ? left_word(component.data() + 8, size - 8) : 0};
+        KnownComponents::Component& slot =
+            known.slots[(words[0] * 0x9E3779B97F4A7C15ull ^ words[1] * 0xC2B2AE3D27D4EB4Full) >> 56];
+        if (slot.size != size || slot.words[0] != words[0] || slot.words[1] != words[1]) {
+            const Status status = read_component(component, row, operation);
+            if (!status.ok()) return status;
+            std::memcpy(slot.rotation, operation.rotation + 3 * row, sizeof slot.rotation);
+            slot.translation = operation.translation[row];
+            std::memcpy(slot.words, words, sizeof words);
+            slot.size = static_cast<std::uint32_t>(size);
+        } else {
+            std::memcpy(operation.rotation + 3 * row, slot.rotation, sizeof slot.rotation);
+            operation.translation[row] = slot.translation;
+        }
     }
     return ok();
 }
 
-Status symmetry_operations(const Block& block, std::vector<AffineOperation>& operations) {
+Status symmetry_operations(const Block& block, KnownComponents& known, std::vector<AffineOperation>& operations) {
     operations.clear();
     for (int i = 0; i < 4; ++i) {
         const Value& value = block[key_at(Key::kSymops0, i)];
         if (!value.truthy()) continue;
-        const Status status = operations_of(value, operations, operation_from_xyz);
+        const Status status = operations_of(value, known, operations, operation_from_xyz);
         if (status.outcome == Outcome::kRejectText) return status;
         if (status.ok()) break;
         operations.clear();
@@ -237,16 +260,16 @@ Status symmetry_operations(const Block& block, std::vector<AffineOperation>& ope
     return ok();
 }
 
-Status magnetic_operations(const Block& block, std::vector<AffineOperation>& operations) {
+Status magnetic_operations(const Block& block, KnownComponents& known, std::vector<AffineOperation>& operations) {
     operations.clear();
     const Value& explicit_operations = block[Key::kMagneticOperations];
     if (explicit_operations.truthy()) {
-        Status status = operations_of(explicit_operations, operations, operation_from_xyzt);
+        Status status = operations_of(explicit_operations, known, operations, operation_from_xyzt);
         if (!status.ok()) return status;
         const Value& centering = block[Key::kMagneticCentering];
         if (!centering.truthy()) return ok();
         std::vector<AffineOperation> centers;
-        status = operations_of(centering, centers, operation_from_xyzt);
+        status = operations_of(centering, known, centers, operation_from_xyzt);
         if (!status.ok()) return status;
         if (centers.size() * operations.size() > Limits::kOperations) return reject_text(Reason::kLimit);
         std::vector<AffineOperation> all;

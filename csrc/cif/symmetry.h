@@ -21,12 +21,24 @@ struct AffineOperation {
     bool is_identity() const;
 };
 
+// What components such as "-y+1/2" were found to mean, by their letters: a few dozen make up nearly all operations.
+struct KnownComponents {
+    struct Component {
+        std::uint64_t words[2];
+        std::uint32_t size = 0;  // 0: free
+        double rotation[3];
+        double translation;
+    };
+    static constexpr std::size_t kSlots = 256;
+    Component slots[kSlots];
+};
+
 // SymmOp.from_xyz_str. kSkipBlock stands for ValueError, kRejectText for any other exception.
-Status operation_from_xyz(std::string_view text, AffineOperation& operation);
+Status operation_from_xyz(std::string_view text, KnownComponents& known, AffineOperation& operation);
 
 // CifParser.get_symops and, for magnetic files, get_magsymops.
-Status symmetry_operations(const Block& block, std::vector<AffineOperation>& operations);
-Status magnetic_operations(const Block& block, std::vector<AffineOperation>& operations);
+Status symmetry_operations(const Block& block, KnownComponents& known, std::vector<AffineOperation>& operations);
+Status magnetic_operations(const Block& block, KnownComponents& known, std::vector<AffineOperation>& operations);
 
 // Is `name` an attribute of pymatgen's Lattice? A cell setting that is none is passed over.
 bool is_lattice_attribute(std::string_view name);

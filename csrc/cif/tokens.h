@@ -24,7 +24,13 @@ class Tokenizer {
   public:
     // `text` is clean (see above) and `masks` is its scan; reads [begin, end).
     Tokenizer(const char* text, const ScanMasks& masks, std::uint32_t begin, std::uint32_t end, Arena& arena)
-        : text_(text), space_(masks.space.data()), special_(masks.special.data()), position_(begin), begin_(begin), end_(end), arena_(arena) {}
+        : text_(text),
+          space_(masks.space.data()),
+          special_(masks.special.data()),
+          position_(begin),
+          begin_(begin),
+          end_(end),
+          arena_(arena) {}
 
     // No block has more tokens than this.
     std::size_t most_tokens() const { return (end_ - begin_) / 2 + 2; }

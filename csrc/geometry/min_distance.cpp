@@ -28,7 +28,7 @@ namespace {
 
 constexpr std::uint32_t kCrowded = 24;
 constexpr std::size_t kOneRun = 24;  // up to here every pair is quicker than any order
-constexpr double kReach = 4;           // slices to the length of the bound, along the widest axis
+constexpr double kReach = 4;         // slices to the length of the bound, along the widest axis
 constexpr std::size_t kRuns = 2048;
 constexpr std::size_t kFew = 4096;  // up to here crowding costs less than looking out for it
 
@@ -114,7 +114,6 @@ class Images {
 constexpr int kLanes = 8;
 
 #if defined(__GNUC__) || defined(__clang__)
-#pragma GCC diagnostic ignored "-Wpsabi"
 typedef double Lanes __attribute__((vector_size(8 * kLanes)));
 typedef std::int64_t LaneMask __attribute__((vector_size(8 * kLanes)));
 
@@ -135,14 +134,14 @@ struct Lanes {
     double& operator[](int l) { return x[l]; }
     double operator[](int l) const { return x[l]; }
 };
-#define CATMLLM_LANES(op)                                                        \
-    inline Lanes operator op(Lanes a, const Lanes& b) {                          \
-        for (int l = 0; l < kLanes; ++l) a.x[l] = a.x[l] op b.x[l];              \
-        return a;                                                                \
-    }                                                                            \
-    inline Lanes operator op(Lanes a, double b) {                                \
-        for (int l = 0; l < kLanes; ++l) a.x[l] = a.x[l] op b;                   \
-        return a;                                                                \
+#define CATMLLM_LANES(op)                                           \
+    inline Lanes operator op(Lanes a, const Lanes& b) {             \
+        for (int l = 0; l < kLanes; ++l) a.x[l] = a.x[l] op b.x[l]; \
+        return a;                                                   \
+    }                                                               \
+    inline Lanes operator op(Lanes a, double b) {                   \
+        for (int l = 0; l < kLanes; ++l) a.x[l] = a.x[l] op b;      \
+        return a;                                                   \
     }
 CATMLLM_LANES(+)
 CATMLLM_LANES(-)

@@ -3,19 +3,18 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
-#include <cstring>
 #include <memory>
 #include <new>
 #include <thread>
 
 #include "../cif/characters.h"
-#include "../cif/parser.h"
+#include "threads.h"
 
 namespace catmllm::pvcp {
 namespace {
 
-constexpr std::size_t kTake = 8;             // texts a thread takes at a time
-constexpr std::size_t kTextsPerThread = 16;  // below this a further thread costs more than it brings
+constexpr std::size_t kTake = 8;                     // texts that a thread takes at a time, at most
+constexpr std::size_t kCharactersPerThread = 16384;  // below this a further thread costs more than it brings
 constexpr std::size_t kGiant = std::size_t{1} << 20;
 
 bool is_unicode_space(std::uint32_t c) {
@@ -33,153 +32,79 @@ void mark(const void* data, std::size_t n, std::string& bytes) {
     }
 }
 
-struct Worker {
-    cif::Parser parser;
-    std::string bytes;
-
-    void score(const TextRef& text, const Batch& batch, Piece& piece, TextOut& out, double* row) {
-        out = TextOut();
-        if (text.size > cif::Limits::kTextBytes) {
-            out.reason = cif::Reason::kLimit;
-        } else {
-            const char* data = static_cast<const char*>(text.data);
-            if (!text.ascii) {
-                mark_characters(text, bytes);
-                data = bytes.data();
-            }
-            out.reason = parser.parse(data, text.size);
-        }
-        if (out.reason != cif::Reason::kNone) {
-            score_failure(batch.weights, row);
-            return;
-        }
-        const cif::Structure& structure = parser.structure();
-        score_structure(structure, batch.targets[text.target], batch.weights, batch.thresholds, row);
-        keep(structure, piece, out);
-    }
-
-    void keep(const cif::Structure& structure, Piece& piece, TextOut& out) {
-        out.fields =
-            static_cast<std::uint8_t>(structure.fields.lattice | structure.fields.space_group << 1 |
-                                      structure.fields.site_loop << 2 | structure.fields.duplicate_labels << 3);
-        std::memcpy(out.lattice, structure.lattice.rows, sizeof out.lattice);
-        out.n_sites = static_cast<std::uint32_t>(structure.numbers.size());
-        out.first_site = piece.numbers.size();
-        piece.numbers.insert(piece.numbers.end(), structure.numbers.begin(), structure.numbers.end());
-        piece.frac.insert(piece.frac.end(), structure.frac.begin(), structure.frac.end());
-        out.first_count = piece.counts.size();
-        out.n_counts = static_cast<std::uint32_t>(structure.counts.size());
-        for (const cif::Count& count : structure.counts) {
-            std::uint32_t dummy = 0;
-            if (count.number == 0) {
-                dummy = static_cast<std::uint32_t>(piece.dummies.size());
-                piece.dummies.emplace_back(count.symbol);
-            }
-            piece.counts.push_back({static_cast<std::uint8_t>(count.number), dummy, count.amount});
-        }
-    }
-};
-
-// One for each thread that calls in; given back after a giant text.
-Worker& worker_of_this_thread(bool renew) {
-    thread_local std::unique_ptr<Worker> worker;
-    if (!worker || renew) worker = std::make_unique<Worker>();
-    return *worker;
-}
-
-}  // namespace
-
+// The bytes of characters.h, from a text with characters beyond ASCII.
 void mark_characters(const TextRef& text, std::string& bytes) {
     if (text.unit == 1) mark<std::uint8_t>(text.data, text.size, bytes);
     if (text.unit == 2) mark<std::uint16_t>(text.data, text.size, bytes);
     if (text.unit == 4) mark<std::uint32_t>(text.data, text.size, bytes);
 }
 
-void Batch::run(double* rows, unsigned threads) noexcept {
+thread_local std::unique_ptr<Reader> thread_reader;
+
+void score_text(Reader& reader, const TextRef& text, const Batch& batch, TextOut& out, double* row) {
+    out = TextOut();
+    out.reason = reader.read(text, batch.extract);
+    if (out.reason != cif::Reason::kNone) {
+        score_failure(batch.weights, row);
+        return;
+    }
+    const cif::Structure& structure = reader.structure();
+    score_structure(structure, batch.targets[text.target], batch.weights, batch.thresholds, row);
+    const cif::Fields& fields = structure.fields;
+    out.fields = static_cast<std::uint8_t>(fields.lattice | fields.space_group << 1 | fields.site_loop << 2 |
+                                           fields.duplicate_labels << 3);
+}
+
+}  // namespace
+
+std::string_view Reader::cif_of(const TextRef& text, bool extract) {
+    std::string_view cif(static_cast<const char*>(text.data), text.size);
+    if (!text.ascii) {
+        mark_characters(text, bytes_);
+        cif = bytes_;
+    }
+    return extract ? extract_cif(cif, joined_, parts_) : cif;
+}
+
+cif::Reason Reader::read(const TextRef& text, bool extract) {
+    const std::string_view cif = cif_of(text, extract);
+    return parser_.parse(cif.data(), cif.size());
+}
+
+Reader& reader_of_this_thread() {
+    if (!thread_reader) thread_reader = std::make_unique<Reader>();
+    return *thread_reader;
+}
+
+void forget_giant(const TextRef& text) {
+    if (text.size > kGiant) thread_reader.reset();
+}
+
+void Batch::run(double* rows, unsigned threads) {
     const std::size_t n = texts.size();
-    const unsigned machine = std::max(1u, std::thread::hardware_concurrency());
-    std::size_t wanted =
-        std::min<std::size_t>(threads == 0 ? machine : threads, (n + kTextsPerThread - 1) / kTextsPerThread);
-    wanted = std::max<std::size_t>(wanted, 1);
+    out.resize(n);
+    std::size_t characters = 0;
+    for (const TextRef& text : texts) characters += text.size;
+    const std::size_t most = threads == 0 ? std::max(1u, std::thread::hardware_concurrency()) : threads;
+    const std::size_t wanted = std::max<std::size_t>(1, std::min({most, n, characters / kCharactersPerThread}));
+    const std::size_t take = std::min(kTake, n / (32 * wanted) + 1);
     std::atomic<std::size_t> next{0};
-    const auto work = [&](Worker& worker, std::uint32_t index) {
-        Piece& piece = pieces[index];
-        for (std::size_t first; (first = next.fetch_add(kTake)) < n;) {
-            for (std::size_t i = first; i < std::min(first + kTake, n); ++i) {
+    const auto work = [&] {
+        for (std::size_t first; (first = next.fetch_add(take)) < n;) {
+            for (std::size_t i = first; i < std::min(first + take, n); ++i) {
                 double* row = rows + i * kScoreColumns;
                 try {
-                    worker.score(texts[i], *this, piece, out[i], row);
+                    score_text(reader_of_this_thread(), texts[i], *this, out[i], row);
                 } catch (const std::exception&) {  // no memory for this text
                     out[i] = TextOut();
                     out[i].reason = cif::Reason::kLimit;
                     score_failure(weights, row);
                 }
-                out[i].piece = index;
-                if (texts[i].size > kGiant) worker = Worker();
+                forget_giant(texts[i]);
             }
         }
     };
-    std::vector<std::thread> others;
-    try {
-        out.resize(n);
-        pieces.resize(wanted);
-        // A site takes about 50 characters; room that is not used costs nothing but addresses.
-        std::size_t characters = 0;
-        for (const TextRef& text : texts) characters += std::min<std::size_t>(text.size, kGiant);
-        for (Piece& piece : pieces) {
-            piece.frac.reserve(3 * characters / 50 / wanted);
-            piece.numbers.reserve(characters / 50 / wanted);
-        }
-        others.reserve(wanted);
-        for (std::size_t t = 1; t < wanted; ++t) {
-            others.emplace_back([&, t] {
-                try {
-                    Worker own;
-                    work(own, static_cast<std::uint32_t>(t));
-                } catch (const std::exception&) {
-                }
-            });
-        }
-    } catch (const std::exception&) {  // fewer threads than asked for: the rest is done here
-    }
-    if (out.size() == n && !pieces.empty()) work(worker_of_this_thread(false), 0);
-    for (std::thread& thread : others) thread.join();
-}
-
-bool is_bare_cif(const char* text, std::size_t size) {
-    if (std::memchr(text, '`', size) || std::memchr(text, '~', size)) return false;
-    const char* end = text + size;
-    while (end > text && cif::is_space(static_cast<unsigned char>(end[-1]))) --end;
-    // `<think>`, `</think>`, `<|...|>` and a closing `</s>` are markup
-    for (const char* p = text; (p = static_cast<const char*>(std::memchr(p, '<', static_cast<std::size_t>(end - p))));
-         ++p) {
-        const auto at = [&](int k) { return end - p > k ? static_cast<char>(p[k] | 0x20) : '\0'; };
-        if (at(1) == ('|' | 0x20) || at(1) == 't' || (at(1) == '/' && at(2) == 't')) return false;
-        if (end - p == 4 && std::memcmp(p, "</s>", 4) == 0) return false;
-    }
-    // the last line is a row with numbers and without prose
-    const char* line = end;
-    while (line > text && line[-1] != '\n' && end - line < 400) --line;
-    int wordy = 0;
-    bool digits = false;
-    for (const char* p = line; p < end;) {
-        while (p < end && cif::is_space(static_cast<unsigned char>(*p))) ++p;
-        const char* word = p;
-        bool numeral = false;
-        for (; p < end && !cif::is_space(static_cast<unsigned char>(*p)); ++p)
-            numeral |= cif::is_digit(static_cast<unsigned char>(*p));
-        digits |= numeral;
-        wordy += !numeral && p - word > 1;
-    }
-    if (!digits || wordy > 2) return false;
-    // a block begins somewhere at a line start
-    for (const char* p = text; p + 5 <= end; ++p) {
-        while (p < end && cif::is_space(static_cast<unsigned char>(*p))) ++p;
-        if (end - p >= 5 && std::memcmp(p, "data_", 5) == 0) return true;
-        p = static_cast<const char*>(std::memchr(p, '\n', static_cast<std::size_t>(end - p)));
-        if (!p) return false;
-    }
-    return false;
+    run_together(wanted - 1, work);
 }
 
 Profile profile(const TextRef& text, int repeats) {
@@ -188,13 +113,9 @@ Profile profile(const TextRef& text, int repeats) {
         return std::chrono::duration<double>(b - a).count();
     };
     Profile result;
-    Worker worker;
-    std::string bytes;
-    if (text.ascii) {
-        bytes.assign(static_cast<const char*>(text.data), text.size);
-    } else {
-        mark_characters(text, bytes);
-    }
+    Reader reader;
+    cif::Parser parser;
+    const std::string bytes(reader.cif_of(text, true));
     geometry::DistanceScratch distance;
     const Target none;
     double row[kScoreColumns];
@@ -203,29 +124,33 @@ Profile profile(const TextRef& text, int repeats) {
     cif::Arena arena;
     cif::LoopScratch loops;
     cif::Block block;
+    cif::KnownComponents components;
     std::vector<cif::AffineOperation> operations;
     const std::size_t begin = std::min(bytes.find("data_"), bytes.size());
     const std::string_view clean = cif::cleaned(std::string_view(bytes).substr(begin), arena);
     const std::string body(clean);
-    for (int i = 0; i < repeats; ++i) {
+    for (int i = 0; i < repeats && bytes.size() <= cif::Limits::kTextBytes; ++i) {
         arena.reset();
         block.clear();
+        const auto start = Clock::now();
+        (void)reader.cif_of(text, true);
         const auto t0 = Clock::now();
         cif::scan(body.data(), body.size(), masks);
         cif::Tokenizer tokens(body.data(), masks, 0, static_cast<std::uint32_t>(body.size()), arena);
         const bool read = !body.empty() && cif::read_block(tokens, arena, loops, block).ok();
         const auto t1 = Clock::now();
-        if (read) (void)cif::symmetry_operations(block, operations);
+        if (read) (void)cif::symmetry_operations(block, components, operations);
         const auto t2 = Clock::now();
-        const cif::Reason reason = worker.parser.parse(bytes.data(), bytes.size());
+        const cif::Reason reason = parser.parse(bytes.data(), bytes.size());
         const auto t3 = Clock::now();
+        least(result.extract, seconds(start, t0));
         least(result.tokenise, seconds(t0, t1));
         least(result.symmetry, seconds(t1, t2));
         least(result.parse, seconds(t2, t3));
         if (reason != cif::Reason::kNone) continue;
-        const cif::Structure& structure = worker.parser.structure();
-        const double d = geometry::min_distance(structure.lattice, structure.frac.data(), structure.numbers.size(),
-                                                distance);
+        const cif::Structure& structure = parser.structure();
+        const double d =
+            geometry::min_distance(structure.lattice, structure.frac.data(), structure.numbers.size(), distance);
         const auto t4 = Clock::now();
         score_structure(structure, none, Weights(), Thresholds(), row);
         const auto t5 = Clock::now();

@@ -1,4 +1,4 @@
-// Many texts at once: every thread takes the next few, parses, measures and scores them.
+// Many texts at once: every thread takes the next few, finds the CIF in each, parses, measures and scores it.
 #pragma once
 
 #include <cstddef>
@@ -6,7 +6,8 @@
 #include <string>
 #include <vector>
 
-#include "../cif/status.h"
+#include "../cif/parser.h"
+#include "extract.h"
 #include "score.h"
 
 namespace catmllm::pvcp {
@@ -20,51 +21,49 @@ struct TextRef {
     std::uint32_t target = 0;
 };
 
-struct CountOut {
-    std::uint8_t number;  // 0 for a dummy, whose name is in BatchOut::dummies
-    std::uint32_t dummy;
-    double amount;
-};
-
-// What a thread has produced so far; texts point into it.
-struct Piece {
-    std::vector<double> frac;
-    std::vector<std::int64_t> numbers;
-    std::vector<CountOut> counts;
-    std::vector<std::string> dummies;
-};
-
 struct TextOut {
     cif::Reason reason = cif::Reason::kNone;
     std::uint8_t fields = 0;  // bits: lattice, space group, site loop, duplicate labels
-    std::uint32_t piece = 0;
-    std::uint32_t n_sites = 0;
-    std::uint32_t n_counts = 0;
-    std::size_t first_site = 0;
-    std::size_t first_count = 0;
-    double lattice[9] = {};
 };
+
+// What a thread needs to read texts, its memory reused from text to text.
+class Reader {
+  public:
+    // The CIF in a text as bytes of characters.h; valid until the next call.
+    std::string_view cif_of(const TextRef& text, bool extract);
+    // Reads a text; the result is in structure() when the reason is kNone. Throws std::bad_alloc.
+    cif::Reason read(const TextRef& text, bool extract);
+    const cif::Structure& structure() const { return parser_.structure(); }
+    const std::vector<Span>& parts() const { return parts_; }
+
+  private:
+    cif::Parser parser_;
+    std::string bytes_;
+    std::string joined_;
+    std::vector<Span> parts_;
+};
+
+// The calling thread's own; a new one after a giant text, so that memory is given back.
+Reader& reader_of_this_thread();
+void forget_giant(const TextRef& text);
 
 struct Batch {
     std::vector<TextRef> texts;
     std::vector<Target> targets;
     Weights weights;
     Thresholds thresholds;
-    // Filled by run(): kScoreColumns numbers a text go to `rows`, given by the caller.
-    std::vector<TextOut> out;
-    std::vector<Piece> pieces;
+    bool extract = true;
+    std::vector<TextOut> out;  // filled by run()
 
-    // Scores all texts with at most `threads` threads (0: as many as the machine has). Never throws.
-    void run(double* rows, unsigned threads) noexcept;
+    // Scores all texts with at most `threads` threads (0: as many as the machine has): kScoreColumns numbers a text
+    // to `rows`. Throws std::bad_alloc before anything is done.
+    void run(double* rows, unsigned threads);
 };
 
-// True where extract_cif() would return an ASCII text unchanged, up to what stands in front of its first block. False
-// says nothing.
-bool is_bare_cif(const char* text, std::size_t size);
-
-// Least seconds of each stage over `repeats` runs of one text: scan and tokens of its first block, symmetry
-// operations, the whole parse (both included), distance, score.
+// Least seconds of each stage over `repeats` runs of one text: finding the CIF, scan and tokens of its first block,
+// symmetry operations, the whole parse but for the distance (both before included), distance, score.
 struct Profile {
+    double extract = 0;
     double tokenise = 0;
     double symmetry = 0;
     double parse = 0;
@@ -73,8 +72,5 @@ struct Profile {
     std::uint32_t n_sites = 0;
 };
 Profile profile(const TextRef& text, int repeats);
-
-// Bytes as characters.h describes them, from a text with characters beyond ASCII.
-void mark_characters(const TextRef& text, std::string& bytes);
 
 }  // namespace catmllm::pvcp

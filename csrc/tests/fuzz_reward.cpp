@@ -25,7 +25,12 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
     for (int i = 0; i < pvcp::kSites; ++i)
         if (!std::isfinite(row[i])) std::abort();
     if (row[pvcp::kTotal] < -15.001 || row[pvcp::kTotal] > 10.001) std::abort();
-    (void)pvcp::is_bare_cif(text.data(), text.size());
+    std::string joined;
+    std::vector<pvcp::Span> parts;
+    const std::string_view found = pvcp::extract_cif(text, joined, parts);
+    std::string together;
+    for (const pvcp::Span part : parts) together += text.substr(part.first, part.second - part.first);
+    if (found != together) std::abort();
 
     // The same bytes as a text with wider characters, through the batch.
     pvcp::Batch batch;

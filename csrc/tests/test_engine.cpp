@@ -1,18 +1,23 @@
 // Unit tests of the engine without Python: numbers, tokens, operations, lattices, distances, limits. `make
 // test-engine` builds them with both sanitizers.
+#include <atomic>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <random>
 #include <string>
+#include <thread>
 #include <vector>
 
+#include "../cif/characters.h"
+#include "../cif/decimals.h"
 #include "../cif/number.h"
 #include "../cif/parser.h"
 #include "../cif/symmetry.h"
 #include "../cif/tokens.h"
 #include "../geometry/min_distance.h"
 #include "../pvcp/batch.h"
+#include "../pvcp/threads.h"
 
 using namespace catmllm;
 
@@ -86,15 +91,16 @@ void test_tokens() {
 
 void test_operations() {
     cif::AffineOperation op;
-    CHECK(cif::operation_from_xyz("-x+1/2, y-x, 2*Z", op).ok());
+    cif::KnownComponents known;
+    CHECK(cif::operation_from_xyz("-x+1/2, y-x, 2*Z", known, op).ok());
     CHECK(op.rotation[0] == -1 && op.translation[0] == 0.5 && op.rotation[3] == -1 && op.rotation[4] == 1);
     CHECK(op.rotation[8] == 1 && op.translation[2] == 2);
-    CHECK(cif::operation_from_xyz("12x,y,z", op).ok() && op.rotation[0] == 12 && op.translation[0] == 1);
-    CHECK(cif::operation_from_xyz("1/2x,y,z", op).ok() && op.rotation[0] == 0.5 && op.translation[0] == 1);
-    CHECK(cif::operation_from_xyz("x+1..2,y,z", op).outcome == cif::Outcome::kSkipBlock);
-    CHECK(cif::operation_from_xyz("x+1/0,y,z", op).outcome == cif::Outcome::kRejectText);
-    CHECK(cif::operation_from_xyz("x,y,z,z", op).outcome == cif::Outcome::kRejectText);
-    CHECK(cif::operation_from_xyz("", op).ok() && !op.is_identity());
+    CHECK(cif::operation_from_xyz("12x,y,z", known, op).ok() && op.rotation[0] == 12 && op.translation[0] == 1);
+    CHECK(cif::operation_from_xyz("1/2x,y,z", known, op).ok() && op.rotation[0] == 0.5 && op.translation[0] == 1);
+    CHECK(cif::operation_from_xyz("x+1..2,y,z", known, op).outcome == cif::Outcome::kSkipBlock);
+    CHECK(cif::operation_from_xyz("x+1/0,y,z", known, op).outcome == cif::Outcome::kRejectText);
+    CHECK(cif::operation_from_xyz("x,y,z,z", known, op).outcome == cif::Outcome::kRejectText);
+    CHECK(cif::operation_from_xyz("", known, op).ok() && !op.is_identity());
 }
 
 double brute_force(const geometry::Lattice& lattice, const std::vector<double>& frac, int reach) {
@@ -154,12 +160,92 @@ void test_parser() {
     CHECK(reason(std::string(cif::Limits::kTextBytes + 1, 'x')) == cif::Reason::kLimit);
 }
 
-void test_bare() {
-    const auto bare = [](const std::string& text) { return pvcp::is_bare_cif(text.data(), text.size()); };
-    CHECK(bare("Ok:\ndata_x\nloop_\n_a\nPt 0.5 0.5\n"));
-    CHECK(!bare("```\ndata_x\nPt 0.5\n```") && !bare("<think>\ndata_x\nPt 0.5") && !bare("data_x\nPt 1\n</s>"));
-    CHECK(bare("data_CO</s>Pt (1 1 1)\nPt 0.5\n") && !bare("data_x\nPt 1\nI hope this is 1 good answer") &&
-          !bare(""));
+void test_extraction() {
+    std::string joined;
+    std::vector<pvcp::Span> parts;
+    const auto found = [&](std::string_view answer) { return std::string(pvcp::extract_cif(answer, joined, parts)); };
+    const std::string cif = "data_x\nloop_\n_a\nPt 0.5 0.5\n";
+    CHECK(found(cif) == cif && found("Ok:\n" + cif) == cif && found("Ok: " + cif) == cif);
+    CHECK(found("```cif\n" + cif + "```\nDone, it is good.") == cif);
+    CHECK(found("<THINK>data_y</Think>" + cif) == cif && found("data_y\n</think>" + cif) == cif);
+    CHECK(found("data_x\n<think>hm</think>loop_\n_a\nPt 0.5 0.5\n") == cif && parts.size() == 2);
+    CHECK(found("<|im_start|>assistant\n" + cif + "<|im_end|>\n") == cif);
+    CHECK(found(cif + "</s>\n") == cif && found(cif + "I hope this helps") == cif);
+    CHECK(found("").empty() && found("<think>").empty() && found("no block") == "no block");
+}
+
+// Every instruction set sees the same bits.
+void test_scans() {
+    std::mt19937 random(3);
+    for (int round = 0; round < 2000; ++round) {
+        std::string text(random() % 300, ' ');
+        for (char& c : text)
+            c = random() % 4 ? " \n\td#;_l'\"x0\x1c\x1f\x80\x81"[random() % 17] : static_cast<char>(random());
+        cif::ScanMasks masks;
+        cif::ScanMasks portable;
+        CHECK(cif::scan_by("portable", text.data(), text.size(), portable));
+        for (std::size_t i = 0; i < text.size(); ++i)
+            CHECK((portable.space[i / 64] >> i % 64 & 1) == cif::is_space(static_cast<unsigned char>(text[i])));
+        for (const char* level : {"sse2", "avx2", "avx512"}) {
+            if (!cif::scan_by(level, text.data(), text.size(), masks)) continue;
+            CHECK(masks.space == portable.space && masks.d_starts == portable.d_starts);
+            CHECK(masks.special == portable.special && masks.has_hash == portable.has_hash);
+            CHECK(masks.has_semicolon == portable.has_semicolon && masks.has_high == portable.has_high);
+        }
+    }
+}
+
+// Numbers of a column are those of their tokens, and strtod's.
+void test_columns() {
+    std::mt19937 random(4);
+    for (int round = 0; round < 20000; ++round) {
+        std::string text = "data_x loop_ _atom_site_fract_x";
+        std::size_t begins[9];
+        std::size_t ends[9];
+        for (int i = 0; i < 9; ++i) {
+            text += ' ';
+            begins[i] = text.size();
+            if (random() % 4 == 0) text += '-';
+            const std::size_t digits = 1 + random() % 17;
+            const std::size_t point = random() % 20;
+            for (std::size_t k = 0; k < digits; ++k) {
+                if (k == point) text += '.';
+                text += random() % 60 ? static_cast<char>('0' + random() % 10) : "+_e.-x/:\x0f"[random() % 9];
+            }
+            ends[i] = text.size();
+        }
+        cif::Token tokens[9];
+        for (int i = 0; i < 9; ++i)
+            tokens[i] = {text.data() + begins[i], static_cast<std::uint32_t>(ends[i] - begins[i]), i != 4};
+        double values[9];
+        cif::plain_decimals(tokens, 1, 9, values, 1);
+        for (int i = 0; i < 9; ++i) {
+            const cif::Token& t = tokens[i];
+            double value = 0;
+            const bool read = t.plain && cif::plain_decimal(t.data, t.data + t.size, value);
+            CHECK(read ? value == values[i] : std::isnan(values[i]));
+            if (read) CHECK(value == std::strtod(std::string(t.view()).c_str(), nullptr));
+        }
+    }
+}
+
+void test_threads() {
+    std::vector<std::thread> callers;
+    std::atomic<int> wrong{0};
+    for (int c = 0; c < 4; ++c) {
+        callers.emplace_back([&wrong] {
+            for (int round = 0; round < 200; ++round) {
+                std::atomic<int> next{0};
+                std::atomic<int> done{0};
+                pvcp::run_together(3, [&] {
+                    while (next.fetch_add(1) < 50) done.fetch_add(1);
+                });
+                wrong += done != 50;
+            }
+        });
+    }
+    for (std::thread& caller : callers) caller.join();
+    CHECK(wrong == 0);
 }
 
 }  // namespace
@@ -170,7 +256,10 @@ int main() {
     test_operations();
     test_distances();
     test_parser();
-    test_bare();
+    test_extraction();
+    test_scans();
+    test_columns();
+    test_threads();
     if (failures) {
         std::printf("%d failures\n", failures);
     } else {
