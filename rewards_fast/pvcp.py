@@ -422,7 +422,6 @@ class PVCP:
         if threads is not None and threads < 1:
             raise ValueError(f"threads must be at least 1, not {threads}")
         self.weights, self.thresholds, self.threads, self.extract = weights, thresholds, threads, extract
-        self._settings = _numbers(weights), _numbers(thresholds), threads or 0, extract
 
     def score(self, texts: Sequence[str], targets: Sequence[Target] | Target = None) -> Scores:
         """Scores of n texts. targets: one per text, or a single one for all; see `parse_target`.
@@ -436,7 +435,15 @@ class PVCP:
             raise TypeError("texts is a sequence of strings; wrap a single text in a list")
         texts = list(texts)
         wanted, target_of_text = _parse_targets(targets, len(texts))
-        rows, reasons, bits = _core.score(texts, wanted, target_of_text, *self._settings)
+        rows, reasons, bits = _core.score(
+            texts,
+            wanted,
+            target_of_text,
+            _numbers(self.weights),
+            _numbers(self.thresholds),
+            self.threads or 0,
+            self.extract,
+        )
         columns = dict(zip(_core.SCORE_COLUMNS, rows.T))
         return Scores(
             **{name: columns[name] for name in SCORE_NAMES},
@@ -447,6 +454,7 @@ class PVCP:
         )
 
 
+@functools.lru_cache(maxsize=64)
 def _numbers(settings: Weights | Thresholds) -> tuple[float, ...]:
     return tuple(float(getattr(settings, f.name)) for f in fields(settings))
 

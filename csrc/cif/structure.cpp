@@ -412,12 +412,12 @@ Status Builder::read_rows() {
     const Column names = column_of(types.present() ? types : block_[Key::kSiteLabel], s_.letters[0]);
     const Column occupancies = column_of(occupancy_values, s_.letters[1]);
     Column axes[3];
-    bool have_axes = true;
+    bool have_axis[3];
     std::vector<double>& x = s_.x;
     if (x.size() < 3 * std::size_t{n}) x.resize(3 * std::size_t{n});
     for (int k = 0; k < 3; ++k) {
         const Value& value = block_[key_at(Key::kSiteFractX, k)];
-        have_axes &= value.present();
+        have_axis[k] = value.present();
         axes[k] = column_of(value, s_.letters[2 + k]);
         plain_decimals(axes[k].first, axes[k].stride, std::min(n, axes[k].size), x.data() + k, 3);
     }
@@ -458,9 +458,8 @@ Status Builder::read_rows() {
             if (!(text.size() == 1 && text[0] == '1') && !str2float(text, occupancy)) occupancy = 1;
         }
         if (!(occupancy > 0)) continue;
-        if (!have_axes) return skip_block(Reason::kSites);
         for (int k = 0; k < 3; ++k) {
-            if (i >= axes[k].size) return reject_text(Reason::kSites);
+            if (i >= axes[k].size) return have_axis[k] ? reject_text(Reason::kSites) : skip_block(Reason::kSites);
             double value = x[3 * std::size_t{i} + k];
             if (std::isnan(value) && !str2float(axes[k][i].view(), value)) return skip_block(Reason::kNumber);
             out[k] = value;
