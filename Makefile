@@ -84,7 +84,7 @@ test-engine:
 	$(CXX) -std=c++17 -O1 -g -Wno-psabi -fsanitize=address,undefined -fno-sanitize-recover=undefined -o build/test_engine csrc/tests/test_engine.cpp $(ENGINE) -lpthread
 	build/test_engine
 
-fuzz:  ## libFuzzer, needs clang; starts from the texts in tests/data and what earlier runs found
+fuzz:  ## libFuzzer, needs clang; starts from what earlier runs found
 	mkdir -p build/fuzz_corpus
 	$(CLANG) -std=c++17 -O1 -g -Wno-psabi -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=undefined -o build/fuzz_reward csrc/tests/fuzz_reward.cpp $(ENGINE) -lpthread
 	build/fuzz_reward -dict=csrc/tests/cif.dict -timeout=25 -rss_limit_mb=3000 -max_len=6000 -max_total_time=$(FUZZ_SECONDS) build/fuzz_corpus
