@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.distributed.tensor import DTensor
 
 from catmllm.data.batches import draw
 from catmllm.rl.advantages import group_advantages, policy_loss
@@ -19,13 +20,15 @@ from catmllm.rl.exemplar_pool import Candidate, ExemplarPool
 from catmllm.rl.rollout import Rollout, RolloutEngine
 from catmllm.rl.search import ClosedLoop, Task, TaskState, summary
 from catmllm.trainer.distributed import DTYPES, unsharded
-from catmllm.trainer.loop import Context, MicroBatch, Step, TrainingError
+from catmllm.trainer.loop import Context, MicroBatch, Step
+from catmllm.trainer.stop import TrainingError
 
 
 class GAGRPO:
     """Waves of tasks, each searched for `iterations` steps; pools survive in checkpoints."""
 
     name = "ga_grpo"
+    any_ranks = False  # pools belong to ranks
 
     def __init__(self, context: Context) -> None:
         o, world = context.config.ga_grpo, context.world
@@ -38,9 +41,12 @@ class GAGRPO:
         self.config = replace(o, steps=o.tasks // wave * o.iterations)
         self.loop = ClosedLoop(context.model, context.collate, o)
         self.systems = context.data["train"]
-        self.reference_head = context.model.llm.lm_head.weight.detach().clone()
         self.running: list[TaskState] = []
         self.finished: list[dict[str, Any]] = []
+
+    def begin(self) -> None:
+        weight = self.context.model.llm.lm_head.weight.detach()
+        self.reference_head = (weight.full_tensor() if isinstance(weight, DTensor) else weight).clone()
 
     def trains(self, parameter: str) -> bool:
         return parameter == "llm.lm_head.weight"
@@ -97,6 +103,7 @@ class GAGRPO:
                 MicroBatch(
                     lambda r=chosen, a=advantage, w=weight: self._loss(r, a, w, work.metrics),  # type: ignore[misc]
                     sum(len(r.ids) for r in chosen),
+                    len(chosen),
                 )
             )
 

@@ -22,8 +22,9 @@ from catmllm.rl.grammar import answer_pattern
 from catmllm.rl.rollout import Rollout, RolloutEngine
 from catmllm.rl.scoring import Reward, Scored, Scoring, load_reward
 from catmllm.stages.supervised import chosen, property_with_dropout, relatives, sample_losses
-from catmllm.trainer.distributed import DTYPES, unsharded
-from catmllm.trainer.loop import Context, MicroBatch, Step, TrainingError
+from catmllm.trainer.distributed import DTYPES, shard, unsharded
+from catmllm.trainer.loop import Context, MicroBatch, Step
+from catmllm.trainer.stop import TrainingError
 
 # prompts, their rollouts, per rollout its advantage and whether it carries a signal; what to log
 Rolled = tuple[list[Sample], list[Rollout], np.ndarray, np.ndarray, dict[str, float]]
@@ -33,19 +34,22 @@ class GRPO:
     """Prompts of the CIF and the design task in turn; encoder and projector stay frozen."""
 
     name = "grpo"
+    any_ranks = True
 
     def __init__(self, context: Context) -> None:
         self.context, self.config = context, context.config.grpo
         self.systems = context.data["train"]
         o = self.config
         self.reward: Reward = load_reward(o.reward_function) if o.reward_function else o.reward.scorer().score
-        # The reference is the stage's starting point. Made before sharding, it is a whole copy on every rank.
+        # The stage's starting point.
         self.reference = copy.deepcopy(context.model).eval().requires_grad_(False)
-        self.reference.llm.to(DTYPES[context.config.precision])
         self.kin = relatives(self.systems)
         self.skipped = self.unrewarded = 0
         self.rolled: Rolled | None = None
         self.old: dict[int, torch.Tensor] = {}  # log-probabilities of the sampling policy, by pass
+
+    def begin(self) -> None:
+        shard(self.reference, self.context.config, self.context.world, self.config.reshard)
 
     def trains(self, parameter: str) -> bool:
         return parameter.startswith(("llm.", "energy_head."))
@@ -144,6 +148,8 @@ class GRPO:
                 MicroBatch(
                     partial(self._policy_loss, k, batch, advantage, weight, work.metrics),
                     batch.tokens,
+                    len(rows),
+                    batch,
                 )
             )
 
@@ -187,7 +193,7 @@ class GRPO:
             work.metrics["energy_mae"] = float(mae[labelled].detach().mean()) * float(c.model.energy_std)
             return o.property_share * (ce + mae).mean()
 
-        work.passes.append(MicroBatch(loss, batch.tokens))
+        work.passes.append(MicroBatch(loss, batch.tokens, len(samples), batch))
 
     def _report(self, step: int, prompts: list[Sample], rollouts: list[Rollout], scored: Scored) -> None:
         """Answers for people to read: one a step in samples.jsonl, every one without a reward in unrewarded.jsonl."""

@@ -133,7 +133,7 @@ def supervised_step(
             metrics["energy_mae"] += in_ev / n_labelled
         return loss_of(ce, mae, labelled).sum() / total
 
-    passes = [MicroBatch(partial(loss, b), b.tokens) for b in batches]
+    passes = [MicroBatch(partial(loss, b), b.tokens, len(b.energy), b) for b in batches]
     return Step(passes, metrics)
 
 

@@ -179,6 +179,11 @@ def whole(t: torch.Tensor) -> torch.Tensor:
     return (t.full_tensor() if isinstance(t, DTensor) else t).detach().cpu()
 
 
-def full_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The whole state dict on every rank, float32 as trained."""
-    return {k: whole(v) for k, v in model.state_dict().items()}
+def full_state(model: torch.nn.Module, world: World) -> dict[str, torch.Tensor]:
+    """The whole state dict, float32 as trained, on the CPU of the main rank; empty on the others."""
+    state = {}
+    for name, value in model.state_dict().items():
+        gathered = whole(value)
+        if world.main:
+            state[name] = gathered
+    return state

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,15 +18,14 @@ from torch.distributed.tensor import DTensor
 from catmllm.config import Config, OptimConfig
 from catmllm.data.batches import Collator
 from catmllm.models.catalytic_mllm import CatalyticMLLM
+from catmllm.rl.rollout import hash_seed
 from catmllm.structure.system import System
-from catmllm.trainer import checkpoint
 from catmllm.trainer.activations import prepare_blocks
+from catmllm.trainer.checkpoint import CheckpointError, Checkpoints
 from catmllm.trainer.distributed import World, full_state, shard
 from catmllm.trainer.metrics import StageLog
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message says at which step and why."""
+from catmllm.trainer.stop import LossWatch, Stopped, TrainingError, stop_signals
+from catmllm.trainer.throughput import Clock, ModelFlops, Profile, memory_gib, peak_flops
 
 
 @dataclass
@@ -48,6 +49,8 @@ class MicroBatch:
 
     loss: Callable[[], torch.Tensor]
     tokens: int = 0
+    sequences: int = 1
+    batch: Any = None  # saved where the loss goes wrong
 
 
 @dataclass
@@ -62,6 +65,7 @@ class Stage(Protocol):
     """What differs between stages."""
 
     name: str
+    any_ranks: bool  # whether `state` may be read by another number of ranks
 
     @property
     def config(self) -> OptimConfig:
@@ -69,6 +73,9 @@ class Stage(Protocol):
 
     def trains(self, parameter: str) -> bool:
         """Whether the parameter of this name is trained."""
+
+    def begin(self) -> None:
+        """Called once, when the model is sharded and has its weights."""
 
     def step(self, step: int) -> Step:
         """The passes of optimizer step `step` on this rank; every rank must return equally many."""
@@ -83,6 +90,11 @@ class Stage(Protocol):
 class Stateless:
     """Base of stages whose steps are functions of the step number alone."""
 
+    any_ranks = True
+
+    def begin(self) -> None:
+        """Nothing to prepare."""
+
     def state(self) -> dict[str, Any]:
         return {}
 
@@ -93,70 +105,228 @@ class Stateless:
 def train(make_stage: Callable[[Context], Stage], context: Context) -> tuple[dict[str, torch.Tensor], Stage]:
     """Run one stage to its end, from its newest checkpoint where there is one.
 
-    Shards `context.model` in place. Returns the whole state dict, float32, on every rank, and the stage.
+    Shards `context.model` in place. Returns the whole state dict, float32, on the main rank (empty on the others), and
+    the stage. Raises `Stopped` after a signal, when the state is saved, and `TrainingError` where the loss is not
+    finite or jumps; the batch is then saved, and the weights are from before it.
     """
-    world, config = context.world, context.config
+    world, config, folder = context.world, context.config, context.folder
     stage = make_stage(context)
+    optim = stage.config
     _freeze(context.model, stage)
     prepare_blocks(context.model, config)
-    optim = stage.config
+    flops = ModelFlops(context.model, stage.name != "align")
     sharded = cast(FSDPModule, shard(context.model, config, world, optim.reshard))
-    optimizer = _optimizer(context.model, optim)
-    # From 2^16, the default, the first steps of every run overflow and are skipped: the MLP's scale takes 2^4 of the
-    # range. At 2^8 gradients differ from float32's by 0.1 %, as at 2^10; growth finds the rest.
-    scaler = torch.amp.GradScaler(
-        world.device.type,
-        init_scale=2.0**8,
-        growth_interval=500,
-        enabled="fp16" in (config.precision, config.encoder_precision),
-    )
-    trained = [p for p in context.model.parameters() if p.requires_grad]
-    first = 0
-    if (
-        found := checkpoint.restore(context.folder / "checkpoints", context.model, optimizer, world)
-    ) is not None:
-        first, extra = found
-        stage.load_state(extra["stage"])
-        if scaler.is_enabled():
-            scaler.load_state_dict(extra["scaler"])
+    stage.begin()
+    run = _Run(context, stage, _optimizer(context.model, optim), flops)
     context.model.train()
-    with StageLog(context.folder, stage.name, first, optim.steps, world.main, config.tensorboard) as log:
-        for step in range(first, optim.steps):
-            began = time.perf_counter()
-            scale = lr_factor(step, optim)
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * scale
-            work = stage.step(step)
-            prepared = time.perf_counter()
-            loss = 0.0
-            for i, part in enumerate(work.passes):
-                sharded.set_requires_gradient_sync(i == len(work.passes) - 1)
+    with (
+        stop_signals() as signals,
+        StageLog(folder, stage.name, run.step, optim.steps, config, world.main) as log,
+        run.checkpoints,
+    ):
+        while run.step < optim.steps and not run.enough:
+            row = run.one_step(sharded, bool(signals))
+            if validates(optim, run.step):
+                row |= run.validate()
+            if (run.step - 1) % optim.log_every == 0 or run.step == optim.steps or run.enough:
+                log.row(run.step - 1, row)
+            log.tick(_shown(row))
+            stopping = run.stopping and run.step < optim.steps
+            if run.step < optim.steps and (
+                stopping or run.improved or run.step % optim.checkpoint_every == 0
+            ):
+                with run.clock.phase("checkpoint"):
+                    run.save()
+            run.checkpoints.poll()
+            if run.profile is not None:
+                run.profile.step()
+            if stopping:
+                run.checkpoints.settle()
+                if run.checkpoints.failures:
+                    raise CheckpointError(f"{stage.name}: stopped after step {run.step - 1}, but not saved")
+                raise Stopped(f"{stage.name}: saved after step {run.step - 1}")
+        if run.profile is not None:
+            run.profile.finish()
+            log.note(run.profile.table)
+        if run.best is not None and run.best_step < run.step:
+            run.checkpoints.restore_best(context.model)
+            log.note(
+                f"{stage.name}: the weights of step {run.best_step} are kept (validation {run.best:.4g})"
+            )
+    return full_state(context.model, world), stage
+
+
+class _Run:
+    """One stage under way: what a step changes beside the weights, and what a checkpoint must hold of it."""
+
+    def __init__(
+        self, context: Context, stage: Stage, optimizer: torch.optim.Optimizer, flops: ModelFlops
+    ) -> None:
+        config, world = context.config, context.world
+        self.context, self.stage, self.optimizer, self.flops = context, stage, optimizer, flops
+        # From 2^16, the default, the first steps of every run overflow and are skipped: the MLP's scale takes 2^4 of
+        # the range. At 2^8 gradients differ from float32's by 0.1 %, as at 2^10; growth finds the rest.
+        self.scaler = torch.amp.GradScaler(
+            world.device.type,
+            init_scale=2.0**8,
+            growth_interval=500,
+            enabled="fp16" in (config.precision, config.encoder_precision),
+        )
+        self.trained = [p for p in context.model.parameters() if p.requires_grad]
+        self.watch = LossWatch(getattr(stage.config, "spike", 0.0))
+        self.clock, self.peak = Clock(), peak_flops(world.device)
+        self.profile = (
+            Profile(context.folder / "profile", world.rank, world.device) if config.profile else None
+        )
+        self.step = 0  # updates done
+        self.drawn = 0  # the same, counted in steps of today's ranks and batches
+        self.skipped = 0
+        self.best: float | None = None
+        self.best_step, self.worse = 0, 0  # of the best validation, and how many since were not better
+        self.improved = self.stopping = False
+        self.checkpoints = Checkpoints(context.folder / "checkpoints", world, config.keep_checkpoints)
+        if (found := self.checkpoints.restore(context.model, optimizer)) is not None:
+            self._restore(*found)
+
+    def one_step(self, sharded: FSDPModule, signalled: bool) -> dict[str, float]:
+        """Passes, judgement of the loss, update. Returns what to log."""
+        stage, world, optim, clock = self.stage, self.context.world, self.stage.config, self.clock
+        began = time.perf_counter()
+        # All that a pass draws (dropout) is a function of seed, step and rank, so that no generator has to be saved.
+        torch.manual_seed(hash_seed([self.context.config.seed, 23, self.step, world.rank]))
+        scale = lr_factor(self.step, optim)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * scale
+        with clock.phase("data"):
+            work = stage.step(self.drawn)
+        total = torch.zeros((), device=world.device)
+        for i, part in enumerate(work.passes):
+            sharded.set_requires_gradient_sync(i == len(work.passes) - 1)
+            with clock.phase("forward"):
                 value = part.loss()
-                scaler.scale(value).backward()
-                loss += float(value.detach())
-            norm = _update(optimizer, scaler, trained, optim.grad_clip) if work.passes else 0.0
-            elapsed = time.perf_counter() - began
-            row = world.mean({"loss": loss, **work.metrics})
-            if not math.isfinite(row["loss"]):
-                raise TrainingError(
-                    f"{stage.name}: the loss is {row['loss']} at step {step}; the checkpoints in "
-                    f"{context.folder / 'checkpoints'} are from before. Lower {stage.name}.lr or check the data."
-                )
-            tokens = world.size * sum(p.tokens for p in work.passes)
-            row |= {"lr": optim.lr * scale, "grad_norm": norm, "tokens_per_s": tokens / elapsed}
-            row |= {"seconds": elapsed, "prepare_seconds": prepared - began}
-            if scaler.is_enabled():
-                row["loss_scale"] = scaler.get_scale()
-            if step % optim.log_every == 0 or step == optim.steps - 1:
-                log.row(step, row)
-            shown = {"loss": f"{row['loss']:.3f}", "tok/s": f"{row['tokens_per_s']:.0f}"}
-            log.tick(shown | ({"reward": f"{row['reward']:.2f}"} if "reward" in row else {}))
-            if (step + 1) % optim.checkpoint_every == 0 and step + 1 < optim.steps:
-                extra = {"stage": stage.state(), "scaler": scaler.state_dict()}
-                checkpoint.save(
-                    context.folder / "checkpoints", step + 1, context.model, optimizer, extra, world
-                )
-    return full_state(context.model), stage
+            with clock.phase("backward"):
+                self.scaler.scale(value).backward()
+            total += value.detach()
+        loss = float(total)
+        row = world.mean({"loss": math.inf if math.isnan(loss) else loss, "stop": signalled, **work.metrics})
+        self.stopping = row.pop("stop") > 0
+        if problem := self.watch.judge(row["loss"]):
+            raise TrainingError(self._bad_batch(problem, loss, work))
+        norm = 0.0
+        if work.passes:
+            with clock.phase("optimizer"):
+                norm, skipped = _update(self.optimizer, self.scaler, self.trained, optim.grad_clip)
+            self.skipped += skipped
+        self.step, self.drawn = self.step + 1, self.drawn + 1
+        elapsed = time.perf_counter() - began
+        tokens = sum(p.tokens for p in work.passes)
+        done = sum(self.flops.of(p.tokens, p.sequences) for p in work.passes)
+        seconds = clock.take()
+        row |= {"lr": optim.lr * scale, "grad_norm": norm, "tokens_per_s": world.size * tokens / elapsed}
+        row |= {"tflops": done / elapsed / 1e12, "memory_gib": memory_gib(world.device)}
+        if self.peak is not None:
+            row["mfu"] = done / elapsed / self.peak
+        row |= {"seconds": elapsed, "prepare_seconds": seconds["data"]}
+        if self.scaler.is_enabled():
+            row |= {"loss_scale": self.scaler.get_scale(), "skipped_steps": self.skipped}
+        return row
+
+    def validate(self) -> dict[str, float]:
+        """Judge the weights on the validation systems; notes whether they are the best so far."""
+        self.context.model.eval()
+        with torch.no_grad():
+            found = cast(Any, self.stage).validate()
+        self.context.model.train()
+        row = self.context.world.mean(found)
+        value = row["val"]
+        self.improved = math.isfinite(value) and (self.best is None or value < self.best)
+        if self.improved:
+            self.best, self.best_step, self.worse = value, self.step, 0
+        else:
+            self.worse += 1
+        return row
+
+    @property
+    def enough(self) -> bool:
+        """Whether so many validations brought nothing better that the stage ends."""
+        patience = getattr(self.stage.config, "patience", 0)
+        return bool(patience) and self.worse >= patience
+
+    def save(self) -> None:
+        extra = {
+            "stage": self.stage.state(),
+            "scaler": self.scaler.state_dict(),
+            "losses": self.watch.recent,
+            "samples": self.drawn * self.context.world.size * self.stage.config.batch_size,
+            "skipped": self.skipped,
+            "validation": [self.best, self.best_step, self.worse],
+        }
+        value = self.best if self.improved else None
+        self.improved = False
+        self.checkpoints.save(self.step, self.context.model, self.optimizer, extra, value)
+
+    def _restore(self, record: dict[str, Any], extra: dict[str, Any]) -> None:
+        self.step, world = record["step"], self.context.world.size
+        if record["world"] != world and not self.stage.any_ranks:
+            raise TrainingError(
+                f"{self.stage.name} was begun on {record['world']} ranks and holds a state of each; "
+                f"resume it on as many, not on {world}"
+            )
+        # Ranks or batches may be others than before: the data go on from where they were.
+        self.drawn = -(-extra["samples"] // (world * self.stage.config.batch_size))
+        self.skipped, self.watch.recent = extra["skipped"], extra["losses"]
+        self.best, self.best_step, self.worse = extra["validation"]
+        self.stage.load_state(extra["stage"])
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(extra["scaler"])
+
+    def _bad_batch(self, problem: str, loss: float, work: Step) -> str:
+        """Save this rank's batches of a step that went wrong; returns what to say."""
+        stage, world, folder = self.stage, self.context.world, self.context.folder
+        path = folder / f"bad-step-{self.step:07d}-rank-{world.rank}.pt"
+        with contextlib.suppress(OSError):  # a full disk must not hide the loss
+            torch.save(
+                {"step": self.step, "loss": loss, "batches": [tensors(p.batch) for p in work.passes]}, path
+            )
+        losses = world.gather(loss)
+        worst = max(range(world.size), key=lambda r: math.inf if math.isnan(losses[r]) else losses[r])
+        half = " (float16 may have overflowed: try precision=bf16)" if self.scaler.is_enabled() else ""
+        return (
+            f"{stage.name}: {problem} at step {self.step}{half}; no weight was changed by it. The batches are in "
+            f"{folder / f'bad-step-{self.step:07d}-rank-*.pt'} (rank {worst} has the highest loss), the checkpoints in "
+            f"{folder / 'checkpoints'} are from before. Look at the data, or lower {stage.name}.lr and start again."
+        )
+
+
+def validates(optim: OptimConfig, step: int) -> bool:
+    """Whether the weights after `step` updates are validated."""
+    every = getattr(optim, "validate_every", 0)
+    return bool(every) and (step % every == 0 or step == optim.steps)
+
+
+def tensors(batch: Any) -> Any:
+    """A batch as nested dicts of CPU tensors and numbers, which `torch.load(weights_only=True)` reads."""
+    if dataclasses.is_dataclass(batch):
+        return {f.name: tensors(getattr(batch, f.name)) for f in dataclasses.fields(batch)}
+    return batch.cpu() if isinstance(batch, torch.Tensor) else batch
+
+
+def _shown(row: dict[str, float]) -> dict[str, str]:
+    """The progress line."""
+    shown = {"loss": f"{row['loss']:.3f}", "tok/s": f"{row['tokens_per_s']:.0f}"}
+    if "reward" in row:
+        shown["reward"] = f"{row['reward']:.2f}"
+    if "mfu" in row:
+        shown["MFU"] = f"{row['mfu']:.1%}"
+    shown |= {
+        "data": f"{row['prepare_seconds'] / row['seconds']:.0%}",
+        "GiB": f"{row['memory_gib']:.1f}",
+    }
+    if "loss_scale" in row:
+        shown |= {"scale": f"{row['loss_scale']:.0f}", "skipped": f"{row['skipped_steps']:.0f}"}
+    if "val" in row:
+        shown["val"] = f"{row['val']:.4g}"
+    return shown
 
 
 def _update(
@@ -164,14 +334,16 @@ def _update(
     scaler: torch.amp.GradScaler,
     trained: list[torch.nn.Parameter],
     grad_clip: float,
-) -> float:
-    """One clipped optimizer step on the accumulated gradients; returns their norm before clipping."""
+) -> tuple[float, bool]:
+    """One clipped optimizer step on the accumulated gradients; returns their norm before clipping, and whether the step
+    was skipped because float16 gradients overflowed."""
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(trained, grad_clip, foreach=True)
+    scale = scaler.get_scale()
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm), scaler.get_scale() < scale
 
 
 def lr_factor(step: int, optim: OptimConfig) -> float:

@@ -1,13 +1,16 @@
-"""What a run leaves to read while it trains: JSONL, TensorBoard, a progress bar."""
+"""What a run leaves to read while it trains: JSONL, TensorBoard, Weights & Biases, a progress bar."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from tqdm import tqdm
+
+from catmllm.config import Config, to_dict
 
 
 class StageLog:
@@ -18,9 +21,9 @@ class StageLog:
     """
 
     def __init__(
-        self, folder: Path, stage: str, first_step: int, steps: int, main: bool, tensorboard: bool
+        self, folder: Path, stage: str, first_step: int, steps: int, config: Config, main: bool
     ) -> None:
-        self.main = main
+        self.main, self.stage = main, stage
         if not main:
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -29,10 +32,20 @@ class StageLog:
         path.write_text("".join(json.dumps(row) + "\n" for row in kept))
         self.file = path.open("a")
         self.board = None
-        if tensorboard:
+        if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             self.board = SummaryWriter(str(folder.parent / "tensorboard" / stage), purge_step=first_step)
+        self.wandb = None
+        if config.wandb is not None:
+            self.wandb = wandb_module().init(
+                project=config.wandb,
+                name=f"{folder.parent.name}/{stage}",
+                group=folder.parent.name,
+                id=hashlib.sha1(str(folder.resolve()).encode()).hexdigest()[:16],
+                resume="allow",
+                config=to_dict(config),
+            )
         self.bar = tqdm(total=steps, initial=first_step, desc=f"{stage:9s}", mininterval=2.0, unit="step")
 
     def row(self, step: int, values: dict[str, Any]) -> None:
@@ -44,6 +57,13 @@ class StageLog:
         if self.board is not None:
             for key, value in values.items():
                 self.board.add_scalar(key, value, step)
+        if self.wandb is not None:
+            self.wandb.log(values, step=step)
+
+    def note(self, text: str | None) -> None:
+        """Print beside the bar."""
+        if self.main and text:
+            self.bar.write(text)
 
     def tick(self, shown: dict[str, str]) -> None:
         if self.main:
@@ -61,6 +81,19 @@ class StageLog:
             self.file.close()
             if self.board is not None:
                 self.board.close()
+            if self.wandb is not None:
+                self.wandb.finish(exit_code=0 if kind is None else 1)
+
+
+def wandb_module() -> Any:
+    """The optional wandb package, or one clear error."""
+    try:
+        import wandb
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            "`wandb` is set, but the package is missing: pip install wandb, or leave it out"
+        ) from error
+    return wandb
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

@@ -33,8 +33,11 @@ from catmllm.structure.cif import write_cif
 from catmllm.structure.system import System
 from catmllm.trainer.checkpoint import CheckpointError
 from catmllm.trainer.distributed import DTYPES, World, start
-from catmllm.trainer.loop import Context, TrainingError, train
+from catmllm.trainer.loop import Context, train
+from catmllm.trainer.metrics import wandb_module
+from catmllm.trainer.stop import EXIT_SAVED, Stopped, TrainingError, stop_at_once
 
+MENDABLE = ("tensorboard", "wandb", "profile", "threads", "keep_checkpoints", "replicate")
 BASELINE_SYSTEMS = 4000  # of a part, evenly spaced: the ridge's matrix is dense
 GENERATES = ("instruct", "grpo", "ga_grpo")  # stages after which sampled CIFs are worth measuring
 
@@ -79,8 +82,14 @@ class Record:
 def run(config: Config) -> int:
     """All stages of a configuration, evaluation and report. Returns the exit status."""
     world = start(config)
+    stop_at_once()
     try:
+        if config.wandb is not None:
+            wandb_module()
         return _run(config, world)
+    except Stopped as stopped:
+        _say(world, f"stopped: {stopped}. The same command goes on from there.")
+        return EXIT_SAVED
     except (TrainingError, CheckpointError, FileNotFoundError, ValueError) as error:
         # What a person can mend is one line; the trace is for faults of ours.
         if os.environ.get("CATMLLM_TRACEBACK"):
@@ -133,8 +142,13 @@ def _open(config: Config, out: Path, world: World) -> Record:
     if world.main:
         out.mkdir(parents=True, exist_ok=True)
         if record_path.is_file():
-            old = json.loads(record_path.read_text()).get("config", {})
-            changed = _difference(old, to_dict(config))
+            # What a finished stage was trained with is fixed; the rest may be mended.
+            open_keys = {*MENDABLE, *(s for s in STAGES if not (out / s / "model.safetensors").is_file())}
+            old, new = (
+                {k: v for k, v in tree.items() if k not in open_keys}
+                for tree in (json.loads(record_path.read_text()).get("config", {}), to_dict(config))
+            )
+            changed = _difference(old, new)
             if changed:
                 problem = (
                     f"{out} was begun with another configuration ({'; '.join(changed[:3])}). "
@@ -143,9 +157,9 @@ def _open(config: Config, out: Path, world: World) -> Record:
     if problem := world.gather(problem)[0]:
         raise ValueError(problem)
     record = Record(record_path, world)
-    if not record.has("config"):
-        record.put(to_dict(config), "config")
+    if not record.has("machine"):
         record.put(_machine(world), "machine")
+    record.put(to_dict(config), "config")
     return record
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from catmllm.data.slabs import SHIPPED
+from tests.stages.conftest import make_context  # noqa: F401  for the tests here too
 
 ROOT = Path(__file__).parents[2]
 SMALL = """
