@@ -18,7 +18,7 @@ $(READY): pyproject.toml setup.py rewards_fast/_core.pyx $(wildcard csrc/cif/* c
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25"
 	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install --quiet torch==2.13.0
-	$(BIN)/python -m pip install --quiet --editable '.[train,oracle,trl,server,dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[train,lora,oracle,trl,server,dev]'
 	@touch $@
 
 run: setup  ## all stages on the shipped data; metrics, plots and report.html in runs/tiny

@@ -78,6 +78,25 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--report-only", action="store_true", help="rewrite report.html from metrics.json")
     evaluate.set_defaults(run_command=_evaluate)
 
+    export = commands.add_parser(
+        "export",
+        help="a trained model for transformers, vLLM or fairchem",
+        description="hf: Qwen2.5-VL with tokenizer, beside it graph.safetensors (encoder, projector, energy head). "
+        "text: the text tower as Qwen2ForCausalLM, which vLLM serves. fairchem: the encoder as fairchem 1.x reads it.",
+    )
+    export.add_argument("layout", choices=("hf", "text", "fairchem"))
+    export.add_argument("out", type=Path, help="folder to write (fairchem: file)")
+    _model_option(export)
+    export.add_argument(
+        "--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="of the LLM's weights"
+    )
+    export.add_argument(
+        "--template",
+        help="fairchem: a file of the same encoder whose tables, heads and configuration are taken over "
+        "(default: the one that training began from)",
+    )
+    export.set_defaults(run_command=_export)
+
     data = commands.add_parser("data", help="make training data, and look at it")
     kinds = data.add_subparsers(dest="kind", required=True, metavar="KIND")
     from catmllm.data import make
@@ -157,15 +176,21 @@ def _model_option(parser: argparse.ArgumentParser) -> None:
 
 
 def _load(folder: Path) -> tuple[CatalyticMLLM, Collator, Config]:
-    from catmllm.config import STAGES
     from catmllm.models.catalytic_mllm import load_model
+
+    return load_model(_stage(folder))
+
+
+def _stage(folder: Path) -> Path:
+    """The folder itself, or the last finished stage of a run."""
+    from catmllm.config import STAGES
 
     if not (folder / "model.safetensors").is_file():
         stages = [folder / s for s in STAGES if (folder / s / "model.safetensors").is_file()]
         if not stages:
             raise FileNotFoundError(f"{folder}: no trained stage there; `make run` trains one into runs/tiny")
         folder = stages[-1]
-    return load_model(folder)
+    return folder
 
 
 def _oc20(args: argparse.Namespace) -> int:
@@ -252,6 +277,13 @@ def _design(args: argparse.Namespace) -> int:
         judged = f"  SevenNet-0 {judged:.3f} eV" if isinstance(judged, float) else f"  {judged}"
         print(f"  {row['file']}: predicted {row['predicted']:.3f} eV, PVCP {row['pvcp']:.2f}{judged}")
     (args.out / "trace.json").write_text(json.dumps({"designs": rows, "trace": state.trace}, indent=1))
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from catmllm.export import export
+
+    print(export(_stage(args.model), args.layout, args.out, args.dtype, args.template))
     return 0
 
 

@@ -8,6 +8,8 @@ final hidden state of the `<energy>` query token; text comes from the LM head, w
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -264,8 +266,9 @@ def _pretrained_llm(config: LLMConfig, decimals: int) -> tuple[Any, PreTrainedTo
 
     name = config.pretrained
     tokenizer = AutoTokenizer.from_pretrained(name)
+    # In the dtype of the files, read through the page cache: sharding makes float32 of it, a block at a time.
     llm: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-        name, attn_implementation=by_part(config.attention)
+        name, attn_implementation=by_part(config.attention), dtype="auto"
     )
     added = extend_tokenizer(tokenizer, decimals, elements=False)
     untie(llm)
@@ -284,6 +287,26 @@ def untie(llm: Any) -> None:
     if llm.lm_head.weight is llm.get_input_embeddings().weight:
         llm.lm_head.weight = nn.Parameter(llm.lm_head.weight.detach().clone())
     llm.config.tie_word_embeddings = llm.config.get_text_config().tie_word_embeddings = False
+
+
+@contextmanager
+def on_meta() -> Iterator[None]:
+    """Modules made inside have parameters without storage, to be replaced by loaded ones; buffers are as ever.
+
+    A 7B model is then made in a second, and no memory is filled with random numbers that nobody reads.
+    """
+    register = nn.Module.register_parameter
+
+    def empty(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None:
+            parameter = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = empty  # type: ignore
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def save_model(
@@ -320,10 +343,12 @@ def load_model(folder: str | Path) -> tuple[CatalyticMLLM, Collator, Config]:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     qwen = Qwen2_5_VLConfig.from_pretrained(folder / "llm")
     attention = config.model.llm.attention
-    llm = Qwen2_5_VLForConditionalGeneration._from_config(qwen, attn_implementation=by_part(attention))
-    encoder = build_encoder(replace(config.model.encoder, checkpoint=None), config.data.cutoff)
-    model = _assemble(llm, encoder, config, tokenizer)
-    model.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
+    with on_meta():
+        llm = Qwen2_5_VLForConditionalGeneration._from_config(qwen, attn_implementation=by_part(attention))
+        encoder = build_encoder(replace(config.model.encoder, checkpoint=None), config.data.cutoff)
+        model = _assemble(llm, encoder, config, tokenizer)
+    # The file's own pages become the weights: ranks of one machine share them until they are sharded.
+    model.load_state_dict(load_file(folder / "model.safetensors"), strict=True, assign=True)
     return model.eval(), collator(model, tokenizer, config), config
 
 

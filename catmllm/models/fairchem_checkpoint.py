@@ -31,7 +31,7 @@ def load_fairchem_checkpoint(source: str | Path | Mapping[str, Any], model: Equi
     `model` was built without are left out. Raises ValueError that names every key that is missing, unexpected or of another
     shape, and every constant that disagrees with the model's configuration.
     """
-    state = {_WRAPPERS.sub("", key): value for key, value in _state_dict(source).items()}
+    state = {without_wrapper(key): value for key, value in _state_dict(source).items()}
     own = model.state_dict()
     absent = tuple(f"{head}." for head in _HEADS if getattr(model, head) is None)
     weights = {k: v for k, v in state.items() if not _CONSTANTS.search(k) and not k.startswith(absent)}
@@ -49,6 +49,11 @@ def load_fairchem_checkpoint(source: str | Path | Mapping[str, Any], model: Equi
             f"{name}the checkpoint does not fit the encoder's configuration\n  " + "\n  ".join(problems)
         )
     model.load_state_dict(weights, strict=True)
+
+
+def without_wrapper(key: str) -> str:
+    """The encoder's own name of a saved tensor: without what DDP, backbones and heads put before it."""
+    return _WRAPPERS.sub("", key)
 
 
 def _state_dict(source: str | Path | Mapping[str, Any]) -> Mapping[str, Tensor]:

@@ -21,6 +21,7 @@ from catmllm.data.batches import Collator
 from catmllm.data.prompts import Sample
 from catmllm.data.tokenizer import decode
 from catmllm.models.catalytic_mllm import CatalyticMLLM
+from catmllm.models.lora import effective_weight
 from catmllm.rl.grammar import Grammar, Pattern, grammar_of
 from catmllm.rl.nucleus import sample_nucleus, uniforms
 
@@ -74,12 +75,12 @@ class _Tower:
         self.layers = [
             _Layer(
                 cast(l.input_layernorm.weight),
-                cast(l.self_attn.q_proj.weight, l.self_attn.k_proj.weight, l.self_attn.v_proj.weight),
+                cast(*map(effective_weight, (l.self_attn.q_proj, l.self_attn.k_proj, l.self_attn.v_proj))),
                 cast(l.self_attn.q_proj.bias, l.self_attn.k_proj.bias, l.self_attn.v_proj.bias),
-                cast(l.self_attn.o_proj.weight),
+                cast(effective_weight(l.self_attn.o_proj)),
                 cast(l.post_attention_layernorm.weight),
-                cast(l.mlp.gate_proj.weight, l.mlp.up_proj.weight),
-                cast(l.mlp.down_proj.weight),
+                cast(effective_weight(l.mlp.gate_proj), effective_weight(l.mlp.up_proj)),
+                cast(effective_weight(l.mlp.down_proj)),
             )
             for l in text.layers
         ]

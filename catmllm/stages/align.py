@@ -7,8 +7,10 @@ import torch
 from catmllm.data.batches import Batch, draw
 from catmllm.data.prompts import Sample
 from catmllm.models.losses import info_nce
+from catmllm.stages.supervised import validation_systems
 from catmllm.structure.text import three_part_text
 from catmllm.trainer.loop import Context, MicroBatch, Stateless, Step
+from catmllm.trainer.stop import TrainingError
 
 
 class Align(Stateless):
@@ -43,3 +45,22 @@ class Align(Stateless):
                 ((g @ t.T).argmax(1) == torch.arange(len(g), device=g.device)).float().mean()
             )
         return loss
+
+    def validate(self) -> dict[str, float]:
+        """The same loss on validation systems, in batches of all ranks as in training; "val" is what is minimised."""
+        world = self.context.world
+        systems = validation_systems(self.context, self.config)
+        size = min(self.config.batch_size, len(systems) // world.size)
+        if not size:
+            raise TrainingError(
+                f"align: {len(systems)} validation systems are too few for {world.size} ranks"
+            )
+        found: list[dict[str, float]] = []
+        for start in range(0, len(systems) - size * world.size + 1, size * world.size):
+            some = systems[start + world.rank * size :][:size]
+            batch = self.context.collate([Sample(three_part_text(s), "", s) for s in some]).to(world.device)
+            metrics: dict[str, float] = {}
+            metrics["loss"] = float(self._loss(batch, metrics))
+            found.append(metrics)
+        mean = {k: sum(m[k] for m in found) / len(found) for k in found[0]}
+        return {"val": mean["loss"], "val_retrieval": mean["retrieval"]}

@@ -17,6 +17,7 @@ import torch
 
 from catmllm.data.batches import Batch, Collator, Encoded
 from catmllm.data.prompts import Sample, cif_prompt, design_prompt
+from catmllm.models.lora import without_lora
 from catmllm.rl.advantages import group_advantages, per_answer, policy_loss
 from catmllm.rl.grammar import answer_pattern
 from catmllm.rl.rollout import Rollout, RolloutEngine
@@ -41,15 +42,18 @@ class GRPO:
         self.systems = context.data["train"]
         o = self.config
         self.reward: Reward = load_reward(o.reward_function) if o.reward_function else o.reward.scorer().score
-        # The stage's starting point.
-        self.reference = copy.deepcopy(context.model).eval().requires_grad_(False)
+        # The stage's starting point. With adapters it is the model without them.
+        self.reference = None
+        if not context.config.lora.r:
+            self.reference = copy.deepcopy(context.model).eval().requires_grad_(False)
         self.kin = relatives(self.systems)
         self.skipped = self.unrewarded = 0
         self.rolled: Rolled | None = None
         self.old: dict[int, torch.Tensor] = {}  # log-probabilities of the sampling policy, by pass
 
     def begin(self) -> None:
-        shard(self.reference, self.context.config, self.context.world, self.config.reshard)
+        if self.reference is not None:
+            shard(self.reference, self.context.config, self.context.world, self.config.reshard)
 
     def trains(self, parameter: str) -> bool:
         return parameter.startswith(("llm.", "energy_head."))
@@ -157,12 +161,12 @@ class GRPO:
         self, k: int, batch: Batch, advantage: torch.Tensor, weight: float, metrics: dict[str, float]
     ) -> torch.Tensor:
         o = self.config
-        t = o.sampling.temperature
-        policy = self.context.model("answer", batch, temperature=t, entropy=True)
+        model, t = self.context.model, o.sampling.temperature
+        with torch.no_grad(), without_lora(model):
+            reference = (self.reference or model)("answer", batch, temperature=t)["logprob"]
+        policy = model("answer", batch, temperature=t, entropy=True)
         logprob = policy["logprob"]
         old = self.old.setdefault(k, logprob.detach())
-        with torch.no_grad():
-            reference = self.reference("answer", batch, temperature=t)["logprob"]
         row = batch.answer_sample
         loss, kl = policy_loss(
             logprob, old, reference, advantage, row, len(advantage), o.beta, o.kl, o.clip, o.normalise

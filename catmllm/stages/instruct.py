@@ -6,7 +6,7 @@ the head would drift otherwise.
 
 from __future__ import annotations
 
-from catmllm.stages.supervised import Mixture, property_with_dropout, supervised_step
+from catmllm.stages.supervised import Mixture, property_with_dropout, supervised_step, validation_error
 from catmllm.trainer.loop import Context, Stateless, Step
 
 
@@ -33,3 +33,6 @@ class Instruct(Stateless):
             noise=o.exemplar_noise,
         )
         return supervised_step(self.context.model, batches, lambda ce, mae, labelled: ce + mae)
+
+    def validate(self) -> dict[str, float]:
+        return validation_error(self.context, self.config)

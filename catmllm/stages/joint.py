@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from catmllm.models.losses import mmtg_loss
-from catmllm.stages.supervised import Mixture, property_with_dropout, supervised_step
+from catmllm.stages.supervised import Mixture, property_with_dropout, supervised_step, validation_error
 from catmllm.trainer.loop import Context, Stateless, Step
 
 
@@ -39,3 +39,6 @@ class Joint(Stateless):
             return torch.where(labelled, mmtg_loss(mae, ce, o.mmtg_lambda, o.mmtg_sign), ce)
 
         return supervised_step(self.context.model, batches, loss)
+
+    def validate(self) -> dict[str, float]:
+        return validation_error(self.context, self.config)

@@ -17,6 +17,7 @@ from catmllm.data.prompts import Sample, cif_sample, design_sample, jitter, prop
 from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.structure.system import System
 from catmllm.trainer.loop import Context, MicroBatch, Step
+from catmllm.trainer.stop import TrainingError
 
 
 def relatives(systems: Sequence[System]) -> list[list[int]]:
@@ -135,6 +136,35 @@ def supervised_step(
 
     passes = [MicroBatch(partial(loss, b), b.tokens, len(b.energy), b) for b in batches]
     return Step(passes, metrics)
+
+
+def validation_systems(context: Context, config: SupervisedConfig) -> list[System]:
+    """Evenly spaced systems of the validation split, the same on every rank."""
+    val = context.data["val"]
+    if not len(val):
+        raise TrainingError("`validate_every` is set, but the validation split has no system")
+    return [val[i] for i in range(0, len(val), -(-len(val) // config.validate_systems))]
+
+
+def validation_error(context: Context, config: SupervisedConfig) -> dict[str, float]:
+    """Mean absolute error of the energy head (eV) and cross-entropy on validation systems, structure and text given.
+
+    Every rank makes equally many passes, since the sharded model's are collective. "val" is what is minimised.
+    """
+    world, model = context.world, context.model
+    systems = validation_systems(context, config)
+    size = min(config.batch_size, -(-len(systems) // world.size))
+    sums = dict.fromkeys(("error", "ce", "n"), 0.0)
+    for start in range(0, len(systems), size * world.size):
+        mine = systems[start : start + size * world.size][world.rank :: world.size]
+        batch = context.collate([property_sample(s) for s in mine or systems[:1]]).to(world.device)
+        ce, mae, _ = sample_losses(model, batch)
+        if mine:
+            sums["error"] += float(mae.sum()) * float(model.energy_std)
+            sums["ce"] += float(ce.sum())
+            sums["n"] += len(mine)
+    total = world.mean(sums)
+    return {"val": total["error"] / total["n"], "val_cross_entropy": total["ce"] / total["n"]}
 
 
 def sample_losses(model: CatalyticMLLM, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

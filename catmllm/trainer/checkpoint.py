@@ -167,7 +167,7 @@ class Checkpoints:
     def _load(self, state: dict[str, Any], path: Path) -> None:
         try:
             dcp.load(state, checkpoint_id=path)
-        except Exception as error:
+        except (Exception, dcp.CheckpointException) as error:
             raise CheckpointError(
                 f"{path} cannot be read ({_reason(error)}); remove that folder to resume from the one before"
             ) from error

@@ -113,7 +113,8 @@ def shard(model: CatalyticMLLM, config: Config, world: World, reshard: str = "tr
     head each, one for what remains. The image tower, which never runs, is left out and on the CPU.
 
     Compute runs in `precision` (the encoder, whose coordinates and norms want it, in `encoder_precision`), gradients
-    are reduced and the optimizer works in float32. `reshard` names the parts whose gathered weights are freed after a
+    are reduced and the optimizer works in float32. A model on the CPU moves to the device a unit at a time: no device
+    ever holds it whole. `reshard` names the parts whose gathered weights are freed after a
     forward pass (see `OptimConfig`); set `requires_grad` before.
     """
     mesh = mesh_of(config, world)
@@ -126,6 +127,9 @@ def shard(model: CatalyticMLLM, config: Config, world: World, reshard: str = "tr
     ) -> Any:
         trained = any(p.requires_grad for p in module.parameters())
         frees = {"trained": trained, "all": True, "none": False}[reshard]
+        for p in module.parameters():  # the master weights; of a unit at a time, since files may hold bf16
+            if not isinstance(p, DTensor):
+                p.data = p.data.float()
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=frees, ignored_params=ignored)
         module.frees, module.trained = frees, trained
         return module
@@ -139,6 +143,7 @@ def shard(model: CatalyticMLLM, config: Config, world: World, reshard: str = "tr
     layers = [unit(layer, llm) for layer in model.text.layers]
     visual = model.llm.model.visual.cpu()
     unit(model, llm, set(visual.parameters()))
+    visual.requires_grad_(False)
     model.set_reshard_after_forward(False, recurse=False)  # type: ignore[operator]  # its backward pass comes next
     model.frees = False  # type: ignore[assignment]
     for tower in (blocks, layers):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -18,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from catmllm.config import Config, OptimConfig
 from catmllm.data.batches import Collator
 from catmllm.models.catalytic_mllm import CatalyticMLLM
+from catmllm.models.lora import add_lora, merged
 from catmllm.rl.rollout import hash_seed
 from catmllm.structure.system import System
 from catmllm.trainer.activations import prepare_blocks
@@ -26,6 +28,10 @@ from catmllm.trainer.distributed import World, full_state, shard
 from catmllm.trainer.metrics import StageLog
 from catmllm.trainer.stop import LossWatch, Stopped, TrainingError, stop_signals
 from catmllm.trainer.throughput import Clock, ModelFlops, Profile, memory_gib, peak_flops
+
+ADAPTED = (
+    "llm.model.language_model.layers.0.self_attn.q_proj.weight"  # a stage that trains it may train adapters
+)
 
 
 @dataclass
@@ -112,11 +118,16 @@ def train(make_stage: Callable[[Context], Stage], context: Context) -> tuple[dic
     world, config, folder = context.world, context.config, context.folder
     stage = make_stage(context)
     optim = stage.config
-    _freeze(context.model, stage)
+    adapters = config.lora.r > 0 and stage.trains(ADAPTED)
+    if adapters:
+        add_lora(context.model, config.lora, config.seed)
+    _freeze(context.model, stage, adapters)
     prepare_blocks(context.model, config)
     flops = ModelFlops(context.model, stage.name != "align")
     sharded = cast(FSDPModule, shard(context.model, config, world, optim.reshard))
     stage.begin()
+    if world.main:
+        print(describe(context, stage.name), flush=True)
     run = _Run(context, stage, _optimizer(context.model, optim), flops)
     context.model.train()
     with (
@@ -153,7 +164,8 @@ def train(make_stage: Callable[[Context], Stage], context: Context) -> tuple[dic
             log.note(
                 f"{stage.name}: the weights of step {run.best_step} are kept (validation {run.best:.4g})"
             )
-    return full_state(context.model, world), stage
+    state = full_state(context.model, world)
+    return (merged(state, config.lora) if adapters else state), stage
 
 
 class _Run:
@@ -298,6 +310,39 @@ class _Run:
         )
 
 
+def describe(context: Context, stage: str) -> str:
+    """One line of what runs on what."""
+    config, model, world = context.config, context.model, context.world
+
+    def part(name: str, parameters: Iterable[torch.nn.Parameter]) -> str:
+        some = list(parameters)
+        total, trained = (sum(p.numel() for p in some if p.requires_grad >= least) for least in (0, 1))
+        share = "trained" if trained == total else "frozen" if not trained else f"{_short(trained)} trained"
+        return f"{name} {_short(total)} ({share})"
+
+    llm = (p for n, p in model.llm.named_parameters() if not n.startswith("model.visual."))
+    graph = (*model.encoder.parameters(), *model.projector.parameters())
+    shards = world.size // config.replicate
+    mesh = f"{shards} shards" + (f" x {config.replicate} copies" if config.replicate > 1 else "")
+    device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
+    forced = os.environ.get("CATMLLM_KERNELS")
+    kernels = forced or ("Triton" if world.device.type == "cuda" else "CPU")
+    return (
+        f"{stage}: {part('LLM', llm)}, {part('encoder', graph)} on {world.size} x {device} ({mesh}); LLM in "
+        f"{config.precision}, encoder in {config.encoder_precision}, master weights fp32; attention "
+        f"{config.model.llm.attention}, kernels {kernels}, checkpointing {config.checkpointing}"
+        + (", compiled blocks" if config.compile else "")
+        + (f", LoRA r {config.lora.r}" if config.lora.r else "")
+    )
+
+
+def _short(n: int) -> str:
+    for size, letter in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if n >= size:
+            return f"{n / size:.3g}{letter}"
+    return str(n)
+
+
 def validates(optim: OptimConfig, step: int) -> bool:
     """Whether the weights after `step` updates are validated."""
     every = getattr(optim, "validate_every", 0)
@@ -354,9 +399,11 @@ def lr_factor(step: int, optim: OptimConfig) -> float:
     return optim.min_lr_ratio + (1 - optim.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def _freeze(model: CatalyticMLLM, stage: Stage) -> None:
+def _freeze(model: CatalyticMLLM, stage: Stage, adapters: bool) -> None:
+    """What the stage names trains; of an adapted LLM the adapters alone."""
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(stage.trains(name) and not name.startswith("llm.model.visual."))
+        own = not adapters or not name.startswith("llm.") or ".lora_" in name
+        parameter.requires_grad_(stage.trains(name) and own and not name.startswith("llm.model.visual."))
     if not any(p.requires_grad for p in model.parameters()):
         raise TrainingError(f"{stage.name}: no parameter is trained")
 

@@ -179,8 +179,8 @@ def _train(
     if not record.has("parameters"):
         record.put(_sizes(model), "parameters")
         record.put(_data_facts(config, collate, data), "data")
-    model.to(world.device)
     if name == "ga_grpo":
+        model.to(world.device)
         record.put(refit_energy_head(model.eval(), collate, data["train"], data["val"], world), "refit")
     folder.mkdir(parents=True, exist_ok=True)
     state, _ = train(STAGES[name], Context(config, model, collate, data, world, folder))

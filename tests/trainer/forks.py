@@ -139,8 +139,14 @@ def resumes(folder: Path) -> dict[str, Any]:
     steps = ("joint.batch_size=4", "joint.checkpoint_every=5")
     prepared.run(2, steps, folder / "unbroken")
     out["unbroken"] = losses(folder / "unbroken")
-    for name, number, hit in (("term", signal.SIGTERM, [0, 1]), ("usr1", signal.SIGUSR1, [1])):
-        children = prepared.fork(2, steps, folder / name)
+    lora = (*steps, "lora.r=4", "lora.dropout=0.1")
+    assert prepared.run(2, lora, folder / "unbroken lora") == [0, 0]
+    out["unbroken lora"] = losses(folder / "unbroken lora")
+    for name, number, hit, options in (
+        ("term", signal.SIGTERM, [0, 1], steps),
+        ("usr1", signal.SIGUSR1, [1], lora),
+    ):
+        children = prepared.fork(2, options, folder / name)
         while len(losses(folder / name)) < 3:
             time.sleep(0.002)
         for k in hit:
@@ -148,26 +154,31 @@ def resumes(folder: Path) -> dict[str, Any]:
         out[f"{name} status"] = wait(children)
         out[f"{name} saved"] = len(losses(folder / name))
         shutil.copytree(folder / name, folder / f"{name} one rank")
-        assert prepared.run(2, steps, folder / name) == [0, 0]
+        assert prepared.run(2, options, folder / name) == [0, 0]
         out[name] = losses(folder / name)
     one = ("joint.batch_size=8", "joint.checkpoint_every=5")
     assert prepared.run(1, one, folder / "term one rank") == [0]
     out["term one rank"] = losses(folder / "term one rank")
-    out["equal weights"] = equal_weights(folder / "unbroken", folder / "term")
+    out["equal weights"] = equal_weights(folder / "unbroken", folder / "term") and equal_weights(
+        folder / "unbroken lora", folder / "usr1"
+    )
     return out
 
 
 def kills(folder: Path, count: int = 20) -> dict[str, Any]:
     """A run of two ranks killed (-9) at `count` random moments; whether it then equals the unbroken one."""
     prepared, rng = Prepared(), random.Random(0)
-    steps = ("joint.batch_size=4", "joint.checkpoint_every=2", "joint.steps=120", "precision=bf16")
-    began = time.perf_counter()
+    steps = ("joint.batch_size=4", "joint.checkpoint_every=2", "joint.steps=90", "precision=bf16")
     assert prepared.run(2, steps, folder / "unbroken") == [0, 0]
-    whole = time.perf_counter() - began
     place, done, while_saving, starts = folder / "killed", 0, 0, []
     while done < count:
         children = prepared.fork(2, steps, place)
-        time.sleep(rng.uniform(0.0, 2.5 * whole / count) + (1.0 if rng.random() < 0.7 else 0.0))
+        # At a random moment of the start, or after a few more steps: every second step begins a save.
+        before, more = len(losses(place)), rng.randrange(7)
+        deadline = time.monotonic() + 120
+        while more and len(losses(place)) < before + more and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0.0, 0.2 if more else 2.0))
         running = [c for c in children if os.waitpid(c, os.WNOHANG)[0] == 0]
         assert len(running) == 2, (place / "rank-0.txt").read_text()[-3000:]
         for child in rng.sample(children, 2):

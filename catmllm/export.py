@@ -1,0 +1,107 @@
+"""A trained stage in the layouts of other programs: transformers, vLLM, fairchem.
+
+`hf` is the LLM as transformers' Qwen2.5-VL with our tokenizer, and beside it graph.safetensors with encoder, projector and
+energy head: together the whole model. `text` is the text tower as Qwen2ForCausalLM, which vLLM serves; with text alone
+its positions make it equal Qwen2.5-VL's. `fairchem` is the encoder as a checkpoint of fairchem 1.x.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from catmllm.config import to_dict
+from catmllm.models.catalytic_mllm import CatalyticMLLM, load_model, on_meta
+from catmllm.models.fairchem_checkpoint import without_wrapper
+
+LAYOUTS = ("hf", "text", "fairchem")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+GRAPH_PARTS = ("encoder.", "projector.", "energy_")
+RESTARTS = ("optimizer", "scheduler", "ema", "amp")  # of a fairchem file: what its training went on from
+
+
+def export(
+    source: Path, layout: str, out: Path, dtype: str = "bf16", template: str | None = None, shard: str = "5GB"
+) -> Path:
+    """Write the model of `source` (a stage's folder) to `out` in one of `LAYOUTS`; returns what was written.
+
+    dtype: of the LLM's weights (`fp32`, `bf16`, `fp16`); what belongs to the encoder stays float32. `template`: a
+    fairchem file of the same model, whose constant tables, heads and configuration the export takes over (default: the one
+    that training began from). Raises ValueError for an unknown layout and a template that does not fit.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"unknown layout {layout!r}; choose one of {', '.join(LAYOUTS)}")
+    model, collate, config = load_model(source)
+    if layout == "fairchem":
+        return _fairchem(model, out, template or config.model.encoder.checkpoint)
+    out.mkdir(parents=True, exist_ok=True)
+    collate.tokenizer.save_pretrained(out)
+    if layout == "text":
+        text_tower(model).to(DTYPES[dtype]).save_pretrained(out, max_shard_size=shard)
+        return out
+    parts = {k: v.contiguous() for k, v in model.state_dict().items() if k.startswith(GRAPH_PARTS)}
+    save_file(parts, out / "graph.safetensors")
+    (out / "catmllm.json").write_text(json.dumps(to_dict(config), indent=1))
+    model.llm.to(DTYPES[dtype]).save_pretrained(out, max_shard_size=shard)
+    return out
+
+
+def text_tower(model: CatalyticMLLM) -> Any:
+    """The text tower and LM head as transformers' Qwen2ForCausalLM, sharing the weights of `model`."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    c = model.llm.config.get_text_config()
+    rope = {k: v for k, v in c.rope_parameters.items() if k != "mrope_section"} | {"rope_type": "default"}
+    config = Qwen2Config(
+        vocab_size=c.vocab_size,
+        hidden_size=c.hidden_size,
+        intermediate_size=c.intermediate_size,
+        num_hidden_layers=c.num_hidden_layers,
+        num_attention_heads=c.num_attention_heads,
+        num_key_value_heads=c.num_key_value_heads,
+        hidden_act=c.hidden_act,
+        max_position_embeddings=c.max_position_embeddings,
+        rms_norm_eps=c.rms_norm_eps,  # the defaults of the two classes differ
+        rope_parameters=rope,
+        tie_word_embeddings=False,
+        use_sliding_window=False,
+        bos_token_id=c.bos_token_id,
+        eos_token_id=c.eos_token_id,
+        pad_token_id=c.pad_token_id,
+    )
+    with on_meta():
+        tower: Any = Qwen2ForCausalLM._from_config(config)
+    weights = {f"model.{k}": v for k, v in model.text.state_dict().items()}
+    tower.load_state_dict(weights | {"lm_head.weight": model.llm.lm_head.weight}, strict=True, assign=True)
+    return tower.eval()
+
+
+def _fairchem(model: CatalyticMLLM, out: Path, template: str | None) -> Path:
+    """fairchem keeps constant tables with the weights and misses them on a strict load: they come from `template`."""
+    weights = {k: v.detach().clone() for k, v in model.encoder.state_dict().items()}
+    saved: dict[str, Any] = {"state_dict": {f"module.{k}": v for k, v in weights.items()}}
+    if template is not None:
+        loaded = torch.load(template, map_location="cpu", weights_only=True)
+        old = loaded.get("state_dict", loaded)
+        names = {key: without_wrapper(key) for key in old}
+        missing = weights.keys() - set(names.values())
+        wrong = [k for k, n in names.items() if n in weights and old[k].shape != weights[n].shape]
+        if missing or wrong:
+            raise ValueError(
+                f"{template}: not a file of this encoder; it lacks {sorted(missing)[:3]}, other shapes: {wrong[:3]}"
+            )
+        rest = (
+            {k: v for k, v in loaded.items() if k not in (*RESTARTS, "state_dict")}
+            if loaded is not old
+            else {}
+        )
+        saved = rest | {"state_dict": {k: weights.get(names[k], v) for k, v in old.items()}}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(out.name + ".tmp")
+    torch.save(saved, temporary)
+    temporary.rename(out)
+    return out
