@@ -21,6 +21,7 @@ from catmllm.data.batches import Collator
 from catmllm.data.prompts import Sample
 from catmllm.data.tokenizer import decode
 from catmllm.models.catalytic_mllm import CatalyticMLLM
+from catmllm.models.half_precision import MLP_SCALE
 from catmllm.models.lora import effective_weight
 from catmllm.rl.grammar import Grammar, Pattern, grammar_of
 from catmllm.rl.nucleus import sample_nucleus, uniforms
@@ -69,6 +70,8 @@ class _Tower:
         self.eps, self.heads, self.kv_heads = c.rms_norm_eps, c.num_attention_heads, c.num_key_value_heads
         self.dim = c.hidden_size // self.heads
         self.dtype = dtype
+        # float16 cannot hold the residual stream (see models.half_precision)
+        self.wide = torch.float32 if dtype == torch.float16 else dtype
         self.embedding = cast(text.embed_tokens.weight)
         self.norm, self.lm_head = cast(text.norm.weight), cast(model.llm.lm_head.weight)
         self.inv_freq = text.rotary_emb.inv_freq.detach().float()
@@ -95,7 +98,7 @@ class _Tower:
         self, layer: _Layer, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Rotated queries and keys, and values, of x [..., H]: [..., heads, dim] each."""
-        h = F.rms_norm(x, x.shape[-1:], layer.norm1, self.eps)
+        h = self.normed(x, layer.norm1)
         parts = F.linear(h, layer.qkv, layer.qkv_bias).unflatten(-1, (-1, self.dim))
         turned, v = parts.split([self.heads + self.kv_heads, self.kv_heads], -2)
         first, second = turned.chunk(2, -1)
@@ -105,10 +108,15 @@ class _Tower:
 
     def rest(self, layer: _Layer, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         """What follows attention in a layer: output projection and MLP, with their residuals."""
-        x = x + F.linear(attended, layer.out)
-        h = F.rms_norm(x, x.shape[-1:], layer.norm2, self.eps)
-        gate, up = F.linear(h, layer.gate_up).chunk(2, -1)
-        return x + F.linear(F.silu(gate) * up, layer.down)
+        x = x.to(self.wide) + F.linear(attended, layer.out)
+        gate, up = F.linear(self.normed(x, layer.norm2), layer.gate_up).chunk(2, -1)
+        if self.wide == self.dtype:
+            return x + F.linear(F.silu(gate) * up, layer.down)
+        return x + F.linear(F.silu(gate) * (up * MLP_SCALE), layer.down).float() / MLP_SCALE
+
+    def normed(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """RMS norm of the residual stream, rounded to the dtype of the products."""
+        return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), self.eps).to(self.dtype)
 
     def prefill(self, x: torch.Tensor) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
         """Right-padded prompts x [B, T, H]: final hidden states [B, T, H], keys and values [B, kv, T, dim] a layer."""
@@ -120,7 +128,7 @@ class _Tower:
             attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
             x = self.rest(layer, x, attended.transpose(1, 2).reshape(b, t, width))
             cache.append((k, v))
-        return F.rms_norm(x, x.shape[-1:], self.norm, self.eps), cache
+        return self.normed(x, self.norm), cache
 
 
 class _Batch:
@@ -219,7 +227,7 @@ class _Batch:
                 keys[rows, :, at], values[rows, :, at] = k, v
             attended = self._attend(q, prompt, keys[:, :, :used], values[:, :, :used], bias)
             x = tower.rest(layer, x, attended)
-        self.hidden = F.rms_norm(x, x.shape[-1:], tower.norm, tower.eps)
+        self.hidden = tower.normed(x, tower.norm)
         self.steps = self.steps + 1
 
     def _attend(

@@ -109,9 +109,8 @@ class Checkpoints:
             future.result()
             if self.world.main and not self._path(step).exists():
                 self._publish(step, value)
-        except (
-            Exception
-        ) as error:  # of the thread: whatever it was, the ranks must agree before anything else
+        # Whatever it was, the ranks must agree before anything else. DCP's own error is a BaseException.
+        except (Exception, dcp.CheckpointException) as error:
             problem = _reason(error)
         self.pending = None
         if problem := next((p for p in self.world.gather(problem) if p), None):

@@ -113,3 +113,22 @@ def test_ordinary_magnitudes_lose_nothing(small_model, train_systems) -> None:
         hidden = m.text(inputs_embeds=m.text.embed_tokens(batch.input_ids[None]), use_cache=False)
         errors.append(float((hidden.last_hidden_state.detach().double() - expected).square().mean().sqrt()))
     assert errors[1] < 1.2 * errors[0]
+
+
+def test_sampling_keeps_a_stream_beyond_float16(small_model) -> None:
+    """The decoding loop has its own forward pass: prompts read in float16 give the hidden states of float64."""
+    from catmllm.rl.rollout import _Tower
+
+    model, collate = copy.deepcopy(small_model[0]), small_model[1]
+    with torch.no_grad():
+        first = model.text.layers[0].mlp
+        for linear, factor in ((first.gate_proj, 30), (first.up_proj, 60), (first.down_proj, 60)):
+            linear.weight.mul_(factor)
+    ids = torch.tensor([collate.encode("CO</s>Pt9 (1 1 1)")])
+    exact = copy.deepcopy(model).text.double()
+    with torch.no_grad():
+        x = exact.embed_tokens(ids)
+        expected = exact(inputs_embeds=x, use_cache=False).last_hidden_state
+        found, _ = _Tower(model, HALF).prefill(x.to(HALF))
+    assert found.dtype == HALF
+    torch.testing.assert_close(found.double(), expected, atol=0.02, rtol=0.02)

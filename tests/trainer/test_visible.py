@@ -53,11 +53,9 @@ def test_comm_is_the_time_inside_collectives() -> None:
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-def test_flops_are_those_that_torch_counts(small_model, frozen: bool) -> None:
+def test_flops_are_those_that_torch_counts(make_context: MakeContext, frozen: bool) -> None:
     """A sequence of 96 tokens, forward and backward; frozen: the gradient passes through to the input alone."""
-    import copy
-
-    model = copy.deepcopy(small_model[0])
+    model = make_context(small()).model
     model.text.requires_grad_(not frozen)
     model.llm.lm_head.requires_grad_(not frozen)
     x = torch.randn(1, 96, model.text.config.hidden_size, requires_grad=True)
