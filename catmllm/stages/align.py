@@ -33,7 +33,9 @@ class Align(Stateless):
         some = [self.systems[i] for i in chosen]
         batch = c.collate([Sample(three_part_text(s), "", s) for s in some]).to(c.world.device)
         work = Step([])
-        work.passes.append(MicroBatch(lambda: self._loss(batch, work.metrics), batch.tokens, len(some), batch))
+        work.passes.append(
+            MicroBatch(lambda: self._loss(batch, work.metrics), batch.tokens, len(some), batch)
+        )
         return work
 
     def _loss(self, batch: Batch, metrics: dict[str, float]) -> torch.Tensor:

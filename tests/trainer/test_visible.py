@@ -24,7 +24,7 @@ def test_a_run_tells_what_it_does(make_context: MakeContext, capfd: pytest.Captu
     train(Joint, context)
     out, err = capfd.readouterr()
     line = next(l for l in out.splitlines() if l.startswith("joint: LLM"))
-    for part in ("(trained)", "encoder", "1 x CPU", "fp16", "master weights fp32", "attention eager"):
+    for part in ("(trained)", "encoder", "1 x CPU", "fp16", "master weights fp32", "attention varlen"):
         assert part in line
     for part in ("loss=", "tok/s=", "GiB=", "data=", "scale=", "skipped="):
         assert part in err
