@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from catmllm.config import to_dict
 from catmllm.models.catalytic_mllm import CatalyticMLLM, load_model, on_meta
+from catmllm.models.equiformer_v2 import EquiformerV2
 from catmllm.models.fairchem_checkpoint import without_wrapper
 
 LAYOUTS = ("hf", "text", "fairchem")
@@ -37,7 +38,7 @@ def export(
         raise ValueError(f"unknown layout {layout!r}; choose one of {', '.join(LAYOUTS)}")
     model, collate, config = load_model(source)
     if layout == "fairchem":
-        return _fairchem(model, out, template or config.model.encoder.checkpoint)
+        return export_encoder(model.encoder, out, template or config.model.encoder.checkpoint)
     out.mkdir(parents=True, exist_ok=True)
     collate.tokenizer.save_pretrained(out)
     if layout == "text":
@@ -80,9 +81,12 @@ def text_tower(model: CatalyticMLLM) -> Any:
     return tower.eval()
 
 
-def _fairchem(model: CatalyticMLLM, out: Path, template: str | None) -> Path:
-    """fairchem keeps constant tables with the weights and misses them on a strict load: they come from `template`."""
-    weights = {k: v.detach().clone() for k, v in model.encoder.state_dict().items()}
+def export_encoder(encoder: EquiformerV2, out: Path, template: str | Path | None) -> Path:
+    """Write an encoder as fairchem 1.x's checkpoint file.
+
+    fairchem keeps constant tables with the weights and misses them on a strict load: they come from `template`.
+    """
+    weights = {k: v.detach().clone() for k, v in encoder.state_dict().items()}
     saved: dict[str, Any] = {"state_dict": {f"module.{k}": v for k, v in weights.items()}}
     if template is not None:
         loaded = torch.load(template, map_location="cpu", weights_only=True)

@@ -7,6 +7,7 @@ fairchem 2 has no EquiformerV2 and 1.10 pins an old torch, so it is installed be
 (it also imports e3nn, ase, lmdb and torch_geometric). torch_scatter, which it imports but EquiformerV2 does not call, is stubbed.
 """
 
+import copy
 import importlib
 import os
 import sys
@@ -192,3 +193,24 @@ def test_layout_of_fairchem_2(pair):
     load_fairchem_checkpoint({"state_dict": state}, other)
     for (name, a), (_, b) in zip(other.named_parameters(), ours.named_parameters(), strict=True):
         assert torch.equal(a, b), name
+
+
+def test_an_export_loads_strictly_into_fairchem(pair, tmp_path):
+    """fairchem's file, other weights trained, written back: every key is there, and the model answers with ours."""
+    from catmllm.export import export_encoder
+
+    theirs, ours = pair
+    torch.save(
+        {"state_dict": {f"module.{k}": v for k, v in theirs.state_dict().items()}}, tmp_path / "from.pt"
+    )
+    changed = copy.deepcopy(ours)
+    with torch.no_grad():
+        for parameter in changed.parameters():
+            parameter.mul_(1.5)
+    saved = torch.load(export_encoder(changed, tmp_path / "to.pt", tmp_path / "from.pt"), weights_only=True)
+    state = {k.removeprefix("module."): v for k, v in saved["state_dict"].items()}
+    again = copy.deepcopy(theirs)
+    again.load_state_dict(state, strict=True)
+    back = EquiformerV2(changed.config).double()
+    load_fairchem_checkpoint(again.state_dict(), back)
+    assert all(torch.equal(v, back.state_dict()[k]) for k, v in changed.state_dict().items())
