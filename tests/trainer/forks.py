@@ -120,6 +120,9 @@ LAYOUTS: dict[str, tuple[int, Sequence[str]]] = {
     "two copies of two shards": (4, ("joint.batch_size=2", "replicate=2")),
     "nothing freed": (2, ("joint.batch_size=4", "joint.reshard=none")),
     "all freed": (2, ("joint.batch_size=4", "joint.reshard=all")),
+    "padded": (1, ("data.packed=false",)),
+    "selective checkpointing": (1, ("checkpointing=selective",)),
+    "full checkpointing": (1, ("checkpointing=full",)),
 }
 
 
