@@ -122,10 +122,14 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        """Let the write under way end, and give the group back. After a fault of one rank the others may not come."""
-        if kind is None or issubclass(kind, TrainingError | Stopped | CheckpointError):
+        """Let the write under way end; after an error without waiting for ranks that may never come."""
+        if kind is None:
             self.settle()
             dist.destroy_process_group(self.group)
+        elif self.pending is not None and issubclass(kind, TrainingError | Stopped | CheckpointError):
+            with contextlib.suppress(Exception, dcp.CheckpointException):
+                self.pending[2].result(timeout=60)
+            self.poll()
 
     def restore(self, model: Module, optimizer: Optimizer) -> tuple[dict[str, Any], dict[str, Any]] | None:
         """Load the newest finished checkpoint in place. Returns (its record with "step" and "world", extra of this

@@ -39,7 +39,7 @@ def test_exactly_the_adapters_and_what_the_stage_names_change(make_context: Make
     def make(c: Context):
         made = STAGES[stage](c)
         if isinstance(made, GRPO):
-            made.pvcp = TokenReward()  # type: ignore[assignment]
+            made.reward = TokenReward().score
         return made
 
     state, _ = train(make, context)

@@ -7,6 +7,7 @@ cannot run it, and pytest's process has. The case `agent` is one rank under torc
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import os
 import random
@@ -56,7 +57,8 @@ class Prepared:
         """Train as the process that the environment describes; returns the exit status."""
         world = distributed.start(config)
         folder.mkdir(parents=True, exist_ok=True)
-        context = Context(config, copy.deepcopy(self.model), self.collate, self.data, world, folder)
+        collate = dataclasses.replace(self.collate, data=config.data)
+        context = Context(config, copy.deepcopy(self.model), collate, self.data, world, folder)
         try:
             state, _ = train(STAGES[stage], context)
         except Stopped as stopped:
