@@ -55,17 +55,29 @@ def _parser() -> argparse.ArgumentParser:
         help="CIFs of a system at a wanted energy",
         description="The closed loop of design and refinement.",
     )
-    design.add_argument("identity", metavar="SYSTEM", help='for example "CO</s>Pt9Cu3 (1 1 1)"')
-    design.add_argument("--energy", type=float, required=True, help="wanted adsorption energy, eV")
+    design.add_argument("identity", metavar="SYSTEM", nargs="?", help='for example "CO</s>Pt9Cu3 (1 1 1)"')
+    design.add_argument("--energy", type=float, help="wanted adsorption energy, eV")
+    design.add_argument(
+        "--targets",
+        type=Path,
+        metavar="FILE",
+        help='many targets at once: JSONL of {"system": …, "energy": …}, or a CSV with these columns',
+    )
     _model_option(design)
     design.add_argument(
         "--out", type=Path, default=Path("designs"), help="folder for the CIFs (default: designs)"
     )
     design.add_argument(
-        "--iterations", type=int, help="refinements after the first candidates (default: the run's)"
+        "--steps",
+        type=int,
+        dest="iterations",
+        help="refinements after the first candidates (default: the run's)",
     )
     design.add_argument("--pool", type=int, help="how many structures to keep (default: the run's)")
     design.add_argument("--seed", type=int, default=0)
+    design.add_argument(
+        "--grammar", action="store_true", help="only sample CIFs of the right form and composition"
+    )
     design.add_argument(
         "--judge", choices=("none", "sevennet"), default="none", help="also relax each answer with SevenNet-0"
     )
@@ -238,46 +250,40 @@ def _design(args: argparse.Namespace) -> int:
     from dataclasses import replace
 
     from catmllm.evaluate.design import search
-    from catmllm.rl.search import Task
-    from catmllm.structure.formula import format_identity, parse_formula, parse_identity
-    from rewards_fast import extract_cif
+    from catmllm.evaluate.design_report import (
+        judge_designs,
+        make_task,
+        read_targets,
+        save_designs,
+        write_design_report,
+    )
 
-    identity = parse_identity(args.identity)
-    target = dict(identity.slab)
-    for symbol, count in parse_formula(identity.adsorbate).items():
-        target[symbol] = target.get(symbol, 0) + count
+    if (args.targets is None) == (args.identity is None) or (args.identity is None) != (args.energy is None):
+        raise ValueError("give a SYSTEM and its --energy, or --targets FILE")
+    tasks = read_targets(args.targets) if args.targets else [make_task(args.identity, args.energy)]
     model, collate, config = _load(args.model)
     changes = {k: v for k, v in (("iterations", args.iterations), ("pool", args.pool)) if v is not None}
     config.ga_grpo = replace(config.ga_grpo, **changes)
-    task = Task(format_identity(*identity), target, args.energy)
-    (state,) = search(model, collate, config, [task], [args.seed], progress=True)
-    if state.pool.best is None:
-        print("no candidate parsed into an adsorption system; try more --iterations", file=sys.stderr)
-        return 1
-    if not state.pool.feasible:
-        print(
-            "no candidate met the hard constraints (exact composition, no overlap): these are the best others"
-        )
-    args.out.mkdir(parents=True, exist_ok=True)
-    rows: list[dict[str, Any]] = []
-    for k, candidate in enumerate(state.pool.members, 1):
-        path = args.out / f"design-{k}.cif"
-        path.write_text(extract_cif(candidate.text) + "\n", encoding="utf-8")
-        rows.append({"file": str(path), "predicted": candidate.predicted, "pvcp": candidate.pvcp})
+    config.ga_grpo.sampling.grammar |= args.grammar
+    states = search(model, collate, config, tasks, [args.seed], progress=True)
+    records = save_designs(states, args.out)
     if args.judge == "sevennet":
-        from catmllm.evaluate.judges import SevenNetJudge
-        from catmllm.structure.cif import read_cif
-
-        systems = [read_cif(Path(r["file"]).read_text(), identity.adsorbate, identity.miller) for r in rows]
-        for row, verdict in zip(rows, SevenNetJudge().judge_many(systems)):
-            row["sevennet"] = verdict.energy if verdict.ok else verdict.reason
-    print(f"{task.identity} at {args.energy:.2f} eV")
-    for row in rows:
-        judged = row.get("sevennet", "")
-        judged = f"  SevenNet-0 {judged:.3f} eV" if isinstance(judged, float) else f"  {judged}"
-        print(f"  {row['file']}: predicted {row['predicted']:.3f} eV, PVCP {row['pvcp']:.2f}{judged}")
-    (args.out / "trace.json").write_text(json.dumps({"designs": rows, "trace": state.trace}, indent=1))
-    return 0
+        judge_designs(records)
+    o = config.ga_grpo
+    conditions = f"{args.model}, {o.initial} candidates then {o.iterations} refinements of {o.group_size}, seed {args.seed}"
+    report = write_design_report(records, args.out, conditions)
+    for record in records:
+        print(f"{record['identity']} at {record['energy']:.2f} eV")
+        if not record["pool"]:
+            print("  no candidate parsed into an adsorption system; try more --steps")
+        elif not record["feasible"]:
+            print("  no candidate met the hard constraints (exact composition, no overlap): the best others")
+        for row in record["pool"]:
+            judged = row.get("sevennet", "")
+            judged = f"  SevenNet-0 {judged:.3f} eV" if isinstance(judged, float) else f"  {judged}"
+            print(f"  {row['file']}: predicted {row['predicted']:.3f} eV, PVCP {row['pvcp']:.2f}{judged}")
+    print(f"report: {report}")
+    return 0 if all(r["pool"] for r in records) else 1
 
 
 def _export(args: argparse.Namespace) -> int:

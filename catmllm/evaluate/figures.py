@@ -348,6 +348,30 @@ def draw_seconds(axes: Axes, seconds: Metrics) -> None:
     axes.grid(axis="y", visible=False)
 
 
+def draw_timeline(figure: Figure, logs: dict[str, list[dict[str, Any]]]) -> None:
+    """Where the seconds of each RL step go, stacked: what happens beside decoding (the reward) is not added."""
+    stages = [s for s in ordered(logs) if any("seconds_decode" in row for row in logs[s])]
+    for axes, stage in zip(np.atleast_1d(figure.subplots(1, len(stages))), stages):
+        rows = [row for row in logs[stage] if "seconds_decode" in row]
+        steps = np.array([row["step"] for row in rows])
+        parts = {
+            name: np.array([row.get(key, 0.0) for row in rows])
+            for name, key in (
+                ("prefill", "seconds_prefill"),
+                ("decode", "seconds_decode"),
+                ("wait for rewards", "seconds_wait"),
+                ("predict", "seconds_predict"),
+            )
+        }
+        parts["update"] = np.array([row["seconds"] - row["prepare_seconds"] for row in rows])
+        known = sum(parts.values())
+        parts["other"] = np.maximum(np.array([row["seconds"] for row in rows]) - known, 0.0)
+        shown = {name: values for name, values in parts.items() if values.max() > 0}
+        axes.stackplot(steps, *shown.values(), labels=list(shown), step="post" if len(steps) > 1 else None)
+        axes.set(xlabel="step", ylabel="seconds", title=STAGE_NAMES[stage], ylim=(0, None))
+        axes.legend(loc="upper right", fontsize=7)
+
+
 # --------------------------------------------------------------------------- the numbers behind the traces
 
 

@@ -24,6 +24,7 @@ from catmllm.evaluate.figures import (
     draw_rewards,
     draw_seconds,
     draw_solved,
+    draw_timeline,
     draw_trace,
     draw_training,
     readme_figure,
@@ -341,6 +342,14 @@ def _training(metrics: Metrics, logs: dict[str, list[dict[str, Any]]]) -> str:
         )
         size = (max(4.5, 2.35 * len(logs)), 4.2)
         parts.append(html.figure("training", caption, size, lambda f: draw_training(f, logs)))
+    timed = {s: rows for s, rows in logs.items() if any("seconds_decode" in row for row in rows)}
+    if timed:
+        caption = (
+            "Where the seconds of each step of the RL stages go. Rewards are computed while others are still decoded; only "
+            "what sampling then waited for them is drawn."
+        )
+        size = (4.3 * len(timed), 3.2)
+        parts.append(html.figure("timeline", caption, size, lambda f: draw_timeline(f, timed)))
     seconds = {k: v for k, v in (metrics.get("seconds") or {}).items() if finite(v)}
     if seconds:
         caption = "Wall-clock time of every part; stages in their colours, everything else grey."
