@@ -177,6 +177,20 @@ def _oc20_options(kinds: Any) -> None:
     )
     oc20.set_defaults(run_command=_oc20)
 
+    inspect = kinds.add_parser(
+        "inspect",
+        help="what a training set holds: counts, energies, token lengths, pictures",
+        description="Print what a folder made by `catmllm data oc20` holds, and write the same as a page with pictures.",
+    )
+    inspect.add_argument("folder", metavar="DIR", type=Path, help="the dataset")
+    inspect.add_argument("--out", metavar="DIR", type=Path, help="where the page goes (default: DIR/inspect)")
+    inspect.add_argument(
+        "--tokenizer", metavar="NAME", help="Hugging Face tokenizer to count with (default: the small one)"
+    )
+    inspect.add_argument("--pictures", type=int, default=8, help="systems drawn (default %(default)s)")
+    inspect.add_argument("--seed", type=int, default=0, help="which ones (default %(default)s)")
+    inspect.set_defaults(run_command=_inspect)
+
 
 def _model_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -216,6 +230,14 @@ def _oc20(args: argparse.Namespace) -> int:
     workers = args.workers or default_workers()
     shards = process(args.sources, args.out, args.mapping, args.dense, rules, workers)
     print(f"{summary(shards.facts)}\n\n{args.out}: train on it with data.path={args.out}")
+    return 0
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from catmllm.evaluate.dataset import inspect
+
+    out = args.out or args.folder / "inspect"
+    print(inspect(args.folder, out, args.tokenizer, args.pictures, args.seed))
     return 0
 
 

@@ -36,6 +36,8 @@ class DataConfig:
     decimals: int = 3  # digits of every number in a CIF
     cutoff: float = 6.0  # Å; of the neighbour graph
     max_neighbours: int = 12
+    # how questions are asked in joint and instruct: in the paper's words, or also in those of data/phrasings.json
+    phrasings: Literal["paper", "varied"] = "paper"
     augment: bool = True  # supervised stages see each system through a random symmetry of its slab's sites
     strict_neighbours: bool = False  # exactly max_neighbours, as the OC20 checkpoints were trained
     packed: bool = True  # samples end to end; false: each padded to the longest of its batch

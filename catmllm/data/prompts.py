@@ -2,13 +2,16 @@
 
 A sample is plain text with two markers: `<graph>` stands where the vectors of a structure go in, `<energy>` is the
 query token whose final hidden state the energy head reads. Word-for-word templates; only the graph marker stands
-where the paper writes its image marker.
+where the paper writes its image marker. Further ways to ask are in phrasings.json; answers are always the paper's.
 """
 
 from __future__ import annotations
 
+import functools
+import json
 import re
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -36,6 +39,33 @@ DESIGN_ANSWER = "Ok, the designed CIF file that meets the energy requirement is:
 
 
 @dataclass(frozen=True)
+class Words:
+    """How the questions of the three tasks are asked; the default is the paper's way."""
+
+    cif: str = CIF_PROMPT
+    property: str = PROPERTY_PROMPT
+    property_graph: str = PROPERTY_GRAPH_ONLY  # without the text of the system
+    design_by_energy: str = DESIGN_PROMPT
+
+
+PAPER = Words()
+
+
+@functools.cache
+def phrasings() -> dict[str, tuple[str, ...]]:
+    """Every way to ask by the fields of `Words`, the paper's first."""
+    further = json.loads(Path(__file__).with_name("phrasings.json").read_text(encoding="utf-8"))
+    return {name: (paper, *further[name]) for name, paper in vars(PAPER).items()}
+
+
+def draw_words(rng: np.random.Generator, choice: str = "varied") -> Words:
+    """One way to ask each question: of `varied` ones all equally likely, else the `paper`'s, which takes no draw."""
+    if choice == "paper":
+        return PAPER
+    return Words(**{name: some[rng.integers(len(some))] for name, some in phrasings().items()})
+
+
+@dataclass(frozen=True)
 class Sample:
     """One training or inference example; `answer` is empty where the model is to write it."""
 
@@ -50,44 +80,48 @@ def chat(user: str, tail: str = "") -> str:
     return f"{START}user\n{user}{END}\n{START}assistant\n{tail}"
 
 
-def property_prompt(text: str | None, graph: bool) -> str:
+def property_prompt(text: str | None, graph: bool, words: Words = PAPER) -> str:
     """The energy question; `text` is the three-part text or None, `graph` says whether vectors go in."""
     if text is None and not graph:
         raise ValueError("a property prompt needs the text, the graph or both")
-    body = PROPERTY_GRAPH_ONLY if text is None else PROPERTY_PROMPT.format(text=text)
+    body = words.property_graph if text is None else words.property.format(text=text)
     return chat(f"{GRAPH}\n{body}" if graph else body, ENERGY)
 
 
-def cif_prompt(identity: str) -> str:
-    return chat(CIF_PROMPT.format(identity=identity))
+def cif_prompt(identity: str, words: Words = PAPER) -> str:
+    return chat(words.cif.format(identity=identity))
 
 
-def design_prompt(identity: str, energy: float, exemplar: bool = False) -> str:
-    body = DESIGN_PROMPT.format(identity=identity, energy=round(energy, 2) + 0.0)  # no -0.00
+def design_prompt(identity: str, energy: float, exemplar: bool = False, words: Words = PAPER) -> str:
+    body = words.design_by_energy.format(identity=identity, energy=round(energy, 2) + 0.0)  # no -0.00
     return chat(f"{GRAPH}\n{body}" if exemplar else body)
 
 
 def property_sample(
-    system: System, mode: Literal["both", "graph", "text"] = "both", graph: System | None = None
+    system: System,
+    mode: Literal["both", "graph", "text"] = "both",
+    graph: System | None = None,
+    words: Words = PAPER,
 ) -> Sample:
     """Energy question with its answer; `graph` replaces the structure shown (a noised copy, say)."""
     text = None if mode == "graph" else three_part_text(system)
     shown = None if mode == "text" else (graph or system)
     answer = "" if system.energy is None else PROPERTY_ANSWER.format(energy=system.energy) + END
-    return Sample(property_prompt(text, shown is not None), answer, shown, system.energy)
+    return Sample(property_prompt(text, shown is not None, words), answer, shown, system.energy)
 
 
-def cif_sample(system: System, decimals: int = 3) -> Sample:
+def cif_sample(system: System, decimals: int = 3, words: Words = PAPER) -> Sample:
     return Sample(
-        cif_prompt(system.identity), CIF_ANSWER.format(cif=write_cif(system, decimals)).rstrip("\n") + END
+        cif_prompt(system.identity, words),
+        CIF_ANSWER.format(cif=write_cif(system, decimals)).rstrip("\n") + END,
     )
 
 
-def design_sample(system: System, exemplar: System | None, decimals: int = 3) -> Sample:
+def design_sample(system: System, exemplar: System | None, decimals: int = 3, words: Words = PAPER) -> Sample:
     """Design question for the system's own energy; the exemplar's graph goes in where one is given."""
     if system.energy is None:
         raise ValueError(f"{system.identity}: a design sample needs the system's energy")
-    prompt = design_prompt(system.identity, system.energy, exemplar is not None)
+    prompt = design_prompt(system.identity, system.energy, exemplar is not None, words)
     answer = DESIGN_ANSWER.format(cif=write_cif(system, decimals)).rstrip("\n") + END
     return Sample(prompt, answer, exemplar)
 

@@ -23,12 +23,12 @@ class Instruct(Stateless):
         return parameter.startswith(("llm.", "energy_head."))
 
     def step(self, step: int) -> Step:
-        o = self.config
+        o, d = self.config, self.context.config.data
         batches = self.mixture.draw(
             step,
             o,
             o.property_share,
-            lambda s, rng: property_with_dropout(s, rng, o.drop_text, o.drop_graph, 0.0),
+            lambda s, rng: property_with_dropout(s, rng, o.drop_text, o.drop_graph, 0.0, d.phrasings),
             design_share=o.design_share / max(1e-9, 1 - o.property_share),
             noise=o.exemplar_noise,
         )

@@ -25,12 +25,14 @@ class Joint(Stateless):
         return True
 
     def step(self, step: int) -> Step:
-        o = self.config
+        o, d = self.config, self.context.config.data
         batches = self.mixture.draw(
             step,
             o,
             o.property_share,
-            lambda s, rng: property_with_dropout(s, rng, o.drop_text, o.drop_graph, o.position_noise),
+            lambda s, rng: property_with_dropout(
+                s, rng, o.drop_text, o.drop_graph, o.position_noise, d.phrasings
+            ),
             design_share=0.5,
             noise=o.exemplar_noise,
         )

@@ -13,7 +13,7 @@ import torch
 from catmllm.config import SupervisedConfig
 from catmllm.data.augment import symmetric_copy
 from catmllm.data.batches import Batch, draw
-from catmllm.data.prompts import Sample, cif_sample, design_sample, jitter, property_sample
+from catmllm.data.prompts import Sample, cif_sample, design_sample, draw_words, jitter, property_sample
 from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.structure.system import System
 from catmllm.trainer.loop import Context, MicroBatch, Step
@@ -30,14 +30,20 @@ def relatives(systems: Sequence[System]) -> list[list[int]]:
 
 
 def property_with_dropout(
-    system: System, rng: np.random.Generator, drop_text: float, drop_graph: float, noise: float
+    system: System,
+    rng: np.random.Generator,
+    drop_text: float,
+    drop_graph: float,
+    noise: float,
+    phrasings: str = "paper",
 ) -> Sample:
     """A property sample, sometimes without its text or without its graph, never without both."""
     u = rng.random()
     mode: Literal["both", "graph", "text"] = (
         "graph" if u < drop_text else "text" if u < drop_text + drop_graph else "both"
     )
-    return property_sample(system, mode, None if mode == "text" else jitter(system, noise, rng))
+    shown = None if mode == "text" else jitter(system, noise, rng)
+    return property_sample(system, mode, shown, draw_words(rng, phrasings))
 
 
 def chosen(
@@ -59,6 +65,7 @@ def task_sample(
     design_share: float,
     noise: float,
     decimals: int,
+    phrasings: str = "paper",
 ) -> Sample:
     """A design sample with the chance `design_share`, else a CIF sample.
 
@@ -66,11 +73,11 @@ def task_sample(
     with noise.
     """
     if rng.random() >= design_share:
-        return cif_sample(system, decimals)
+        return cif_sample(system, decimals, draw_words(rng, phrasings))
     exemplar = None
     if rng.random() < 0.5:
         exemplar = kin[rng.integers(len(kin))] if kin else jitter(system, noise, rng)
-    return design_sample(system, exemplar, decimals)
+    return design_sample(system, exemplar, decimals, draw_words(rng, phrasings))
 
 
 def is_property(place: int, share: float) -> bool:
@@ -107,7 +114,8 @@ class Mixture:
                 samples.append(property_of(system, rng))
             else:
                 kin = [self.systems[j] for j in self.kin[i]]
-                samples.append(task_sample(system, kin, rng, design_share, noise, c.config.data.decimals))
+                d = c.config.data
+                samples.append(task_sample(system, kin, rng, design_share, noise, d.decimals, d.phrasings))
         cuts = [len(samples) * k // config.accumulate for k in range(config.accumulate + 1)]
         parts = [samples[a:b] for a, b in itertools.pairwise(cuts)]
         return [c.collate(part).to(c.world.device) for part in parts if part]

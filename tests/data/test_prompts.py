@@ -18,18 +18,23 @@ from catmllm.data.prompts import (
     ENERGY,
     GRAPH,
     PROPERTY_ANSWER,
+    Sample,
+    Words,
     chat,
     cif_prompt,
     cif_sample,
     design_prompt,
     design_sample,
+    draw_words,
     jitter,
+    phrasings,
     property_prompt,
     property_sample,
     read_energy,
 )
 from catmllm.structure.cif import read_cif, write_cif
 from catmllm.structure.system import System
+from catmllm.structure.text import three_part_text
 
 # Appendix C.3 of arXiv 2605.17254v4, as printed.
 IDENTITY = "CHCH2OH</s>Ca8Ga16 (1 0 0)"
@@ -180,3 +185,51 @@ def test_noise_is_gaussian_in_angstrom_and_leaves_the_rest(train_systems: list[S
 
 def test_chat_puts_the_tail_after_the_frame() -> None:
     assert chat("hello", "Sure") == qwen("hello") + "Sure"
+
+
+def test_the_papers_words_are_the_default_and_the_first() -> None:
+    assert {name: some[0] for name, some in phrasings().items()} == vars(Words())
+    assert draw_words(np.random.default_rng(0), "paper") == Words()
+    assert all(len(set(some)) == len(some) >= 4 for some in phrasings().values())
+
+
+def test_every_phrasing_says_all_that_the_papers_says(train_systems: list[System]) -> None:
+    system = train_systems[0]
+    for name, some in phrasings().items():
+        for phrasing in some:
+            words = replace(Words(), **{name: phrasing})
+            samples = {
+                "cif": cif_sample(system, words=words),
+                "property": property_sample(system, words=words),
+                "property_graph": property_sample(system, "graph", words=words),
+                "design_by_energy": design_sample(system, None, words=words),
+            }
+            prompt = samples[name].prompt
+            assert prompt != paper_samples(system)[name].prompt or phrasing == some[0]
+            if name in ("cif", "design_by_energy"):
+                assert system.identity in prompt
+            if name == "property":
+                assert three_part_text(system) in prompt
+            if name == "property_graph":
+                assert GRAPH in prompt and system.bulk not in prompt
+            if name == "design_by_energy":
+                assert f"{system.energy:.2f} eV" in prompt
+            assert "{" not in prompt and prompt.startswith("<|im_start|>user\n")
+            for other in samples:
+                assert samples[other].answer == paper_samples(system)[other].answer
+
+
+def paper_samples(system: System) -> dict[str, Sample]:
+    return {
+        "cif": cif_sample(system),
+        "property": property_sample(system),
+        "property_graph": property_sample(system, "graph"),
+        "design_by_energy": design_sample(system, None),
+    }
+
+
+def test_words_are_drawn_by_the_seed_and_all_of_them() -> None:
+    drawn = [draw_words(np.random.default_rng(k)) for k in range(200)]
+    assert drawn == [draw_words(np.random.default_rng(k)) for k in range(200)]
+    for name, some in phrasings().items():
+        assert {getattr(words, name) for words in drawn} == set(some)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from catmllm.stages.joint import Joint
-from catmllm.stages.supervised import Mixture, is_property, relatives
+from catmllm.stages.supervised import Mixture, is_property, property_with_dropout, relatives, task_sample
 from catmllm.trainer.distributed import World
 from catmllm.trainer.loop import train
 from tests.stages.conftest import MakeContext, small
@@ -92,3 +92,22 @@ def test_property_samples_are_spread_evenly(share: float) -> None:
     marks = [is_property(i, share) for i in range(400)]
     assert sum(marks) == round(400 * share)
     assert all(abs(sum(marks[i : i + 20]) - 20 * share) <= 1 for i in range(380))
+
+
+def test_varied_phrasings_reach_the_batches_of_every_task(make_context: MakeContext) -> None:
+    config = small()
+    config.joint.batch_size = 24
+    tokens = {}
+    for choice in ("paper", "varied"):
+        config.data.phrasings = choice  # type: ignore[assignment]
+        context = make_context(config)
+        d, o = context.config.data, context.config.joint
+        rng = [np.random.default_rng([7, k]) for k in range(60)]
+        system = context.data["train"][0]
+        samples = [property_with_dropout(system, r, 0.3, 0.0, 0.0, d.phrasings) for r in rng[:30]]
+        samples += [task_sample(system, [], r, 0.5, 0.05, 3, d.phrasings) for r in rng[30:]]
+        tokens[choice] = len({s.prompt for s in samples})
+        Mixture(context, 1).draw(
+            0, o, 0.5, lambda s, r: property_with_dropout(s, r, 0, 0, 0, "varied"), 0.5, 0.05
+        )
+    assert tokens["paper"] <= 5 < 15 < tokens["varied"]
