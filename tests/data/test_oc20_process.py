@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -146,6 +147,7 @@ def test_killed_run_goes_on_and_ends_the_same(tmp_path: Path) -> None:
         times = {p: p.stat().st_mtime_ns for p in out.glob("shard-*")}
     assert kills == 2 and 12 <= len(times) < 24
     subprocess.run(command, check=True, capture_output=True)
+    assert not list(out.glob(".shard-*")), "a half written shard was left"
     kept = {p: p.stat().st_mtime_ns for p in times}
     assert kept == times, "a finished shard was made again"
     unbroken = process([source], tmp_path / "unbroken", [mapping], progress=False)
@@ -194,8 +196,11 @@ def test_every_record_is_kept_or_counted(tmp_path: Path) -> None:
         assert f"{n}  {reason}" in text
 
 
-def test_dense_gives_way_where_it_overlaps(tmp_path: Path) -> None:
+def test_dense_gives_way_where_it_overlaps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """OC20-Dense by LMDB and by trajectory, its energies from the published targets, against OC20 on the same surface."""
+    monkeypatch.setattr(
+        "catmllm.data.oc20.process.LARGE_MAPPINGS", 0
+    )  # mappings read in a process of their own
     names = {c.sid: (f"system{i // 2}", f"heur{i}") for i, c in enumerate(CASES)}
     entry = {"shift": 0.125, "top": True, "adsorption_site": ()}
     dense_mapping = {
@@ -232,6 +237,19 @@ def test_dense_gives_way_where_it_overlaps(tmp_path: Path) -> None:
         found = {s.sid: s.energy for s in out[np.flatnonzero(out.sources == 1)]}
         assert found == {"/".join(names[c.sid]): pytest.approx(c.energy - 1) for c in CASES[3:-1]}
         assert "OC20-Dense" in summary(out.facts) and "total" in summary(out.facts)
+
+
+def test_two_runs_do_not_work_in_one_folder(tmp_path: Path) -> None:
+    source = _many(tmp_path / "lmdb", files=1, copies=1)
+    process([source], tmp_path / "out", [tmp_path / "oc20_data_mapping.pkl"], progress=False)
+    (tmp_path / "out" / "dataset.json").unlink()
+    with open(tmp_path / "out" / ".lock", "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(DataError, match="another run"):
+            process([source], tmp_path / "out", [tmp_path / "oc20_data_mapping.pkl"], progress=False)
+    assert (
+        len(process([source], tmp_path / "out", [tmp_path / "oc20_data_mapping.pkl"], progress=False)) == 12
+    )
 
 
 def test_nothing_kept_is_still_a_dataset(tmp_path: Path) -> None:

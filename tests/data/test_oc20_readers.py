@@ -444,6 +444,20 @@ def test_a_text_index_that_does_not_fit_is_told(tmp_path: Path) -> None:
         assert any(isinstance(item, Problem) and problem in item.message for item in _read_all(path))
 
 
+def test_an_lmdb_may_be_a_folder(tmp_path: Path) -> None:
+    import lmdb
+
+    rows = [made.pyg_pickle(made.pyg_fields(c, "is2re"), False) for c in CASES]
+    with (
+        lmdb.open(str(tmp_path / "a.lmdb"), map_size=1 << 24) as environment,
+        environment.begin(write=True) as t,
+    ):
+        for i, row in enumerate(rows):
+            t.put(b"%d" % i, row)
+    for source in (tmp_path / "a.lmdb", tmp_path):
+        assert sum(isinstance(item, Record) for item in _read_all(source)) == len(CASES)
+
+
 def test_sources_that_cannot_be() -> None:
     for source, problem in (
         ("nowhere", "does not exist"),

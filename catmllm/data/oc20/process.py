@@ -9,6 +9,7 @@ made: of a system read twice the last frame counts, and OC20-Dense gives way whe
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -19,6 +20,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from multiprocessing import get_context
@@ -296,6 +298,35 @@ def process(
     works, problems = _plan(folder, sources, dense, mappings, rules)
     if (folder / FACTS).is_file():
         return Shards(folder)
+    with _alone(folder):
+        _make(folder, works, mappings, rules, workers, progress)
+        return _finish(folder, len(works), problems, rules, sources, dense)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold the folder against another run; what a killed one left half written goes."""
+    with open(folder / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise DataError(
+                f"another run is at work in {folder}; wait for it, or give another --out"
+            ) from None
+        for half in folder.glob(".shard-*"):
+            half.unlink()
+        yield
+
+
+def _make(
+    folder: Path,
+    works: Sequence[Work],
+    mappings: Sequence[str | Path],
+    rules: Rules,
+    workers: int,
+    progress: bool,
+) -> None:
+    """All shards that are not there yet, the table of the mappings before them."""
     if mappings and not (folder / TABLE).is_file():
         _say(progress, f"reading {len(mappings)} mapping{'s' * (len(mappings) > 1)}")
         names = list(map(str, mappings))
@@ -307,7 +338,6 @@ def process(
         _say(progress, f"  {known:,} systems")
     todo = [i for i in range(len(works)) if not (folder / shard_name(i)).is_file()]
     _run(folder, works, todo, rules, workers, progress)
-    return _finish(folder, len(works), problems, rules, sources, dense)
 
 
 def _say(progress: bool, text: str) -> None:

@@ -90,17 +90,20 @@ def find_files(sources: Iterable[str | Path]) -> list[Path]:
     """The readable files of some files and folders, sorted. Raises ValueError for a source that has none."""
     found: list[Path] = []
     for source in map(Path, sources):
-        if source.is_dir():
+        if source.is_file() or (source / "data.mdb").is_file():  # an LMDB may be a folder
+            if kind(source) is None:
+                raise ValueError(
+                    f"{source}: is of no known kind; give files that end in {', '.join(SUFFIXES)}"
+                )
+            found.append(source)
+        elif source.is_dir():
             # sorted as strings: the order must be the same on every run and machine
             inside = sorted(p for p in source.rglob("*") if kind(p) is not None and kind(p) != ".pkl")
             if not inside:
                 raise ValueError(f"{source}: no file there ends in {', '.join(SUFFIXES[:-1])}")
             found += inside
-        elif source.is_file() and kind(source) is not None:
-            found.append(source)
         else:
-            problem = "does not exist" if not source.exists() else "is of no known kind"
-            raise ValueError(f"{source}: {problem}; give folders or files that end in {', '.join(SUFFIXES)}")
+            raise ValueError(f"{source}: does not exist")
     return list(dict.fromkeys(found))
 
 
