@@ -229,7 +229,10 @@ def _oc20(args: argparse.Namespace) -> int:
     rules = Rules(args.max_energy, args.fmax, args.total_energies, args.keep_reconstructed)
     workers = args.workers or default_workers()
     shards = process(args.sources, args.out, args.mapping, args.dense, rules, workers)
-    print(f"{summary(shards.facts)}\n\n{args.out}: train on it with data.path={args.out}")
+    print(summary(shards.facts))
+    if not len(shards):
+        raise ValueError(f"nothing was kept; {args.out / 'dataset.json'} says why, with examples")
+    print(f"\n{args.out}: train on it with data.path={args.out}")
     return 0
 
 

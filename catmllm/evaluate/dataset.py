@@ -63,7 +63,7 @@ def facts(shards: Shards, some: list[System]) -> list[tuple[str, str]]:
     adsorbates = Counter(s.adsorbate for s in some)
     rows = [("systems", f"{len(shards):,}")]
     rows += [
-        (f"  {name}", f"{int((shards.sources == i).sum()):,}")
+        (f"from {name}", f"{int((shards.sources == i).sum()):,}")
         for i, name in enumerate(shards.source_names)
         if (shards.sources == i).any()
     ]

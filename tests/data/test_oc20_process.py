@@ -252,11 +252,14 @@ def test_two_runs_do_not_work_in_one_folder(tmp_path: Path) -> None:
     )
 
 
-def test_nothing_kept_is_still_a_dataset(tmp_path: Path) -> None:
+def test_nothing_kept_is_still_a_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = made.write_pyg_lmdb(tmp_path / "a.lmdb", CASES)
     out = process([source], tmp_path / "out", rules=Rules(max_energy=1e-9), progress=False)
     assert len(out) == 0 and out.split()["train"] is not None
     assert out.facts["dropped"] == {"no Miller index": 12}
+    assert main(["data", "oc20", str(source), "--out", str(tmp_path / "again"), "--workers", "1"]) == 1
+    printed = capsys.readouterr()
+    assert "12  no Miller index" in printed.out and "nothing was kept" in printed.err
 
 
 def test_total_energies_and_a_file_of_references(tmp_path: Path) -> None:
