@@ -126,7 +126,8 @@ def pyg_fields(case: Case, layout: str) -> dict[str, Any]:
     }
     positions = torch.tensor(a.positions, dtype=torch.float32)
     if layout == "is2re":
-        start = {"pos": positions + 0.25, "y_init": case.energy + 1.5}
+        # forces are those of the initial structure, as in OC20's own files
+        start = {"pos": positions + 0.25, "y_init": case.energy + 1.5, "force": torch.full((len(a), 3), 2.5)}
         return common | start | {"pos_relaxed": positions, "y_relaxed": case.energy}
     forces = torch.tensor(case.calculated().get_forces(apply_constraint=False), dtype=torch.float32)
     return common | {"pos": positions, "y": case.energy, "force": forces, "fid": 17}

@@ -254,7 +254,8 @@ def from_data(data: dict[str, Any]) -> Record:
     positions = _array(data["pos_relaxed"] if relaxed else data["pos"], 3)
     energy = data.get("y_relaxed" if relaxed else "y")
     fmax = None
-    forces = data.get("force", data.get("forces"))
+    # IS2RE records carry the forces of the initial structure, which say nothing of the relaxed one
+    forces = None if relaxed else data.get("force", data.get("forces"))
     if forces is not None:
         free = np.asarray(data.get("fixed", np.zeros(len(positions)))).reshape(-1) == 0
         fmax = _largest(_array(forces, 3)[free])
