@@ -53,11 +53,14 @@ class Metadata:
         arrays = map_arrays(Path(path))
         self._arrays = arrays
         self._keys = arrays["keys"].view(f"S{arrays['keys'].shape[1]}").reshape(-1)
-        self._words: list[str] = bytes(arrays["words"]).decode().split("\n")
         self.has_targets = bool(np.isfinite(arrays["target"]).any())
 
     def __len__(self) -> int:
         return len(self._keys)
+
+    def _word(self, column: str, at: int) -> str:
+        first, last = self._arrays["words_start"][self._arrays[column][at] :][:2]
+        return self._arrays["words"][first:last].tobytes().decode()
 
     def find(self, sid: str) -> Facts | None:
         """The facts of a record by its sid (`random12`), by `DENSE_KEY` and OC20-Dense's number or
@@ -66,17 +69,16 @@ class Metadata:
         at = int(np.searchsorted(self._keys, key)) if len(key) <= self._keys.itemsize else len(self._keys)
         if at == len(self._keys) or self._keys[at] != key:
             return None
-        a = {k: self._arrays[k][at] for k in ("name", "adsorbate", "surface", "bulk", "anomaly")}
         target, reference = (float(self._arrays[k][at]) for k in ("target", "reference"))
         h, k, l = (int(i) for i in self._arrays["miller"][at])
         first, last = self._arrays["tags_start"][at], self._arrays["tags_end"][at]
         return Facts(
-            sid=self._words[a["name"]],
-            adsorbate=self._words[a["adsorbate"]],
+            sid=self._word("name", at),
+            adsorbate=self._word("adsorbate", at),
             miller=(h, k, l) if h or k or l else None,
-            surface=self._words[a["surface"]],
-            anomaly=int(a["anomaly"]),
-            elements=frozenset(re.findall("[A-Z][a-z]?", self._words[a["bulk"]])),
+            surface=self._word("surface", at),
+            anomaly=int(self._arrays["anomaly"][at]),
+            elements=frozenset(re.findall("[A-Z][a-z]?", self._word("bulk", at))),
             target=None if np.isnan(target) else target,
             reference=None if np.isnan(reference) else reference,
             tags=np.array(self._arrays["tags"][first:last]).astype(np.int8) if last > first else None,
@@ -173,8 +175,6 @@ def _write(rows: dict[str, dict[str, Any]], path: Path) -> None:
     words: dict[str, int] = {"": 0}
 
     def word(text: str) -> int:
-        if "\n" in text:
-            raise ValueError(f"a name holds a line end: {text!r}")
         return words.setdefault(text, len(words))
 
     width = max((len(k.encode()) for k in keys), default=1)
@@ -193,5 +193,7 @@ def _write(rows: dict[str, dict[str, Any]], path: Path) -> None:
     }
     for column in ("name", "adsorbate", "surface", "bulk"):
         arrays[column] = np.array([word(rows[k][column]) for k in keys], dtype=np.int32)
-    arrays["words"] = np.frombuffer("\n".join(words).encode(), dtype=np.uint8)
+    encoded = [text.encode() for text in words]
+    arrays["words"] = np.frombuffer(b"".join(encoded), dtype=np.uint8)
+    arrays["words_start"] = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
     write_arrays(path, arrays)
