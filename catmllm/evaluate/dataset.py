@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import html
 import io
 from collections import Counter
 from pathlib import Path
@@ -17,8 +16,8 @@ from numpy.typing import NDArray
 from catmllm.data.prompts import cif_sample, design_sample, property_sample
 from catmllm.data.shards import Shards
 from catmllm.data.tokenizer import extend_tokenizer, tiny_tokenizer
+from catmllm.evaluate import page as html
 from catmllm.evaluate.drawing import legend, structure_svg
-from catmllm.evaluate.report import CSS, POLICY
 from catmllm.structure.cif import write_cif
 from catmllm.structure.system import System
 
@@ -158,13 +157,13 @@ def _card(system: System, text: str) -> str:
         views = structure_svg(system, "top", 150) + structure_svg(system, "side", 118)
         picture = f'<div class="views">{views}</div>{legend(system)}'
     except ValueError as error:
-        picture = f"<p>cannot be drawn: {html.escape(str(error))}</p>"
+        picture = f"<p>cannot be drawn: {html.text(str(error))}</p>"
     words = (
-        f"<b>{html.escape(system.identity)}</b><br>{system.known_energy:.3f} eV · {len(system)} atoms · "
-        f"{html.escape(system.sid)}"
+        f"<b>{html.text(system.identity)}</b><br>{system.known_energy:.3f} eV · {len(system)} atoms · "
+        f"{html.text(system.sid)}"
     )
-    cif = f"<details><summary>CIF</summary><pre>{html.escape(write_cif(system))}</pre></details>"
-    return f'<div class="design">{picture}<p>{words}</p><p>{html.escape(text)}</p>{cif}</div>'
+    cif = f"<details><summary>CIF</summary><pre>{html.text(write_cif(system))}</pre></details>"
+    return f'<div class="design">{picture}<p>{words}</p><p>{html.text(text)}</p>{cif}</div>'
 
 
 def _page(
@@ -175,23 +174,21 @@ def _page(
     tokens: bytes,
     cards: list[str],
 ) -> str:
-    title = html.escape(f"Dataset {shards.folder.resolve().name}")
+    title = f"Dataset {shards.folder.resolve().name}"
 
     def table(rows: list[tuple[str, str]]) -> str:
-        cells = "".join(
-            f"<tr><th>{html.escape(a.strip())}</th><td>{html.escape(b)}</td></tr>" for a, b in rows
-        )
+        cells = "".join(f"<tr><th>{html.text(a.strip())}</th><td>{html.text(b)}</td></tr>" for a, b in rows)
         return f"<table>{cells}</table>"
 
     def picture(data: bytes, words: str) -> str:
         source = base64.b64encode(data).decode()
         return f'<figure><img style="max-width:100%" width="640" alt="{words}" src="data:image/png;base64,{source}"></figure>'
 
-    return (
-        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta http-equiv="Content-Security-Policy" '
-        f'content="{POLICY}">\n<meta name="viewport" content="width=device-width">\n<title>{title}</title>\n'
-        f"<style>{CSS}</style>\n</head>\n<body>\n<h1>{title}</h1>\n{table(counts)}\n<h2>Energies</h2>\n"
-        f"{picture(energies, 'histogram of adsorption energies')}\n<h2>Tokens</h2>\n{table(_length_rows(lengths))}\n"
-        f"{picture(tokens, 'token lengths')}\n<h2>Some systems, drawn at random</h2>\n"
-        f'<div class="designs">{"".join(cards)}</div>\n</body>\n</html>\n'
-    )
+    body = [
+        f"<h1>{html.text(title)}</h1>",
+        table(counts),
+        html.section("Energies", picture(energies, "histogram of adsorption energies")),
+        html.section("Tokens", table(_length_rows(lengths)), picture(tokens, "token lengths")),
+        html.section("Some systems, drawn at random", f'<div class="designs">{"".join(cards)}</div>'),
+    ]
+    return html.page(title, body)
