@@ -10,10 +10,10 @@ RANKS  ?= 2
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup run test test-slow frameworks wheels bench lint format clean engine test-engine fuzz
+.PHONY: setup run test test-slow frameworks wheels bench lint format clean engine test-engine test-so2 fuzz
 setup: $(READY)
 
-$(READY): pyproject.toml setup.py rewards_fast/_core.pyx $(wildcard csrc/cif/* csrc/geometry/* csrc/pvcp/*)
+$(READY): pyproject.toml setup.py rewards_fast/_core.pyx $(wildcard csrc/cif/* csrc/geometry/* csrc/pvcp/* csrc/so2/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "catmllm needs Python 3.11 or newer; set PYTHON=..."; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25"
@@ -83,6 +83,11 @@ test-engine:
 	mkdir -p build
 	$(CXX) -std=c++17 -O1 -g -Wno-psabi -fsanitize=address,undefined -fno-sanitize-recover=undefined -o build/test_engine csrc/tests/test_engine.cpp $(ENGINE) -lpthread
 	build/test_engine
+
+test-so2:  ## the CPU kernels of the encoder, every instruction set, under both sanitizers
+	mkdir -p build
+	$(CXX) -std=c++17 -O1 -g -fopenmp -fsanitize=address,undefined -fno-sanitize-recover=undefined -Wno-psabi -o build/test_so2 csrc/tests/test_so2.cpp $(wildcard csrc/so2/*.cpp)
+	build/test_so2
 
 fuzz:  ## libFuzzer, needs clang; starts from what earlier runs found
 	mkdir -p build/fuzz_corpus

@@ -1,4 +1,4 @@
-"""Build hook of the one distribution: the C++ engine behind rewards_fast. Everything declarative is in pyproject.toml."""
+"""Build hook of the one distribution: its two C++ libraries. Everything declarative is in pyproject.toml."""
 
 import sys
 from pathlib import Path
@@ -18,6 +18,18 @@ FLAGS = (
     if sys.platform == "win32"
     else ["-std=c++17", "-O3", "-fvisibility=hidden", "-Wno-psabi"]
 )
+OPENMP = ["-fopenmp"] if sys.platform == "linux" else []
+
+# The encoder's edge path on a CPU: a plain shared library that catmllm_kernels loads by ctypes. It needs neither Python nor
+# torch; its OpenMP is the runtime that torch has loaded. Vector extensions of GCC and Clang, so not with MSVC.
+SO2 = Extension(
+    "catmllm_kernels._so2",
+    sorted(str(path.relative_to(HERE)) for path in (HERE / "csrc" / "so2").glob("*.cpp")),
+    depends=[str(path.relative_to(HERE)) for path in (HERE / "csrc" / "so2").glob("*.h")],
+    extra_compile_args=[*FLAGS, *OPENMP],
+    extra_link_args=OPENMP,
+    language="c++",
+)
 
 setup(
     ext_modules=cythonize(
@@ -33,4 +45,5 @@ setup(
         ],
         compiler_directives={"language_level": 3},
     )
+    + ([] if sys.platform == "win32" else [SO2])
 )
