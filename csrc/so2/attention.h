@@ -32,8 +32,11 @@ T logit(const T* a, int A, const LogitWeights<T>& p, const T* dot) {
     Vec<T> sum = Lanes<T>::all(0);
     over_channels<T>(A, [&](Index c, auto w) {
         Vec<T> y = load(a + c, w);
-        if (p.norm) y = Lanes<T>::fma((y - Lanes<T>::all(mean)) * Lanes<T>::all(scale), load(p.norm + c, w), load(p.bias + c, w));
-        sum = Lanes<T>::fma(y * (Lanes<T>::all(T(0.2)) + Lanes<T>::all(T(0.8)) * logistic<T>(y)), load(dot + c, w), sum);
+        if (p.norm)
+            y = Lanes<T>::fma((y - Lanes<T>::all(mean)) * Lanes<T>::all(scale), load(p.norm + c, w),
+                              load(p.bias + c, w));
+        sum = Lanes<T>::fma(y * (Lanes<T>::all(T(0.2)) + Lanes<T>::all(T(0.8)) * logistic<T>(y)), load(dot + c, w),
+                            sum);
     });
     return sum_of<T>(sum);
 }

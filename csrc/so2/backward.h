@@ -2,7 +2,8 @@
 //
 //   1  a block of edges: values again, gradients of values and attention, back through the second product and the
 //      activation
-//   2  a block of edges: the softmax (which needs all edges of a target), back through the first product, the rotation
+//   2  a block of edges: the softmax (which needs all edges of a target), back through the first product, the
+//   rotation
 //      and the radial weights, whose forward is done again; the gradient of `edge`
 //   3  a panel of a weight matrix, or a few nodes: sums over the chunk's edges
 //
@@ -22,7 +23,8 @@ struct Left {
     Index columns;
 };
 
-// One weight matrix's gradient: grad [columns, in] += sum over edges of leftᵀ·right. Complex: the rows of r, then of s.
+// One weight matrix's gradient: grad [columns, in] += sum over edges of leftᵀ·right. Complex: the rows of r, then of
+// s.
 template <class T>
 struct WeightTask {
     Left<T> plus, minus;  // minus.tiles null for m = 0
@@ -89,7 +91,8 @@ struct Backward {
         conv1_extra = packed.add(p.conv1[0], s.extra, s.pair(0), s.pair(0), false, true);
         conv1 = packed.n;
         for (int m = 0; m <= s.mmax; ++m)
-            packed.add(of<T>(p.conv1[m]) + (m ? 0 : Index(s.extra) * s.pair(0)), s.n[m] * s.H, s.pair(m), s.pair(m), m > 0, true);
+            packed.add(of<T>(p.conv1[m]) + (m ? 0 : Index(s.extra) * s.pair(0)), s.n[m] * s.H, s.pair(m), s.pair(m),
+                       m > 0, true);
         conv2 = packed.n;
         for (int m = 0; m <= s.mmax; ++m)
             packed.add(p.conv2[m], s.n[m] * s.H, s.n[m] * s.V, s.n[m] * s.H, m > 0, false);
@@ -127,7 +130,13 @@ struct Backward {
 
     void add_task(Left<T> plus, Left<T> minus, const T* right, const T* right_minus, Index right_step, Index in,
                   void* grad, void* bias, Index row) {
-        tasks[n_tasks] = {plus, minus, right, right_minus, right_step, in, of<T>(grad) + row * in,
+        tasks[n_tasks] = {plus,
+                          minus,
+                          right,
+                          right_minus,
+                          right_step,
+                          in,
+                          of<T>(grad) + row * in,
                           bias ? of<T>(bias) + row : nullptr};
         task_begin[n_tasks + 1] = task_begin[n_tasks] + tasks[n_tasks].panels();
         ++n_tasks;
@@ -147,7 +156,8 @@ struct Backward {
         for (int m = 1; m <= s.mmax; ++m) {
             const T *x = pair + s.first[m] * 2 * s.C, *a = after + s.first[m] * s.H;
             add_task(left1[m][0], left1[m][1], x, x + s.pair(m), pair_step, s.pair(m), p.grad_conv1[m], nullptr, 0);
-            add_task(left2[m][0], left2[m][1], a, a + s.n[m] * s.H, s.M * s.H, s.n[m] * s.H, p.grad_conv2[m], nullptr, 0);
+            add_task(left2[m][0], left2[m][1], a, a + s.n[m] * s.H, s.M * s.H, s.n[m] * s.H, p.grad_conv2[m], nullptr,
+                     0);
         }
     }
 
@@ -160,8 +170,8 @@ struct Backward {
             const Index e = e0 + i;
             by_channel(s, attention + e * s.heads, p.keep ? of<T>(p.keep) + e * s.heads : nullptr, space.weight);
             for (int c = 0; c < s.V; ++c) space.channels[c] = 0;
-            turn_gradient(s, of<T>(p.grad_total) + p.target[e] * s.S * s.V, s.V, of<T>(p.wigner) + e * s.packed, k.scale,
-                          space.weight, space.value + i * space.value_step, space.channels);
+            turn_gradient(s, of<T>(p.grad_total) + p.target[e] * s.S * s.V, s.V, of<T>(p.wigner) + e * s.packed,
+                          k.scale, space.weight, space.value + i * space.value_step, space.channels);
             const int width = s.V / s.heads;
             for (int h = 0; h < s.heads; ++h) {
                 T sum = 0;
@@ -183,9 +193,11 @@ struct Backward {
                                      space.after_step, w.out);
         }
         for (Index i = 0; i < n; ++i) {
-            const T *gates = of<T>(p.extra) + (e0 + i) * s.extra + s.heads * s.A, *rows = of<T>(p.before) + (e0 + i) * H;
+            const T *gates = of<T>(p.extra) + (e0 + i) * s.extra + s.heads * s.A,
+                    *rows = of<T>(p.before) + (e0 + i) * H;
             const T* grad = space.grad_after + i * space.after_step;
-            T *grad_rows = grad_before + (at + i) * hidden_step, *grad_gates = grad_extra + (at + i) * s.extra + s.heads * s.A;
+            T *grad_rows = grad_before + (at + i) * hidden_step,
+              *grad_gates = grad_extra + (at + i) * s.extra + s.heads * s.A;
             if (p.gate)
                 gate_back(s, gates, rows, grad, grad_rows, grad_gates);
             else
@@ -225,15 +237,17 @@ struct Backward {
         for (int m = 0; m <= s.mmax; ++m) {
             const Index width = s.pair(m);
             T* r = space.radial;
-            T *x = pair + at * pair_step + s.first[m] * 2 * s.C, *g = grad_pair + at * pair_step + s.first[m] * 2 * s.C;
+            T *x = pair + at * pair_step + s.first[m] * 2 * s.C,
+              *g = grad_pair + at * pair_step + s.first[m] * 2 * s.C;
             const T* y = grad_before + at * hidden_step + s.first[m] * s.H;
             const Packed<T>& w = packed.list[conv1 + m];
             if (m == 0) {
-                multiply(packed.list[conv1_extra], n, grad_extra + at * s.extra, s.extra, static_cast<const T*>(nullptr),
-                         0, g, pair_step);
+                multiply(packed.list[conv1_extra], n, grad_extra + at * s.extra, s.extra,
+                         static_cast<const T*>(nullptr), 0, g, pair_step);
                 multiply(w, n, y, hidden_step, static_cast<const T*>(g), pair_step, g, pair_step);
             } else {
-                complex_product_back(n, y, y + s.n[m] * s.H, hidden_step, w.panels, w.in, g, g + width, pair_step, w.out);
+                complex_product_back(n, y, y + s.n[m] * s.H, hidden_step, w.panels, w.in, g, g + width, pair_step,
+                                     w.out);
             }
             multiply(packed.list[radial + m], n, of<T>(p.edge) + e0 * s.K, s.K,
                      of<T>(p.radial_bias) + Index(s.plus[m]) * 2 * s.C, 0, r, space.radial_step);
@@ -244,15 +258,16 @@ struct Backward {
                     for (int l = m; l <= s.lmax; ++l) {
                         const Index c = (l - m) * 2 * s.C + end * s.C, row = i * pair_step + c;
                         turn_and_scale_back(l, node + l * l * s.C, s.C, d + s.at_plus(l, m),
-                                            m ? d + s.at_minus(l, m) : nullptr, r + i * space.radial_step + c, g + row,
-                                            m ? g + row + width : nullptr, x + row, m ? x + row + width : nullptr);
+                                            m ? d + s.at_minus(l, m) : nullptr, r + i * space.radial_step + c,
+                                            g + row, m ? g + row + width : nullptr, x + row,
+                                            m ? x + row + width : nullptr);
                     }
                 }
             }
             pack_left(r, space.radial_step, n, width, capacity, at, left_radial[m].tiles);
             T* grad_edge = of<T>(p.grad_edge) + e0 * s.K;
-            multiply(packed.list[radial_back + m], n, r, space.radial_step, m ? static_cast<const T*>(grad_edge) : nullptr,
-                     s.K, grad_edge, s.K);
+            multiply(packed.list[radial_back + m], n, r, space.radial_step,
+                     m ? static_cast<const T*>(grad_edge) : nullptr, s.K, grad_edge, s.K);
         }
     }
 
@@ -270,12 +285,14 @@ struct Backward {
                 const int rows = t.plus.columns - o < tile_rows<T> ? int(t.plus.columns - o) : tile_rows<T>;
                 const T* plus = t.plus.tiles + o * capacity + k0 * tile_rows<T>;
                 T* to = r + o * t.in;
-                cut_tile<T, true, false>(rows, plus, tile_rows<T>, right, depth, add ? to : nullptr, t.in, to, t.in, width);
+                cut_tile<T, true, false>(rows, plus, tile_rows<T>, right, depth, add ? to : nullptr, t.in, to, t.in,
+                                         width);
                 if (!t.right_minus) continue;
                 const T* minus = t.minus.tiles + o * capacity + k0 * tile_rows<T>;
                 T* s_to = im + o * t.in;
                 cut_tile<T, true, false>(rows, minus, tile_rows<T>, right_minus, depth, to, t.in, to, t.in, width);
-                cut_tile<T, true, false>(rows, minus, tile_rows<T>, right, depth, add ? s_to : nullptr, t.in, s_to, t.in, width);
+                cut_tile<T, true, false>(rows, minus, tile_rows<T>, right, depth, add ? s_to : nullptr, t.in, s_to,
+                                         t.in, width);
                 cut_tile<T, true, true>(rows, plus, tile_rows<T>, right_minus, depth, s_to, t.in, s_to, t.in, width);
             }
         }
@@ -299,7 +316,8 @@ struct Backward {
         }
         int n = 0;
         const auto add = [&](Index e, int end) {
-            space.shares[n++] = {of<T>(p.wigner) + e * s.packed, grad_pair + (e - begin) * pair_step + end * s.C, nullptr};
+            space.shares[n++] = {of<T>(p.wigner) + e * s.packed, grad_pair + (e - begin) * pair_step + end * s.C,
+                                 nullptr};
             if (n == BLOCK) flush(space, n, out);
         };
         for (Index e = p.first[node]; e < p.first[node + 1]; ++e)

@@ -4,9 +4,13 @@
 enum { BLOCK = 60 };  // edges at a time: five register tiles; 16 KiB of weights are read from the last cache per edge
 
 template <class T>
-const T* of(const void* p) { return static_cast<const T*>(p); }
+const T* of(const void* p) {
+    return static_cast<const T*>(p);
+}
 template <class T>
-T* of(void* p) { return static_cast<T*>(p); }
+T* of(void* p) {
+    return static_cast<T*>(p);
+}
 
 // A row stride that is an odd number of cache lines: rows at a multiple of 4 KiB would share one set of the cache.
 template <class T>
@@ -19,8 +23,8 @@ template <class T>
 struct Packed {
     const T* weight;
     T* panels;
-    Index in, out;     // of the product: depth and columns
-    Index step;        // of `weight`'s rows
+    Index in, out;       // of the product: depth and columns
+    Index step;          // of `weight`'s rows
     bool complex, back;  // back: x·weight instead of x·weightᵀ
 
     Index depth() const { return complex ? 2 * in : in; }
@@ -89,13 +93,12 @@ struct Constants {
 };
 
 template <class T>
-void activate(const so2_message& p, const Sizes& s, const Constants<T>& k, const T* gates, const T* before, T* after) {
+void activate(const so2_message& p, const Sizes& s, const Constants<T>& k, const T* gates, const T* before,
+              T* after) {
     if (p.gate)
         gate(s, gates, before, after);
     else
-        with_constant(s.mmax, [&](auto m) {
-            sphere_silu<T, decltype(m)::value>(s, k.grid, gates, before, after);
-        });
+        with_constant(s.mmax, [&](auto m) { sphere_silu<T, decltype(m)::value>(s, k.grid, gates, before, after); });
 }
 
 // Second product: [edges, M·H] -> [edges, M·V].
@@ -106,8 +109,8 @@ void second_product(const Sizes& s, const Packed<T>* conv2, const void* bias, In
     for (int m = 1; m <= s.mmax; ++m) {
         const T* a = after + s.first[m] * s.H;
         T* v = value + s.first[m] * s.V;
-        complex_product(edges, a, a + s.n[m] * s.H, step, conv2[m].panels, conv2[m].in, v, v + s.n[m] * s.V, value_step,
-                        conv2[m].out);
+        complex_product(edges, a, a + s.n[m] * s.H, step, conv2[m].panels, conv2[m].in, v, v + s.n[m] * s.V,
+                        value_step, conv2[m].out);
     }
 }
 
@@ -167,14 +170,16 @@ struct Forward {
         conv1_extra = packed.add(p.conv1[0], s.pair(0), s.extra, s.pair(0), false, false);
         conv1 = packed.n;
         for (int m = 0; m <= s.mmax; ++m)
-            packed.add(of<T>(p.conv1[m]) + (m ? 0 : Index(s.extra) * s.pair(0)), s.pair(m), s.n[m] * s.H, s.pair(m), m > 0, false);
+            packed.add(of<T>(p.conv1[m]) + (m ? 0 : Index(s.extra) * s.pair(0)), s.pair(m), s.n[m] * s.H, s.pair(m),
+                       m > 0, false);
         conv2 = packed.n;
         for (int m = 0; m <= s.mmax; ++m)
             packed.add(p.conv2[m], s.n[m] * s.H, s.n[m] * s.V, s.n[m] * s.H, m > 0, false);
     }
 
     // First product of edges begin ... end-1, an order m at a time: radial weights, rotation, product.
-    void first_product(const ForwardSpace<T>& space, Index begin, Index edges, T* extra, T* before, Index before_step) {
+    void first_product(const ForwardSpace<T>& space, Index begin, Index edges, T* extra, T* before,
+                       Index before_step) {
         const T* bias = of<T>(p.conv1_bias);
         for (int m = 0; m <= s.mmax; ++m) {
             const Index width = s.pair(m), step = space.pair_step;
@@ -188,8 +193,8 @@ struct Forward {
                     const T* x = of<T>(p.x) + (end ? p.target : p.source)[e] * s.S * s.C;
                     for (int l = m; l <= s.lmax; ++l) {
                         T* plus = pair + i * step + (l - m) * 2 * s.C + end * s.C;
-                        turn_and_scale(l, x + l * l * s.C, s.C, d + s.at_plus(l, m), m ? d + s.at_minus(l, m) : nullptr,
-                                       plus, m ? plus + width : nullptr);
+                        turn_and_scale(l, x + l * l * s.C, s.C, d + s.at_plus(l, m),
+                                       m ? d + s.at_minus(l, m) : nullptr, plus, m ? plus + width : nullptr);
                     }
                 }
             }
@@ -277,7 +282,8 @@ struct Forward {
         if (!starts) scale_total(out, shrink);
         for (Index i = from; i < to; ++i) {
             const Index e = begin + i;
-            by_channel(s, weight + i * s.heads, p.keep ? of<T>(p.keep) + e * s.heads : nullptr, space.weight + i * s.V);
+            by_channel(s, weight + i * s.heads, p.keep ? of<T>(p.keep) + e * s.heads : nullptr,
+                       space.weight + i * s.V);
             space.shares[i - from] = {of<T>(p.wigner) + e * s.packed, space.value + i * space.value_step,
                                       space.weight + i * s.V};
         }
@@ -302,7 +308,8 @@ struct Forward {
     }
 };
 
-// Consecutive targets with at most `most` edges together (or one target with more), as [count + 1] limits; returns count.
+// Consecutive targets with at most `most` edges together (or one target with more), as [count + 1] limits; returns
+// count.
 inline Index group_targets(const std::int64_t* first, Index nodes, Index most, Index* limits) {
     Index count = 0, begin = 0;
     limits[0] = 0;

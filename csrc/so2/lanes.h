@@ -156,15 +156,25 @@ inline void over_channels(int64_t n, F f) {
 }
 
 template <class T>
-inline Vec<T> load(const T* p, Full) { return Lanes<T>::load(p); }
+inline Vec<T> load(const T* p, Full) {
+    return Lanes<T>::load(p);
+}
 template <class T>
-inline Vec<T> load(const T* p, Part w) { return Lanes<T>::load(p, w.n); }
+inline Vec<T> load(const T* p, Part w) {
+    return Lanes<T>::load(p, w.n);
+}
 template <class T>
-inline void store(T* p, Vec<T> v, Full) { Lanes<T>::store(p, v); }
+inline void store(T* p, Vec<T> v, Full) {
+    Lanes<T>::store(p, v);
+}
 template <class T>
-inline void store(T* p, Vec<T> v, Part w) { Lanes<T>::store(p, v, w.n); }
+inline void store(T* p, Vec<T> v, Part w) {
+    Lanes<T>::store(p, v, w.n);
+}
 template <class T>
-inline Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) { return Lanes<T>::fma(a, b, c); }
+inline Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) {
+    return Lanes<T>::fma(a, b, c);
+}
 
 // The lanes' sum, in one order on every machine with this width.
 template <class T>

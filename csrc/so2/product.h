@@ -40,21 +40,33 @@ using Tile = void (*)(const T*, Index, const T*, Index, const T*, Index, T*, Ind
 template <class T, bool DOWN, bool MINUS>
 Tile<T> tile_of(int rows) {
     switch (rows) {
-        case 1: return tile<T, 1, DOWN, MINUS>;
-        case 2: return tile<T, 2, DOWN, MINUS>;
-        case 3: return tile<T, 3, DOWN, MINUS>;
-        case 4: return tile<T, 4, DOWN, MINUS>;
+        case 1:
+            return tile<T, 1, DOWN, MINUS>;
+        case 2:
+            return tile<T, 2, DOWN, MINUS>;
+        case 3:
+            return tile<T, 3, DOWN, MINUS>;
+        case 4:
+            return tile<T, 4, DOWN, MINUS>;
 #if SO2_LEVEL >= 1
-        case 5: return tile<T, 5, DOWN, MINUS>;
-        case 6: return tile<T, 6, DOWN, MINUS>;
+        case 5:
+            return tile<T, 5, DOWN, MINUS>;
+        case 6:
+            return tile<T, 6, DOWN, MINUS>;
 #endif
 #if SO2_LEVEL == 2
-        case 7: return tile<T, 7, DOWN, MINUS>;
-        case 8: return tile<T, 8, DOWN, MINUS>;
-        case 9: return tile<T, 9, DOWN, MINUS>;
-        case 10: return tile<T, 10, DOWN, MINUS>;
-        case 11: return tile<T, 11, DOWN, MINUS>;
-        case 12: return tile<T, 12, DOWN, MINUS>;
+        case 7:
+            return tile<T, 7, DOWN, MINUS>;
+        case 8:
+            return tile<T, 8, DOWN, MINUS>;
+        case 9:
+            return tile<T, 9, DOWN, MINUS>;
+        case 10:
+            return tile<T, 10, DOWN, MINUS>;
+        case 11:
+            return tile<T, 11, DOWN, MINUS>;
+        case 12:
+            return tile<T, 12, DOWN, MINUS>;
 #endif
     }
     return nullptr;
@@ -68,8 +80,8 @@ void cut_tile(int rows, const T* a, Index step, const T* b, Index depth, const T
     const Tile<T> tile = tile_of<T, DOWN, MINUS>(rows);
     const auto run = [&](const T* from, Index from_step, T* to, Index to_step) {
         for (Index k = 0; k < depth; k += RUN, from = to, from_step = to_step)
-            tile(a + (DOWN ? k * step : k), step, b + k * panel_width<T>, depth - k < RUN ? depth - k : Index(RUN), from,
-                 from_step, to, to_step);
+            tile(a + (DOWN ? k * step : k), step, b + k * panel_width<T>, depth - k < RUN ? depth - k : Index(RUN),
+                 from, from_step, to, to_step);
     };
     if (width >= panel_width<T>) {
         run(init ? init : zeros, init ? init_step : 0, c, c_step);
@@ -164,8 +176,8 @@ void pack(const T* matrix, Index step, Index depth, Index width, T* packed) {
     }
 }
 
-// Rows of y [rows, columns] as the left side of a product over rows: tiles [columns / TILE_ROWS][depth][TILE_ROWS], of
-// which rows k0 ... are filled.
+// Rows of y [rows, columns] as the left side of a product over rows: tiles [columns / TILE_ROWS][depth][TILE_ROWS],
+// of which rows k0 ... are filled.
 template <class T>
 void pack_left(const T* y, Index step, Index rows, Index columns, Index depth, Index k0, T* tiles) {
     enum { R = tile_rows<T> };

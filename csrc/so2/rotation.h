@@ -10,15 +10,24 @@ struct Const {
 template <class F>
 inline void with_constant(int n, F f) {
     switch (n) {
-        case 0: return f(Const<0>());
-        case 1: return f(Const<1>());
-        case 2: return f(Const<2>());
-        case 3: return f(Const<3>());
-        case 4: return f(Const<4>());
-        case 5: return f(Const<5>());
-        case 6: return f(Const<6>());
-        case 7: return f(Const<7>());
-        case 8: return f(Const<8>());
+        case 0:
+            return f(Const<0>());
+        case 1:
+            return f(Const<1>());
+        case 2:
+            return f(Const<2>());
+        case 3:
+            return f(Const<3>());
+        case 4:
+            return f(Const<4>());
+        case 5:
+            return f(Const<5>());
+        case 6:
+            return f(Const<6>());
+        case 7:
+            return f(Const<7>());
+        case 8:
+            return f(Const<8>());
     }
 }
 
@@ -38,8 +47,8 @@ inline Vec<T> dot(const T* factors, const Vec<T>* rows) {
     return sum;
 }
 
-// One node's rows of degree l onto the rows ±m of an edge, times the radial weight that `plus` holds on entry. `minus`
-// is null for m = 0.
+// One node's rows of degree l onto the rows ±m of an edge, times the radial weight that `plus` holds on entry.
+// `minus` is null for m = 0.
 template <class T>
 void turn_and_scale(int l, const T* x, int C, const T* d_plus, const T* d_minus, T* plus, T* minus) {
     with_constant(l, [&](auto degree) {

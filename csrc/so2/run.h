@@ -10,7 +10,8 @@ void run_tasks(int threads, std::int64_t tasks, void (*body)(void*, std::int64_t
 
 template <class F>
 void in_parallel(int threads, std::int64_t tasks, F f) {
-    run_tasks(threads, tasks, [](void* p, std::int64_t task, int thread) { (*static_cast<F*>(p))(task, thread); }, &f);
+    run_tasks(
+        threads, tasks, [](void* p, std::int64_t task, int thread) { (*static_cast<F*>(p))(task, thread); }, &f);
 }
 
 // One block of memory, aligned to a cache line, handed out in pieces; null where there is not enough.

@@ -49,8 +49,15 @@ struct Sizes : Rows {
     int C, H, heads, A, V, K, gates, extra;
 
     explicit Sizes(const so2_message& p)
-        : Rows(p.lmax, p.mmax), C(p.channels), H(p.hidden), heads(p.heads), A(p.alpha), V(p.heads * p.value),
-          K(p.radial), gates(p.gate ? p.lmax * p.hidden : p.hidden), extra(p.heads * p.alpha + gates) {}
+        : Rows(p.lmax, p.mmax),
+          C(p.channels),
+          H(p.hidden),
+          heads(p.heads),
+          A(p.alpha),
+          V(p.heads * p.value),
+          K(p.radial),
+          gates(p.gate ? p.lmax * p.hidden : p.hidden),
+          extra(p.heads * p.alpha + gates) {}
 
     int pair(int m) const { return n[m] * 2 * C; }  // both ends' channels in the rows +m
 };

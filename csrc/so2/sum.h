@@ -1,5 +1,5 @@
-// Rotate back and sum alone, for messages without products (the edge-degree embedding). Included by `kernels.h` inside
-// the namespace of an instruction set.
+// Rotate back and sum alone, for messages without products (the edge-degree embedding). Included by `kernels.h`
+// inside the namespace of an instruction set.
 
 template <class T>
 struct SumSpace {
@@ -18,7 +18,9 @@ struct Sum {
     int threads;
 
     explicit Sum(const so2_sum& p)
-        : p(p), rows(p.lmax, p.mmax, p.rows == p.lmax + 1), width(Index(p.heads) * p.value),
+        : p(p),
+          rows(p.lmax, p.mmax, p.rows == p.lmax + 1),
+          width(Index(p.heads) * p.value),
           memory(Index(p.threads > 0 ? p.threads : 1) *
                      (Memory::size<T>(BLOCK * width) + Memory::size<T>(width) + Memory::size<Share<T>>(BLOCK)) +
                  Memory::size<SumSpace<T>>(p.threads > 0 ? p.threads : 1)),
@@ -40,8 +42,8 @@ struct Sum {
             const Index n = end - e < BLOCK ? end - e : Index(BLOCK);
             for (Index i = 0; i < n; ++i) {
                 by_channel(e + i, space.weight + i * width);
-                space.shares[i] = {of<T>(p.wigner) + (e + i) * rows.packed, of<T>(p.values) + (e + i) * p.rows * width,
-                                   space.weight + i * width};
+                space.shares[i] = {of<T>(p.wigner) + (e + i) * rows.packed,
+                                   of<T>(p.values) + (e + i) * p.rows * width, space.weight + i * width};
             }
             turn_back_and_sum(rows, space.shares, int(n), width, int(width), scale, out, e > begin);
         }

@@ -36,11 +36,12 @@ using Forward = const char* (*)(const so2_message&);
 struct Set {
     const char* name;
     Forward forward, backward;
-    const char *(*sum)(const so2_sum&), *(*sum_back)(const so2_sum&);
+    const char* (*sum)(const so2_sum&), *(*sum_back)(const so2_sum&);
 };
 
 std::vector<Set> sets() {
-    std::vector<Set> found = {{"portable", forward_portable, backward_portable, sum_forward_portable, sum_backward_portable}};
+    std::vector<Set> found = {
+        {"portable", forward_portable, backward_portable, sum_forward_portable, sum_backward_portable}};
 #ifdef SO2_X86
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
         found.push_back({"avx2", forward_avx2, backward_avx2, sum_forward_avx2, sum_backward_avx2});
@@ -150,7 +151,8 @@ struct Message {
     Message(const Message&) = delete;
     double loss() const {
         double sum = 0;
-        for (std::size_t i = 0; i < outputs[0].second; ++i) sum += outputs[0].first[i] * static_cast<const T*>(p.grad_total)[i];
+        for (std::size_t i = 0; i < outputs[0].second; ++i)
+            sum += outputs[0].first[i] * static_cast<const T*>(p.grad_total)[i];
         return sum;
     }
     // Everything that was computed, in one row.
@@ -252,8 +254,10 @@ void test_sum(const Case& c) {
             CHECK(set.sum(p) == nullptr && set.sum_back(p) == nullptr, c.name);
             // linear in both: <gradient, argument> is the loss
             double by_values = 0, by_attention = 0;
-            for (std::size_t i = 0; i < edges * p.rows * width; ++i) by_values += values[i] * static_cast<double*>(p.grad_values)[i];
-            for (std::size_t i = 0; i < edges * c.heads; ++i) by_attention += attention[i] * static_cast<double*>(p.grad_attention)[i];
+            for (std::size_t i = 0; i < edges * p.rows * width; ++i)
+                by_values += values[i] * static_cast<double*>(p.grad_values)[i];
+            for (std::size_t i = 0; i < edges * c.heads; ++i)
+                by_attention += attention[i] * static_cast<double*>(p.grad_attention)[i];
             const double bound = 1e-10 * (1 + std::fabs(m.loss()));
             CHECK(std::fabs(by_values - m.loss()) < bound && std::fabs(by_attention - m.loss()) < bound, c.name);
         }
