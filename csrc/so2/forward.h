@@ -1,7 +1,7 @@
 // The forward pass: whole targets' edges, a few dozen at a time, run through every step on one thread. Included by
 // `kernels.h` inside the namespace of an instruction set.
 
-enum { BLOCK = 60 };  // edges at a time: five register tiles; 16 KiB of weights are read from the last cache per edge
+enum { BLOCK = 60 };  // edges at a time: five register tiles. The weights, 6.5 MB at L4M2, are read once a block
 
 template <class T>
 const T* of(const void* p) {
