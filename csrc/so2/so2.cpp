@@ -20,7 +20,7 @@ int level() {
 #endif
         return 0;
     }();
-    const char* asked = std::getenv("SO2_ISA");
+    const char* asked = std::getenv("CATMLLM_SO2_ISA");
     const int limit = !asked || !*asked || !std::strcmp(asked, "avx512") ? 2 : !std::strcmp(asked, "avx2") ? 1 : 0;
     return limit < found ? limit : found;
 }

@@ -66,7 +66,7 @@ struct so2_sum {
     void *grad_values, *grad_attention;
 };
 
-// All return null, or a message that says what is wrong. Instruction set: the widest that the machine has and SO2_ISA
+// All return null, or a message that says what is wrong. Instruction set: the widest that the machine has and CATMLLM_SO2_ISA
 // (avx512, avx2, portable) allows.
 SO2_API const char* so2_forward(const so2_message*);
 SO2_API const char* so2_backward(const so2_message*);

@@ -38,7 +38,7 @@ def forced(monkeypatch):
 
 @pytest.fixture(params=SETS)
 def instruction_set(request, monkeypatch):
-    monkeypatch.setenv("SO2_ISA", request.param)
+    monkeypatch.setenv("CATMLLM_SO2_ISA", request.param)
     if cpu.instruction_set() != request.param:
         pytest.skip(f"this machine has no {request.param}")
 
@@ -275,6 +275,16 @@ def test_half_precision_runs_in_float32_and_is_rounded_once(dtype):
 def test_too_high_a_degree_is_an_error():
     with pytest.raises(ValueError, match="lmax 1 to 8, not 9"):
         cpu.edge_attention_forward(inputs(Size(9, 1, "gate", (1,)), torch.float32, CPU), False)
+
+
+@pytest.mark.parametrize("edge", [(4, 0), (-1, 0), (0, 4)])
+def test_an_edge_from_or_to_nowhere_is_an_error(edge):
+    a = inputs(Size(2, 1, "gate", (1, 0, 0, 2)), torch.float32, CPU)
+    edge_index = torch.stack([a.graph.source, a.graph.target])
+    edge_index[:, -1] = torch.tensor(edge)
+    order = edge_index[1].argsort(stable=True)
+    with pytest.raises(IndexError, match="outside the 4 nodes"):
+        cpu.edge_attention_forward(a._replace(graph=edge_graph(edge_index[:, order], 4)), False)
 
 
 def test_a_library_that_was_not_built_says_so(monkeypatch):

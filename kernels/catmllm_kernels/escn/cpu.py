@@ -1,7 +1,7 @@
 """The edge path on a CPU, by the library behind csrc/so2 (AVX-512, AVX2 or portable, chosen at run time).
 
 float32 and float64 run as they are; float16 and bfloat16 run in float32 and are rounded at the end. As many threads as
-torch has; results do not depend on their number. SO2_ISA=avx2|portable limits the instruction set.
+torch has; results do not depend on their number. CATMLLM_SO2_ISA=avx2|portable limits the instruction set.
 """
 
 from __future__ import annotations
@@ -166,7 +166,13 @@ def _message(a: EdgeAttention) -> tuple[_Message, list[Tensor]]:
         raise ValueError(
             f"the CPU kernels know lmax 1 to {_MOST_LMAX}, not {a.lmax}; CATMLLM_KERNELS=reference"
         )
-    wide = _wide(a.x)
+    wide, nodes = _wide(a.x), len(a.x)
+    if len(a.radial):
+        low, high = (int(t) for t in a.graph.source.aminmax())
+        if low < 0 or high >= nodes or int(a.graph.ptr[-1]) != len(a.radial):
+            raise IndexError(
+                f"an edge begins or ends outside the {nodes} nodes (sources are {low} to {high})"
+            )
     alive: list[Tensor] = []
 
     def pointer(t: Tensor, dtype: torch.dtype = wide) -> int:
@@ -174,7 +180,7 @@ def _message(a: EdgeAttention) -> tuple[_Message, list[Tensor]]:
         return alive[-1].data_ptr()
 
     message = _Message(
-        nodes=len(a.x),
+        nodes=nodes,
         edges=len(a.radial),
         dtype=wide.itemsize,
         threads=torch.get_num_threads(),
