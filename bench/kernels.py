@@ -297,7 +297,7 @@ def main() -> None:
         print(f"{row['what']:<22}{row['model']:>6}{row['atoms']:>7}{row['threads']:>9}{ratio}")
     print("\nKept for backward, KiB an edge, what belongs to nodes included")
     for name, row in result["saved"].items():
-        print(f"  {name}: " + "; ".join(f"{what} {value:.1f}" for what, value in row.items()))
+        print(f"  {name}: " + "; ".join(f"{what} {value:.2f}" for what, value in row.items()))
     if not os.environ.get("FAIRCHEM_1_10"):
         print("\nfairchem 1.10 was not found: see --help")
 
