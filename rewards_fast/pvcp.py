@@ -259,7 +259,7 @@ def parse_target(target: str | Mapping[str, float | None] | None) -> dict[str, f
         counts: dict[str, float] = {}
         for symbol, amount in target.items():
             if amount is None:  # Arrow and Parquet fill the elements that a row does not have
-                continue
+                amount = 0.0
             if not 0 <= amount < math.inf:
                 raise ValueError(f"the target {target!r} has the count {amount!r} for {symbol}")
             _add(counts, str(symbol), float(amount), target)

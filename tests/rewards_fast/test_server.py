@@ -166,6 +166,7 @@ HOSTILE: dict[str, tuple[bytes, int]] = {
     "huge integer": (b'{"texts": ["a"], "targets": {"Pt": ' + b"9" * 5000 + b"}}", 422),
     "negative count": (b'{"texts": ["a"], "targets": {"Pt": -1}}', 422),
     "count is a text": (b'{"texts": ["a"], "targets": {"Pt": "1"}}', 422),
+    "no element without a count": (b'{"texts": ["a"], "targets": {"Qq": null}}', 422),
     "count is true": (b'{"texts": ["a"], "targets": {"Pt": true}}', 422),
     "long target": (b'{"texts": ["a"], "targets": "' + b"Pt" * 501 + b'"}', 422),
     "too many texts": (b'{"texts": [' + b'"a",' * 50 + b'"a"]}', 422),
