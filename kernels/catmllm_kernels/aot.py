@@ -70,7 +70,7 @@ class Row:
 
 # Kernels that hold three tiles of every row of an edge in registers, one or two values a thread: their loads are narrow, and they
 # are bound by the exponential of 324 grid points, not by memory.
-NARROW = ("activation_grad_kernel",)
+NARROW = ("activation_kernel", "activation_grad_kernel")
 
 
 def launches(case: Case, dtype: torch.dtype) -> list[Launch]:
