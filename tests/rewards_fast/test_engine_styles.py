@@ -36,4 +36,4 @@ def test_treatments(treatment: str) -> None:
 
 @pytest.mark.slow
 def test_styles_and_treatments_together() -> None:
-    assert not _faults(list(treated(3000, seed=1)))
+    assert not _faults(list(treated(1000, seed=1)))
