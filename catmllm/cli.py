@@ -1,4 +1,4 @@
-"""The `catmllm` command: predict | design | evaluate | data make, oc20, inspect. Each subcommand loads only what it needs."""
+"""The `catmllm` command: plan | predict | design | evaluate | data make, oc20, inspect. Each subcommand loads only what it needs."""
 
 from __future__ import annotations
 
@@ -109,6 +109,29 @@ def _parser() -> argparse.ArgumentParser:
     )
     export.set_defaults(run_command=_export)
 
+    plan = commands.add_parser(
+        "plan",
+        help="memory, FLOPs and traffic of a training step on N GPUs, without a GPU",
+        description="Traces one training step of each stage on fake tensors as rank 0 of RANKS: GiB a rank by what they "
+        "are, FLOPs, bytes sent, and the largest micro-batch that fits. Status 1 where a stage does not fit.",
+    )
+    plan.add_argument("config", metavar="CONFIG.yaml")
+    plan.add_argument("override", nargs="*", metavar="key=value", help="as in training")
+    plan.add_argument("--ranks", type=int, default=8, help="GPUs (default: 8)")
+    plan.add_argument("--stage", action="append", help="only this stage; may be repeated")
+    plan.add_argument(
+        "--limit", type=float, default=76.0, help="GiB a GPU has for tensors (default: 76 of 80)"
+    )
+    plan.add_argument(
+        "--atoms",
+        type=int,
+        default=80,
+        help="of synthetic systems, where data.path is not there (default: 80)",
+    )
+    plan.add_argument("--no-search", action="store_true", help="do not look for the largest micro-batch")
+    plan.add_argument("--json", action="store_true")
+    plan.set_defaults(run_command=_plan)
+
     data = commands.add_parser("data", help="make training data, and look at it")
     kinds = data.add_subparsers(dest="kind", required=True, metavar="KIND")
     from catmllm.data import make
@@ -190,6 +213,18 @@ def _oc20_options(kinds: Any) -> None:
     inspect.add_argument("--pictures", type=int, default=8, help="systems drawn (default %(default)s)")
     inspect.add_argument("--seed", type=int, default=0, help="which ones (default %(default)s)")
     inspect.set_defaults(run_command=_inspect)
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from catmllm.config import STAGES, ConfigError, load_config
+    from catmllm.trainer.plan import main as plan
+
+    config = load_config(args.config, args.override)
+    stages = args.stage or list(config.stages)
+    for stage in stages:
+        if stage not in STAGES:
+            raise ConfigError(f"--stage {stage}: choose one of {', '.join(STAGES)}")
+    return plan(config, stages, args.ranks, args.limit, args.atoms, not args.no_search, args.json)
 
 
 def _model_option(parser: argparse.ArgumentParser) -> None:

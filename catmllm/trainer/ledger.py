@@ -1,0 +1,346 @@
+"""A training step without its arithmetic: what it would allocate, compute and send, operator by operator.
+
+Weights and activations are fake tensors (a shape, a dtype, no data); token ids, indices and other small facts of a batch
+stay real, so that code which looks at them takes the way that it will take. What looks at a fake value reads a finite
+float as 0, a truth as True: a mask that depends on activations keeps everything.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import weakref
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch._library.custom_ops import OPDEFS
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_flop_count
+
+import catmllm_kernels.escn  # noqa: F401  registers its ops
+import catmllm_kernels.linear_logprob.op as linear_logprob
+
+aten = torch.ops.aten
+COLLECTIVES = ("c10d", "fsdp", "_c10d_functional")
+
+
+@register_flop_formula(aten._scaled_dot_product_flash_attention_for_cpu)
+def _attention_flops(
+    query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **options: Any
+) -> int:
+    """torch has these formulas for its CUDA attention alone; here plans and counts run on a CPU."""
+    return sdpa_flop_count(query, key, value)
+
+
+@register_flop_formula(aten._scaled_dot_product_flash_attention_for_cpu_backward)
+def _attention_backward_flops(
+    grad: Any, query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **options: Any
+) -> int:
+    """Five products of the size of forward's two: the scores again, and a gradient for each of four operands."""
+    return sdpa_flop_count(query, key, value) * 5 // 2
+
+
+def _edge_products(radial: Any, radial_weight: Any, conv1: Any, conv2: Any) -> int:
+    """SO(2) products and the radial function's last layer over all edges; rotations are 2 % of it and left out."""
+    macs = math.prod(radial_weight)
+    for first, *others in (conv1, conv2):  # a complex matrix (r; s) is two real products
+        macs += math.prod(first) + 2 * sum(math.prod(w) for w in others)
+    return 2 * radial[0] * macs
+
+
+@register_flop_formula(torch.ops.catmllm.edge_attention)
+def _edge_flops(x: Any, radial: Any, radial_weight: Any, *rest: Any, out_shape: Any = None) -> int:
+    return _edge_products(radial, radial_weight, rest[3], rest[7])
+
+
+@register_flop_formula(torch.ops.catmllm.edge_attention_backward)
+def _edge_backward_flops(
+    grad: Any, kept: Any, x: Any, radial: Any, radial_weight: Any, *rest: Any, out_shape: Any = None
+) -> int:
+    """Two products for each of forward's, and the radial weights once more."""
+    return 2 * _edge_products(radial, radial_weight, rest[3], rest[7]) + 2 * radial[0] * math.prod(
+        radial_weight
+    )
+
+
+@dataclass
+class Peak:
+    """The moment of a phase at which most bytes are alive, and what they are."""
+
+    total: int = 0
+    parts: dict[str, int] = field(default_factory=dict)
+
+
+class Ledger(TorchDispatchMode):
+    """Within it, floating tensors are made fake and everything is written down; see the module.
+
+    `flops` by kind (forward, backward, recomputed, optimizer), `sent` bytes a rank sends by collective on a ring,
+    `moved` bytes that operators read and write when each runs alone. `cuda`: the ops take their GPU workspaces.
+    """
+
+    def __init__(self, cuda: bool) -> None:
+        super().__init__()
+        self.cuda = cuda
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.flops: dict[str, int] = defaultdict(int)
+        self.wide_flops = 0  # of them, in float32: without tensor cores
+        self.sent: dict[str, float] = defaultdict(float)
+        self.moved = 0
+        self.role = "other"  # of what is made now, in a forward pass
+        self.label: dict[int, str] = {}  # by serial number of a storage
+        self.events: list[tuple[int, int]] = []  # (serial number, change in bytes)
+        self.phases: list[tuple[str, int]] = []  # (name, first event)
+        self._alive: dict[int, tuple[int, int]] = {}  # address of a storage -> (serial number, bytes)
+        self._optimizing = False
+        self._silent = False
+        self._inside = False
+
+    def __enter__(self) -> Ledger:
+        if self._inside:
+            return super().__enter__()
+        plain = torch.UntypedStorage.resize_
+
+        def resize(storage: torch.UntypedStorage, size: int) -> Any:
+            # FSDP2 frees gathered weights by giving their storage no bytes.
+            out = plain(storage, size)
+            self._note(storage, "gathered weights")
+            return out
+
+        def unrecorded(*args: Any) -> Any:
+            # DTensor learns the shape of a result by running the operator on fake tensors of the whole, unsharded size.
+            # Counted, they make an optimizer's step as large as the whole model on every rank.
+            self._silent = True
+            try:
+                return propagate(*args)
+            finally:
+                self._silent = False
+
+        propagate = ShardingPropagator._propagate_tensor_meta_non_cached
+        ShardingPropagator._propagate_tensor_meta_non_cached = unrecorded  # type: ignore[method-assign, assignment]
+        # `Module.to` swaps the insides of fake parameters, after which views of them have storages of their own.
+        self._plain = plain, torch.nn.Module._apply, propagate
+        torch.nn.Module._apply = _convert  # type: ignore[method-assign]
+        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign, assignment]
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        if self._inside:
+            return super().__exit__(*exception)
+        resize, apply, propagate = self._plain
+        torch.UntypedStorage.resize_, torch.nn.Module._apply = resize, apply  # type: ignore[method-assign]
+        ShardingPropagator._propagate_tensor_meta_non_cached = propagate  # type: ignore[method-assign]
+        super().__exit__(*exception)
+
+    def phase(self, name: str) -> None:
+        """What follows belongs to the phase `name`."""
+        self.phases.append((name, len(self.events)))
+
+    @contextmanager
+    def making(self, role: str) -> Iterator[None]:
+        """What a forward pass makes within is labelled `role`."""
+        before, self.role = self.role, role
+        try:
+            yield
+        finally:
+            self.role = before
+
+    @contextmanager
+    def optimizing(self) -> Iterator[None]:
+        self._optimizing = True
+        try:
+            yield
+        finally:
+            self._optimizing = False
+
+    def mark(self, tensors: Any, label: str) -> None:
+        """Say what these tensors are, whatever made them."""
+        for t in tree_iter(tensors):
+            if isinstance(t, torch.Tensor):
+                t = t.to_local() if isinstance(t, DTensor) else t
+                if (known := self._alive.get(t.untyped_storage()._cdata)) is not None:
+                    self.label[known[0]] = label
+
+    def peaks(self) -> dict[str, Peak]:
+        """The peak of each phase, over all its stretches."""
+        alive: dict[str, int] = defaultdict(int)
+        total, out = 0, {name: Peak() for name, _ in self.phases}
+        starts = {first: name for name, first in self.phases}
+        name = None
+        for i, (serial, change) in enumerate(self.events):
+            name = starts.get(i, name)
+            alive[self.label[serial]] += change
+            total += change
+            if name is not None and total > out[name].total:
+                out[name] = Peak(total, {k: v for k, v in alive.items() if v})
+        return out
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self._silent:
+            return func(*args, **kwargs)
+        if any(issubclass(t, DTensor) for t in types):
+            return NotImplemented  # it comes back with its local tensors
+        tensors = [t for t in tree_iter((args, kwargs)) if isinstance(t, torch.Tensor)]
+        if func.namespace == "catmllm" and not self.cuda and "linear_logprob" not in func.name():
+            # What the plain-torch definition makes on the way counts too; a kernel on a GPU keeps it in registers.
+            self._inside = True
+            with self, backend_forced("reference"):
+                out = OPDEFS[func._name.partition(".")[0]]._init_fn(*args, **kwargs)
+            self._inside = False
+        elif any(isinstance(t, FakeTensor) for t in tensors):
+            if func is aten._local_scalar_dense.default:
+                return _read(tensors[0])
+            if func is aten.index.Tensor:
+                args = (args[0], _positions(args[1]))
+            with self.fake:
+                out = func(*args, **kwargs)
+        elif not tensors and _makes_floats(func, kwargs):
+            with self.fake:
+                out = func(*args, **kwargs)
+        else:
+            out = func(*args, **kwargs)
+        self._record(func, args, kwargs, tensors, out)
+        return out
+
+    def _record(self, func: Any, args: Any, kwargs: Any, tensors: list[torch.Tensor], out: Any) -> None:
+        made = [t for t in tree_iter(out) if isinstance(t, torch.Tensor)]
+        inside_backward = torch._C._current_graph_task_id() != -1
+        namespace = func.namespace
+        label = self.role
+        if namespace in COLLECTIVES:
+            label = "gathered weights"
+            self._send(func, args)
+        elif "linear_logprob" in func.name():
+            label = "logits"
+            self._workspace(func, args)
+        elif self._optimizing:
+            label = "optimizer step"
+        elif inside_backward:
+            label = "backward pass"
+        for t in made:
+            self._note(t.untyped_storage(), label)
+        if namespace in COLLECTIVES:  # buffers that FSDP made by plain operators, now that their use is known
+            for t in tensors:
+                known = self._alive.get(t.untyped_storage()._cdata)
+                if known and self.label[known[0]] in ("other", "backward pass", self.role):
+                    self.label[known[0]] = "gathered gradients" if inside_backward else "gathered weights"
+        packet = func._overloadpacket
+        if packet in flop_registry and not self._inside:
+            count = flop_registry[packet](*args, **kwargs, out_val=out)
+            if min((t.itemsize for t in tensors if t.dtype.is_floating_point), default=0) >= 4:
+                self.wide_flops += count
+            # Recomputed: forward operators inside of backward. Gradients are off in backward itself, and in our ops.
+            ours_forward = namespace == "catmllm" and "backward" not in func.name()
+            again = inside_backward and (torch.is_grad_enabled() or ours_forward)
+            kind = "recomputed" if again else "backward" if inside_backward else "forward"
+            if packet is torch.ops.catmllm.linear_logprob_backward:
+                logits = linear_logprob.forward_flops(args[2].shape, args[3].shape, *(None,) * 4)
+                self.flops["recomputed"] += logits
+                count -= logits
+            self.flops["optimizer" if self._optimizing else kind] += count
+        if not func.is_view:
+            self.moved += sum(t.nbytes for t in (*tensors, *made))
+
+    def _note(self, storage: torch.UntypedStorage, label: str) -> None:
+        address, size = storage._cdata, storage.nbytes()
+        if (known := self._alive.get(address)) is None:
+            serial = len(self.label)
+            self.label[serial] = label
+            weakref.finalize(storage, self._freed, address, serial)
+            before = 0
+        else:
+            serial, before = known
+        self._alive[address] = (serial, size)
+        if size != before:
+            self.events.append((serial, size - before))
+
+    def _freed(self, address: int, serial: int) -> None:
+        known = self._alive.get(address)
+        if known is not None and known[0] == serial:
+            del self._alive[address]
+            self.events.append((serial, -known[1]))
+
+    def _workspace(self, func: Any, args: Any) -> None:
+        back = "backward" in func.name()
+        hidden, weight = args[2:4] if back else args[:2]
+        size = linear_logprob.workspace(
+            len(hidden), hidden.shape[1], len(weight), hidden.element_size(), self.cuda, back
+        )
+        serial = len(self.label)
+        self.label[serial] = "logits"
+        self.events += [(serial, size), (serial, -size)]
+
+    def _send(self, func: Any, args: Any) -> None:
+        """A ring moves (n-1)/n of what is gathered or scattered through every rank, twice for an all-reduce."""
+        name = func._opname
+        if name == "_allgather_base_":
+            whole, part = args[0].nbytes, args[1].nbytes
+            self.sent["all-gather"] += whole - part
+        elif name == "_reduce_scatter_base_":
+            part, whole = args[0].nbytes, args[1].nbytes
+            self.sent["reduce-scatter"] += whole - part
+        elif name == "allgather_":
+            self.sent["all-gather"] += sum(t.nbytes for t in args[0][0][1:])
+        elif name == "allreduce_":
+            self.sent["all-reduce"] += 2 * sum(t.nbytes for t in args[0])
+
+
+def _convert(module: torch.nn.Module, change: Any, recurse: bool = True) -> torch.nn.Module:
+    """`Module._apply`, new parameters for old ones."""
+    for child in module.children() if recurse else ():
+        _convert(child, change)
+    for name, p in module._parameters.items():
+        if p is not None and (new := change(p)) is not p:
+            module._parameters[name] = torch.nn.Parameter(new, p.requires_grad)
+    for name, b in module._buffers.items():
+        if b is not None:
+            module._buffers[name] = change(b)
+    return module
+
+
+@contextmanager
+def backend_forced(name: str) -> Iterator[None]:
+    before = os.environ.get("CATMLLM_KERNELS")
+    os.environ["CATMLLM_KERNELS"] = name
+    try:
+        yield
+    finally:
+        os.environ.pop("CATMLLM_KERNELS")
+        if before is not None:
+            os.environ["CATMLLM_KERNELS"] = before
+
+
+def _read(t: torch.Tensor) -> Any:
+    return True if t.dtype == torch.bool else 0.0 if t.dtype.is_floating_point else 1
+
+
+def _positions(indices: Any) -> list[Any]:
+    """Boolean masks as positions, so that a result's size is known; a mask of unknown values keeps everything."""
+    out: list[Any] = []
+    for i in indices:
+        if i is not None and i.dtype == torch.bool:
+            known = torch.ones(i.shape, dtype=torch.bool) if isinstance(i, FakeTensor) else i
+            out += known.nonzero().unbind(1)
+        else:
+            out.append(i)
+    return out
+
+
+_FLOAT_FACTORIES = frozenset(
+    ["empty", "empty_strided", "zeros", "ones", "full", "rand", "randn", "linspace", "normal"]
+)
+
+
+def _makes_floats(func: Any, kwargs: Any) -> bool:
+    dtype = kwargs.get("dtype")
+    if dtype is None:
+        return func._opname in _FLOAT_FACTORIES
+    return dtype.is_floating_point
