@@ -111,6 +111,8 @@ class OptimConfig:
     # Which gathered weights are freed after a forward pass: of the trained parts (frozen ones never change and stay
     # whole), of all (least memory), of none (one gather less a step, ZeRO-2).
     reshard: Literal["trained", "all", "none"] = "trained"
+    # Reduce gradients after every pass of a step: more is sent, but none wait unsharded (4 bytes a parameter and rank).
+    sync_every_pass: bool = False
 
 
 @dataclass
@@ -263,6 +265,9 @@ class Config:
     # What a block keeps for its backward pass: everything, matrix products and attention, or its input alone.
     checkpointing: Literal["none", "selective", "full"] = "none"
     compile: bool = False  # each block of LLM and encoder by torch.compile
+    cpu_offload: bool = (
+        False  # a rank's shards of weights, gradients and optimizer states live in the host's memory
+    )
     tensorboard: bool = True
     wandb: str | None = None  # project name on Weights & Biases; None: off
     profile: bool = (

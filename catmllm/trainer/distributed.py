@@ -14,7 +14,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor
 
 from catmllm.config import Config
@@ -120,6 +126,8 @@ def shard(model: CatalyticMLLM, config: Config, world: World, reshard: str = "tr
     mesh = mesh_of(config, world)
     llm = MixedPrecisionPolicy(DTYPES[config.precision], torch.float32, cast_forward_inputs=False)
     graph = MixedPrecisionPolicy(DTYPES[config.encoder_precision], torch.float32, cast_forward_inputs=False)
+    pinned = world.device.type == "cuda"
+    offload = CPUOffloadPolicy(pin_memory=pinned) if config.cpu_offload else OffloadPolicy()
     keep_large_values(model, DTYPES[config.precision], DTYPES[config.encoder_precision])
 
     def unit(
@@ -128,9 +136,16 @@ def shard(model: CatalyticMLLM, config: Config, world: World, reshard: str = "tr
         trained = any(p.requires_grad for p in module.parameters())
         frees = {"trained": trained, "all": True, "none": False}[reshard]
         for p in module.parameters():  # the master weights; of a unit at a time, since files may hold bf16
-            if not isinstance(p, DTensor):
+            if not isinstance(p, DTensor) and p.dtype != torch.float32:
                 p.data = p.data.float()
-        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=frees, ignored_params=ignored)
+        fully_shard(
+            module,
+            mesh=mesh,
+            mp_policy=policy,
+            reshard_after_forward=frees,
+            ignored_params=ignored,
+            offload_policy=offload,
+        )
         module.frees, module.trained = frees, trained
         return module
 

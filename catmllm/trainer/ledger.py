@@ -168,14 +168,16 @@ class Ledger(TorchDispatchMode):
                 if (known := self._alive.get(t.untyped_storage()._cdata)) is not None:
                     self.label[known[0]] = label
 
-    def peaks(self) -> dict[str, Peak]:
-        """The peak of each phase, over all its stretches."""
+    def peaks(self, elsewhere: tuple[str, ...] = ()) -> dict[str, Peak]:
+        """The peak of each phase, over all its stretches, without what is labelled as one of `elsewhere`."""
         alive: dict[str, int] = defaultdict(int)
         total, out = 0, {name: Peak() for name, _ in self.phases}
         starts = {first: name for name, first in self.phases}
         name = None
         for i, (serial, change) in enumerate(self.events):
             name = starts.get(i, name)
+            if self.label[serial] in elsewhere:
+                continue
             alive[self.label[serial]] += change
             total += change
             if name is not None and total > out[name].total:

@@ -213,7 +213,7 @@ class _Run:
             work = stage.step(self.drawn)
         total = torch.zeros((), device=world.device)
         for i, part in enumerate(work.passes):
-            sharded.set_requires_gradient_sync(i == len(work.passes) - 1)
+            sharded.set_requires_gradient_sync(optim.sync_every_pass or i == len(work.passes) - 1)
             with clock.phase("forward"):
                 value = part.loss()
             with clock.phase("backward"):

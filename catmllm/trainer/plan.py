@@ -162,11 +162,13 @@ def _trace(
             works = (_step(stage, context, k) for k in range(1 if name in SAMPLING else steps))
             work = max(works, key=lambda w: sum(p.tokens for p in w.passes))
         ledger.phase("training step")
-        _passes(work, model, scaler, ledger)
+        _passes(work, model, scaler, ledger, stage.config.sync_every_pass)
         ledger.mark([p.grad for p in trained], "gradients")
         with ledger.optimizing():
             _update(optimizer, scaler, trained, stage.config.grad_clip)
-    peaks = ledger.peaks()
+    # Shards in the host's memory; the step that updates them runs there too.
+    host = ("parameters", "gradients", "optimizer states") if config.cpu_offload and cuda else ()
+    peaks = ledger.peaks(elsewhere=host)
     phases = {k: p.total / GIB for k, p in peaks.items() if k != "other"}
     held = ("parameters", "optimizer states", "reference model")
     persistent = sum(peaks["training step"].parts.get(k, 0) for k in held)
@@ -329,11 +331,13 @@ def _watch(model: CatalyticMLLM, ledger: Ledger) -> None:
         module.register_forward_hook(leave)
 
 
-def _passes(work: Step, model: Any, scaler: torch.amp.GradScaler, ledger: Ledger) -> None:
+def _passes(
+    work: Step, model: Any, scaler: torch.amp.GradScaler, ledger: Ledger, sync_every_pass: bool
+) -> None:
     """The first and the last pass of a step, as the trainer runs them; those between count as the first."""
     n = len(work.passes)
     for i in sorted({0, n - 1}):
-        model.set_requires_gradient_sync(i == n - 1)
+        model.set_requires_gradient_sync(sync_every_pass or i == n - 1)
         scaler.scale(work.passes[i].loss()).backward()
         if i == 0 and n > 2:
             ledger.flops.update({k: v * (n - 1) for k, v in ledger.flops.items()})
@@ -434,24 +438,25 @@ def largest_micro_batch(
     return best, known[best or min(known)]
 
 
-SWITCHES: list[tuple[str, Callable[[Config, str], Config | None]]] = [
-    (
-        "checkpointing=selective",
-        lambda c, s: replace(c, checkpointing="selective") if c.checkpointing == "none" else None,
-    ),
-    (
-        "checkpointing=full",
-        lambda c, s: replace(c, checkpointing="full") if c.checkpointing != "full" else None,
-    ),
-    (
-        "{stage}.reshard=all",
-        lambda c, s: (
-            replace(c, **{s: replace(getattr(c, s), reshard="all")})
-            if getattr(c, s).reshard != "all"
-            else None
-        ),
-    ),
-]
+# What saves memory, by rising price; each is tried on top of those before.
+SWITCHES = (
+    ("checkpointing", "selective"),
+    ("{stage}.sync_every_pass", True),
+    ("checkpointing", "full"),
+    ("{stage}.reshard", "all"),
+    ("cpu_offload", True),
+)
+
+
+def _turned_on(config: Config, stage: str, key: str, value: Any) -> Config | None:
+    """The configuration with a switch turned on, or None where it is on already."""
+    name = key.rpartition(".")[2]
+    node: Any = getattr(config, stage) if "." in key else config
+    now = getattr(node, name)
+    if now == value or (name == "checkpointing" and now == "full"):
+        return None
+    changed = replace(node, **{name: value})
+    return changed if node is config else replace(config, **{stage: changed})
 
 
 @dataclass
@@ -487,14 +492,14 @@ def advise(
     advice.largest, advice.largest_peak = largest_micro_batch(
         advice.plan, partial(_again, plan, config, stage), limit
     )
-    for key, change in SWITCHES:
+    for key, value in SWITCHES:
         if advice.largest:
             break
-        changed = change(config, stage)
+        changed = _turned_on(config, stage, key, value)
         if changed is None:
             continue
         config = changed
-        advice.turn_on.append(key.format(stage=stage))
+        advice.turn_on.append(f"{key.format(stage=stage)}={str(value).lower()}")
         one = plan(with_micro_batch(config, stage, 1))
         if one.fits(limit):
             again = partial(_again, plan, config, stage)

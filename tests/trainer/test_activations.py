@@ -47,6 +47,11 @@ def test_checkpointing_repeats_the_loss_curve(
     assert others == [plain, plain]
 
 
+def test_shards_in_the_hosts_memory_train_the_same(make_context: MakeContext, tmp_path: Path) -> None:
+    plain = losses(make_context, tmp_path / "device")
+    assert losses(make_context, tmp_path / "host", cpu_offload=True) == plain
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", ["none", "selective"])
 def test_compiled_blocks_follow_the_eager_ones(
