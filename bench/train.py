@@ -1,0 +1,282 @@
+"""Training throughput of the text part against Hugging Face's Trainer and TRL's SFTTrainer, in one process.
+
+Same sizes of the LLM, same samples (the three tasks as text alone, prompts masked), AdamW, bf16 products with float32
+weights, same samples a step. The peers at their settings: Trainer with group_by_length and dynamic padding; SFTTrainer
+with packing, and with padding beside it; both with the fused AdamW and sdpa. Ours: packed with the fused loss, padded, and
+padded with every logit in memory. Runs take turns; tokens are counted without padding; the first steps of a run are not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import json
+import logging
+import os
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch  # noqa: E402
+
+from catmllm.config import Config, OptimConfig, load_config  # noqa: E402
+from catmllm.data.prompts import Sample, cif_sample, design_sample, property_sample  # noqa: E402
+from catmllm.data.slabs import load_slabs, split  # noqa: E402
+from catmllm.models import catalytic_mllm  # noqa: E402
+from catmllm.trainer.distributed import start  # noqa: E402
+from catmllm.trainer.loop import Context, MicroBatch, Stateless, Step, train  # noqa: E402
+from catmllm.trainer.pipeline import new_model  # noqa: E402
+from catmllm_kernels.linear_logprob.reference import linear_logprob as all_logits  # noqa: E402
+
+WARM = 2  # steps of a run that are not counted
+
+
+class Timed:
+    """Seconds and tokens of each step, by its end."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+        self.tokens: list[int] = []
+
+    def rate(self) -> float:
+        """Tokens a second over the steps after the first WARM."""
+        return sum(self.tokens[WARM:]) / (self.ends[-1] - self.ends[WARM - 1])
+
+
+def samples(count: int) -> list[Sample]:
+    """Text alone: properties, CIFs and designs in turn."""
+    out = []
+    for i, s in enumerate(split(load_slabs())["train"][:count]):
+        out.append((property_sample(s, "text"), cif_sample(s, 3), design_sample(s, None, 3))[i % 3])
+    return out
+
+
+def ours(config: Config, texts: list[Sample], batch: int, steps: int, world: Any) -> Timed:
+    timed = Timed()
+
+    class Text(Stateless):
+        """Mean cross-entropy of the answers' tokens."""
+
+        name = "instruct"
+
+        def __init__(self, context: Context) -> None:
+            self.context = context
+            self.config: OptimConfig = replace(
+                context.config.instruct, steps=steps + 1, batch_size=batch, log_every=10**6, validate_every=0
+            )
+
+        def trains(self, parameter: str) -> bool:
+            return parameter.startswith("llm.")
+
+        def step(self, step: int) -> Step:
+            if step:
+                timed.ends.append(time.perf_counter())
+            if step == steps:
+                raise StopIteration
+            part = [texts[(step * batch + k) % len(texts)] for k in range(batch)]
+            made = self.context.collate(part)
+            timed.tokens.append(made.tokens)
+            return Step(
+                [MicroBatch(lambda: -self.context.model("answer", made)["logprob"].mean(), made.tokens)]
+            )
+
+    model, collate = new_model(config, split(load_slabs())["train"])
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(StopIteration):
+        train(
+            Text, Context(config, model, collate, {"train": [], "val": [], "test": []}, world, Path(folder))
+        )
+    return timed
+
+
+def peer(kind: str, attention: str, config: Config, texts: list[Sample], batch: int, steps: int) -> Timed:
+    """`kind`: trainer, packed or padded (SFTTrainer's)."""
+    from datasets import Dataset
+    from transformers import (
+        DataCollatorForSeq2Seq,
+        Qwen2Config,
+        Qwen2ForCausalLM,
+        Trainer,
+        TrainerCallback,
+        TrainingArguments,
+    )
+    from trl import SFTConfig, SFTTrainer
+
+    timed, lengths = Timed(), []
+    _, collate = new_model(config, split(load_slabs())["train"])
+    tokenizer, c = collate.tokenizer, config.model.llm
+    rows = []
+    for i in range(batch * steps):
+        row = collate.encoded(texts[i % len(texts)])
+        ids = [*row.prompt, *row.answer]
+        labels = [-100] * len(row.prompt) + list(row.answer)
+        rows.append({"input_ids": ids, "labels": labels, "attention_mask": [1] * len(ids)})
+        lengths.append(len(ids))
+    if kind != "trainer":
+        rows = [{"input_ids": r["input_ids"], "labels": r["labels"]} for r in rows]
+    model = Qwen2ForCausalLM._from_config(
+        Qwen2Config(
+            vocab_size=len(tokenizer),
+            hidden_size=c.hidden_size,
+            num_hidden_layers=c.num_hidden_layers,
+            num_attention_heads=c.num_attention_heads,
+            num_key_value_heads=c.num_key_value_heads,
+            intermediate_size=c.intermediate_size,
+            max_position_embeddings=c.max_position_embeddings,
+            tie_word_embeddings=False,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=None,
+        ),
+        attn_implementation=attention,
+    )
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *args: Any, **options: Any) -> None:
+            timed.ends.append(time.perf_counter())
+
+    mean = sum(lengths) / len(lengths)
+    with tempfile.TemporaryDirectory() as folder:
+        common: dict[str, Any] = {
+            "output_dir": folder,
+            "per_device_train_batch_size": batch,
+            "max_steps": steps,
+            "bf16": True,
+            "use_cpu": True,
+            "optim": "adamw_torch_fused",
+            "report_to": [],
+            "save_strategy": "no",
+            "logging_strategy": "no",
+            "disable_tqdm": True,
+            "gradient_checkpointing": False,
+        }
+        if kind == "trainer":
+            common |= {"train_sampling_strategy": "group_by_length"}
+            made: Any = Trainer(
+                model,
+                TrainingArguments(**common),
+                DataCollatorForSeq2Seq(tokenizer, padding=True),
+                Dataset.from_list(rows),
+                callbacks=[Clock()],
+            )
+        else:
+            packed = kind == "packed"
+            # As many tokens a step as the others: a pack holds as many samples as a batch does on average.
+            common |= {"per_device_train_batch_size": 1} if packed else {}
+            arguments = SFTConfig(
+                **common, max_length=round(mean * batch), packing=packed, completion_only_loss=False
+            )
+            made = SFTTrainer(
+                model,
+                arguments,
+                train_dataset=Dataset.from_list(rows),
+                processing_class=tokenizer,
+                callbacks=[Clock()],
+            )
+        collator = made.data_collator
+
+        def counting(features: Any) -> Any:
+            timed.tokens.append(sum(len(f["input_ids"]) for f in features))
+            return collator(features)
+
+        made.data_collator = counting
+        made.train()
+    del timed.tokens[len(timed.ends) :]
+    return timed
+
+
+@contextlib.contextmanager
+def logits_in_memory() -> Any:
+    """Our model with the loss that makes every logit."""
+    plain = catalytic_mllm.linear_logprob
+    catalytic_mllm.linear_logprob = lambda h, w, t, temperature=1.0: all_logits(h, w, t, temperature)[0]
+    try:
+        yield
+    finally:
+        catalytic_mllm.linear_logprob = plain
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="fewer steps and rounds")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--batch", type=int, default=16, help="samples a step (default: 16)")
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    steps, rounds = (5, 1) if args.quick else (8, 3)
+    config = load_config(None, ["tensorboard=false"])
+    padded = replace(config, data=replace(config.data, packed=False))
+    world = start(config)
+    texts = samples(600)
+    runs: dict[str, Callable[[], Timed]] = {
+        "ours, packed": lambda: ours(config, texts, args.batch, steps, world),
+        "ours, padded": lambda: ours(padded, texts, args.batch, steps, world),
+        "ours, padded, all logits": lambda: _plain(padded, texts, args.batch, steps, world),
+        "TRL SFTTrainer, packed": lambda: peer("packed", "sdpa", config, texts, args.batch, steps),
+        "TRL SFTTrainer, padded": lambda: peer("padded", "sdpa", config, texts, args.batch, steps),
+        "HF Trainer, by length": lambda: peer("trainer", "sdpa", config, texts, args.batch, steps),
+        "HF Trainer, by length, eager": lambda: peer("trainer", "eager", config, texts, args.batch, steps),
+    }
+    rates: dict[str, list[float]] = {name: [] for name in runs}
+    peaks: dict[str, int] = {}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+                with contextlib.redirect_stdout(nowhere):
+                    gc.collect()
+                    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew (Linux)
+                    rates[name].append(run().rate())
+            peaks[name] = max(peaks.get(name, 0), peak_mib())
+    median = {name: statistics.median(r) for name, r in rates.items()}
+    first = median["ours, packed"]
+    rows = [
+        {
+            "run": name,
+            "tokens_per_s": round(r),
+            "ours_is": round(first / r, 2),
+            "peak_mib": peaks[name],
+            "all": [round(x) for x in rates[name]],
+        }
+        for name, r in median.items()
+    ]
+    if args.json:
+        print(json.dumps({"rows": rows, "steps": steps, "rounds": rounds, "batch": args.batch}))
+    else:
+        print(
+            f"tiny LLM, bf16, {args.batch} samples a step, {torch.get_num_threads()} thread, medians of {rounds}"
+        )
+        for row in rows:
+            print(
+                f"{row['run']:30s}{row['tokens_per_s']:8d} tokens/s   ours is {row['ours_is']:.2f}x   "
+                f"peak of the process {row['peak_mib']} MiB"
+            )
+    torch.distributed.destroy_process_group()
+
+
+def peak_mib() -> int:
+    """The most memory that the process held since its last reset."""
+    status = Path("/proc/self/status").read_text()
+    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))) // 1024
+
+
+def _plain(*arguments: Any) -> Timed:
+    with logits_in_memory():
+        return ours(*arguments)
+
+
+if __name__ == "__main__":
+    main()
