@@ -235,11 +235,13 @@ def main() -> None:
     peaks: dict[str, int] = {}
     for _ in range(rounds):
         for name, run in runs.items():
-            with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
-                with contextlib.redirect_stdout(nowhere):
-                    gc.collect()
-                    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew (Linux)
-                    rates[name].append(run().rate())
+            with contextlib.ExitStack() as silent:
+                nowhere = silent.enter_context(open(os.devnull, "w"))
+                silent.enter_context(contextlib.redirect_stderr(nowhere))
+                silent.enter_context(contextlib.redirect_stdout(nowhere))
+                gc.collect()
+                Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew (Linux)
+                rates[name].append(run().rate())
             peaks[name] = max(peaks.get(name, 0), peak_mib())
     median = {name: statistics.median(r) for name, r in rates.items()}
     first = median["ours, packed"]
