@@ -243,7 +243,7 @@ class Ledger(TorchDispatchMode):
             ours_forward = namespace == "catmllm" and "backward" not in func.name()
             again = inside_backward and (torch.is_grad_enabled() or ours_forward)
             kind = "recomputed" if again else "backward" if inside_backward else "forward"
-            if packet is torch.ops.catmllm.linear_logprob_backward:
+            if packet is torch.ops.catmllm.linear_logprob_backward and (len(args) < 11 or args[10] is None):
                 logits = linear_logprob.forward_flops(args[2].shape, args[3].shape, *(None,) * 4)
                 self.flops["recomputed"] += logits
                 count -= logits

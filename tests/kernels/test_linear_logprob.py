@@ -57,6 +57,7 @@ def test_values_and_gradients_against_float64(
     h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chunked, "LOGITS", chunk * vocabulary)
+        patch.setattr(chunked, "KEEP", (seed % 2) * 10**6)
         ours = linear_logprob(h, w, targets, temperature)
         (ours * scale).sum().backward()
     assert ours.shape == (tokens,) and ours.dtype == torch.float32
@@ -71,6 +72,7 @@ def test_values_and_gradients_against_float64(
 def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, weight, targets = problem(23)
     results = []
+    monkeypatch.setattr(chunked, "KEEP", 0)
     for logits in (chunked.LOGITS, 23 * 37, 22 * 37 + 5, 8 * 37, 100, 1):
         monkeypatch.setattr(chunked, "LOGITS", logits)
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
@@ -82,6 +84,28 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     for other in results[1:]:
         for a, b in zip(results[0], other):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)  # sums in another order
+
+
+def test_kept_or_made_again_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, weight, targets = problem(20)
+    targets[5] = IGNORED
+    results = []
+    for keep in (0, 10**6):
+        monkeypatch.setattr(chunked, "KEEP", keep)
+        for logits in (chunked.LOGITS, 100):
+            monkeypatch.setattr(chunked, "LOGITS", logits)
+            h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+            out = linear_logprobs(h, w, targets, 0.7, entropy=True, reference=weight)
+            assert out.entropy is not None
+            (2 * out.logprob + out.entropy).sum().backward(retain_graph=True)
+            first = h.grad.clone()  # type: ignore[union-attr]
+            h.grad = None
+            (2 * out.logprob + out.entropy).sum().backward()  # what was kept is still there
+            assert h.grad is not None and torch.equal(h.grad, first)
+            results.append((out.logprob.detach(), h.grad, w.grad))
+    for other in results[1:]:
+        for a, b in zip(results[0], other):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 def test_float64_stays_float64() -> None:
@@ -176,7 +200,7 @@ def test_the_torch_library_contract() -> None:
     for reference, entropy in ((None, False), (weight.clone(), True)):
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
         torch.library.opcheck(
-            torch.ops.catmllm.linear_logprob.default, (h, w, targets, reference, 0.7, entropy)
+            torch.ops.catmllm.linear_logprob.default, (h, w, targets, reference, 0.7, entropy, entropy)
         )
     lse = torch.randn(6)
     grad = torch.randn(6)
@@ -205,14 +229,18 @@ def test_autocast_casts_as_a_linear_layer_does() -> None:
     assert h.grad is not None and h.grad.dtype == torch.float32
 
 
-def test_flops_are_counted() -> None:
+def test_flops_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     hidden, weight, targets = problem(10)
     product = 2 * 10 * 16 * 37
     with FlopCounterMode(display=False) as counter:
         linear_logprob(hidden.requires_grad_(), weight.requires_grad_(), targets).sum().backward()
-    assert counter.get_total_flops() == 4 * product  # once forward, once again, a gradient each
+    assert counter.get_total_flops() == 3 * product  # once forward, a gradient each; so few logits are kept
+    monkeypatch.setattr(chunked, "KEEP", 0)
+    with FlopCounterMode(display=False) as counter:
+        linear_logprob(hidden, weight, targets).sum().backward()
+    assert counter.get_total_flops() == 4 * product  # the logits once more
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         linear_logprobs(hidden, weight, targets, reference=weight)
     assert counter.get_total_flops() == 2 * product
@@ -250,6 +278,7 @@ def test_never_more_logits_at_a_time_than_allowed(monkeypatch: pytest.MonkeyPatc
             return out
 
     monkeypatch.setattr(chunked, "LOGITS", 8 * 512)
+    monkeypatch.setattr(chunked, "KEEP", 8 * 512)
     hidden, weight, targets = problem(64, width=8, vocabulary=512)
     h, w = hidden.requires_grad_(), weight.requires_grad_()
     with Sizes():

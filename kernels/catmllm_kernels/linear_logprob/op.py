@@ -32,7 +32,8 @@ def linear_logprob(hidden: Tensor, weight: Tensor, targets: Tensor, temperature:
 
     hidden [T, H] and weight [V, H] in one floating dtype, targets [T] int64 in [0, V), or -100: ignored, a result of 0
     and no gradient. Returns [T] float32 (float64 of float64 inputs). Sums run in float32; a CPU rounds the logits to the
-    inputs' dtype in between. Differentiable once in hidden and weight; the backward pass recomputes the logits. Under
+    inputs' dtype in between. Differentiable once in hidden and weight; the backward pass recomputes the logits (a CPU
+    keeps them where they are few, see chunked.KEEP). Under
     autocast the two are cast as for a linear layer.
     Raises ValueError for shapes or dtypes that do not fit, and on a CPU for a target out of range; on CUDA, where
     looking would stall the queue, such a target's result is NaN.
@@ -65,8 +66,10 @@ def linear_logprobs(
         if w is not None and w.dtype != hidden.dtype:
             raise ValueError(f"hidden is {hidden.dtype}, a head is {w.dtype}: cast one of them")
     frozen = None if reference is None else reference.detach()
-    logprob, _, spread, other = torch.ops.catmllm.linear_logprob(
-        hidden.contiguous(), weight.contiguous(), targets, frozen, float(temperature), entropy
+    trains = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    keep = trains and _path(hidden) is chunked and len(hidden) * len(weight) <= chunked.KEEP
+    logprob, _, spread, other, _ = torch.ops.catmllm.linear_logprob(
+        hidden.contiguous(), weight.contiguous(), targets, frozen, float(temperature), entropy, keep
     )
     return LogProbs(logprob, spread if entropy else None, None if reference is None else other.detach())
 
@@ -95,20 +98,22 @@ def _forward(
     reference: Tensor | None,
     temperature: float,
     entropy: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    kept = targets != IGNORED
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    asked = targets != IGNORED
     valid = (targets >= 0) & (targets < weight.shape[0])
-    if not hidden.is_cuda and not bool((valid | ~kept).all()):
-        wrong = int(targets[kept & ~valid][0])
+    if not hidden.is_cuda and not bool((valid | ~asked).all()):
+        wrong = int(targets[asked & ~valid][0])
         raise ValueError(
             f"target {wrong} is outside the vocabulary of {weight.shape[0]} (or {IGNORED} to ignore)"
         )
-    out = _path(hidden).forward(hidden, weight, targets.where(valid, 0), temperature, entropy, reference)
-    lp, lse, spread, ref = out
+    path = _path(hidden)
+    out = path.forward(hidden, weight, targets.where(valid, 0), temperature, entropy, reference, keep)
+    lp, lse, spread, ref, kept = out
     # 0 where ignored, NaN where out of range
-    rest = torch.where(kept, torch.nan, 0.0).to(lp.dtype)
+    rest = torch.where(asked, torch.nan, 0.0).to(lp.dtype)
     lp, spread, ref = (x.where(valid, rest) if x.numel() else x for x in (lp, spread, ref))
-    return lp, lse, spread, ref
+    return lp, lse, spread, ref, kept
 
 
 @_forward.register_fake
@@ -119,7 +124,8 @@ def _(
     reference: Tensor | None,
     temperature: float,
     entropy: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     lp = hidden.new_empty(hidden.shape[0], dtype=chunked.wide(hidden.dtype))
     nothing = lp.new_empty(0)
     return (
@@ -127,6 +133,7 @@ def _(
         torch.empty_like(lp),
         torch.empty_like(lp) if entropy else nothing,
         torch.empty_like(lp) if reference is not None else nothing.clone(),
+        lp.new_empty(hidden.shape[0], weight.shape[0]) if keep else nothing.clone(),
     )
 
 
@@ -142,6 +149,7 @@ def _backward(
     temperature: float,
     need_hidden: bool,
     need_weight: bool,
+    kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     valid = (targets >= 0) & (targets < weight.shape[0])
     of_hidden, of_weight = _path(hidden).backward(
@@ -155,6 +163,7 @@ def _backward(
         temperature,
         need_hidden,
         need_weight,
+        kept,
     )
     nothing = hidden.new_empty(0)
     return nothing if of_hidden is None else of_hidden, nothing.clone() if of_weight is None else of_weight
@@ -172,6 +181,7 @@ def _(
     temperature: float,
     need_hidden: bool,
     need_weight: bool,
+    kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     return (
         torch.empty_like(hidden) if need_hidden else hidden.new_empty(0),
@@ -180,20 +190,20 @@ def _(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, targets, _, ctx.temperature, ctx.entropy = inputs
-    _, lse, spread, _ = output
-    ctx.save_for_backward(hidden, weight, targets, lse, spread)
+    hidden, weight, targets, _, ctx.temperature, ctx.entropy, ctx.keep = inputs
+    _, lse, spread, _, kept = output
+    ctx.save_for_backward(hidden, weight, targets, lse, spread, kept)
     ctx.set_materialize_grads(False)
 
 
 def _gradients(
-    ctx: Any, grad: Tensor | None, _lse: Any, grad_entropy: Tensor | None, _ref: Any
+    ctx: Any, grad: Tensor | None, _lse: Any, grad_entropy: Tensor | None, _ref: Any, _kept: Any
 ) -> tuple[Any, ...]:
-    hidden, weight, targets, lse, spread = ctx.saved_tensors
+    hidden, weight, targets, lse, spread, kept = ctx.saved_tensors
     if not ctx.entropy:
         grad_entropy = None
     if grad is None and grad_entropy is None:
-        return None, None, None, None, None, None
+        return (None,) * 7
     need_hidden, need_weight = ctx.needs_input_grad[:2]
     of_hidden, of_weight = torch.ops.catmllm.linear_logprob_backward(
         torch.zeros_like(lse) if grad is None else grad,
@@ -206,8 +216,9 @@ def _gradients(
         ctx.temperature,
         need_hidden,
         need_weight,
+        kept if ctx.keep else None,
     )
-    return of_hidden if need_hidden else None, of_weight if need_weight else None, None, None, None, None
+    return of_hidden if need_hidden else None, of_weight if need_weight else None, *(None,) * 5
 
 
 _forward.register_autograd(_gradients, setup_context=_keep)
@@ -221,6 +232,7 @@ def forward_flops(
     reference: Any,
     temperature: Any,
     entropy: Any,
+    keep: Any = False,
     *,
     out_shape: Any = None,
 ) -> int:
@@ -240,11 +252,12 @@ def backward_flops(
     temperature: Any,
     need_hidden: bool,
     need_weight: bool,
+    kept: Any = None,
     *,
     out_shape: Any = None,
 ) -> int:
-    """The logits once more, and a product for each gradient."""
-    return 2 * hidden[0] * weight[0] * weight[1] * (1 + need_hidden + need_weight)
+    """The logits once more where their log-softmax was not kept, and a product for each gradient."""
+    return 2 * hidden[0] * weight[0] * weight[1] * ((kept is None) + need_hidden + need_weight)
 
 
 def workspace(tokens: int, width: int, words: int, element_size: int, cuda: bool, backward: bool) -> int:

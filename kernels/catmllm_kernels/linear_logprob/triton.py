@@ -223,8 +223,10 @@ def forward(
     temperature: float,
     entropy: bool,
     reference: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(at the target, logsumexp, entropy, reference at the target), each [T] float32; [0] for what was not asked for."""
+    keep: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(at the target, logsumexp, entropy, reference at the target), each [T] float32; [0] for what was not asked for.
+    Nothing is ever kept for the backward pass: the last is [0]."""
     (n, width), words = hidden.shape, weight.shape[0]
     options = blocks("forward" if reference is None else "two_heads", hidden.element_size(), width)
     row_blocks, tiles = triton.cdiv(n, options["BLOCK_T"]), triton.cdiv(words, options["BLOCK_V"])
@@ -243,7 +245,8 @@ def forward(
                 hidden, weight, reference, targets, parts, *sizes, ENTROPY=entropy, **options
             )
     lp, lse, spread = _merge(parts[0], entropy)
-    return lp, lse, spread, lp.new_empty(0) if reference is None else _merge(parts[1], False)[0]
+    other = lp.new_empty(0) if reference is None else _merge(parts[1], False)[0]
+    return lp, lse, spread, other, lp.new_empty(0)
 
 
 def _merge(parts: Tensor, entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -270,6 +273,7 @@ def backward(
     temperature: float,
     need_hidden: bool,
     need_weight: bool,
+    kept: None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of (hidden, weight); None for one not needed. grad, grad_entropy [T] float32."""
     (n, width), words = hidden.shape, weight.shape[0]
