@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -24,6 +25,7 @@ from catmllm.data.prompts import ENERGY, GRAPH, cif_sample, design_prompt, desig
 from catmllm.data.slabs import load_slabs, split
 from catmllm.data.tokenizer import tiny_tokenizer
 from catmllm.models.catalytic_mllm import CatalyticMLLM, build_encoder, collator
+from catmllm.models.lora import add_lora
 from catmllm.models.projector import Projector
 from catmllm.rl.rollout import CACHE_STEP, Rollout
 from catmllm.stages import STAGES
@@ -31,7 +33,7 @@ from catmllm.structure.system import ADSORBATE, SURFACE, System, make_system
 from catmllm.trainer.activations import prepare_blocks
 from catmllm.trainer.distributed import DTYPES, World, shard, unsharded
 from catmllm.trainer.ledger import Ledger
-from catmllm.trainer.loop import Context, Step, _freeze, _optimizer, _update
+from catmllm.trainer.loop import ADAPTED, Context, Step, _freeze, _optimizer, _update
 from catmllm.trainer.pipeline import new_model
 
 if TYPE_CHECKING:
@@ -132,11 +134,15 @@ def _trace(
         model.llm.model.visual = torch.nn.Module()  # the trainer leaves the image tower on the CPU
         context = Context(config, model, collate, data, world, Path())
         stage: Any = STAGES[name](context)
-        if (reference := getattr(stage, "reference", None)) is not None:
-            ledger.mark([*reference.parameters(), *reference.buffers()], "reference model")
-        _freeze(model, stage)
+        adapters = config.lora.r > 0 and stage.trains(ADAPTED)
+        if adapters:
+            add_lora(model, config.lora, config.seed)
+        _freeze(model, stage, adapters)
         prepare_blocks(model, config)
         shard(model, config, world, stage.config.reshard)
+        stage.begin()
+        if isinstance(reference := getattr(stage, "reference", None), torch.nn.Module):
+            ledger.mark([*reference.parameters(), *reference.buffers()], "reference model")
         optimizer = _optimizer(model, stage.config)
         scaler = torch.amp.GradScaler(
             "cpu", enabled="fp16" in (config.precision, config.encoder_precision), init_scale=1.0
@@ -351,7 +357,7 @@ def _step(stage: Any, context: Context, step: int) -> Step:
     if stage.name not in SAMPLING:
         return stage.step(step)
     o = stage.config
-    work = Step([], {"kl": 0.0, "clipped": 0.0, "energy_mae": 0.0})
+    work = Step([], defaultdict(float))
     n = o.batch_size * o.group_size
     length = o.sampling.max_new_tokens
     ids = torch.from_numpy(np.random.default_rng(0).integers(3, 60, (n, length)))

@@ -53,7 +53,7 @@ def test_flops_equal_torchs_counter_on_a_real_pass(
     c = config("precision=fp32", "model.llm.attention=eager")
     model, collate = new_model(c, data["train"])
     made: Any = STAGES[stage](Context(c, model, collate, data, World(0, 1, torch.device("cpu")), tmp_path))
-    _freeze(model, made)
+    _freeze(model, made, False)
     with FlopCounterMode(display=False) as counter:
         made.step(0).passes[0].loss().backward()
     plan = trace(c, stage, 1, data=data, cuda=False, steps=1)
