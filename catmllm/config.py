@@ -41,6 +41,7 @@ class DataConfig:
     augment: bool = True  # supervised stages see each system through a random symmetry of its slab's sites
     strict_neighbours: bool = False  # exactly max_neighbours, as the OC20 checkpoints were trained
     packed: bool = True  # samples end to end; false: each padded to the longest of its batch
+    workers: int = 0  # processes a rank that make its batches ahead; 0: none, they are made between the steps
 
 
 @dataclass
@@ -119,7 +120,10 @@ class OptimConfig:
 class SupervisedConfig(OptimConfig):
     """Stage 1: passes a step, validation, and when a run is stopped."""
 
-    accumulate: int = 1  # passes that a rank's batch is cut into
+    accumulate: int = (
+        1  # passes a step and rank; they share its batch_size, or are packs of batch_tokens each
+    )
+    batch_tokens: int | None = None  # tokens a pass at most: samples are packed to it, in place of batch_size
     validate_every: int = (
         0  # steps between validations; the best weights seen are the stage's result. 0: never
     )
@@ -429,6 +433,12 @@ def _check(config: Config) -> None:
         raise ConfigError(
             "`align.accumulate` must be 1: the negatives of a sample are those of its pass; raise `align.batch_size`"
         )
+    if config.align.batch_tokens is not None:
+        raise ConfigError(
+            "`align.batch_tokens` must be empty: every rank needs equally many samples in a pass"
+        )
+    if config.data.workers < 0:
+        raise ConfigError(f"`data.workers` must be 0 or more, got {config.data.workers}")
     if config.model.llm.hidden_size % config.model.llm.num_attention_heads:
         raise ConfigError("`model.llm.hidden_size` must be a multiple of `model.llm.num_attention_heads`")
 
@@ -456,6 +466,7 @@ _POSITIVE = frozenset(
         "reward_timeout",
         "tolerance",
         "accumulate",
+        "batch_tokens",
         "replicate",
         "keep_checkpoints",
         "validate_systems",

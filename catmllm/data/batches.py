@@ -1,11 +1,11 @@
 """Samples to tensors: tokens end to end, graphs of a batch joined into one, sorted by target atom.
 
-The order of training is a pure function of (seed, step, rank), so that a run resumed at step s sees just what an
-unbroken one sees: no state of a loader has to be saved.
+The order of training is a function of the seed alone (`shuffled`): all ranks read one endless sequence of epochs.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +16,7 @@ import torch
 
 from catmllm.data.prompts import ENERGY, GRAPH, Sample
 from catmllm.structure.elements import SYMBOLS
-from catmllm.structure.graph import Graph, neighbour_graph
+from catmllm.structure.graph import neighbour_graphs
 from catmllm.structure.system import System
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class GraphBatch:
     n_systems: int
 
     def to(self, device: torch.device) -> GraphBatch:
-        return _each_tensor(self, lambda t: t.to(device, non_blocking=True))
+        return each_tensor(self, lambda t: t.to(device, non_blocking=True))
 
 
 @dataclass(frozen=True)
@@ -90,23 +90,24 @@ class Batch:
         return ~self.energy.isnan() & (self.energy_at >= 0)
 
     def to(self, device: torch.device) -> Batch:
-        return _each_tensor(self, lambda t: t.to(device, non_blocking=True))
+        return each_tensor(self, lambda t: t.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
-        return _each_tensor(self, torch.Tensor.pin_memory)
+        return each_tensor(self, lambda t: torch.as_tensor(t).pin_memory())
 
 
 Holder = TypeVar("Holder", Batch, GraphBatch)
 
 
-def _each_tensor(holder: Holder, change: Callable[[torch.Tensor], torch.Tensor]) -> Holder:
-    """A copy in which every tensor, those of its graph too, has gone through `change`."""
+def each_tensor(holder: Holder, change: Callable[[Any], Any]) -> Holder:
+    """A copy in which every tensor (or array, on its way between processes), those of its graph too, has gone through
+    `change`."""
     changed: dict[str, Any] = {}
     for name, value in vars(holder).items():
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, torch.Tensor | np.ndarray):
             changed[name] = change(value)
         elif isinstance(value, GraphBatch):
-            changed[name] = _each_tensor(value, change)
+            changed[name] = each_tensor(value, change)
     return replace(holder, **changed)
 
 
@@ -164,7 +165,20 @@ class Collator:
         """
         if not systems:
             return None
-        return join_graphs([s.numbers for s in systems], [self._graph(s) for s in systems])
+        numbers = np.concatenate([s.numbers for s in systems])
+        if (heaviest := int(numbers.max())) >= self.max_elements:
+            raise ValueError(
+                f"the encoder knows no {SYMBOLS[heaviest]} (Z = {heaviest}); its table ends at {self.max_elements - 1}"
+            )
+        d = self.data
+        graph, _ = neighbour_graphs(systems, d.cutoff, d.max_neighbours, strict=d.strict_neighbours)
+        return GraphBatch(
+            torch.from_numpy(numbers.astype(np.int64)),
+            torch.from_numpy(graph.edge_index),
+            torch.from_numpy(graph.edge_vec.astype(np.float32)),
+            torch.from_numpy(np.repeat(np.arange(len(systems)), [len(s.numbers) for s in systems])),
+            len(systems),
+        )
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
         """Prompt and answer of each sample, end to end."""
@@ -207,28 +221,16 @@ class Collator:
             padded=not self.data.packed,
         )
 
-    def _graph(self, system: System) -> Graph:
-        d, heaviest = self.data, int(system.numbers.max())
-        if heaviest >= self.max_elements:
-            raise ValueError(
-                f"the encoder knows no {SYMBOLS[heaviest]} (Z = {heaviest}); its table ends at {self.max_elements - 1}"
-            )
-        return neighbour_graph(
-            system.lattice, system.positions, d.cutoff, d.max_neighbours, strict=d.strict_neighbours
-        )
+
+@functools.lru_cache(maxsize=4)
+def _epoch(n: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, 7, epoch]).permutation(n)
 
 
-def join_graphs(numbers: Sequence[np.ndarray], graphs: Sequence[Graph]) -> GraphBatch:
-    """Put graphs side by side, the atoms of each following those of the last."""
-    counts = np.array([len(n) for n in numbers])
-    offsets = np.concatenate([[0], np.cumsum(counts)[:-1]])
-    return GraphBatch(
-        torch.from_numpy(np.concatenate(numbers).astype(np.int64)),
-        torch.from_numpy(np.concatenate([g.edge_index + o for g, o in zip(graphs, offsets)], axis=1)),
-        torch.from_numpy(np.concatenate([g.edge_vec for g in graphs]).astype(np.float32)),
-        torch.from_numpy(np.repeat(np.arange(len(graphs)), counts)),
-        len(graphs),
-    )
+def shuffled(position: int, n: int, seed: int) -> int:
+    """Which of n samples stands at a position of an endless sequence, whose every n are a permutation of their own."""
+    epoch, place = divmod(position, n)
+    return int(_epoch(n, seed, epoch)[place])
 
 
 def draw(n: int, count: int, seed: int, step: int, rank: int, world: int) -> np.ndarray:
@@ -237,7 +239,4 @@ def draw(n: int, count: int, seed: int, step: int, rank: int, world: int) -> np.
     Every rank cuts the same endless sequence of permutations, so that no two ranks share a sample of an epoch.
     """
     start = (step * world + rank) * count
-    positions = np.arange(start, start + count)
-    epochs = np.unique(positions // n)
-    order = {e: np.random.default_rng([seed, 7, int(e)]).permutation(n) for e in epochs}
-    return np.array([order[p // n][p % n] for p in positions])
+    return np.array([shuffled(p, n, seed) for p in range(start, start + count)])

@@ -4,37 +4,38 @@ from __future__ import annotations
 
 import torch
 
-from catmllm.data.batches import Batch, draw
+from catmllm.data.batches import Batch, shuffled
 from catmllm.data.prompts import Sample
 from catmllm.models.losses import info_nce
-from catmllm.stages.supervised import validation_systems
+from catmllm.stages.supervised import FromLoader, validation_systems
 from catmllm.structure.text import three_part_text
-from catmllm.trainer.loop import Context, MicroBatch, Stateless, Step
+from catmllm.trainer.loop import Context, MicroBatch, Step
 from catmllm.trainer.stop import TrainingError
 
 
-class Align(Stateless):
+class Align(FromLoader):
     """InfoNCE between the graph token and the mean-pooled encoding of the three-part text."""
 
     name = "align"
 
     def __init__(self, context: Context) -> None:
         self.context, self.config = context, context.config.align
-        self.systems = context.data["train"]
+        systems, seed = context.data["train"], context.config.seed
+
+        def example(position: int) -> Sample:
+            system = systems[shuffled(position, len(systems), seed)]
+            return Sample(three_part_text(system), "", system)
+
+        self.load(example, self.config)
 
     def trains(self, parameter: str) -> bool:
         return parameter.startswith(("encoder.", "projector."))
 
     def step(self, step: int) -> Step:
-        c = self.context
-        chosen = draw(
-            len(self.systems), self.config.batch_size, c.config.seed, step, c.world.rank, c.world.size
-        )
-        some = [self.systems[i] for i in chosen]
-        batch = c.collate([Sample(three_part_text(s), "", s) for s in some]).to(c.world.device)
+        (batch,) = self.batches(1)
         work = Step([])
         work.passes.append(
-            MicroBatch(lambda: self._loss(batch, work.metrics), batch.tokens, len(some), batch)
+            MicroBatch(lambda: self._loss(batch, work.metrics), batch.tokens, len(batch), batch)
         )
         return work
 

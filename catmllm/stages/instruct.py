@@ -6,33 +6,40 @@ the head would drift otherwise.
 
 from __future__ import annotations
 
-from catmllm.stages.supervised import Mixture, property_with_dropout, supervised_step, validation_error
-from catmllm.trainer.loop import Context, Stateless, Step
+from catmllm.stages.supervised import (
+    FromLoader,
+    Mixture,
+    property_with_dropout,
+    supervised_step,
+    validation_error,
+)
+from catmllm.trainer.loop import Context, Step
 
 
-class Instruct(Stateless):
+class Instruct(FromLoader):
     """Cross-entropy of the answers, plus the energy head's MAE on property samples."""
 
     name = "instruct"
 
     def __init__(self, context: Context) -> None:
         self.context, self.config = context, context.config.instruct
-        self.mixture = Mixture(context, seed=2)
+        o, c = self.config, context.config
+        mixture = Mixture(
+            context.data["train"],
+            c.data,
+            c.seed + 2,
+            o.property_share,
+            lambda s, rng: property_with_dropout(s, rng, o.drop_text, o.drop_graph, 0.0, c.data.phrasings),
+            design_share=o.design_share / max(1e-9, 1 - o.property_share),
+            noise=o.exemplar_noise,
+        )
+        self.load(mixture, o)
 
     def trains(self, parameter: str) -> bool:
         return parameter.startswith(("llm.", "energy_head."))
 
     def step(self, step: int) -> Step:
-        o, d = self.config, self.context.config.data
-        batches = self.mixture.draw(
-            step,
-            o,
-            o.property_share,
-            lambda s, rng: property_with_dropout(s, rng, o.drop_text, o.drop_graph, 0.0, d.phrasings),
-            design_share=o.design_share / max(1e-9, 1 - o.property_share),
-            noise=o.exemplar_noise,
-        )
-        return supervised_step(self.context.model, batches, lambda ce, mae, labelled: ce + mae)
+        return supervised_step(self, self.config, lambda ce, mae, labelled: ce + mae)
 
     def validate(self) -> dict[str, float]:
         return validation_error(self.context, self.config)

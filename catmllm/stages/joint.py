@@ -5,18 +5,36 @@ from __future__ import annotations
 import torch
 
 from catmllm.models.losses import mmtg_loss
-from catmllm.stages.supervised import Mixture, property_with_dropout, supervised_step, validation_error
-from catmllm.trainer.loop import Context, Stateless, Step
+from catmllm.stages.supervised import (
+    FromLoader,
+    Mixture,
+    property_with_dropout,
+    supervised_step,
+    validation_error,
+)
+from catmllm.trainer.loop import Context, Step
 
 
-class Joint(Stateless):
+class Joint(FromLoader):
     """Property samples under MMTG(|energy error|, cross-entropy); CIF and design samples under cross-entropy."""
 
     name = "joint"
 
     def __init__(self, context: Context) -> None:
         self.context, self.config = context, context.config.joint
-        self.mixture = Mixture(context, seed=1)
+        o, c = self.config, context.config
+        mixture = Mixture(
+            context.data["train"],
+            c.data,
+            c.seed + 1,
+            o.property_share,
+            lambda s, rng: property_with_dropout(
+                s, rng, o.drop_text, o.drop_graph, o.position_noise, c.data.phrasings
+            ),
+            design_share=0.5,
+            noise=o.exemplar_noise,
+        )
+        self.load(mixture, o)
         energies = torch.tensor([s.known_energy for s in context.data["train"]])
         context.model.energy_mean.copy_(energies.mean())
         context.model.energy_std.copy_(energies.std())
@@ -25,22 +43,12 @@ class Joint(Stateless):
         return True
 
     def step(self, step: int) -> Step:
-        o, d = self.config, self.context.config.data
-        batches = self.mixture.draw(
-            step,
-            o,
-            o.property_share,
-            lambda s, rng: property_with_dropout(
-                s, rng, o.drop_text, o.drop_graph, o.position_noise, d.phrasings
-            ),
-            design_share=0.5,
-            noise=o.exemplar_noise,
-        )
+        o = self.config
 
         def loss(ce: torch.Tensor, mae: torch.Tensor, labelled: torch.Tensor) -> torch.Tensor:
             return torch.where(labelled, mmtg_loss(mae, ce, o.mmtg_lambda, o.mmtg_sign), ce)
 
-        return supervised_step(self.context.model, batches, loss)
+        return supervised_step(self, o, loss)
 
     def validate(self) -> dict[str, float]:
         return validation_error(self.context, self.config)

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from catmllm.config import SupervisedConfig
+from catmllm.config import DataConfig, SupervisedConfig
 from catmllm.data.augment import symmetric_copy
-from catmllm.data.batches import Batch, draw
+from catmllm.data.batches import Batch, draw, shuffled
+from catmllm.data.loader import Loader, Windows
 from catmllm.data.prompts import Sample, cif_sample, design_sample, draw_words, jitter, property_sample
 from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.structure.system import System
-from catmllm.trainer.loop import Context, MicroBatch, Step
+from catmllm.trainer.loop import Context, MicroBatch, Stateless, Step
 from catmllm.trainer.stop import TrainingError
 
 
@@ -80,59 +81,93 @@ def task_sample(
     return design_sample(system, exemplar, decimals, draw_words(rng, phrasings))
 
 
-def is_property(place: int, share: float) -> bool:
-    """Whether the sample at this place in the batch of all ranks is a property sample: evenly spread, `share` of all."""
-    return int((place + 1) * share + 1e-9) > int(place * share + 1e-9)
+def is_property(position: int, share: float) -> bool:
+    """Whether the sample at this position of the sequence is a property sample: evenly spread, `share` of all."""
+    return int((position + 1) * share + 1e-9) > int(position * share + 1e-9)
 
 
+class FromLoader(Stateless):
+    """Base of stages whose batches come from a loader: a checkpoint keeps the place in it."""
+
+    context: Context
+    loader: Loader
+
+    def load(self, example: Callable[[int], Sample], config: SupervisedConfig) -> None:
+        """Begin to read; `example`: a position in the sequence of samples -> the sample there."""
+        c = self.context
+        windows = Windows(example, c.collate, config.batch_size, config.accumulate, config.batch_tokens)
+        pin = c.world.device.type == "cuda"
+        self.loader = Loader(windows, c.world.rank, c.world.size, c.config.data.workers, pin)
+
+    def batches(self, n: int) -> list[Batch]:
+        """The next passes of this rank, on its device."""
+        return [next(self.loader).to(self.context.world.device) for _ in range(n)]
+
+    def state(self) -> dict[str, Any]:
+        return {"loader": self.loader.state(self.context.world.gather)}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.loader.load_state(state["loader"])
+
+
+@dataclass
 class Mixture:
-    """The samples of a supervised step: property samples evenly among CIF and design samples."""
+    """Position in the sequence of samples -> the sample: property samples evenly among CIF and design samples.
 
-    def __init__(self, context: Context, seed: int) -> None:
-        self.context, self.seed = context, context.config.seed + seed
-        self.systems = context.data["train"]
+    `property_of` makes a property sample, `design_share` is of the rest. A sample's random numbers are a function of
+    seed and position, so that neither ranks nor passes nor workers change it.
+    """
+
+    systems: Sequence[System]
+    data: DataConfig
+    seed: int
+    property_share: float
+    property_of: Callable[[System, np.random.Generator], Sample]
+    design_share: float
+    noise: float
+
+    def __post_init__(self) -> None:
         self.kin = relatives(self.systems)
 
-    def draw(
-        self,
-        step: int,
-        config: SupervisedConfig,
-        property_share: float,
-        property_of: Callable[[System, np.random.Generator], Sample],
-        design_share: float,
-        noise: float,
-    ) -> list[Batch]:
-        """This rank's passes of a step; `property_of` makes a property sample, `design_share` is of the rest."""
-        c, size = self.context, config.batch_size
-        samples = []
-        picks = chosen(len(self.systems), size, self.seed, step, c.world.rank, c.world.size)
-        for k, (i, rng) in enumerate(picks):
-            system = self.systems[i]
-            if c.config.data.augment:
-                system = symmetric_copy(system, rng)
-            if is_property(c.world.rank * size + k, property_share):
-                samples.append(property_of(system, rng))
-            else:
-                kin = [self.systems[j] for j in self.kin[i]]
-                d = c.config.data
-                samples.append(task_sample(system, kin, rng, design_share, noise, d.decimals, d.phrasings))
-        cuts = [len(samples) * k // config.accumulate for k in range(config.accumulate + 1)]
-        parts = [samples[a:b] for a, b in itertools.pairwise(cuts)]
-        return [c.collate(part).to(c.world.device) for part in parts if part]
+    def __call__(self, position: int) -> Sample:
+        i = shuffled(position, len(self.systems), self.seed)
+        rng = np.random.default_rng([self.seed, position])
+        system = self.systems[i]
+        if self.data.augment:
+            system = symmetric_copy(system, rng)
+        if is_property(position, self.property_share):
+            return self.property_of(system, rng)
+        kin = [self.systems[j] for j in self.kin[i]]
+        d = self.data
+        return task_sample(system, kin, rng, self.design_share, self.noise, d.decimals, d.phrasings)
 
 
 def supervised_step(
-    model: CatalyticMLLM,
-    batches: list[Batch],
+    stage: FromLoader,
+    config: SupervisedConfig,
     loss_of: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
 ) -> Step:
-    """The passes over this rank's batches; `loss_of` (cross-entropy, |energy error|, labelled), all [S], gives [S].
+    """The passes of a step; `loss_of` (cross-entropy, |energy error|, labelled), all [S], gives [S].
 
-    A pass counts by its samples, so that how a batch is cut changes nothing. Logs both losses, the energy's in eV.
+    The loss is the mean over the samples of all ranks and passes, so that how they are cut and packed changes nothing.
+    Logs both losses, the energy's in eV, and where there is any, the share of a pass that holds no token.
     """
-    total = sum(len(b) for b in batches)
-    n_labelled = sum(int(b.labelled.sum()) for b in batches)
+    world, model = stage.context.world, stage.context.model
+    batches = stage.batches(config.accumulate)
+    total: float = sum(len(b) for b in batches)
+    n_labelled: float = sum(int(b.labelled.sum()) for b in batches)
+    if (
+        config.batch_tokens is not None
+    ):  # packs differ in samples; ranks are averaged, so that this is their mean
+        counts = np.array(world.gather((total, n_labelled)))
+        total, n_labelled = counts.mean(0).tolist()
     metrics = {"cross_entropy": 0.0, "energy_mae": 0.0 if n_labelled else float("nan")}
+    tokens = sum(b.tokens for b in batches)
+    if batches[0].padded:
+        metrics["waste"] = 1 - tokens / sum(len(b) * b.max_length for b in batches)
+    elif config.batch_tokens is not None:
+        metrics["waste"] = 1 - tokens / (config.batch_tokens * len(batches))
+        metrics["too_long"] = float(stage.loader.too_long)
 
     def loss(batch: Batch) -> torch.Tensor:
         ce, mae, labelled = sample_losses(model, batch)

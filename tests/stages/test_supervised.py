@@ -7,8 +7,15 @@ import numpy as np
 import pytest
 import torch
 
+from catmllm.models.losses import mmtg_loss
 from catmllm.stages.joint import Joint
-from catmllm.stages.supervised import Mixture, is_property, property_with_dropout, relatives, task_sample
+from catmllm.stages.supervised import (
+    is_property,
+    property_with_dropout,
+    relatives,
+    sample_losses,
+    task_sample,
+)
 from catmllm.trainer.distributed import World
 from catmllm.trainer.loop import train
 from tests.stages.conftest import MakeContext, small
@@ -37,23 +44,70 @@ def test_minus_sign_of_mmtg_is_a_choice(make_context: MakeContext) -> None:
     assert all(torch.isfinite(v).all() for v in state.values() if v.is_floating_point())
 
 
-def test_a_step_draws_the_same_batch_again_and_other_steps_others(make_context: MakeContext) -> None:
+def test_a_stage_draws_the_same_batches_again_and_goes_on_from_its_state(make_context: MakeContext) -> None:
     context = make_context(small())
-    config = context.config.joint
-    config.batch_size = 6
+    first = [Joint(context).batches(1)[0] for _ in range(2)]
+    stage = Joint(context)
+    unbroken = [stage.batches(1)[0] for _ in range(4)]
+    for a, b in ((first[0], first[1]), (first[0], unbroken[0])):
+        assert torch.equal(a.input_ids, b.input_ids) and torch.equal(a.graph.edge_vec, b.graph.edge_vec)
+    assert unbroken[0].input_ids.shape != unbroken[1].input_ids.shape
+    begun = Joint(context)
+    begun.batches(2)
+    resumed = Joint(context)
+    resumed.load_state(json.loads(json.dumps(begun.state())))
+    (batch,) = resumed.batches(1)
+    assert torch.equal(batch.input_ids, unbroken[2].input_ids)
+    assert torch.equal(batch.graph.edge_vec, unbroken[2].graph.edge_vec)
 
-    def batch(step: int):
-        return Mixture(context, 1).draw(step, config, 0.5, lambda s, rng: _property(s), 0.5, 0.05)[0]
 
-    def _property(system):
-        from catmllm.data.prompts import property_sample
+@pytest.mark.parametrize("layout", ["padded", "packed to a budget"])
+def test_layouts_learn_the_same(make_context: MakeContext, layout: str) -> None:
+    """The same samples a step, end to end and padded: the loss curve is one, to the rounding of sums in another order.
+    Packs of a budget hold other samples a step: the curve differs, its course does not."""
+    losses = {}
+    for other in (False, True):
+        config = small()
+        config.joint.steps, config.joint.lr, config.joint.batch_size = 8, 5e-4, 8
+        if other and layout == "padded":
+            config.data.packed = False
+        elif other:
+            config.joint.batch_tokens, config.joint.accumulate = 512, 2
+        context = make_context(config)
+        context.folder = context.folder / f"{layout} {other}"
+        context.folder.mkdir()
+        train(Joint, context)
+        rows = [json.loads(line) for line in (context.folder / "log.jsonl").read_text().splitlines()]
+        losses[other] = [r["loss"] for r in rows]
+        wasted = [r["waste"] for r in rows if "waste" in r]
+        assert len(wasted) == (8 if other else 0)
+        if other:
+            assert (
+                all(0.2 < w < 0.8 for w in wasted)
+                if layout == "padded"
+                else all(0 <= w < 0.6 for w in wasted)
+            )
+    assert losses[True] == pytest.approx(losses[False], rel=2e-5 if layout == "padded" else 0.15)
 
-        return property_sample(system)
 
-    first, again, other = batch(3), batch(3), batch(4)
-    assert torch.equal(first.input_ids, again.input_ids)
-    assert torch.equal(first.graph.edge_vec, again.graph.edge_vec)
-    assert first.input_ids.shape != other.input_ids.shape or not torch.equal(first.input_ids, other.input_ids)
+def test_the_loss_of_packs_is_the_mean_over_their_samples(make_context: MakeContext) -> None:
+    """However the samples of a step fall into packs."""
+    config = small()
+    config.joint.batch_tokens, config.joint.accumulate = 400, 3
+    context = make_context(config)
+    stage, same = Joint(context), Joint(context)
+    work = stage.step(0)
+    with torch.no_grad():
+        loss = sum(float(p.loss()) for p in work.passes)
+        batches = same.batches(3)
+        parts = [sample_losses(context.model, b) for b in batches]
+        ce, mae, labelled = (torch.cat([p[k] for p in parts]) for k in range(3))
+        expected = torch.where(labelled, mmtg_loss(mae, ce), ce).mean()
+    assert len({len(b) for b in batches}) > 1
+    assert loss == pytest.approx(float(expected), rel=1e-5)
+    assert work.metrics["cross_entropy"] == pytest.approx(float(ce.mean()), rel=1e-5)
+    in_ev = float(mae[labelled].mean()) * float(context.model.energy_std)
+    assert work.metrics["energy_mae"] == pytest.approx(in_ev, rel=1e-5)
 
 
 def test_relatives_share_identity_and_leave_out_the_system_itself(make_context: MakeContext) -> None:
@@ -68,8 +122,6 @@ def test_relatives_share_identity_and_leave_out_the_system_itself(make_context: 
 
 def test_ranks_and_passes_share_one_batch(make_context: MakeContext) -> None:
     """The samples of a step do not depend on how many ranks and passes they are spread over."""
-    from catmllm.data.prompts import property_sample
-
     context = make_context(small())
     config = context.config.joint
 
@@ -78,9 +130,8 @@ def test_ranks_and_passes_share_one_batch(make_context: MakeContext) -> None:
         rows = []
         for rank in range(ranks):
             context.world = World(rank, ranks, torch.device("cpu"))
-            batches = Mixture(context, 1).draw(5, config, 0.4, lambda s, _: property_sample(s), 0.5, 0.05)
-            assert len(batches) == accumulate
-            rows += [r.tolist() for b in batches for r in b.input_ids.split(b.cu_seqlens.diff().tolist())]
+            for b in Joint(context).batches(accumulate):
+                rows += [r.tolist() for r in b.input_ids.split(b.cu_seqlens.diff().tolist())]
         return rows
 
     one = tokens(1, 1)
@@ -97,17 +148,17 @@ def test_property_samples_are_spread_evenly(share: float) -> None:
 def test_varied_phrasings_reach_the_batches_of_every_task(make_context: MakeContext) -> None:
     config = small()
     config.joint.batch_size = 24
-    tokens = {}
+    tokens, drawn = {}, {}
     for choice in ("paper", "varied"):
         config.data.phrasings = choice  # type: ignore[assignment]
         context = make_context(config)
-        d, o = context.config.data, context.config.joint
+        d = context.config.data
         rng = [np.random.default_rng([7, k]) for k in range(60)]
         system = context.data["train"][0]
         samples = [property_with_dropout(system, r, 0.3, 0.0, 0.0, d.phrasings) for r in rng[:30]]
         samples += [task_sample(system, [], r, 0.5, 0.05, 3, d.phrasings) for r in rng[30:]]
         tokens[choice] = len({s.prompt for s in samples})
-        Mixture(context, 1).draw(
-            0, o, 0.5, lambda s, r: property_with_dropout(s, r, 0, 0, 0, "varied"), 0.5, 0.05
-        )
+        mixture = Joint(context).loader.windows.example
+        drawn[choice] = [mixture(k).prompt for k in range(60)]
     assert tokens["paper"] <= 5 < 15 < tokens["varied"]
+    assert sum(a != b for a, b in zip(drawn["paper"], drawn["varied"])) > 20

@@ -1,0 +1,189 @@
+"""Batches for one rank, from an endless sequence of samples that all ranks share.
+
+A sample is a function of its position in that sequence, a window of consecutive samples is packed for itself, and
+windows are dealt to ranks in turn. So what a batch holds depends neither on the number of workers nor on the number of
+ranks, and the whole state is a few integers. Built on torch's DataLoader: worker processes, order, prefetch, pinning.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.data import DataLoader, get_worker_info
+
+from catmllm.data.batches import Batch, Collator, each_tensor
+from catmllm.data.packing import pack
+from catmllm.data.prompts import Sample
+
+PACKS = 64  # a window, about: one pack of it is half empty at worst, 0.8 % of all on average
+PROBE = 256  # samples whose mean length sets how many a window of packs takes
+
+
+class Window(NamedTuple):
+    """The packs of one window, and how many of its samples were left out for being longer than a pack."""
+
+    packs: list[Batch]
+    too_long: int
+
+
+@dataclass(frozen=True)
+class Windows:
+    """window number -> its packs. `example`: position -> sample, the same whenever and wherever it is called.
+
+    With a budget, a window of about 64 packs of at most so many tokens; else `batch_size` samples, cut into `passes`.
+    """
+
+    example: Callable[[int], Sample]
+    collate: Collator
+    batch_size: int = 1
+    passes: int = 1
+    budget: int | None = None
+
+    @functools.cached_property
+    def size(self) -> int:
+        """Samples a window."""
+        if self.budget is None:
+            return self.batch_size
+        lengths = [self.collate.encoded(self.example(i)).length for i in range(PROBE)]
+        return max(1, round(PACKS * self.budget / (sum(lengths) / PROBE)))
+
+    def __getitem__(self, number: int) -> Window:
+        first = number * self.size
+        rows = [self.collate.encoded(self.example(i)) for i in range(first, first + self.size)]
+        if self.budget is None:
+            cuts = [len(rows) * k // self.passes for k in range(self.passes + 1)]
+            groups = [rows[a:b] for a, b in itertools.pairwise(cuts)]
+            kept = rows
+        else:
+            kept = [r for r in rows if r.length <= self.budget]
+            groups = [[kept[i] for i in group] for group in pack([r.length for r in kept], self.budget)]
+        packs = [self.collate.join(group) for group in groups if group]
+        if get_worker_info() is not None:
+            # Arrays go through a pipe; tensors would go through /dev/shm, a file descriptor each, and containers have
+            # little of the one and few of the other.
+            packs = [each_tensor(p, torch.Tensor.numpy) for p in packs]
+        return Window(packs, len(rows) - len(kept))
+
+
+class Loader:
+    """This rank's batches, endlessly. `ranks` loaders that differ in `rank` alone see every pack once.
+
+    The sequence of windows is `leftover` (pairs of a window and its first pack to take; what a run with another number
+    of ranks had begun), then all windows from `start` on; rank r takes entries r, r + ranks, ... The state is that and
+    each rank's place in it. `too_long` counts the samples left out so far.
+    """
+
+    def __init__(
+        self, windows: Windows, rank: int = 0, ranks: int = 1, workers: int = 0, pin: bool = False
+    ) -> None:
+        self.windows, self.rank, self.ranks, self.workers, self.pin = windows, rank, ranks, workers, pin
+        self.leftover: list[tuple[int, int]] = []
+        self.start = 0
+        self.too_long = 0
+        self._place = (rank, 0)  # the entry being taken, and its packs taken
+        self._batches = self._run()
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        return next(self._batches)
+
+    def state(self, gather: Callable[[Any], list[Any]] = lambda place: [place]) -> dict[str, Any]:
+        """JSON values, the same on every rank; `gather` brings the values of all ranks, in their order."""
+        return {
+            "leftover": self.leftover,
+            "start": self.start,
+            "places": gather([*self._place, self.too_long]),
+            "window": self.windows.size,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from there. With another number of ranks the remaining packs are dealt anew: none is lost, none comes
+        twice, and the order is the sequence's. Raises ValueError for the state of other data."""
+        if state["window"] != self.windows.size:
+            raise ValueError(
+                f"the saved order of data has windows of {state['window']} samples, these data and settings make them of "
+                f"{self.windows.size}: data, tokenizer or batch size have changed since"
+            )
+        self.leftover = [(w, p) for w, p in state["leftover"]]
+        self.start = state["start"]
+        places = [(entry, taken) for entry, taken, _ in state["places"]]
+        too_long = [n for *_, n in state["places"]]
+        if len(places) == self.ranks:
+            self._place, self.too_long = places[self.rank], too_long[self.rank]
+        else:
+            self.too_long = 0 if self.rank else sum(too_long)
+            begun = max(len(self.leftover), 1 + max(entry for entry, _ in places))
+            left = []
+            for entry in range(begun):
+                reached, taken = places[entry % len(places)]
+                if entry >= reached:
+                    window, first = self._entry(entry)
+                    left.append((window, taken if entry == reached and taken else first))
+            self.start += begun - len(self.leftover)
+            self.leftover, self._place = left, (self.rank, 0)
+        self._batches = self._run()
+
+    def _entry(self, number: int) -> tuple[int, int]:
+        """An entry of the sequence: a window and its first pack."""
+        if number < len(self.leftover):
+            return self.leftover[number]
+        return self.start + number - len(self.leftover), 0
+
+    def _run(self) -> Iterator[Batch]:
+        entry, taken = self._place
+        empty = 0
+        windows: Iterable[Window] = DataLoader(
+            self.windows,  # type: ignore[arg-type]
+            sampler=_Mine(self, entry),
+            batch_size=None,
+            num_workers=self.workers,
+            prefetch_factor=2 if self.workers else None,
+            pin_memory=self.pin,
+            collate_fn=_as_it_is,  # type: ignore[arg-type]
+            worker_init_fn=_quiet,
+            multiprocessing_context="fork" if self.workers else None,
+            generator=torch.Generator(),  # or it would draw from the generator of training
+        )
+        for packs, too_long in windows:
+            first = taken or self._entry(entry)[1]
+            if not first:
+                self.too_long += too_long
+            for k in range(first, len(packs)):
+                last = k + 1 == len(packs)
+                self._place = (entry + self.ranks, 0) if last else (entry, k + 1)
+                yield each_tensor(packs[k], torch.as_tensor)
+            empty = 0 if packs else empty + 1
+            if empty == 3:
+                raise ValueError(
+                    f"of {3 * self.windows.size} samples none fits {self.windows.budget} tokens; raise `batch_tokens`"
+                )
+            entry, taken = entry + self.ranks, 0
+
+
+@dataclass(frozen=True)
+class _Mine(Iterable[int]):
+    """The windows of one rank's entries, from `entry` on."""
+
+    loader: Loader
+    entry: int
+
+    def __iter__(self) -> Iterator[int]:
+        return (self.loader._entry(k)[0] for k in itertools.count(self.entry, self.loader.ranks))
+
+
+def _as_it_is(window: Window) -> Window:
+    return window
+
+
+def _quiet(worker: int) -> None:
+    """A worker ends with its parent; the signals that the parent answers by saving are not its own."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
