@@ -11,7 +11,7 @@ import functools
 import itertools
 import signal
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -44,6 +44,7 @@ class Windows:
     batch_size: int = 1
     passes: int = 1
     budget: int | None = None
+    origin: int = 0  # where window 0 begins
 
     @functools.cached_property
     def size(self) -> int:
@@ -54,7 +55,7 @@ class Windows:
         return max(1, round(PACKS * self.budget / (sum(lengths) / PROBE)))
 
     def __getitem__(self, number: int) -> Window:
-        first = number * self.size
+        first = self.origin + number * self.size
         rows = [self.collate.encoded(self.example(i)) for i in range(first, first + self.size)]
         if self.budget is None:
             cuts = [len(rows) * k // self.passes for k in range(self.passes + 1)]
@@ -102,25 +103,26 @@ class Loader:
             "start": self.start,
             "places": gather([*self._place, self.too_long]),
             "window": self.windows.size,
+            "origin": self.windows.origin,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from there. With another number of ranks the remaining packs are dealt anew: none is lost, none comes
-        twice, and the order is the sequence's. Raises ValueError for the state of other data."""
-        if state["window"] != self.windows.size:
-            raise ValueError(
-                f"the saved order of data has windows of {state['window']} samples, these data and settings make them of "
-                f"{self.windows.size}: data, tokenizer or batch size have changed since"
-            )
+        twice, and the order is the sequence's. Another `batch_size` goes on from the same sample; raises ValueError for
+        another window of packs (a budget, a tokenizer or data that changed)."""
         self.leftover = [(w, p) for w, p in state["leftover"]]
         self.start = state["start"]
+        self.windows = replace(self.windows, origin=state["origin"])
         places = [(entry, taken) for entry, taken, _ in state["places"]]
         too_long = [n for *_, n in state["places"]]
-        if len(places) == self.ranks:
+        size = state["window"]
+        if len(places) == self.ranks and size == self.windows.size:
             self._place, self.too_long = places[self.rank], too_long[self.rank]
         else:
             self.too_long = 0 if self.rank else sum(too_long)
-            begun = max(len(self.leftover), 1 + max(entry for entry, _ in places))
+            # the entries before `begun` are all that anybody has touched
+            ahead = (entry + 1 if taken else entry + 1 - len(places) for entry, taken in places)
+            begun = max(len(self.leftover), *ahead)
             left = []
             for entry in range(begun):
                 reached, taken = places[entry % len(places)]
@@ -129,6 +131,14 @@ class Loader:
                     left.append((window, taken if entry == reached and taken else first))
             self.start += begun - len(self.leftover)
             self.leftover, self._place = left, (self.rank, 0)
+        if size != self.windows.size:
+            if self.leftover:
+                raise ValueError(
+                    f"the saved order of data has packs from windows of {size} samples, these data and settings make "
+                    f"windows of {self.windows.size}: `batch_tokens`, tokenizer or data have changed since"
+                )
+            self.windows = replace(self.windows, origin=state["origin"] + self.start * size)
+            self.start = 0
         self._batches = self._run()
 
     def _entry(self, number: int) -> tuple[int, int]:
