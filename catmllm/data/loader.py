@@ -88,13 +88,15 @@ class Loader:
         self.start = 0
         self.too_long = 0
         self._place = (rank, 0)  # the entry being taken, and its packs taken
-        self._batches = self._run()
+        self._batches = self._stream()
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
-        return next(self._batches)
+        batch, self._place, too_long = next(self._batches)
+        self.too_long += too_long
+        return batch
 
     def state(self, gather: Callable[[Any], list[Any]] = lambda place: [place]) -> dict[str, Any]:
         """JSON values, the same on every rank; `gather` brings the values of all ranks, in their order."""
@@ -123,11 +125,12 @@ class Loader:
             # the entries before `begun` are all that anybody has touched
             ahead = (entry + 1 if taken else entry + 1 - len(places) for entry, taken in places)
             begun = max(len(self.leftover), *ahead)
+            entries = _Entries(tuple(self.leftover), self.start, 0, 1)
             left = []
             for entry in range(begun):
                 reached, taken = places[entry % len(places)]
                 if entry >= reached:
-                    window, first = self._entry(entry)
+                    window, first = entries.entry(entry)
                     left.append((window, taken if entry == reached and taken else first))
             self.start += begun - len(self.leftover)
             self.leftover, self._place = left, (self.rank, 0)
@@ -139,54 +142,64 @@ class Loader:
                 )
             self.windows = replace(self.windows, origin=state["origin"] + self.start * size)
             self.start = 0
-        self._batches = self._run()
+        self._batches = self._stream()
 
-    def _entry(self, number: int) -> tuple[int, int]:
-        """An entry of the sequence: a window and its first pack."""
+    def _stream(self) -> Iterator[tuple[Batch, tuple[int, int], int]]:
+        # A function of values, not of the loader: one that held its own stream would outlive its last user, and its workers too.
+        entries = _Entries(tuple(self.leftover), self.start, self._place[0], self.ranks)
+        return _run(self.windows, entries, self._place[1], self.workers, self.pin)
+
+
+@dataclass(frozen=True)
+class _Entries(Iterable[int]):
+    """The windows of the entries first, first + step, ... of a sequence."""
+
+    leftover: tuple[tuple[int, int], ...]
+    start: int
+    first: int
+    step: int
+
+    def __iter__(self) -> Iterator[int]:
+        return (self.entry(k)[0] for k in itertools.count(self.first, self.step))
+
+    def entry(self, number: int) -> tuple[int, int]:
+        """A window and its first pack."""
         if number < len(self.leftover):
             return self.leftover[number]
         return self.start + number - len(self.leftover), 0
 
-    def _run(self) -> Iterator[Batch]:
-        entry, taken = self._place
-        empty = 0
-        windows: Iterable[Window] = DataLoader(
-            self.windows,  # type: ignore[arg-type]
-            sampler=_Mine(self, entry),
-            batch_size=None,
-            num_workers=self.workers,
-            prefetch_factor=2 if self.workers else None,
-            pin_memory=self.pin,
-            collate_fn=_as_it_is,  # type: ignore[arg-type]
-            worker_init_fn=_quiet,
-            multiprocessing_context="fork" if self.workers else None,
-            generator=torch.Generator(),  # or it would draw from the generator of training
-        )
-        for packs, too_long in windows:
-            first = taken or self._entry(entry)[1]
-            if not first:
-                self.too_long += too_long
-            for k in range(first, len(packs)):
-                last = k + 1 == len(packs)
-                self._place = (entry + self.ranks, 0) if last else (entry, k + 1)
-                yield each_tensor(packs[k], torch.as_tensor)
-            empty = 0 if packs else empty + 1
-            if empty == 3:
-                raise ValueError(
-                    f"of {3 * self.windows.size} samples none fits {self.windows.budget} tokens; raise `batch_tokens`"
-                )
-            entry, taken = entry + self.ranks, 0
 
-
-@dataclass(frozen=True)
-class _Mine(Iterable[int]):
-    """The windows of one rank's entries, from `entry` on."""
-
-    loader: Loader
-    entry: int
-
-    def __iter__(self) -> Iterator[int]:
-        return (self.loader._entry(k)[0] for k in itertools.count(self.entry, self.loader.ranks))
+def _run(
+    windows: Windows, entries: _Entries, taken: int, workers: int, pin: bool
+) -> Iterator[tuple[Batch, tuple[int, int], int]]:
+    """Each pack, the place after it, and how many samples were left out since the last."""
+    loaded: Iterable[Window] = DataLoader(
+        windows,  # type: ignore[arg-type]
+        sampler=entries,
+        batch_size=None,
+        num_workers=workers,
+        prefetch_factor=2 if workers else None,
+        pin_memory=pin,
+        collate_fn=_as_it_is,  # type: ignore[arg-type]
+        worker_init_fn=_quiet,
+        multiprocessing_context="fork" if workers else None,
+        generator=torch.Generator(),  # or it would draw from the generator of training
+    )
+    entry, left_out, empty = entries.first, 0, 0
+    for packs, too_long in loaded:
+        first = taken or entries.entry(entry)[1]
+        left_out += 0 if first else too_long
+        for k in range(first, len(packs)):
+            last = k + 1 == len(packs)
+            place = (entry + entries.step, 0) if last else (entry, k + 1)
+            yield each_tensor(packs[k], torch.as_tensor), place, left_out
+            left_out = 0
+        empty = 0 if packs else empty + 1
+        if empty == 3:
+            raise ValueError(
+                f"of {3 * windows.size} samples none fits {windows.budget} tokens; raise `batch_tokens`"
+            )
+        entry, taken = entry + entries.step, 0
 
 
 def _as_it_is(window: Window) -> Window:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
+import multiprocessing
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -175,6 +177,20 @@ def test_packs_of_another_budget_are_refused(windows: Callable[..., Windows]) ->
     take(loader, 1)
     with pytest.raises(ValueError, match="`batch_tokens`, tokenizer or data have changed"):
         Loader(windows(budget=2 * BUDGET)).load_state(loader.state())
+
+
+def test_workers_end_with_the_last_user(windows: Callable[..., Windows]) -> None:
+    """At once, by counting: what waited for the collector would run beside the next stage, and be inherited by it."""
+    gc.disable()
+    try:
+        loader = Loader(windows(batch_size=2), workers=1)
+        next(loader)
+        (worker,) = multiprocessing.active_children()
+        del loader
+        worker.join(timeout=20)
+        assert not worker.is_alive()
+    finally:
+        gc.enable()
 
 
 def test_a_fault_in_a_worker_names_its_cause(small_model: Model) -> None:
