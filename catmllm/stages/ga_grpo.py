@@ -48,6 +48,9 @@ class GAGRPO:
         weight = self.context.model.llm.lm_head.weight.detach()
         self.reference_head = (weight.full_tensor() if isinstance(weight, DTensor) else weight).clone()
 
+    def end(self) -> None:
+        """Nothing to put away."""
+
     def trains(self, parameter: str) -> bool:
         return parameter == "llm.lm_head.weight"
 

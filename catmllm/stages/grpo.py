@@ -22,6 +22,7 @@ from catmllm.rl.advantages import group_advantages, per_answer, policy_loss
 from catmllm.rl.grammar import answer_pattern
 from catmllm.rl.rollout import Rollout, RolloutEngine
 from catmllm.rl.scoring import Reward, Scored, Scoring, load_reward
+from catmllm.rl.vllm_engine import VLLMEngine
 from catmllm.stages.supervised import chosen, property_with_dropout, relatives, sample_losses
 from catmllm.trainer.distributed import DTYPES, shard, unsharded
 from catmllm.trainer.loop import Context, MicroBatch, Step
@@ -49,11 +50,25 @@ class GRPO:
         self.kin = relatives(self.systems)
         self.skipped = self.unrewarded = 0
         self.rolled: Rolled | None = None
+        self.vllm: VLLMEngine | None = None
         self.old: dict[int, torch.Tensor] = {}  # log-probabilities of the sampling policy, by pass
 
     def begin(self) -> None:
         if self.reference is not None:
             shard(self.reference, self.context.config, self.context.world, self.config.reshard)
+        if self.config.vllm is not None:
+            self.vllm = self._start_vllm(self.config.vllm)
+
+    def end(self) -> None:
+        if self.vllm is not None:
+            self.vllm.close()
+
+    def _start_vllm(self, python: str) -> VLLMEngine:
+        c, o = self.context, self.config
+        # Qwen's residual stream overflows in plain float16.
+        dtype = torch.bfloat16 if c.config.precision == "fp16" else DTYPES[c.config.precision]
+        log = c.folder / f"vllm.{c.world.rank}.log"
+        return VLLMEngine(python, c.model, c.collate, o.sampling, dtype, log, memory=o.vllm_memory)
 
     def trains(self, parameter: str) -> bool:
         return parameter.startswith(("llm.", "energy_head."))
@@ -81,16 +96,22 @@ class GRPO:
             ]
         targets = [self.systems[i].target for i, _ in picks for _ in range(o.group_size)]
         scoring = Scoring(self.reward, targets, o.reward_timeout)
+        seed = [c.config.seed, step, c.world.rank]
+
+        def take(i: int, r: Rollout) -> None:
+            scoring.take(i, r.text)
+
         with unsharded(c.model):
-            engine = RolloutEngine(c.model, c.collate, DTYPES[c.config.precision])
-            rollouts = engine.generate(
-                prompts,
-                o.sampling,
-                [c.config.seed, step, c.world.rank],
-                o.group_size,
-                patterns=patterns,
-                on_answer=lambda i, r: scoring.take(i, r.text),
-            )
+            if self.vllm is not None:
+                seconds = self.vllm.seconds = dict.fromkeys(self.vllm.seconds, 0.0)
+                self.vllm.update()
+                rollouts = self.vllm.generate(prompts, seed, o.group_size, take)
+            else:
+                engine = RolloutEngine(c.model, c.collate, DTYPES[c.config.precision])
+                seconds = engine.seconds
+                rollouts = engine.generate(
+                    prompts, o.sampling, seed, o.group_size, patterns=patterns, on_answer=take
+                )
         scored = scoring.finish()
         advantages, informative = group_advantages(scored.total.reshape(-1, o.group_size), o.delta)
         self.skipped += int((~informative.any(1)).sum())
@@ -103,8 +124,7 @@ class GRPO:
             "skipped_groups": float((~informative.any(1)).mean()),
             "tokens_per_answer": float(np.mean([len(r.ids) for r in rollouts])),
             "unfinished": float(np.mean([not r.finished for r in rollouts])),
-            "seconds_prefill": engine.seconds["prefill"],
-            "seconds_decode": engine.seconds["decode"],
+            **{f"seconds_{k}": v for k, v in seconds.items()},
             "seconds_reward": scored.busy,  # beside decoding
             "seconds_wait": scored.waited,  # for the last rewards, after it
         }

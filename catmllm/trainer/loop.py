@@ -86,6 +86,9 @@ class Stage(Protocol):
     def step(self, step: int) -> Step:
         """The passes of optimizer step `step` on this rank; every rank must return equally many."""
 
+    def end(self) -> None:
+        """Called once, however training ended."""
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint must keep beside weights and moments, as JSON values of this rank."""
 
@@ -101,6 +104,9 @@ class Stateless:
     def begin(self) -> None:
         """Nothing to prepare."""
 
+    def end(self) -> None:
+        """Nothing to put away."""
+
     def state(self) -> dict[str, Any]:
         return {}
 
@@ -115,7 +121,7 @@ def train(make_stage: Callable[[Context], Stage], context: Context) -> tuple[dic
     the stage. Raises `Stopped` after a signal, when the state is saved, and `TrainingError` where the loss is not
     finite or jumps; the batch is then saved, and the weights are from before it.
     """
-    world, config, folder = context.world, context.config, context.folder
+    world, config = context.world, context.config
     stage = make_stage(context)
     optim = stage.config
     adapters = config.lora.r > 0 and stage.trains(ADAPTED)
@@ -125,7 +131,17 @@ def train(make_stage: Callable[[Context], Stage], context: Context) -> tuple[dic
     prepare_blocks(context.model, config)
     flops = ModelFlops(context.model, stage.name != "align")
     sharded = cast(FSDPModule, shard(context.model, config, world, optim.reshard))
-    stage.begin()
+    with contextlib.ExitStack() as after:
+        after.callback(stage.end)
+        stage.begin()
+        _steps(context, stage, sharded, flops)
+    state = full_state(context.model, world)
+    return (merged(state, config.lora) if adapters else state), stage
+
+
+def _steps(context: Context, stage: Stage, sharded: FSDPModule, flops: ModelFlops) -> None:
+    """All steps of a stage that has begun, from its newest checkpoint on."""
+    world, config, folder, optim = context.world, context.config, context.folder, stage.config
     if world.main:
         print(describe(context, stage.name), flush=True)
     run = _Run(context, stage, _optimizer(context.model, optim), flops)
@@ -164,8 +180,6 @@ def train(make_stage: Callable[[Context], Stage], context: Context) -> tuple[dic
             log.note(
                 f"{stage.name}: the weights of step {run.best_step} are kept (validation {run.best:.4g})"
             )
-    state = full_state(context.model, world)
-    return (merged(state, config.lora) if adapters else state), stage
 
 
 class _Run:

@@ -27,6 +27,7 @@ from catmllm.evaluate.generation import evaluate_generation
 from catmllm.evaluate.property import evaluate_property
 from catmllm.evaluate.report import summary_table, write_report
 from catmllm.models.catalytic_mllm import CatalyticMLLM, build_model, collator, load_model, save_model
+from catmllm.rl.vllm_engine import VLLMError
 from catmllm.stages import STAGES
 from catmllm.stages.refit import refit_energy_head
 from catmllm.structure.cif import write_cif
@@ -90,7 +91,7 @@ def run(config: Config) -> int:
     except Stopped as stopped:
         _say(world, f"stopped: {stopped}. The same command goes on from there.")
         return EXIT_SAVED
-    except (TrainingError, CheckpointError, FileNotFoundError, ValueError) as error:
+    except (TrainingError, CheckpointError, VLLMError, FileNotFoundError, ValueError) as error:
         # What a person can mend is one line; the trace is for faults of ours.
         if os.environ.get("CATMLLM_TRACEBACK"):
             raise
