@@ -7,6 +7,7 @@
    (NeighborList over natural cutoffs, connectivity matrix), the graph ase.neighborlist.neighbor_list and one sort.
 2. `catmllm data oc20` on an IS2RE LMDB of 100,000 made systems of 70 atoms: records a second on 2 processes, the resident
    memory of all processes (anonymous pages) after a quarter and at the end, and the hours for 460,000.
+3. Pictures (`data.images`) a second on one thread, ours and by ASE's plot_atoms with matplotlib.
 """
 
 from __future__ import annotations
@@ -99,6 +100,27 @@ def text_and_graph(systems: list[System], turns: int) -> dict[str, float]:
         theirs.append(seconds(ase_route))
     found = {"ours": 1e6 * statistics.median(ours), "ase": 1e6 * statistics.median(theirs)}
     return found | {"ratio": found["ase"] / found["ours"]}
+
+
+def pictures(systems: list[System], turns: int) -> dict[str, float]:
+    """Median pictures a second of both routes."""
+    from catmllm.data.images import render
+    from tests.data.test_images import drawn_by_ase
+
+    render(systems[0]), drawn_by_ase(systems[0])  # compiles, imports
+
+    def rate(draw: Callable[[System], Any], some: list[System]) -> float:
+        start = time.perf_counter()
+        for system in some:
+            draw(system)
+        return len(some) / (time.perf_counter() - start)
+
+    ours, theirs = [], []
+    for _ in range(turns):
+        ours += [rate(render, systems) for _ in range(3)]
+        theirs.append(rate(drawn_by_ase, systems[:2]))
+    found = {"ours": statistics.median(ours), "ase": statistics.median(theirs)}
+    return found | {"ratio": found["ours"] / found["ase"]}
 
 
 # --------------------------------------------------------------------------- the command
@@ -219,6 +241,7 @@ def main() -> None:
         "made, 70 atoms": [made_slab(rng) for _ in range(3 if args.quick else 8)],
     }
     routes = {name: text_and_graph(systems, turns) for name, systems in cases.items()}
+    drawn = {name: pictures(systems, turns) for name, systems in cases.items()}
     command = whole_command(4_000 if args.quick else 100_000, workers=2)
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
@@ -233,11 +256,13 @@ def main() -> None:
         "peak_mib_of_a_worker": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024,
     }
     if args.json:
-        print(json.dumps({"about": about, "text_and_graph": routes, "command": command}))
+        print(json.dumps({"about": about, "text_and_graph": routes, "pictures": drawn, "command": command}))
         return
     print(about)
     for name, row in routes.items():
         print(f"{name}: {row['ours']:.1f} µs a system, ASE {row['ase']:.0f} µs: {row['ratio']:.0f} x")
+    for name, row in drawn.items():
+        print(f"{name}: {row['ours']:.0f} pictures a second, ASE {row['ase']:.2f}: {row['ratio']:.0f} x")
     print(
         f"{command['systems']:,} systems of 70 atoms in {command['seconds']:.1f} s on {workers(command)}: "
         f"{command['per_second']:.0f} a second, 460,000 in {command['hours_for_460000']:.3f} h; "

@@ -39,6 +39,8 @@ class DataConfig:
     # how questions are asked in joint and instruct: in the paper's words, or also in those of data/phrasings.json
     phrasings: Literal["paper", "varied"] = "paper"
     augment: bool = True  # supervised stages see each system through a random symmetry of its slab's sites
+    # property prompts that show a structure show a picture of it too; needs `model.llm.pretrained`
+    images: bool = False
     strict_neighbours: bool = False  # exactly max_neighbours, as the OC20 checkpoints were trained
     packed: bool = True  # samples end to end; false: each padded to the longest of its batch
     workers: int = 0  # processes a rank that make its batches ahead; 0: none, they are made between the steps
@@ -57,6 +59,7 @@ class LLMConfig:
     max_position_embeddings: int = 2048
     # varlen: ours, inside each sample alone; torch's FlashAttention on CUDA. The others are transformers' own.
     attention: Literal["varlen", "eager", "sdpa", "flash_attention_2"] = "varlen"
+    train_images: bool = False  # the image tower trains in joint and instruct; else it keeps its weights
 
 
 @dataclass
@@ -424,6 +427,13 @@ def _check(config: Config) -> None:
         except ValueError as error:
             raise ConfigError(str(error)) from None
     d, preset = config.data, config.model.encoder.preset
+    if d.images and config.model.llm.pretrained is None:
+        raise ConfigError(
+            "`data.images` needs the image tower of a pretrained Qwen2.5-VL (`model.llm.pretrained`): the LLM of random "
+            "weights has none"
+        )
+    if config.model.llm.train_images and not d.images:
+        raise ConfigError("`model.llm.train_images` trains nothing without `data.images`")
     if preset and (d.cutoff, d.max_neighbours) != (12.0, 20):
         raise ConfigError(
             f"`model.encoder.preset` {preset} reads graphs of 12 Å and 20 neighbours; set `data.cutoff: 12` and "

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import numpy as np
 import torch
 
+from catmllm.config import ConfigError, DataConfig
+from catmllm.data.images import IMAGE_PAD, TOKENS, VISION_END, VISION_START, mrope_positions, render
 from catmllm.data.prompts import ENERGY, GRAPH, Sample
 from catmllm.structure.elements import SYMBOLS
 from catmllm.structure.graph import neighbour_graphs
@@ -21,8 +23,6 @@ from catmllm.structure.system import System
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from catmllm.config import DataConfig
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,9 @@ class Batch:
     [S+1] int32, `max_length` the longest. answer_at [M]: places whose next token is an answer's, targets [M] those
     tokens, answer_sample [M] their samples, in order. energy_at [S]: each sample's `<energy>` token, -1 without one;
     energy [S] float32 the label in eV, NaN without one. graph_at [V]: the `<graph>` markers in order; graph: the
-    structures in order of their markers. All int64 but cu_seqlens. `padded`: the LLM reads a rectangle, each sample
+    structures in order of their markers. All int64 but cu_seqlens. Where samples show pictures: `pictures` uint8
+    [P, height, width, 3] in order, picture_at [P·tokens of one] the places of their tokens, mrope [3, T] every token's
+    frame, row and column by Qwen2.5-VL's M-RoPE, restarting in each sample; None without any. `padded`: the LLM reads a rectangle, each sample
     padded to the longest, instead of the samples end to end; results are the same, speed is not.
     """
 
@@ -67,6 +69,9 @@ class Batch:
     graph: GraphBatch | None
     max_length: int
     padded: bool = False
+    pictures: torch.Tensor | None = None
+    picture_at: torch.Tensor | None = None
+    mrope: torch.Tensor | None = None
 
     def __len__(self) -> int:
         """S, the number of samples."""
@@ -138,20 +143,31 @@ class Collator:
         self.graph_id, self.energy_id = vocabulary[GRAPH], vocabulary[ENERGY]
         self.pad_id = self.tokenizer.pad_token_id
         self.end_id = self.tokenizer.eos_token_id
+        self.picture: list[int] = []  # the tokens of a picture in a prompt
+        self.image_id = -1
+        if self.data.images:
+            if missing := [t for t in (VISION_START, IMAGE_PAD, VISION_END) if t not in vocabulary]:
+                raise ConfigError(
+                    f"`data.images`: the tokenizer has no {missing[0]}; `model.llm.pretrained` must be a Qwen2.5-VL"
+                )
+            start, self.image_id, end = (vocabulary[t] for t in (VISION_START, IMAGE_PAD, VISION_END))
+            self.picture = [start, *[self.image_id] * TOKENS, end]
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text."""
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def prompt_ids(self, sample: Sample) -> list[int]:
-        """The prompt's ids, the graph marker repeated where every atom is a token."""
+        """The prompt's ids, the graph marker repeated where every atom is a token; with `data.images` a picture stands
+        before the structure of a question for its energy."""
         ids = self.encode(sample.prompt)
         if self.graph_id in ids:
             if sample.graph is None:
                 raise ValueError("the prompt has a graph marker but the sample carries no structure")
-            if self.tokens_per_atom:
-                at = ids.index(self.graph_id)
-                ids = ids[:at] + [self.graph_id] * len(sample.graph.numbers) + ids[at + 1 :]
+            at = ids.index(self.graph_id)
+            picture = self.picture if self.energy_id in ids else []
+            count = len(sample.graph.numbers) if self.tokens_per_atom else 1
+            ids = ids[:at] + picture + [self.graph_id] * count + ids[at + 1 :]
         return ids
 
     def encoded(self, sample: Sample) -> Encoded:
@@ -206,6 +222,16 @@ class Collator:
         owner = np.searchsorted(begins, queries, side="right") - 1
         energy_at[owner[::-1]] = queries[::-1]  # a sample's first query counts
         position_ids = np.arange(len(ids)) - np.repeat(begins, lengths)
+        picture_at = np.flatnonzero(ids == self.image_id)
+        pictures = {}
+        if len(picture_at):
+            shown = np.unique(np.searchsorted(begins, picture_at, side="right") - 1)
+            mrope = np.tile(position_ids, (3, 1))
+            for s in shown:
+                part = slice(begins[s], cu_seqlens[s + 1])
+                mrope[:, part] = mrope_positions(ids[part], self.image_id)
+            drawn = np.stack([render(g) for s in shown if (g := rows[s].graph) is not None])
+            pictures = {"pictures": drawn, "picture_at": picture_at, "mrope": mrope}
         return Batch(
             torch.from_numpy(ids),
             torch.from_numpy(position_ids),
@@ -219,6 +245,7 @@ class Collator:
             self.graphs([r.graph for r in rows if r.graph is not None]),
             int(lengths.max()),
             padded=not self.data.packed,
+            **{k: torch.from_numpy(v) for k, v in pictures.items()},
         )
 
 

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from catmllm.config import Config, EncoderConfig, LLMConfig, from_dict, to_dict
+from catmllm.config import Config, ConfigError, EncoderConfig, LLMConfig, from_dict, to_dict
 from catmllm.data.batches import Batch, Collator, GraphBatch
+from catmllm.data.images import MERGE, PATCH, patches
 from catmllm.data.prompts import ENERGY, GRAPH
 from catmllm.data.tokenizer import extend_tokenizer
 from catmllm.models.attention import by_part, no_mask
@@ -47,6 +48,7 @@ class CatalyticMLLM(nn.Module):
         self.graph_id, self.energy_id = graph_id, energy_id
         # Set when sharded: ranks then run every unit in every pass, or one would gather what another does not.
         self.lockstep = False
+        self.picture_lockstep = False  # the same of the image tower, which is sharded where it trains
         self.register_buffer("energy_mean", torch.zeros(()))
         self.register_buffer("energy_std", torch.ones(()))
 
@@ -64,15 +66,25 @@ class CatalyticMLLM(nn.Module):
         return self.projector(features)
 
     def embed(self, batch: Batch) -> torch.Tensor:
-        """Token embeddings [T, H] with the graph vectors in the places of their markers, in order."""
-        return self._place(self.text.embed_tokens(batch.input_ids), batch.graph_at, batch.graph)
+        """Token embeddings [T, H] with structures and pictures in their places."""
+        return self.insert(self.text.embed_tokens(batch.input_ids), batch)
 
-    def insert_graphs(
-        self, x: torch.Tensor, input_ids: torch.Tensor, graph: GraphBatch | None
-    ) -> torch.Tensor:
-        """Embeddings x [B, T, H] with the graph vectors in the places of the markers of input_ids [B, T]."""
-        at = (input_ids.flatten() == self.graph_id).nonzero()[:, 0]
-        return self._place(x.flatten(0, -2), at, graph).view_as(x)
+    def insert(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Embeddings x [T, H] of the batch's tokens with the graph vectors in the places of their markers, in order, and
+        pictures in theirs."""
+        x = self._place(x, batch.graph_at, batch.graph)
+        if batch.pictures is not None and batch.picture_at is not None:
+            return x.index_copy(0, batch.picture_at, self.picture_tokens(batch.pictures).to(x.dtype))
+        if self.picture_lockstep:
+            # the smallest picture there is, for its collectives' sake
+            blank = torch.zeros(1, MERGE * PATCH, MERGE * PATCH, 3, dtype=torch.uint8, device=x.device)
+            x = x + 0.0 * self.picture_tokens(blank).sum().to(x.dtype)
+        return x
+
+    def picture_tokens(self, pictures: torch.Tensor) -> torch.Tensor:
+        """Vectors [P·tokens of one, H] of pictures uint8 [P, height, width, 3], by Qwen2.5-VL's image tower."""
+        pixels, grid = patches(pictures)
+        return self.llm.model.visual(pixels, grid_thw=grid).pooler_output
 
     def _place(self, x: torch.Tensor, at: torch.Tensor, graph: GraphBatch | None) -> torch.Tensor:
         """x [T, H] with the rows `at` [V] replaced by the V vectors of the structures."""
@@ -164,18 +176,22 @@ class CatalyticMLLM(nn.Module):
             # What stands after a sample's end is what follows in x: causal attention never looks there.
             column = torch.arange(batch.max_length, device=x.device)
             place = (batch.cu_seqlens[:-1, None] + column).clamp_max(len(x) - 1)
+            positions = column.expand(3, len(batch), -1) if batch.mrope is None else batch.mrope[:, place]
             wide = self.text(
-                inputs_embeds=x[place], position_ids=column.expand(3, len(batch), -1), use_cache=False
+                inputs_embeds=x[place], position_ids=positions, use_cache=False
             ).last_hidden_state
             return wide.flatten(0, 1)[batch.sample * batch.max_length + batch.position_ids]
         # transformers' convention for samples without padding: the text's positions before the three of M-RoPE (all
         # equal where there is no image), and the bounds of the samples for attention.
         bounds = {"cu_seq_lens_q": batch.cu_seqlens, "cu_seq_lens_k": batch.cu_seqlens}
+        positions = batch.position_ids.expand(4, -1)
+        if batch.mrope is not None:
+            positions = torch.cat([positions[:1], batch.mrope])
         longest = {"max_length_q": batch.max_length, "max_length_k": batch.max_length}
         return self.text(
             inputs_embeds=x[None],
             attention_mask=no_mask(self.text),
-            position_ids=batch.position_ids.expand(4, 1, -1),
+            position_ids=positions[:, None],
             use_cache=False,
             **bounds,
             **longest,
@@ -234,7 +250,8 @@ def _random_llm(config: LLMConfig, tokenizer: PreTrainedTokenizerBase) -> Any:
     head = config.hidden_size // config.num_attention_heads
     section = [head // 2 - 2 * (head // 6), head // 6, head // 6]
     text: dict[str, Any] = asdict(config)
-    del text["pretrained"], text["attention"]
+    for key in ("pretrained", "attention", "train_images"):
+        del text[key]
     qwen = Qwen2_5_VLConfig(
         text_config=text
         | {
@@ -245,7 +262,7 @@ def _random_llm(config: LLMConfig, tokenizer: PreTrainedTokenizerBase) -> Any:
             "pad_token_id": tokenizer.pad_token_id,
             "tie_word_embeddings": False,
         },
-        # The image tower comes with the architecture; images are off, so that it is as small as it can be.
+        # The image tower comes with the architecture; of random weights it is no use, so that it is as small as can be.
         vision_config={
             "depth": 1,
             "hidden_size": 16,
@@ -262,9 +279,17 @@ def _random_llm(config: LLMConfig, tokenizer: PreTrainedTokenizerBase) -> Any:
 
 
 def _pretrained_llm(config: LLMConfig, decimals: int) -> tuple[Any, PreTrainedTokenizerBase]:
-    from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+    from transformers import (
+        AutoConfig,
+        AutoTokenizer,
+        Qwen2_5_VLConfig,
+        Qwen2_5_VLForConditionalGeneration,
+    )
 
-    name = config.pretrained
+    name = str(config.pretrained)
+    kind = AutoConfig.from_pretrained(name).model_type
+    if kind != Qwen2_5_VLConfig.model_type:
+        raise ConfigError(f"`model.llm.pretrained: {name}` is a {kind}, not a Qwen2.5-VL")
     tokenizer = AutoTokenizer.from_pretrained(name)
     # In the dtype of the files, read through the page cache: sharding makes float32 of it, a block at a time.
     llm: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(

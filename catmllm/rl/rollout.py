@@ -3,8 +3,8 @@
 Each prompt is read once for all its samples and its keys and values are never copied: the samples of a group attend to
 them in one matrix product. Rows that have ended leave the batch, waiting prompts enter in their place, and per token
 only what decoding needs is computed: no position bookkeeping, one product for q, k and v, one for the two halves of
-the MLP. With text-only positions Qwen2.5-VL's three rotary sections coincide, so plain rotary embedding is exact; a
-test holds the loop equal to transformers' own forward.
+the MLP. Of text Qwen2.5-VL's three rotary sections coincide, so plain rotary embedding is exact; only a prompt with a
+picture has three positions a token. A test holds the loop equal to transformers' own forward.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from catmllm.config import SamplingConfig
-from catmllm.data.batches import Collator
+from catmllm.data.batches import Collator, Encoded
 from catmllm.data.prompts import Sample
 from catmllm.data.tokenizer import decode
 from catmllm.models.catalytic_mllm import CatalyticMLLM
@@ -75,6 +75,9 @@ class _Tower:
         self.embedding = cast(text.embed_tokens.weight)
         self.norm, self.lm_head = cast(text.norm.weight), cast(model.llm.lm_head.weight)
         self.inv_freq = text.rotary_emb.inv_freq.detach().float()
+        # which of frame, row and column turns a frequency
+        sections = torch.tensor(text.rotary_emb.mrope_section)
+        self.axis = torch.arange(3).repeat_interleave(sections).to(self.inv_freq.device)
         self.layers = [
             _Layer(
                 cast(l.input_layernorm.weight),
@@ -89,8 +92,8 @@ class _Tower:
         ]
 
     def rotary(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin [..., dim] of positions [...]."""
-        angle = positions[..., None].float() * self.inv_freq
+        """cos and sin [..., dim] of positions [..., 1], or [..., dim/2] where frequencies have positions of their own."""
+        angle = positions.float() * self.inv_freq
         angle = torch.cat([angle, angle], -1)
         return angle.cos().to(self.dtype), angle.sin().to(self.dtype)
 
@@ -118,10 +121,14 @@ class _Tower:
         """RMS norm of the residual stream, rounded to the dtype of the products."""
         return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), self.eps).to(self.dtype)
 
-    def prefill(self, x: torch.Tensor) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
-        """Right-padded prompts x [B, T, H]: final hidden states [B, T, H], keys and values [B, kv, T, dim] a layer."""
+    def prefill(
+        self, x: torch.Tensor, mrope: torch.Tensor | None
+    ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
+        """Right-padded prompts x [B, T, H], positions mrope [3, B, T] where some show pictures: final hidden states
+        [B, T, H], keys and values [B, kv, T, dim] a layer."""
         b, t, width = x.shape
-        cos, sin = self.rotary(torch.arange(t, device=x.device))
+        text = torch.arange(t, device=x.device)[:, None]
+        cos, sin = self.rotary(text if mrope is None else mrope.movedim(0, -1)[..., self.axis])
         cache = []
         for layer in self.layers:
             q, k, v = (p.transpose(1, 2) for p in self.qkv(layer, x, cos, sin))
@@ -142,23 +149,27 @@ class _Batch:
         weight, kv, dim = tower.embedding, tower.kv_heads, tower.dim
         self.tower, self.prompt_slots = tower, prompt_slots
         index = torch.zeros(0, dtype=torch.int64, device=weight.device)
-        self.row, self.group, self.steps, self.length = (
-            index,
-            index,
-            index,
-            index,
-        )  # id, group, tokens, prompt
+        self.row, self.group, self.steps = index, index, index  # id, group, tokens
+        self.begin = index  # position of a row's first token: the prompt's length, but for pictures
         self.hidden = weight.new_zeros(0, weight.shape[1])
         self.ended = index.bool()
         self.prompt = [(weight.new_zeros(0, kv, prompt_slots, dim),) * 2 for _ in tower.layers]
         self.own = [(weight.new_zeros(0, kv, CACHE_STEP, dim),) * 2 for _ in tower.layers]
         self.bias = weight.new_zeros(0, prompt_slots + CACHE_STEP)
 
-    def admit(self, first: int, x: torch.Tensor, length: torch.Tensor, group_size: int) -> None:
-        """Read prompts x [B, T, H] of these lengths [B]; their rows get the ids first, first + 1, …"""
+    def admit(
+        self,
+        first: int,
+        x: torch.Tensor,
+        length: torch.Tensor,
+        mrope: torch.Tensor | None,
+        group_size: int,
+    ) -> None:
+        """Read prompts x [B, T, H] of these lengths [B], with positions mrope [3, B, T] where some show pictures; their
+        rows get the ids first, first + 1, …"""
         b, t, _ = x.shape
         device, slots = x.device, self.own[0][0].shape[2]
-        hidden, cache = self.tower.prefill(x)
+        hidden, cache = self.tower.prefill(x, mrope)
         hidden = hidden[torch.arange(b, device=device), length - 1]
         grow = (0, 0, 0, self.prompt_slots - t)
         self.prompt = [
@@ -177,7 +188,9 @@ class _Batch:
         self.row = torch.cat([self.row, first + new])
         self.group = torch.cat([self.group, groups.repeat_interleave(group_size)])
         self.steps = torch.cat([self.steps, torch.zeros_like(new)])
-        self.length = torch.cat([self.length, length.repeat_interleave(group_size)])
+        # No token has a higher position than the last of a prompt, which is text.
+        begin = length if mrope is None else mrope[0, torch.arange(b, device=device), length - 1] + 1
+        self.begin = torch.cat([self.begin, begin.repeat_interleave(group_size)])
         self.hidden = torch.cat([self.hidden, hidden.repeat_interleave(group_size, 0)])
         self.ended = torch.cat([self.ended, torch.zeros_like(new, dtype=torch.bool)])
         self.bias = torch.cat([self.bias, bias.repeat_interleave(group_size, 0)])
@@ -186,7 +199,7 @@ class _Batch:
     def leave(self) -> torch.Tensor:
         """Drop the rows that have ended, and the prompts that no row needs any more; the places [R] that stay."""
         keep = (~self.ended).nonzero()[:, 0]
-        self.row, self.steps, self.length = self.row[keep], self.steps[keep], self.length[keep]
+        self.row, self.steps, self.begin = self.row[keep], self.steps[keep], self.begin[keep]
         self.hidden, self.ended, self.bias = self.hidden[keep], self.ended[keep], self.bias[keep]
         self.own = [(k[keep], v[keep]) for k, v in self.own]
         groups, self.group = self.group[keep].unique(return_inverse=True)
@@ -216,7 +229,7 @@ class _Batch:
             self.bias = F.pad(self.bias, (0, CACHE_STEP), value=-torch.inf)
         self.bias[rows, self.prompt_slots + at] = 0.0
         bias = self.bias[:, None, None, : self.prompt_slots + used]
-        cos, sin = tower.rotary(self.length + at)
+        cos, sin = tower.rotary((self.begin + at)[:, None])
         x = F.embedding(token, tower.embedding)
         together = len(self.steps) > 0 and bool((at == used - 1).all())
         for layer, prompt, (keys, values) in zip(tower.layers, self.prompt, self.own):
@@ -351,16 +364,16 @@ class RolloutEngine:
 
     def _embed(
         self, prompts: list[list[int]], samples: Sequence[Sample]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Right-padded prompt embeddings [B, T, H] with structures in place, and the prompts' lengths [B]."""
-        device = self.tower.embedding.device
-        ids = torch.full((len(prompts), max(map(len, prompts))), self.collate.pad_id, device=device)
-        for row, p in enumerate(prompts):
-            ids[row, : len(p)] = torch.tensor(p, device=device)
-        x = F.embedding(ids, self.tower.embedding)
-        graph = self.collate.graphs([s.graph for s in samples if s.graph is not None])
-        x = self.model.insert_graphs(x, ids, None if graph is None else graph.to(device))
-        return x, torch.tensor([len(p) for p in prompts], device=device)
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Right-padded prompt embeddings [B, T, H] with structures and pictures in place, the prompts' lengths [B], and
+        their positions [3, B, T] if there are pictures. Padding holds what follows: nobody looks there."""
+        batch = self.collate.join([Encoded(p, [], None, s.graph) for p, s in zip(prompts, samples)])
+        batch = batch.to(self.tower.embedding.device)
+        x = self.model.insert(F.embedding(batch.input_ids, self.tower.embedding), batch)
+        column = torch.arange(batch.max_length, device=x.device)
+        place = (batch.cu_seqlens[:-1, None] + column).clamp_max(len(x) - 1)
+        mrope = None if batch.mrope is None else batch.mrope[:, place]
+        return x[place], batch.cu_seqlens.diff().long(), mrope
 
 
 class _Mask:

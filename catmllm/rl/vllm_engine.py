@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import save_file
 
 from catmllm.config import SamplingConfig
-from catmllm.data.batches import Collator
+from catmllm.data.batches import Collator, Encoded
 from catmllm.data.prompts import Sample
 from catmllm.export import text_config
 from catmllm.models.catalytic_mllm import CatalyticMLLM
@@ -177,10 +177,11 @@ class VLLMEngine:
     def _embedded(self, ids: list[int], sample: Sample) -> torch.Tensor:
         """A prompt's embeddings [T, H] with its structure in place."""
         weight = self.model.text.embed_tokens.weight
-        at = torch.tensor([ids], device=weight.device)
-        graph = self.collate.graphs([] if sample.graph is None else [sample.graph])
-        x = torch.nn.functional.embedding(at, weight.to(self.dtype))
-        return self.model.insert_graphs(x, at, None if graph is None else graph.to(weight.device))[0]
+        batch = self.collate.join([Encoded(ids, [], None, sample.graph)]).to(weight.device)
+        if batch.pictures is not None:
+            raise ValueError("vLLM counts one position a token, and a picture's tokens have three: sample without `vllm`")
+        x = torch.nn.functional.embedding(batch.input_ids, weight.to(self.dtype))
+        return self.model.insert(x, batch)
 
     def _ask(self, request: dict[str, Any], blocks: Sequence[bytes] = ()) -> dict[str, Any]:
         try:

@@ -23,7 +23,7 @@ from catmllm.rl.grammar import answer_pattern
 from catmllm.rl.rollout import Rollout, RolloutEngine
 from catmllm.rl.scoring import Reward, Scored, Scoring, load_reward
 from catmllm.rl.vllm_engine import VLLMEngine
-from catmllm.stages.supervised import chosen, property_with_dropout, relatives, sample_losses
+from catmllm.stages.supervised import VISUAL, chosen, property_with_dropout, relatives, sample_losses
 from catmllm.trainer.distributed import DTYPES, shard, unsharded
 from catmllm.trainer.loop import Context, MicroBatch, Step
 from catmllm.trainer.stop import TrainingError
@@ -71,7 +71,7 @@ class GRPO:
         return VLLMEngine(python, c.model, c.collate, o.sampling, dtype, log, memory=o.vllm_memory)
 
     def trains(self, parameter: str) -> bool:
-        return parameter.startswith(("llm.", "energy_head."))
+        return parameter.startswith(("llm.", "energy_head.")) and not parameter.startswith(VISUAL)
 
     def step(self, step: int) -> Step:
         """New rollouts every `updates_per_rollout` steps; the steps between go over the same ones again."""

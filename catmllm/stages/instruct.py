@@ -7,6 +7,7 @@ the head would drift otherwise.
 from __future__ import annotations
 
 from catmllm.stages.supervised import (
+    VISUAL,
     FromLoader,
     Mixture,
     property_with_dropout,
@@ -36,6 +37,8 @@ class Instruct(FromLoader):
         self.load(mixture, o)
 
     def trains(self, parameter: str) -> bool:
+        if parameter.startswith(VISUAL):
+            return self.context.config.model.llm.train_images
         return parameter.startswith(("llm.", "energy_head."))
 
     def step(self, step: int) -> Step:

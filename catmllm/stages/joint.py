@@ -6,6 +6,7 @@ import torch
 
 from catmllm.models.losses import mmtg_loss
 from catmllm.stages.supervised import (
+    VISUAL,
     FromLoader,
     Mixture,
     property_with_dropout,
@@ -40,7 +41,7 @@ class Joint(FromLoader):
         context.model.energy_std.copy_(energies.std())
 
     def trains(self, parameter: str) -> bool:
-        return True
+        return not parameter.startswith(VISUAL) or self.context.config.model.llm.train_images
 
     def step(self, step: int) -> Step:
         o = self.config

@@ -20,6 +20,8 @@ from catmllm.structure.system import System
 from catmllm.trainer.loop import Context, MicroBatch, Stateless, Step
 from catmllm.trainer.stop import TrainingError
 
+VISUAL = "llm.model.visual."  # the image tower's parameters
+
 
 def relatives(systems: Sequence[System]) -> list[list[int]]:
     """For each system, the others of the same composition and adsorbate (same identity)."""

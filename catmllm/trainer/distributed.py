@@ -116,7 +116,8 @@ def mesh_of(config: Config, world: World) -> DeviceMesh:
 
 def shard(model: CatalyticMLLM, config: Config, world: World, reshard: str = "trained") -> CatalyticMLLM:
     """Shard in place: a unit per block of encoder and LLM, one for the rest of the encoder, the projector and the energy
-    head each, one for what remains. The image tower, which never runs, is left out and on the CPU.
+    head each, one for what remains. The image tower is cut likewise where it trains; where it does not, it is left out
+    in the dtype of its files, whole on every rank if `data.images` and else, since it never runs, on the CPU.
 
     Compute runs in `precision` (the encoder, whose coordinates and norms want it, in `encoder_precision`), gradients
     are reduced and the optimizer works in float32. A model on the CPU moves to the device a unit at a time: no device
@@ -136,7 +137,7 @@ def shard(model: CatalyticMLLM, config: Config, world: World, reshard: str = "tr
         trained = any(p.requires_grad for p in module.parameters())
         frees = {"trained": trained, "all": True, "none": False}[reshard]
         for p in module.parameters():  # the master weights; of a unit at a time, since files may hold bf16
-            if not isinstance(p, DTensor) and p.dtype != torch.float32:
+            if not isinstance(p, DTensor) and p.dtype != torch.float32 and p not in (ignored or ()):
                 p.data = p.data.float()
         fully_shard(
             module,
@@ -156,12 +157,19 @@ def shard(model: CatalyticMLLM, config: Config, world: World, reshard: str = "tr
     # must be of one dtype within a unit.
     unit(model.energy_head, replace(graph, cast_forward_inputs=True))
     layers = [unit(layer, llm) for layer in model.text.layers]
-    visual = model.llm.model.visual.cpu()
-    unit(model, llm, set(visual.parameters()))
-    visual.requires_grad_(False)
+    visual, whole = model.llm.model.visual, set()
+    if any(p.requires_grad for p in visual.parameters()):
+        # float16 ends below what image towers reach; bfloat16 runs at its speed
+        seeing = replace(llm, param_dtype=DTYPES["fp32" if config.precision == "fp32" else "bf16"])
+        eyes = [unit(block, seeing) for block in visual.blocks]
+        unit(visual, seeing)
+        model.picture_lockstep = world.size > 1
+    else:
+        eyes, whole = [], set(visual.to(world.device if config.data.images else "cpu").parameters())
+    unit(model, llm, whole)
     model.set_reshard_after_forward(False, recurse=False)  # type: ignore[operator]  # its backward pass comes next
     model.frees = False  # type: ignore[assignment]
-    for tower in (blocks, layers):
+    for tower in (blocks, layers, eyes):
         for this, following in itertools.pairwise(tower):
             this.set_modules_to_forward_prefetch([following])
             if following.trained:

@@ -341,8 +341,9 @@ def describe(context: Context, stage: str) -> str:
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
     forced = os.environ.get("CATMLLM_KERNELS")
     kernels = forced or ("Triton" if world.device.type == "cuda" else "CPU")
+    seen = f", {part('image tower', model.llm.model.visual.parameters())}" if config.data.images else ""
     return (
-        f"{stage}: {part('LLM', llm)}, {part('encoder', graph)} on {world.size} x {device} ({mesh}); LLM in "
+        f"{stage}: {part('LLM', llm)}, {part('encoder', graph)}{seen} on {world.size} x {device} ({mesh}); LLM in "
         f"{config.precision}, encoder in {config.encoder_precision}, master weights fp32; attention "
         f"{config.model.llm.attention}, kernels {kernels}, checkpointing {config.checkpointing}"
         + (", compiled blocks" if config.compile else "")
@@ -417,7 +418,7 @@ def _freeze(model: CatalyticMLLM, stage: Stage, adapters: bool) -> None:
     """What the stage names trains; of an adapted LLM the adapters alone."""
     for name, parameter in model.named_parameters():
         own = not adapters or not name.startswith("llm.") or ".lora_" in name
-        parameter.requires_grad_(stage.trains(name) and own and not name.startswith("llm.model.visual."))
+        parameter.requires_grad_(stage.trains(name) and own)
     if not any(p.requires_grad for p in model.parameters()):
         raise TrainingError(f"{stage.name}: no parameter is trained")
 

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +175,12 @@ def _train(
     world: World,
 ) -> None:
     if previous is not None:
-        model, collate, _ = load_model(previous)
+        model, collate, trained = load_model(previous)
+        if trained.data.cutoff != config.data.cutoff:
+            raise ValueError(
+                f"`data.cutoff`: the encoder of {previous} was trained at {trained.data.cutoff} Å"
+            )
+        collate = replace(collate, data=config.data)
     else:
         model, collate = new_model(config, data["train"])
     if not record.has("parameters"):

@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from catmllm.config import Config, ConfigError, LLMConfig
 from catmllm.data.batches import Collator
+from catmllm.data.images import IMAGE_PAD, VISION_END, VISION_START
 from catmllm.data.prompts import ENERGY, GRAPH, cif_sample, design_prompt, design_sample, property_sample
 from catmllm.data.slabs import load_slabs, split
 from catmllm.data.tokenizer import tiny_tokenizer
@@ -67,6 +68,16 @@ QWEN = {
         "intermediate_size": 18944,
         "vocab_size": 152064,
     },
+}
+
+
+QWEN_VISION = {
+    "depth": 32,
+    "hidden_size": 1280,
+    "intermediate_size": 3420,
+    "num_heads": 16,
+    "fullatt_block_indexes": [7, 15, 23, 31],
+    "window_size": 112,
 }
 
 
@@ -131,7 +142,8 @@ def _trace(
     with Ledger(cuda) as ledger:
         ledger.phase("load")
         model, collate = _model(config, data["train"])
-        model.llm.model.visual = torch.nn.Module()  # the trainer leaves the image tower on the CPU
+        if not config.data.images:
+            model.llm.model.visual = torch.nn.Module()  # the trainer leaves the image tower on the CPU
         context = Context(config, model, collate, data, world, Path())
         stage: Any = STAGES[name](context)
         adapters = config.lora.r > 0 and stage.trains(ADAPTED)
@@ -217,10 +229,13 @@ def _model(config: Config, systems: list[System]) -> tuple[CatalyticMLLM, Collat
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     tokenizer = _tokenizer(systems, config.data.decimals)
-    qwen = qwen_config(llm, tokenizer)
+    if config.data.images:
+        tokenizer.add_tokens([VISION_START, IMAGE_PAD, VISION_END])
+    qwen = qwen_config(llm, tokenizer, config.data.images)
     # flash-attn cannot be imported here; torch's fused attention keeps the same: the output and a row of sums.
     attention = "eager" if llm.attention == "eager" else "sdpa"
     tower = Qwen2_5_VLForConditionalGeneration._from_config(qwen, attn_implementation=attention)
+    tower.model.visual.to(torch.bfloat16)  # as published
     graph = build_encoder(encoder, config.data.cutoff)
     e, words = graph.config, tokenizer.get_vocab()
     projector = Projector(
@@ -230,16 +245,17 @@ def _model(config: Config, systems: list[System]) -> tuple[CatalyticMLLM, Collat
     return model, collator(model, tokenizer, config)
 
 
-def qwen_config(llm: LLMConfig, tokenizer: PreTrainedTokenizerBase) -> Any:
+def qwen_config(llm: LLMConfig, tokenizer: PreTrainedTokenizerBase, images: bool) -> Any:
     """transformers' configuration of a pretrained LLM: of a local folder, or by the size in a published name.
 
-    The image tower is as small as it can be: the trainer leaves the real one on the CPU.
+    Without `images` the image tower is as small as it can be: the trainer leaves the real one on the CPU.
     """
     from transformers import Qwen2_5_VLConfig
 
     name = str(llm.pretrained)
     if (Path(name) / "config.json").is_file():
-        text = Qwen2_5_VLConfig.from_pretrained(name, local_files_only=True).get_text_config().to_dict()
+        read: Any = Qwen2_5_VLConfig.from_pretrained(name, local_files_only=True)
+        text, vision = read.get_text_config().to_dict(), read.vision_config.to_dict()
     elif found := re.search(r"Qwen2\.5-VL-(3B|7B)", name):
         rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
         text = QWEN[found[1]] | {
@@ -247,6 +263,7 @@ def qwen_config(llm: LLMConfig, tokenizer: PreTrainedTokenizerBase) -> Any:
             "max_position_embeddings": 128000,
             "rms_norm_eps": 1e-6,
         }
+        vision = QWEN_VISION | {"out_hidden_size": text["hidden_size"]}
     else:
         raise ConfigError(
             f"`model.llm.pretrained: {name}` is no folder here, and its sizes are not known; a plan knows "
@@ -257,16 +274,18 @@ def qwen_config(llm: LLMConfig, tokenizer: PreTrainedTokenizerBase) -> Any:
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    tiny = {
-        "depth": 1,
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_heads": 1,
-        "fullatt_block_indexes": [0],
-    }
+    if not images:
+        vision = {
+            "depth": 1,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_heads": 1,
+            "fullatt_block_indexes": [0],
+            "out_hidden_size": text["hidden_size"],
+        }
     return Qwen2_5_VLConfig(
         text_config=text | ids | {"tie_word_embeddings": False},
-        vision_config=tiny | {"out_hidden_size": text["hidden_size"]},
+        vision_config=vision,
         tie_word_embeddings=False,
     )
 

@@ -149,8 +149,7 @@ def test_packed_gradients_are_those_of_transformers_on_padded_rows(
     labelled = ~out["energy"].isnan()
     (-out["logprob"].mean() + (out["energy"].double()[labelled] - 0.3).abs().sum()).backward()
 
-    ids, mask = rectangle(batch, batch.input_ids, collate.pad_id)
-    x = theirs.insert_graphs(theirs.text.embed_tokens(ids), ids, batch.graph)
+    x, mask = rectangle(batch, theirs.embed(batch))
     wide = theirs.llm(inputs_embeds=x, attention_mask=mask.long(), output_hidden_states=True)
     flat = wide.hidden_states[-1][mask]
     table = wide.logits[mask].log_softmax(-1)
@@ -248,14 +247,10 @@ def test_markers_take_their_vectors_in_order(small_model: Model, train_systems: 
     assert batch.graph is not None
     with torch.no_grad():
         x = model.embed(batch)
-        in_rows = model.insert_graphs(
-            model.text.embed_tokens(batch.input_ids)[None], batch.input_ids[None], batch.graph
-        )
         vectors = model.graph_tokens(batch.graph)
         plain = model.text.embed_tokens(batch.input_ids)
     marks = batch.input_ids == collate.graph_id
     assert batch.sample[marks].tolist() == [0, 2, 3]
-    torch.testing.assert_close(in_rows[0], x, rtol=0, atol=0)
     torch.testing.assert_close(x[marks], vectors)
     torch.testing.assert_close(x[~marks], plain[~marks], rtol=0, atol=0)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from catmllm.config import SamplingConfig
-from catmllm.data.batches import Batch, Collator
+from catmllm.data.batches import Batch, Collator, Encoded
 from catmllm.data.prompts import GRAPH, Sample, cif_prompt, design_prompt, property_prompt, property_sample
 from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.models.projector import Projector
@@ -56,12 +56,11 @@ def left_padded(model: CatalyticMLLM, collate: Collator, samples: list[Sample]) 
     for row, p in enumerate(ids):
         padded[row, width - len(p) :] = torch.tensor(p)
         mask[row, width - len(p) :] = 1
-    graph = collate.graphs([s.graph for s in samples if s.graph is not None])
+    rows = [Encoded(p, [], None, s.graph) for p, s in zip(ids, samples)]
     with torch.no_grad():
-        return {
-            "inputs_embeds": model.insert_graphs(model.text.embed_tokens(padded), padded, graph),
-            "attention_mask": mask,
-        }
+        embeds = model.text.embed_tokens(padded)
+        embeds[mask.bool()] = model.embed(collate.join(rows))
+    return {"inputs_embeds": embeds, "attention_mask": mask}
 
 
 def check_greedy(model: CatalyticMLLM, collate: Collator, prompts: list[Sample]) -> list[Rollout]:

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import Qwen2_5_VLForConditionalGeneration
 
 from catmllm.cli import main
 from catmllm.config import Config, ConfigError, load_config
@@ -33,6 +34,7 @@ from catmllm.trainer.plan import (
     with_micro_batch,
 )
 from tests.conftest import SMALL_MODEL
+from tests.seeing import save_qwen, seeing_config
 
 ROOT = Path(__file__).parents[2]
 
@@ -99,6 +101,22 @@ def test_every_other_stage_has_a_plan(data: dict[str, list[System]], stage: str)
     assert plan.tokens > 0 and plan.flops["forward"] > 0 and plan.flops["backward"] > 0
     assert ("sampling" in plan.phases) == (stage != "align")
     assert ("reference model" in plan.parts) == (stage == "grpo")
+
+
+def test_pictures_and_their_tower_are_planned(data: dict[str, list[System]], tmp_path: Path) -> None:
+    """A tower that trains has gradients and moments; one that does not is whole on every rank; unused it takes nothing."""
+    save_qwen(tmp_path, data["train"])
+    options = {"off": ["data.images=false"], "frozen": [], "trained": ["model.llm.train_images=true"]}
+    plans = {k: trace(seeing_config(tmp_path, *o), "joint", 2, data=data) for k, o in options.items()}
+    tower = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path).model.visual.num_parameters()
+    parameters = {k: p.parts["parameters"] * GIB for k, p in plans.items()}
+    states = {k: p.parts["optimizer states"] * GIB for k, p in plans.items()}
+    assert parameters["frozen"] - parameters["off"] == pytest.approx(2 * tower, rel=0.02)  # bf16
+    assert parameters["trained"] - parameters["off"] == pytest.approx(4 * tower / 2, rel=0.05)
+    assert states["trained"] - states["off"] == pytest.approx(8 * tower / 2, rel=0.05)
+    assert states["frozen"] == states["off"]
+    assert plans["off"].tokens < plans["frozen"].tokens == plans["trained"].tokens
+    assert plans["frozen"].flops["forward"] > plans["off"].flops["forward"]
 
 
 def test_the_ledger_sees_what_is_alive() -> None:
