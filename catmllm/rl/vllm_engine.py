@@ -179,7 +179,9 @@ class VLLMEngine:
         weight = self.model.text.embed_tokens.weight
         batch = self.collate.join([Encoded(ids, [], None, sample.graph)]).to(weight.device)
         if batch.pictures is not None:
-            raise ValueError("vLLM counts one position a token, and a picture's tokens have three: sample without `vllm`")
+            raise ValueError(
+                "vLLM counts one position a token, and a picture's tokens have three: sample without `vllm`"
+            )
         x = torch.nn.functional.embedding(batch.input_ids, weight.to(self.dtype))
         return self.model.insert(x, batch)
 
