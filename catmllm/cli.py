@@ -349,7 +349,10 @@ def _design(args: argparse.Namespace) -> int:
 def _export(args: argparse.Namespace) -> int:
     from catmllm.export import export
 
-    print(export(_stage(args.model), args.layout, args.out, args.dtype, args.template))
+    out = export(_stage(args.model), args.layout, args.out, args.dtype, args.template)
+    print(out)
+    if (own := out / "tokenizer").is_dir():
+        print(f"its tokenizer is none of Qwen's and lies in {own}: vllm serve {out} --tokenizer {own}")
     return 0
 
 

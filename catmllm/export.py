@@ -15,6 +15,8 @@ import torch
 from safetensors.torch import save_file
 
 from catmllm.config import to_dict
+from catmllm.data.prompts import cif_prompt
+from catmllm.data.tokenizer import cif_tokens
 from catmllm.models.catalytic_mllm import CatalyticMLLM, load_model, on_meta
 from catmllm.models.equiformer_v2 import EquiformerV2
 from catmllm.models.fairchem_checkpoint import without_wrapper
@@ -40,15 +42,31 @@ def export(
     if layout == "fairchem":
         return export_encoder(model.encoder, out, template or config.model.encoder.checkpoint)
     out.mkdir(parents=True, exist_ok=True)
-    collate.tokenizer.save_pretrained(out)
     if layout == "text":
         text_tower(model).to(DTYPES[dtype]).save_pretrained(out, max_shard_size=shard)
+        save_tokenizer(collate.tokenizer, out)
         return out
+    collate.tokenizer.save_pretrained(out)
     parts = {k: v.contiguous() for k, v in model.state_dict().items() if k.startswith(GRAPH_PARTS)}
     save_file(parts, out / "graph.safetensors")
     (out / "catmllm.json").write_text(json.dumps(to_dict(config), indent=1))
     model.llm.to(DTYPES[dtype]).save_pretrained(out, max_shard_size=shard)
     return out
+
+
+def save_tokenizer(tokenizer: Any, out: Path) -> None:
+    """Into the model's folder; into its subfolder `tokenizer` where transformers would read it there as another one.
+
+    Beside a config.json of Qwen2 transformers makes every tokenizer a Qwen2Tokenizer, with Qwen's own way of cutting text:
+    right for one that was Qwen's, silently wrong for one that was not.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer.save_pretrained(out)
+    probe = cif_prompt("CO</s>Pt9Cu3 (1 1 1)") + "".join(cif_tokens())
+    if AutoTokenizer.from_pretrained(out).encode(probe) != tokenizer.encode(probe):
+        for file in tokenizer.save_pretrained(out / "tokenizer"):
+            (out / Path(file).name).unlink(missing_ok=True)
 
 
 def text_config(model: CatalyticMLLM) -> Any:

@@ -15,6 +15,7 @@ from catmllm.data.prompts import property_sample
 from catmllm.export import export
 from catmllm.models.catalytic_mllm import build_model, load_model, save_model
 from catmllm.models.equiformer_v2 import load_fairchem_checkpoint
+from catmllm.structure.cif import write_cif
 
 
 @pytest.fixture(scope="module")
@@ -64,12 +65,19 @@ def test_hf_layout_loads_in_transformers_and_as_our_pretrained_llm(
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_the_text_tower_is_a_qwen2(stage: Path, small_model, tmp_path: Path, dtype: str) -> None:
+def test_the_text_tower_is_a_qwen2(
+    stage: Path, small_model, train_systems, tmp_path: Path, dtype: str
+) -> None:
     model, collate = small_model
     assert main(["export", "text", str(tmp_path / "text"), "--model", str(stage), "--dtype", dtype]) == 0
     config = json.loads((tmp_path / "text" / "config.json").read_text())
     assert config["architectures"] == ["Qwen2ForCausalLM"]
     assert config["rms_norm_eps"] == model.llm.config.get_text_config().rms_norm_eps
+    # As a server reads it: beside this config.json transformers would cut the text as Qwen does.
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "text" / "tokenizer")
+    assert not (tmp_path / "text" / "tokenizer.json").exists()
+    text = "Generate CO</s>Pt9Cu3 (1 1 1)\n" + write_cif(train_systems[0])
+    assert tokenizer.encode(text) == collate.encode(text)
     tower = AutoModelForCausalLM.from_pretrained(tmp_path / "text", dtype="auto")
     assert tower.dtype == {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     ids = torch.tensor([collate.encode("CO</s>Pt9Cu3 (1 1 1)")])

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2Config
 
 from catmllm.data.prompts import ENERGY, GRAPH, cif_sample, design_sample, property_sample
 from catmllm.data.tokenizer import cif_tokens, decode, extend_tokenizer
+from catmllm.export import save_tokenizer
 from catmllm.structure.cif import write_cif
 from catmllm.structure.system import System, make_system
 from tests.structure.systems import slabs
@@ -122,3 +123,15 @@ def test_new_tokens_are_made_of_known_ones(qwen: PreTrainedTokenizerBase) -> Non
         assert qwen.decode(old) == tokenizer.decode([new], skip_special_tokens=False)
     vocabulary = tokenizer.get_vocab()
     assert added[vocabulary[GRAPH]] == ids(qwen, GRAPH) and added[vocabulary[ENERGY]] == ids(qwen, ENERGY)
+
+
+def test_an_export_of_qwens_own_tokenizer_is_read_as_it_is(
+    extended: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    """Beside a config.json of Qwen2, from the model's own folder."""
+    Qwen2Config().save_pretrained(tmp_path)
+    save_tokenizer(extended, tmp_path)
+    assert not (tmp_path / "tokenizer").exists()
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    text = "".join(cif_tokens()) + GRAPH + " of CO on Pt(111) at -0.123 eV\n" + ENERGY
+    assert ids(again, text) == ids(extended, text)

@@ -5,9 +5,17 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import copy
+import io
+import json
 import os
+import socket
+import subprocess
 import sys
+import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +24,8 @@ import torch
 
 from catmllm.config import ConfigError, SamplingConfig, load_config
 from catmllm.data.prompts import Sample, cif_prompt, design_prompt, property_sample
+from catmllm.export import export
+from catmllm.models.catalytic_mllm import save_model
 from catmllm.rl.rollout import RolloutEngine
 from catmllm.rl.vllm_engine import VLLMEngine, VLLMError
 from catmllm.stages.grpo import GRPO, rollout_batch
@@ -28,18 +38,19 @@ from tests.stages.conftest import MakeContext, make_context, small  # noqa: F401
 from tests.stages.test_rl_stages import TokenReward
 
 PYTHON = os.environ.get("VLLM_PYTHON", "")
+WIDE = [
+    *SMALL_MODEL,
+    "model.llm.hidden_size=128",
+    "model.llm.num_attention_heads=4",
+    "model.llm.num_key_value_heads=2",
+]
 needs_vllm = pytest.mark.skipif(not PYTHON, reason="VLLM_PYTHON names no Python with vLLM (make vllm)")
 
 
 @pytest.fixture(scope="module")
 def wide_model(train_systems: list[System]) -> Model:
     """The small model with heads of 32, the fewest that vLLM's CPU attention takes, and weights that tell inputs apart."""
-    sizes = [
-        "model.llm.hidden_size=128",
-        "model.llm.num_attention_heads=4",
-        "model.llm.num_key_value_heads=2",
-    ]
-    model, collate = new_model(load_config(None, [*SMALL_MODEL, *sizes]), train_systems[::40])
+    model, collate = new_model(load_config(None, WIDE), train_systems[::40])
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 2 and name.startswith(("llm.", "projector.")):
@@ -168,3 +179,72 @@ def test_grpo_trains_from_its_samples(make_context: MakeContext) -> None:  # noq
     state, stage = train(make, context)
     assert not torch.equal(state["llm.lm_head.weight"], before["llm.lm_head.weight"])
     assert stage.vllm.version == 2 and stage.vllm.process.poll() is not None  # type: ignore[attr-defined]
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_the_text_export_is_served(wide_model: Model, tmp_path: Path, prompts: list[Sample]) -> None:
+    """`vllm serve` on `catmllm export text`: greedy completions are transformers', from text and from embeddings."""
+    model, collate = wide_model
+    save_model(tmp_path / "stage", model, model.state_dict(), load_config(None, WIDE), collate.tokenizer)
+    folder = export(tmp_path / "stage", "text", tmp_path / "text", "fp32")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    command = [
+        PYTHON,
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        str(folder),
+        "--port",
+        str(port),
+    ]
+    command += ["--enable-prompt-embeds", "--dtype", "float32", "--gpu-memory-utilization", "0.1"]
+    command += [
+        "--tokenizer",
+        str(folder / "tokenizer"),
+        "--enforce-eager",
+        "--host",
+        "127.0.0.1",
+        "--max-model-len",
+        "512",
+    ]
+    with (tmp_path / "log").open("wb") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log)
+
+    def ask(**prompt: object) -> str:
+        body = {"model": str(folder), "max_tokens": 12, "temperature": 0, **prompt}
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{port}/v1/completions",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=60) as reply:
+            return str(json.load(reply)["choices"][0]["text"])
+
+    try:
+        while True:
+            assert server.poll() is None, (tmp_path / "log").read_text()[-2000:]
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
+                break
+            time.sleep(1)
+        expected = []
+        for sample in prompts[:2]:
+            ids = copy.deepcopy(model.llm).generate(
+                **left_padded(model, collate, [sample]),
+                do_sample=False,
+                max_new_tokens=12,
+                eos_token_id=collate.end_id,
+                pad_token_id=collate.pad_id,
+            )
+            expected.append(collate.tokenizer.decode(ids[0], skip_special_tokens=True))
+        assert ask(prompt=prompts[0].prompt) == expected[0]
+        batch = collate([prompts[1]])
+        buffer = io.BytesIO()
+        torch.save(model.embed(batch).detach(), buffer)
+        assert ask(prompt_embeds=base64.b64encode(buffer.getvalue()).decode()) == expected[1]
+    finally:
+        server.terminate()
+        server.wait(30)
