@@ -1,6 +1,7 @@
 #include "number.h"
 
 #include <charconv>
+#include <clocale>
 #include <cmath>
 #include <cstdlib>
 #include <limits>
@@ -36,7 +37,8 @@ bool skip_digits(std::string_view s, std::size_t& i, std::size_t& n) {
 }
 
 double to_double(const char* first, const char* last, bool exponent_is_negative) {
-#if defined(__cpp_lib_to_chars) && __cpp_lib_to_chars >= 201611L
+// libc++ has had from_chars for double since LLVM 20, which Apple's compilers follow late.
+#if defined(__cpp_lib_to_chars) && __cpp_lib_to_chars >= 201611L && !defined(CATMLLM_STRTOD)
     double value = 0;
     const auto result = std::from_chars(first, last, value);
     if (result.ec == std::errc::result_out_of_range) {
@@ -71,7 +73,10 @@ double to_double(const char* first, const char* last, bool exponent_is_negative)
     return value;
 #else
     (void)exponent_is_negative;
-    return std::strtod(std::string(first, last).c_str(), nullptr);
+    std::string text(first, last);
+    const std::size_t point = text.find('.');  // strtod wants the one of the process's locale
+    if (point != std::string::npos) text.replace(point, 1, std::localeconv()->decimal_point);
+    return std::strtod(text.c_str(), nullptr);
 #endif
 }
 
