@@ -66,7 +66,8 @@ format: setup
 	$(BIN)/ruff check --fix .
 
 # What goes to an index: the sdist, and from it a manylinux wheel for each Python, every one tried in an empty environment.
-# auditwheel names the oldest system that the wheels run on (glibc 2.34: the C++ library of GCC 11).
+# auditwheel names the oldest system that the wheels run on: that of the compiler here. libgomp stays outside: the encoder's library
+# takes the one that torch has loaded, a second OpenMP in a process would have threads of its own.
 PYTHONS ?= $(or $(sort $(wildcard $(HOME)/.pyenv/versions/3.1[123].*/bin/python3.1[123])),python3.11 python3.12 python3.13)
 
 wheels:
@@ -76,7 +77,7 @@ wheels:
 	build/wheels/tools/bin/python -m build --sdist --outdir dist . > build/wheels/sdist.log
 	for python in $(PYTHONS); do \
 	  $$python -m pip wheel --quiet --no-deps --no-cache-dir --wheel-dir build/wheels/raw dist/*.tar.gz || exit 1; done
-	PATH="$(CURDIR)/build/wheels/tools/bin:$$PATH" build/wheels/tools/bin/auditwheel repair --wheel-dir dist build/wheels/raw/*.whl
+	PATH="$(CURDIR)/build/wheels/tools/bin:$$PATH" build/wheels/tools/bin/auditwheel repair --exclude libgomp.so.1 --wheel-dir dist build/wheels/raw/*.whl
 	for python in $(PYTHONS); do $$python tests/try_package.py dist || exit 1; done
 
 clean:
