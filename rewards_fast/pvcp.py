@@ -10,7 +10,7 @@ import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, overload
 
 import numpy as np
@@ -178,12 +178,16 @@ class Crystals(Sequence["Crystal | None"]):
         return list, (list(self),)
 
 
-@dataclass(eq=False)
+_COLUMN = {name: i for i, name in enumerate((*SCORE_NAMES, *TERM_NAMES))}
+_FIELD_BITS = np.array([[1 << i] for i in range(len(FIELD_NAMES))], dtype=np.uint8)
+
+
 class Scores:
     """Rewards of a batch; every array is float64 [n]. Numbers of a text that does not parse are nan.
 
     reason: None or the code of what was wrong. terms: the sub-terms by name (`TERM_NAMES`). fields: completeness of
     the text's key fields by name (bool [n], all False where nothing parsed; `duplicate_labels` is a fault).
+    Arrays are made when they are first asked for: all of them would take longer than scoring one text.
     """
 
     total: NDArray[np.float64]
@@ -195,13 +199,36 @@ class Scores:
     volume: NDArray[np.float64]
     density: NDArray[np.float64]
     min_distance: NDArray[np.float64]
-    reason: list[str | None]
-    crystals: Sequence[Crystal | None]
-    terms: dict[str, NDArray[np.float64]] = field(default_factory=dict)
-    fields: dict[str, NDArray[np.bool_]] = field(default_factory=dict)
+
+    def __init__(
+        self,
+        rows: NDArray[np.float64],
+        field_bits: NDArray[np.uint8],
+        reason: list[str | None],
+        crystals: Sequence[Crystal | None],
+    ) -> None:
+        self._rows, self._field_bits, self.reason, self.crystals = rows, field_bits, reason, crystals
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in SCORE_NAMES:
+            raise AttributeError(f"Scores has no {name!r}")
+        column = self._rows[:, _COLUMN[name]]
+        setattr(self, name, column)
+        return column
+
+    @functools.cached_property
+    def terms(self) -> dict[str, NDArray[np.float64]]:
+        return {name: self._rows[:, _COLUMN[name]] for name in TERM_NAMES}
+
+    @functools.cached_property
+    def fields(self) -> dict[str, NDArray[np.bool_]]:
+        return dict(zip(FIELD_NAMES, self._field_bits & _FIELD_BITS != 0))
 
     def __len__(self) -> int:
-        return len(self.total)
+        return len(self.reason)
+
+    def __repr__(self) -> str:
+        return f"Scores(total={self.total!r}, reason={self.reason!r})"
 
 
 _FORMULA_PIECE = re.compile(r"([A-Z][a-z]?)(\d+(?:\.\d+)?|\.\d+)?|([(\[])|([)\]])(\d+(?:\.\d+)?|\.\d+)?")
@@ -444,14 +471,7 @@ class PVCP:
             self.threads or 0,
             self.extract,
         )
-        columns = dict(zip(_core.SCORE_COLUMNS, rows.T))
-        return Scores(
-            **{name: columns[name] for name in SCORE_NAMES},
-            reason=reasons,
-            crystals=Crystals(texts, self.extract),
-            terms={name: columns[name] for name in TERM_NAMES},
-            fields={name: (bits >> i & 1).astype(np.bool_) for i, name in enumerate(FIELD_NAMES)},
-        )
+        return Scores(rows, bits, reasons, Crystals(texts, self.extract))
 
 
 @functools.lru_cache(maxsize=64)

@@ -15,8 +15,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
-
 from rewards_fast.pvcp import PVCP, Scores, Target, floor_scores, prompt_target
 from rewards_fast.settings import read_settings
 
@@ -56,7 +54,7 @@ def reply(scorer: PVCP, scores: Scores) -> dict[str, Any]:
     logs["parses"] = sum(reason is None for reason in scores.reason) / n
     return {
         "rewards": scores.total.tolist(),
-        "scores": np.clip((scores.total - floor) / (span or 1.0), 0.0, 1.0).tolist(),
+        "scores": [min(1.0, max(0.0, (x - floor) / (span or 1.0))) for x in scores.total.tolist()],
         "extra_logs": logs,
     }
 

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -246,8 +247,31 @@ def test_paths_and_methods(port: int) -> None:
     assert status == 404 and answer["request_id"] == headers["x-request-id"]
     assert ask(port, "/healthz", method="GET")[::2] == (200, {"status": "ok"})
     assert ask(port, "/readyz", method="GET")[::2] == (200, {"status": "ready"})
-    assert "swagger" in ask(port, "/docs", method="GET")[2].lower()
     assert set(ask(port, "/openapi.json", method="GET")[2]["paths"]) >= {"/v1/score", "/get_reward"}
+
+
+def test_the_page_is_whole_and_needs_nobody_else(port: int) -> None:
+    _, headers, page = ask(port, "/docs", method="GET")
+    schema = ask(port, "/openapi.json", method="GET")[2]
+    assert headers["content-type"].startswith("text/html")
+    for path, methods in schema["paths"].items():
+        assert all(f"{method.upper()} {path}<" in page for method in methods)
+    for key in schema["paths"]["/v1/score"]["post"]["parameters"]:
+        assert f"<td>{key['name']}</td>" in page
+    opened: list[str] = []
+
+    class Reader(HTMLParser):
+        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+            opened.append(tag)
+            assert not any(name == "src" or "//" in (value or "") for name, value in attrs)
+
+        def handle_endtag(self, tag: str) -> None:
+            while opened.pop() not in (tag, "h1"):
+                assert opened[-1] in ("meta", "input", "html", tag), (tag, opened)
+
+    reader = Reader()
+    reader.feed(page)
+    assert "//" not in page.replace("://127.0.0.1", "") and "import" not in page
 
 
 def raw(port: int, data: bytes, seconds: float = 20.0) -> bytes:
@@ -287,6 +311,180 @@ def test_chunked_bodies_and_claimed_lengths(port: int) -> None:
     endless = b"transfer-encoding: chunked\r\n\r\n" + (b"10000\r\n" + b"a" * 65536 + b"\r\n") * 17
     assert raw(port, POST + endless + b"0\r\n\r\n", 3).startswith(b"HTTP/1.1 413")
     assert gauges(port)["rewards_fast_held_bytes"] == 0
+
+
+# The short way of small requests, beside the long one ---------------------------------------------------------------
+
+
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each request that tried the short way was answered there."""
+    from rewards_fast.integrations.server import Gate
+
+    found: list[bool] = []
+    real = Gate.at_once
+
+    def watched(self: Gate, *request: Any) -> Any:
+        answer = real(self, *request)
+        found.append(answer is not None)
+        return answer
+
+    monkeypatch.setattr(Gate, "at_once", watched)
+    return found
+
+
+def exchange(port: int, *parts: bytes) -> tuple[bytes, list[bytes], bytes]:
+    """Status line, header lines and body of the answer to a request sent in parts that arrive apart."""
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for i, part in enumerate(parts):
+            if i:
+                time.sleep(0.2)
+            connection.sendall(part)
+        data = b""
+        while b"\r\n\r\n" not in data:
+            data += connection.recv(65536)
+        head, _, body = data.partition(b"\r\n\r\n")
+        status, *lines = head.split(b"\r\n")
+        length = next(int(x[15:]) for x in lines if x.lower().startswith(b"content-length:"))
+        while len(body) < length:
+            body += connection.recv(65536)
+        return status, sorted(x for x in lines if not x.startswith(b"date:")), body
+
+
+SMALL = [
+    ("/v1/score", {"texts": [SLAB], "targets": TARGET}, b""),
+    ("/v1/score", {"texts": []}, b""),
+    ("/v1/score?diagnostics=true&near=0.7", {"texts": [SLAB, "no", ""], "targets": [None, "Pt", ""]}, b""),
+    ("/v1/score?", {"texts": ["\ud83d\ude00 é"]}, b"authorization: Bearer t\r\n"),
+    ("/get_reward", {"query": [TARGET + SLAB], "prompts": [TARGET], "labels": [""]}, b""),
+    ("/get_reward?comp=0", {"query": ["x", SLAB], "more": 1}, b"x-other: 1\r\n"),
+]
+NOT_RIGHT = [
+    ("/v1/score", {"texts": [1]}, b""),
+    ("/v1/score", {"texts": ["a"], "targets": "Qq"}, b""),
+    ("/v1/score", {"texts": ["a"], "target": "Pt"}, b""),
+    ("/v1/score?nearr=1", {"texts": []}, b""),
+    ("/v1/score?near=0.7#x", {"texts": []}, b""),
+    ("/v1/score", {"texts": []}, b"content-encoding: gzip\r\n"),
+    ("/v1/score", {"texts": []}, b"content-type: text/plain\r\n"),
+    ("/v1/score/", {"texts": []}, b""),
+    ("/v1/%73core", {"texts": []}, b""),
+    ("//127.0.0.1/v1/score", {"texts": []}, b""),
+    ("/get_reward", {"query": ["a"], "prompts": []}, b""),
+    ("/nothing", {"texts": []}, b""),
+]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "more", "right"),
+    [(*case, True) for case in SMALL] + [(*case, False) for case in NOT_RIGHT],
+)
+def test_both_ways_give_the_same_answer(
+    port: int, at_once: list[bool], path: str, body: Any, more: bytes, right: bool
+) -> None:
+    """The same request in one piece (short way) and with its last byte late (long way): status, headers, body."""
+    data = json.dumps(body).encode()
+    head = b"POST %s HTTP/1.1\r\nhost: x\r\n%scontent-type: application/json; charset=utf-8\r\n" % (
+        path.encode(),
+        more,
+    )
+    request = head + b"x-request-id: a.1\r\ncontent-length: %d\r\n\r\n" % len(data) + data
+
+    def counted(*parts: bytes) -> tuple[Any, dict[str, float]]:
+        """The answer, and by how much every counter went up."""
+        before = gauges(port)
+        answer = exchange(port, *parts)
+
+        def changes() -> dict[str, float]:
+            after = gauges(port)
+            names = {n for n in after if n.endswith("_total") or "_total/" in n or "_count/" in n}
+            names = {n for n in names if not re.search("seconds_total|python_gc|/metrics", n)}
+            return {n: after[n] - before.get(n, 0) for n in names if after[n] != before.get(n, 0)}
+
+        until(lambda: any("requests_total" in name for name in changes()))  # counted after the last byte
+        return answer, changes()
+
+    short = counted(request)
+    assert at_once == [right]
+    long = counted(request[:-1], request[-1:])
+    assert at_once == [right] and short == long
+    assert b" 200 " in short[0][0] or not right
+
+
+def test_what_needs_patience_or_is_large_goes_the_long_way(port: int, at_once: list[bool]) -> None:
+    data = b'{"texts": ["x"]}'
+    whole = POST + b"content-length: %d\r\n\r\n" % len(data) + data
+    large = json.dumps({"texts": ["x" * 17_000]}).encode()
+    for request in (
+        whole.replace(b"host", b"connection: close\r\nhost"),
+        whole.replace(b"host", b"connection: close\r\nexpect: 100-continue\r\nhost"),
+        whole.replace(b"HTTP/1.1", b"HTTP/1.0"),
+        POST + b"connection: close\r\ncontent-length: %d\r\n\r\n" % len(large) + large,
+        POST + b"content-length: %d\r\n\r\n" % len(large) + large + whole.replace(b"host", b"connection: close\r\nhost"),
+    ):  # fmt: skip
+        assert b"HTTP/1.1 200 OK" in raw(port, request)
+    assert at_once == []
+    exchange(port, whole)
+    assert at_once == [True]
+
+
+def test_requests_in_one_piece_are_answered_in_their_order(port: int, at_once: list[bool]) -> None:
+    """Small, large, wrong and small ones written together, without waiting."""
+    bodies = [
+        b'{"texts": ["x"]}',
+        json.dumps({"texts": ["y" * 20_000] * 2}).encode(),
+        b"{",
+        b'{"texts": []}',
+    ] * 5
+    pieces = [POST + b"content-length: %d\r\n\r\n" % len(body) + body for body in bodies]
+    last = (POST + b"connection: close\r\ncontent-length: 2\r\n\r\n{}",)
+    found = raw(port, b"".join((*pieces, *last)))
+    heads = re.findall(rb"HTTP/1.1 (\d+)", found)
+    assert heads == [b"200", b"200", b"400", b"200"] * 5 + [b"422"]
+    assert [x.count(b",") for x in re.findall(rb'"total":(\[.*?\])', found)] == [0, 1, 0] * 5
+    assert at_once[0]
+
+
+def test_a_connection_that_sends_giant_cells_goes_the_long_way_for_a_while(
+    port: int, at_once: list[bool]
+) -> None:
+    operations = "\n".join(f"x+{i}/500,y,z" for i in range(500))
+    sites = "\n".join(f"H{i} 0.{i}1 0.{i}3 0.{i}7" for i in range(100, 300))
+    giant = (
+        "data_x\n_cell_length_a 90\n_cell_length_b 90\n_cell_length_c 90\n"
+        "_cell_angle_alpha 90\n_cell_angle_beta 90\n_cell_angle_gamma 90\n"
+        f"loop_\n_symmetry_equiv_pos_as_xyz\n{operations}\n"
+        f"loop_\n_atom_site_label\n_atom_site_fract_x\n_atom_site_fract_y\n_atom_site_fract_z\n{sites}\n"
+    )
+    assert PVCP().score([giant]).n_sites[0] == 100_000
+    bodies = [json.dumps({"texts": [text]}).encode() for text in (giant, *["x"] * 101)]
+    assert len(bodies[0]) < 16_384
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    for body in bodies:
+        connection.request("POST", "/v1/score", body, JSON)
+        assert connection.getresponse().read().startswith(b'{"total":[')
+    assert at_once == [True, True]  # the first one, and the one after the detour
+    connection.close()
+
+
+def test_a_deaf_client_of_small_requests_is_not_read_on() -> None:
+    """It asks without reading: the server stops to take more, answers others, and goes on once it is read."""
+    data = json.dumps({"texts": ["x"] * 1000}).encode()
+    request = POST + b"content-length: %d\r\n\r\n" % len(data) + data
+    with running() as port, socket.create_connection(("127.0.0.1", port), timeout=2) as deaf:
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+        sent = 0
+        try:
+            while sent < 200 << 20:
+                sent += deaf.send((request * 50)[sent % len(request) :])
+        except TimeoutError:
+            pass
+        assert sent < 50 << 20  # what the buffers of the system hold
+        assert ask(port, "/v1/score", {"texts": [SLAB]})[0] == 200
+        deaf.settimeout(20)
+        found = b"".join(deaf.recv(1 << 20) for _ in range(10))
+        assert found.count(b"HTTP/1.1 200 OK") == found.count(b"HTTP/1.1") > 2
 
 
 # Tokens, ids, metrics ----------------------------------------------------------------------------------------------
@@ -404,7 +602,7 @@ def test_more_than_the_queue_holds_is_refused_with_a_time(monkeypatch: pytest.Mo
     score = PVCP.score
 
     def slow(self: PVCP, texts: Any, targets: Any = None) -> Any:
-        if texts == ["slow"]:
+        if texts == ["slow" * 5000]:  # not so small that it is scored where it arrives
             entered.release()
             assert go.wait(20)
         return score(self, texts, targets)
@@ -413,7 +611,9 @@ def test_more_than_the_queue_holds_is_refused_with_a_time(monkeypatch: pytest.Mo
         monkeypatch.setattr(PVCP, "score", slow)
         answers: list[Answer] = []
         waiting = [
-            threading.Thread(target=lambda: answers.append(ask(port, "/v1/score", {"texts": ["slow"]})))
+            threading.Thread(
+                target=lambda: answers.append(ask(port, "/v1/score", {"texts": ["slow" * 5000]}))
+            )
             for _ in range(3)
         ]
         for thread in waiting:
@@ -503,9 +703,9 @@ def until(ready: Callable[[], bool], seconds: float = 20.0) -> None:
         time.sleep(0.02)
 
 
-async def client(port: int, stop: asyncio.Event, counts: dict[str, int]) -> None:
+async def client(port: int, stop: asyncio.Event, counts: dict[str, int], texts: int) -> None:
     """Asks over and over on kept connections; counts answers, and requests that ended without one."""
-    body = json.dumps({"texts": [SLAB] * 16, "targets": TARGET}).encode()
+    body = json.dumps({"texts": [SLAB] * texts, "targets": TARGET}).encode()
     request = POST + b"content-length: %d\r\n\r\n" % len(body) + body
     reader = writer = None
     while not stop.is_set():
@@ -533,14 +733,15 @@ async def client(port: int, stop: asyncio.Event, counts: dict[str, int]) -> None
             writer = None
 
 
-def test_sigterm_under_load_loses_no_request() -> None:
+@pytest.mark.parametrize("texts", [1, 64])
+def test_sigterm_under_load_loses_no_request(texts: int) -> None:
     with command("--drain-seconds", "0.7") as (process, port, lines):
         counts = {"lost": 0, "told to go": 0, "refused connections": 0}
         states: list[int] = []
 
         async def load() -> None:
             stop = asyncio.Event()
-            clients = [asyncio.create_task(client(port, stop, counts)) for _ in range(16)]
+            clients = [asyncio.create_task(client(port, stop, counts, texts)) for _ in range(16)]
             await asyncio.sleep(1.0)
             process.send_signal(signal.SIGTERM)
             await asyncio.sleep(0.3)
