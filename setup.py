@@ -1,4 +1,4 @@
-"""Build hook of the one distribution: its two C++ libraries. Everything declarative is in pyproject.toml."""
+"""Build hook of the one distribution: its C++ libraries. Everything declarative is in pyproject.toml."""
 
 import sys
 from pathlib import Path
@@ -20,16 +20,34 @@ FLAGS = (
 )
 OPENMP = ["-fopenmp"] if sys.platform == "linux" else []
 
-# The encoder's edge path on a CPU: a plain shared library that catmllm_kernels loads by ctypes. It needs neither Python nor
-# torch; its OpenMP is the runtime that torch has loaded. Vector extensions of GCC and Clang, so not with MSVC.
-SO2 = Extension(
-    "catmllm_kernels._so2",
-    sorted(str(path.relative_to(HERE)) for path in (HERE / "csrc" / "so2").glob("*.cpp")),
-    depends=[str(path.relative_to(HERE)) for path in (HERE / "csrc" / "so2").glob("*.h")],
-    extra_compile_args=[*FLAGS, *OPENMP],
-    extra_link_args=OPENMP,
-    language="c++",
-)
+
+def shared_library(name: str, sources: list[str], headers: list[str]) -> Extension:
+    """A plain shared library that catmllm_kernels loads by ctypes. It needs neither Python nor torch; its OpenMP is the
+    runtime that torch has loaded. Vector extensions of GCC and Clang, so not with MSVC."""
+
+    def paths(patterns: list[str]) -> list[str]:
+        found = (p for pattern in patterns for p in (HERE / "csrc").glob(pattern))
+        return sorted(str(p.relative_to(HERE)) for p in found)
+
+    return Extension(
+        f"catmllm_kernels.{name}",
+        paths(sources),
+        depends=paths(headers),
+        extra_compile_args=[*FLAGS, *OPENMP],
+        extra_link_args=OPENMP,
+        language="c++",
+    )
+
+
+# The encoder's edge path and the LLM's attention on a CPU; the latter uses the former's vectors and threads.
+LIBRARIES = [
+    shared_library("_so2", ["so2/*.cpp"], ["so2/*.h"]),
+    shared_library(
+        "_attention",
+        ["attention/*.cpp", "so2/run.cpp", "so2/level.cpp"],
+        ["attention/*.h", "so2/*.h"],
+    ),
+]
 
 setup(
     ext_modules=cythonize(
@@ -45,5 +63,5 @@ setup(
         ],
         compiler_directives={"language_level": 3},
     )
-    + ([] if sys.platform == "win32" else [SO2])
+    + ([] if sys.platform == "win32" else LIBRARIES)
 )

@@ -8,6 +8,8 @@
 
 namespace catmllm::so2 {
 
+int level();  // 2 AVX-512, 1 AVX2, 0 neither: what this machine has and CATMLLM_SO2_ISA allows
+
 const char* forward_avx512(const so2_message&);
 const char* backward_avx512(const so2_message&);
 const char* sum_forward_avx512(const so2_sum&);

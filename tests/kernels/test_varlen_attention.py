@@ -11,7 +11,7 @@ from torch._subclasses import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from catmllm_kernels.varlen_attention import reference, varlen_attention
+from catmllm_kernels.varlen_attention import continued, cpu, reference, varlen_attention
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 LENGTHS = [1, 63, 64, 65, 7, 0, 200]
@@ -110,6 +110,92 @@ def test_scores_beyond_float16_stay_finite() -> None:
     assert (ours[0].double() - expected[0]).abs().mean() < 0.05  # scores in the thousands: half a unit each
 
 
+OWNERS = [
+    -1,
+    0,
+    0,
+    -1,
+    -1,
+    4,
+    -1,
+]  # of LENGTHS: a prompt with two answers, one alone, one with an empty answer, one alone
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("path", ["cpu", "reference"])
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
+@pytest.mark.parametrize(
+    ("dtype", "bound"),
+    [(torch.float64, 1e-12), (torch.float32, 2e-5), (torch.bfloat16, 0.08), (torch.float16, 0.01)],
+)
+def test_a_sample_that_continues_another_sees_it(
+    device: str, path: str, isa: str, dtype: torch.dtype, bound: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Output and gradients, those that a prompt gets from its answers included, are the dense definition's."""
+    monkeypatch.setenv("CATMLLM_KERNELS", path)
+    monkeypatch.setenv("CATMLLM_SO2_ISA", isa)
+    tensors, bounds = problem(LENGTHS, width=20, device=device)
+    owner = torch.tensor(OWNERS, device=device)
+    prefix = continued(bounds, owner)
+    ours = results(varlen_attention, tensors, dtype, bounds, 200, 0.25, prefix)
+    expected = results(reference.varlen_attention, tensors, torch.float64, bounds, 0.25, owner)
+    for a, b in zip(ours, expected):
+        assert (a.double() - b).abs().max() <= bound
+
+
+def test_what_each_sample_sees_laid_end_to_end_is_the_same() -> None:
+    """The way of CUDA's FlashAttention: keys repeated behind each owner, the last query at the last key."""
+    (q, k, v, _), bounds = problem(LENGTHS)
+    prefix = continued(bounds, torch.tensor(OWNERS))
+    expected = reference.varlen_attention(q, k, v, bounds, 0.25, prefix.owner)
+    seen = prefix.cu_seqlens_k.tolist()
+    for i, (a, b) in enumerate(zip(bounds.tolist(), bounds.tolist()[1:])):
+        at = prefix.key_at[seen[i] : seen[i + 1]]
+        mask = torch.ones(b - a, len(at)).tril(len(at) - (b - a)).bool()
+        keys, values = (x[at].repeat_interleave(3, 1).transpose(0, 1) for x in (k, v))
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q[a:b].transpose(0, 1), keys, values, mask, scale=0.25
+        )
+        torch.testing.assert_close(out.transpose(0, 1), expected[a:b])
+    assert prefix.max_length_k == 200 and seen[-1] == len(prefix.key_at)
+
+
+def test_threads_and_neighbours_change_no_bit() -> None:
+    tensors, bounds = problem(LENGTHS)
+    prefix = continued(bounds, torch.tensor(OWNERS))
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = results(varlen_attention, tensors, torch.float32, bounds, 200, None, prefix)
+        torch.set_num_threads(3)
+        together = results(varlen_attention, tensors, torch.float32, bounds, 200, None, prefix)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(alone, together))
+    last = [x[-200:] for x in tensors]
+    own = results(varlen_attention, last, torch.float32, torch.tensor([0, 200], dtype=torch.int32), 200)
+    assert all(torch.equal(a[-200:], b) for a, b in zip(alone, own))
+
+
+def test_the_library_is_there_and_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it every result is right and training is a fifth slower: nobody would see."""
+    assert cpu.unfit(torch.zeros(1)) == ""
+    assert "float64" in cpu.unfit(torch.zeros(1, dtype=torch.float64))
+    calls = []
+    plain = cpu.forward
+    monkeypatch.setattr(cpu, "forward", lambda *a: calls.append(1) or plain(*a))
+    (q, k, v, _), bounds = problem([5])
+    varlen_attention(q.float(), k.float(), v.float(), bounds, 5)
+    assert calls
+
+
+@pytest.mark.parametrize("owner", [[-1, -1, 0], [-1, 1, -1], [1, -1, -1], [-1, 0, 1]])
+def test_a_prefix_in_the_wrong_place_is_an_error(owner: list[int]) -> None:
+    (q, k, v, _), bounds = problem([2, 3, 4])
+    with pytest.raises(ValueError, match=r"sample \d continues \d: it must follow it directly"):
+        varlen_attention(q, k, v, bounds, 4, None, continued(bounds, torch.tensor(owner)))
+
+
 @pytest.mark.parametrize("bounds", [[0, 3], [1, 5], [0, 4, 3, 5], []])
 def test_wrong_bounds_are_an_error(bounds: list[int]) -> None:
     (q, k, v, _), _ = problem([5])
@@ -123,6 +209,7 @@ def test_what_torch_needs_of_an_op() -> None:
     (q, k, v, _), bounds = problem([5, 9])
     arguments = (q.float().requires_grad_(), k.float().requires_grad_(), v.float(), bounds, 9, 0.25)
     torch.library.opcheck(torch.ops.catmllm.varlen_attention.default, arguments)
+    torch.library.opcheck(torch.ops.catmllm.varlen_attention.default, (*arguments, torch.tensor([-1, 0])))
 
 
 def test_a_compiled_caller_agrees_and_is_one_graph() -> None:

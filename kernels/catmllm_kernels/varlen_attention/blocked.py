@@ -1,4 +1,5 @@
-"""Torch's own products, sample by sample and 64 queries at a time: what runs on a CPU, and in float32 on any device.
+"""Torch's own products, sample by sample and 64 queries at a time: what runs where csrc/attention does not (float64, other
+machines), and in float32 on any device.
 
 No score of two samples or of a later token is ever computed beyond the diagonal blocks, and none is kept: the backward
 pass makes them again. On a CPU (forward and backward, one thread): 11 samples of 54 tokens and 5 of 173 in bf16 take
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -18,45 +19,67 @@ from torch import Tensor
 BLOCK = 64
 
 
-def forward(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], scale: float) -> Tensor:
-    """query [T, H, D], key and value [T, K, D], lengths that sum to T -> [T, H, D]."""
+def forward(
+    query: Tensor, key: Tensor, value: Tensor, lengths: list[int], owners: list[int], scale: float
+) -> Tensor:
+    """query [T, H, D], key and value [T, K, D], lengths that sum to T, owners: which sample each one continues, -1 for
+    none -> [T, H, D]."""
     out = query.new_empty(query.shape)
-    for q, k, v, o in _samples(lengths, query, key, value, out):
-        keys, values = k.transpose(0, 1), v.transpose(0, 1)
+    keys, values = key.split(lengths), value.split(lengths)
+    for q, o, own, owner in zip(query.split(lengths), out.split(lengths), range(len(lengths)), owners):
+        k, v = _seen(keys, own, owner), _seen(values, own, owner)
+        before = k.shape[1] - len(q)
         for begin, end in _blocks(len(q)):
-            rows = _rows(q[begin:end], len(keys))
-            weights = _weights(rows, keys[:, :end], begin, end, scale).to(query.dtype)
-            _put(o[begin:end], weights @ values[:, :end])
+            rows = _rows(q[begin:end], len(k))
+            seen = before + end
+            weights = _weights(rows, k[:, :seen], before + begin, seen, scale).to(query.dtype)
+            _put(o[begin:end], weights @ v[:, :seen])
     return out
 
 
 def backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lengths: list[int], scale: float
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lengths: list[int],
+    owners: list[int],
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of query, key and value; `out` is what `forward` returned."""
     wide = torch.promote_types(query.dtype, torch.float32)
-    of_query, of_key, of_value = (x.new_empty(x.shape) for x in (query, key, value))
+    of_query = query.new_empty(query.shape)
+    of_key, of_value = (x.new_zeros(x.shape, dtype=wide) for x in (key, value))
     # sum over keys of weight x its gradient, which softmax's backward subtracts
     mean = (grad.to(wide) * out.to(wide)).sum(-1, keepdim=True)
-    parts = _samples(lengths, query, key, value, grad, mean, of_query, of_key, of_value)
-    for q, k, v, g, m, dq, dk, dv in parts:
-        keys, values = k.transpose(0, 1), v.transpose(0, 1)
-        sum_k, sum_v = (x.new_zeros(x.shape, dtype=wide) for x in (keys, values))
+    keys, values = key.split(lengths), value.split(lengths)
+    sums = (of_key.split(lengths), of_value.split(lengths))
+    parts = (x.split(lengths) for x in (query, grad, mean, of_query))
+    for q, g, m, dq, own, owner in zip(*parts, range(len(lengths)), owners):
+        k, v = _seen(keys, own, owner), _seen(values, own, owner)
+        before = k.shape[1] - len(q)
+        sum_k, sum_v = (x.new_zeros(x.shape, dtype=wide) for x in (k, v))
         for begin, end in _blocks(len(q)):
-            rows, of_rows = _rows(q[begin:end], len(keys)), _rows(g[begin:end], len(keys))
-            weights = _weights(rows, keys[:, :end], begin, end, scale)
-            of_weights = (of_rows @ values[:, :end].transpose(1, 2)).to(wide)
-            of_scores = of_weights.sub_(_rows(m[begin:end], len(keys))).mul_(weights).mul_(scale).to(q.dtype)
-            _put(dq[begin:end], of_scores @ keys[:, :end])
-            sum_k[:, :end] += of_scores.transpose(1, 2) @ rows
-            sum_v[:, :end] += weights.to(q.dtype).transpose(1, 2) @ of_rows
-        dk.copy_(sum_k.transpose(0, 1))
-        dv.copy_(sum_v.transpose(0, 1))
-    return of_query, of_key, of_value
+            seen = before + end
+            rows, of_rows = _rows(q[begin:end], len(k)), _rows(g[begin:end], len(k))
+            weights = _weights(rows, k[:, :seen], before + begin, seen, scale)
+            of_weights = (of_rows @ v[:, :seen].transpose(1, 2)).to(wide)
+            of_scores = of_weights.sub_(_rows(m[begin:end], len(k))).mul_(weights).mul_(scale).to(q.dtype)
+            _put(dq[begin:end], of_scores @ k[:, :seen])
+            sum_k[:, :seen] += of_scores.transpose(1, 2) @ rows
+            sum_v[:, :seen] += weights.to(q.dtype).transpose(1, 2) @ of_rows
+        for total, found in zip(sums, (sum_k, sum_v)):
+            total[own].add_(found[:, before:].transpose(0, 1))
+            if owner >= 0:
+                total[owner].add_(found[:, :before].transpose(0, 1))
+    return of_query, of_key.to(key.dtype), of_value.to(value.dtype)
 
 
-def _samples(lengths: list[int], *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    return zip(*(x.split(lengths) for x in tensors))
+def _seen(parts: Sequence[Tensor], own: int, owner: int) -> Tensor:
+    """What a sample sees [K, n, D] of keys or values split by sample: those of its owner, then its own."""
+    x = parts[own] if owner < 0 else torch.cat([parts[owner], parts[own]])
+    return x.transpose(0, 1)
 
 
 def _blocks(length: int) -> Iterator[tuple[int, int]]:
