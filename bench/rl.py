@@ -270,7 +270,7 @@ class Updates:
         params = SamplingConfig(temperature=1.0, top_p=0.95, max_new_tokens=tokens)
         engine = RolloutEngine(model, collate)
         self.rollouts = engine.generate(self.prompts, params, [0], group, keep_hidden=True)
-        self.batch = rollout_batch(collate, [self.prompts[r.prompt] for r in self.rollouts], self.rollouts)
+        self.batch = rollout_batch(collate, self.prompts, self.rollouts)
         self.advantage = torch.linspace(-1, 1, len(self.rollouts))
         self.row = self.batch.answer_sample
         self.targets = torch.cat([r.ids for r in self.rollouts])

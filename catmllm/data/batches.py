@@ -20,6 +20,7 @@ from catmllm.data.prompts import ENERGY, GRAPH, Sample
 from catmllm.structure.elements import SYMBOLS
 from catmllm.structure.graph import neighbour_graphs
 from catmllm.structure.system import System
+from catmllm_kernels.varlen_attention import Prefix, continued
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -55,6 +56,9 @@ class Batch:
     [P, height, width, 3] in order, picture_at [P·tokens of one] the places of their tokens, mrope [3, T] every token's
     frame, row and column by Qwen2.5-VL's M-RoPE, restarting in each sample; None without any. `padded`: the LLM reads a rectangle, each sample
     padded to the longest, instead of the samples end to end; results are the same, speed is not.
+
+    With `prefix`, samples that continue a prompt share its tokens (`Collator.join_answers`); answer_sample then counts
+    answers, not samples.
     """
 
     input_ids: torch.Tensor
@@ -72,6 +76,7 @@ class Batch:
     pictures: torch.Tensor | None = None
     picture_at: torch.Tensor | None = None
     mrope: torch.Tensor | None = None
+    prefix: Prefix | None = None
 
     def __len__(self) -> int:
         """S, the number of samples."""
@@ -101,17 +106,17 @@ class Batch:
         return each_tensor(self, lambda t: torch.as_tensor(t).pin_memory())
 
 
-Holder = TypeVar("Holder", Batch, GraphBatch)
+Holder = TypeVar("Holder", Batch, GraphBatch, Prefix)
 
 
 def each_tensor(holder: Holder, change: Callable[[Any], Any]) -> Holder:
-    """A copy in which every tensor (or array, on its way between processes), those of its graph too, has gone through
+    """A copy in which every tensor (or array, on its way between processes), those of its parts too, has gone through
     `change`."""
     changed: dict[str, Any] = {}
     for name, value in vars(holder).items():
         if isinstance(value, torch.Tensor | np.ndarray):
             changed[name] = change(value)
-        elif isinstance(value, GraphBatch):
+        elif isinstance(value, GraphBatch | Prefix):
             changed[name] = each_tensor(value, change)
     return replace(holder, **changed)
 
@@ -246,6 +251,40 @@ class Collator:
             int(lengths.max()),
             padded=not self.data.packed,
             **{k: torch.from_numpy(v) for k, v in pictures.items()},
+        )
+
+    def join_answers(self, prompts: Sequence[Encoded], answers: Sequence[Sequence[list[int]]]) -> Batch:
+        """Prompts, each there once for all its answers, end to end: the samples are a prompt, its answers, the next
+        prompt, and so on. An answer's tokens see the prompt's before their own and stand at the places after it.
+
+        Log-probabilities and gradients are those of `join` with every prompt repeated; answers count in the order given.
+        """
+        rows, owner = [], []
+        for prompt, group in zip(prompts, answers, strict=True):
+            owner += [-1, *[len(rows)] * len(group)]
+            rows += [prompt._replace(answer=[]), *(Encoded([], a) for a in group)]
+        batch = self.join(rows)
+        bounds, owners = batch.cu_seqlens.long(), torch.tensor(owner)
+        place = owners.clamp_min(0)
+        lengths = bounds.diff()
+        before = torch.where(owners >= 0, lengths[place], 0)
+        answer = owners >= 0
+        # The place before each token of an answer: of its first one, the prompt's last.
+        sample = batch.sample
+        targets = answer[sample].nonzero()[:, 0]
+        first = batch.position_ids[targets] == 0
+        at = torch.where(first, bounds[place + 1][sample[targets]] - 1, targets - 1)
+        mrope = batch.mrope
+        if mrope is not None:  # no token has a higher position than the last of a prompt, which is text
+            mrope = mrope + torch.where(answer, mrope[0, bounds[place + 1] - 1] + 1, 0)[sample]
+        return replace(
+            batch,
+            position_ids=batch.position_ids + before[sample],
+            mrope=mrope,
+            answer_at=at,
+            targets=batch.input_ids[targets],
+            answer_sample=(answer.cumsum(0) - 1)[sample[targets]],
+            prefix=continued(batch.cu_seqlens, owners),
         )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from catmllm_kernels.varlen_attention import varlen_attention
+from catmllm_kernels.varlen_attention import Prefix, varlen_attention
 
 NAME = "varlen"
 
@@ -26,6 +26,11 @@ def no_mask(text: Any) -> dict[str, None] | None:
     if text.config._attn_implementation != NAME:
         return None
     return dict.fromkeys(set(text.config.layer_types))
+
+
+def shares_prompts(text: Any) -> bool:
+    """Whether this tower's attention lets the answers of a prompt share its tokens (`Batch.prefix`)."""
+    return text.config._attn_implementation == NAME
 
 
 def _register() -> None:
@@ -45,11 +50,12 @@ def attend(
     scaling: float | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int | None = None,
+    prefix: Prefix | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """query [B, H, T, D], key and value [B, K, T, D] -> [B, T, H, D], causal.
 
-    Without bounds every row is a sample. A padding mask or a cache (transformers' own `generate`) goes to `sdpa`.
+    Without bounds every row is a sample; `prefix` says which samples continue which. A padding mask or a cache (transformers' own `generate`) goes to `sdpa`.
     """
     batch, _, tokens, _ = query.shape
     if cu_seq_lens_q is None and (attention_mask is not None or key.shape[2] != tokens):
@@ -60,5 +66,5 @@ def attend(
         cu_seq_lens_q = torch.arange(0, (batch + 1) * tokens, tokens, dtype=torch.int32, device=query.device)
         max_length_q = tokens
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
-    out = varlen_attention(q, k, v, cu_seq_lens_q, max_length_q, scaling)
+    out = varlen_attention(q, k, v, cu_seq_lens_q, max_length_q, scaling, prefix)
     return out.unflatten(0, (batch, tokens)), None

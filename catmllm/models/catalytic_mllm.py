@@ -22,10 +22,11 @@ from catmllm.data.batches import Batch, Collator, GraphBatch
 from catmllm.data.images import MERGE, PATCH, patches
 from catmllm.data.prompts import ENERGY, GRAPH
 from catmllm.data.tokenizer import extend_tokenizer
-from catmllm.models.attention import by_part, no_mask
+from catmllm.models.attention import by_part, no_mask, shares_prompts
 from catmllm.models.equiformer_v2 import EquiformerV2, EquiformerV2Config
 from catmllm.models.fairchem_checkpoint import load_fairchem_checkpoint
 from catmllm.models.projector import Projector
+from catmllm_kernels.dense import Linear
 from catmllm_kernels.linear_logprob import linear_logprobs
 
 if TYPE_CHECKING:
@@ -183,11 +184,15 @@ class CatalyticMLLM(nn.Module):
             return wide.flatten(0, 1)[batch.sample * batch.max_length + batch.position_ids]
         # transformers' convention for samples without padding: the text's positions before the three of M-RoPE (all
         # equal where there is no image), and the bounds of the samples for attention.
-        bounds = {"cu_seq_lens_q": batch.cu_seqlens, "cu_seq_lens_k": batch.cu_seqlens}
         positions = batch.position_ids.expand(4, -1)
         if batch.mrope is not None:
             positions = torch.cat([positions[:1], batch.mrope])
+        bounds: dict[str, Any] = {"cu_seq_lens_q": batch.cu_seqlens, "cu_seq_lens_k": batch.cu_seqlens}
         longest = {"max_length_q": batch.max_length, "max_length_k": batch.max_length}
+        if batch.prefix is not None:
+            if not shares_prompts(self.text):
+                raise ValueError("answers can share their prompt's tokens with `attention: varlen` alone")
+            bounds["prefix"] = batch.prefix
         return self.text(
             inputs_embeds=x[None],
             attention_mask=no_mask(self.text),
@@ -229,6 +234,9 @@ def _assemble(
     e, width = encoder.config, llm.config.get_text_config().hidden_size
     projector = Projector(config.model.projector, e.lmax, e.sphere_channels, width)
     vocabulary = tokenizer.get_vocab()
+    for module in llm.model.language_model.layers.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = Linear
     return CatalyticMLLM(llm, encoder, projector, vocabulary[GRAPH], vocabulary[ENERGY])
 
 

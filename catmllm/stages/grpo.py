@@ -8,7 +8,9 @@ energy head keeps up with the backbone that moves under it.
 from __future__ import annotations
 
 import copy
+import itertools
 import json
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -17,6 +19,7 @@ import torch
 
 from catmllm.data.batches import Batch, Collator, Encoded
 from catmllm.data.prompts import Sample, cif_prompt, design_prompt
+from catmllm.models.attention import shares_prompts
 from catmllm.models.lora import without_lora
 from catmllm.rl.advantages import group_advantages, per_answer, policy_loss
 from catmllm.rl.grammar import answer_pattern
@@ -155,6 +158,7 @@ class GRPO:
         c, o = self.context, self.config
         kept = np.flatnonzero(informative)
         n = c.world.maximum(-(-len(kept) // o.micro_batch))
+        shared = shares_prompts(c.model.text) and c.config.data.packed
         # Ranks keep different numbers of answers and gradients are averaged over ranks: with the mean number in the
         # denominator the step is that of all answers in one batch.
         count = {"rows": float(len(kept)), "tokens": float(sum(len(rollouts[i].ids) for i in kept))}
@@ -163,9 +167,7 @@ class GRPO:
         for k, part in enumerate(np.array_split(kept, n) if n else []):
             # A rank that has run out of rows still takes part in the collectives, with weight zero.
             rows = part if len(part) else np.array([0])
-            batch = rollout_batch(
-                c.collate, [prompts[rollouts[i].prompt] for i in rows], [rollouts[i] for i in rows]
-            ).to(c.world.device)
+            batch = rollout_batch(c.collate, prompts, [rollouts[i] for i in rows], shared).to(c.world.device)
             advantage = torch.tensor(advantages[rows], dtype=torch.float32, device=c.world.device)
             weight = (len(part) > 0) / max(whole, 1.0)
             work.passes.append(
@@ -246,7 +248,22 @@ class GRPO:
         self.skipped = state["skipped"]
 
 
-def rollout_batch(collate: Collator, prompts: list[Sample], rollouts: list[Rollout]) -> Batch:
-    """Prompts and the very tokens that were sampled, as a batch whose labels are those tokens."""
-    rows = [Encoded(collate.prompt_ids(p), r.ids.tolist(), None, p.graph) for p, r in zip(prompts, rollouts)]
-    return collate.join(rows)
+def rollout_batch(
+    collate: Collator, prompts: Sequence[Sample], rollouts: Sequence[Rollout], shared: bool = True
+) -> Batch:
+    """Prompts and the very tokens that were sampled, as a batch whose labels are those tokens.
+
+    rollouts[i] answers prompts[rollouts[i].prompt]. `shared`: the tokens of a prompt are there once for all its answers,
+    which costs a group of K a prompt instead of K (the same numbers, see docs/rl.md).
+    """
+
+    def encoded(prompt: int, answer: list[int]) -> Encoded:
+        sample = prompts[prompt]
+        return Encoded(collate.prompt_ids(sample), answer, None, sample.graph)
+
+    if not shared:
+        return collate.join([encoded(r.prompt, r.ids.tolist()) for r in rollouts])
+    groups = [(p, list(group)) for p, group in itertools.groupby(rollouts, lambda r: r.prompt)]
+    return collate.join_answers(
+        [encoded(p, []) for p, _ in groups], [[r.ids.tolist() for r in group] for _, group in groups]
+    )

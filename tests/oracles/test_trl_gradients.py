@@ -125,6 +125,7 @@ def as_trl(collate: Collator, prompts: list[Sample], rollouts: list[Rollout]) ->
     return out
 
 
+@pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("drift", [0.0, 0.3])
 @pytest.mark.parametrize(("loss_type", "normalise"), [("grpo", "sample"), ("bnpo", "token")])
 def test_loss_and_gradients_are_trls(
@@ -136,8 +137,10 @@ def test_loss_and_gradients_are_trls(
     drift: float,
     loss_type: str,
     normalise: str,
+    shared: bool,
 ) -> None:
-    """`drift` moves the sampling policy's log-probabilities away, as after several updates: the clip then acts."""
+    """`drift` moves the sampling policy's log-probabilities away, as after several updates: the clip then acts.
+    `shared`: each prompt is there once for all its answers, as in training."""
     collate = small_model[1]
     prompts, rollouts, advantage = sampled
     noise = [drift * torch.randn(len(r.ids), generator=torch.Generator().manual_seed(9)) for r in rollouts]
@@ -166,7 +169,7 @@ def test_loss_and_gradients_are_trls(
     their_loss.backward()
 
     ours = copy.deepcopy(policy).train()
-    batch = rollout_batch(collate, [prompts[r.prompt] for r in rollouts], rollouts)
+    batch = rollout_batch(collate, prompts, rollouts, shared)
     logprob = ours("answer", batch, temperature=TEMPERATURE)["logprob"]
     with torch.no_grad():
         ref = reference("answer", batch, temperature=TEMPERATURE)["logprob"]

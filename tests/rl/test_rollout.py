@@ -130,7 +130,7 @@ def test_markers_are_never_sampled(small_model: Model, prompts: list[Sample]) ->
     params = SamplingConfig(temperature=1.0, top_p=1.0, max_new_tokens=10)
     rollouts = RolloutEngine(model, collate).generate(prompts, params, [0], group_size=8)
     assert not torch.isin(torch.cat([r.ids for r in rollouts]), torch.tensor(markers)).any()
-    batch = rollout_batch(collate, [prompts[r.prompt] for r in rollouts], rollouts)
+    batch = rollout_batch(collate, prompts, rollouts)
     with torch.no_grad():  # scored by the whole distribution, in training and in sampling alike
         forced = model("answer", batch)["logprob"]
     assert float(forced.min()) < -5
@@ -147,7 +147,7 @@ def test_log_probabilities_are_the_models_of_the_very_tokens(
     params = SamplingConfig(temperature=temperature, top_p=top_p, max_new_tokens=20)
     rollouts = RolloutEngine(model, collate).generate(prompts, params, [1, 2], group_size=3, keep_hidden=True)
     assert [r.prompt for r in rollouts] == [k for k in range(len(prompts)) for _ in range(3)]
-    batch = rollout_batch(collate, [prompts[r.prompt] for r in rollouts], rollouts)
+    batch = rollout_batch(collate, prompts, rollouts, shared=False)
     with torch.no_grad():
         forced = model("answer", batch, temperature=temperature)["logprob"]
         hidden = model.hidden(batch)
@@ -299,7 +299,7 @@ def test_half_precision_follows_the_teacher_forced_forward(
     model, collate = small_model
     params = SamplingConfig(max_new_tokens=8)
     rollouts = RolloutEngine(model, collate, dtype).generate(prompts, params, [0], keep_hidden=True)
-    batch: Batch = rollout_batch(collate, [prompts[r.prompt] for r in rollouts], rollouts)
+    batch: Batch = rollout_batch(collate, prompts, rollouts)
     with torch.no_grad():
         forced = model("answer", batch)["logprob"]
     sampled = torch.cat([r.logprob for r in rollouts])

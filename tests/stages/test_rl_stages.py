@@ -80,7 +80,7 @@ def test_scored_tokens_are_the_sampled_tokens(context: Context) -> None:
         p.requires_grad_(True)
     shard(context.model, context.config, context.world)
     prompts, rollouts, _, _, _ = stage._roll(0)
-    batch = rollout_batch(context.collate, [prompts[r.prompt] for r in rollouts], rollouts)
+    batch = rollout_batch(context.collate, prompts, rollouts)
     assert sorted(texts) == sorted(r.text for r in rollouts)  # scored as they end
     for row, rollout in enumerate(rollouts):
         trained = batch.targets[batch.answer_sample == row]

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from catmllm_kernels.dense import product, summed_outer
 
 # With no more logits than this in all, their log-softmax is kept for the backward pass instead of made again: on a CPU a
 # tenth of a small model's step. 64 MiB in float32.
@@ -56,7 +57,7 @@ def _logits(hidden: Tensor, weight: Tensor, temperature: float) -> Iterator[tupl
     count = max(1, LOGITS // weight.shape[0])
     for start in range(0, len(hidden), count):
         rows = slice(start, start + count)
-        z = F.linear(hidden[rows], weight).to(wide(hidden.dtype))
+        z = product(hidden[rows], weight).to(wide(hidden.dtype))
         yield rows, z if temperature == 1.0 else z.div_(temperature)
 
 
@@ -83,7 +84,7 @@ def backward(
         if kept is not None:
             z = kept[:, start : start + words]
         else:
-            z = F.linear(hidden, part).to(wide(hidden.dtype))
+            z = product(hidden, part).to(wide(hidden.dtype))
             if temperature != 1.0:
                 z.div_(temperature)
             z.sub_(lse[:, None])
@@ -97,7 +98,7 @@ def backward(
             d.div_(temperature)
         d = d.to(hidden.dtype)
         if grad_hidden is not None:
-            grad_hidden += d @ part
+            grad_hidden += product(d, part.t())
         if grad_weight is not None:
-            torch.mm(d.T, hidden, out=grad_weight[start : start + words])
+            summed_outer(d, hidden, grad_weight[start : start + words])
     return None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight

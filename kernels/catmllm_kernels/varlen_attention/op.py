@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import itertools
 import os
+from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,8 @@ from catmllm_kernels.backend import NAMES
 from catmllm_kernels.varlen_attention import blocked, cpu
 
 
-class Prefix(NamedTuple):
+@dataclass(frozen=True)
+class Prefix:
     """Which sample each one continues; make it by `continued`, once a batch.
 
     owner [S] int64: the sample whose tokens come before this one's, -1 for none. key_at [N] int64 and cu_seqlens_k [S+1]
