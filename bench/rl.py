@@ -1,14 +1,15 @@
 """The RL stages beside TRL and Hugging Face: one process, same tiny model, prompts, K, lengths and reward.
 
-    python bench/rl.py [--quick] [--json] [--plot FILE.png]
+    python bench/rl.py [--quick] [--json] [--part step --part rollout …] [--plot FILE.png]
 
-Five parts, each in turn with its peer and as medians over repeats, on one thread in float32:
-- step: a GRPO step (sampling, reward, update) beside TRL's GRPOTrainer;
+Five parts, each in turn with its peer and as medians over repeats, on one thread, in float32 unless it says otherwise:
+- step: a GRPO step (sampling, reward, update) beside TRL's GRPOTrainer, and the reward's share of it;
 - rollout: tokens per second beside `generate`, for single samples and for 16 a prompt, with short and with long prompts;
 - update: the third stage's update of the head, from hidden states kept or recomputed, beside a full-model update;
-- reward: its share of a step;
+- grammar: tokens per second with and without the CIF-aware mask;
 - scaling: seconds and peak memory of an update against answer length and group size.
-Every answer has exactly the given length (the end token is disabled on both sides).
+Every answer has exactly the given length (the end token is disabled on both sides); under the grammar, at most. The peers
+run with eager attention and with SDPA, and the faster one counts.
 """
 
 from __future__ import annotations
@@ -16,12 +17,15 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import logging
 import os
 import platform
 import statistics
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +38,7 @@ from catmllm.config import Config, SamplingConfig
 from catmllm.data.prompts import Sample, cif_prompt
 from catmllm.data.slabs import load_slabs, split
 from catmllm.rl.advantages import policy_loss
+from catmllm.rl.grammar import answer_pattern, grammar_of
 from catmllm.rl.rollout import Rollout, RolloutEngine
 from catmllm.stages.grpo import GRPO, rollout_batch
 from catmllm.structure.text import three_part_text
@@ -44,6 +49,9 @@ from catmllm.trainer.pipeline import new_model
 from catmllm_kernels.linear_logprob import linear_logprobs
 from rewards_fast import PVCP
 
+PARTS = ("step", "rollout", "update", "grammar", "scaling")
+ATTENTIONS = ("eager", "sdpa")  # of the peers
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(
@@ -51,22 +59,38 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true", help="shorter answers, fewer repeats")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    parser.add_argument(
+        "--part", action="append", choices=PARTS, help="only this part; may be given again (default: all)"
+    )
     parser.add_argument("--plot", type=Path, help="draw the scaling part here")
     args = parser.parse_args()
+    parts = args.part or list(PARTS)
+    if args.plot and "scaling" not in parts:
+        parser.error("--plot draws the part `scaling`: leave --part out, or add it")
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     size = Size(*((4, 4, 32, 2) if args.quick else (8, 8, 128, 5)))
     config = bench_config(size)
     systems = split(load_slabs())["train"]
     model, collate = new_model(config, systems)
-    collate.end_id = -7  # never sampled: every answer has the full length
+    end, collate.end_id = collate.end_id, -7  # never sampled: every answer has the full length
+    found: dict[str, list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         world = start(config)
-        found = {
-            "step": step(config, model, collate, systems, size, world, Path(folder)),
-            "rollout": rollout(model, collate, systems, size),
-            "update": update(model, collate, systems, size),
-            "scaling": scaling(model, collate, systems, size),
-        }
+        if "step" in parts:
+            found["step"] = [
+                step(replace(config, precision=p), model, collate, systems, size, world, Path(folder) / p)
+                for p in ("fp32", "bf16")
+            ]
+        if "rollout" in parts:
+            found["rollout"] = rollout(model, collate, systems, size)
+        if "update" in parts:
+            found["update"] = update(model, collate, systems, size)
+        if "grammar" in parts:
+            found["grammar"] = grammar(model, collate, systems, size, end)
+        if "scaling" in parts:
+            found["scaling"] = scaling(model, collate, systems, size)
         torch.distributed.destroy_process_group()
     if args.plot:
         draw(found["scaling"], args.plot)
@@ -74,9 +98,9 @@ def main() -> None:
     if args.json:
         print(json.dumps(head | vars(size) | found))
         return
-    print(f"torch {torch.__version__}, {head['machine']}, 1 thread, float32; {size}")
-    for part in ("step", "rollout", "update", "scaling"):
-        for row in found[part]:
+    print(f"torch {torch.__version__}, {head['machine']}, 1 thread; {size}")
+    for part, rows in found.items():
+        for row in rows:
             print(f"{part:8s} " + ", ".join(f"{k} {v}" for k, v in row.items()))
 
 
@@ -92,7 +116,6 @@ class Size:
 
 def bench_config(size: Size) -> Config:
     config = Config(precision="fp32", tensorboard=False)
-    config.model.llm.attention = "sdpa"
     o = config.grpo
     o.batch_size, o.group_size, o.micro_batch = size.prompts, size.group, size.prompts * size.group
     o.steps, o.warmup, o.property_share, o.checkpoint_every = size.repeats + 1, 1, 0.0, 1000
@@ -103,8 +126,9 @@ def bench_config(size: Size) -> Config:
 
 def step(
     config: Config, model: Any, collate: Any, systems: list, size: Size, world: Any, folder: Path
-) -> list:
+) -> dict[str, Any]:
     """A whole GRPO step, ours and TRL's, by each one's own clock around its steps; the first is left out."""
+    folder.mkdir()
     data = {"train": systems[: 8 * size.prompts]}
     context = Context(config, copy.deepcopy(model), collate, data, world, folder)
 
@@ -118,18 +142,21 @@ def step(
     rows = read_log(folder / "log.jsonl")[1:]
     ours = statistics.median(r["seconds"] for r in rows)
     reward = statistics.median(r["seconds_reward"] for r in rows)
-    theirs = statistics.median(trl_steps(model, collate, systems, config, size, folder))
-    return [
-        {
-            "ours_s": round(ours, 3),
-            "trl_s": round(theirs, 3),
-            "ratio": round(theirs / ours, 2),
-            "reward_share": f"{reward / ours:.3%}",
-            "prefill_s": round(statistics.median(r["seconds_prefill"] for r in rows), 3),
-            "decode_s": round(statistics.median(r["seconds_decode"] for r in rows), 3),
-            "update_s": round(statistics.median(r["seconds"] - r["prepare_seconds"] for r in rows), 3),
-        }
-    ]
+    times = {
+        a: statistics.median(trl_steps(model, collate, systems, config, size, folder / a, a))
+        for a in ATTENTIONS
+    }
+    theirs = min(times.values())
+    return {
+        "precision": config.precision,
+        "ours_s": round(ours, 3),
+        **{f"trl_{a}_s": round(t, 3) for a, t in times.items()},
+        "ratio": round(theirs / ours, 2),
+        "reward_share": f"{reward / ours:.3%}",
+        "prefill_s": round(statistics.median(r["seconds_prefill"] for r in rows), 3),
+        "decode_s": round(statistics.median(r["seconds_decode"] for r in rows), 3),
+        "update_s": round(statistics.median(r["seconds"] - r["prepare_seconds"] for r in rows), 3),
+    }
 
 
 def reward_of_noise(texts: list[str], targets: list) -> list[float]:
@@ -144,7 +171,7 @@ def trl_reward(completions: list[str], target: list[str], **_: Any) -> list[floa
 
 
 def trl_steps(
-    model: Any, collate: Any, systems: list, config: Config, size: Size, folder: Path
+    model: Any, collate: Any, systems: list, config: Config, size: Size, folder: Path, attention: str
 ) -> list[float]:
     """Seconds of each optimizer step of TRL's GRPOTrainer, the first left out."""
     import datasets
@@ -162,14 +189,14 @@ def trl_steps(
             self.times.append(time.perf_counter() - self.began)
 
     o = config.grpo
-    policy = text_model(model, config)
+    policy = text_model(model, attention)
     policy.save_pretrained(folder / "reference")
     policy.config._name_or_path = str(folder / "reference")
     arguments = trl.GRPOConfig(
         output_dir=str(folder / "trl"), max_steps=size.repeats + 1, learning_rate=o.lr, beta=o.beta,
         per_device_train_batch_size=size.prompts * size.group, num_generations=size.group, loss_type="grpo",
         max_completion_length=size.tokens, temperature=1.0, top_p=o.sampling.top_p, top_k=0,
-        generation_kwargs={"min_new_tokens": size.tokens}, use_cpu=True, bf16=False, fp16=False, report_to=[],
+        generation_kwargs={"min_new_tokens": size.tokens}, use_cpu=True, bf16=config.precision == "bf16", fp16=False, report_to=[],
         save_strategy="no", logging_strategy="no", disable_tqdm=True, use_bias_correction_kl=False,
         activation_checkpointing=False,
     )  # fmt: skip
@@ -189,7 +216,7 @@ def trl_steps(
     return clock.times[1:]
 
 
-def text_model(model: Any, config: Config) -> Any:
+def text_model(model: Any, attention: str) -> Any:
     """The LLM's text tower and head as the text-only class of transformers, which TRL trains."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -201,7 +228,7 @@ def text_model(model: Any, config: Config) -> Any:
         max_position_embeddings=c.max_position_embeddings, bos_token_id=None, eos_token_id=c.eos_token_id,
         pad_token_id=c.pad_token_id,
     )  # fmt: skip
-    out = Qwen2ForCausalLM._from_config(qwen, attn_implementation=config.model.llm.attention)
+    out = Qwen2ForCausalLM._from_config(qwen, attn_implementation=attention)
     out.load_state_dict(
         {
             f"model.{k.removeprefix('model.language_model.')}" if k.startswith("model.") else k: v
@@ -224,13 +251,18 @@ def rollout(model: Any, collate: Any, systems: list, size: Size) -> list:
         long.append(Sample(text + cif_prompt(s.identity)))
     out = []
     params = SamplingConfig(temperature=1.0, top_p=0.95, max_new_tokens=size.tokens)
+    engine = RolloutEngine(model, collate)
     for name, prompts in (("short", short), ("long", long)):
         for group in (1, 16):
-            engine = RolloutEngine(model, collate)
+            peers = {
+                a: partial(hugging_face, text_model(model, a), collate, prompts, params, group)
+                for a in ATTENTIONS
+            }
+            fastest = min(ATTENTIONS, key=lambda a: seconds(peers[a]))  # also its warm-up
+            # `generate` on 16 long prompts takes a minute
+            repeats = size.repeats if group == 1 or name == "short" else 2
             ours, theirs = in_turn(
-                partial(engine.generate, prompts, params, [0], group),
-                partial(hugging_face, model, collate, prompts, params, group),
-                size.repeats,
+                partial(engine.generate, prompts, params, [0], group), peers[fastest], repeats
             )
             tokens = len(prompts) * group * size.tokens
             out.append(
@@ -239,6 +271,7 @@ def rollout(model: Any, collate: Any, systems: list, size: Size) -> list:
                     "K": group,
                     "ours_tokens_per_s": round(tokens / ours),
                     "generate_tokens_per_s": round(tokens / theirs),
+                    "generate_attention": fastest,
                     "ratio": round(theirs / ours, 2),
                 }
             )
@@ -246,13 +279,13 @@ def rollout(model: Any, collate: Any, systems: list, size: Size) -> list:
 
 
 @torch.no_grad()
-def hugging_face(model: Any, collate: Any, prompts: list[Sample], params: SamplingConfig, group: int) -> None:
+def hugging_face(llm: Any, collate: Any, prompts: list[Sample], params: SamplingConfig, group: int) -> None:
     """transformers' own sampling on the same left-padded prompts."""
     rows = [collate.prompt_ids(p) for p in prompts for _ in range(group)]
     width = max(map(len, rows))
     ids = torch.tensor([[collate.pad_id] * (width - len(r)) + r for r in rows])
     mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows])
-    model.llm.generate(
+    llm.generate(
         input_ids=ids, attention_mask=mask, do_sample=True, temperature=params.temperature, top_p=params.top_p, top_k=0,
         min_new_tokens=params.max_new_tokens, max_new_tokens=params.max_new_tokens, pad_token_id=collate.pad_id,
     )  # fmt: skip
@@ -344,6 +377,37 @@ def update(model: Any, collate: Any, systems: list, size: Size) -> list:
             "ratio": round(again / recomputed, 2),
         },
     ]
+
+
+def grammar(model: Any, collate: Any, systems: list, size: Size, end: int) -> list:
+    """Sampling speed without and with the mask, which builds its tables at first and finds them later.
+
+    The mask needs the end token, so that an answer may be shorter than the rest of this bench's; rates count what was
+    sampled.
+    """
+    asked = systems[: size.prompts]
+    prompts = [Sample(cif_prompt(s.identity)) for s in asked]
+    patterns = [answer_pattern(s.identity, s.target, False, collate.data.decimals) for s in asked]
+    params = SamplingConfig(temperature=1.0, top_p=0.95, max_new_tokens=size.tokens)
+    plain = collate.end_id
+    collate.end_id = end
+    grammar_of.cache_clear()
+    engine = RolloutEngine(model, collate)
+    out = []
+
+    def rate(made: Any, seed: int) -> float:
+        began = time.perf_counter()
+        rollouts = engine.generate(prompts, params, [seed], 16, patterns=made)
+        return sum(len(r.ids) for r in rollouts) / (time.perf_counter() - began)
+
+    rate(None, 0)
+    first = rate(patterns, 0)
+    free, masked = zip(*((rate(None, k), rate(patterns, k)) for k in range(1, size.repeats + 1)))
+    without, collected = statistics.median(free), statistics.median(masked)
+    for name, value in (("off", without), ("on, first call", first), ("on, later", collected)):
+        out.append({"mask": name, "tokens_per_s": round(value), "of_free": round(value / without, 2)})
+    collate.end_id = plain
+    return out
 
 
 def scaling(model: Any, collate: Any, systems: list, size: Size) -> list:

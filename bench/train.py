@@ -2,7 +2,7 @@
 
 Same sizes of the LLM, same samples (the three tasks as text alone, prompts masked), AdamW, bf16 products with float32
 weights, same samples a step. The peers at their settings: Trainer with group_by_length and dynamic padding; SFTTrainer
-with packing, and with padding beside it; both with the fused AdamW and sdpa. Ours: packed with the fused loss, padded, and
+with packing, and with padding beside it; both with the fused AdamW, and with sdpa and eager attention. Ours: packed with the fused loss, padded, and
 padded with every logit in memory. Runs take turns; tokens are counted without padding; the first steps of a run are not.
 """
 
@@ -38,6 +38,7 @@ from catmllm.models import catalytic_mllm  # noqa: E402
 from catmllm.trainer.distributed import start  # noqa: E402
 from catmllm.trainer.loop import Context, MicroBatch, Stateless, Step, train  # noqa: E402
 from catmllm.trainer.pipeline import new_model  # noqa: E402
+from catmllm_kernels.linear_logprob.op import LogProbs  # noqa: E402
 from catmllm_kernels.linear_logprob.reference import linear_logprob as all_logits  # noqa: E402
 
 WARM = 2  # steps of a run that are not counted
@@ -199,12 +200,18 @@ def peer(kind: str, attention: str, config: Config, texts: list[Sample], batch: 
 @contextlib.contextmanager
 def logits_in_memory() -> Any:
     """Our model with the loss that makes every logit."""
-    plain = catalytic_mllm.linear_logprob
-    catalytic_mllm.linear_logprob = lambda h, w, t, temperature=1.0: all_logits(h, w, t, temperature)[0]
+
+    def whole(
+        hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, temperature: float, entropy: bool
+    ) -> LogProbs:
+        return LogProbs(*all_logits(hidden, weight, targets, temperature), None)
+
+    plain = catalytic_mllm.linear_logprobs
+    catalytic_mllm.linear_logprobs = whole  # type: ignore[assignment]
     try:
         yield
     finally:
-        catalytic_mllm.linear_logprob = plain
+        catalytic_mllm.linear_logprobs = plain
 
 
 def main() -> None:
@@ -228,6 +235,8 @@ def main() -> None:
         "ours, padded, all logits": lambda: _plain(padded, texts, args.batch, steps, world),
         "TRL SFTTrainer, packed": lambda: peer("packed", "sdpa", config, texts, args.batch, steps),
         "TRL SFTTrainer, padded": lambda: peer("padded", "sdpa", config, texts, args.batch, steps),
+        "TRL SFTTrainer, packed, eager": lambda: peer("packed", "eager", config, texts, args.batch, steps),
+        "TRL SFTTrainer, padded, eager": lambda: peer("padded", "eager", config, texts, args.batch, steps),
         "HF Trainer, by length": lambda: peer("trainer", "sdpa", config, texts, args.batch, steps),
         "HF Trainer, by length, eager": lambda: peer("trainer", "eager", config, texts, args.batch, steps),
     }
@@ -263,7 +272,7 @@ def main() -> None:
         )
         for row in rows:
             print(
-                f"{row['run']:30s}{row['tokens_per_s']:8d} tokens/s   ours is {row['ours_is']:.2f}x   "
+                f"{row['run']:31s}{row['tokens_per_s']:8d} tokens/s   ours is {row['ours_is']:.2f}x   "
                 f"peak of the process {row['peak_mib']} MiB"
             )
     torch.distributed.destroy_process_group()
