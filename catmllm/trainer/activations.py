@@ -21,7 +21,7 @@ from catmllm.config import Config
 from catmllm.models.catalytic_mllm import CatalyticMLLM
 
 _PRODUCTS = frozenset(
-    {"mm", "addmm"}
+    {"mm", "addmm", "_linear_pointwise"}
 )  # bmm is left out: eager attention's scores are a bmm, and quadratic in tokens
 _ATTENTION = ("scaled_dot_product", "flash_attn", "flash_attention", "varlen_att", "efficient_attention")
 

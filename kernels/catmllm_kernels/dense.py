@@ -6,11 +6,13 @@ GFLOP/s, oneDNN, which torch's build has beside it, 215. Half precision goes to 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import register_flop_formula
 
 LEAST = 1 << 20  # multiplications from which oneDNN's call, 10 µs longer than MKL's, is worth it
 
@@ -22,8 +24,6 @@ def _wins(x: Tensor, weight: Tensor) -> bool:
         and x.numel() * weight.shape[0] >= LEAST
         and torch.backends.mkldnn.is_available()
         and torch.backends.mkldnn.enabled  # type: ignore[attr-defined]
-        # What counts, records or traces operators shall see torch's own.
-        and not torch._C._len_torch_dispatch_stack()
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
     )
@@ -46,6 +46,13 @@ def summed_outer(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+if torch.backends.mkldnn.is_available():
+
+    @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
+    def _flops(x: Any, weight: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+        return 2 * math.prod(x) * weight[0]
 
 
 class _Product(torch.autograd.Function):

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from catmllm_kernels import dense
@@ -48,11 +49,15 @@ def test_what_is_frozen_gets_no_gradient() -> None:
     assert ours.weight.grad is None and ours.bias.grad is None and x.grad is not None
 
 
-def test_counters_half_precision_and_autocast_see_torchs_own() -> None:
+def test_what_counts_and_plans_sees_it_and_lower_precision_is_torchs_own() -> None:
     ours, _, x, _ = layers(True)
-    with FlopCounterMode(display=False) as counted, torch.no_grad():
-        ours(x)
-    assert counted.get_total_flops() == 2 * 1400 * 65 * 130
+    x.requires_grad_()
+    with FlopCounterMode(display=False) as counted:
+        ours(x).sum().backward()
+    assert counted.get_total_flops() == 3 * 2 * 1400 * 65 * 130
+    x = x.detach()
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        assert ours(fake.from_tensor(x)).shape == (2, 700, 130)
     with torch.autocast("cpu", torch.bfloat16):
         assert ours(x).dtype == torch.bfloat16
     assert ours.bfloat16()(x.bfloat16()).dtype == torch.bfloat16

@@ -69,7 +69,7 @@ class Products(TorchDispatchMode):
     count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func.overloadpacket.__name__ in ("mm", "addmm")
+        self.count += func.overloadpacket.__name__ in ("mm", "addmm", "_linear_pointwise")
         return func(*args, **(kwargs or {}))
 
 

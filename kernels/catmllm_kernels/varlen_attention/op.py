@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+import catmllm_kernels.varlen_attention.blocked as blocked
+import catmllm_kernels.varlen_attention.cpu as cpu
 from catmllm_kernels.backend import NAMES
-from catmllm_kernels.varlen_attention import blocked, cpu
 
 
 @dataclass(frozen=True)
