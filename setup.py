@@ -1,5 +1,6 @@
 """Build hook of the one distribution: its C++ libraries. Everything declarative is in pyproject.toml."""
 
+import hashlib
 import sys
 from pathlib import Path
 
@@ -21,7 +22,15 @@ FLAGS = (
 OPENMP = ["-fopenmp"] if sys.platform == "linux" else []
 
 
-def shared_library(name: str, sources: list[str], headers: list[str]) -> Extension:
+def digest(folder: str) -> str:
+    """Of a folder's sources, as catmllm_kernels/escn/cpu.py makes it: a library left behind by an edit is not run."""
+    files = sorted(path for path in (HERE / "csrc" / folder).iterdir() if path.suffix in (".h", ".cpp"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+
+
+def shared_library(
+    name: str, sources: list[str], headers: list[str], macros: list[tuple[str, str]] | None = None
+) -> Extension:
     """A plain shared library that catmllm_kernels loads by ctypes. It needs neither Python nor torch; its OpenMP is the
     runtime that torch has loaded. Vector extensions of GCC and Clang, so not with MSVC."""
 
@@ -33,6 +42,7 @@ def shared_library(name: str, sources: list[str], headers: list[str]) -> Extensi
         f"catmllm_kernels.{name}",
         paths(sources),
         depends=paths(headers),
+        define_macros=macros or [],
         extra_compile_args=[*FLAGS, *OPENMP],
         extra_link_args=OPENMP,
         language="c++",
@@ -41,7 +51,7 @@ def shared_library(name: str, sources: list[str], headers: list[str]) -> Extensi
 
 # The encoder's edge path and the LLM's attention on a CPU; the latter uses the former's vectors and threads.
 LIBRARIES = [
-    shared_library("_so2", ["so2/*.cpp"], ["so2/*.h"]),
+    shared_library("_so2", ["so2/*.cpp"], ["so2/*.h"], [("SO2_SOURCES", f'"{digest("so2")}"')]),
     shared_library(
         "_attention",
         ["attention/*.cpp", "so2/run.cpp", "so2/level.cpp"],

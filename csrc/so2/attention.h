@@ -1,74 +1,92 @@
-// The logit of one edge and head: LayerNorm, SmoothLeakyReLU (0.2·y + 0.8·SiLU(y)), dot product. Included by
-// `kernels.h` inside the namespace of an instruction set.
+// The logit of one edge and head: LayerNorm, SmoothLeakyReLU (0.2·y + 0.8·SiLU(y)), dot product. Always in double: the
+// softmax makes the gradient of `bias` a sum that cancels to a tenth of its terms, and 512 values an edge cost little
+// beside 20,000 grid points. Included by `kernels.h` inside the namespace of an instruction set.
 
 template <class T>
 struct LogitWeights {
     const T *norm, *bias;  // [A], null without normalisation
     const T* dot;          // [heads, A]
-    T eps;
+    double eps;
 };
 
+inline Vec<double> wide(const double* p, Full) { return Lanes<double>::load(p); }
+inline Vec<double> wide(const double* p, Part w) { return Lanes<double>::load(p, w.n); }
+inline Vec<double> wide(const float* p, Part w) {
+    double a[Lanes<double>::W] = {};
+    for (int i = 0; i < w.n; ++i) a[i] = p[i];
+    return Lanes<double>::load(a);
+}
+inline Vec<double> wide(const float* p, Full) { return wide(p, Part{Lanes<double>::W}); }
+inline void narrow(double* p, Vec<double> v, int n) {
+    for (int i = 0; i < n; ++i) p[i] = v[i];
+}
+inline void narrow(float* p, Vec<double> v, int n) {
+    for (int i = 0; i < n; ++i) p[i] = float(v[i]);
+}
+inline int lanes(Full) { return Lanes<double>::W; }
+inline int lanes(Part w) { return w.n; }
+
 template <class T>
-void mean_and_scale(const T* a, int A, T eps, T& mean, T& scale) {
-    Vec<T> sum = Lanes<T>::all(0);
-    over_channels<T>(A, [&](Index c, auto w) { sum += load(a + c, w); });
-    mean = sum_of<T>(sum) / A;
-    T tail = 0;
-    sum = Lanes<T>::all(0);
-    const Vec<T> centre = Lanes<T>::all(mean);
+void mean_and_scale(const T* a, int A, double eps, double& mean, double& scale) {
+    using L = Lanes<double>;
+    Vec<double> sum = L::all(0);
+    over_channels<double>(A, [&](Index c, auto w) { sum += wide(a + c, w); });
+    mean = sum_of<double>(sum) / A;
+    double tail = 0;
+    sum = L::all(0);
+    const Vec<double> centre = L::all(mean);
     Index c = 0;
-    for (; c + Lanes<T>::W <= A; c += Lanes<T>::W) {
-        const Vec<T> d = load(a + c, Full()) - centre;
-        sum = Lanes<T>::fma(d, d, sum);
+    for (; c + L::W <= A; c += L::W) {
+        const Vec<double> d = wide(a + c, Full()) - centre;
+        sum = L::fma(d, d, sum);
     }
     for (; c < A; ++c) tail += (a[c] - mean) * (a[c] - mean);
-    scale = T(1) / T(__builtin_sqrt((sum_of<T>(sum) + tail) / A + eps));
+    scale = 1 / __builtin_sqrt((sum_of<double>(sum) + tail) / A + eps);
 }
 
 template <class T>
-T logit(const T* a, int A, const LogitWeights<T>& p, const T* dot) {
-    T mean = 0, scale = 1;
+double logit(const T* a, int A, const LogitWeights<T>& p, const T* dot) {
+    using L = Lanes<double>;
+    double mean = 0, scale = 1;
     if (p.norm) mean_and_scale(a, A, p.eps, mean, scale);
-    Vec<T> sum = Lanes<T>::all(0);
-    over_channels<T>(A, [&](Index c, auto w) {
-        Vec<T> y = load(a + c, w);
-        if (p.norm)
-            y = Lanes<T>::fma((y - Lanes<T>::all(mean)) * Lanes<T>::all(scale), load(p.norm + c, w),
-                              load(p.bias + c, w));
-        sum = Lanes<T>::fma(y * (Lanes<T>::all(T(0.2)) + Lanes<T>::all(T(0.8)) * logistic<T>(y)), load(dot + c, w),
-                            sum);
+    Vec<double> sum = L::all(0);
+    over_channels<double>(A, [&](Index c, auto w) {
+        Vec<double> y = wide(a + c, w);
+        if (p.norm) y = L::fma((y - L::all(mean)) * L::all(scale), wide(p.norm + c, w), wide(p.bias + c, w));
+        sum = L::fma(y * (L::all(0.2) + L::all(0.8) * logistic<double>(y)), wide(dot + c, w), sum);
     });
-    return sum_of<T>(sum);
+    return sum_of<double>(sum);
 }
 
-// grad_a is written; grad_norm, grad_bias [A] and grad_dot [A] of this head are added to.
+// grad_a is written; grad_norm, grad_bias [A] and grad_dot [A] of this head are added to. `scratch` [A] is for this call.
 template <class T>
-void logit_back(const T* a, int A, const LogitWeights<T>& p, const T* dot, T grad, T* grad_a, T* grad_norm,
-                T* grad_bias, T* grad_dot) {
-    T mean = 0, scale = 1;
+void logit_back(const T* a, int A, const LogitWeights<T>& p, const T* dot, double grad, T* grad_a, double* grad_norm,
+                double* grad_bias, double* grad_dot, double* scratch) {
+    using L = Lanes<double>;
+    double mean = 0, scale = 1;
     if (p.norm) mean_and_scale(a, A, p.eps, mean, scale);
-    const Vec<T> g = Lanes<T>::all(grad);
-    Vec<T> sum = Lanes<T>::all(0), moment = Lanes<T>::all(0);
-    over_channels<T>(A, [&](Index c, auto w) {
-        const Vec<T> centred = (load(a + c, w) - Lanes<T>::all(mean)) * Lanes<T>::all(scale);
-        Vec<T> y = centred;
-        if (p.norm) y = Lanes<T>::fma(centred, load(p.norm + c, w), load(p.bias + c, w));
-        const Vec<T> u = y * (Lanes<T>::all(T(0.2)) + Lanes<T>::all(T(0.8)) * logistic<T>(y));
-        store(grad_dot + c, Lanes<T>::fma(g, u, load(grad_dot + c, w)), w);
-        Vec<T> d = g * load(dot + c, w) * (Lanes<T>::all(T(0.2)) + Lanes<T>::all(T(0.8)) * silu_slope<T>(y));
+    const Vec<double> g = L::all(grad);
+    Vec<double> sum = L::all(0), moment = L::all(0);
+    over_channels<double>(A, [&](Index c, auto w) {
+        const Vec<double> centred = (wide(a + c, w) - L::all(mean)) * L::all(scale);
+        Vec<double> y = centred;
+        if (p.norm) y = L::fma(centred, wide(p.norm + c, w), wide(p.bias + c, w));
+        const Vec<double> u = y * (L::all(0.2) + L::all(0.8) * logistic<double>(y));
+        store(grad_dot + c, L::fma(g, u, load(grad_dot + c, w)), w);
+        Vec<double> d = g * wide(dot + c, w) * (L::all(0.2) + L::all(0.8) * silu_slope<double>(y));
         if (p.norm) {
-            store(grad_norm + c, Lanes<T>::fma(d, centred, load(grad_norm + c, w)), w);
+            store(grad_norm + c, L::fma(d, centred, load(grad_norm + c, w)), w);
             store(grad_bias + c, load(grad_bias + c, w) + d, w);
-            d *= load(p.norm + c, w);
+            d *= wide(p.norm + c, w);
             sum += d;
-            moment = Lanes<T>::fma(d, centred, moment);
+            moment = L::fma(d, centred, moment);
         }
-        store(grad_a + c, d, w);
+        store(scratch + c, d, w);
     });
-    if (!p.norm) return;
-    const Vec<T> shift = Lanes<T>::all(sum_of<T>(sum) / A), slope = Lanes<T>::all(sum_of<T>(moment) / A);
-    over_channels<T>(A, [&](Index c, auto w) {
-        const Vec<T> centred = (load(a + c, w) - Lanes<T>::all(mean)) * Lanes<T>::all(scale);
-        store(grad_a + c, (load(grad_a + c, w) - shift - centred * slope) * Lanes<T>::all(scale), w);
+    const double shift = p.norm ? sum_of<double>(sum) / A : 0, slope = p.norm ? sum_of<double>(moment) / A : 0;
+    over_channels<double>(A, [&](Index c, auto w) {
+        const Vec<double> centred = (wide(a + c, w) - L::all(mean)) * L::all(scale);
+        const Vec<double> d = load(scratch + c, w) - L::all(shift) - centred * L::all(slope);
+        narrow(grad_a + c, d * L::all(scale), lanes(w));
     });
 }

@@ -38,6 +38,7 @@ struct WeightTask {
 template <class T>
 struct BackwardSpace {
     T *value, *grad_after, *radial, *weight, *channels, *panel;
+    double *logits, *partial;  // [A] for one logit; sums of norm, bias and dot over the edges of a block
     Share<T>* shares;
     Index value_step, after_step, radial_step;
 
@@ -45,8 +46,10 @@ struct BackwardSpace {
     static Index bytes(const Sizes& s) {
         return Memory::size<T>(BLOCK * stride<T>(s.M * s.V)) + Memory::size<T>(BLOCK * stride<T>(s.M * s.H)) +
                Memory::size<T>(BLOCK * widest(s)) + 2 * Memory::size<T>(s.V) +
-               Memory::size<T>(2 * DEPTH * panel_width<T>) + Memory::size<Share<T>>(BLOCK);
+               Memory::size<T>(2 * DEPTH * panel_width<T>) + Memory::size<double>(s.A) +
+               Memory::size<double>(partial_size(s)) + Memory::size<Share<T>>(BLOCK);
     }
+    static Index partial_size(const Sizes& s) { return 2 * s.A + Index(s.heads) * s.A; }
     void carve(const Sizes& s, Memory& memory) {
         value_step = stride<T>(s.M * s.V);
         after_step = stride<T>(s.M * s.H);
@@ -57,6 +60,8 @@ struct BackwardSpace {
         weight = memory.take<T>(s.V);
         channels = memory.take<T>(s.V);
         panel = memory.take<T>(2 * DEPTH * panel_width<T>);
+        logits = memory.take<double>(s.A);
+        partial = memory.take<double>(partial_size(s));
         shares = memory.take<Share<T>>(BLOCK);
     }
 };
@@ -103,7 +108,7 @@ struct Backward {
         hidden_step = stride<T>(s.M * s.H);
     }
     const T* radial_of(int m) const { return of<T>(p.radial_weight) + Index(s.plus[m]) * 2 * s.C * s.K; }
-    Index partial_size() const { return 2 * s.A + Index(s.heads) * s.A; }
+    Index partial_size() const { return BackwardSpace<T>::partial_size(s); }
 
     // Hands out the chunk's memory, or only counts it: f(pointer, number of values).
     template <class F>
@@ -212,27 +217,33 @@ struct Backward {
     }
 
     // The softmax and the logits of the chunk's edges at ... at+n-1.
-    void through_attention(Index at, Index n) {
+    void through_attention(const BackwardSpace<T>& space, Index at, Index n) {
         const T* attention = of<T>(p.attention);
-        T *norm = partial + at / BLOCK * partial_size(), *bias = norm + s.A, *dot = bias + s.A;
+        double *norm = space.partial, *bias = norm + s.A, *dot = bias + s.A;
         for (Index i = 0; i < partial_size(); ++i) norm[i] = 0;
         for (Index i = at; i < at + n; ++i) {
             const Index e = begin + i, target = p.target[e];
             for (int h = 0; h < s.heads; ++h) {
-                T mean = 0;
-                for (Index o = p.first[target]; o < p.first[target + 1]; ++o)
-                    mean += attention[o * s.heads + h] * grad_weight[(o - begin) * s.heads + h];
-                const T grad = attention[e * s.heads + h] * (grad_weight[i * s.heads + h] - mean);
+                // by the sum of the weights, which is 1 only up to rounding: then a target's gradients sum to 0
+                double mean = 0, mass = 0;
+                for (Index o = p.first[target]; o < p.first[target + 1]; ++o) {
+                    const double weight = attention[o * s.heads + h];
+                    mean += weight * grad_weight[(o - begin) * s.heads + h];
+                    mass += weight;
+                }
+                const double grad = attention[e * s.heads + h] * (grad_weight[i * s.heads + h] - mean / mass);
                 logit_back(of<T>(p.extra) + e * s.extra + h * s.A, s.A, k.logits, k.logits.dot + h * s.A, grad,
-                           grad_extra + i * s.extra + h * s.A, norm, bias, dot + h * s.A);
+                           grad_extra + i * s.extra + h * s.A, norm, bias, dot + h * s.A, space.logits);
             }
         }
+        T* sums = partial + at / BLOCK * partial_size();
+        for (Index i = 0; i < partial_size(); ++i) sums[i] = T(norm[i]);
         pack_left(grad_extra + at * s.extra, s.extra, n, s.extra, capacity, at, left_extra.tiles);
     }
 
     // Step 2.
     void through_rotation(const BackwardSpace<T>& space, Index at, Index n) {
-        through_attention(at, n);
+        through_attention(space, at, n);
         const Index e0 = begin + at;
         for (int m = 0; m <= s.mmax; ++m) {
             const Index width = s.pair(m);
@@ -341,9 +352,9 @@ struct Backward {
     void add_partial(Index at, Index n, T* to) {
         const Index blocks = (edges + BLOCK - 1) / BLOCK;
         for (Index i = 0; i < n; ++i) {
-            T sum = first_chunk ? T(0) : to[i];
+            double sum = first_chunk ? 0 : to[i];
             for (Index b = 0; b < blocks; ++b) sum += partial[b * partial_size() + at + i];
-            to[i] = sum;
+            to[i] = T(sum);
         }
     }
 

@@ -87,7 +87,7 @@ struct Constants {
 
     Constants(const so2_message& p, const Sizes& s)
         : grid{p.latitudes, p.longitudes, of<T>(p.to_lat), of<T>(p.from_lat), of<T>(p.lon)},
-          logits{of<T>(p.norm_weight), of<T>(p.norm_bias), of<T>(p.alpha_dot), T(p.eps)} {
+          logits{of<T>(p.norm_weight), of<T>(p.norm_bias), of<T>(p.alpha_dot), p.eps} {
         for (int l = 0; l <= s.lmax; ++l) scale[l] = T(__builtin_sqrt(s.lost_square(l)));
     }
 };
@@ -227,7 +227,7 @@ struct Forward {
                 const T* a = extra + i * s.extra;
                 activate(p, s, k, a + s.heads * s.A, before + i * step, after + i * step);
                 for (int h = 0; h < s.heads; ++h)
-                    space.logit[i * s.heads + h] = logit(a + h * s.A, s.A, k.logits, k.logits.dot + h * s.A);
+                    space.logit[i * s.heads + h] = T(logit(a + h * s.A, s.A, k.logits, k.logits.dot + h * s.A));
             }
             second_product(s, &packed.list[conv2], p.conv2_bias, edges, after, step, space.value, space.value_step);
             if (save)

@@ -63,3 +63,8 @@ const char* so2_sum_backward(const so2_sum* p) {
 }
 
 const char* so2_isa() { return level() == 2 ? "avx512" : level() == 1 ? "avx2" : "portable"; }
+
+#ifndef SO2_SOURCES
+#define SO2_SOURCES ""
+#endif
+const char* so2_sources() { return SO2_SOURCES; }

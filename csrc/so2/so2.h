@@ -73,3 +73,5 @@ SO2_API const char* so2_backward(const so2_message*);
 SO2_API const char* so2_sum_forward(const so2_sum*);
 SO2_API const char* so2_sum_backward(const so2_sum*);
 SO2_API const char* so2_isa();
+// Digest of the sources that it was built from, for a caller that has them; empty where the build gave none.
+SO2_API const char* so2_sources();

@@ -1,7 +1,7 @@
 """Which implementation of an op runs: Triton on CUDA, csrc on a CPU where it exists, else the reference.
 
-CATMLLM_KERNELS=triton|cpu|reference forces one for every op, for tests and timing. Triton on CPU tensors needs
-TRITON_INTERPRET=1 in the environment before Python starts.
+A kernel that should be there and is not is said once, as a warning. CATMLLM_KERNELS=triton|cpu|reference forces one for every op,
+for tests and timing. Triton on CPU tensors needs TRITON_INTERPRET=1 in the environment before Python starts.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -38,10 +39,18 @@ def implementation(op: str, x: Tensor) -> ModuleType:
         return module
     name = {"cuda": "triton", "cpu": "cpu"}.get(x.device.type, "reference")
     module = _module(op, name)
-    if module is None or _unfit(name, module, x):
+    why = "" if module is None else _unfit(name, module, x)
+    if why:
+        _warn_once(op, why)
+    if module is None or why:
         module = _module(op, "reference")
     assert module is not None
     return module
+
+
+@cache
+def _warn_once(op: str, why: str) -> None:
+    warnings.warn(f"{op} runs by its plain definition, several times slower: {why}", stacklevel=3)
 
 
 @cache

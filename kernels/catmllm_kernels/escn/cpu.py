@@ -7,6 +7,7 @@ torch has; results do not depend on their number. CATMLLM_SO2_ISA=avx2|portable 
 from __future__ import annotations
 
 import ctypes
+import hashlib
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -62,18 +63,33 @@ class _Sum(ctypes.Structure):
     ]
 
 
+REBUILD = "`pip install -e . --no-deps` in the sources (with a C++17 compiler) builds it"
+
+
 @cache
-def _library() -> ctypes.CDLL | None:
-    """The shared library that the package was built with, or None."""
+def _library() -> ctypes.CDLL | str:
+    """The shared library that the package was built with, or why there is none to run."""
     folder = Path(__file__).parents[1]
     for suffix in EXTENSION_SUFFIXES:
         path = folder / f"_so2{suffix}"
         if path.exists():
-            library = ctypes.CDLL(str(path))
-            for name in ("forward", "backward", "sum_forward", "sum_backward", "isa"):
-                getattr(library, f"so2_{name}").restype = ctypes.c_char_p
-            return library
-    return None
+            return _opened(path, folder.parents[1] / "csrc" / "so2")
+    return f"catmllm_kernels/_so2 was not built; {REBUILD}"
+
+
+def _opened(path: Path, sources: Path) -> ctypes.CDLL | str:
+    """The library at `path`, or why it must not run: it is not of `sources`, where those are there (else it came with this file)."""
+    library = ctypes.CDLL(str(path))
+    names = ("forward", "backward", "sum_forward", "sum_backward", "isa", "sources")
+    if any(not hasattr(library, f"so2_{name}") for name in names):
+        return f"{path} is of an older version; {REBUILD} again"
+    for name in names:
+        getattr(library, f"so2_{name}").restype = ctypes.c_char_p
+    files = sorted(f for f in sources.glob("*") if f.suffix in (".h", ".cpp"))
+    digest = hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
+    if files and library.so2_sources().decode() != digest:
+        return f"{path} was built from other sources than those in {sources}; {REBUILD} again"
+    return library
 
 
 def instruction_set() -> str:
@@ -83,8 +99,9 @@ def instruction_set() -> str:
 
 def unfit(x: Tensor) -> str:
     """Why these nodes cannot be handled here, or nothing."""
-    if _library() is None:
-        return "catmllm_kernels/_so2 was not built; `pip install .` from the sources builds it"
+    library = _library()
+    if isinstance(library, str):
+        return library
     if x.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
         return f"no floating dtype of torch: {x.dtype}"
     return ""
@@ -245,8 +262,8 @@ def _sum(
 
 def _call(name: str, *arguments: ctypes.Structure) -> str:
     library = _library()
-    if library is None:
-        raise RuntimeError("catmllm_kernels/_so2 was not built; `pip install .` from the sources builds it")
+    if isinstance(library, str):
+        raise RuntimeError(library)
     answer = getattr(library, f"so2_{name}")(*map(ctypes.byref, arguments))
     if arguments and answer is not None:
         raise RuntimeError(f"so2_{name}: {answer.decode()}")

@@ -127,8 +127,13 @@ def sphere_activation(rows: Tensor, gates: Tensor, sphere: Sphere, lmax: int, mm
 def attention_weights(
     logits: Tensor, norm: tuple[Tensor, Tensor] | None, dot: Tensor, graph: EdgeGraph, n_nodes: int
 ) -> Tensor:
-    """Softmax over the edges of each target: [E, heads·A] -> [E, heads], in at least float32. dot [heads, A]."""
-    wide = torch.promote_types(logits.dtype, torch.float32)
+    """Softmax over the edges of each target: [E, heads·A] -> [E, heads], in at least float32. dot [heads, A].
+
+    float32 is calculated in float64, where there is such a type: the gradient of the norm's bias is a sum over edges that cancels to a
+    tenth of its terms.
+    """
+    narrow = logits.dtype in (torch.float16, torch.bfloat16) or logits.device.type == "mps"
+    wide = torch.float32 if narrow else torch.float64
     x = logits.to(wide).unflatten(1, dot.shape)
     if norm is not None:
         x = F.layer_norm(x, x.shape[-1:], norm[0].to(wide), norm[1].to(wide), 1e-5)
@@ -139,7 +144,8 @@ def attention_weights(
     )
     weight = torch.exp(x - top.index_select(0, graph.target))
     total = weight.new_zeros(n_nodes, x.shape[1]).index_add(0, graph.target, weight)
-    return weight / total.index_select(0, graph.target)
+    alpha = weight / total.index_select(0, graph.target)
+    return alpha.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def rotate_back_sum(

@@ -12,7 +12,7 @@ Backward   value_grad      of the consumer, to values and attention
 
 What has no epilogue worth fusing (the second product, the attention's scalars, gradients of weights and rows, the last radial
 layer) is torch's own product. Nothing is added by atomics: sums run in the order of the graph, so equal inputs
-give equal bits. Arithmetic outside the products is float32.
+give equal bits. Arithmetic outside the products is float32 (the softmax of float32 inputs float64).
 
 Rows of an edge are tuples of tiles that are indexed at compile time, so that a block-diagonal rotation or a Legendre
 transform is a few multiplications in registers, and no zero is ever multiplied.
@@ -691,22 +691,26 @@ def softmax_kernel(
     BLOCK_E: tl.constexpr,
     BLOCK_A: tl.constexpr,
 ):
-    """alpha [E, HEADS] of one target and head: LayerNorm, SmoothLeakyReLU, dot, softmax over its edges."""
+    """alpha [E, HEADS] of one target and head: LayerNorm, SmoothLeakyReLU, dot, softmax over its edges.
+
+    Here and in the gradient float32 is calculated in float64: the gradient of the norm's bias cancels to a tenth of its terms.
+    """
+    WIDE: tl.constexpr = tl.float64 if extra.dtype.element_ty == tl.float32 else tl.float32
     node, head = tl.program_id(0), tl.program_id(1)
     a = tl.arange(0, BLOCK_A)
     a_mask = a < A
-    d = tl.load(dot + head * A + a, mask=a_mask, other=0.0).to(tl.float32)
+    d = tl.load(dot + head * A + a, mask=a_mask, other=0.0).to(WIDE)
     if NORM:
-        w = tl.load(norm_weight + a, mask=a_mask, other=0.0).to(tl.float32)
-        b = tl.load(norm_bias + a, mask=a_mask, other=0.0).to(tl.float32)
+        w = tl.load(norm_weight + a, mask=a_mask, other=0.0).to(WIDE)
+        b = tl.load(norm_bias + a, mask=a_mask, other=0.0).to(WIDE)
     begin, end = tl.load(ptr + node), tl.load(ptr + node + 1)
-    top = -float("inf")
-    total = 0.0
+    top = tl.full([], -float("inf"), WIDE)
+    total = tl.zeros([], WIDE)
     for first in range(begin, end, BLOCK_E):
         edge = (first + tl.arange(0, BLOCK_E)).to(tl.int64)
         real = edge < end
         at = extra + edge[:, None] * extra_edge + (head * A + a)[None, :]
-        x = tl.load(at, mask=real[:, None] & a_mask[None, :], other=0.0).to(tl.float32)
+        x = tl.load(at, mask=real[:, None] & a_mask[None, :], other=0.0).to(WIDE)
         if NORM:
             x, _ = normalised(x, a_mask, A)
             x = x * w[None, :] + b[None, :]
@@ -748,32 +752,36 @@ def softmax_grad_kernel(
 
     Programs take nodes in turn; partial [programs, HEADS, 3, A] (dot, norm weight, norm bias) is summed afterwards.
     """
+    WIDE: tl.constexpr = tl.float64 if extra.dtype.element_ty == tl.float32 else tl.float32
     head = tl.program_id(1)
     a = tl.arange(0, BLOCK_A)
     a_mask = a < A
-    d = tl.load(dot + head * A + a, mask=a_mask, other=0.0).to(tl.float32)
+    d = tl.load(dot + head * A + a, mask=a_mask, other=0.0).to(WIDE)
     if NORM:
-        w = tl.load(norm_weight + a, mask=a_mask, other=0.0).to(tl.float32)
-        b = tl.load(norm_bias + a, mask=a_mask, other=0.0).to(tl.float32)
-    sum_dot = tl.zeros([BLOCK_A], tl.float32)
-    sum_w = tl.zeros([BLOCK_A], tl.float32)
-    sum_b = tl.zeros([BLOCK_A], tl.float32)
+        w = tl.load(norm_weight + a, mask=a_mask, other=0.0).to(WIDE)
+        b = tl.load(norm_bias + a, mask=a_mask, other=0.0).to(WIDE)
+    sum_dot = tl.zeros([BLOCK_A], WIDE)
+    sum_w = tl.zeros([BLOCK_A], WIDE)
+    sum_b = tl.zeros([BLOCK_A], WIDE)
     for node in range(tl.program_id(0), n_nodes, tl.num_programs(0)):
         begin, end = tl.load(ptr + node), tl.load(ptr + node + 1)
-        mean = 0.0
+        mean = tl.zeros([], WIDE)
+        mass = tl.zeros([], WIDE)
         for first in range(begin, end, BLOCK_E):
             edge = (first + tl.arange(0, BLOCK_E)).to(tl.int64)
             real = edge < end
-            p = tl.load(alpha + edge * HEADS + head, mask=real, other=0.0)
+            p = tl.load(alpha + edge * HEADS + head, mask=real, other=0.0).to(WIDE)
             mean += tl.sum(p * tl.load(grad_alpha + edge * HEADS + head, mask=real, other=0.0), 0)
+            mass += tl.sum(p, 0)
+        mean = mean / mass  # which is 1 up to rounding: then a target's gradients sum to 0
         for first in range(begin, end, BLOCK_E):
             edge = (first + tl.arange(0, BLOCK_E)).to(tl.int64)
             real = edge < end
             mask = real[:, None] & a_mask[None, :]
-            p = tl.load(alpha + edge * HEADS + head, mask=real, other=0.0)
+            p = tl.load(alpha + edge * HEADS + head, mask=real, other=0.0).to(WIDE)
             g = p * (tl.load(grad_alpha + edge * HEADS + head, mask=real, other=0.0) - mean)
             at = extra + edge[:, None] * extra_edge + (head * A + a)[None, :]
-            z = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+            z = tl.load(at, mask=mask, other=0.0).to(WIDE)
             scale = g
             t = z
             if NORM:
@@ -947,7 +955,8 @@ def attention_grad(
 ) -> list[Tensor]:
     """Fills the first columns of `out`; gradients of norm weight, norm bias (if any) and dot."""
     heads, width = a.alpha_dot.shape
-    partial = extra.new_empty(min(PROGRAMS, len(a.x)), heads, 3, width, dtype=torch.float32)
+    wide = torch.float64 if extra.dtype == torch.float32 else torch.float32
+    partial = extra.new_empty(min(PROGRAMS, len(a.x)), heads, 3, width, dtype=wide)
     t = tile("softmax_grad")
     launch(
         softmax_grad_kernel,
