@@ -8,8 +8,8 @@ from e3nn import o3
 from hypothesis import given
 from hypothesis import strategies as st
 
-from catmllm_kernels.so3_pool_project import so3_pool
-from catmllm_kernels.so3_pool_project.reference import degree_norms
+from catmllm_kernels.so3_pool_project import op, so3_pool, so3_pool_project
+from catmllm_kernels.so3_pool_project.reference import degree_norms, degrees
 
 
 def embeddings(
@@ -146,3 +146,122 @@ def test_bad_input_is_an_error() -> None:
         so3_pool(x, batch, 2, "mean")
     with pytest.raises(ValueError, match="without atoms"):
         so3_pool(x, batch, 3, "max")
+
+
+# ------------------------------------------------------------------------------------------ norm, pooling and linear layer
+
+
+def learned(
+    lmax: int, channels: int, features: int, joint: bool, dtype: torch.dtype = torch.float64
+) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor, bool]]:
+    """weight [5, features], bias [5] and the norm of the encoder."""
+    generator = torch.Generator().manual_seed(7)
+    shapes = ((5, features), (5,), (lmax + 1, channels), (channels,))
+    weight, bias, scale, shift = (
+        torch.randn(s, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for s in shapes
+    )
+    return weight, bias, (scale, shift, joint)
+
+
+def of_norm(
+    module: torch.nn.Module, norm: tuple[torch.Tensor, torch.Tensor, bool]
+) -> dict[str, torch.Tensor]:
+    """The parameters of an encoder's norm."""
+    if norm[2]:
+        return {"affine_weight": norm[0], "affine_bias": norm[1]}
+    return {"norm_l0.weight": norm[0][0], "norm_l0.bias": norm[1], "affine_weight": norm[0][1:]}
+
+
+def plain(
+    x: torch.Tensor, counts: list[int], mode: str, weight: torch.Tensor, bias: torch.Tensor,
+    norm: tuple[torch.Tensor, torch.Tensor, bool],
+) -> torch.Tensor:  # fmt: skip
+    """The same, written down once more from the encoder's own module and torch's segment_reduce."""
+    from catmllm.models.spherical_layers import SphericalLayerNorm, SphericalRMSNorm
+
+    lmax = int(x.shape[1] ** 0.5) - 1
+    module = (SphericalRMSNorm if norm[2] else SphericalLayerNorm)(lmax, x.shape[2]).double()
+    y = torch.func.functional_call(module, of_norm(module, norm), (x, degrees(lmax, x.device)))
+    if mode == "atoms":
+        features = y[:, 0]
+    else:
+        parts = [y[:, l * l : (l + 1) ** 2] for l in range(lmax + 1)]
+        if mode == "invariant":
+            parts = [parts[0], *((p.square().mean(1, keepdim=True) + 1e-12).sqrt() for p in parts[1:])]
+        flat = torch.cat(parts, 1).flatten(1)
+        features = torch.segment_reduce(flat, "max", lengths=torch.tensor(counts))
+    return features @ weight.T + bias
+
+
+WIDTHS = {"max": 27, "invariant": 9, "atoms": 3}
+COUNTS = [4, 1, 3]
+
+
+@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize("mode", WIDTHS)
+def test_project_is_norm_pooling_and_linear_layer(mode: str, joint: bool) -> None:
+    x, batch = embeddings(COUNTS)
+    x.requires_grad_()
+    weight, bias, norm = learned(2, 3, WIDTHS[mode], joint)
+    ours = so3_pool_project(x, batch, 3, mode, weight, bias, norm)
+    theirs = plain(x, COUNTS, mode, weight, bias, norm)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+    leaves = [x, weight, bias, norm[0], norm[1]]
+    cotangent = torch.randn_like(ours)
+    for a, b in zip(*(torch.autograd.grad(t, leaves, cotangent) for t in (ours, theirs))):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("mode", WIDTHS)
+def test_project_gradcheck(mode: str) -> None:
+    x, batch = embeddings([3, 1, 2])
+    weight, bias, (scale, shift, _) = learned(2, 3, WIDTHS[mode], False)
+    leaves = (x.requires_grad_(), weight, bias, scale, shift)
+
+    def function(*t: torch.Tensor) -> torch.Tensor:
+        return so3_pool_project(t[0], batch, 3, mode, t[1], t[2], (t[3], t[4], False))
+
+    assert torch.autograd.gradcheck(function, leaves)
+
+
+def test_project_gives_a_shared_maximum_to_the_first_atom() -> None:
+    x = torch.ones(5, 4, 2).requires_grad_()
+    batch = torch.tensor([0, 0, 0, 1, 1])
+    so3_pool_project(x, batch, 2, "max", torch.ones(1, 8)).sum().backward()
+    assert x.grad is not None
+    assert x.grad.flatten(1).sum(1).tolist() == [8, 0, 0, 8, 0]
+
+
+def test_project_takes_the_dtype_of_its_weights() -> None:
+    x, batch = embeddings([3, 2], dtype=torch.float32)
+    weight, bias, norm = learned(2, 3, 27, False, torch.float32)
+    out = so3_pool_project(x, batch, 2, "max", weight.bfloat16(), bias.bfloat16(), norm)
+    assert out.dtype == torch.bfloat16
+    exact = so3_pool_project(x, batch, 2, "max", weight, bias, norm)
+    assert (out - exact).abs().max() < 4 * 2.0**-8 * exact.abs().max()
+
+
+@pytest.mark.parametrize("mode", WIDTHS)
+def test_opcheck(mode: str) -> None:
+    x, batch = embeddings(COUNTS)
+    _, _, (scale, shift, joint) = learned(2, 3, WIDTHS[mode], False)
+    arguments = (x.requires_grad_(), batch, [scale, shift], 3, mode, joint)
+    torch.library.opcheck(torch.ops.catmllm.so3_pool.default, arguments)
+    with torch.no_grad():
+        features, arg, stats = op._pool(*arguments)
+    back = (torch.randn_like(features), features, arg, stats, x.detach(), batch, [scale.detach(), shift.detach()], 3, mode, joint)  # fmt: skip
+    torch.library.opcheck(torch.ops.catmllm.so3_pool_backward.default, back)
+
+
+@pytest.mark.parametrize("mode", WIDTHS)
+def test_compile_sees_one_graph(mode: str) -> None:
+    x, batch = embeddings(COUNTS)
+    weight, bias, norm = learned(2, 3, WIDTHS[mode], False)
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return so3_pool_project(2 * x, batch, 3, mode, weight, bias, norm).square().sum()
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    leaves = [x.requires_grad_(), weight, bias, norm[1]]
+    for a, b in zip(*(torch.autograd.grad(f(x), leaves) for f in (function, compiled))):
+        torch.testing.assert_close(a, b)

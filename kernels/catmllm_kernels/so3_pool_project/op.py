@@ -69,7 +69,7 @@ def _pool(
     x: Tensor, batch: Tensor, norm: Sequence[Tensor], n_systems: int, mode: str, joint: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     features, arg, stats = _module(x, mode).pool_forward(x, batch, n_systems, mode, _norm(norm, joint))
-    return features.contiguous() if mode != "atoms" else features.clone(), arg.clone(), stats.clone()
+    return features.clone() if mode == "atoms" else features.contiguous(), arg, stats
 
 
 @_pool.register_fake
@@ -77,9 +77,19 @@ def _(
     x: Tensor, batch: Tensor, norm: Sequence[Tensor], n_systems: int, mode: str, joint: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     lmax = int(x.shape[1] ** 0.5) - 1
-    units = {"max": x.shape[1], "invariant": lmax + 1, "atoms": 1}[mode]
-    features = x.new_empty(x.shape[0] if mode == "atoms" else n_systems, units * x.shape[2])
-    return features, x.new_empty(features.shape, dtype=torch.int32), x.new_empty(x.shape[0], 3)
+    units = lmax + 1 if mode == "invariant" else x.shape[1]
+    if mode == "atoms":
+        return (
+            x.new_empty(x.shape[0], x.shape[2]),
+            x.new_empty(0, dtype=torch.int32),
+            x.new_empty(0, 3, dtype=torch.float32),
+        )
+    features = x.new_empty(n_systems, units * x.shape[2])
+    return (
+        features,
+        x.new_empty(features.shape, dtype=torch.int32),
+        x.new_empty(x.shape[0], 3, dtype=torch.float32),
+    )
 
 
 @torch.library.custom_op("catmllm::so3_pool_backward", mutates_args=())

@@ -90,9 +90,15 @@ def _segment_max(features: Tensor, batch: Tensor, n_systems: int) -> Tensor:
 def pool_forward(
     x: Tensor, batch: Tensor, n_systems: int, mode: str, norm: tuple[Tensor, Tensor, bool] | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(features, nothing, nothing)"""
+    """(features, zeros, zeros): the backward pass below needs neither, the op promises their shapes."""
     with torch.no_grad():
-        return so3_pool(x, batch, n_systems, mode, norm), x.new_empty(0), x.new_empty(0)
+        features = so3_pool(x, batch, n_systems, mode, norm)
+    kept = (0,) if mode == "atoms" else features.shape
+    return (
+        features,
+        x.new_zeros(kept, dtype=torch.int32),
+        x.new_zeros(0 if mode == "atoms" else len(x), 3, dtype=torch.float32),
+    )
 
 
 def pool_backward(
