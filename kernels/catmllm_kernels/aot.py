@@ -1,12 +1,13 @@
 """Compile every registered Triton kernel for a GPU that need not be there, and check what it uses.
 
-    python -m catmllm_kernels.aot [--arch sm_80] [--op escn] [--match REGEX] [--tiles] [--json]
+    python -m catmllm_kernels.aot [--arch sm_80] [--op escn] [--match REGEX] [--tiles] [--json | --table FILE]
 
 The launches of each model-sized case are recorded on meta tensors and compiled for `--arch`; Triton's wheel carries
 ptxas, cuobjdump and nvdisasm. One row per kernel variant: registers a thread, spilled bytes, local (stack) bytes, shared
 bytes a block, tensor-core instructions (HMMA, HGMMA), 16-byte global loads. A row is wrong if it spills, wants more shared memory than an A100
 gives (163 KiB), has a half-precision product without tensor cores, or reads a stream without 16-byte loads. `--tiles` also takes every
-candidate tile. Exit status 1 if any row is wrong.
+candidate tile. Exit status 1 if any row is wrong. `--table` keeps the rows of a file, compiles what it lacks and writes it after each
+row, so that a run of hours may be cut off; to compile everything again, delete the file.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ from catmllm_kernels.launch import Launch, recorded
 from catmllm_kernels.registry import OPS, Case, cases
 
 DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
-KINDS = {torch.int64: "i64", torch.int32: "i32", **DTYPES}
+KINDS = {torch.int64: "i64", torch.int32: "i32", torch.float64: "fp64", **DTYPES}
 SHARED_LIMIT = 163 * 1024
 REGISTERS = 65536  # of a multiprocessor
 
@@ -61,13 +62,14 @@ class Row:
             found.append(f"spills {self.spills} B, {self.local} B on the stack")
         if self.shared > SHARED_LIMIT:
             found.append(f"{self.shared} B shared, an A100 has {SHARED_LIMIT}")
-        if "product" in self.kernel and not self.mma:
+        if self.kernel in PRODUCTS and self.dtype != "fp32" and not self.mma:
             found.append("a product without tensor cores")
         if not self.loads16 and self.kernel not in NARROW:
             found.append("no 16-byte loads")
         return found
 
 
+PRODUCTS = ("product_kernel", "forward_kernel", "two_heads_kernel", "gradient_kernel")
 # Kernels that hold three tiles of every row of an edge in registers, one or two values a thread: their loads are narrow, and they
 # are bound by the exponential of 324 grid points, not by memory.
 NARROW = ("activation_kernel", "activation_grad_kernel")
@@ -82,14 +84,15 @@ def launches(case: Case, dtype: torch.dtype) -> list[Launch]:
     return found
 
 
-def compiled(start: Launch, arch: int) -> Any:
-    """Triton's compiled kernel of a launch."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, compile
-
+def specialised(
+    start: Launch,
+) -> tuple[dict[str, str], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]]:
+    """Signature, constants and known alignments of a launch, as Triton's own launcher would derive them."""
     names = [p.name for p in start.kernel.params]
     given = dict(zip(names, start.arguments)) | start.constants
-    signature, constants, attributes = {}, {}, {}
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
     for i, name in enumerate(names):
         value = given[name]
         if isinstance(value, torch.Tensor):
@@ -103,9 +106,23 @@ def compiled(start: Launch, arch: int) -> Any:
             signature[name], aligned = "i32", value % 16 == 0
         if aligned:
             attributes[(i,)] = [["tt.divisibility", 16]]
+    return signature, constants, attributes
+
+
+def compiled(start: Launch, arch: int) -> Any:
+    """Triton's compiled kernel of a launch."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
     options = {"num_warps": start.num_warps, "num_stages": start.num_stages}
-    source = ASTSource(start.kernel, signature, constants, attributes)
+    source = ASTSource(start.kernel, *specialised(start))
     return compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def config_of(start: Launch) -> str:
+    """Everything that was decided at compile time, as one line."""
+    constants = [f"{k}={v}" for k, v in start.constants.items() if v is not False]
+    return " ".join([*constants, f"warps={start.num_warps}", f"stages={start.num_stages}"])
 
 
 def inspect(case: Case, start: Launch, dtype: torch.dtype, arch: int) -> Row:
@@ -125,13 +142,11 @@ def inspect(case: Case, start: Launch, dtype: torch.dtype, arch: int) -> Row:
     shared = built.metadata.shared
     by_registers = REGISTERS // (-(-registers * 32 // 256) * 256)
     by_shared = SHARED_LIMIT // shared * start.num_warps if shared else 64
-    config = {k: v for k, v in start.constants.items() if v is not False}
     return Row(
         op=case.op,
         case=case.name,
         kernel=start.kernel.__name__,
-        config=" ".join(f"{k}={v}" for k, v in config.items())
-        + f" warps={start.num_warps} stages={start.num_stages}",
+        config=config_of(start),
         dtype=DTYPES[dtype],
         arch=f"sm_{arch}",
         triton=triton.__version__,
@@ -161,40 +176,44 @@ def first_tile(op: str, name: str, index: int) -> Iterator[None]:
         tiles[name] = before
 
 
+def variants(
+    ops: tuple[str, ...], dtypes: tuple[torch.dtype, ...], every_tile: bool = False, match: str = ""
+) -> Iterator[tuple[Case, Launch, torch.dtype]]:
+    """Every different launch of the model-sized cases; `match` is searched in "kernel case"."""
+    seen = set()
+    for case in (c for op in ops for c in cases(op, "model") if c.compile):
+        starts = [(start, d) for d in dtypes if d in case.tolerance for start in launches(case, d)]
+        if every_tile:
+            tiles = getattr(importlib.import_module(f"catmllm_kernels.{case.op}.triton"), "TILES", {})
+            for name, index in ((n, i) for n, t in tiles.items() for i in range(1, len(t))):
+                with first_tile(case.op, name, index):
+                    again = [(start, d) for d in dtypes for start in launches(case, d)]
+                starts += [s for s in again if s[0].kernel.__name__ == f"{name}_kernel"]
+        for start, dtype in starts:
+            name = start.kernel.__name__
+            key = (name, config_of(start), repr(specialised(start)))
+            if key not in seen and re.search(match, f"{name} {case.name}"):
+                seen.add(key)
+                yield case, start, dtype
+
+
 def table(
     ops: tuple[str, ...],
     arch: int,
     dtypes: tuple[torch.dtype, ...],
     every_tile: bool = False,
     match: str = "",
-    show: bool = False,
+    known: list[Row] | None = None,
+    done: Callable[[list[Row]], None] = lambda rows: None,
 ) -> list[Row]:
-    """A row for every different launch of the model-sized cases; `match` is searched in "kernel case"."""
-    rows: list[Row] = []
-    seen = set()
-    for case in (c for op in ops for c in cases(op, "model") if c.compile):
-        starts = [(start, d) for d in dtypes if d in case.tolerance for start in launches(case, d)]
-        if every_tile:
-            tiles = importlib.import_module(f"catmllm_kernels.{case.op}.triton").TILES
-            for name, index in ((n, i) for n, t in tiles.items() for i in range(1, len(t))):
-                with first_tile(case.op, name, index):
-                    again = [(start, d) for d in dtypes for start in launches(case, d)]
-                starts += [s for s in again if s[0].kernel.__name__ == f"{name}_kernel"]
-        for start, dtype in starts:
-            kinds = tuple(str(getattr(a, "dtype", a)) for a in start.arguments)
-            key = (
-                start.kernel.__name__,
-                kinds,
-                tuple(start.constants.items()),
-                start.num_warps,
-                start.num_stages,
-            )
-            if key in seen or not re.search(match, f"{start.kernel.__name__} {case.name}"):
-                continue
-            seen.add(key)
+    """The rows `known`, and one for each of `variants` that they lack; `done` gets all rows after each new one."""
+    rows: list[Row] = list(known or [])
+    held = {(row.op, row.case, row.kernel, row.config, row.dtype, row.arch) for row in rows}
+    for case, start, dtype in variants(ops, dtypes, every_tile, match):
+        key = (case.op, case.name, start.kernel.__name__, config_of(start), DTYPES[dtype], f"sm_{arch}")
+        if key not in held:
             rows.append(inspect(case, start, dtype, arch))
-            if show:
-                print_row(rows[-1])
+            done(rows)
     return rows
 
 
@@ -218,7 +237,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=DTYPES.values(), action="append", help="default: fp16 and bf16")
     parser.add_argument("--tiles", action="store_true", help="every candidate tile, not the chosen one alone")
     parser.add_argument("--match", default="", metavar="REGEX", help='searched in "kernel case"')
-    parser.add_argument("--json", action="store_true", help="the rows as JSON")
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument("--json", action="store_true", help="the rows as JSON")
+    output.add_argument(
+        "--table", type=Path, metavar="FILE", help="add what this JSON file lacks, row by row"
+    )
     args = parser.parse_args(arguments)
     import triton
 
@@ -231,13 +254,27 @@ def main(arguments: list[str] | None = None) -> int:
             f"{'KiB':>6s} {'mma':>5s} {'ld16':>5s} {'wrp':>3s}  config"
         )
     arch = int(args.arch.removeprefix("sm_"))
-    rows = table(tuple(args.op or OPS), arch, dtypes, args.tiles, args.match, not args.json)
+    known = []
+    if args.table and args.table.exists():
+        known = [Row(**row) for row in json.loads(args.table.read_text())]
+
+    def done(rows: list[Row]) -> None:
+        if not args.json:
+            print_row(rows[-1])
+        if args.table:
+            args.table.write_text(as_json(rows))
+
+    rows = table(tuple(args.op or OPS), arch, dtypes, args.tiles, args.match, known, done)
     wrong = [row for row in rows if row.faults()]
     if args.json:
-        print(json.dumps([asdict(row) for row in rows], indent=0))
+        print(as_json(rows), end="")
     else:
         print(f"{len(rows)} variants, {len(wrong)} wrong")
     return 1 if wrong else 0
+
+
+def as_json(rows: list[Row]) -> str:
+    return json.dumps([asdict(row) for row in rows], indent=0) + "\n"
 
 
 if __name__ == "__main__":

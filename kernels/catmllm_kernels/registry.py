@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-OPS = ("escn", "so3_pool_project", "varlen_attention")
+OPS = ("escn", "so3_pool_project", "linear_logprob", "varlen_attention")
 
 
 @dataclass(frozen=True)

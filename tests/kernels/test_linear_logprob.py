@@ -307,13 +307,3 @@ def test_triton_kernels_equal_float64_in_the_interpreter() -> None:
         bound = {"float32": 3e-6, "float16": 2e-3, "bfloat16": 1.6e-2}[case["dtype"]]
         assert case["error"] < bound, case
         assert case["same_bits_in_any_order"], case
-
-
-@pytest.mark.parametrize("arch", [80, pytest.param(90, marks=pytest.mark.slow)])
-def test_triton_kernels_compile_without_spills(arch: int) -> None:
-    rows = run_alone("linear_logprob_compiled.py", ARCH=str(arch), TRITON_INTERPRET="0")
-    assert {r["kernel"] for r in rows} == {"forward_kernel", "two_heads_kernel", "gradient_kernel"}
-    for row in rows:
-        assert row["spills"] == 0, row
-        assert row["shared"] <= 163 * 1024, row
-        assert row["mma"] > 0 or row["dtype"] == "fp32", row

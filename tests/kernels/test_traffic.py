@@ -38,3 +38,37 @@ def test_at_most_what_two_fused_kernels_need() -> None:
 
     for name, goal in GOAL.items():
         assert forward(MODELS[name])["KiB an edge"] <= 1.3 * goal
+
+
+def test_a_log_probability_never_moves_the_logits() -> None:
+    """Of 130 tokens and 300 words: the head once a block of tokens, the tokens once a tile of words, four numbers a token and tile."""
+    from catmllm_kernels.interpret import counted, strict
+    from catmllm_kernels.linear_logprob import triton as kernels
+
+    tokens, width, words = 130, 64, 300
+    hidden, weight = torch.randn(tokens, width).half(), torch.randn(words, width).half()
+    targets = torch.randint(0, words, (tokens,))
+    block_t, block_v, *_ = kernels.BLOCKS["forward", 2]
+    tiles, blocks = -(-words // block_v), -(-tokens // block_t)
+    with strict(), counted() as found:
+        kernels.forward(hidden, weight, targets, 1.0, False, None)
+        kernels.backward(
+            torch.ones(tokens),
+            None,
+            hidden,
+            weight,
+            targets,
+            torch.ones(tokens),
+            torch.ones(0),
+            1.0,
+            True,
+            True,
+        )
+    forward, gradient = found
+    assert forward.touched["weight"] == 2 * weight.numel() == forward.moved["weight"] / blocks
+    assert forward.touched["hidden"] == 2 * hidden.numel() == forward.moved["hidden"] / tiles
+    assert forward.touched["parts"] == forward.moved["parts"] == 4 * 4 * tokens * tiles
+    assert (
+        gradient.touched["out"] == gradient.moved["out"] == 2 * tokens * words
+    )  # once, in the dtype of the inputs
+    assert gradient.moved["weight"] == blocks * 2 * weight.numel()

@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from catmllm_kernels.launch import launch
+
 WORKSPACE = 1 << 26  # values of dL/dlogits at a time: 128 MiB in half precision
 SPLIT_TARGET = 512  # programs wanted in a forward launch: several waves on the A100's 108 SMs
 LOWEST = tl.constexpr(-1.0e30)  # of words past the end and to start the maximum: -inf minus -inf would be NaN
@@ -236,14 +238,10 @@ def forward(
     parts = hidden.new_empty(heads, 4, splits, n, dtype=torch.float32)
     if n:
         sizes = (n, words, width, per_split, 1.0 / temperature)
-        if reference is None:
-            forward_kernel[(row_blocks, splits)](
-                hidden, weight, targets, parts, *sizes, ENTROPY=entropy, **options
-            )
-        else:
-            two_heads_kernel[(row_blocks, splits)](
-                hidden, weight, reference, targets, parts, *sizes, ENTROPY=entropy, **options
-            )
+        kernel = forward_kernel if reference is None else two_heads_kernel
+        second = () if reference is None else (reference,)
+        tensors = (hidden, weight, *second, targets, parts)
+        launch(kernel, (row_blocks, splits), *tensors, *sizes, ENTROPY=entropy, **options)
     lp, lse, spread = _merge(parts[0], entropy)
     other = lp.new_empty(0) if reference is None else _merge(parts[1], False)[0]
     return lp, lse, spread, other, lp.new_empty(0)
@@ -289,7 +287,9 @@ def backward(
         part = weight[start : start + slice_words]
         d = workspace[: n * len(part)].view(n, len(part))
         grid = (triton.cdiv(n, options["BLOCK_T"]), triton.cdiv(len(part), options["BLOCK_V"]))
-        gradient_kernel[grid](
+        launch(
+            gradient_kernel,
+            grid,
             hidden,
             part,
             targets - start,
