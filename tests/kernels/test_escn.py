@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from catmllm_kernels.backend import implementation
 from catmllm_kernels.escn import edge_attention, op, reference, rotate_back_sum
@@ -127,6 +128,31 @@ def test_checkpointing_gives_the_same_gradients() -> None:
     again: Any = checkpoint(lambda x: edge_attention(x, *a[1:]), a.x, use_reentrant=False)
     for expected, found in zip(plain, torch.autograd.grad(again.square().sum(), gradients_of(a))):
         torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_selective_checkpointing_keeps_or_repeats_the_op(
+    saved: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A policy names the op: what it keeps is not run again in the backward pass, what it does not is."""
+
+    def policy(context: Any, function: Any, *args: Any, **options: Any) -> CheckpointPolicy:
+        ours = function is torch.ops.catmllm.edge_attention.default
+        return CheckpointPolicy.MUST_SAVE if ours and saved else CheckpointPolicy.PREFER_RECOMPUTE
+
+    a = with_gradients(inputs(BOTH[0], torch.float64, CPU))
+    plain = torch.autograd.grad(edge_attention(*a).square().sum(), gradients_of(a))
+    monkeypatch.setenv("CATMLLM_KERNELS", "reference")
+    runs = []
+    forward = reference.edge_attention_forward
+    monkeypatch.setattr(reference, "edge_attention_forward", lambda *b: (runs.append(1), forward(*b))[1])
+    contexts = partial(create_selective_checkpoint_contexts, policy)
+    again: Any = checkpoint(
+        lambda x: edge_attention(x, *a[1:]).square(), a.x, use_reentrant=False, context_fn=contexts
+    )
+    for expected, found in zip(plain, torch.autograd.grad(again.sum(), gradients_of(a))):
+        torch.testing.assert_close(found, expected)
+    assert len(runs) == (1 if saved else 2)
 
 
 def test_fake_tensors_have_the_real_shapes() -> None:

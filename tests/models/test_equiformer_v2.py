@@ -317,8 +317,8 @@ def test_systems_of_a_batch_do_not_see_each_other():
         torch.testing.assert_close(alone, together[system : system + 1])
 
 
-def graph_vectors():
-    numbers, positions, edge_index, _ = make_graph()
+def graph_vectors(seed=0):
+    numbers, positions, edge_index, _ = make_graph(seed=seed)
     return numbers, edge_index, positions[edge_index[0]] - positions[edge_index[1]]
 
 
@@ -456,6 +456,46 @@ def test_fully_sharded_blocks(tmp_path, checkpointing):
             torch.testing.assert_close(a.grad, b.grad.full_tensor(), msg=name)
     finally:
         dist.destroy_process_group()
+
+
+def two_ranks(rank, folder):
+    """What `test_two_ranks` runs in each process: its own graph through the sharded model, kept by rank 0."""
+    import torch.distributed as dist
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    try:
+        model = make_model(SMALL, torch.float32)
+        mesh = dist.init_device_mesh("cpu", (2,))
+        policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+        for part in (*model.blocks, model):
+            fully_shard(part, mesh=mesh, mp_policy=policy)
+        numbers, edge_index, vectors = graph_vectors(seed=rank)
+        out = model(numbers, edge_index, vectors.float())
+        out.square().sum().backward()
+        gradients = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
+        outs = [torch.empty_like(out) for _ in range(2)] if rank == 0 else None
+        dist.gather(out.detach(), outs)
+        if rank == 0:
+            torch.save({"outs": outs, "gradients": gradients}, f"{folder}/sharded.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def test_two_ranks(tmp_path):
+    """FSDP2 on every block and the root, two ranks with graphs of their own: the embeddings of one process, and the mean of its
+    two gradients."""
+    torch.multiprocessing.spawn(two_ranks, args=(str(tmp_path),), nprocs=2)
+    found = torch.load(tmp_path / "sharded.pt", weights_only=True)
+    model = make_model(SMALL, torch.float32)
+    for rank in range(2):
+        numbers, edge_index, vectors = graph_vectors(seed=rank)
+        out = model(numbers, edge_index, vectors.float())
+        torch.testing.assert_close(found["outs"][rank], out)
+        (out.square().sum() / 2).backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(found["gradients"][name], parameter.grad, rtol=1e-4, atol=1e-4, msg=name)
 
 
 # ------------------------------------------------------------------------------------------ sizes and checkpoints
