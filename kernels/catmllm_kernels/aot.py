@@ -88,7 +88,7 @@ def specialised(
     start: Launch,
 ) -> tuple[dict[str, str], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]]:
     """Signature, constants and known alignments of a launch, as Triton's own launcher would derive them."""
-    names = [p.name for p in start.kernel.params]
+    names = start.kernel.arg_names
     given = dict(zip(names, start.arguments)) | start.constants
     signature: dict[str, str] = {}
     constants: dict[tuple[int, ...], Any] = {}
