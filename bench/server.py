@@ -2,7 +2,8 @@
 
 Both run in processes of their own and are asked in turn by the same closed-loop clients (`load.py`, one more process), with 1, 8
 and 64 connections, each request carrying a batch of answers of 68 atoms. The peer is FastAPI on uvicorn (uvloop, httptools)
-with a warm process for every core; its scores are checked to be equal. The share of HTTP and JSON is processor time: that of
+with a warm process for every core; its scores are checked to be equal. A third server, uvicorn with an application that reads
+the request and says the same to all, shows what HTTP alone allows (`nothing`). The share of HTTP and JSON is processor time: that of
 the server's process for a text, less that of `PVCP.score` on the same texts. `--soak SECONDS` asks our server alone, with
 right, broken and wrong requests, and watches its memory. Everything is bounded and stays on 127.0.0.1.
 """
@@ -97,6 +98,24 @@ def serve_pymatgen(port: int) -> None:
     uvicorn.run(app, host="127.0.0.1", port=port, log_level="warning", access_log=False)
 
 
+def serve_nothing(port: int) -> None:
+    """The floor of the framework: an ASGI function on the same uvicorn that reads a request and says the same thing to all."""
+    import uvicorn
+
+    said = json.dumps(
+        {**{name: [10.0] for name in ("total", "comp", "parse", "valid", "phys")}, "reason": [None]}
+    ).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(said))]
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        while (await receive()).get("more_body", False):
+            pass
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": said})
+
+    uvicorn.run(app, host="127.0.0.1", port=port, log_level="warning", access_log=False, lifespan="off")
+
+
 # Asking ------------------------------------------------------------------------------------------------------------
 
 
@@ -147,6 +166,7 @@ def server(command: list[str]) -> Iterator[int]:
 
 OURS = ["-m", "rewards_fast.cli", "serve", "--log", "warning", "--drain-seconds", "0", "--port"]
 PEER = [str(HERE / "server.py"), "--serve-pymatgen"]
+FLOOR = [str(HERE / "server.py"), "--serve-nothing"]
 
 
 def load(port: int, path: str, clients: int, seconds: float, bodies: list[bytes]) -> dict[str, Any]:
@@ -170,8 +190,8 @@ def cpu_of_a_text(call: Any, texts: int, turns: int) -> float:
     return statistics.median(samples)
 
 
-def measure(batch: int, seconds: float) -> dict[str, Any]:
-    """Both servers at each number of clients, in turn, and where our processor time goes."""
+def measure(batch: int, seconds: float, turns: int) -> dict[str, Any]:
+    """The servers at each number of clients, in turn (the median of `turns`), and where our processor time goes."""
     texts = [slab(68)] * batch
     body = json.dumps({"texts": texts, "targets": TARGET}).encode()
     scorer = PVCP()
@@ -188,36 +208,45 @@ def measure(batch: int, seconds: float) -> dict[str, Any]:
 
     coding = cpu_of_a_text(as_json, 2048, 15)
     rows = []
-    with server(OURS) as ours, server(PEER) as peer:
+    with server(OURS) as ours, server(PEER) as peer, server(FLOOR) as floor:
         left, right = ask(ours, "/v1/score", body), ask(peer, "/v1/score", body)
         for name in ("total", "comp", "parse", "valid", "phys"):
             assert np.allclose(left[name], right[name], atol=1e-9), name
         for clients in CLIENTS:
-            before = gauges(ours)
-            mine = load(ours, "/v1/score", clients, seconds, [body])
-            after = gauges(ours)
-            theirs = load(peer, "/v1/score", clients, 2 * seconds, [body])
-            for found in (mine, theirs):
-                assert set(found["statuses"]) == {"200"}, found["statuses"]
-            spent = after["process_cpu_seconds_total"] - before["process_cpu_seconds_total"]
-            served = 1e6 * spent / (batch * mine["answers"])
-            row: dict[str, Any] = {"clients": clients, "batch": batch}
-            for who, found in (("ours", mine), ("pymatgen", theirs)):
-                row[who] = {
-                    "texts_per_s": batch * found["answers"] / found["seconds"],
-                    "p50_ms": found["p50_ms"],
-                    "p99_ms": found["p99_ms"],
-                    "answers": found["answers"],
-                }
-            row["ratio"] = row["ours"]["texts_per_s"] / row["pymatgen"]["texts_per_s"]
-            row["cpu_us_a_text"] = {
-                "served": served,
-                "scoring": direct,
-                "json": coding,
-                "http": served - direct - coding,
+            rounds: dict[str, list[dict[str, Any]]] = {"ours": [], "pymatgen": [], "nothing": []}
+            for _ in range(turns):
+                for who, port in (("ours", ours), ("pymatgen", peer), ("nothing", floor)):
+                    before = gauges(ours) if who == "ours" else {}
+                    found = load(port, "/v1/score", clients, seconds * (1 + (who == "pymatgen")), [body])
+                    assert set(found["statuses"]) == {"200"}, found["statuses"]
+                    found["texts_per_s"] = batch * found["answers"] / found["seconds"]
+                    if who == "ours":
+                        spent = (
+                            gauges(ours)["process_cpu_seconds_total"] - before["process_cpu_seconds_total"]
+                        )
+                        found["served_us"] = 1e6 * spent / (batch * found["answers"])
+                    rounds[who].append(found)
+            median = {
+                who: sorted(all_, key=lambda f: f["texts_per_s"])[turns // 2] for who, all_ in rounds.items()
             }
-            row["http_and_json_share"] = 1 - direct / served
-            rows.append(row)
+            names = ("texts_per_s", "p50_ms", "p99_ms", "answers", "client_cpu_us_an_answer")
+            served = median["ours"]["served_us"]
+            rows.append(
+                {
+                    "clients": clients,
+                    "batch": batch,
+                    **{who: {name: found[name] for name in names} for who, found in median.items()},
+                    "every_round": {who: [f["texts_per_s"] for f in all_] for who, all_ in rounds.items()},
+                    "ratio": median["ours"]["texts_per_s"] / median["pymatgen"]["texts_per_s"],
+                    "cpu_us_a_text": {
+                        "served": served,
+                        "scoring": direct,
+                        "json": coding,
+                        "http": served - direct - coding,
+                    },
+                    "http_and_json_share": 1 - direct / served,
+                }
+            )
     return {"batch": batch, "rows": rows}
 
 
@@ -284,18 +313,23 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--soak", type=float, metavar="SECONDS", help="the soak alone, 900 s at most")
     parser.add_argument("--serve-pymatgen", type=int, metavar="PORT", help=argparse.SUPPRESS)
+    parser.add_argument("--serve-nothing", type=int, metavar="PORT", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.serve_pymatgen:
         serve_pymatgen(arguments.serve_pymatgen)
+        return
+    if arguments.serve_nothing:
+        serve_nothing(arguments.serve_nothing)
         return
     conditions = f"{date.today()}, {platform.processor() or platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, Python {platform.python_version()}"
     if arguments.soak:
         result: dict[str, Any] = {"conditions": conditions, "soak": soak(min(arguments.soak, 900.0))}
     else:
-        seconds = 1.5 if arguments.quick else 4.0
         result = {
             "conditions": conditions,
-            "batches": [measure(batch, seconds) for batch in ((16, 1) if arguments.quick else (64, 1))],
+            "batches": [measure(16, 1.5, 1), measure(1, 1.0, 1)]
+            if arguments.quick
+            else [measure(64, 4.0, 1), measure(1, 1.5, 3)],
         }
     if arguments.json:
         print(json.dumps(result))
@@ -309,7 +343,7 @@ def main() -> None:
     for group in result["batches"]:
         print(f"\n{group['batch']} texts a request")
         print(
-            f"{'clients':>8}{'ours texts/s':>14}{'p50 ms':>9}{'p99 ms':>9}{'pymatgen':>11}{'p50 ms':>10}{'p99 ms':>10}{'ratio':>8}{'HTTP+JSON':>11}"
+            f"{'clients':>8}{'ours texts/s':>14}{'p50 ms':>9}{'p99 ms':>9}{'pymatgen':>11}{'p50 ms':>10}{'p99 ms':>10}{'ratio':>8}{'HTTP+JSON':>11}{'nothing requests/s':>20}{'client µs':>11}"
         )
         for row in group["rows"]:
             mine, theirs = row["ours"], row["pymatgen"]
@@ -317,6 +351,7 @@ def main() -> None:
                 f"{row['clients']:>8}{mine['texts_per_s']:>14,.0f}{mine['p50_ms']:>9.2f}{mine['p99_ms']:>9.2f}"
                 f"{theirs['texts_per_s']:>11,.1f}{theirs['p50_ms']:>10.1f}{theirs['p99_ms']:>10.1f}"
                 f"{row['ratio']:>7.0f}x{100 * row['http_and_json_share']:>10.0f}%"
+                f"{row['nothing']['texts_per_s'] / group['batch']:>20,.0f}{mine['client_cpu_us_an_answer']:>11.0f}"
             )
         cpu = group["rows"][1]["cpu_us_a_text"]
         print(
