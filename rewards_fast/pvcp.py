@@ -187,7 +187,8 @@ class Scores:
 
     reason: None or the code of what was wrong. terms: the sub-terms by name (`TERM_NAMES`). fields: completeness of
     the text's key fields by name (bool [n], all False where nothing parsed; `duplicate_labels` is a fault).
-    Arrays are made when they are first asked for: all of them would take longer than scoring one text.
+    rows: all numbers as they came, [n, 19], the columns `SCORE_NAMES` and then `TERM_NAMES`; the arrays are views of it, made
+    when they are first asked for: all of them would take longer than scoring one text.
     """
 
     total: NDArray[np.float64]
@@ -207,18 +208,18 @@ class Scores:
         reason: list[str | None],
         crystals: Sequence[Crystal | None],
     ) -> None:
-        self._rows, self._field_bits, self.reason, self.crystals = rows, field_bits, reason, crystals
+        self.rows, self.reason, self.crystals, self._field_bits = rows, reason, crystals, field_bits
 
     def __getattr__(self, name: str) -> Any:
         if name not in SCORE_NAMES:
             raise AttributeError(f"Scores has no {name!r}")
-        column = self._rows[:, _COLUMN[name]]
+        column = self.rows[:, _COLUMN[name]]
         setattr(self, name, column)
         return column
 
     @functools.cached_property
     def terms(self) -> dict[str, NDArray[np.float64]]:
-        return {name: self._rows[:, _COLUMN[name]] for name in TERM_NAMES}
+        return {name: self.rows[:, _COLUMN[name]] for name in TERM_NAMES}
 
     @functools.cached_property
     def fields(self) -> dict[str, NDArray[np.bool_]]:

@@ -10,12 +10,12 @@ from typing import Any
 
 import msgspec
 
-from rewards_fast.pvcp import FIELD_NAMES, REASONS, TERM_NAMES
+from rewards_fast.pvcp import FIELD_NAMES, REASONS, SCORE_NAMES, TERM_NAMES
 from rewards_fast.settings import LARGEST_THRESHOLD, LARGEST_WEIGHT, WEIGHTS, RewardSettings
 
 QUERY_KEYS = tuple(f.name for f in fields(RewardSettings) if f.name != "threads")
 DIAGNOSTIC_NUMBERS = ("n_sites", "volume", "density", "min_distance")
-TERMS = ("total", "comp", "parse", "valid", "phys")
+TERMS = SCORE_NAMES[:5]
 
 
 def openapi_schema(types: tuple[Any, Any], base: RewardSettings, token: bool) -> dict[str, Any]:

@@ -50,11 +50,12 @@ def reply(scorer: PVCP, scores: Scores) -> dict[str, Any]:
     floor = floor_scores(w)["total"]
     span = 10.0 * (w.comp + w.parse + w.valid + w.phys) - floor
     n = max(1, len(scores))
-    logs = {name: float(getattr(scores, name).sum()) / n for name in ("comp", "valid", "phys")}
+    total, comp, _, valid, phys = scores.rows[:, :5].T.tolist()
+    logs = {"comp": sum(comp) / n, "valid": sum(valid) / n, "phys": sum(phys) / n}
     logs["parses"] = sum(reason is None for reason in scores.reason) / n
     return {
-        "rewards": scores.total.tolist(),
-        "scores": [min(1.0, max(0.0, (x - floor) / (span or 1.0))) for x in scores.total.tolist()],
+        "rewards": total,
+        "scores": [min(1.0, max(0.0, (x - floor) / (span or 1.0))) for x in total],
         "extra_logs": logs,
     }
 

@@ -207,7 +207,7 @@ def score_reply(scorer: PVCP, request: Any) -> tuple[Scores, Callable[[], dict[s
     """Scores of /v1/score and what makes its answer of them."""
     scores = scorer.score(request.texts, request.targets)
     return scores, lambda: {
-        **{name: getattr(scores, name).tolist() for name in TERMS},
+        **dict(zip(TERMS, scores.rows[:, : len(TERMS)].T.tolist())),
         "reason": scores.reason,
     }
 

@@ -236,3 +236,17 @@ def test_import_is_light() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_scores_are_views_of_their_rows() -> None:
+    from rewards_fast import _core
+    from rewards_fast.pvcp import SCORE_NAMES, TERM_NAMES
+
+    assert (*SCORE_NAMES, *TERM_NAMES) == _core.SCORE_COLUMNS
+    scores = PVCP().score([SLAB, "x"], TARGET)
+    arrays = [getattr(scores, name) for name in SCORE_NAMES] + list(scores.terms.values())
+    np.testing.assert_array_equal(np.stack(arrays, 1), scores.rows)
+    assert not hasattr(scores, "missing") and "total=array" in repr(scores)
+    again = pickle.loads(pickle.dumps(scores))
+    np.testing.assert_array_equal(again.total, scores.total)
+    assert again.fields["lattice"].tolist() == [True, False]
