@@ -39,6 +39,16 @@ def test_a_loaded_export_is_the_model(stage: Path, small_model, train_systems) -
     assert all(torch.equal(v, loaded.state_dict()[k]) for k, v in model.state_dict().items())
 
 
+def test_a_run_computes_attention_as_its_own_configuration_says(stage: Path, small_model) -> None:
+    """A model that was trained with another one goes on, in a later run, with that run's."""
+    assert (
+        load_model(stage)[0].text.config._attn_implementation
+        == small_model[0].text.config._attn_implementation
+    )
+    for attention in ("eager", "sdpa", "varlen"):
+        assert load_model(stage, attention)[0].text.config._attn_implementation == attention
+
+
 def test_hf_layout_loads_in_transformers_and_as_our_pretrained_llm(
     stage: Path, small_model, small_config, tmp_path: Path
 ) -> None:

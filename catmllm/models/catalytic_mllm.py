@@ -364,8 +364,11 @@ def save_model(
     temporary.rename(folder / "model.safetensors")
 
 
-def load_model(folder: str | Path) -> tuple[CatalyticMLLM, Collator, Config]:
-    """Read an export: the model in float32, what makes its batches, and the configuration it was trained with."""
+def load_model(folder: str | Path, attention: str | None = None) -> tuple[CatalyticMLLM, Collator, Config]:
+    """Read an export: the model in float32, what makes its batches, and the configuration it was trained with.
+
+    `attention`: how this one computes it (`model.llm.attention`); None: as when it was trained.
+    """
     from safetensors.torch import load_file
     from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
@@ -375,7 +378,7 @@ def load_model(folder: str | Path) -> tuple[CatalyticMLLM, Collator, Config]:
     config = from_dict(json.loads((folder / "catmllm.json").read_text()), str(folder / "catmllm.json"))
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     qwen = Qwen2_5_VLConfig.from_pretrained(folder / "llm")
-    attention = config.model.llm.attention
+    attention = attention or config.model.llm.attention
     with on_meta():
         llm = Qwen2_5_VLForConditionalGeneration._from_config(qwen, attn_implementation=by_part(attention))
         encoder = build_encoder(replace(config.model.encoder, checkpoint=None), config.data.cutoff)

@@ -175,7 +175,7 @@ def _train(
     world: World,
 ) -> None:
     if previous is not None:
-        model, collate, trained = load_model(previous)
+        model, collate, trained = load_model(previous, config.model.llm.attention)
         if trained.data.cutoff != config.data.cutoff:
             raise ValueError(
                 f"`data.cutoff`: the encoder of {previous} was trained at {trained.data.cutoff} Å"
