@@ -25,6 +25,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -62,6 +63,12 @@ def main() -> None:
     parser.add_argument(
         "--part", action="append", choices=PARTS, help="only this part; may be given again (default: all)"
     )
+    parser.add_argument(
+        "--precision",
+        action="append",
+        choices=("fp32", "bf16"),
+        help="of the part `step`; may be given again (default: both)",
+    )
     parser.add_argument("--plot", type=Path, help="draw the scaling part here")
     args = parser.parse_args()
     parts = args.part or list(PARTS)
@@ -70,7 +77,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    size = Size(*((4, 4, 32, 2) if args.quick else (8, 8, 128, 5)))
+    size = Size(*((4, 4, 32, 2) if args.quick else (8, 8, 128, 3)))
     config = bench_config(size)
     systems = split(load_slabs())["train"]
     model, collate = new_model(config, systems)
@@ -79,10 +86,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         world = start(config)
         if "step" in parts:
-            found["step"] = [
-                step(replace(config, precision=p), model, collate, systems, size, world, Path(folder) / p)
-                for p in ("fp32", "bf16")
-            ]
+            with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+                found["step"] = [
+                    step(replace(config, precision=p), model, collate, systems, size, world, Path(folder) / p)
+                    for p in args.precision or ("fp32", "bf16")
+                ]
         if "rollout" in parts:
             found["rollout"] = rollout(model, collate, systems, size)
         if "update" in parts:

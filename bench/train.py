@@ -66,6 +66,8 @@ def samples(count: int) -> list[Sample]:
 
 def ours(config: Config, texts: list[Sample], batch: int, steps: int, world: Any) -> Timed:
     timed = Timed()
+    model, collate = new_model(config, split(load_slabs())["train"])
+    rows = [collate.encoded(t) for t in texts]  # the peers, too, are given tokens
 
     class Text(Stateless):
         """Mean cross-entropy of the answers' tokens."""
@@ -86,14 +88,12 @@ def ours(config: Config, texts: list[Sample], batch: int, steps: int, world: Any
                 timed.ends.append(time.perf_counter())
             if step == steps:
                 raise StopIteration
-            part = [texts[(step * batch + k) % len(texts)] for k in range(batch)]
-            made = self.context.collate(part)
+            made = self.context.collate.join([rows[(step * batch + k) % len(rows)] for k in range(batch)])
             timed.tokens.append(made.tokens)
             return Step(
                 [MicroBatch(lambda: -self.context.model("answer", made)["logprob"].mean(), made.tokens)]
             )
 
-    model, collate = new_model(config, split(load_slabs())["train"])
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(StopIteration):
         train(
             Text, Context(config, model, collate, {"train": [], "val": [], "test": []}, world, Path(folder))
