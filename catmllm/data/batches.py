@@ -116,7 +116,9 @@ def each_tensor(holder: Holder, change: Callable[[Any], Any]) -> Holder:
     for name, value in vars(holder).items():
         if isinstance(value, torch.Tensor | np.ndarray):
             changed[name] = change(value)
-        elif isinstance(value, GraphBatch | Prefix):
+        elif isinstance(value, GraphBatch):
+            changed[name] = each_tensor(value, change)
+        elif isinstance(value, Prefix):
             changed[name] = each_tensor(value, change)
     return replace(holder, **changed)
 
@@ -228,7 +230,7 @@ class Collator:
         energy_at[owner[::-1]] = queries[::-1]  # a sample's first query counts
         position_ids = np.arange(len(ids)) - np.repeat(begins, lengths)
         picture_at = np.flatnonzero(ids == self.image_id)
-        pictures = {}
+        pictures: dict[str, Any] = {}
         if len(picture_at):
             shown = np.unique(np.searchsorted(begins, picture_at, side="right") - 1)
             mrope = np.tile(position_ids, (3, 1))
@@ -236,7 +238,8 @@ class Collator:
                 part = slice(begins[s], cu_seqlens[s + 1])
                 mrope[:, part] = mrope_positions(ids[part], self.image_id)
             drawn = np.stack([render(g) for s in shown if (g := rows[s].graph) is not None])
-            pictures = {"pictures": drawn, "picture_at": picture_at, "mrope": mrope}
+            made = {"pictures": drawn, "picture_at": picture_at, "mrope": mrope}
+            pictures = {k: torch.from_numpy(v) for k, v in made.items()}
         return Batch(
             torch.from_numpy(ids),
             torch.from_numpy(position_ids),
@@ -250,7 +253,7 @@ class Collator:
             self.graphs([r.graph for r in rows if r.graph is not None]),
             int(lengths.max()),
             padded=not self.data.packed,
-            **{k: torch.from_numpy(v) for k, v in pictures.items()},
+            **pictures,
         )
 
     def join_answers(self, prompts: Sequence[Encoded], answers: Sequence[Sequence[list[int]]]) -> Batch:
@@ -259,7 +262,8 @@ class Collator:
 
         Log-probabilities and gradients are those of `join` with every prompt repeated; answers count in the order given.
         """
-        rows, owner = [], []
+        rows: list[Encoded] = []
+        owner: list[int] = []
         for prompt, group in zip(prompts, answers, strict=True):
             owner += [-1, *[len(rows)] * len(group)]
             rows += [prompt._replace(answer=[]), *(Encoded([], a) for a in group)]

@@ -25,7 +25,9 @@ from catmllm.models.half_precision import MLP_SCALE
 from catmllm.models.lora import effective_weight
 from catmllm.rl.grammar import Grammar, Pattern, grammar_of
 from catmllm.rl.nucleus import sample_nucleus, uniforms
+from catmllm_kernels.dense import product
 
+Linear = Callable[..., torch.Tensor]  # x, weight, bias
 CACHE_STEP = 64  # slots by which the caches of sampled tokens grow
 
 
@@ -98,24 +100,26 @@ class _Tower:
         return angle.cos().to(self.dtype), angle.sin().to(self.dtype)
 
     def qkv(
-        self, layer: _Layer, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+        self, layer: _Layer, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, linear: Linear = F.linear
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Rotated queries and keys, and values, of x [..., H]: [..., heads, dim] each."""
         h = self.normed(x, layer.norm1)
-        parts = F.linear(h, layer.qkv, layer.qkv_bias).unflatten(-1, (-1, self.dim))
+        parts = linear(h, layer.qkv, layer.qkv_bias).unflatten(-1, (-1, self.dim))
         turned, v = parts.split([self.heads + self.kv_heads, self.kv_heads], -2)
         first, second = turned.chunk(2, -1)
         turned = turned * cos[..., None, :] + torch.cat([-second, first], -1) * sin[..., None, :]
         q, k = turned.split([self.heads, self.kv_heads], -2)
         return q, k, v
 
-    def rest(self, layer: _Layer, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+    def rest(
+        self, layer: _Layer, x: torch.Tensor, attended: torch.Tensor, linear: Linear = F.linear
+    ) -> torch.Tensor:
         """What follows attention in a layer: output projection and MLP, with their residuals."""
-        x = x.to(self.wide) + F.linear(attended, layer.out)
-        gate, up = F.linear(self.normed(x, layer.norm2), layer.gate_up).chunk(2, -1)
+        x = x.to(self.wide) + linear(attended, layer.out)
+        gate, up = linear(self.normed(x, layer.norm2), layer.gate_up).chunk(2, -1)
         if self.wide == self.dtype:
-            return x + F.linear(F.silu(gate) * up, layer.down)
-        return x + F.linear(F.silu(gate) * (up * MLP_SCALE), layer.down).float() / MLP_SCALE
+            return x + linear(F.silu(gate) * up, layer.down)
+        return x + linear(F.silu(gate) * (up * MLP_SCALE), layer.down).float() / MLP_SCALE
 
     def normed(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """RMS norm of the residual stream, rounded to the dtype of the products."""
@@ -131,9 +135,9 @@ class _Tower:
         cos, sin = self.rotary(text if mrope is None else mrope.movedim(0, -1)[..., self.axis])
         cache = []
         for layer in self.layers:
-            q, k, v = (p.transpose(1, 2) for p in self.qkv(layer, x, cos, sin))
+            q, k, v = (p.transpose(1, 2) for p in self.qkv(layer, x, cos, sin, product))
             attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-            x = self.rest(layer, x, attended.transpose(1, 2).reshape(b, t, width))
+            x = self.rest(layer, x, attended.transpose(1, 2).reshape(b, t, width), product)
             cache.append((k, v))
         return self.normed(x, self.norm), cache
 

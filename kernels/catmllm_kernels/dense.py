@@ -18,12 +18,12 @@ LEAST = 1 << 20  # multiplications from which oneDNN's call, 10 µs longer than 
 
 
 def _wins(x: Tensor, weight: Tensor) -> bool:
-    return (
+    return bool(
         x.dtype == weight.dtype == torch.float32
         and x.device.type == weight.device.type == "cpu"
         and x.numel() * weight.shape[0] >= LEAST
         and torch.backends.mkldnn.is_available()
-        and torch.backends.mkldnn.enabled  # type: ignore[attr-defined]
+        and torch.backends.mkldnn.enabled
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
     )
