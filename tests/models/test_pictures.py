@@ -24,7 +24,8 @@ from catmllm.data.tokenizer import tiny_tokenizer
 from catmllm.evaluate.property import predict, question
 from catmllm.export import export
 from catmllm.models.catalytic_mllm import CatalyticMLLM, load_model, save_model
-from catmllm.rl.rollout import RolloutEngine
+from catmllm.rl.rollout import Rollout, RolloutEngine
+from catmllm.stages.grpo import rollout_batch
 from catmllm.structure.system import System
 from catmllm.trainer.pipeline import new_model
 from tests.seeing import save_qwen, seeing_config
@@ -236,3 +237,19 @@ def test_what_cannot_see_is_refused(folder: Path, tmp_path: Path, train_systems:
     tiny_tokenizer([]).save_pretrained(tmp_path / "mute")
     with pytest.raises(ConfigError, match=r"the tokenizer has no <\|vision_start\|>"):
         new_model(seeing_config(tmp_path / "mute"), train_systems[:2])
+
+
+def test_answers_that_share_a_prompt_with_a_picture(seeing: Model, train_systems: list[System]) -> None:
+    """Their positions follow the prompt's last, which is lower than its length."""
+    model, collate = seeing
+    prompts = [question(train_systems[0], "both"), cif_sample(train_systems[800])]
+    rollouts = [
+        Rollout(p, torch.arange(5, 5 + n), torch.zeros(n), None, True, "")
+        for p, n in ((0, 4), (0, 9), (1, 3))
+    ]
+    shared, apart = (rollout_batch(collate, prompts, rollouts, s) for s in (True, False))
+    assert shared.mrope is not None and apart.mrope is not None
+    assert torch.equal(shared.mrope[:, shared.answer_at], apart.mrope[:, apart.answer_at])
+    with torch.no_grad():
+        found, expected = (model("answer", b)["logprob"] for b in (shared, apart))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
