@@ -41,7 +41,7 @@ def implementation(op: str, x: Tensor) -> ModuleType:
     module = _module(op, name)
     why = "" if module is None else _unfit(name, module, x)
     if why:
-        _warn_once(op, why)
+        warn_once(op, why)
     if module is None or why:
         module = _module(op, "reference")
     assert module is not None
@@ -49,7 +49,8 @@ def implementation(op: str, x: Tensor) -> ModuleType:
 
 
 @cache
-def _warn_once(op: str, why: str) -> None:
+def warn_once(op: str, why: str) -> None:
+    """Say that an op runs by its plain definition where a kernel should be, and why."""
     warnings.warn(f"{op} runs by its plain definition, several times slower: {why}", stacklevel=3)
 
 

@@ -331,7 +331,7 @@ def test_a_library_that_was_not_built_says_so(monkeypatch, tmp_path):
     with pytest.raises(RuntimeError, match="pip install"):
         edge_attention(*a)
     monkeypatch.delenv("CATMLLM_KERNELS")
-    backend._warn_once.cache_clear()
+    backend.warn_once.cache_clear()
     with pytest.warns(UserWarning, match=r"escn runs by its plain definition.* was not built; `pip install"):
         assert edge_attention(*a).isfinite().all()  # by the reference
     with warnings.catch_warnings():

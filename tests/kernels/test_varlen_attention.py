@@ -11,6 +11,7 @@ from torch._subclasses import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from catmllm_kernels import backend
 from catmllm_kernels.varlen_attention import continued, cpu, reference, varlen_attention
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -187,6 +188,19 @@ def test_the_library_is_there_and_is_used(monkeypatch: pytest.MonkeyPatch) -> No
     (q, k, v, _), bounds = problem([5])
     varlen_attention(q.float(), k.float(), v.float(), bounds, 5)
     assert calls
+
+
+def test_a_missing_library_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "_library", lambda: None)
+    backend.warn_once.cache_clear()
+    (q, k, v, _), bounds = problem([5, 3])
+    with pytest.warns(
+        UserWarning, match=r"varlen_attention runs by its plain definition.*was not built"
+    ) as said:
+        for _ in range(2):
+            found = varlen_attention(q.float(), k.float(), v.float(), bounds, 5)
+    assert len(said) == 1
+    torch.testing.assert_close(found, varlen_attention(q, k, v, bounds, 5).float(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("owner", [[-1, -1, 0], [-1, 1, -1], [1, -1, -1], [-1, 0, 1]])

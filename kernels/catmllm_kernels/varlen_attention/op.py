@@ -18,7 +18,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 import catmllm_kernels.varlen_attention.blocked as blocked
 import catmllm_kernels.varlen_attention.cpu as cpu
-from catmllm_kernels.backend import NAMES
+from catmllm_kernels.backend import NAMES, warn_once
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,10 @@ def _path(query: Tensor) -> ModuleType:
     forced = os.environ.get("CATMLLM_KERNELS", "")
     if forced not in ("", *NAMES):
         raise ValueError(f"CATMLLM_KERNELS={forced!r}; choose one of {', '.join(NAMES)}")
-    if query.device.type != "cpu" or forced in ("triton", "reference") or cpu.unfit(query):
+    if query.device.type != "cpu" or forced in ("triton", "reference") or query.dtype == torch.float64:
+        return blocked
+    if why := cpu.unfit(query):
+        warn_once("varlen_attention", why)
         return blocked
     return cpu
 
