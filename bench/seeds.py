@@ -1,9 +1,8 @@
 """Several runs of the pipeline side by side: what they wrote and designed, mean and spread over their seeds.
 
-    python bench/seeds.py [before=runs/old0,runs/old1,runs/old2 after=runs/new0,runs/new1,runs/new2]
+    python bench/seeds.py before=runs/old0,runs/old1,runs/old2 after=runs/new0,runs/new1,runs/new2
 
-Each group is a name and folders of finished runs (or their metrics.json); without any, the groups are those of
-bench/results/seeds, whose files are NAME.SEED.json. A value is the mean over a group's runs ± the
+Each group is a name and folders of finished runs (or their metrics.json); without any, it is the recorded run. A value is the mean over a group's runs ± the
 sample standard deviation; nothing is dropped.
 """
 
@@ -11,13 +10,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results" / "seeds"
+RECORDED = Path(__file__).parent / "results" / "tiny_pipeline.json"
 Value = Callable[[dict[str, Any]], float]
 
 
@@ -49,14 +47,6 @@ def read(path: Path) -> dict[str, Any]:
     return found
 
 
-def recorded() -> list[str]:
-    """The groups of bench/results/seeds."""
-    groups: dict[str, list[str]] = {}
-    for path in sorted(RESULTS.glob("*.json")):
-        groups.setdefault(path.name.split(".")[0], []).append(str(path))
-    return [f"{name}={','.join(paths)}" for name, paths in groups.items()]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -65,7 +55,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     args = parser.parse_args()
     groups = {}
-    for text in args.groups or recorded():
+    for text in args.groups or [f"recorded={RECORDED}"]:
         name, _, paths = text.partition("=")
         if not paths:
             parser.error(f"{text}: expected NAME=RUN,RUN,…")
@@ -84,8 +74,8 @@ def main() -> None:
 
 def spread(values: list[float]) -> str:
     """Mean ± sample standard deviation."""
-    deviation = statistics.stdev(values) if len(values) > 1 else math.nan
-    return f"{statistics.mean(values):.3f} ± {deviation:.3f}"
+    deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{deviation}"
 
 
 if __name__ == "__main__":
