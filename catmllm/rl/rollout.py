@@ -126,7 +126,7 @@ class _Tower:
         return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), self.eps).to(self.dtype)
 
     def prefill(
-        self, x: torch.Tensor, mrope: torch.Tensor | None
+        self, x: torch.Tensor, mrope: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
         """Right-padded prompts x [B, T, H], positions mrope [3, B, T] where some show pictures: final hidden states
         [B, T, H], keys and values [B, kv, T, dim] a layer."""
