@@ -20,6 +20,7 @@ import torch
 from catmllm.data.batches import Batch, Collator, Encoded
 from catmllm.data.prompts import Sample, cif_prompt, design_prompt
 from catmllm.models.attention import shares_prompts
+from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.models.lora import without_lora
 from catmllm.rl.advantages import group_advantages, per_answer, policy_loss
 from catmllm.rl.grammar import answer_pattern
@@ -46,10 +47,8 @@ class GRPO:
         self.systems = context.data["train"]
         o = self.config
         self.reward: Reward = load_reward(o.reward_function) if o.reward_function else o.reward.scorer().score
-        # The stage's starting point. With adapters it is the model without them.
-        self.reference = None
-        if not context.config.lora.r:
-            self.reference = copy.deepcopy(context.model).eval().requires_grad_(False)
+        # The stage's starting point, without its weights until `begin`. With adapters it is the model without them.
+        self.reference = None if context.config.lora.r else frozen_outline(context.model)
         self.kin = relatives(self.systems)
         self.skipped = self.unrewarded = 0
         self.rolled: Rolled | None = None
@@ -58,7 +57,8 @@ class GRPO:
 
     def begin(self) -> None:
         if self.reference is not None:
-            shard(self.reference, self.context.config, self.context.world, self.config.reshard)
+            c = self.context
+            shard(self.reference, c.config, c.world, self.config.reshard, like=c.model)
         if self.config.vllm is not None:
             self.vllm = self._start_vllm(self.config.vllm)
 
@@ -234,7 +234,9 @@ class GRPO:
                     r = rollouts[i]
                     row = {"step": step, "prompt": prompts[r.prompt].prompt, "answer": r.text}
                     f.write(json.dumps(row | {"problem": problem}) + "\n")
-        self.unrewarded = self.unrewarded + 1 if len(scored.problems) == len(rollouts) else 0
+        # Of all ranks together: one that stopped alone would leave the others waiting.
+        rewarded = c.world.maximum(len(rollouts) - len(scored.problems))
+        self.unrewarded = 0 if rewarded else self.unrewarded + 1
         if self.unrewarded == 3:
             raise TrainingError(
                 f"grpo: no answer got a reward in the last 3 steps (to step {step}); the first of this step: "
@@ -246,6 +248,17 @@ class GRPO:
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.skipped = state["skipped"]
+
+
+def frozen_outline(model: CatalyticMLLM) -> CatalyticMLLM:
+    """A model of the same make whose parameters have no storage yet: a copy would be the whole model on every rank. It
+    has no image tower, since answers are asked for without pictures."""
+    memo: dict[int, Any] = {
+        id(p): torch.nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
+        for p in model.parameters()
+    }
+    memo[id(model.llm.model.visual)] = torch.nn.Module()
+    return copy.deepcopy(model, memo).eval()
 
 
 def rollout_batch(

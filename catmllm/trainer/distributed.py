@@ -114,7 +114,13 @@ def mesh_of(config: Config, world: World) -> DeviceMesh:
     )
 
 
-def shard(model: CatalyticMLLM, config: Config, world: World, reshard: str = "trained") -> CatalyticMLLM:
+def shard(
+    model: CatalyticMLLM,
+    config: Config,
+    world: World,
+    reshard: str = "trained",
+    like: CatalyticMLLM | None = None,
+) -> CatalyticMLLM:
     """Shard in place: a unit per block of encoder and LLM, one for the rest of the encoder, the projector and the energy
     head each, one for what remains. The image tower is cut likewise where it trains; where it does not, it is left out
     in the dtype of its files, whole on every rank if `data.images` and else, since it never runs, on the CPU.
@@ -122,7 +128,8 @@ def shard(model: CatalyticMLLM, config: Config, world: World, reshard: str = "tr
     Compute runs in `precision` (the encoder, whose coordinates and norms want it, in `encoder_precision`), gradients
     are reduced and the optimizer works in float32. A model on the CPU moves to the device a unit at a time: no device
     ever holds it whole. `reshard` names the parts whose gathered weights are freed after a
-    forward pass (see `OptimConfig`); set `requires_grad` before.
+    forward pass (see `OptimConfig`); set `requires_grad` before. `like`: a model of the same make, sharded already, whose
+    shards are copied into this one, which has no weights of its own (parameters on the meta device).
     """
     mesh = mesh_of(config, world)
     llm = MixedPrecisionPolicy(DTYPES[config.precision], torch.float32, cast_forward_inputs=False)
@@ -175,10 +182,20 @@ def shard(model: CatalyticMLLM, config: Config, world: World, reshard: str = "tr
             if following.trained:
                 following.set_modules_to_backward_prefetch([this])
     model.lockstep = world.size > 1
+    if like is not None:
+        model.to_empty(device="cpu" if config.cpu_offload else world.device)
+        theirs = dict((*like.named_parameters(), *like.named_buffers()))
+        with torch.no_grad():
+            for name, mine in (*model.named_parameters(), *model.named_buffers()):
+                _local(mine).copy_(_local(theirs[name]))
     # Sampling may run the encoder before the first training pass has run the model; FSDP2 would then take the encoder
     # for a root of its own. There is no public call that settles who is root.
     model._get_fsdp_state()._lazy_init()  # type: ignore[operator]
     return model
+
+
+def _local(t: torch.Tensor) -> torch.Tensor:
+    return t.to_local() if isinstance(t, DTensor) else t
 
 
 @contextmanager

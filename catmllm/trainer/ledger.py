@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_flop_count
 
-import catmllm_kernels.escn  # noqa: F401  registers its ops
+import catmllm_kernels.escn.cpu as escn_cpu
 import catmllm_kernels.linear_logprob.op as linear_logprob
 
 aten = torch.ops.aten
@@ -191,8 +191,8 @@ class Ledger(TorchDispatchMode):
         if any(issubclass(t, DTensor) for t in types):
             return NotImplemented  # it comes back with its local tensors
         tensors = [t for t in tree_iter((args, kwargs)) if isinstance(t, torch.Tensor)]
-        if func.namespace == "catmllm" and not self.cuda and "linear_logprob" not in func.name():
-            # What the plain-torch definition makes on the way counts too; a kernel on a GPU keeps it in registers.
+        if func.namespace == "catmllm" and not self.cuda and not _fused(func):
+            # What is made of torch's operators on the way counts too; a kernel keeps it in registers or its own scratch.
             self._inside = True
             with self, backend_forced("reference"):
                 out = OPDEFS[func._name.partition(".")[0]]._init_fn(*args, **kwargs)
@@ -306,6 +306,12 @@ def _convert(module: torch.nn.Module, change: Any, recurse: bool = True) -> torc
         if b is not None:
             module._buffers[name] = change(b)
     return module
+
+
+def _fused(func: Any) -> bool:
+    """Whether an op of ours is one call on a CPU: torch's allocator sees its inputs and results alone."""
+    name = func.name()
+    return "linear_logprob" in name or ("edge_" in name and not escn_cpu.unfit(torch.empty(0)))
 
 
 @contextmanager

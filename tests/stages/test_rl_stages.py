@@ -17,6 +17,7 @@ from catmllm.rl.search import ClosedLoop
 from catmllm.stages.ga_grpo import GAGRPO
 from catmllm.stages.grpo import GRPO
 from catmllm.structure.cif import write_cif
+from catmllm.trainer.distributed import World, whole
 from catmllm.trainer.loop import Context, TrainingError, train
 from tests.stages.conftest import MakeContext, small
 
@@ -182,6 +183,52 @@ def test_a_reward_that_never_works_stops_training_soon(context: Context) -> None
         TrainingError, match=r"no answer got a reward in the last 3 steps.*ZeroDivisionError: always"
     ):
         train(make, context)
+
+
+def test_a_rank_without_rewards_goes_on_while_another_has_some(context: Context) -> None:
+    """All ranks stop together or none does: whoever stopped alone would leave the others waiting for it."""
+
+    class Two(World):
+        def maximum(self, value: int) -> int:
+            return max(value, 1)  # what the other rank brings
+
+    def reward(texts, targets):
+        raise ZeroDivisionError("always")
+
+    def make(c: Context) -> GRPO:
+        stage = GRPO(c)
+        stage.reward = reward
+        return stage
+
+    context.world = Two(0, 1, context.world.device)
+    context.config.grpo.steps = 4
+    _, stage = train(make, context)
+    assert stage.unrewarded == 0  # type: ignore[attr-defined]
+
+
+def test_the_reference_is_the_starting_point_and_takes_no_memory_before(context: Context) -> None:
+    before = {k: v.clone() for k, v in context.model.state_dict().items() if "visual" not in k}
+    seen = []
+
+    class Watched(GRPO):
+        def begin(self) -> None:
+            assert self.reference is not None
+            seen.append({p.device.type for p in self.reference.parameters()})
+            super().begin()
+
+    context.config.grpo.lr = 1e-2
+    context.config.grpo.property_share = 0.3
+    state, stage = train(Watched, context)
+    assert seen == [{"meta"}]
+    reference = {k: whole(v) for k, v in stage.reference.state_dict().items()}  # type: ignore[attr-defined]
+    assert reference.keys() == before.keys()
+    assert all(torch.equal(v, before[k]) for k, v in reference.items())
+    assert not torch.equal(state["llm.lm_head.weight"], before["llm.lm_head.weight"])
+    for (name, a), (_, b) in zip(
+        stage.reference.named_buffers(),  # type: ignore[attr-defined]
+        ((n, b) for n, b in context.model.named_buffers() if "visual" not in n),
+    ):
+        assert torch.equal(a, b), name
 
 
 def test_token_level_normalisation_and_several_updates_a_rollout(context: Context) -> None:

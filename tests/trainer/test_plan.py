@@ -101,6 +101,8 @@ def test_every_other_stage_has_a_plan(data: dict[str, list[System]], stage: str)
     assert plan.tokens > 0 and plan.flops["forward"] > 0 and plan.flops["backward"] > 0
     assert ("sampling" in plan.phases) == (stage != "align")
     assert ("reference model" in plan.parts) == (stage == "grpo")
+    if stage == "grpo":
+        assert plan.parts["reference model"] == pytest.approx(plan.parts["parameters"], rel=0.01)
 
 
 def test_pictures_and_their_tower_are_planned(data: dict[str, list[System]], tmp_path: Path) -> None:
