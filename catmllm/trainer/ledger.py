@@ -27,6 +27,7 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_
 
 import catmllm_kernels.escn.cpu as escn_cpu
 import catmllm_kernels.linear_logprob.op as linear_logprob
+import catmllm_kernels.varlen_attention.cpu as attention_cpu
 
 aten = torch.ops.aten
 COLLECTIVES = ("c10d", "fsdp", "_c10d_functional")
@@ -310,8 +311,10 @@ def _convert(module: torch.nn.Module, change: Any, recurse: bool = True) -> torc
 
 def _fused(func: Any) -> bool:
     """Whether an op of ours is one call on a CPU: torch's allocator sees its inputs and results alone."""
-    name = func.name()
-    return "linear_logprob" in name or ("edge_" in name and not escn_cpu.unfit(torch.empty(0)))
+    name, none = func.name(), torch.empty(0)
+    if "varlen_attention" in name:
+        return not attention_cpu.unfit(none)
+    return "linear_logprob" in name or ("edge_" in name and not escn_cpu.unfit(none))
 
 
 @contextmanager
