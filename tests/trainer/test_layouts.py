@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from torch.distributed import TCPStore
 
 from tests.trainer.conftest import ROOT
 
@@ -44,11 +44,11 @@ def test_two_agents_restart_a_killed_worker_and_repeat_two_ranks(
     curves: dict[str, list[float]], tmp_path: Path
 ) -> None:
     """`torchrun --nnodes 2` on loopback, one worker each; rank 1 kills itself at step 6 of its first life."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    # The store outlives both agents: the one that hosted it could end before the other has said goodbye.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
-    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "agents"]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{store.port}", "--rdzv-id", "agents"]
+    command += ["--rdzv-conf", "is_host=false"]
     command += ["--max-restarts", "1", "--monitor-interval", "0.2", "-m", "tests.trainer.forks", "agent"]
     command += [str(tmp_path / "run"), "joint.batch_size=4"]
     # Agents count restarts each for itself, and the store that they share keeps the addresses of dead workers.
