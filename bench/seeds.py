@@ -2,8 +2,8 @@
 
     python bench/seeds.py before=runs/old0,runs/old1,runs/old2 after=runs/new0,runs/new1,runs/new2
 
-Each group is a name and folders of finished runs (or their metrics.json); without any, it is the recorded run. A value is the mean over a group's runs ± the
-sample standard deviation; nothing is dropped.
+Each group is a name and folders of finished runs (or their metrics.json); without any, it is the recorded run. A value
+is the mean over a group's runs ± the sample standard deviation; nothing is dropped.
 """
 
 from __future__ import annotations

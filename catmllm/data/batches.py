@@ -54,8 +54,8 @@ class Batch:
     energy [S] float32 the label in eV, NaN without one. graph_at [V]: the `<graph>` markers in order; graph: the
     structures in order of their markers. All int64 but cu_seqlens. Where samples show pictures: `pictures` uint8
     [P, height, width, 3] in order, picture_at [P·tokens of one] the places of their tokens, mrope [3, T] every token's
-    frame, row and column by Qwen2.5-VL's M-RoPE, restarting in each sample; None without any. `padded`: the LLM reads a rectangle, each sample
-    padded to the longest, instead of the samples end to end; results are the same, speed is not.
+    frame, row and column by Qwen2.5-VL's M-RoPE, restarting in each sample; None without any. `padded`: the LLM reads a
+    rectangle, each sample padded to the longest, instead of the samples end to end; results are the same, speed is not.
 
     With `prefix`, samples that continue a prompt share its tokens (`Collator.join_answers`); answer_sample then counts
     answers, not samples.

@@ -55,7 +55,8 @@ def attend(
 ) -> tuple[torch.Tensor, None]:
     """query [B, H, T, D], key and value [B, K, T, D] -> [B, T, H, D], causal.
 
-    Without bounds every row is a sample; `prefix` says which samples continue which. A padding mask or a cache (transformers' own `generate`) goes to `sdpa`.
+    Without bounds every row is a sample; `prefix` says which samples continue which. A padding mask or a cache
+    (transformers' own `generate`) goes to `sdpa`.
     """
     batch, _, tokens, _ = query.shape
     if cu_seq_lens_q is None and (attention_mask is not None or key.shape[2] != tokens):

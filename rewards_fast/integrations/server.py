@@ -3,7 +3,8 @@
 One process answers for a node: the event loop moves bytes, a few threads decode, score (without the GIL, on every core)
 and encode. Whatever is wrong with a request is a 4xx that says so; what the server has no room for is a 503 with
 Retry-After. A small request that is right in everything is answered where its bytes arrive, without ASGI and threads,
-which would cost ten times its score; all else goes the long way, through FastAPI. Needs the extra `server` (FastAPI, uvicorn, msgspec, prometheus-client).
+which would cost ten times its score; all else goes the long way, through FastAPI. Needs the extra `server` (FastAPI,
+uvicorn, msgspec, prometheus-client).
 """
 
 from __future__ import annotations
