@@ -143,7 +143,7 @@ def test_samples_are_seeded_and_of_the_models_distribution(
         first, again, other = (engine.generate(prompts, [seed], 4) for seed in (1, 1, 2))
         assert [r.ids.tolist() for r in first] == [r.ids.tolist() for r in again]
         assert [r.ids.tolist() for r in first] != [r.ids.tolist() for r in other]
-        batch = rollout_batch(collate, [prompts[r.prompt] for r in first], first)
+        batch = rollout_batch(collate, prompts, first)
         with torch.no_grad():
             forced = model("answer", batch, temperature=1.6)["logprob"]
         torch.testing.assert_close(torch.cat([r.logprob for r in first]), forced, rtol=0, atol=2e-4)
