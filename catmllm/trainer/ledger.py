@@ -28,6 +28,7 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_
 import catmllm_kernels.escn.cpu as escn_cpu
 import catmllm_kernels.linear_logprob.op as linear_logprob
 import catmllm_kernels.varlen_attention.cpu as attention_cpu
+import catmllm_kernels.varlen_attention.op as attention
 
 aten = torch.ops.aten
 COLLECTIVES = ("c10d", "fsdp", "_c10d_functional")
@@ -84,7 +85,7 @@ class Ledger(TorchDispatchMode):
     """Within it, floating tensors are made fake and everything is written down; see the module.
 
     `flops` by kind (forward, backward, recomputed, optimizer), `sent` bytes a rank sends by collective on a ring,
-    `moved` bytes that operators read and write when each runs alone. `cuda`: the ops take their GPU workspaces.
+    `moved` bytes that operators read and write when each runs alone. `cuda`: ops go the way that they go on a GPU.
     """
 
     def __init__(self, cuda: bool) -> None:
@@ -127,7 +128,9 @@ class Ledger(TorchDispatchMode):
         propagate = ShardingPropagator._propagate_tensor_meta_non_cached
         ShardingPropagator._propagate_tensor_meta_non_cached = unrecorded  # type: ignore[method-assign, assignment]
         # `Module.to` swaps the insides of fake parameters, after which views of them have storages of their own.
-        self._plain = plain, torch.nn.Module._apply, propagate
+        self._plain = plain, torch.nn.Module._apply, propagate, attention.flash
+        if self.cuda:
+            attention.flash = lambda query: query.dtype in (torch.float16, torch.bfloat16)
         torch.nn.Module._apply = _convert  # type: ignore[method-assign]
         torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign, assignment]
         return super().__enter__()
@@ -135,7 +138,7 @@ class Ledger(TorchDispatchMode):
     def __exit__(self, *exception: Any) -> None:
         if self._inside:
             return super().__exit__(*exception)
-        resize, apply, propagate = self._plain
+        resize, apply, propagate, attention.flash = self._plain
         torch.UntypedStorage.resize_, torch.nn.Module._apply = resize, apply  # type: ignore[method-assign]
         ShardingPropagator._propagate_tensor_meta_non_cached = propagate  # type: ignore[method-assign]
         super().__exit__(*exception)
@@ -195,7 +198,8 @@ class Ledger(TorchDispatchMode):
         if func.namespace == "catmllm" and not self.cuda and not _fused(func):
             # What is made of torch's operators on the way counts too; a kernel keeps it in registers or its own scratch.
             self._inside = True
-            with self, backend_forced("reference"):
+            role = "logits" if "linear_logprob" in func.name() else self.role
+            with self, backend_forced("reference"), self.making(role):
                 out = OPDEFS[func._name.partition(".")[0]]._init_fn(*args, **kwargs)
             self._inside = False
         elif any(isinstance(t, FakeTensor) for t in tensors):
@@ -214,7 +218,7 @@ class Ledger(TorchDispatchMode):
         return out
 
     def _record(self, func: Any, args: Any, kwargs: Any, tensors: list[torch.Tensor], out: Any) -> None:
-        made = [t for t in tree_iter(out) if isinstance(t, torch.Tensor)]
+        made = [t for t in tree_iter(out) if isinstance(t, torch.Tensor) and t.device.type != "meta"]
         inside_backward = torch._C._current_graph_task_id() != -1
         namespace = func.namespace
         label = self.role
@@ -223,10 +227,11 @@ class Ledger(TorchDispatchMode):
             self._send(func, args)
         elif "linear_logprob" in func.name():
             label = "logits"
-            self._workspace(func, args)
+            if self.cuda:
+                self._workspace(func, args)
         elif self._optimizing:
             label = "optimizer step"
-        elif inside_backward:
+        elif inside_backward and label != "logits":
             label = "backward pass"
         for t in made:
             self._note(t.untyped_storage(), label)
@@ -241,7 +246,7 @@ class Ledger(TorchDispatchMode):
             if min((t.itemsize for t in tensors if t.dtype.is_floating_point), default=0) >= 4:
                 self.wide_flops += count
             # Recomputed: forward operators inside of backward. Gradients are off in backward itself, and in our ops.
-            ours_forward = namespace == "catmllm" and "backward" not in func.name()
+            ours_forward = namespace in ("catmllm", "torch_attn") and "backward" not in func.name()
             again = inside_backward and (torch.is_grad_enabled() or ours_forward)
             kind = "recomputed" if again else "backward" if inside_backward else "forward"
             if packet is torch.ops.catmllm.linear_logprob_backward and (len(args) < 11 or args[10] is None):
@@ -275,7 +280,7 @@ class Ledger(TorchDispatchMode):
         back = "backward" in func.name()
         hidden, weight = args[2:4] if back else args[:2]
         size = linear_logprob.workspace(
-            len(hidden), hidden.shape[1], len(weight), hidden.element_size(), self.cuda, back
+            len(hidden), hidden.shape[1], len(weight), hidden.element_size(), back
         )
         serial = len(self.label)
         self.label[serial] = "logits"
@@ -314,7 +319,7 @@ def _fused(func: Any) -> bool:
     name, none = func.name(), torch.empty(0)
     if "varlen_attention" in name:
         return not attention_cpu.unfit(none)
-    return "linear_logprob" in name or ("edge_" in name and not escn_cpu.unfit(none))
+    return "edge_" in name and not escn_cpu.unfit(none)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import re
 import sys
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from catmllm.data.images import IMAGE_PAD, VISION_END, VISION_START
 from catmllm.data.prompts import ENERGY, GRAPH, cif_sample, design_prompt, design_sample, property_sample
 from catmllm.data.slabs import load_slabs, split
 from catmllm.data.tokenizer import tiny_tokenizer
+from catmllm.models.attention import by_part
 from catmllm.models.catalytic_mllm import CatalyticMLLM, build_encoder, collator
 from catmllm.models.lora import add_lora
 from catmllm.models.projector import Projector
@@ -33,7 +35,7 @@ from catmllm.stages import STAGES
 from catmllm.structure.system import ADSORBATE, SURFACE, System, make_system
 from catmllm.trainer.activations import prepare_blocks
 from catmllm.trainer.distributed import DTYPES, World, shard, unsharded
-from catmllm.trainer.ledger import Ledger
+from catmllm.trainer.ledger import Ledger, backend_forced
 from catmllm.trainer.loop import ADAPTED, Context, Step, _freeze, _optimizer, _update
 from catmllm.trainer.pipeline import new_model
 
@@ -139,7 +141,8 @@ def _trace(
     config: Config, name: str, world: World, cuda: bool, data: dict[str, list[System]], steps: int
 ) -> Plan:
     config = replace(config, compile=False, tensorboard=False)
-    with Ledger(cuda) as ledger:
+    # `linear_logprob` keeps few logits on a CPU alone.
+    with Ledger(cuda) as ledger, backend_forced("triton") if cuda else nullcontext():
         ledger.phase("load")
         model, collate = _model(config, data["train"])
         if not config.data.images:
@@ -233,8 +236,8 @@ def _model(config: Config, systems: list[System]) -> tuple[CatalyticMLLM, Collat
         tokenizer.add_tokens([VISION_START, IMAGE_PAD, VISION_END])
     qwen = qwen_config(llm, tokenizer, config.data.images)
     # flash-attn cannot be imported here; torch's fused attention keeps the same: the output and a row of sums.
-    attention = "eager" if llm.attention == "eager" else "sdpa"
-    tower = Qwen2_5_VLForConditionalGeneration._from_config(qwen, attn_implementation=attention)
+    attention = "sdpa" if llm.attention == "flash_attention_2" else llm.attention
+    tower = Qwen2_5_VLForConditionalGeneration._from_config(qwen, attn_implementation=by_part(attention))
     tower.model.visual.to(torch.bfloat16)  # as published
     graph = build_encoder(encoder, config.data.cutoff)
     e, words = graph.config, tokenizer.get_vocab()

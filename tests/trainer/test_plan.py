@@ -105,6 +105,25 @@ def test_every_other_stage_has_a_plan(data: dict[str, list[System]], stage: str)
         assert plan.parts["reference model"] == pytest.approx(plan.parts["parameters"], rel=0.01)
 
 
+def test_answers_share_their_prompts_in_a_plan(data: dict[str, list[System]]) -> None:
+    """As the trainer has them: with our attention, and not with another."""
+    options = ("grpo.batch_size=2", "grpo.group_size=4", "grpo.micro_batch=4", "grpo.property_share=0")
+    new = ("grpo.sampling.max_new_tokens=32", "precision=fp16")
+    tokens = {}
+    for attention in ("varlen", "sdpa"):
+        c = config(*options, *new, f"model.llm.attention={attention}")
+        tokens[attention] = trace(c, "grpo", 2, data=data).tokens
+    prompts = (tokens["sdpa"] - tokens["varlen"]) / 3  # each four times, and once
+    assert tokens["varlen"] == 2 * 4 * 32 + prompts > 2 * 4 * 32
+
+
+def test_a_plan_for_a_gpu_takes_its_attention_and_keeps_no_logits(data: dict[str, list[System]]) -> None:
+    c = config("joint.batch_size=8", "precision=fp16")
+    plans = {cuda: trace(c, "joint", 1, data=data, cuda=cuda, steps=1) for cuda in (True, False)}
+    assert plans[True].flops.get("recomputed", 0.0) > plans[False].flops.get("recomputed", 0.0)
+    assert plans[True].parts["logits"] < plans[False].parts["logits"]
+
+
 def test_pictures_and_their_tower_are_planned(data: dict[str, list[System]], tmp_path: Path) -> None:
     """A tower that trains has gradients and moments; one that does not is whole on every rank; unused it takes nothing."""
     save_qwen(tmp_path, data["train"])

@@ -260,14 +260,8 @@ def backward_flops(
     return 2 * hidden[0] * weight[0] * weight[1] * ((kept is None) + need_hidden + need_weight)
 
 
-def workspace(tokens: int, width: int, words: int, element_size: int, cuda: bool, backward: bool) -> int:
-    """Bytes that the op allocates beside inputs and outputs at its peak, for plans made without running it."""
-    if not cuda:
-        chunk = min(tokens * words, chunked.LOGITS)
-        # the chunk in the inputs' dtype and in float32, and a second one in float32 (log-softmax; exp)
-        return chunk * (8 + (element_size if element_size < 4 else 0)) + (
-            4 * tokens * width if backward else 0
-        )
+def workspace(tokens: int, width: int, words: int, element_size: int, backward: bool) -> int:
+    """Bytes that the op allocates on CUDA beside inputs and outputs at its peak, for plans made without running it."""
     if not backward:
         return 0
     from catmllm_kernels.linear_logprob.triton import slice_of

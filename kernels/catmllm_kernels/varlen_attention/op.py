@@ -73,7 +73,7 @@ def varlen_attention(
         shapes = ", ".join(str(list(x.shape)) for x in (query, key, value))
         raise ValueError(f"need query [T, H, D] and key, value [T, K, D] with K dividing H, not {shapes}")
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
+    if flash(query):
         from torch.nn.attention.varlen import varlen_attn
 
         bounds, longest = cu_seqlens, max_length
@@ -96,6 +96,11 @@ def varlen_attention(
         return out
     owner = None if prefix is None else prefix.owner
     return torch.ops.catmllm.varlen_attention(query, key, value, cu_seqlens, max_length, scale, owner)
+
+
+def flash(query: Tensor) -> bool:
+    """Whether torch's FlashAttention takes it."""
+    return query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
 
 
 def _path(query: Tensor) -> ModuleType:
