@@ -77,7 +77,7 @@ def run(host: str, port: int, path: str, clients: int, seconds: float, bodies: l
                         poll.modify(one.socket, select.EPOLLIN)
                 if not what & ~select.EPOLLOUT:
                     continue
-                data = one.socket.recv(1 << 20)
+                data = one.socket.recv(1 << 16)
             except BlockingIOError:
                 continue
             except OSError:

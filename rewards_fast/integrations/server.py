@@ -593,6 +593,9 @@ class PatientProtocol(HttpToolsProtocol):
     header_bytes = 0
     small: bytes | None = None  # the body so far of a request that may be answered at once
     detour = 0  # requests that still go the long way
+    running: Any = (
+        None  # uvicorn's cycle that answers; `self.cycle` is the newest, which may wait in the pipeline
+    )
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -652,7 +655,17 @@ class PatientProtocol(HttpToolsProtocol):
             self.small = b""
             return
         self.detour = max(0, self.detour - 1)
+        self.start_cycle()
+
+    def start_cycle(self) -> None:
+        """uvicorn's course of a request, from its headers on."""
         super().on_headers_complete()
+        if not self.pipeline:
+            self.running = self.cycle
+
+    def on_response_complete(self) -> None:
+        self.running = self.pipeline[-1][0] if self.pipeline else None
+        super().on_response_complete()
 
     def on_body(self, body: bytes) -> None:
         if self.small is None:
@@ -689,7 +702,7 @@ class PatientProtocol(HttpToolsProtocol):
         body, self.small = self.small, None
         if self.transport.is_closing():
             return
-        super().on_headers_complete()
+        self.start_cycle()
         if body:
             super().on_body(body)
 
@@ -700,6 +713,11 @@ class PatientProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.stop_waiting()
+        if (
+            self.running is not None
+        ):  # uvicorn tells the newest one only; the others would write to a closed socket
+            self.running.disconnected = True
+            self.running.message_event.set()
         super().connection_lost(exc)
 
 
