@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +29,7 @@ from catmllm.structure.formula import (
     parse_identity,
     reduce_counts,
 )
-from catmllm.structure.system import System, lattice_parameters, make_system
+from catmllm.structure.system import BULK, System, lattice_parameters, make_system
 from catmllm.structure.tags import surface_tags
 from rewards_fast import Crystal, parse_cif
 
@@ -187,8 +188,8 @@ def _header(text: str) -> Identity | None:
 def system_from_crystal(crystal: Crystal, adsorbate: str, miller: Miller | None = None) -> System:
     """A System of a parsed crystal and the formula of its adsorbate; tags by `surface_tags`.
 
-    Raises ValueError for sites that are no whole atom of an element, for a left-handed cell, and where the atoms of
-    the adsorbate are not there.
+    Raises ValueError for sites that are no whole atom of an element, for a left-handed, flat or non-finite cell, and
+    where the atoms of the adsorbate are not there.
     """
     if not crystal.numbers.all():
         raise ValueError(
@@ -197,5 +198,7 @@ def system_from_crystal(crystal: Crystal, adsorbate: str, miller: Miller | None 
     counts = count_elements(SYMBOLS[z] for z in crystal.numbers)
     if any(abs(crystal.composition.get(symbol, 0) - count) > 1e-3 for symbol, count in counts.items()):
         raise ValueError(f"partly occupied sites: {counts} on sites that hold {crystal.composition}")
-    tags = surface_tags(crystal.lattice, crystal.frac, crystal.numbers, parse_formula(adsorbate))
-    return make_system(crystal.lattice, None, crystal.numbers, tags, adsorbate, miller, frac=crystal.frac)
+    untagged = np.full(len(crystal.numbers), BULK)
+    bare = make_system(crystal.lattice, None, crystal.numbers, untagged, adsorbate, miller, frac=crystal.frac)
+    tags = surface_tags(bare.lattice, bare.frac, bare.numbers, parse_formula(adsorbate))
+    return replace(bare, tags=tags)
