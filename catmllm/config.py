@@ -277,6 +277,8 @@ class Config:
     cpu_offload: bool = (
         False  # a rank's shards of weights, gradients and optimizer states live in the host's memory
     )
+    # AdamW in one kernel: torch's own, or apex's FusedAdam (on GPUs, where apex is installed).
+    optimizer: Literal["torch", "apex"] = "torch"
     tensorboard: bool = True
     wandb: str | None = None  # project name on Weights & Biases; None: off
     profile: bool = (
@@ -446,6 +448,8 @@ def _check(config: Config) -> None:
         raise ConfigError(
             "`grpo.sampling.grammar` and `grpo.sampling.stop` need our own decoding; leave `grpo.vllm` empty"
         )
+    if config.optimizer == "apex" and config.cpu_offload:
+        raise ConfigError("`optimizer: apex` runs on GPUs alone; with `cpu_offload` take `optimizer: torch`")
     if config.align.accumulate != 1:
         raise ConfigError(
             "`align.accumulate` must be 1: the negatives of a sample are those of its pass; raise `align.batch_size`"

@@ -102,6 +102,12 @@ def test_a_wrong_value_is_an_error_that_says_so(override: str, says: str) -> Non
     assert says in str(error.value)
 
 
+def test_apex_and_shards_in_the_hosts_memory_exclude_each_other() -> None:
+    assert load_config(None, ["optimizer=apex"]).optimizer == "apex"
+    with pytest.raises(ConfigError, match="`optimizer: apex` runs on GPUs alone"):
+        load_config(None, ["optimizer=apex", "cpu_offload=true"])
+
+
 def test_overrides_win_over_the_file_and_the_last_one_wins(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("seed: 3\ngrpo: {lr: 1e-4, sampling: {temperature: 0.7}}\nstages: [align, joint]\n")

@@ -25,6 +25,7 @@ from catmllm.structure.system import System
 from catmllm.trainer.activations import prepare_blocks
 from catmllm.trainer.checkpoint import CheckpointError, Checkpoints
 from catmllm.trainer.distributed import World, full_state, shard
+from catmllm.trainer.fused_adam import over_shards
 from catmllm.trainer.metrics import StageLog
 from catmllm.trainer.stop import LossWatch, Stopped, TrainingError, stop_signals
 from catmllm.trainer.throughput import Clock, ModelFlops, Profile, memory_gib, peak_flops
@@ -144,7 +145,7 @@ def _steps(context: Context, stage: Stage, sharded: FSDPModule, flops: ModelFlop
     world, config, folder, optim = context.world, context.config, context.folder, stage.config
     if world.main:
         print(describe(context, stage.name), flush=True)
-    run = _Run(context, stage, _optimizer(context.model, optim), flops)
+    run = _Run(context, stage, _optimizer(context.model, optim, config.optimizer), flops)
     context.model.train()
     with (
         stop_signals() as signals,
@@ -423,23 +424,21 @@ def _freeze(model: CatalyticMLLM, stage: Stage, adapters: bool) -> None:
         raise TrainingError(f"{stage.name}: no parameter is trained")
 
 
-def _optimizer(model: CatalyticMLLM, optim: OptimConfig) -> torch.optim.Optimizer:
+def _optimizer(model: CatalyticMLLM, optim: OptimConfig, kind: str = "torch") -> torch.optim.Optimizer:
     """AdamW; vectors (norms, biases) are not decayed, encoder and projector may have a rate of their own."""
     groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             graph = name.startswith(("encoder.", "projector."))
             groups.setdefault((graph, parameter.dim() > 1), []).append(parameter)
-    return torch.optim.AdamW(
-        [
-            {
-                "params": parameters,
-                "weight_decay": optim.weight_decay if decay else 0.0,
-                "peak_lr": (optim.encoder_lr or optim.lr) if graph else optim.lr,
-            }
-            for (graph, decay), parameters in groups.items()
-        ],
-        lr=optim.lr,
-        betas=optim.betas,
-        fused=True,
-    )
+    rated = [
+        {
+            "params": parameters,
+            "weight_decay": optim.weight_decay if decay else 0.0,
+            "peak_lr": (optim.encoder_lr or optim.lr) if graph else optim.lr,
+        }
+        for (graph, decay), parameters in groups.items()
+    ]
+    if kind == "apex":
+        return over_shards(rated, optim.lr, optim.betas)
+    return torch.optim.AdamW(rated, lr=optim.lr, betas=optim.betas, fused=True)

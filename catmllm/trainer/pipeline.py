@@ -35,6 +35,7 @@ from catmllm.structure.cif import write_cif
 from catmllm.structure.system import System
 from catmllm.trainer.checkpoint import CheckpointError
 from catmllm.trainer.distributed import DTYPES, World, start
+from catmllm.trainer.fused_adam import fused_adam
 from catmllm.trainer.loop import Context, train
 from catmllm.trainer.metrics import wandb_module
 from catmllm.trainer.stop import EXIT_SAVED, Stopped, TrainingError, stop_at_once
@@ -88,6 +89,8 @@ def run(config: Config) -> int:
     try:
         if config.wandb is not None:
             wandb_module()
+        if config.optimizer == "apex":
+            fused_adam()
         return _run(config, world)
     except Stopped as stopped:
         _say(world, f"stopped: {stopped}. The same command goes on from there.")

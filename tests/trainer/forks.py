@@ -17,6 +17,7 @@ import socket
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -126,12 +127,18 @@ LAYOUTS: dict[str, tuple[int, Sequence[str]]] = {
     "selective checkpointing": (1, ("checkpointing=selective",)),
     "full checkpointing": (1, ("checkpointing=full",)),
 }
+# Minutes of compilation.
+COMPILED: dict[str, tuple[int, Sequence[str]]] = {
+    "compiled": (1, ("compile=true",)),
+    "compiled, two ranks": (2, ("compile=true", "joint.batch_size=4")),
+    "compiled, selective checkpointing": (1, ("compile=true", "checkpointing=selective")),
+}
 
 
-def layouts(folder: Path) -> dict[str, Any]:
+def layouts(folder: Path, chosen: dict[str, tuple[int, Sequence[str]]] = LAYOUTS) -> dict[str, Any]:
     """The loss curve of one run under every layout of processes and passes."""
     prepared, out = Prepared(), {}
-    for name, (ranks, overrides) in LAYOUTS.items():
+    for name, (ranks, overrides) in chosen.items():
         place = folder / name.replace(" ", "-")
         assert prepared.run(ranks, overrides, place) == [0] * ranks, (place / "rank-0.txt").read_text()
         out[name] = losses(place)
@@ -142,14 +149,21 @@ def resumes(folder: Path) -> dict[str, Any]:
     """A run ended by signals and gone on with, also on another number of ranks."""
     prepared, out = Prepared(), {}
     steps = ("joint.batch_size=4", "joint.checkpoint_every=5")
+    sys.path.insert(0, str(Path(__file__).parent / "standin"))  # for `optimizer=apex`
     prepared.run(2, steps, folder / "unbroken")
     out["unbroken"] = losses(folder / "unbroken")
     lora = (*steps, "lora.r=4", "lora.dropout=0.1")
     assert prepared.run(2, lora, folder / "unbroken lora") == [0, 0]
     out["unbroken lora"] = losses(folder / "unbroken lora")
+    apex = (*steps, "optimizer=apex")
+    assert prepared.run(2, apex, folder / "unbroken apex") == [0, 0], (
+        folder / "unbroken apex" / "rank-0.txt"
+    ).read_text()
+    out["unbroken apex"] = losses(folder / "unbroken apex")
     for name, number, hit, options in (
         ("term", signal.SIGTERM, [0, 1], steps),
         ("usr1", signal.SIGUSR1, [1], lora),
+        ("apex", signal.SIGTERM, [0, 1], apex),
     ):
         children = prepared.fork(2, options, folder / name)
         while len(losses(folder / name)) < 3:
@@ -167,6 +181,7 @@ def resumes(folder: Path) -> dict[str, Any]:
     out["equal weights"] = equal_weights(folder / "unbroken", folder / "term") and equal_weights(
         folder / "unbroken lora", folder / "usr1"
     )
+    out["equal weights"] &= equal_weights(folder / "unbroken apex", folder / "apex")
     return out
 
 
@@ -245,5 +260,11 @@ if __name__ == "__main__":
     case, folder = sys.argv[1], Path(sys.argv[2])
     if case == "agent":
         sys.exit(agent(folder, sys.argv[3:]))
-    cases = {"layouts": layouts, "resumes": resumes, "kills": kills, "half": half}
+    cases = {
+        "layouts": layouts,
+        "compiled": partial(layouts, chosen=COMPILED),
+        "resumes": resumes,
+        "kills": kills,
+        "half": half,
+    }
     (folder / "result.json").write_text(json.dumps(cases[case](folder)))

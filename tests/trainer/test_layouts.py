@@ -67,6 +67,13 @@ def test_two_agents_restart_a_killed_worker_and_repeat_two_ranks(
 
 
 @pytest.mark.slow
+def test_compiled_blocks_give_the_curve_of_eager_ones(curves: dict[str, list[float]], tmp_path: Path) -> None:
+    for name, losses in forks("compiled", tmp_path).items():
+        # fused kernels sum in another order
+        np.testing.assert_allclose(losses, curves["one rank"], rtol=5e-5, err_msg=name)
+
+
+@pytest.mark.slow
 def test_float16_follows_float32_for_200_steps(tmp_path: Path) -> None:
     rows = forks("half", tmp_path)
     loss = {k: np.array([r["loss"] for r in v]) for k, v in rows.items()}

@@ -5,6 +5,8 @@ import os
 import resource
 import signal
 import subprocess
+import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,13 +27,40 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> dict:
     return forks("resumes", tmp_path_factory.mktemp("resumes"))
 
 
-@pytest.mark.parametrize(("name", "unbroken"), [("term", "unbroken"), ("usr1", "unbroken lora")])
+@pytest.mark.parametrize(
+    ("name", "unbroken"), [("term", "unbroken"), ("usr1", "unbroken lora"), ("apex", "unbroken apex")]
+)
 def test_a_signal_saves_and_the_same_command_goes_on(resumed: dict, name: str, unbroken: str) -> None:
-    """SIGTERM to all, SIGUSR1 to one rank alone (of a run with adapters and dropout): all stop after the same step."""
+    """SIGTERM to all, SIGUSR1 to one rank alone (of a run with adapters and dropout): all stop after the same step. Also
+    with apex's optimizer (what stands in for it), whose states are laid out otherwise."""
     assert resumed[f"{name} status"] == [EXIT_SAVED, EXIT_SAVED]
     assert 3 <= resumed[f"{name} saved"] < 12
     assert resumed[name] == resumed[unbroken]
     assert resumed["equal weights"]
+
+
+def test_apex_trains_as_torch_does(resumed: dict) -> None:
+    """Over the shards of two ranks, some of them empty."""
+    np.testing.assert_allclose(resumed["unbroken apex"], resumed["unbroken"], rtol=5e-5)
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_apex_says_what_it_lacks(make_context: MakeContext, monkeypatch, installed: bool) -> None:
+    """apex itself is missing, or it is there and cannot run."""
+    module = None
+    if installed:
+        module = types.ModuleType("apex.optimizers")
+        module.FusedAdam = Hollow
+    monkeypatch.setitem(sys.modules, "apex.optimizers", module)
+    config = small()
+    config.optimizer = "apex"
+    with pytest.raises(TrainingError, match="requires cuda" if installed else "github.com/NVIDIA/apex"):
+        train(Joint, make_context(config))
+
+
+class Hollow(torch.optim.Optimizer):
+    def __init__(self, params, lr, betas, adam_w_mode):
+        raise RuntimeError("apex.optimizers.FusedAdam requires cuda extensions")
 
 
 def test_another_number_of_ranks_goes_on_alike(resumed: dict) -> None:
