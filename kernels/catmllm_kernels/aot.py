@@ -1,13 +1,14 @@
 """Compile every registered Triton kernel for a GPU that need not be there, and check what it uses.
 
-    python -m catmllm_kernels.aot [--arch sm_80] [--op escn] [--match REGEX] [--tiles] [--json | --table FILE]
+    python -m catmllm_kernels.aot [--arch sm_80] [--op escn] [--dtype fp16] [--match REGEX] [--json | --table FILE]
 
-The launches of each model-sized case are recorded on meta tensors and compiled for `--arch`; Triton's wheel carries
-ptxas, cuobjdump and nvdisasm. One row per kernel variant: registers a thread, spilled bytes, local (stack) bytes, shared
-bytes a block, tensor-core instructions (HMMA, HGMMA), 16-byte global loads. A row is wrong if it spills, wants more shared memory than an A100
-gives (163 KiB), has a half-precision product without tensor cores, or reads a stream without 16-byte loads. `--tiles` also takes every
-candidate tile. Exit status 1 if any row is wrong. `--table` keeps the rows of a file, compiles what it lacks and writes it after each
-row, so that a run of hours may be cut off; to compile everything again, delete the file.
+The launches of each model-sized case, with every candidate tile that tuning may choose, are recorded on meta tensors and compiled for
+`--arch`; Triton's wheel carries ptxas, cuobjdump and nvdisasm. One row per kernel variant: registers a thread, spilled bytes, local
+(stack) bytes, shared bytes a block, tensor-core instructions (HMMA, HGMMA), 16-byte global loads. A variant that several cases launch is
+one row, under the first one's name. A row is wrong if it spills, wants more shared memory than an A100 gives (163 KiB), has a
+half-precision product without tensor cores, or reads a stream without 16-byte loads. Exit status 1 if any row is wrong. `--table` keeps the
+rows of a file, compiles what it lacks and writes it after each row, so that a run of hours may be cut off; to compile everything again,
+delete the file.
 """
 
 from __future__ import annotations
@@ -177,31 +178,39 @@ def first_tile(op: str, name: str, index: int) -> Iterator[None]:
 
 
 def variants(
-    ops: tuple[str, ...], dtypes: tuple[torch.dtype, ...], every_tile: bool = False, match: str = ""
+    ops: tuple[str, ...], dtypes: tuple[torch.dtype, ...], match: str = ""
 ) -> Iterator[tuple[Case, Launch, torch.dtype]]:
-    """Every different launch of the model-sized cases; `match` is searched in "kernel case"."""
-    seen = set()
+    """Every different launch of the model-sized cases, with every candidate tile.
+
+    One that several cases share comes once, as the first one's; `match` is searched in "kernel case" of each of them.
+    """
+    found: dict[tuple[str, ...], tuple[Case, Launch, torch.dtype]] = {}
+    wanted = set()
     for case in (c for op in ops for c in cases(op, "model") if c.compile):
-        starts = [(start, d) for d in dtypes if d in case.tolerance for start in launches(case, d)]
-        if every_tile:
-            tiles = getattr(importlib.import_module(f"catmllm_kernels.{case.op}.triton"), "TILES", {})
-            for name, index in ((n, i) for n, t in tiles.items() for i in range(1, len(t))):
-                with first_tile(case.op, name, index):
-                    again = [(start, d) for d in dtypes for start in launches(case, d)]
-                starts += [s for s in again if s[0].kernel.__name__ == f"{name}_kernel"]
-        for start, dtype in starts:
+        for start, dtype in every_launch(case, dtypes):
             name = start.kernel.__name__
             key = (name, config_of(start), repr(specialised(start)))
-            if key not in seen and re.search(match, f"{name} {case.name}"):
-                seen.add(key)
-                yield case, start, dtype
+            found.setdefault(key, (case, start, dtype))
+            if re.search(match, f"{name} {case.name}"):
+                wanted.add(key)
+    yield from (variant for key, variant in found.items() if key in wanted)
+
+
+def every_launch(case: Case, dtypes: tuple[torch.dtype, ...]) -> Iterator[tuple[Launch, torch.dtype]]:
+    """Those with the chosen tiles, then each kernel with its other candidates."""
+    dtypes = tuple(d for d in dtypes if d in case.tolerance)
+    yield from ((start, d) for d in dtypes for start in launches(case, d))
+    tiles = getattr(importlib.import_module(f"catmllm_kernels.{case.op}.triton"), "TILES", {})
+    for name, index in ((n, i) for n, t in tiles.items() for i in range(1, len(t))):
+        with first_tile(case.op, name, index):
+            again = [(start, d) for d in dtypes for start in launches(case, d)]
+        yield from (s for s in again if s[0].kernel.__name__ == f"{name}_kernel")
 
 
 def table(
     ops: tuple[str, ...],
     arch: int,
     dtypes: tuple[torch.dtype, ...],
-    every_tile: bool = False,
     match: str = "",
     known: list[Row] | None = None,
     done: Callable[[list[Row]], None] = lambda rows: None,
@@ -209,7 +218,7 @@ def table(
     """The rows `known`, and one for each of `variants` that they lack; `done` gets all rows after each new one."""
     rows: list[Row] = list(known or [])
     held = {(row.op, row.case, row.kernel, row.config, row.dtype, row.arch) for row in rows}
-    for case, start, dtype in variants(ops, dtypes, every_tile, match):
+    for case, start, dtype in variants(ops, dtypes, match):
         key = (case.op, case.name, start.kernel.__name__, config_of(start), DTYPES[dtype], f"sm_{arch}")
         if key not in held:
             rows.append(inspect(case, start, dtype, arch))
@@ -234,8 +243,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--arch", default="sm_80", help="sm_80 (A100), sm_90 (H100), …")
     parser.add_argument("--op", choices=OPS, action="append", help="only this op; may be repeated")
-    parser.add_argument("--dtype", choices=DTYPES.values(), action="append", help="default: fp16 and bf16")
-    parser.add_argument("--tiles", action="store_true", help="every candidate tile, not the chosen one alone")
+    parser.add_argument(
+        "--dtype", choices=DTYPES.values(), action="append", help="only this one; may be repeated"
+    )
     parser.add_argument("--match", default="", metavar="REGEX", help='searched in "kernel case"')
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="the rows as JSON")
@@ -247,7 +257,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set; the compiler needs it unset")
-    dtypes = tuple(d for d, name in DTYPES.items() if name in (args.dtype or ("fp16", "bf16")))
+    dtypes = tuple(d for d, name in DTYPES.items() if name in (args.dtype or DTYPES.values()))
     if not args.json:
         print(
             f"{'kernel':24s} {'case':13s} {'type':4s} {'reg':>4s} {'spills':>6s} {'local':>5s} "
@@ -264,7 +274,7 @@ def main(arguments: list[str] | None = None) -> int:
         if args.table:
             args.table.write_text(as_json(rows))
 
-    rows = table(tuple(args.op or OPS), arch, dtypes, args.tiles, args.match, known, done)
+    rows = table(tuple(args.op or OPS), arch, dtypes, args.match, known, done)
     wrong = [row for row in rows if row.faults()]
     if args.json:
         print(as_json(rows), end="")

@@ -5,6 +5,7 @@
 """
 
 import os
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -152,6 +153,38 @@ def test_block_and_edge_degree_embedding_equal_fairchem(reference):
     torch.testing.assert_close(embedding, arrays["edge_degree_out"], rtol=0, atol=1e-10)
 
 
+def test_float32_equals_fairchem_too(reference):
+    """Relative to the largest element of each tensor, as everywhere."""
+    arrays, exact, _ = reference
+    model = deepcopy(exact).float()
+    vectors, frames = arrays["edge_vec"].float(), arrays["edge_rot_mat"]
+    geometry = model.geometry(arrays["Z"], arrays["edge_index"], vectors, edge_rot_mat=frames)
+    geometry = replace(geometry, basis=arrays["edge_rbf"].float())
+    attention = model.blocks[0].ga
+    x = arrays["x"].float().requires_grad_()
+    out = attention(x, geometry)
+    names, parameters = zip(*attention.named_parameters(), strict=True)
+    gradients = torch.autograd.grad(out, [x, *parameters], arrays["ga_cotangent"].float())
+    expected = [arrays["ga_grad_x"], *(arrays[f"ga_grad_w/{name}"] for name in names)]
+    found = {n: relative(a, b) for n, a, b in zip(("x", *names), gradients, expected, strict=True)}
+    found["out"] = relative(out.detach(), arrays["ga_out"])
+    found["block"] = relative(model.blocks[0](arrays["x"].float(), geometry).detach(), arrays["block_out"])
+    embedding = model.edge_degree_embedding(geometry, len(x)).detach()
+    found["edge degree"] = relative(embedding, arrays["edge_degree_out"])
+    assert max(found.values()) < 2e-6, found
+
+
+def test_float32_geometry_is_float64_rounded_once():
+    """600 Gaussians: their centres in float32 alone would move a value by 1.7e-5."""
+    config = replace(SMALL, lmax=6, mmax=6, num_distance_basis=600)
+    numbers, edge_index, vectors = graph_vectors()
+    exact = make_model(config).geometry(numbers, edge_index, vectors.float().double())
+    narrow = make_model(config, torch.float32).geometry(numbers, edge_index, vectors.float())
+    assert narrow.basis.dtype == narrow.wigner.dtype == torch.float32
+    assert relative(narrow.basis, exact.basis) < 2e-7
+    assert torch.equal(narrow.wigner, exact.wigner.float())
+
+
 # ------------------------------------------------------------------------------------------ tables, against e3nn
 
 
@@ -206,15 +239,12 @@ def test_frames_turn_every_edge_onto_y(lmax, dtype):
     tables = SphereTables(lmax, lmax, None)
     wigner = unpack_wigner(tables.rotation(v), lmax, lmax)
     rows = m_primary_rows(lmax, lmax)
-    identity = torch.eye(len(rows), dtype=dtype).expand(len(v), -1, -1)
-    atol = 1e-13 if dtype == torch.float64 else 3e-6
-    torch.testing.assert_close(wigner @ wigner.transpose(1, 2), identity, rtol=0, atol=atol)
-    harmonics = torch.from_numpy(real_spherical_harmonics(lmax, F.normalize(v.double(), dim=1).numpy())).to(
-        dtype
-    )
-    on_y = torch.from_numpy(real_spherical_harmonics(lmax, np.array([0.0, 1, 0])))[rows].to(dtype)
+    identity = torch.eye(len(rows), dtype=torch.float64).expand(len(v), -1, -1)
+    torch.testing.assert_close(wigner @ wigner.transpose(1, 2), identity, rtol=0, atol=1e-13)
+    harmonics = torch.from_numpy(real_spherical_harmonics(lmax, F.normalize(v.double(), dim=1).numpy()))
+    on_y = torch.from_numpy(real_spherical_harmonics(lmax, np.array([0.0, 1, 0])))[rows]
     turned = (wigner @ harmonics[..., None]).squeeze(2)
-    torch.testing.assert_close(turned, on_y.expand_as(turned), rtol=0, atol=atol)
+    torch.testing.assert_close(turned, on_y.expand_as(turned), rtol=0, atol=1e-13)
 
 
 def test_given_frames_equal_e3nn():

@@ -818,7 +818,7 @@ TILES: dict[str, list[dict[str, int]]] = {
     ],
     "activation": [{"BLOCK_E": 4, "BLOCK_C": 64, "num_warps": 4}],
     "activation_grad": [{"BLOCK_E": 2, "BLOCK_C": 64, "num_warps": 4}],
-    "softmax": [{"BLOCK_E": 16, "num_warps": 1}],
+    "softmax": [{"BLOCK_E": 16, "num_warps": 4}],
     "softmax_grad": [{"BLOCK_E": 16, "num_warps": 2}],
 }
 FUSED = (torch.float16, torch.bfloat16)  # dtypes of the product with activation
