@@ -49,7 +49,8 @@ def shared_library(
     )
 
 
-# The encoder's edge path and the LLM's attention on a CPU; the latter uses the former's vectors and threads.
+# The encoder's edge path on a CPU, the LLM's attention and what lies between its products; the latter two use the
+# former's vectors and threads.
 LIBRARIES = [
     shared_library("_so2", ["so2/*.cpp"], ["so2/*.h"], [("SO2_SOURCES", f'"{digest("so2")}"')]),
     shared_library(
@@ -57,6 +58,7 @@ LIBRARIES = [
         ["attention/*.cpp", "so2/run.cpp", "so2/level.cpp"],
         ["attention/*.h", "so2/*.h"],
     ),
+    shared_library("_rows", ["rows/*.cpp", "so2/run.cpp", "so2/level.cpp"], ["rows/*.h", "so2/*.h"]),
 ]
 
 setup(

@@ -2,8 +2,11 @@
 
 Same sizes of the LLM, same samples (the three tasks as text alone, prompts masked), AdamW, bf16 products with float32
 weights, same samples a step. The peers at their settings: Trainer with group_by_length and dynamic padding; SFTTrainer
-with packing, and with padding beside it; both with the fused AdamW, and with sdpa and eager attention. Ours: packed with the fused loss, padded, and
+with packing, and with padding beside it; both with the fused AdamW, and with sdpa and eager attention; Trainer's fastest
+also with torch_compile, whose first steps, which compile, are not counted. Ours: packed with the fused loss, padded, and
 padded with every logit in memory. Runs take turns; tokens are counted without padding; the first steps of a run are not.
+`--part` makes a short run of one peer beside ours, packed; parts may be given again. `compiled` is only run when asked
+for: it takes minutes.
 """
 
 from __future__ import annotations
@@ -42,6 +45,15 @@ from catmllm_kernels.linear_logprob.op import LogProbs  # noqa: E402
 from catmllm_kernels.linear_logprob.reference import linear_logprob as all_logits  # noqa: E402
 
 WARM = 2  # steps of a run that are not counted
+OURS = "ours, packed"  # what each part is compared with
+PARTS = {
+    "ours": ("ours, padded", "ours, padded, all logits"),
+    "trl-packed": ("TRL SFTTrainer, packed", "TRL SFTTrainer, packed, eager"),
+    "trl-padded": ("TRL SFTTrainer, padded", "TRL SFTTrainer, padded, eager"),
+    "trainer": ("HF Trainer, by length", "HF Trainer, by length, eager"),
+    "compiled": ("HF Trainer, by length, eager, compiled",),
+}
+COMPILING = 30  # steps of a compiled run that are not counted: lengths differ, and some compile again
 
 
 class Timed:
@@ -51,9 +63,9 @@ class Timed:
         self.ends: list[float] = []
         self.tokens: list[int] = []
 
-    def rate(self) -> float:
-        """Tokens a second over the steps after the first WARM."""
-        return sum(self.tokens[WARM:]) / (self.ends[-1] - self.ends[WARM - 1])
+    def rate(self, warm: int) -> float:
+        """Tokens a second over the steps after the first `warm`."""
+        return sum(self.tokens[warm:]) / (self.ends[-1] - self.ends[warm - 1])
 
 
 def samples(count: int) -> list[Sample]:
@@ -101,7 +113,15 @@ def ours(config: Config, texts: list[Sample], batch: int, steps: int, world: Any
     return timed
 
 
-def peer(kind: str, attention: str, config: Config, texts: list[Sample], batch: int, steps: int) -> Timed:
+def peer(
+    kind: str,
+    attention: str,
+    config: Config,
+    texts: list[Sample],
+    batch: int,
+    steps: int,
+    compiled: bool = False,
+) -> Timed:
     """`kind`: trainer, packed or padded (SFTTrainer's)."""
     from datasets import Dataset
     from transformers import (
@@ -161,6 +181,7 @@ def peer(kind: str, attention: str, config: Config, texts: list[Sample], batch: 
             "logging_strategy": "no",
             "disable_tqdm": True,
             "gradient_checkpointing": False,
+            "torch_compile": compiled,
         }
         if kind == "trainer":
             common |= {"train_sampling_strategy": "group_by_length"}
@@ -220,6 +241,9 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true", help="fewer steps and rounds")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument(
+        "--part", action="append", choices=PARTS, help="only this one, beside ours packed; may be given again"
+    )
     parser.add_argument("--batch", type=int, default=16, help="samples a step (default: 16)")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -230,7 +254,7 @@ def main() -> None:
     world = start(config)
     texts = samples(600)
     runs: dict[str, Callable[[], Timed]] = {
-        "ours, packed": lambda: ours(config, texts, args.batch, steps, world),
+        OURS: lambda: ours(config, texts, args.batch, steps, world),
         "ours, padded": lambda: ours(padded, texts, args.batch, steps, world),
         "ours, padded, all logits": lambda: _plain(padded, texts, args.batch, steps, world),
         "TRL SFTTrainer, packed": lambda: peer("packed", "sdpa", config, texts, args.batch, steps),
@@ -239,7 +263,13 @@ def main() -> None:
         "TRL SFTTrainer, padded, eager": lambda: peer("padded", "eager", config, texts, args.batch, steps),
         "HF Trainer, by length": lambda: peer("trainer", "sdpa", config, texts, args.batch, steps),
         "HF Trainer, by length, eager": lambda: peer("trainer", "eager", config, texts, args.batch, steps),
+        "HF Trainer, by length, eager, compiled": lambda: peer(
+            "trainer", "eager", config, texts, args.batch, COMPILING + steps, compiled=True
+        ),
     }
+    asked = args.part or [p for p in PARTS if p != "compiled"]
+    wanted = {OURS, *(name for part in asked for name in PARTS[part])}
+    runs = {name: run for name, run in runs.items() if name in wanted}
     rates: dict[str, list[float]] = {name: [] for name in runs}
     peaks: dict[str, int] = {}
     for _ in range(rounds):
@@ -250,10 +280,10 @@ def main() -> None:
                 silent.enter_context(contextlib.redirect_stdout(nowhere))
                 gc.collect()
                 Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew (Linux)
-                rates[name].append(run().rate())
+                rates[name].append(run().rate(COMPILING if name.endswith("compiled") else WARM))
             peaks[name] = max(peaks.get(name, 0), peak_mib())
     median = {name: statistics.median(r) for name, r in rates.items()}
-    first = median["ours, packed"]
+    first = median[OURS]
     rows = [
         {
             "run": name,
@@ -272,7 +302,7 @@ def main() -> None:
         )
         for row in rows:
             print(
-                f"{row['run']:31s}{row['tokens_per_s']:8d} tokens/s   ours is {row['ours_is']:.2f}x   "
+                f"{row['run']:40s}{row['tokens_per_s']:8d} tokens/s   ours is {row['ours_is']:.2f}x   "
                 f"peak of the process {row['peak_mib']} MiB"
             )
     torch.distributed.destroy_process_group()

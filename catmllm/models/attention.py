@@ -63,9 +63,26 @@ def attend(
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+    out = attend_rows(q, k, v, batch, scaling, cu_seq_lens_q, max_length_q, prefix)
+    return out.unflatten(0, (batch, tokens)), None
+
+
+def attend_rows(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    batch: int,
+    scaling: float | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    prefix: Prefix | None = None,
+    **_: Any,
+) -> torch.Tensor:
+    """query [B·T, H, D], key and value [B·T, K, D] -> [B·T, H, D], causal inside the bounds or, without any, inside each
+    of the B rows."""
     if cu_seq_lens_q is None or max_length_q is None:
+        tokens = len(query) // batch
         cu_seq_lens_q = torch.arange(0, (batch + 1) * tokens, tokens, dtype=torch.int32, device=query.device)
         max_length_q = tokens
-    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
-    out = varlen_attention(q, k, v, cu_seq_lens_q, max_length_q, scaling, prefix)
-    return out.unflatten(0, (batch, tokens)), None
+    return varlen_attention(query, key, value, cu_seq_lens_q, max_length_q, scaling, prefix)

@@ -26,7 +26,6 @@ from catmllm.models.attention import by_part, no_mask, shares_prompts
 from catmllm.models.equiformer_v2 import EquiformerV2, EquiformerV2Config
 from catmllm.models.fairchem_checkpoint import load_fairchem_checkpoint
 from catmllm.models.projector import Projector
-from catmllm_kernels.dense import Linear
 from catmllm_kernels.linear_logprob import linear_logprobs
 
 if TYPE_CHECKING:
@@ -231,12 +230,12 @@ def build_model(
 def _assemble(
     llm: Any, encoder: EquiformerV2, config: Config, tokenizer: PreTrainedTokenizerBase
 ) -> CatalyticMLLM:
+    from catmllm.models.decoder import fuse  # imports transformers' model
+
     e, width = encoder.config, llm.config.get_text_config().hidden_size
     projector = Projector(config.model.projector, e.lmax, e.sphere_channels, width)
     vocabulary = tokenizer.get_vocab()
-    for module in llm.model.language_model.layers.modules():
-        if type(module) is nn.Linear:
-            module.__class__ = Linear
+    fuse(llm.model.language_model)
     return CatalyticMLLM(llm, encoder, projector, vocabulary[GRAPH], vocabulary[ENERGY])
 
 

@@ -319,6 +319,8 @@ def _fused(func: Any) -> bool:
     name, none = func.name(), torch.empty(0)
     if "varlen_attention" in name:
         return not attention_cpu.unfit(none)
+    if name.removesuffix("_backward").endswith(("::rms_norm", "::rotate", "::swiglu")):
+        return True  # they run where their library takes them, else not at all
     return "edge_" in name and not escn_cpu.unfit(none)
 
 

@@ -133,7 +133,7 @@ def _(
         torch.empty_like(lp),
         torch.empty_like(lp) if entropy else nothing,
         torch.empty_like(lp) if reference is not None else nothing.clone(),
-        lp.new_empty(hidden.shape[0], weight.shape[0]) if keep else nothing.clone(),
+        hidden.new_empty((hidden.shape[0], weight.shape[0]) if keep else 0),
     )
 
 
@@ -256,8 +256,9 @@ def backward_flops(
     *,
     out_shape: Any = None,
 ) -> int:
-    """The logits once more where their log-softmax was not kept, and a product for each gradient."""
-    return 2 * hidden[0] * weight[0] * weight[1] * ((kept is None) + need_hidden + need_weight)
+    """The logits once more where their gradient was not kept or serves none, and a product for each gradient."""
+    again = kept is None or grad_entropy is not None
+    return 2 * hidden[0] * weight[0] * weight[1] * (again + need_hidden + need_weight)
 
 
 def workspace(tokens: int, width: int, words: int, element_size: int, backward: bool) -> int:

@@ -1,0 +1,20 @@
+// The functions of rows.h in each instruction set, as `rows.cpp` chooses between them: one table of pointers a set.
+#pragma once
+#include "../so2/isa.h"
+#include "rows.h"
+
+namespace catmllm::rows {
+
+struct Table {
+    decltype(&rows_log_softmax) log_softmax;
+    decltype(&rows_log_softmax_gradient) log_softmax_gradient;
+    decltype(&rows_rms_norm) rms_norm;
+    decltype(&rows_rms_norm_gradient) rms_norm_gradient;
+    decltype(&rows_rotate) rotate;
+    decltype(&rows_swiglu) swiglu;
+    decltype(&rows_swiglu_gradient) swiglu_gradient;
+};
+
+extern const Table avx512_table, avx2_table, portable_table;
+
+}  // namespace catmllm::rows
