@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import os
 import signal
@@ -83,7 +82,6 @@ def start(config: Config) -> World:
     else:
         device = torch.device("cpu")
         torch.set_num_threads(config.threads)
-        _keep_freed_memory()
         dist.init_process_group("cpu:gloo", **alone)
     return World(dist.get_rank(), dist.get_world_size(), device)
 
@@ -96,21 +94,10 @@ def _die_with_parent() -> None:
     """
     if sys.platform != "linux":
         return
+    import ctypes
+
     pr_set_pdeathsig = 1
     ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
-
-
-def _keep_freed_memory() -> None:
-    """Have glibc keep up to 512 MiB of freed memory for the next step, and take tensors up to 32 MiB (its most) from it.
-
-    By default it gives a step's memory back to the kernel and asks for it again, zeroed page by page: of the tiny model
-    13,000 page faults a step, an eighth of its time. Other libraries of C have no such switch and are left alone.
-    """
-    library = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(library, "mallopt") and hasattr(library, "gnu_get_libc_version"):
-        trim_threshold, mmap_threshold = -1, -3
-        library.mallopt(trim_threshold, 512 << 20)  # type: ignore[union-attr]
-        library.mallopt(mmap_threshold, 32 << 20)  # type: ignore[union-attr]
 
 
 def mesh_of(config: Config, world: World) -> DeviceMesh:
