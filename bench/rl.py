@@ -482,7 +482,10 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
                     label=f"{name} update, K = {group}",
                 )
         axis.set(xlabel="tokens an answer", ylabel="seconds" if unit == "s" else "peak MiB", yscale="log")
-    axes[0].legend()
+        axis.set_xticks(sorted({r["tokens"] for r in rows}))
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path, dpi=150)
 
 
