@@ -37,9 +37,8 @@ def over_shards(groups: list[dict[str, Any]], lr: float, betas: tuple[float, flo
     base: Any = fused_adam()
 
     class OverShards(base):
-        zero_grad = (
-            Optimizer.zero_grad
-        )  # apex's own takes no argument, with which torch's checkpoints call it
+        # apex's own takes no argument; torch's checkpoints call it with one.
+        zero_grad = Optimizer.zero_grad
 
     try:
         optimizer: Any = OverShards(groups, lr=lr, betas=betas, adam_w_mode=True)

@@ -169,20 +169,22 @@ def test_a_failing_reward_costs_its_answer_and_no_more(context: Context, failure
     assert all(0 < row["unrewarded"] < 1 and np.isfinite(row["reward"]) for row in log)
 
 
+def always_fails(texts, targets):
+    raise ZeroDivisionError("always")
+
+
+def without_rewards(context: Context) -> GRPO:
+    stage = GRPO(context)
+    stage.reward = always_fails
+    return stage
+
+
 def test_a_reward_that_never_works_stops_training_soon(context: Context) -> None:
-    def reward(texts, targets):
-        raise ZeroDivisionError("always")
-
-    def make(c: Context) -> GRPO:
-        stage = GRPO(c)
-        stage.reward = reward
-        return stage
-
     context.config.grpo.steps = 5
     with pytest.raises(
         TrainingError, match=r"no answer got a reward in the last 3 steps.*ZeroDivisionError: always"
     ):
-        train(make, context)
+        train(without_rewards, context)
 
 
 def test_a_rank_without_rewards_goes_on_while_another_has_some(context: Context) -> None:
@@ -192,17 +194,9 @@ def test_a_rank_without_rewards_goes_on_while_another_has_some(context: Context)
         def maximum(self, value: int) -> int:
             return max(value, 1)  # what the other rank brings
 
-    def reward(texts, targets):
-        raise ZeroDivisionError("always")
-
-    def make(c: Context) -> GRPO:
-        stage = GRPO(c)
-        stage.reward = reward
-        return stage
-
     context.world = Two(0, 1, context.world.device)
     context.config.grpo.steps = 4
-    _, stage = train(make, context)
+    _, stage = train(without_rewards, context)
     assert stage.unrewarded == 0  # type: ignore[attr-defined]
 
 
