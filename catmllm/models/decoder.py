@@ -20,6 +20,8 @@ from catmllm.models.attention import NAME, attend_rows
 from catmllm_kernels.decoder import fits, rms_norm, rotate, swiglu
 from catmllm_kernels.dense import Linear
 
+CACHES = ("cache", "past_key_values")  # since transformers 5.24, and before
+
 
 class Norm(Qwen2_5_VLRMSNorm):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -39,17 +41,22 @@ class Attention(Qwen2_5_VLAttention):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        attention_mask: Any = None,
-        position_ids: Any = None,
-        past_key_values: Any = None,
         position_embeddings: Any = None,
+        attention_mask: Any = None,
         **options: Any,
     ) -> Any:
-        """As transformers': hidden_states [B, T, H], position_embeddings cos and sin [B, T, D] -> [B, T, H], None."""
-        ours = self.config._attn_implementation == NAME and attention_mask is None and past_key_values is None
-        if not ours or position_embeddings is None or not fits(hidden_states, *position_embeddings):
+        """As transformers': hidden_states [B, T, H], position_embeddings cos and sin [B, T, D] -> [B, T, H], None.
+
+        Everything goes on to transformers by keyword: releases differ in the order of its arguments and in the cache's name.
+        """
+        plain = attention_mask is None and all(options.get(name) is None for name in CACHES)
+        ours = self.config._attn_implementation == NAME and plain and position_embeddings is not None
+        if not ours or not fits(hidden_states, *position_embeddings):
             return super().forward(
-                hidden_states, attention_mask, position_ids, past_key_values, position_embeddings, **options
+                hidden_states=hidden_states,
+                position_embeddings=position_embeddings,
+                attention_mask=attention_mask,
+                **options,
             )
         batch, tokens, _ = hidden_states.shape
         linears = (self.q_proj, self.k_proj, self.v_proj)
