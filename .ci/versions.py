@@ -1,0 +1,40 @@
+"""Exact versions for pip's --constraint, as `name==version` lines: of all that an install takes, or the oldest that may be.
+
+    pip install --dry-run --ignore-installed --report - … | python .ci/versions.py resolved
+    python .ci/versions.py oldest
+
+`oldest` are the lower bounds of pyproject.toml; what has none there, or is needed only by another package, stays free.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import tomllib
+from itertools import chain
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parents[1] / "pyproject.toml"
+OWN = tomllib.loads(PROJECT.read_text())["project"]
+
+
+def resolved(report: str) -> list[str]:
+    """Of a report of pip: every package but this one. A local label as in 2.13.0+cpu goes: it is of one index only."""
+    found = [package["metadata"] for package in json.loads(report)["install"]]
+    pins = {p["name"].lower(): p["version"].partition("+")[0] for p in found if p["name"] != OWN["name"]}
+    return [f"{name}=={version}" for name, version in sorted(pins.items())]
+
+
+def oldest() -> list[str]:
+    """The lower bound of each requirement. Raises ValueError where two parts of the project disagree."""
+    pins: dict[str, str] = {}
+    for requirement in chain(OWN["dependencies"], *OWN["optional-dependencies"].values()):
+        bound = re.match(r"([\w.-]+)(?:\[.*?\])?\s*(?:>=|~=|==)\s*([\w.]+)", requirement)
+        if bound and pins.setdefault(bound[1], bound[2]) != bound[2]:
+            raise ValueError(f"{PROJECT}: {bound[1]} has two lower bounds, {pins[bound[1]]} and {bound[2]}")
+    return [f"{name}=={version}" for name, version in sorted(pins.items())]
+
+
+if __name__ == "__main__":
+    print("\n".join(resolved(sys.stdin.read()) if sys.argv[1:] == ["resolved"] else oldest()))
