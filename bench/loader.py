@@ -34,11 +34,12 @@ from catmllm.config import Config
 from catmllm.data.batches import Batch, Collator
 from catmllm.data.loader import Loader, Windows
 from catmllm.data.slabs import load_slabs, split
+from catmllm.models.build import new_model
 from catmllm.stages.joint import Joint
 from catmllm.stages.supervised import Mixture, property_with_dropout
-from catmllm.trainer import distributed
-from catmllm.trainer.loop import Context
-from catmllm.trainer.pipeline import new_model
+from catmllm.train.loop import Context
+from catmllm.train.sharding import shard
+from catmllm.world import start
 
 LAYOUTS = (("end to end", False, "varlen"), ("padded, eager", True, "eager"), ("padded, sdpa", True, "sdpa"))
 
@@ -46,7 +47,7 @@ LAYOUTS = (("end to end", False, "varlen"), ("padded, eager", True, "eager"), ("
 def steps(context: Context, turns: int, size: int) -> dict[str, float]:
     """Median tokens a second of forward, backward and AdamW, by layout."""
     stage, model = Joint(context), context.model
-    distributed.shard(model, context.config, context.world)
+    shard(model, context.config, context.world)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     model.train()
     rates: dict[str, list[float]] = {name: [] for name, *_ in LAYOUTS}
@@ -112,7 +113,7 @@ def main() -> None:
     args = parser.parse_args()
     config = Config(tensorboard=False)
     systems = split(load_slabs())["train"]
-    world = distributed.start(config)
+    world = start(config)
     model, collate = new_model(config, systems)
     o = config.joint
     mixture = Mixture(

@@ -65,10 +65,10 @@ def worker(name: str, out: Path) -> None:
 
     from catmllm.config import load_config
     from catmllm.data.slabs import load_slabs, split
+    from catmllm.models.build import new_model
     from catmllm.stages import STAGES
-    from catmllm.trainer.distributed import start
-    from catmllm.trainer.loop import Context, train
-    from catmllm.trainer.pipeline import new_model
+    from catmllm.train.loop import Context, train
+    from catmllm.world import start
 
     stage, _, overrides = CASES[name]
     config = load_config(None, overrides)
@@ -126,7 +126,7 @@ def measure(name: str) -> dict[str, float]:
 
 def planned(name: str) -> Any:
     from catmllm.config import load_config
-    from catmllm.trainer.plan import trace
+    from catmllm.plan.trace import trace
 
     stage, ranks, overrides = CASES[name]
     return trace(load_config(None, overrides), stage, ranks, cuda=False, steps=2)

@@ -38,15 +38,15 @@ import torch
 from catmllm.config import Config, SamplingConfig
 from catmllm.data.prompts import Sample, cif_prompt
 from catmllm.data.slabs import load_slabs, split
-from catmllm.rl.advantages import policy_loss
-from catmllm.rl.grammar import answer_pattern, grammar_of
-from catmllm.rl.rollout import Rollout, RolloutEngine
+from catmllm.models.build import new_model
+from catmllm.sample.engine import Rollout, RolloutEngine
+from catmllm.sample.grammar import answer_pattern, grammar_of
+from catmllm.stages.advantages import policy_loss
 from catmllm.stages.grpo import GRPO, rollout_batch
 from catmllm.structure.text import three_part_text
-from catmllm.trainer.distributed import start
-from catmllm.trainer.loop import Context, train
-from catmllm.trainer.metrics import read_log
-from catmllm.trainer.pipeline import new_model
+from catmllm.train.loop import Context, train
+from catmllm.train.metrics import read_log
+from catmllm.world import start
 from catmllm_kernels.linear_logprob import linear_logprobs
 from rewards_fast import PVCP
 

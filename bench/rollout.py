@@ -20,8 +20,8 @@ import torch
 from catmllm.config import Config, SamplingConfig
 from catmllm.data.prompts import Sample, cif_prompt
 from catmllm.data.slabs import load_slabs, split
-from catmllm.rl.rollout import RolloutEngine
-from catmllm.trainer.pipeline import new_model
+from catmllm.models.build import new_model
+from catmllm.sample.engine import RolloutEngine
 
 
 def main() -> None:

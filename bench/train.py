@@ -38,9 +38,9 @@ from catmllm.config import Config, OptimConfig, load_config  # noqa: E402
 from catmllm.data.prompts import Sample, cif_sample, design_sample, property_sample  # noqa: E402
 from catmllm.data.slabs import load_slabs, split  # noqa: E402
 from catmllm.models import catalytic_mllm  # noqa: E402
-from catmllm.trainer.distributed import start  # noqa: E402
-from catmllm.trainer.loop import Context, MicroBatch, Stateless, Step, train  # noqa: E402
-from catmllm.trainer.pipeline import new_model  # noqa: E402
+from catmllm.models.build import new_model  # noqa: E402
+from catmllm.train.loop import Context, MicroBatch, Stateless, Step, train  # noqa: E402
+from catmllm.world import start  # noqa: E402
 from catmllm_kernels.linear_logprob.op import LogProbs  # noqa: E402
 from catmllm_kernels.linear_logprob.reference import linear_logprob as all_logits  # noqa: E402
 

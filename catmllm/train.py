@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    from catmllm.trainer.pipeline import run
+    from catmllm.pipeline import run
 
     return run(config)
 

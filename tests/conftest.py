@@ -12,6 +12,8 @@ from hypothesis import settings
 # Triton reads this when it is first imported; the kernels are tested by its interpreter, on any machine.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
+pytest_plugins = ["tests.contexts", "tests.small_run"]  # fixtures of several folders
+
 if TYPE_CHECKING:
     from catmllm.config import Config
     from catmllm.data.batches import Collator
@@ -79,7 +81,7 @@ def small_model(small_config: Config, train_systems: list[System]) -> tuple[Cata
     """
     import torch
 
-    from catmllm.trainer.pipeline import new_model
+    from catmllm.models.build import new_model
 
     model, collate = new_model(small_config, train_systems[::40])
     with torch.no_grad():

@@ -6,6 +6,7 @@ late (on an idle machine: installing is mostly unpacking NumPy) or scores wrongl
 """
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -65,19 +66,26 @@ def main(package: Path) -> dict[str, float]:
     assert bundled == [], f"other projects' libraries in the wheel: {bundled}"
     with tempfile.TemporaryDirectory() as folder:
         venv.create(folder, with_pip=True)
+        env = {
+            k: v for k, v in os.environ.items() if k != "PYTHONPATH"
+        }  # a checkout there would hide the package
         python = str(Path(folder) / ("Scripts" if sys.platform == "win32" else "bin") / "python")
         begin = time.perf_counter()
-        subprocess.run([python, "-m", "pip", "install", "--quiet", str(package)], check=True)
+        subprocess.run([python, "-m", "pip", "install", "--quiet", str(package)], check=True, env=env)
         seconds = {"install": time.perf_counter() - begin}
         listed = subprocess.run(
-            [python, "-m", "pip", "list", "--format", "json"], capture_output=True, text=True, check=True
+            [python, "-m", "pip", "list", "--format", "json"],
+            capture_output=True,
+            text=True,
+            check=True,
+            env=env,
         )
         names = {row["name"] for row in json.loads(listed.stdout)}
         assert names <= {"catmllm", "numpy", "pip", "setuptools"}, names
 
         def run(code: str) -> str:
             found = subprocess.run(
-                [python, "-c", code], capture_output=True, text=True, cwd=folder, check=True
+                [python, "-c", code], capture_output=True, text=True, cwd=folder, check=True, env=env
             )
             return found.stdout
 
@@ -89,7 +97,10 @@ def main(package: Path) -> dict[str, float]:
         assert used["loaded"] == [] and used["typed"], used
         seconds["import"] = min(float(run(IMPORT)) for _ in range(7))
         subprocess.run(
-            [str(Path(python).parent / "rewards-fast"), "--version"], check=True, stdout=subprocess.DEVNULL
+            [str(Path(python).parent / "rewards-fast"), "--version"],
+            check=True,
+            env=env,
+            stdout=subprocess.DEVNULL,
         )
     print(f"{package.name} on Python {sys.version.split()[0]}:", end=" ")
     print(", ".join(f"{name} {value:.2f} s" for name, value in seconds.items()))

@@ -14,13 +14,13 @@ import numpy as np
 
 from catmllm.config import Config
 from catmllm.data.batches import Collator
+from catmllm.design.search import ClosedLoop, Task, TaskState, summary
 from catmllm.evaluate import metrics
 from catmllm.models.catalytic_mllm import CatalyticMLLM
-from catmllm.rl.rollout import RolloutEngine
-from catmllm.rl.search import ClosedLoop, Task, TaskState, summary
+from catmllm.sample.engine import RolloutEngine
 from catmllm.structure.cif import read_cif
 from catmllm.structure.system import System
-from catmllm.trainer.distributed import DTYPES, World
+from catmllm.world import DTYPES, World
 from rewards_fast import extract_cif
 
 

@@ -14,10 +14,10 @@ from catmllm.data.batches import Collator
 from catmllm.data.prompts import Sample, cif_prompt, design_prompt
 from catmllm.evaluate.metrics import generation_rates
 from catmllm.models.catalytic_mllm import CatalyticMLLM
-from catmllm.rl.grammar import answer_pattern
-from catmllm.rl.rollout import RolloutEngine
+from catmllm.sample.engine import RolloutEngine
+from catmllm.sample.grammar import answer_pattern
 from catmllm.structure.system import System
-from catmllm.trainer.distributed import World
+from catmllm.world import World
 
 
 def generation_prompts(systems: Sequence[System], n: int) -> list[tuple[Sample, System]]:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from catmllm.design.constraints import MIN_DISTANCE, parsed, sane_volume
 from rewards_fast import Crystal, Scores
 from rewards_fast.pvcp import Thresholds
 
@@ -19,7 +20,6 @@ Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 
 TOLERANCE = 0.25  # eV; the paper gives none
-MIN_DISTANCE = 0.7  # Å; H-H is 0.74
 
 
 # --------------------------------------------------------------------------- property
@@ -79,17 +79,6 @@ def inclusion_ratio(predicted: ArrayLike, low: ArrayLike, high: ArrayLike) -> fl
 # --------------------------------------------------------------------------- generation
 
 
-def parsed(scores: Scores) -> Bools:
-    """[n] which texts parsed."""
-    return np.array([reason is None for reason in scores.reason], dtype=bool)
-
-
-def _sane_volume(scores: Scores, thresholds: Thresholds) -> Bools:
-    with np.errstate(invalid="ignore", divide="ignore"):
-        per_atom = scores.volume / scores.n_sites
-    return (per_atom >= thresholds.volume_per_atom_min) & (per_atom <= thresholds.volume_per_atom_max)
-
-
 def generation_rates(scores: Scores, thresholds: Thresholds | None = None) -> dict[str, float]:
     """Failure shares over all texts (Table 3): PF parse, VF any R_valid penalty, CM composition, PV any R_phys penalty.
 
@@ -101,7 +90,7 @@ def generation_rates(scores: Scores, thresholds: Thresholds | None = None) -> di
     ok = parsed(scores)
     if not len(ok):
         return dict.fromkeys(("PF", "VF", "CM", "PV", "PV_0.7"), float("nan"))
-    roomy = _sane_volume(scores, thresholds)
+    roomy = sane_volume(scores, thresholds)
     passed = {
         "PF": ok,
         "VF": ok & (scores.valid >= 10.0),
@@ -110,16 +99,6 @@ def generation_rates(scores: Scores, thresholds: Thresholds | None = None) -> di
         "PV_0.7": ok & roomy & (scores.min_distance >= MIN_DISTANCE),
     }
     return {name: float((~fine).mean()) for name, fine in passed.items()}
-
-
-def hard_constraints(scores: Scores, thresholds: Thresholds | None = None) -> Bools:
-    """[n] which texts may be designs (SPEC §6): parse, exact composition, d_min >= 0.7 Å, sane volume per atom."""
-    return (
-        parsed(scores)
-        & (scores.comp >= 10.0)
-        & (scores.min_distance >= MIN_DISTANCE)
-        & _sane_volume(scores, thresholds or Thresholds())
-    )
 
 
 # --------------------------------------------------------------------------- design

@@ -13,9 +13,9 @@ from catmllm.data.batches import Collator
 from catmllm.data.prompts import Sample, property_sample, read_energy
 from catmllm.evaluate.metrics import mae, r2
 from catmllm.models.catalytic_mllm import CatalyticMLLM
-from catmllm.rl.rollout import RolloutEngine
+from catmllm.sample.engine import RolloutEngine
 from catmllm.structure.system import System
-from catmllm.trainer.distributed import World
+from catmllm.world import World
 
 MODES: tuple[Literal["both", "graph", "text"], ...] = ("both", "graph", "text")
 

@@ -7,7 +7,7 @@ from catmllm.stages.ga_grpo import GAGRPO
 from catmllm.stages.grpo import GRPO
 from catmllm.stages.instruct import Instruct
 from catmllm.stages.joint import Joint
-from catmllm.trainer.loop import Context, Stage
+from catmllm.train.loop import Context, Stage
 
 STAGES: dict[str, Callable[[Context], Stage]] = {
     "align": Align,

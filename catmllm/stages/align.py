@@ -9,8 +9,8 @@ from catmllm.data.prompts import Sample
 from catmllm.models.losses import info_nce
 from catmllm.stages.supervised import FromLoader, validation_systems
 from catmllm.structure.text import three_part_text
-from catmllm.trainer.loop import Context, MicroBatch, Step
-from catmllm.trainer.stop import TrainingError
+from catmllm.train.loop import Context, MicroBatch, Step
+from catmllm.train.stop import TrainingError
 
 
 class Align(FromLoader):

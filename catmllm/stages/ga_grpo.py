@@ -15,13 +15,14 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from catmllm.data.batches import draw
-from catmllm.rl.advantages import group_advantages, policy_loss
-from catmllm.rl.exemplar_pool import Candidate, ExemplarPool
-from catmllm.rl.rollout import Rollout, RolloutEngine
-from catmllm.rl.search import ClosedLoop, Task, TaskState, summary
-from catmllm.trainer.distributed import DTYPES, unsharded
-from catmllm.trainer.loop import Context, MicroBatch, Step
-from catmllm.trainer.stop import TrainingError
+from catmllm.design.exemplar_pool import Candidate, ExemplarPool
+from catmllm.design.search import ClosedLoop, Task, TaskState, summary
+from catmllm.sample.engine import Rollout, RolloutEngine
+from catmllm.stages.advantages import group_advantages, policy_loss
+from catmllm.train.loop import Context, MicroBatch, Step
+from catmllm.train.sharding import unsharded
+from catmllm.train.stop import TrainingError
+from catmllm.world import DTYPES
 
 
 class GAGRPO:

@@ -22,15 +22,16 @@ from catmllm.data.prompts import Sample, cif_prompt, design_prompt
 from catmllm.models.attention import shares_prompts
 from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.models.lora import without_lora
-from catmllm.rl.advantages import group_advantages, per_answer, policy_loss
-from catmllm.rl.grammar import answer_pattern
-from catmllm.rl.rollout import Rollout, RolloutEngine
-from catmllm.rl.scoring import Reward, Scored, Scoring, load_reward
-from catmllm.rl.vllm_engine import VLLMEngine
+from catmllm.sample.engine import Rollout, RolloutEngine
+from catmllm.sample.grammar import answer_pattern
+from catmllm.sample.vllm_engine import VLLMEngine
+from catmllm.stages.advantages import group_advantages, per_answer, policy_loss
+from catmllm.stages.scoring import Reward, Scored, Scoring, load_reward
 from catmllm.stages.supervised import VISUAL, chosen, property_with_dropout, relatives, sample_losses
-from catmllm.trainer.distributed import DTYPES, shard, unsharded
-from catmllm.trainer.loop import Context, MicroBatch, Step
-from catmllm.trainer.stop import TrainingError
+from catmllm.train.loop import Context, MicroBatch, Step
+from catmllm.train.sharding import shard, unsharded
+from catmllm.train.stop import TrainingError
+from catmllm.world import DTYPES
 
 # prompts, their rollouts, per rollout its advantage and whether it carries a signal; what to log
 Rolled = tuple[list[Sample], list[Rollout], np.ndarray, np.ndarray, dict[str, float]]

@@ -14,7 +14,7 @@ from catmllm.stages.supervised import (
     supervised_step,
     validation_error,
 )
-from catmllm.trainer.loop import Context, Step
+from catmllm.train.loop import Context, Step
 
 
 class Instruct(FromLoader):

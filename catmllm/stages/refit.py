@@ -16,7 +16,7 @@ from catmllm.data.prompts import Sample, property_sample
 from catmllm.evaluate.property import MODES
 from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.structure.system import System
-from catmllm.trainer.distributed import World
+from catmllm.world import World
 
 STRENGTHS = tuple(10.0**k for k in range(-3, 6))
 

@@ -17,8 +17,8 @@ from catmllm.data.loader import Loader, Windows
 from catmllm.data.prompts import Sample, cif_sample, design_sample, draw_words, jitter, property_sample
 from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.structure.system import System
-from catmllm.trainer.loop import Context, MicroBatch, Stateless, Step
-from catmllm.trainer.stop import TrainingError
+from catmllm.train.loop import Context, MicroBatch, Stateless, Step
+from catmllm.train.stop import TrainingError
 
 VISUAL = "llm.model.visual."  # the image tower's parameters
 

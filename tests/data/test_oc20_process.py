@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from catmllm.cli import main
+from catmllm.cli.main import main
 from catmllm.data.oc20.process import DataError, Rules, process, summary
 from catmllm.data.shards import Shards
 from catmllm.structure.text import three_part_text
@@ -127,7 +127,16 @@ def test_killed_run_goes_on_and_ends_the_same(tmp_path: Path) -> None:
     source = _many(tmp_path / "lmdb", files=24, copies=8)
     mapping = tmp_path / "oc20_data_mapping.pkl"
     out = tmp_path / "killed"
-    command = [sys.executable, "-m", "catmllm.cli", "data", "oc20", str(source), "--mapping", str(mapping)]
+    command = [
+        sys.executable,
+        "-m",
+        "catmllm.cli.main",
+        "data",
+        "oc20",
+        str(source),
+        "--mapping",
+        str(mapping),
+    ]
     command += ["--out", str(out), "--workers", "2"]
     kills = 0
     for wanted in (3, 12):

@@ -22,12 +22,12 @@ from catmllm.data.images import IMAGE_PAD, TOKENS, VISION_END, VISION_START, ren
 from catmllm.data.prompts import Sample, cif_sample, design_sample, property_sample
 from catmllm.data.tokenizer import tiny_tokenizer
 from catmllm.evaluate.property import predict, question
-from catmllm.export import export
+from catmllm.models.build import new_model
 from catmllm.models.catalytic_mllm import CatalyticMLLM, load_model, save_model
-from catmllm.rl.rollout import Rollout, RolloutEngine
+from catmllm.models.export import export
+from catmllm.sample.engine import Rollout, RolloutEngine
 from catmllm.stages.grpo import rollout_batch
 from catmllm.structure.system import System
-from catmllm.trainer.pipeline import new_model
 from tests.seeing import save_qwen, seeing_config
 
 Model = tuple[CatalyticMLLM, Collator]

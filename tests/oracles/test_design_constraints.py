@@ -11,9 +11,9 @@ import pytest
 
 from catmllm.config import GAGRPOConfig, SamplingConfig
 from catmllm.data.batches import Collator
+from catmllm.design.search import ClosedLoop, Task
 from catmllm.models.catalytic_mllm import CatalyticMLLM
-from catmllm.rl.rollout import Rollout
-from catmllm.rl.search import ClosedLoop, Task
+from catmllm.sample.engine import Rollout
 from catmllm.structure.cif import write_cif
 from catmllm.structure.system import System
 from rewards_fast import extract_cif

@@ -208,7 +208,7 @@ def test_layout_of_fairchem_2(pair):
 
 def test_an_export_loads_strictly_into_fairchem(pair, tmp_path):
     """fairchem's file, other weights trained, written back: every key is there, and the model answers with ours."""
-    from catmllm.export import export_encoder
+    from catmllm.models.export import export_encoder
 
     theirs, ours = pair
     torch.save(

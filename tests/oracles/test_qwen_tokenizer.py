@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2Config
 
 from catmllm.data.prompts import ENERGY, GRAPH, cif_sample, design_sample, property_sample
 from catmllm.data.tokenizer import cif_tokens, decode, extend_tokenizer
-from catmllm.export import save_tokenizer
+from catmllm.models.export import save_tokenizer
 from catmllm.structure.cif import write_cif
 from catmllm.structure.system import System, make_system
 from tests.structure.systems import slabs

@@ -18,7 +18,7 @@ from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.stages import refit
 from catmllm.stages.refit import query_states, refit_energy_head
 from catmllm.structure.system import System
-from catmllm.trainer.distributed import World
+from catmllm.world import World
 
 Model = tuple[CatalyticMLLM, Collator]
 

@@ -12,14 +12,15 @@ import numpy as np
 import pytest
 import torch
 
-from catmllm.rl.exemplar_pool import Candidate
-from catmllm.rl.search import ClosedLoop
+from catmllm.design.exemplar_pool import Candidate
+from catmllm.design.search import ClosedLoop
 from catmllm.stages.ga_grpo import GAGRPO
 from catmllm.stages.grpo import GRPO
 from catmllm.structure.cif import write_cif
-from catmllm.trainer.distributed import World, whole
-from catmllm.trainer.loop import Context, TrainingError, train
-from tests.stages.conftest import MakeContext, small
+from catmllm.train.loop import Context, TrainingError, train
+from catmllm.train.sharding import whole
+from catmllm.world import World
+from tests.contexts import MakeContext, small
 
 
 class TokenReward:
@@ -75,7 +76,7 @@ def test_scored_tokens_are_the_sampled_tokens(context: Context) -> None:
             return super().score(got, targets)
 
     stage.reward = Spy().score
-    from catmllm.trainer.distributed import shard
+    from catmllm.train.sharding import shard
 
     for p in context.model.parameters():
         p.requires_grad_(True)

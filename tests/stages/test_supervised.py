@@ -16,9 +16,9 @@ from catmllm.stages.supervised import (
     sample_losses,
     task_sample,
 )
-from catmllm.trainer.distributed import World
-from catmllm.trainer.loop import train
-from tests.stages.conftest import MakeContext, small
+from catmllm.train.loop import train
+from catmllm.world import World
+from tests.contexts import MakeContext, small
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

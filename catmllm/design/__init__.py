@@ -1,0 +1,1 @@
+"""The closed loop of design: search, exemplar pool, reward, constraints."""

@@ -1,0 +1,233 @@
+"""The closed loop of design and refinement (paper Algorithm 3), for training, evaluation and `catmllm design` alike.
+
+All tasks advance together: one sampling pass, one scoring pass and one prediction pass an iteration, whatever their
+number. Training makes a policy update of what each iteration returns; evaluation and design only search.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from catmllm.config import GAGRPOConfig
+from catmllm.data.batches import Collator
+from catmllm.data.prompts import Sample, design_prompt, property_sample
+from catmllm.design.constraints import hard_constraints
+from catmllm.design.exemplar_pool import Candidate, ExemplarPool
+from catmllm.design.reward import design_reward
+from catmllm.models.catalytic_mllm import CatalyticMLLM
+from catmllm.sample.engine import Rollout, RolloutEngine
+from catmllm.sample.grammar import Pattern, answer_pattern
+from catmllm.structure.cif import read_cif, system_from_crystal
+from catmllm.structure.formula import parse_identity
+from catmllm.structure.system import System
+from catmllm.structure.text import three_part_text
+from rewards_fast import CIFError, Crystal, Scores, extract_cif
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is wanted: a system named by its identity line, the counts of its whole cell, and an energy in eV."""
+
+    identity: str
+    target: dict[str, int]
+    energy: float
+
+    @property
+    def adsorbate(self) -> str:
+        return parse_identity(self.identity).adsorbate
+
+
+@dataclass
+class TaskState:
+    """A task's pool and the trace of its search: per iteration the best |E_pred - E*| and reward so far."""
+
+    task: Task
+    pool: ExemplarPool
+    trace: list[dict[str, Any]] = field(default_factory=list)
+
+
+def summary(state: TaskState) -> dict[str, Any]:
+    """What is kept of a finished task: what was wanted, the best structure, and the trace towards it."""
+    best = state.pool.best
+    return {
+        "identity": state.task.identity,
+        "energy": state.task.energy,
+        "feasible": state.pool.feasible,
+        "best": None if best is None else best.to_json(),
+        "trace": state.trace,
+    }
+
+
+def predict_energies(
+    model: CatalyticMLLM, collate: Collator, systems: Sequence[System], batch_size: int = 128
+) -> np.ndarray:
+    """Adsorption energies [n] in eV by the model's own head, each from graph and three-part text of the structure."""
+    out = []
+    device = model.energy_mean.device
+    for start in range(0, len(systems), batch_size):
+        samples = [
+            Sample(s.prompt, "", s.graph)
+            for s in (property_sample(system, "both") for system in systems[start : start + batch_size])
+        ]
+        with torch.no_grad():
+            out.append(model.predict(collate(samples).to(device)).float().cpu().numpy())
+    return np.concatenate(out) if out else np.zeros(0)
+
+
+class ClosedLoop:
+    """Scores and predicts candidates for tasks, and runs the iterations.
+
+    `model` must be whole on this rank (unsharded); only this rank's tasks are worked on, without any collective.
+    """
+
+    def __init__(self, model: CatalyticMLLM, collate: Collator, config: GAGRPOConfig) -> None:
+        self.model, self.collate, self.config = model, collate, config
+        self.pvcp = config.reward.scorer()
+        self.seconds = {"reward": 0.0, "predict": 0.0}  # spent so far
+        self._known: dict[str, float] = {}  # energy by structure key
+
+    def judge(
+        self, task: Sequence[Task], texts: Sequence[str], iteration: int
+    ) -> tuple[list[Candidate], Scores]:
+        """Candidates from texts, text i for task[i]."""
+        began = time.perf_counter()
+        scores = self.pvcp.score(texts, [t.target for t in task])
+        scored = time.perf_counter()
+        predicted, keys = self._predict(task, scores)
+        self.seconds["reward"] += scored - began
+        self.seconds["predict"] += time.perf_counter() - scored
+        target = np.array([t.energy for t in task])
+        rewards = design_reward(scores.total, predicted, target, self.config)
+        feasible = hard_constraints(scores) & ~np.isnan(predicted)
+        return [
+            Candidate(text, float(r), float(e), float(p), bool(f), key, iteration)
+            for text, r, e, p, f, key in zip(texts, rewards, predicted, scores.total, feasible, keys)
+        ], scores
+
+    def start(self, tasks: Sequence[Task], engine: RolloutEngine, seed: Sequence[int]) -> list[TaskState]:
+        """N0 text-conditioned candidates a task, and the pools made of them."""
+        samples = [Sample(design_prompt(t.identity, t.energy)) for t in tasks]
+        rollouts = engine.generate(
+            samples, self.config.sampling, [*seed, 0], self.config.initial, patterns=self._patterns(tasks)
+        )
+        states = [TaskState(t, ExemplarPool(self.config.pool)) for t in tasks]
+        self.absorb(states, rollouts, 0)
+        return states
+
+    def refine(
+        self,
+        states: Sequence[TaskState],
+        engine: RolloutEngine,
+        iteration: int,
+        seed: Sequence[int],
+        keep: bool,
+    ) -> tuple[list[Rollout], np.ndarray, dict[str, float]]:
+        """One iteration over all tasks: draw an exemplar each, sample G, score, update the pools.
+
+        Returns the rollouts (task-major, with hidden states if `keep`), their rewards [tasks, G] and what to log.
+        """
+        samples = []
+        for k, state in enumerate(states):
+            exemplar = state.pool.draw(np.random.default_rng([*seed, iteration, k]))
+            shown = None if exemplar is None else self._exemplar(state.task, exemplar)
+            samples.append(
+                Sample(design_prompt(state.task.identity, state.task.energy, shown is not None), "", shown)
+            )
+        rollouts = engine.generate(
+            samples,
+            self.config.sampling,
+            [*seed, iteration],
+            self.config.group_size,
+            keep_hidden=keep,
+            patterns=self._patterns([s.task for s in states]),
+        )
+        candidates, metrics = self.absorb(states, rollouts, iteration)
+        rewards = np.array([c.reward for c in candidates]).reshape(len(states), self.config.group_size)
+        return rollouts, rewards, metrics
+
+    def _patterns(self, tasks: Sequence[Task]) -> list[Pattern] | None:
+        if not self.config.sampling.grammar:
+            return None
+        return [answer_pattern(t.identity, t.target, True, self.collate.data.decimals) for t in tasks]
+
+    def absorb(
+        self, states: Sequence[TaskState], rollouts: Sequence[Rollout], iteration: int
+    ) -> tuple[list[Candidate], dict[str, float]]:
+        """Judge rollouts (their `prompt` indexes `states`), put them into the pools, extend the traces."""
+        tasks = [states[r.prompt].task for r in rollouts]
+        candidates, scores = self.judge(tasks, [r.text for r in rollouts], iteration)
+        for k, state in enumerate(states):
+            mine = [c for r, c in zip(rollouts, candidates) if r.prompt == k]
+            parsed = [c for c in mine if not np.isnan(c.predicted)]
+            state.pool.add(parsed)
+            best = state.pool.best
+            errors = [abs(c.predicted - state.task.energy) for c in parsed if c.feasible]
+            state.trace.append(
+                {
+                    "iteration": iteration,
+                    "best_reward": None if best is None else best.reward,
+                    "best_predicted": None if best is None else best.predicted,
+                    "feasible": state.pool.feasible,
+                    "mean_error": float(np.mean(errors)) if errors else None,
+                    "mean_reward": float(np.mean([c.reward for c in mine])),
+                }
+            )
+        energy = [abs(c.predicted - t.energy) for c, t in zip(candidates, tasks) if not np.isnan(c.predicted)]
+        return candidates, {
+            "reward": float(np.mean([c.reward for c in candidates])),
+            "pvcp": float(np.mean(scores.total)),
+            "energy_error": float(np.mean(energy)) if energy else float("inf"),
+            "feasible": float(np.mean([c.feasible for c in candidates])),
+        }
+
+    def _predict(self, task: Sequence[Task], scores: Scores) -> tuple[np.ndarray, list[str]]:
+        """Energies (NaN where no adsorption system can be read) and structure keys of scored texts."""
+        keys = ["" if c is None else structure_key(c) for c in scores.crystals]
+        new: dict[str, System] = {}
+        readable = np.zeros(len(keys), dtype=bool)
+        for i, (t, crystal, key) in enumerate(zip(task, scores.crystals, keys)):
+            if crystal is None:
+                continue
+            key = keys[i] = f"{t.identity}|{key}"
+            if key in self._known:
+                readable[i] = True
+                continue
+            try:
+                identity = parse_identity(t.identity)
+                system = system_from_crystal(crystal, identity.adsorbate, identity.miller)
+                # A cell that has no graph or no text (too small, or of unknown elements) has no energy.
+                self.collate.graphs([system])
+                three_part_text(system)
+            except ValueError:
+                continue
+            new[key], readable[i] = system, True
+        energies = predict_energies(self.model, self.collate, list(new.values()))
+        self._known |= dict(zip(new, energies.tolist()))
+        return np.array([self._known[k] if ok else np.nan for k, ok in zip(keys, readable)]), keys
+
+    def _exemplar(self, task: Task, candidate: Candidate) -> System | None:
+        identity = parse_identity(task.identity)
+        try:
+            return read_cif(extract_cif(candidate.text), identity.adsorbate, identity.miller)
+        except (CIFError, ValueError):
+            return None
+
+
+def structure_key(crystal: Crystal) -> str:
+    """A hash that is equal for equal structures at CIF precision, whatever the order of their sites.
+
+    Coordinates count to 1e-3 of the cell and lattice vectors to 1e-3 Å.
+    """
+    frac = np.round(crystal.frac % 1.0, 3) % 1.0
+    rows = np.column_stack([crystal.numbers, frac])
+    rows = rows[np.lexsort(rows.T[::-1])]
+    lattice = np.round(crystal.lattice @ crystal.lattice.T, 2) + 0.0  # of -0.0 and 0.0 the latter
+    atoms = sorted((symbol, round(n, 3)) for symbol, n in crystal.composition.items())  # occupancies counted
+    return hashlib.sha1(rows.tobytes() + lattice.tobytes() + repr(atoms).encode()).hexdigest()[:16]

@@ -1,0 +1,312 @@
+"""A run from data to report: each stage trained from the last one's export, then measured."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from catmllm.config import Config, to_dict
+from catmllm.data.batches import Collator
+from catmllm.data.shards import load_split
+from catmllm.evaluate.baselines import baselines
+from catmllm.evaluate.design import evaluate_design
+from catmllm.evaluate.generation import evaluate_generation
+from catmllm.evaluate.property import evaluate_property
+from catmllm.models.build import new_model
+from catmllm.models.catalytic_mllm import CatalyticMLLM, load_model, save_model
+from catmllm.report.run import summary_table, write_report
+from catmllm.sample.vllm_engine import VLLMError
+from catmllm.stages import STAGES
+from catmllm.stages.refit import refit_energy_head
+from catmllm.structure.cif import write_cif
+from catmllm.structure.system import System
+from catmllm.train.checkpoint import CheckpointError
+from catmllm.train.fused_adam import fused_adam
+from catmllm.train.loop import Context, train
+from catmllm.train.metrics import wandb_module
+from catmllm.train.stop import EXIT_SAVED, Stopped, TrainingError, stop_at_once
+from catmllm.world import DTYPES, World, start
+
+MENDABLE = ("tensorboard", "wandb", "profile", "threads", "keep_checkpoints", "replicate")
+BASELINE_SYSTEMS = 4000  # of a part, evenly spaced: the ridge's matrix is dense
+GENERATES = ("instruct", "grpo", "ga_grpo")  # stages after which sampled CIFs are worth measuring
+
+
+class Record:
+    """metrics.json, kept by the main rank and written anew after each part."""
+
+    def __init__(self, path: Path, world: World) -> None:
+        self.path, self.main = path, world.main
+        loaded = json.loads(path.read_text()) if world.main and path.is_file() else {}
+        self.values: dict[str, Any] = world.gather(loaded)[0]
+
+    def put(self, value: Any, *keys: str) -> None:
+        node = self.values
+        for key in keys[:-1]:
+            node = node.setdefault(key, {})
+        node[keys[-1]] = value
+        if self.main:
+            temporary = self.path.with_suffix(".tmp")
+            temporary.write_text(json.dumps(self.values, indent=1, allow_nan=True))
+            temporary.rename(self.path)
+
+    def has(self, *keys: str) -> bool:
+        node: Any = self.values
+        for key in keys:
+            if not isinstance(node, dict) or key not in node:
+                return False
+            node = node[key]
+        return True
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Add the seconds of a block to what `name` took before (a stage may have been resumed)."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            before = self.values.get("seconds", {}).get(name, 0.0)
+            self.put(round(before + time.perf_counter() - began, 2), "seconds", name)
+
+
+def run(config: Config) -> int:
+    """All stages of a configuration, evaluation and report. Returns the exit status."""
+    world = start(config)
+    stop_at_once()
+    try:
+        if config.wandb is not None:
+            wandb_module()
+        if config.optimizer == "apex":
+            fused_adam()
+        return _run(config, world)
+    except Stopped as stopped:
+        _say(world, f"stopped: {stopped}. The same command goes on from there.")
+        return EXIT_SAVED
+    except (TrainingError, CheckpointError, VLLMError, FileNotFoundError, ValueError) as error:
+        # What a person can mend is one line; the trace is for faults of ours.
+        if os.environ.get("CATMLLM_TRACEBACK"):
+            raise
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    finally:
+        dist.destroy_process_group()
+
+
+def _run(config: Config, world: World) -> int:
+    out = Path(config.out)
+    record = _open(config, out, world)
+    data = {str(k): v for k, v in load_split(config.data.path, config.data.split_seed).items()}
+    _say(world, _banner(config, world, data))
+    if not record.has("baselines"):
+        some = {k: v[:: len(v) // BASELINE_SYSTEMS + 1] for k, v in data.items()}
+        record.put(baselines(some), "baselines")
+    previous = Path(config.init) if config.init else None
+    for name in config.stages:
+        folder = out / name
+        if not (folder / "model.safetensors").is_file():
+            with record.timed(name):
+                _train(name, config, previous, folder, data, record, world)
+        if not record.has("property", name):
+            model, collate, _ = load_model(folder)
+            with record.timed(f"evaluate {name}"):
+                _evaluate(name, model.to(world.device), collate, config, data["test"], record, world)
+        previous = folder
+    if "ga_grpo" in config.stages and not record.has("design"):
+        model, collate, _ = load_model(out / config.stages[-1])
+        with record.timed("design"):
+            result = evaluate_design(
+                model.to(world.device), collate, config, data["test"], data["train"], world
+            )
+        record.put(result, "design")
+    if world.main:
+        report = write_report(out)
+        print(
+            "\n" + summary_table(record.values) + f"\n\nmetrics: {record.path}\nreport:  {report}", flush=True
+        )
+    world.barrier()
+    return 0
+
+
+def _open(config: Config, out: Path, world: World) -> Record:
+    """The run's folder and record; refuses to go on with another configuration than the run was begun with."""
+    problem = None
+    record_path = out / "metrics.json"
+    if world.main:
+        out.mkdir(parents=True, exist_ok=True)
+        if record_path.is_file():
+            # What a finished stage was trained with is fixed; the rest may be mended.
+            open_keys = {*MENDABLE, *(s for s in STAGES if not (out / s / "model.safetensors").is_file())}
+            old, new = (
+                {k: v for k, v in tree.items() if k not in open_keys}
+                for tree in (json.loads(record_path.read_text()).get("config", {}), to_dict(config))
+            )
+            changed = _difference(old, new)
+            if changed:
+                problem = (
+                    f"{out} was begun with another configuration ({'; '.join(changed[:3])}). "
+                    "Give out= another folder, or remove this one."
+                )
+    if problem := world.gather(problem)[0]:
+        raise ValueError(problem)
+    record = Record(record_path, world)
+    if not record.has("machine"):
+        record.put(_machine(world), "machine")
+    record.put(to_dict(config), "config")
+    return record
+
+
+def _train(
+    name: str,
+    config: Config,
+    previous: Path | None,
+    folder: Path,
+    data: Mapping[str, Sequence[System]],
+    record: Record,
+    world: World,
+) -> None:
+    if previous is not None:
+        model, collate, trained = load_model(previous, config.model.llm.attention)
+        if trained.data.cutoff != config.data.cutoff:
+            raise ValueError(
+                f"`data.cutoff`: the encoder of {previous} was trained at {trained.data.cutoff} Å"
+            )
+        collate = replace(collate, data=config.data)
+    else:
+        model, collate = new_model(config, data["train"])
+    if not record.has("parameters"):
+        record.put(_sizes(model), "parameters")
+        record.put(_data_facts(config, collate, data), "data")
+    if name == "ga_grpo":
+        model.to(world.device)
+        record.put(refit_energy_head(model.eval(), collate, data["train"], data["val"], world), "refit")
+    folder.mkdir(parents=True, exist_ok=True)
+    state, _ = train(STAGES[name], Context(config, model, collate, data, world, folder))
+    if world.main:
+        save_model(folder, model, state, config, collate.tokenizer)
+    world.barrier()
+
+
+def _evaluate(
+    name: str,
+    model: CatalyticMLLM,
+    collate: Collator,
+    config: Config,
+    test: Sequence[System],
+    record: Record,
+    world: World,
+) -> None:
+    if name in GENERATES:
+        e = config.evaluate
+        found = evaluate_generation(
+            model,
+            collate,
+            test,
+            e.generation_samples,
+            e.sampling,
+            config.grpo.reward,
+            config.seed,
+            world,
+            DTYPES[config.precision],
+        )
+        record.put(found, "generation", name)
+        _say(
+            world,
+            f"{name}: reward {found['reward']:.2f} ± {found['reward_se']:.2f}, PF {found['PF']:.1%}, "
+            f"VF {found['VF']:.1%}, CM {found['CM']:.1%}, PV {found['PV']:.1%} of {found['n']} samples",
+        )
+    measured = evaluate_property(model, collate, test, world)
+    _say(
+        world,
+        f"{name}: test MAE {measured['both']['mae']:.3f} eV (graph alone {measured['graph']['mae']:.3f}, "
+        f"text alone {measured['text']['mae']:.3f}, written {measured['generated']['mae']:.3f})",
+    )
+    record.put(measured, "property", name)
+
+
+def _data_facts(config: Config, collate: Collator, data: Mapping[str, Sequence[System]]) -> dict[str, Any]:
+    some = data["train"][:500]
+    cifs = [write_cif(s, config.data.decimals) for s in some]
+    return {
+        **{k: len(v) for k, v in data.items()},
+        "labels": "SevenNet-0 (an MLIP, not DFT)" if config.data.path is None else config.data.path,
+        "tokens_per_cif": sum(len(collate.encode(c)) for c in cifs) / len(cifs),
+        "characters_per_cif": sum(map(len, cifs)) / len(cifs),
+        "atoms_per_cif": sum(len(s.numbers) for s in some) / len(some),
+    }
+
+
+def _sizes(model: CatalyticMLLM) -> dict[str, int]:
+    def count(module: torch.nn.Module) -> int:
+        return sum(p.numel() for p in module.parameters())
+
+    parts = {
+        k: count(m)
+        for k, m in (("encoder", model.encoder), ("projector", model.projector), ("llm", model.llm))
+    }
+    return {"total": count(model), **parts}
+
+
+def _machine(world: World) -> dict[str, Any]:
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+        check=False,
+    ).stdout.strip()
+    name = torch.cuda.get_device_name() if world.device.type == "cuda" else _processor()
+    return {
+        "processor": name,
+        "cores": os.cpu_count(),
+        "ranks": world.size,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": commit,
+    }
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _banner(config: Config, world: World, data: Mapping[str, Sequence[System]]) -> str:
+    where = f"{world.size} x {world.device.type}"
+    counts = ", ".join(f"{len(v)} {k}" for k, v in data.items())
+    return (
+        f"catmllm: {' > '.join(config.stages)} on {where}, {config.precision} (encoder {config.encoder_precision}); "
+        f"systems: {counts}; out: {config.out}"
+    )
+
+
+def _difference(old: Any, new: Any, prefix: str = "") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [
+            d
+            for k in sorted(old.keys() | new.keys())
+            for d in _difference(old.get(k), new.get(k), f"{prefix}{k}.")
+        ]
+    return [] if old == new else [f"{prefix[:-1]}: {old} -> {new}"]
+
+
+def _say(world: World, text: str) -> None:
+    if world.main:
+        print(text, flush=True)

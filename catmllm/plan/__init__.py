@@ -1,0 +1,1 @@
+"""What a configuration needs on a number of ranks, before anybody runs it."""

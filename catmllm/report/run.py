@@ -1,0 +1,395 @@
+"""report.html of a run: one file without any outside resource, verdicts first, the numbers and figures behind them.
+
+A run may be unfinished: the report shows what is there and says what is missing. Texts that models wrote are escaped
+and control characters replaced; the page forbids itself scripts and requests (Content-Security-Policy).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from catmllm.config import STAGES
+from catmllm.report import page as html
+from catmllm.report.drawing import legend, structure_svg
+from catmllm.report.figures import (
+    draw_design,
+    draw_failures,
+    draw_parity,
+    draw_rewards,
+    draw_seconds,
+    draw_solved,
+    draw_timeline,
+    draw_trace,
+    draw_training,
+    readme_figure,
+    solved_by_iteration,
+)
+from catmllm.report.summary import (
+    STAGE_MEANINGS,
+    STAGE_NAMES,
+    Metrics,
+    Table,
+    claims,
+    conditions,
+    design_table,
+    finite,
+    generation_table,
+    missing_parts,
+    number,
+    ordered,
+    property_table,
+    summary_table,
+    time_table,
+)
+from catmllm.structure.cif import read_cif
+from catmllm.structure.formula import parse_identity
+from catmllm.train.metrics import read_log
+from rewards_fast import extract_cif
+
+__all__ = ["readme_figure", "summary_table", "write_report"]
+
+_PICTURES = 6  # designs that are drawn
+
+
+def write_report(run: Path) -> Path:
+    """Write run/report.html from run/metrics.json and run/<stage>/log.jsonl; returns its path.
+
+    Parts that are missing, and a metrics.json that cannot be read, are told in the report. Raises FileNotFoundError
+    where there is no run folder.
+    """
+    run = Path(run)
+    if not run.is_dir():
+        raise FileNotFoundError(f"{run} is no folder of a run")
+    metrics, problem = _read_metrics(run / "metrics.json")
+    logs = {stage: rows for stage in STAGES if (rows := read_log(run / stage / "log.jsonl"))}
+    missing = ([problem] if problem else []) + missing_parts(metrics, logs)
+    title = f"Run {run.resolve().name}"
+    body = [
+        f"<h1>{html.text(title)}</h1>",
+        f'<p class="conditions">{html.text(conditions(metrics))}</p>',
+        _missing(missing),
+        _headlines(metrics),
+        _property(metrics),
+        _generation(metrics),
+        _design(metrics),
+        _training(metrics, logs),
+        _texts(metrics),
+        _configuration(metrics),
+    ]
+    path = run / "report.html"
+    path.write_text(html.page(title, body), encoding="utf-8")
+    return path
+
+
+def _read_metrics(path: Path) -> tuple[Metrics, str]:
+    """The record of a run, or nothing and what is wrong with it."""
+    try:
+        metrics = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}, "metrics.json"
+    except ValueError as error:
+        return {}, f"a readable metrics.json ({error})"
+    return (
+        (metrics, "") if isinstance(metrics, dict) else ({}, "a readable metrics.json (it holds no mapping)")
+    )
+
+
+# --------------------------------------------------------------------------- sections
+
+
+def _missing(missing: list[str]) -> str:
+    if not missing:
+        return ""
+    return f'<p class="missing"><b>Not in this run (yet):</b> {"; ".join(map(html.text, missing))}.</p>'
+
+
+def _headlines(metrics: Metrics) -> str:
+    found = claims(metrics)
+    items = "\n".join(
+        f'<li><span class="verdict {c.verdict}">{c.verdict}</span>{html.text(c.sentence)}'
+        f'<span class="evidence">{html.text(c.evidence)}</span></li>'
+        for c in found
+    )
+    explained = (
+        "yes, no: the difference is larger than two standard errors (for baselines: of the model's MAE); of designs, the "
+        "95\u00a0% interval lies above every control, or the rate is not above all of them. unclear: chance may explain it. "
+        "“Did not lower” holds unless a drop is larger than two standard errors. Systems count as independent although "
+        "several share a slab, so true errors are larger."
+    )
+    listed = f'<ul class="claims">\n{items}\n</ul>' if found else "<p>Nothing has been measured yet.</p>"
+    notes = [explained, *STAGE_MEANINGS] if found else STAGE_MEANINGS
+    return html.section("What holds, what does not", listed, html.notes(notes))
+
+
+def _property(metrics: Metrics) -> str:
+    table = property_table(metrics)
+    stages = [s for s in ordered(metrics.get("property")) if metrics["property"][s].get("parity")]
+    parity = ""
+    if stages:
+        result = metrics["property"][stages[-1]]
+        caption = (
+            f"Energy head with text and graph, after {STAGE_NAMES[stages[-1]]}. Line: perfect prediction."
+        )
+        parity = html.figure(
+            "parity",
+            caption,
+            (5.4, 4.3),
+            lambda f: draw_parity(f.subplots(), result, "Energies of test systems"),
+        )
+    return html.section("Energy prediction", html.table(table), parity) if table else ""
+
+
+def _generation(metrics: Metrics) -> str:
+    generation = metrics.get("generation") or {}
+    table = generation_table(metrics)
+    if table is None:
+        return ""
+    parts = [
+        html.table(table),
+        html.figure(
+            "failures",
+            "Share of sampled CIFs that fail each check; lines: 95 % Wilson intervals.",
+            (8.6, 3.6),
+            lambda f: draw_failures(f.subplots(), generation),
+        ),
+    ]
+    if any(generation[stage].get("reward_hist") for stage in ordered(generation)):
+        caption = "Rewards of single texts; an unreadable one is at the floor of -15."
+        parts.append(html.figure("rewards", caption, (8.6, 2.9), lambda f: draw_rewards(f, generation)))
+    parts += [html.table(_terms_table(generation)), html.table(_reasons_table(generation))]
+    return html.section("Generated CIFs", *parts)
+
+
+def _terms_table(generation: Metrics) -> Table | None:
+    stages = [stage for stage in ordered(generation) if generation[stage].get("terms")]
+    if not stages:
+        return None
+    names = list(generation[stages[0]]["terms"])
+    rows = [
+        [STAGE_NAMES[s], *(number(generation[s]["terms"].get(name), 2) for name in names)] for s in stages
+    ]
+    note = "Each is 10 at best; the floors are -15 (comp), -20 (parse), -10 (valid) and -10 (phys)."
+    return Table("Mean of each reward term", ["after stage", *names], rows, [note])
+
+
+def _reasons_table(generation: Metrics) -> Table | None:
+    stages = ordered(generation)
+    reasons = {stage: generation[stage].get("reasons") or {} for stage in stages}
+    codes = sorted(
+        {code for found in reasons.values() for code in found},
+        key=lambda c: (-sum(r.get(c, 0) for r in reasons.values()), c),
+    )
+    if not codes:
+        return None
+    rows = [[code, *(str(reasons[stage].get(code, 0)) for stage in stages)] for code in codes]
+    header = ["reason", *(f"{STAGE_NAMES[stage]} (of {generation[stage].get('n', '?')})" for stage in stages)]
+    return Table("Why texts could not be read as a CIF", header, rows, [])
+
+
+def _design(metrics: Metrics) -> str:
+    design = metrics.get("design") or {}
+    table = design_table(metrics)
+    if table is None or not design.get("n"):
+        return ""
+    items = design.get("items") or []
+    parts = [
+        html.table(table),
+        html.figure(
+            "design",
+            "Share of tasks with a successful design, 95 % Wilson intervals; controls are exact averages.",
+            (8.6, 3.4),
+            lambda f: draw_design(f.subplots(), design),
+        ),
+    ]
+    if any(item.get("trace") for item in items):
+        parts.append(_trace_figure(design))
+    pictures = _pictures(items)
+    if pictures:
+        parts.append(pictures)
+    parts += [html.table(_refusals(items)), _all_tasks(items)]
+    return html.section("Design by target energy", *parts)
+
+
+def _trace_figure(design: Metrics) -> str:
+    solved = solved_by_iteration(design)
+
+    def draw(figure: Figure) -> None:
+        left, right = figure.subplots(1, 2)
+        draw_trace(left, design)
+        draw_solved(right, design)
+
+    caption = (
+        f"Iteration 0 is drawn from the text alone, later ones with an exemplar from the pool: {100 * solved[0]:.0f} % of the "
+        f"tasks were solved at iteration 0 and {100 * solved[-1]:.0f} % at iteration {len(solved) - 1}, by the own predictor. "
+        "More candidates alone raise this too. Bands: quartiles over tasks; a task without a candidate counts as an "
+        "infinite error (a gap in a line: more than half of the tasks; a band up to the edge: more than a quarter)."
+    )
+    return html.figure("trace", caption, (8.6, 3.5), draw)
+
+
+def _refusals(items: list[dict[str, Any]]) -> Table | None:
+    """Why the independent judge did not accept designs."""
+    judged = [item["judged"] for item in items if item.get("judged")]
+    if not judged:
+        return None
+    counts = Counter(str(j.get("reason") or "not told") for j in judged if not j.get("ok"))
+    none = sum(1 for item in items if not item.get("best"))
+    rows = [[reason, str(count)] for reason, count in counts.most_common()]
+    rows += [["no readable candidate at all", str(none)]] if none else []
+    return (
+        Table(f"Designs without a judged energy, of n = {len(items)}", ["reason", "designs"], rows, [])
+        if rows
+        else None
+    )
+
+
+# --------------------------------------------------------------------------- designs
+
+
+def _miss(item: dict[str, Any]) -> float:
+    """How far a design is from its target (eV) by the most independent judge that spoke; inf where none did."""
+    judged, best = item.get("judged"), item.get("best") or {}
+    if judged is not None:
+        return (
+            abs(judged["energy"] - item["energy"])
+            if judged.get("ok") and finite(judged.get("energy"))
+            else math.inf
+        )
+    return abs(best["predicted"] - item["energy"]) if finite(best.get("predicted")) else math.inf
+
+
+def _pictures(items: list[dict[str, Any]]) -> str:
+    shown: list[dict[str, Any]] = []
+    feasible = [item for item in items if item.get("best") and item["best"].get("feasible")]
+    for item in sorted(feasible, key=_miss):
+        if len(shown) < _PICTURES and item["identity"] not in {other["identity"] for other in shown}:
+            shown.append(item)
+    if not shown:
+        return ""
+    cards = "\n".join(map(_card, shown))
+    judge = "SevenNet-0" if any(item.get("judged") for item in shown) else "the own predictor"
+    note = (
+        f"The {len(shown)} closest of {len(items)} by {judge}, one a system: chosen, not typical; all tasks are below. From "
+        "above with one cell dashed, and from the side; deeper atoms are paler, the adsorbate is ringed."
+    )
+    return f'<p><b>Best designs</b></p>\n<div class="designs">\n{cards}\n</div>{html.notes([note])}'
+
+
+def _card(item: dict[str, Any]) -> str:
+    best = item["best"]
+    try:
+        identity = parse_identity(item["identity"])
+        system = read_cif(extract_cif(best["text"]), identity.adsorbate, identity.miller)
+        views = structure_svg(system, "top", 150) + structure_svg(system, "side", 118)
+        picture = f'<div class="views">{views}</div>{legend(system)}'
+    except ValueError as error:
+        picture = f"<p>cannot be drawn: {html.text(error)}</p>"
+    facts = (
+        f"<b>{html.text(item['identity'])}</b><br>wanted {number(item['energy'], 2)} eV · predicted "
+        f"{number(best.get('predicted'), 2)} eV · {html.text(_judged(item))}"
+    )
+    text = html.details("CIF", html.pre(best["text"]))
+    return f'<div class="design">{picture}<p>{facts}</p>{text}</div>'
+
+
+def _judged(item: dict[str, Any]) -> str:
+    judged = item.get("judged")
+    if judged is None:
+        return "not judged"
+    if not judged.get("ok"):
+        return f"refused by SevenNet-0: {judged.get('reason')}"
+    return f"SevenNet-0 {number(judged.get('energy'), 2)} eV"
+
+
+def _all_tasks(items: list[dict[str, Any]]) -> str:
+    rows = [
+        [
+            str(item["identity"]),
+            number(item["energy"], 2),
+            number((item.get("best") or {}).get("predicted"), 2),
+            _judged(item).removeprefix("SevenNet-0 ").removesuffix(" eV"),
+            "yes" if item.get("success_own") else "no",
+            "yes" if item.get("success_sevennet") else "no" if item.get("judged") else "–",
+        ]
+        for item in items
+    ]
+    header = [
+        "system",
+        "wanted (eV)",
+        "predicted (eV)",
+        "SevenNet-0 (eV)",
+        "success, own",
+        "success, SevenNet-0",
+    ]
+    return html.details(f"All {len(items)} tasks", html.table(Table("", header, rows, []))) if rows else ""
+
+
+# --------------------------------------------------------------------------- training, texts, configuration
+
+
+def _training(metrics: Metrics, logs: dict[str, list[dict[str, Any]]]) -> str:
+    parts = []
+    if logs:
+        caption = (
+            "Loss of each stage and the number that tells its progress, from log.jsonl (pale: single steps, line: running "
+            "mean). GA-GRPO's reward falls whenever new tasks begin."
+        )
+        size = (max(4.5, 2.35 * len(logs)), 4.2)
+        parts.append(html.figure("training", caption, size, lambda f: draw_training(f, logs)))
+    timed = {s: rows for s, rows in logs.items() if any("seconds_decode" in row for row in rows)}
+    if timed:
+        caption = (
+            "Where the seconds of each step of the RL stages go. Rewards are computed while others are still decoded; only "
+            "what sampling then waited for them is drawn."
+        )
+        size = (4.3 * len(timed), 3.2)
+        parts.append(html.figure("timeline", caption, size, lambda f: draw_timeline(f, timed)))
+    seconds = {k: v for k, v in (metrics.get("seconds") or {}).items() if finite(v)}
+    if seconds:
+        caption = "Wall-clock time of every part; stages in their colours, everything else grey."
+        size = (7.5, 0.7 + 0.27 * len(seconds))
+        parts += [
+            html.table(time_table(metrics)),
+            html.figure("seconds", caption, size, lambda f: draw_seconds(f.subplots(), seconds)),
+        ]
+    refit = metrics.get("refit") or {}
+    if refit:
+        parts.append(
+            f"<p>Before GA-GRPO the energy head was refitted on the frozen backbone: validation MAE "
+            f"{number(refit.get('val_mae_before'))} → {number(refit.get('val_mae_after'))} eV.</p>"
+        )
+    return html.section("Training", *parts) if parts else ""
+
+
+def _texts(metrics: Metrics) -> str:
+    generation = metrics.get("generation") or {}
+    parts = [
+        html.details(f"Sampled after {STAGE_NAMES[stage]}, example {k}", html.pre(text))
+        for stage in ordered(generation)
+        for k, text in enumerate(generation[stage].get("examples") or [], start=1)
+    ]
+    return (
+        html.section("Example answers", *parts, html.notes(["As sampled, the first of each evaluation."]))
+        if parts
+        else ""
+    )
+
+
+def _configuration(metrics: Metrics) -> str:
+    parts = [
+        html.details(title, f"<pre>{html.text(json.dumps(metrics[key], indent=2, ensure_ascii=False))}</pre>")
+        for key, title in (
+            ("config", "Configuration"),
+            ("machine", "Machine"),
+            ("data", "Data"),
+            ("parameters", "Parameters"),
+        )
+        if metrics.get(key)
+    ]
+    return html.section("Configuration", *parts) if parts else ""

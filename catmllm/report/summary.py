@@ -1,0 +1,451 @@
+"""What the numbers of a run say: verdicts with their uncertainty, and the tables that terminal and report both print.
+
+A verdict is `yes` only where the difference is larger than what chance explains (two standard errors, or a 95 %
+interval that leaves the control out); in between it is `unclear`, and the numbers stand beside it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from catmllm.config import STAGES
+from catmllm.design.constraints import MIN_DISTANCE
+from catmllm.evaluate.metrics import TOLERANCE
+
+Metrics = dict[str, Any]
+
+STAGE_NAMES = dict(zip(STAGES, ("align", "joint", "instruct", "GRPO", "GA-GRPO")))
+STAGE_MEANINGS = (
+    "align: the graph encoder learns the frozen language model's view of a structure's text; no energies yet",
+    "joint: energies and CIF texts (a CIF lists a crystal's cell and atoms) are learned together",
+    "instruct: the language model alone learns all tasks, with graph or text left out at random",
+    "GRPO: reinforcement learning on a rule-based reward for correct CIFs",
+    "GA-GRPO: reinforcement learning in the closed loop that proposes, predicts and refines structures",
+)
+GENERATING = ("instruct", "grpo", "ga_grpo")  # the stages after which sampled CIFs are measured
+MODES = {"both": "text + graph", "graph": "graph only", "text": "text only", "generated": "written answer"}
+BASELINE_NAMES = {"adsorbate_mean": "mean per adsorbate", "text_ridge": "ridge on words"}
+RATES = {
+    "PF": "cannot be read as a CIF at all",
+    "VF": "cell or coordinates out of bounds: volume, number of atoms, density, fractional coordinates",
+    "CM": "the atoms are not exactly those that were asked for",
+    "PV": f"two atoms closer than {MIN_DISTANCE} Å, or an absurd volume per atom",
+    "PV_eq41": "the same with the paper's limit of 1.0 Å, which every correct O-H bond fails",
+}
+RATE_NAMES = {"PF": "PF", "VF": "VF", "CM": "CM", "PV": "PV", "PV_eq41": "PV at 1.0 Å"}
+JUDGES = {"own": "own predictor", "sevennet": "SevenNet-0"}
+CONTROLS = {
+    "shuffled": "shuffled targets",
+    "shuffled_same_adsorbate": "shuffled within adsorbate",
+    "retrieval": "random training system",
+}
+
+Verdict = Literal["yes", "no", "unclear"]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One sentence that the run was made to test, whether it holds, and the numbers behind the verdict."""
+
+    verdict: Verdict
+    sentence: str
+    evidence: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """A titled table of text cells, the first column left-aligned, with what a reader must know to read it."""
+
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+    notes: list[str]
+
+
+# --------------------------------------------------------------------------- numbers as text
+
+
+def finite(value: Any) -> bool:
+    """Whether a value of metrics.json is a number that says something (not None, nan or inf)."""
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def number(value: Any, digits: int = 3) -> str:
+    """A number with `digits` decimals (from 1e5 on as a power of ten); `–` where there is none."""
+    if not finite(value):
+        return "–"
+    return f"{value:.{digits}f}" if abs(value) < 1e5 else f"{value:.1e}"
+
+
+def percent(value: Any, digits: int = 1) -> str:
+    """A share in [0, 1] as `12.5 %`, with a space that no line breaks at; `–` where there is none."""
+    return f"{100 * value:.{digits}f}\u00a0%" if finite(value) else "–"
+
+
+def wilson_interval(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
+    """The 95 % Wilson score interval of a share of n independent trials; it is no point at 0 and 1."""
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def provenance(metrics: Metrics) -> str:
+    """Who made labels and judgements: to be read beside every energy."""
+    labels = str(metrics.get("data", {}).get("labels") or "not recorded")
+    if labels.startswith("SevenNet-0"):
+        return "labels and judge: SevenNet-0, an MLIP, not DFT"
+    return f"labels: {labels}; judge: SevenNet-0, an MLIP, not DFT"
+
+
+def ordered(parts: Metrics | None) -> list[str]:
+    """The stages of a section of metrics.json in the order of training."""
+    return [stage for stage in STAGES if stage in (parts or {})]
+
+
+def conditions(metrics: Metrics) -> str:
+    """One line on machine, date, commit, ranks, data and labels; what was not recorded is said."""
+    machine, data = metrics.get("machine", {}), metrics.get("data", {})
+    parameters = metrics.get("parameters", {}).get("total")
+    parts = [
+        str(machine.get("processor") or "processor not recorded"),
+        f"{machine.get('cores', '?')} cores, {machine.get('ranks', '?')} ranks",
+        f"torch {machine.get('torch', '?')}",
+        str(machine.get("date") or "date not recorded"),
+        f"commit {machine['commit']}" if machine.get("commit") else "commit not recorded",
+        f"{parameters / 1e6:.2f} M parameters" if finite(parameters) else "parameters not recorded",
+        "{} training, {} validation, {} test systems".format(
+            *(data.get(part, "?") for part in ("train", "val", "test"))
+        ),
+        provenance(metrics),
+    ]
+    return " · ".join(parts)
+
+
+# --------------------------------------------------------------------------- verdicts
+
+
+def claims(metrics: Metrics) -> list[Claim]:
+    """Verdicts on what a run should show, as far as it has got."""
+    found = [_property_claim(metrics)]
+    found += [
+        _reward_claim(metrics, "instruct", "grpo", keeps=False),
+        _reward_claim(metrics, "grpo", "ga_grpo", keeps=True),
+    ]
+    found += [_design_claim(metrics, judge) for judge in JUDGES]
+    return [claim for claim in found if claim is not None]
+
+
+def _property_claim(metrics: Metrics) -> Claim | None:
+    stages, baselines = ordered(metrics.get("property")), metrics.get("baselines") or {}
+    if not stages or not baselines:
+        return None
+    result = metrics["property"][stages[-1]]
+    error = result.get("both", {}).get("mae")
+    against = ", ".join(
+        f"{number(b.get('mae'))} for {BASELINE_NAMES.get(k, k)}" for k, b in baselines.items()
+    )
+    sentence = f"Energies from text and graph after {STAGE_NAMES[stages[-1]]} beat both baselines"
+    n = result.get("both", {}).get("n", "?")
+    if not finite(error):
+        return Claim("no", sentence, f"the MAE is not a number (n = {n}); baselines: {against}")
+    spread = _mae_standard_error(result)
+    evidence = (
+        f"MAE {number(error)} eV"
+        + (f" ± {number(spread)} (standard error)" if spread else "")
+        + f" on n = {n} test systems; baselines: {against}; {provenance(metrics)}"
+    )
+    best = min((b["mae"] for b in baselines.values() if finite(b.get("mae"))), default=math.nan)
+    return Claim(_verdict(best - error, 2 * (spread or 0.0)), sentence, evidence)
+
+
+def _mae_standard_error(result: Metrics) -> float | None:
+    """Standard error (eV) of the MAE from the parity points, as if all systems were independent."""
+    parity = result.get("parity") or {}
+    errors = np.abs(np.subtract(parity.get("predicted", []), parity.get("energy", [])))
+    return float(errors.std(ddof=1) / math.sqrt(len(errors))) if len(errors) > 1 else None
+
+
+def _verdict(gain: float, margin: float) -> Verdict:
+    if not math.isfinite(gain) or gain <= -margin:
+        return "no"
+    return "yes" if gain > margin else "unclear"
+
+
+def _reward_claim(metrics: Metrics, before: str, after: str, keeps: bool) -> Claim | None:
+    generation = metrics.get("generation") or {}
+    if before not in generation or after not in generation:
+        return None
+    a, b = generation[before], generation[after]
+    gain = b["reward"] - a["reward"]
+    error = math.hypot(a.get("reward_se") or 0.0, b.get("reward_se") or 0.0)
+    verdict = _verdict(gain, 2 * error)
+    if keeps and verdict == "unclear":
+        verdict = "yes"
+    verb = "did not lower" if keeps else "raised"
+    return Claim(
+        verdict,
+        f"{STAGE_NAMES[after]} {verb} the mean reward of sampled CIFs",
+        f"{number(a['reward'], 2)} ± {number(a.get('reward_se'), 2)} before (n = {a['n']}), {number(b['reward'], 2)} ± "
+        f"{number(b.get('reward_se'), 2)} after (n = {b['n']}): {gain:+.2f} ± {error:.2f} standard error; scale -15 to 10",
+    )
+
+
+def _design_claim(metrics: Metrics, judge: str) -> Claim | None:
+    design = metrics.get("design") or {}
+    rates = design.get(judge)
+    if not rates or not design.get("n"):
+        return None
+    low, high = wilson_interval(rates["success"], design["n"])
+    controls = {key: rates[key] for key in CONTROLS if finite(rates.get(key))}
+    if not controls:
+        return None
+    hardest = max(controls.values())
+    verdict: Verdict = "yes" if low > hardest else "no" if rates["success"] <= hardest else "unclear"
+    listed = ", ".join(f"{CONTROLS[key]} {percent(share)}" for key, share in controls.items())
+    return Claim(
+        verdict,
+        f"Designs hit the wanted energy more often than the controls, judged by {_judge_name(judge)}",
+        f"{percent(rates['success'])} of n = {design['n']} tasks (95\u00a0% interval {percent(low, 0)} to {percent(high, 0)}); "
+        f"controls: {listed}; {provenance(metrics)}",
+    )
+
+
+def _judge_name(judge: str) -> str:
+    return "the model's own predictor, which the search optimises" if judge == "own" else "SevenNet-0"
+
+
+# --------------------------------------------------------------------------- tables
+
+
+def property_table(metrics: Metrics) -> Table | None:
+    """MAE and R² by stage and inference mode, the baselines first."""
+    stages, baselines = ordered(metrics.get("property")), metrics.get("baselines") or {}
+    if not stages and not baselines:
+        return None
+    tested = [metrics["property"][stage].get("both", {}).get("n") for stage in stages]
+    n = tested[-1] if tested else metrics.get("data", {}).get("test", "?")
+    rows = [
+        [f"{BASELINE_NAMES.get(k, k)} (baseline)", "", "", _error_cell(b), ""] for k, b in baselines.items()
+    ]
+    for stage in stages:
+        result = metrics["property"][stage]
+        cells = [_error_cell(result.get(mode)) for mode in ("both", "graph", "text")]
+        rows.append([STAGE_NAMES[stage], *cells, _written_cell(result.get("generated"))])
+    notes = [
+        f"Mean absolute error in eV / R² (1 is perfect, 0 is no better than the mean) on n = {n} test systems whose pair "
+        "of bulk metal and facet does not occur in training. No outlier is dropped.",
+        "Baselines read the text alone: the mean training energy of the adsorbate, and a ridge regression on its words.",
+        "Written answer: the energy read from the text that the model writes; the other columns are its energy head.",
+    ]
+    return Table(f"Predicted adsorption energies ({provenance(metrics)})", ["", *MODES.values()], rows, notes)
+
+
+def _error_cell(result: Metrics | None) -> str:
+    return f"{number(result.get('mae'))} / {number(result.get('r2'), 2)}" if result else "–"
+
+
+def _written_cell(result: Metrics | None) -> str:
+    if not result:
+        return "–"
+    unread, read = result.get("unread", 0), result.get("n", 0)
+    if not unread:
+        return _error_cell(result)
+    return f"{_error_cell(result)} ({unread} unread)" if read else f"none of {unread} read"
+
+
+def generation_table(metrics: Metrics) -> Table | None:
+    """Mean reward and failure rates by stage."""
+    generation = metrics.get("generation") or {}
+    stages = ordered(generation)
+    if not stages:
+        return None
+    rows = []
+    for stage in stages:
+        g = generation[stage]
+        reward = f"{number(g.get('reward'), 2)} ± {number(g.get('reward_se'), 2)}"
+        rows.append(
+            [STAGE_NAMES[stage], str(g.get("n", "?")), reward, *(percent(g.get(rate)) for rate in RATES)]
+        )
+    notes = [
+        "R: mean PVCP reward ± standard error, from -15 (unreadable) to 10 (nothing to object to).",
+        *(f"{RATE_NAMES[rate]}: {meaning}." for rate, meaning in RATES.items()),
+        f"Shares are of all n texts sampled{_sampling(metrics)}, the same prompts for every stage; an unreadable text fails "
+        "every check.",
+    ]
+    return Table(
+        "CIFs sampled for unseen systems, checked by rules alone (no energies)",
+        ["after stage", "n", "R", *RATE_NAMES.values()],
+        rows,
+        notes,
+    )
+
+
+def _sampling(metrics: Metrics) -> str:
+    settings = ((metrics.get("config") or {}).get("evaluate") or {}).get("sampling") or {}
+    if "temperature" not in settings or "top_p" not in settings:
+        return ""
+    return f" at temperature {settings['temperature']:g} and top-p {settings['top_p']:g}"
+
+
+def design_table(metrics: Metrics) -> Table | None:
+    """Design success by judge beside the controls."""
+    design = metrics.get("design") or {}
+    if not design:
+        return None
+    n, rows = design.get("n", 0), []
+    for judge, name in JUDGES.items():
+        rates = design.get(judge)
+        if not rates:
+            rows.append([name, "not judged", *("–" for _ in CONTROLS)])
+            continue
+        low, high = wilson_interval(rates["success"], n) if n else (math.nan, math.nan)
+        success = f"{percent(rates['success'])} ({percent(low, 0)} to {percent(high, 0)})"
+        rows.append([name, success, *(percent(rates.get(key)) for key in CONTROLS)])
+    return Table(
+        f"Structures designed for a wanted adsorption energy, n = {n} tasks ({provenance(metrics)})",
+        ["judged by", "success (95\u00a0% interval)", *CONTROLS.values()],
+        rows,
+        _design_notes(design),
+    )
+
+
+def _design_notes(design: Metrics) -> list[str]:
+    tolerance = number(design.get("tolerance", TOLERANCE), 2)
+    notes = [
+        f"Success: readable, exactly the atoms asked for, no overlap, and the judged energy within {tolerance} eV of the "
+        "wanted one. The search optimises the own predictor. SevenNet-0 relaxes the adsorbate and has no part in the search; "
+        "it made the labels of the shipped data, so it is independent of the predictor, not of what that was trained on.",
+        "Controls: the same designs for one another's targets (of all tasks; of the same adsorbate), and a random training "
+        "system of the same adsorbate.",
+    ]
+    facts = [f"{percent(design.get('feasible'))} of the tasks ended with a valid structure"]
+    judged = design.get("sevennet") or {}
+    if "judged_ok" in judged:
+        facts.append(f"SevenNet-0 accepted {percent(judged['judged_ok'])}")
+    if finite(judged.get("mae")):
+        facts.append(f"its energies are {number(judged['mae'])} eV from the wanted ones on average")
+    if finite(judged.get("predictor_mae")):
+        facts.append(f"and {number(judged['predictor_mae'])} eV from the own predictor's")
+    notes.append(", ".join(facts) + ".")
+    diversity = design.get("diversity") or {}
+    successes = diversity.get("n", diversity.get("successes"))
+    if successes is not None:
+        notes.append(
+            f"{diversity.get('distinct', '?')} of the {successes} successes are different structures."
+        )
+    return notes
+
+
+def time_table(metrics: Metrics) -> Table | None:
+    """Minutes by stage, training and evaluation side by side, then whatever else was timed."""
+    seconds = {k: v for k, v in (metrics.get("seconds") or {}).items() if finite(v)}
+    if not seconds:
+        return None
+
+    def minutes(key: str) -> str:
+        return f"{seconds[key] / 60:.1f}" if key in seconds else "–"
+
+    staged = [s for s in STAGES if s in seconds or f"evaluate {s}" in seconds]
+    rows = [[STAGE_NAMES[s], minutes(s), minutes(f"evaluate {s}")] for s in staged]
+    known = {key for s in staged for key in (s, f"evaluate {s}")}
+    rows += [[key, "–", minutes(key)] for key in seconds if key not in known]
+    rows.append(["all", f"{sum(seconds.get(s, 0.0) for s in staged) / 60:.1f}", ""])
+    rows[-1][2] = f"{sum(seconds.values()) / 60 - sum(seconds.get(s, 0.0) for s in staged) / 60:.1f}"
+    machine = metrics.get("machine", {})
+    title = f"Minutes on {machine.get('cores', '?')} cores ({machine.get('processor') or 'processor not recorded'})"
+    return Table(title, ["", "training", "evaluation"], rows, [])
+
+
+# --------------------------------------------------------------------------- what is not there
+
+
+def missing_parts(metrics: Metrics, logged: Collection[str] | None = None) -> list[str]:
+    """What a finished run of this configuration has and this one has not. logged: stages with a log of their own."""
+    config = metrics.get("config") or {}
+    stages = [stage for stage in config.get("stages", STAGES) if stage in STAGES]
+    missing = [
+        f"{what} (`{key}`)"
+        for key, what in (("config", "configuration"), ("machine", "machine"), ("data", "data"))
+        if not metrics.get(key)
+    ]
+    if logged is not None:
+        missing += [f"training log of {STAGE_NAMES[stage]}" for stage in stages if stage not in logged]
+    if not metrics.get("baselines"):
+        missing.append("property baselines")
+    missing += _absent("energy prediction after", stages, metrics.get("property"))
+    missing += _absent(
+        "sampled CIFs after", [s for s in stages if s in GENERATING], metrics.get("generation")
+    )
+    design = metrics.get("design") or {}
+    if "ga_grpo" in stages and not design:
+        missing.append("design evaluation")
+    if design and not design.get("sevennet"):
+        off = (config.get("evaluate") or {}).get("judge") == "none"
+        missing.append(
+            "SevenNet-0's judgement of the designs" + (" (off: `evaluate.judge: none`)" if off else "")
+        )
+    if not metrics.get("seconds"):
+        missing.append("times")
+    return missing
+
+
+def _absent(what: str, stages: Sequence[str], section: Metrics | None) -> list[str]:
+    return [f"{what} {STAGE_NAMES[stage]}" for stage in stages if stage not in (section or {})]
+
+
+# --------------------------------------------------------------------------- the terminal
+
+
+def summary_table(metrics: Metrics) -> str:
+    """The results of a run as plain text of at most 120 columns, for a reader who knows nothing of the project."""
+    lines = [
+        "CatalyticMLLM: a language model that predicts and designs catalyst surfaces with adsorbates",
+        "",
+    ]
+    lines += _wrapped(conditions(metrics), "")
+    lines.append("")
+    for claim in claims(metrics):
+        lines += _wrapped(f"{claim.verdict.upper():8}{claim.sentence}: {claim.evidence}", " " * 8)
+    for table in tables(metrics):
+        lines += [
+            "",
+            table.title,
+            *_aligned(table),
+            *(s for note in table.notes for s in _wrapped(note, "  ")),
+        ]
+    lines += ["", "Stages in the order of training:", *(f"  {meaning}" for meaning in STAGE_MEANINGS)]
+    missing = missing_parts(metrics)
+    if missing:
+        lines += ["", *_wrapped("Not in this run: " + ", ".join(missing), "  ")]
+    return "\n".join(lines)
+
+
+def tables(metrics: Metrics) -> list[Table]:
+    """All tables that a run has numbers for."""
+    made = (property_table(metrics), generation_table(metrics), design_table(metrics), time_table(metrics))
+    return [table for table in made if table is not None]
+
+
+def _wrapped(text: str, indent: str) -> list[str]:
+    import textwrap
+
+    return textwrap.wrap(text, 116, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+
+
+def _aligned(table: Table) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(table.header, *table.rows)]
+    rule = "-" * (sum(widths) + 2 * len(widths) - 2)
+
+    def line(cells: Sequence[str]) -> str:
+        first, *rest = (
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(cells, widths))
+        )
+        return "  ".join([first, *rest]).rstrip()
+
+    return [rule, line(table.header), rule, *map(line, table.rows), rule]

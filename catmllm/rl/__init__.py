@@ -1,1 +1,0 @@
-"""Sampling, rewards, advantages and the exemplar pools of the RL stages."""

@@ -1,0 +1,213 @@
+"""Runs that are killed, stopped, out of disk or off the rails: what was trained stays, and the rest is as if unbroken."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from catmllm.stages.joint import Joint
+from catmllm.train import checkpoint
+from catmllm.train.checkpoint import CheckpointError
+from catmllm.train.loop import train
+from catmllm.train.stop import EXIT_SAVED, LossWatch, TrainingError
+from tests.behaviour.test_layouts import forks
+from tests.contexts import MakeContext, small
+
+
+@pytest.fixture(scope="session")
+def resumed(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    return forks("resumes", tmp_path_factory.mktemp("resumes"))
+
+
+@pytest.mark.parametrize(
+    ("name", "unbroken"), [("term", "unbroken"), ("usr1", "unbroken lora"), ("apex", "unbroken apex")]
+)
+def test_a_signal_saves_and_the_same_command_goes_on(resumed: dict, name: str, unbroken: str) -> None:
+    """SIGTERM to all, SIGUSR1 to one rank alone (of a run with adapters and dropout): all stop after the same step. Also
+    with apex's optimizer (what stands in for it), whose states are laid out otherwise."""
+    assert resumed[f"{name} status"] == [EXIT_SAVED, EXIT_SAVED]
+    assert 3 <= resumed[f"{name} saved"] < 12
+    assert resumed[name] == resumed[unbroken]
+    assert resumed["equal weights"]
+
+
+def test_apex_trains_as_torch_does(resumed: dict) -> None:
+    """Over the shards of two ranks, some of them empty."""
+    np.testing.assert_allclose(resumed["unbroken apex"], resumed["unbroken"], rtol=5e-5)
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_apex_says_what_it_lacks(make_context: MakeContext, monkeypatch, installed: bool) -> None:
+    """apex itself is missing, or it is there and cannot run."""
+    module = None
+    if installed:
+        module = types.ModuleType("apex.optimizers")
+        module.FusedAdam = Hollow
+    monkeypatch.setitem(sys.modules, "apex.optimizers", module)
+    config = small()
+    config.optimizer = "apex"
+    with pytest.raises(TrainingError, match="requires cuda" if installed else "github.com/NVIDIA/apex"):
+        train(Joint, make_context(config))
+
+
+class Hollow(torch.optim.Optimizer):
+    def __init__(self, params, lr, betas, adam_w_mode):
+        raise RuntimeError("apex.optimizers.FusedAdam requires cuda extensions")
+
+
+def test_another_number_of_ranks_goes_on_alike(resumed: dict) -> None:
+    np.testing.assert_allclose(resumed["term one rank"], resumed["unbroken"], rtol=5e-5)
+
+
+@pytest.mark.slow
+def test_twenty_kills_change_nothing(tmp_path: Path) -> None:
+    found = forks("kills", tmp_path)
+    assert found["kills"] == 20 and found["while saving"] >= 1
+    assert found["equal losses"] and found["equal weights"] and found["steps"] == 90
+
+
+def rows(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 MiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(place)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("mounting needs root; the limit on file sizes below checks the same")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint(
+    make_context: MakeContext,
+    tiny_disk: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    writes, save = [], checkpoint.dcp.async_save
+
+    def watched(*args, **options):
+        writes.append(save(*args, **options))
+        return writes[-1]
+
+    monkeypatch.setattr(checkpoint.dcp, "async_save", watched)
+    config = small()
+    config.joint.steps, config.joint.checkpoint_every = 8, 2
+    context = make_context(config)
+    context.folder = tiny_disk / "joint"
+    context.folder.mkdir()
+
+    class Filling(Joint):
+        def step(self, step):
+            if step == 3:
+                with open(tiny_disk / "others", "wb") as f:
+                    left = os.statvfs(tiny_disk)
+                    f.truncate(0)
+                    f.write(b"x" * (left.f_bavail * left.f_bsize - 200_000))
+            if step == 4:
+                writes[-1].exception()  # a busy machine may not have begun before there is space again
+            if step == 5:
+                (tiny_disk / "others").unlink()
+                kept = sorted(p.name for p in (context.folder / "checkpoints").iterdir())
+                assert kept[0] == "step-0000002"
+            return super().step(step)
+
+    train(Filling, context)
+    err = capfd.readouterr().err
+    assert "step 4 could not be written" in err and " MiB free" in err and "step-0000002" in err
+    assert sorted(p.name for p in (context.folder / "checkpoints").iterdir())[-1] == "step-0000006"
+
+
+def test_three_failed_checkpoints_in_a_row_stop_the_run(
+    make_context: MakeContext, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = small()
+    config.joint.steps, config.joint.checkpoint_every = 12, 2
+    context = make_context(config)
+
+    class Limited(Joint):
+        def step(self, step):
+            if step == 3:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+            return super().step(step)
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        with pytest.raises(CheckpointError, match=r"3 checkpoints in a row.*step-0000002 is good"):
+            train(Limited, context)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert [p.name for p in (context.folder / "checkpoints").iterdir()] == ["step-0000002"]
+    train(Joint, context_again(make_context, context))
+    assert [r["step"] for r in rows(context.folder)] == list(range(12))
+
+
+def context_again(make_context: MakeContext, context):
+    again = make_context(context.config)
+    again.folder = context.folder
+    return again
+
+
+def test_rotation_keeps_the_last_ones(make_context: MakeContext) -> None:
+    config = small()
+    config.joint.steps, config.joint.checkpoint_every, config.keep_checkpoints = 9, 1, 3
+    context = make_context(config)
+    train(Joint, context)
+    names = sorted(p.name for p in (context.folder / "checkpoints").iterdir())
+    assert names == ["step-0000006", "step-0000007", "step-0000008"]
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), 1e6])
+def test_a_loss_gone_wrong_stops_before_the_update_and_saves_the_batch(
+    make_context: MakeContext, wrong: float
+) -> None:
+    config = small()
+    config.joint.steps, config.joint.checkpoint_every = 40, 24
+    context = make_context(config)
+    seen = {}
+
+    class Broken(Joint):
+        def step(self, step):
+            work = super().step(step)
+            if step == 25:
+                seen["ids"] = work.passes[0].batch.input_ids
+                seen["weights"] = {k: v.clone() for k, v in context.model.state_dict().items()}
+                good = work.passes[0].loss
+                work.passes[0].loss = lambda: good() * wrong
+            return work
+
+    with pytest.raises(TrainingError, match=r"at step 25.*bad-step-0000025-rank-\*\.pt"):
+        train(Broken, context)
+    saved = torch.load(context.folder / "bad-step-0000025-rank-0.pt", weights_only=True)
+    assert saved["step"] == 25 and torch.equal(saved["batches"][0]["input_ids"], seen["ids"])
+    assert saved["batches"][0]["graph"]["edge_vec"].dtype == torch.float32
+    now = context.model.state_dict()
+    assert all(torch.equal(now[k], v) for k, v in seen["weights"].items())
+    assert (context.folder / "checkpoints" / "step-0000024" / "step.json").exists()
+
+
+def test_the_watch_tells_jumps_from_noise() -> None:
+    rng = np.random.default_rng(0)
+    watch = LossWatch(20.0)
+    for step in range(2000):
+        assert watch.judge(5 * np.exp(-step / 300) + 0.5 + rng.normal() * 0.1) is None
+    assert "jumped" in (watch.judge(5.0) or "")
+    assert watch.judge(0.5) is None  # the jump was not remembered
+    assert LossWatch(0.0).judge(float("inf")) == "the loss is inf"

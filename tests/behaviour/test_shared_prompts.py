@@ -1,0 +1,114 @@
+"""GRPO's passes over answers that share their prompts: two ranks give the loss and the gradients of one, and of prompts
+repeated for every answer."""
+
+import os
+import socket
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+import catmllm.stages.grpo as grpo
+from catmllm.config import Config
+from catmllm.data.slabs import load_slabs, split
+from catmllm.models.build import new_model
+from catmllm.sample.engine import Rollout
+from catmllm.train.loop import Context, Step, _freeze
+from catmllm.train.sharding import shard, whole
+from catmllm.world import World, start
+from tests.contexts import MakeContext, small
+
+LENGTHS = [[9, 1, 14], [5, 30, 2], [11, 3, 7], [8, 8, 20]]  # tokens of the answers to each prompt
+# One group without a signal, and a hole in another: rank 1 keeps 2 answers where rank 0 keeps 5, and has one pass less.
+INFORMATIVE = [[1, 1, 1], [1, 1, 0], [0, 0, 0], [1, 0, 1]]
+
+
+def configured(ranks: int) -> Config:
+    config = small()
+    config.grpo.batch_size, config.grpo.micro_batch = len(LENGTHS) // ranks, 2
+    config.grpo.beta, config.grpo.property_share, config.grpo.sampling.temperature = 0.5, 0.5, 0.8
+    return config
+
+
+def one_step(context: Context, shared: bool) -> dict[str, Any]:
+    """All passes of this rank's part of the answers: the loss of the step, the gradients, the tokens that were read."""
+    stage = grpo.GRPO(context)
+    world, model = context.world, context.model
+    _freeze(model, stage, False)
+    shard(model, context.config, world)
+    stage.begin()
+    with torch.no_grad():  # away from the reference, or there is no divergence from it
+        for p in model.parameters():
+            p.mul_(2.0)
+    generator, rng = torch.Generator().manual_seed(0), np.random.default_rng(0)
+    prompts = [stage._prompt(i, i, rng) for i in range(len(LENGTHS))]
+    rollouts = [
+        Rollout(p, torch.randint(3, 60, (n,), generator=generator), torch.zeros(n), None, True, "")
+        for p, lengths in enumerate(LENGTHS)
+        for n in lengths
+    ]
+    advantages = rng.normal(size=len(rollouts))
+    count = len(prompts) // world.size
+    first = count * world.rank
+    mine = [i for i, r in enumerate(rollouts) if first <= r.prompt < first + count]
+    work = Step([], defaultdict(float))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grpo, "shares_prompts", lambda text: shared)
+        stage._add_policy(
+            work,
+            prompts[first : first + count],
+            [replace(rollouts[i], prompt=rollouts[i].prompt - first) for i in mine],
+            advantages[mine],
+            np.array(INFORMATIVE, dtype=bool).reshape(-1)[mine],
+        )
+    stage._add_replay(work, 0)
+    loss = torch.zeros(())
+    for k, part in enumerate(work.passes):
+        model.set_requires_gradient_sync(k == len(work.passes) - 1)  # type: ignore[operator]
+        value = part.loss()
+        value.backward()
+        loss += value.detach()
+    gradients = {n: whole(p.grad) for n, p in model.named_parameters() if p.grad is not None}
+    return {
+        "loss": world.mean({"loss": float(loss)})["loss"],
+        "gradients": gradients,
+        "tokens": sum(p.tokens for p in work.passes),
+        "passes": len(work.passes),
+        "kl": world.mean({"kl": work.metrics["kl"]})["kl"],
+    }
+
+
+def rank_of_two(rank: int, port: int, folder: str) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    config = configured(2)
+    world: World = start(config)
+    data = {k: v[:40] for k, v in split(load_slabs()).items()}
+    for shared in (True, False):
+        model, collate = new_model(config, data["train"])
+        found = one_step(Context(config, model, collate, data, world, Path(folder)), shared)
+        if rank == 0:
+            torch.save(found, Path(folder) / f"{shared}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_ranks_give_the_step_of_one(make_context: MakeContext, tmp_path: Path) -> None:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    expected = one_step(make_context(configured(1)), shared=True)
+    apart = one_step(make_context(configured(1)), shared=False)
+    assert expected["tokens"] < apart["tokens"]
+    assert expected["kl"] > 1e-3 and len(expected["gradients"]) > 20
+    mp.spawn(rank_of_two, args=(port, str(tmp_path)), nprocs=2)
+    for found in (apart, *(torch.load(tmp_path / f"{s}.pt", weights_only=True) for s in (True, False))):
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert found["kl"] == pytest.approx(expected["kl"], rel=1e-4)
+        assert found["gradients"].keys() == expected["gradients"].keys()
+        for name, value in expected["gradients"].items():
+            assert float((found["gradients"][name] - value).norm()) <= 1e-4 * float(value.norm()), name

@@ -1,0 +1,233 @@
+"""Plans against what they plan: torch's FLOP counter, parameter counts, and (slow) the allocator's view of real runs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+from catmllm.cli.main import main
+from catmllm.config import Config, ConfigError, load_config
+from catmllm.data.slabs import load_slabs, split
+from catmllm.models.build import new_model
+from catmllm.plan.ledger import Ledger
+from catmllm.plan.trace import (
+    GIB,
+    Plan,
+    advise,
+    largest_micro_batch,
+    synthetic_systems,
+    trace,
+    with_micro_batch,
+)
+from catmllm.stages import STAGES
+from catmllm.structure.system import System
+from catmllm.train.loop import Context, _freeze
+from catmllm.world import World
+from tests.conftest import SMALL_MODEL
+from tests.seeing import save_qwen, seeing_config
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def data() -> dict[str, list[System]]:
+    return {str(k): v[:48] for k, v in split(load_slabs()).items()}
+
+
+def config(*overrides: str) -> Config:
+    return load_config(None, [*SMALL_MODEL, "joint.batch_size=6", *overrides])
+
+
+@pytest.mark.parametrize("stage", ["joint", "instruct"])
+def test_flops_equal_torchs_counter_on_a_real_pass(
+    data: dict[str, list[System]], tmp_path: Path, stage: str
+) -> None:
+    c = config("precision=fp32", "model.llm.attention=eager")
+    model, collate = new_model(c, data["train"])
+    made: Any = STAGES[stage](Context(c, model, collate, data, World(0, 1, torch.device("cpu")), tmp_path))
+    _freeze(model, made, False)
+    with FlopCounterMode(display=False) as counter:
+        made.step(0).passes[0].loss().backward()
+    plan = trace(c, stage, 1, data=data, cuda=False, steps=1)
+    kinds = {k: v for k, v in plan.flops.items() if k != "optimizer"}
+    assert sum(kinds.values()) == counter.get_total_flops() > 1e8
+    assert plan.wide_flops > 0.9 * sum(kinds.values())  # nothing runs in half precision
+
+
+def test_sharded_state_is_a_share_of_the_parameters(data: dict[str, list[System]]) -> None:
+    """On n ranks: float32 weights and two moments of every trained parameter, an n-th each; what is sent follows n."""
+    model, _ = new_model(config(), data["train"])
+    size = sum(p.numel() for n, p in model.named_parameters() if "visual" not in n)
+    plans = {n: trace(config("precision=fp32"), "joint", n, data=data) for n in (1, 2, 4)}
+    for n, plan in plans.items():
+        assert plan.parts["parameters"] * GIB == pytest.approx(4 * size / n, rel=0.05)
+        assert plan.parts["optimizer states"] * GIB == pytest.approx(8 * size / n, rel=0.05)
+        # gathered for forward and (but for the root) again for backward; scattered once
+        assert 4 * size * (n - 1) / n <= plan.sent.get("all-gather", 0.0) <= 2.1 * 4 * size * (n - 1) / n
+        assert plan.sent.get("reduce-scatter", 0.0) == pytest.approx(4 * size * (n - 1) / n, rel=0.03)
+        assert sum(plan.parts.values()) == pytest.approx(plan.phases["training step"])
+        assert plan.peak == max(plan.phases.values())
+    assert not dist.is_initialized()
+
+
+def test_switches_save_what_they_promise(data: dict[str, list[System]]) -> None:
+    def plan(*overrides: str) -> Plan:
+        return trace(config("joint.batch_size=16", *overrides), "joint", 2, data=data)
+
+    none, selective, full = (plan(f"checkpointing={m}") for m in ("none", "selective", "full"))
+    kept = [p.parts["activations"] + p.parts.get("encoder activations", 0) for p in (none, selective, full)]
+    assert kept[0] > kept[1] > kept[2]
+    again = [p.flops.get("recomputed", 0.0) for p in (none, selective, full)]
+    assert again[0] <= again[1] < again[2]
+    useful = [p.flops["forward"] + p.flops["backward"] for p in (none, selective, full)]
+    assert useful[0] == useful[1] == useful[2]
+    assert all(0 < p.mfu_bound <= 1 for p in (none, selective, full))
+
+
+@pytest.mark.parametrize("stage", ["align", "grpo", "ga_grpo"])
+def test_every_other_stage_has_a_plan(data: dict[str, list[System]], stage: str) -> None:
+    c = config("grpo.batch_size=2", "grpo.micro_batch=4", "ga_grpo.tasks=4", "ga_grpo.batch_size=2")
+    plan = trace(c, stage, 2, data=data)
+    assert plan.tokens > 0 and plan.flops["forward"] > 0 and plan.flops["backward"] > 0
+    assert ("sampling" in plan.phases) == (stage != "align")
+    assert ("reference model" in plan.parts) == (stage == "grpo")
+    if stage == "grpo":
+        assert plan.parts["reference model"] == pytest.approx(plan.parts["parameters"], rel=0.01)
+
+
+def test_answers_share_their_prompts_in_a_plan(data: dict[str, list[System]]) -> None:
+    """As the trainer has them: with our attention, and not with another."""
+    options = ("grpo.batch_size=2", "grpo.group_size=4", "grpo.micro_batch=4", "grpo.property_share=0")
+    new = ("grpo.sampling.max_new_tokens=32", "precision=fp16")
+    tokens = {}
+    for attention in ("varlen", "sdpa"):
+        c = config(*options, *new, f"model.llm.attention={attention}")
+        tokens[attention] = trace(c, "grpo", 2, data=data).tokens
+    prompts = (tokens["sdpa"] - tokens["varlen"]) / 3  # each four times, and once
+    assert tokens["varlen"] == 2 * 4 * 32 + prompts > 2 * 4 * 32
+
+
+def test_a_plan_for_a_gpu_takes_its_attention_and_keeps_no_logits(data: dict[str, list[System]]) -> None:
+    c = config("joint.batch_size=8", "precision=fp16")
+    plans = {cuda: trace(c, "joint", 1, data=data, cuda=cuda, steps=1) for cuda in (True, False)}
+    assert plans[True].flops.get("recomputed", 0.0) > plans[False].flops.get("recomputed", 0.0)
+    assert plans[True].parts["logits"] < plans[False].parts["logits"]
+
+
+def test_pictures_and_their_tower_are_planned(data: dict[str, list[System]], tmp_path: Path) -> None:
+    """A tower that trains has gradients and moments; one that does not is whole on every rank; unused it takes nothing."""
+    save_qwen(tmp_path, data["train"])
+    options = {"off": ["data.images=false"], "frozen": [], "trained": ["model.llm.train_images=true"]}
+    plans = {k: trace(seeing_config(tmp_path, *o), "joint", 2, data=data) for k, o in options.items()}
+    tower = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path).model.visual.num_parameters()
+    parameters = {k: p.parts["parameters"] * GIB for k, p in plans.items()}
+    states = {k: p.parts["optimizer states"] * GIB for k, p in plans.items()}
+    assert parameters["frozen"] - parameters["off"] == pytest.approx(2 * tower, rel=0.02)  # bf16
+    assert parameters["trained"] - parameters["off"] == pytest.approx(4 * tower / 2, rel=0.05)
+    assert states["trained"] - states["off"] == pytest.approx(8 * tower / 2, rel=0.05)
+    assert states["frozen"] == states["off"]
+    assert plans["off"].tokens < plans["frozen"].tokens == plans["trained"].tokens
+    assert plans["frozen"].flops["forward"] > plans["off"].flops["forward"]
+
+
+def test_the_ledger_sees_what_is_alive() -> None:
+    with Ledger(cuda=True) as ledger:
+        ledger.phase("one")
+        a = torch.zeros(1000)
+        b = a.double() + 1  # a temporary of 8000 beside a result of 8000
+        del a
+        ledger.phase("two")
+        c = b[:10]  # a view owns nothing
+        del b
+        d = torch.zeros(10)
+        ids = torch.arange(5)
+        assert ids.sum().item() == 10  # integers are real
+    peaks = ledger.peaks()
+    assert peaks["one"].total == 4000 + 8000 + 8000
+    assert peaks["two"].total == 8000 + 40 + 40 + 8 and len(c) == 10 and len(d) == 10
+
+
+def test_the_largest_micro_batch_is_found() -> None:
+    def of(size: int) -> Plan:
+        peak = 10 + 1.5 * size + (2.0 if size > 20 else 0.0)  # a line with a step in it
+        return Plan("joint", 8, size, 1, 0, peak, {}, {}, {}, 0.0, {}, 0.0)
+
+    assert largest_micro_batch(of(4), of, 76.0) == (42, of(42).peak)
+    assert largest_micro_batch(of(300), of, 76.0) == (42, of(42).peak)
+    assert largest_micro_batch(of(4), of, 11.0) == (0, of(1).peak)
+
+
+def test_what_to_turn_on_is_found() -> None:
+    """With a limit between what one sample needs with and without checkpointing."""
+    systems = synthetic_systems(80, 24)
+    data = {"train": systems, "val": systems, "test": systems}
+    one = with_micro_batch(config("joint.property_share=0"), "joint", 1)
+    plain = trace(one, "joint", 2, data=data)
+    saving = trace(replace(one, checkpointing="full"), "joint", 2, data=data)
+    assert saving.peak < plain.peak
+    advice = advise(one, "joint", 2, (saving.peak + plain.peak) / 2, data=data)
+    assert advice.largest >= 1 and advice.turn_on[0] == "checkpointing=selective"
+
+
+def test_the_command_prints_json_and_says_whether_it_fits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("joint: {batch_size: 4}\ntensorboard: false\n")
+    arguments = ["plan", str(path), *SMALL_MODEL, "--stage", "joint", "--ranks", "2", "--no-search", "--json"]
+    assert main(arguments) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row["fits"] and row["plan"]["ranks"] == 2 and row["plan"]["parts"]["parameters"] > 0
+    assert main([*arguments[:-1], "--limit", "0.001"]) == 1
+    assert "DOES NOT FIT" in capsys.readouterr().out
+    assert main(["plan", str(path), "--stage", "jiont"]) == 1
+    assert "choose one of align" in capsys.readouterr().err
+
+
+def test_a_pretrained_model_of_unknown_size_is_an_error() -> None:
+    c = config("model.llm.pretrained=somebody/else")
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        trace(c, "joint", 2)
+    assert not dist.is_initialized()
+
+
+def test_synthetic_systems_have_the_atoms_asked_for() -> None:
+    for atoms in (20, 80, 225):
+        systems = synthetic_systems(atoms, 2)
+        assert all(len(s) == atoms and s.adsorbate == "CO" for s in systems)
+        distance = systems[0].as_ase().get_all_distances(mic=True)
+        assert distance[~torch.eye(atoms, dtype=torch.bool).numpy()].min() > 0.9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "parameters"), [("3B", 3.40e9), ("7B", 7.62e9)])
+def test_published_sizes(size: str, parameters: float) -> None:
+    """The text towers as published (7.62e9; 3.09e9 with tied embeddings, 3.40e9 with a head of its own), on 8 ranks."""
+    c = load_config(None, [f"model.llm.pretrained=Qwen/Qwen2.5-VL-{size}-Instruct", "joint.batch_size=2"])
+    plan = trace(replace(c, checkpointing="full"), "joint", 8, steps=1)
+    assert plan.parts["parameters"] * GIB * 8 / 4 == pytest.approx(parameters, rel=0.01)
+
+
+@pytest.mark.slow
+def test_planned_peaks_are_those_of_real_runs() -> None:
+    """Five CPU runs, two of 340M parameters: peak bytes of live tensors by the allocator, within 10 %."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "bench" / "plan.py"), "--json"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    rows = json.loads(done.stdout)
+    assert len(rows) == 5
+    for row in rows:
+        assert row["ratio"] == pytest.approx(1.0, abs=0.1), row

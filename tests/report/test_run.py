@@ -1,0 +1,479 @@
+"""The report of a run: real content from a made-up run, nothing from outside, hostile text harmless, gaps told."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import re
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy.stats import binomtest
+
+from catmllm.config import STAGES, Config, to_dict
+from catmllm.data.slabs import load_slabs
+from catmllm.report import figures, summary
+from catmllm.report.drawing import structure_svg
+from catmllm.report.run import readme_figure, summary_table, write_report
+from catmllm.structure.cif import write_cif
+from catmllm.structure.system import System, make_system
+
+HOSTILE = '<script>alert("x")</script>&amp;<img src=http://evil.example/x.png>\x1b[31m\u202e\ud800'
+
+
+@pytest.fixture(scope="module")
+def systems() -> list[System]:
+    return load_slabs()[:400:25]
+
+
+def made_metrics(systems: list[System]) -> dict[str, Any]:
+    """A finished run whose numbers are made up, but consistent and easy to find again."""
+    rng = np.random.default_rng(0)
+    energy = rng.normal(-1.0, 1.4, 200)
+    predicted = energy + rng.normal(0.0, 0.25, 200)
+    mae = float(np.abs(energy - predicted).mean())
+    names = [systems[i % len(systems)].adsorbate for i in range(200)]
+    mode = {"mae": mae, "r2": 0.9671, "n": 200}
+    result = {
+        "both": mode,
+        "graph": {"mae": 0.4132, "r2": 0.81, "n": 200},
+        "text": {"mae": 0.4649, "r2": 0.77, "n": 200},
+        "generated": {"mae": 0.5523, "r2": 0.71, "n": 193, "unread": 7},
+        "parity": {"energy": energy.tolist(), "predicted": predicted.tolist(), "adsorbate": names},
+    }
+    return {
+        "config": to_dict(Config()),
+        "machine": {
+            "processor": "Some <Processor>",
+            "cores": 2,
+            "ranks": 2,
+            "torch": "2.13.0",
+            "date": "2026-05-17",
+            "commit": "abc1234",
+        },
+        "parameters": {"total": 3247809},
+        "data": {"train": 2347, "val": 301, "test": 200, "labels": "SevenNet-0 (an MLIP, not DFT)"},
+        "baselines": {
+            "adsorbate_mean": {"mae": 0.7612, "r2": 0.41},
+            "text_ridge": {"mae": 0.3444, "r2": 0.86},
+        },
+        "property": {stage: copy.deepcopy(result) for stage in STAGES},
+        "generation": {
+            "instruct": made_generation(systems, 7.1234, 0.21, 0.142, {"loop": 20, "sites": 16}),
+            "grpo": made_generation(systems, 9.2345, 0.11, 0.025, {"loop": 6}),
+            "ga_grpo": made_generation(systems, 9.1, 0.12, 0.031, {"loop": 8}),
+        },
+        "design": made_design(systems),
+        "seconds": {"align": 60.0, "evaluate align": 30.0, "joint": 90.0, "design": 120.0},
+    }
+
+
+def made_generation(
+    systems: list[System], reward: float, error: float, failed: float, reasons: dict[str, int]
+) -> dict[str, Any]:
+    edges = np.arange(-15.0, 10.51, 0.5)
+    counts = np.zeros(len(edges) - 1, int)
+    counts[0], counts[-1] = round(256 * failed), 256 - round(256 * failed)
+    return {
+        "n": 256,
+        "reward": reward,
+        "reward_se": error,
+        "reward_hist": {"edges": edges.tolist(), "counts": counts.tolist()},
+        "terms": {"comp": 8.8, "parse": 9.1, "valid": 9.2, "phys": 9.3},
+        **{
+            "PF": failed,
+            "VF": failed + 0.01,
+            "CM": failed + 0.05,
+            "PV": failed + 0.07,
+            "PV_eq41": failed + 0.17,
+        },
+        "reasons": reasons,
+        "examples": [write_cif(systems[0]), HOSTILE],
+    }
+
+
+def made_design(systems: list[System]) -> dict[str, Any]:
+    items = []
+    for k, system in enumerate(systems):
+        target = system.known_energy
+        best = {
+            "text": "Ok, here:\n" + write_cif(system),
+            "reward": 0.9,
+            "predicted": target + 0.02 * k,
+            "pvcp": 10.0,
+            "feasible": True,
+            "key": str(k),
+            "iteration": 3,
+        }
+        trace = [
+            {
+                "iteration": i,
+                "best_reward": 0.5,
+                "best_predicted": None if k == 0 and i == 0 else target + 1.2 / (i + 1),
+                "feasible": not (k == 0 and i == 0),
+                "mean_error": None if i == 0 else 1.5 / (i + 1),
+                "mean_reward": 0.4,
+            }
+            for i in range(11)
+        ]
+        ok = k % 4 != 3
+        judged = {"energy": target + 0.03 * k, "ok": ok, "reason": None if ok else "dissociated", "steps": 9}
+        items.append(
+            {"identity": system.identity, "energy": target, "feasible": True, "best": best, "judged": judged}
+            | {"success_own": True, "success_sevennet": ok and k < 8, "trace": trace}
+        )
+    items[1] |= {
+        "best": None,
+        "feasible": False,
+        "judged": None,
+        "success_own": False,
+        "success_sevennet": False,
+    }
+    return {
+        "n": len(items),
+        "tolerance": 0.25,
+        "feasible": 15 / 16,
+        "own": {"success": 0.9375, "shuffled": 0.1217, "shuffled_same_adsorbate": 0.3, "retrieval": 0.1618},
+        "sevennet": {
+            "success": 0.375,
+            "shuffled": 0.13,
+            "retrieval": 0.1618,
+            "mae": 0.2022,
+            "judged_ok": 0.75,
+        },
+        "diversity": {"n": 6, "distinct": 5, "share": 5 / 6},
+        "items": items,
+    }
+
+
+def made_run(folder: Path, metrics: dict[str, Any], stages: tuple[str, ...] = STAGES) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    extra = {
+        "align": "retrieval",
+        "joint": "energy_mae",
+        "instruct": "energy_mae",
+        "grpo": "reward",
+        "ga_grpo": "reward",
+    }
+    for stage in stages:
+        (folder / stage).mkdir(exist_ok=True)
+        rows = [{"step": s, "loss": 5.0 / (s + 1), extra[stage]: 0.1 * s, "lr": 1e-3} for s in range(60)]
+        (folder / stage / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(systems: list[System], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return made_run(tmp_path_factory.mktemp("runs") / "made & up", made_metrics(systems))
+
+
+@pytest.fixture(scope="module")
+def page(run: Path) -> str:
+    return write_report(run).read_text(encoding="utf-8")
+
+
+class Outline(HTMLParser):
+    """Tags, attributes and text of a page, and whether every tag is closed in order."""
+
+    VOID = frozenset({"meta", "br", "img", "link", "input"})
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.feed(page)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return re.sub(r"\s+", " ", " ".join(self.words))
+
+
+def test_the_numbers_of_the_run_are_in_the_page(page: str, systems: list[System]) -> None:
+    text = Outline(page).text
+    for number in ("0.413 / 0.81", "0.465 / 0.77", "0.552 / 0.71 (7 unread)", "0.761 / 0.41", "0.344 / 0.86"):
+        assert number in text
+    for number in ("7.12 ± 0.21", "9.23 ± 0.11", "14.2 %", "2.5 %", "31.2 %"):
+        assert number in text
+    for number in ("93.8 %", "37.5 %", "12.2 %", "16.2 %", "5 of the 6 successes"):
+        assert number in text
+    for words in ("2026-05-17", "abc1234", "2347 training", "labels and judge: SevenNet-0, an MLIP, not DFT"):
+        assert words in text
+    assert "dissociated" in text and "loop" in text
+    assert systems[4].identity in text and f"{systems[4].known_energy:.2f} eV" in text
+    assert "Not in this run" not in text
+    assert page.count('<span class="verdict yes">') == 5 and "Nothing has been measured" not in text
+    for claim in summary.claims(made_metrics(systems)):
+        assert claim.sentence in text and re.sub(r"\s+", " ", claim.evidence) in text
+    assert '"mmtg_lambda": 1.0' in text and '"tolerance": 0.25' in text
+    assert all(meaning in text for meaning in summary.STAGE_MEANINGS)
+    assert len(page) < 1_500_000
+
+
+def test_figures_are_inline_svg_with_text_and_unique_ids(page: str) -> None:
+    outline = Outline(page)
+    svgs = [attrs for tag, attrs in outline.tags if tag == "svg"]
+    labelled = [a for a in svgs if a.get("class") != "atoms"]
+    assert len(labelled) == 7  # parity, failures, rewards, design, trace, training, seconds
+    assert all(a.get("aria-label") for a in svgs)
+    assert sum(a.get("class") == "atoms" for a in svgs) == 2 * 6
+    for words in ("predicted (eV)", "reward R", "|E_pred - E*| (eV)", "iteration of the closed loop", "step"):
+        assert words in outline.text
+    ids = [attrs["id"] for _, attrs in outline.tags if "id" in attrs]
+    assert len(ids) == len(set(ids))
+    used = set(re.findall(r'(?:url\(#|href="#)([\w-]+)', page))
+    assert used <= set(ids)
+
+
+def test_nothing_comes_from_outside(page: str) -> None:
+    shown = Outline(page)
+    for tag, attrs in shown.tags:
+        assert tag not in ("script", "link", "iframe", "object", "embed", "base", "form", "img")
+        for name, value in attrs.items():
+            assert not name.startswith("on")
+            if name in ("src", "href", "xlink:href", "action", "data"):
+                assert value is not None and value.startswith(("#", "data:image/"))
+            if name == "style":
+                assert "url(http" not in (value or "")
+    without_texts = re.sub(r"<pre>.*?</pre>", "", page, flags=re.DOTALL)
+    assert "http://" not in without_texts and "https://" not in without_texts
+    assert "@import" not in page
+    policy = next(
+        a for t, a in shown.tags if t == "meta" and a.get("http-equiv") == "Content-Security-Policy"
+    )
+    assert "default-src 'none'" in (policy["content"] or "")
+
+
+def test_text_of_models_is_escaped(page: str) -> None:
+    assert "<script" not in page and "<img" not in page
+    assert "&lt;script&gt;alert(&quot;x&quot;)&lt;/script&gt;&amp;amp;" in page
+    assert "\x1b" not in page and "\u202e" not in page  # and the lone surrogate did not stop the writing
+    assert "Some &lt;Processor&gt;" in page
+    assert "made &amp; up" in page
+
+
+def test_hostile_designs_and_names_do_no_harm(systems: list[System], tmp_path: Path) -> None:
+    metrics = made_metrics(systems[:3])
+    for item, text in zip(metrics["design"]["items"], (HOSTILE, "", "data_x\n_cell_length_a 1\n")):
+        item["best"] = {"text": text, "predicted": 0.1, "feasible": True}
+        item["judged"] = None
+    metrics["property"]["ga_grpo"]["parity"]["adsorbate"][0] = "$\\frac{</svg><script>$"
+    metrics["generation"]["grpo"]["reasons"] = {"</td><script>": 3}
+    page = write_report(made_run(tmp_path / "run", metrics)).read_text()
+    assert "<script" not in page and "cannot be drawn" in page
+    Outline(page)
+
+
+def _prefixes() -> Iterator[tuple[str, ...]]:
+    keys = ("config", "machine", "data", "baselines", "property", "generation", "design", "seconds")
+    for n in (0, 4, 6, 7):
+        yield keys[:n]
+
+
+@pytest.mark.parametrize("keys", _prefixes(), ids=len)
+def test_an_unfinished_run_says_what_is_missing(
+    keys: tuple[str, ...], systems: list[System], tmp_path: Path
+) -> None:
+    metrics = {key: value for key, value in made_metrics(systems[:3]).items() if key in keys}
+    stages = STAGES[: max(0, len(keys) - 4)]
+    text = Outline(write_report(made_run(tmp_path / "run", metrics, stages)).read_text()).text
+    assert "Not in this run" in text and "times" in text
+    assert ("design evaluation" in text) == ("design" not in keys)
+    assert ("property baselines" in text) == ("baselines" not in keys)
+    assert ("energy prediction after joint" in text) == ("property" not in keys)
+    assert ("training log of GA-GRPO" in text) == ("ga_grpo" not in stages)
+    assert isinstance(summary_table(metrics), str)
+
+
+def test_partial_sections(systems: list[System], tmp_path: Path) -> None:
+    metrics = made_metrics(systems[:3])
+    metrics["config"]["evaluate"]["judge"] = "none"
+    metrics["design"]["sevennet"] = None
+    for item in metrics["design"]["items"]:
+        item.pop("judged"), item.pop("success_sevennet")
+    del metrics["property"]["ga_grpo"], metrics["generation"]["ga_grpo"]
+    metrics["property"]["align"]["both"] |= {"mae": math.nan, "r2": math.nan}
+    metrics["property"]["align"]["generated"] = {"mae": math.nan, "r2": math.nan, "n": 0, "unread": 200}
+    text = Outline(write_report(made_run(tmp_path / "run", metrics)).read_text()).text
+    assert "sampled CIFs after GA-GRPO" in text and "energy prediction after GA-GRPO" in text
+    assert "off: `evaluate.judge: none`" in text and "not judged" in text
+    assert "none of 200 read" in text and "– / –" in text
+    assert "sampled CIFs after GRPO" not in text
+
+
+def test_a_stage_that_was_not_asked_for_is_not_missing(systems: list[System]) -> None:
+    metrics = made_metrics(systems)
+    metrics["config"]["stages"] = ["align", "joint"]
+    metrics["property"] = {k: metrics["property"][k] for k in ("align", "joint")}
+    del metrics["generation"], metrics["design"]
+    assert summary.missing_parts(metrics, ["align", "joint"]) == []
+
+
+def test_a_torn_record_and_an_absent_one(tmp_path: Path) -> None:
+    (tmp_path / "metrics.json").write_text('{"config": {')
+    assert "a readable metrics.json" in write_report(tmp_path).read_text()
+    (tmp_path / "metrics.json").unlink()
+    assert "Nothing has been measured yet" in write_report(tmp_path).read_text()
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        write_report(tmp_path / "nowhere")
+
+
+def test_summary_for_the_terminal(systems: list[System]) -> None:
+    metrics = made_metrics(systems)
+    metrics["config"]["evaluate"]["sampling"] |= {"temperature": 0.65, "top_p": 0.85}
+    text = summary_table(metrics)
+    assert max(map(len, text.splitlines())) <= 120
+    for words in (
+        "labels and judge: SevenNet-0, an MLIP, not DFT",
+        "mean per adsorbate (baseline)",
+        "ridge on words (baseline)",
+        "0.465 / 0.77",
+        "n = 200",
+        "9.23 ± 0.11",
+        "PF: cannot be read as a CIF",
+        "at temperature 0.65 and top-p 0.85",
+        "n = 16 tasks",
+        "shuffled targets",
+        "random training system",
+        "Minutes on 2 cores",
+    ):
+        assert words in text, words
+    row = next(line for line in text.splitlines() if line.startswith("all "))
+    assert row.split() == ["all", "2.5", "2.5"]
+    assert summary_table({}).count("Not in this run") == 1
+
+
+def test_own_labels_are_named(systems: list[System]) -> None:
+    metrics = made_metrics(systems)
+    metrics["data"]["labels"] = "oc20.jsonl"
+    assert "labels: oc20.jsonl; judge: SevenNet-0, an MLIP, not DFT" in summary_table(metrics)
+    assert "labels and judge" not in summary_table(metrics)
+
+
+def test_verdicts_follow_the_numbers(systems: list[System]) -> None:
+    def verdicts(**changes: Any) -> list[str]:
+        metrics = made_metrics(systems)
+        for path, value in changes.items():
+            *keys, last = path.split("__")
+            node = metrics
+            for key in keys:
+                node = node[key]
+            node[last] = value
+        return [claim.verdict for claim in summary.claims(metrics)]
+
+    # energies, GRPO raised the reward, GA-GRPO did not lower it, designs by the own predictor, by SevenNet-0
+    assert verdicts() == ["yes", "yes", "yes", "yes", "yes"]
+    assert verdicts(property__ga_grpo__both__mae=0.35)[0] == "unclear"  # within two standard errors of 0.344
+    assert verdicts(property__ga_grpo__both__mae=0.5)[0] == "no"
+    assert verdicts(property__ga_grpo__both__mae=math.nan)[0] == "no"
+    assert verdicts(generation__grpo__reward=7.3)[1] == "unclear"
+    assert verdicts(generation__grpo__reward=6.0)[1] == "no"
+    assert verdicts(generation__ga_grpo__reward=8.0)[2] == "no"
+    assert verdicts(design__sevennet__success=0.25)[4] == "unclear"
+    assert verdicts(design__sevennet__success=0.15)[4] == "no"
+    assert verdicts(design__own__shuffled_same_adsorbate=0.95)[3] == "no"
+    assert len(verdicts(design__sevennet=None)) == 4
+
+
+@pytest.mark.parametrize(("hits", "n"), [(0, 48), (1, 16), (18, 48), (256, 256)])
+def test_wilson_interval_against_scipy(hits: int, n: int) -> None:
+    expected = binomtest(hits, n).proportion_ci(method="wilson")
+    assert summary.wilson_interval(hits / n, n) == pytest.approx((expected.low, expected.high), abs=1e-4)
+
+
+def test_traces_count_every_task(systems: list[System]) -> None:
+    design = made_design(systems)
+    solved, valid = figures.solved_by_iteration(design), figures.valid_by_iteration(design)
+    # the best is off by 1.2 / (i + 1) eV: within 0.25 eV from iteration 4 on
+    assert solved.tolist() == [0.0] * 4 + [1.0] * 7
+    assert valid.tolist() == [15 / 16] + [1.0] * 10
+    one_lost = np.array([[1.0], [2.0], [np.inf]])
+    assert figures._quantile(one_lost, 0.5).tolist() == [2.0]  # the lost task is not left out
+    assert figures._quantile(one_lost, 0.75).tolist() == [np.inf]
+
+
+@pytest.mark.parametrize("suffix", [".png", ".svg"])
+def test_readme_figure(run: Path, tmp_path: Path, suffix: str) -> None:
+    out = tmp_path / f"figure{suffix}"
+    readme_figure(run, out)
+    assert out.stat().st_size <= 200_000
+    if suffix == ".png":
+        with Image.open(out) as image:
+            pixels = np.asarray(image.convert("L"))
+        assert pixels.shape[1] > 700 and pixels.min() < 60 and pixels.max() == 255
+    else:
+        words = " ".join(ET.parse(out).getroot().itertext())
+        assert "not DFT" in words and "Failures of sampled CIFs" in words and "n = 16 tasks" in words
+    with pytest.raises(ValueError, match=r"\.pdf"):
+        readme_figure(run, tmp_path / "figure.pdf")
+
+
+def test_readme_figure_of_an_unfinished_run(systems: list[System], tmp_path: Path) -> None:
+    run = made_run(tmp_path / "run", {"data": made_metrics(systems)["data"]})
+    readme_figure(run, tmp_path / "figure.svg")
+    assert (tmp_path / "figure.svg").read_text().count("not in this run") == 4
+
+
+def circles(svg: str) -> list[tuple[float, float, str]]:
+    return [
+        (float(c.get("cx", "nan")), float(c.get("cy", "nan")), c.get("stroke", ""))
+        for c in ET.fromstring(svg).iter("circle")
+    ]
+
+
+def test_drawing_shows_the_geometry(systems: list[System]) -> None:
+    system = next(s for s in systems if s.adsorbate == "CO")
+    side = circles(structure_svg(system, "side", 120))
+    ringed = [c for c in side if c[2] == "#000"]
+    assert ringed and min(y for _, y, _ in ringed) < min(y for _, y, s in side if s != "#000")
+    scale = 120 / float(np.clip(1.7 * np.linalg.norm(system.lattice[:2], axis=1).max(), 9, 24))
+    heights = sorted({round(y / scale, 1) for _, y, _ in ringed})
+    bond = np.ptp(system.positions[system.tags == 2][:, 2])
+    assert heights[-1] - heights[0] == pytest.approx(bond, abs=0.15)
+    # a CIF's coordinates are wrapped into the cell, so this slab lies on both sides of its boundary
+    shifted = make_system(
+        system.lattice,
+        None,
+        system.numbers,
+        system.tags,
+        system.adsorbate,
+        system.miller,
+        frac=(system.frac + [0.3, 0.0, 0.6]) % 1.0,
+    )
+    moved = circles(structure_svg(shifted, "side", 120))
+    assert len(moved) == len(side)
+    assert np.allclose(sorted(c[:2] for c in moved), sorted(c[:2] for c in side), atol=0.11)
+
+
+def test_drawing_refuses_a_crowd(systems: list[System]) -> None:
+    s = systems[0]
+    n = 400
+    many = make_system(
+        s.lattice, np.random.default_rng(0).random((n, 3)), [29] * n, [0] * (n - 1) + [2], "Cu", (1, 1, 1)
+    )
+    with pytest.raises(ValueError, match="400 atoms"):
+        structure_svg(many, "top")

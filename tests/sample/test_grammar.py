@@ -1,0 +1,161 @@
+"""The mask against a regular expression engine, and what it promises: the right composition in a CIF that parses."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+import regex
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from catmllm.config import SamplingConfig
+from catmllm.data.batches import Collator
+from catmllm.data.prompts import CIF_ANSWER, END, Sample, cif_prompt, cif_sample, design_prompt, design_sample
+from catmllm.models.catalytic_mllm import CatalyticMLLM
+from catmllm.sample.engine import RolloutEngine
+from catmllm.sample.grammar import Grammar, Pattern, answer_pattern
+from catmllm.structure.system import System
+from rewards_fast import PVCP, parse_cif
+
+Model = tuple[CatalyticMLLM, Collator]
+
+
+@pytest.fixture(scope="module")
+def grammar(small_model: Model) -> Grammar:
+    collate = small_model[1]
+    return Grammar(collate.tokenizer, collate.end_id)
+
+
+def expression(pattern: Pattern) -> str:
+    """The pattern as a regular expression, but for how often each element may come."""
+    number = rf"\.[0-9]{{{pattern.decimals}}}"
+    symbols = "|".join(map(re.escape, pattern.symbols))
+    out = []
+    for kind, *rest in pattern.parts:
+        if kind == "text":
+            out.append(re.escape(rest[0]))
+        elif kind == "site":
+            out.append(rf"(?P<s{rest[0]}>{symbols}) (?P=s{rest[0]}){rest[0]} 1 ")
+        elif kind == "fraction":
+            out.append("0" + number)
+        else:
+            out.append(rf"(?:0|[1-9][0-9]{{0,{rest[0] - 1}}})" + number)
+    return "".join(out)
+
+
+@pytest.mark.parametrize("decimals", [2, 3])
+def test_what_the_data_holds_fits_its_pattern(
+    train_systems: list[System], small_model: Model, decimals: int
+) -> None:
+    """Each shipped CIF, token by token as the tokenizer writes it, and then the end token alone."""
+    collate = small_model[1]
+    grammar = Grammar(collate.tokenizer, collate.end_id)
+    for system in train_systems[::97]:
+        for design in (False, True):
+            sample = design_sample(system, None, decimals) if design else cif_sample(system, decimals)
+            pattern = answer_pattern(system.identity, system.target, design, decimals)
+            place = pattern.start
+            for token in collate.encode(sample.answer):
+                assert token in grammar.allowed(pattern, place).tolist()
+                if token != collate.end_id:
+                    place = grammar.after(pattern, place, token)
+            assert pattern.ended(place)
+            assert grammar.allowed(pattern, place).tolist() == [collate.end_id]
+
+
+def test_masks_equal_a_regular_expression_engines(grammar: Grammar, train_systems: list[System]) -> None:
+    """Along a real answer, at places inside tokens too, over the whole vocabulary."""
+    system = train_systems[300]
+    pattern = answer_pattern(system.identity, system.target, False)
+    engine = regex.compile(expression(pattern))
+    answer = cif_sample(system).answer.removesuffix(END)
+    rng = np.random.default_rng(0)
+    for at in sorted({0, *rng.integers(0, len(answer), 14).tolist(), len(answer) - 1}):
+        place = pattern.start
+        for char in answer[:at]:
+            next_place = pattern.step(place, char)
+            assert next_place is not None
+            place = next_place
+        left = dict(zip(pattern.symbols, place[2]))
+        ours = set(grammar.allowed(pattern, place).tolist())
+        for token, text in enumerate(grammar.text):
+            fits = bool(text) and "\ufffd" not in text
+            fits = fits and engine.fullmatch(answer[:at] + text, partial=True) is not None
+            if fits:  # the expression does not count elements
+                rows = re.findall(
+                    r"^([A-Z][a-z]?) \1\d+ 1 ", (answer[:at] + text).split("_occupancy\n")[-1], re.M
+                )
+                fits = all(rows.count(s) <= system.target[s] for s in left)
+                begun = re.search(r"(?:^|\n)([A-Z][a-z]?)(?: [A-Z][a-z]?\d*(?: 1?)?)?$", answer[:at] + text)
+                if fits and begun and "_occupancy\n" in answer[:at] + text:
+                    fits = any(s.startswith(begun[1]) and rows.count(s) < system.target[s] for s in left)
+            assert (token in ours) == fits, (at, text)
+
+
+def test_random_weights_write_what_was_asked_for(small_model: Model, train_systems: list[System]) -> None:
+    """Noise alone fills the pattern: every answer parses and has the composition, whatever the prompt's kind."""
+    model, collate = small_model
+    systems = train_systems[::600]
+    samples = [
+        Sample(design_prompt(s.identity, -1.0) if k % 2 else cif_prompt(s.identity))
+        for k, s in enumerate(systems)
+    ]
+    patterns = [answer_pattern(s.identity, s.target, k % 2 == 1) for k, s in enumerate(systems)]
+    params = SamplingConfig(top_p=0.95, max_new_tokens=1500)
+    rollouts = RolloutEngine(model, collate).generate(samples, params, [0], 2, patterns=patterns)
+    scores = PVCP().score([r.text for r in rollouts], [systems[r.prompt].target for r in rollouts])
+    for r, reason in zip(rollouts, scores.reason):
+        system, pattern = systems[r.prompt], patterns[r.prompt]
+        assert r.finished and regex.fullmatch(expression(pattern), r.text)
+        # random numbers may give a cell that is none, or atoms on top of each other; the form is never at fault
+        if reason is None:
+            crystal = parse_cif(r.text[r.text.index("data_") :])
+            assert crystal.composition == pytest.approx(system.target)
+    assert sum(reason is None for reason in scores.reason) > len(rollouts) / 3
+    # log-probabilities are those of the whole distribution, as training computes them
+    ids = torch.tensor([collate.prompt_ids(samples[0]) + rollouts[0].ids.tolist()])
+    with torch.no_grad():
+        logits = model.llm(input_ids=ids).logits[0, -len(rollouts[0].ids) - 1 : -1]
+    theirs = logits.log_softmax(-1)[torch.arange(len(rollouts[0].ids)), rollouts[0].ids]
+    torch.testing.assert_close(rollouts[0].logprob, theirs, rtol=0, atol=2e-3)
+
+
+def test_any_tokenizer_will_do(plain_tokenizer: PreTrainedTokenizerBase, train_systems: list[System]) -> None:
+    """A byte-level tokenizer that has never seen a CIF: the mask works on characters."""
+    system = train_systems[10]
+    pattern = answer_pattern(system.identity, system.target, False)
+    grammar = Grammar(plain_tokenizer, 0)
+    place = pattern.start
+    for token in plain_tokenizer.encode(
+        cif_sample(system).answer.removesuffix(END), add_special_tokens=False
+    ):
+        assert token in grammar.allowed(pattern, place).tolist()
+        place = grammar.after(pattern, place, token)
+    assert pattern.ended(place)
+    assert CIF_ANSWER.startswith("Ok")
+    first = {grammar.text[t] for t in grammar.allowed(pattern, pattern.start).tolist()}
+    assert first and all("Ok, the CIF file".startswith(t) for t in first)
+
+
+@pytest.fixture(scope="module")
+def plain_tokenizer() -> PreTrainedTokenizerBase:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(["<end>", *alphabet])}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>")
+
+
+def test_a_token_that_breaks_the_pattern_is_an_error(grammar: Grammar, train_systems: list[System]) -> None:
+    system = train_systems[0]
+    pattern = answer_pattern(system.identity, system.target, False)
+    wrong = next(i for i, t in enumerate(grammar.text) if t == "Pd")
+    with pytest.raises(ValueError, match="breaks the pattern"):
+        grammar.after(pattern, pattern.start, wrong)
+    with pytest.raises(ValueError, match="cannot read the identity"):
+        answer_pattern("no identity", {"Pd": 1}, False)
