@@ -8,6 +8,10 @@
 #include <cstring>
 #include <string_view>
 
+#if !defined(__GNUC__) && !defined(__clang__)
+#error "the engine needs GCC or Clang: it uses their vectors and their bit-counting functions"
+#endif
+
 namespace catmllm::cif {
 
 constexpr unsigned char kUnicodeSpace = 0x80;

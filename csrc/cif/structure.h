@@ -7,26 +7,14 @@
 
 #include "../geometry/lattice.h"
 #include "../geometry/min_distance.h"
-#include "arena.h"
 #include "block.h"
-#include "elements.h"
+#include "points.h"
+#include "site_rows.h"
+#include "species.h"
 #include "status.h"
 #include "symmetry.h"
 
 namespace catmllm::cif {
-
-// What sits on a site: an element or a dummy, with an oxidation state where the file lists them.
-struct Species {
-    int element = kNoElement;  // index into the element table; kNoElement for a dummy
-    std::string_view dummy;
-    bool has_oxidation = false;
-    double oxidation = 0;
-};
-
-struct Amount {
-    std::uint32_t species;
-    double value;
-};
 
 // Atoms of one element (isotopes and oxidation states together) or of one dummy in the whole cell.
 struct Count {
@@ -55,37 +43,28 @@ struct Structure {
     void clear();
 };
 
-// Reused memory of structure building.
+struct CountScratch {
+    std::vector<double> atoms_of_species;
+    std::vector<std::uint32_t> sites_of_group;
+    std::vector<std::int32_t> number_of_group;  // the atomic number of its most abundant species
+};
+
+struct LabelScratch {
+    std::vector<std::uint64_t> words;        // of each label
+    std::vector<std::uint32_t> row_in_slot;  // an open hash table
+};
+
+// Reused memory of structure building, by step.
 struct StructureScratch {
-    struct Row {
-        std::uint32_t first_amount;
-        std::uint32_t n_amounts;
-        std::uint32_t group;
-    };
-    // What the last few names of sites stand for, by their letters.
-    struct Name {
-        std::uint64_t word;
-        std::uint32_t size;     // 0: free
-        std::uint32_t species;  // kNoSpecies: the site is dropped
-        std::uint32_t hydrogens;
-    };
-    static constexpr std::uint32_t kNoSpecies = 0xffffffff;
-    static constexpr std::size_t kNames = 32;
-    Name names[kNames];
     KnownComponents components;
     std::vector<AffineOperation> operations;
-    std::vector<Species> species;
-    std::vector<Amount> amounts;
-    std::vector<Row> rows;                    // more than there are: it only grows
-    std::vector<double> x;                    // [rows, 3], thirds made exact
-    std::vector<Token> letters[6];            // of site columns that are no lists but strings
-    std::vector<std::uint32_t> species_rows;  // the last row of one species alone, by species
-    std::vector<std::uint32_t> groups;        // row that stands for a group of equal compositions
-    std::vector<std::uint32_t> table;
-    std::vector<std::uint32_t> next;
-    std::vector<std::uint32_t> site_group;
-    std::vector<std::uint64_t> words;
-    std::vector<double> sums;
+    SiteRowScratch site_rows;
+    SiteRows rows;
+    Compositions compositions;
+    PointTable points;
+    Groups groups;
+    CountScratch counts;
+    LabelScratch labels;
     geometry::DistanceScratch distance;
 };
 

@@ -11,12 +11,13 @@ namespace catmllm::geometry {
 
 // Memory that is reused from cell to cell.
 struct DistanceScratch {
-    std::vector<double> fraction;  // three columns in the reduced basis, in [0, 1], each `stride` long
+    static constexpr std::size_t kRoom = 8;  // numbers behind the last of a column, for whole vectors
+    std::vector<double> fraction;            // three columns in the reduced basis, in [0, 1], each `stride` long
     std::size_t stride = 0;
-    std::vector<double> position;  // the same in the order of the boxes: [N, 3] Cartesian, or three columns
-    std::vector<std::uint32_t> cell;
-    std::vector<std::uint32_t> start;
-    std::vector<std::uint32_t> order;
+    std::vector<double> sorted_fraction;  // the same in the order of the boxes
+    std::vector<double> position;         // [N, 3] Cartesian in the order of the boxes, over the cell's scale
+    std::vector<std::uint32_t> box_of_site;
+    std::vector<std::uint32_t> box_start;
     const double* column(int k) const { return fraction.data() + static_cast<std::size_t>(k) * stride; }
 };
 
