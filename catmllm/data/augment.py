@@ -46,7 +46,14 @@ def symmetric_copy(system: System, rng: np.random.Generator) -> System:
     order = np.arange(len(system.frac))
     order[slab] = slab[source]
     frac = moved[order]
-    return replace(system, frac=frac - np.floor(frac), numbers=system.numbers[order], tags=system.tags[order])
+    start = None if system.start is None else (system.start @ turn + shift)[order]
+    return replace(
+        system,
+        frac=frac - np.floor(frac),
+        numbers=system.numbers[order],
+        tags=system.tags[order],
+        start=start,
+    )
 
 
 @functools.lru_cache(maxsize=4096)

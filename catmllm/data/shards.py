@@ -114,6 +114,7 @@ class Shards(Sequence[System]):
             miller=tuple(shard["miller"][row].tolist()),
             energy=energy,
             sid=_words(shard, "sid", row),
+            start=_start(shard, a, b),
         )
 
     def __iter__(self) -> Iterator[System]:
@@ -154,6 +155,12 @@ def shard_name(number: int) -> str:
     return f"shard-{number:05d}.safetensors"
 
 
+def _start(shard: Arrays, first: int, end: int) -> NDArray[np.float64] | None:
+    """Where a system's atoms stood before the relaxation, if its shard says so."""
+    start = shard["start"][first:end] if "start" in shard else None
+    return None if start is None or np.isnan(start[:1]).any() else np.array(start)
+
+
 def _words(shard: Arrays, name: str, row: int) -> str:
     a, b = shard[f"{name}_start"][row : row + 2]
     return shard[name][a:b].tobytes().decode()
@@ -183,6 +190,9 @@ def write_shard(path: Path, entries: Sequence[Entry], facts: dict[str, Any] | No
     arrays: Arrays = {
         "lattice": np.array([s.lattice for s in systems], dtype=np.float64).reshape(-1, 3, 3),
         "frac": _joined([s.frac for s in systems], np.float64, (3,)),
+        "start": _joined(
+            [np.full_like(s.frac, np.nan) if s.start is None else s.start for s in systems], np.float64, (3,)
+        ),
         "source": np.array([e.source for e in entries], dtype=np.int8),
         "sid_key": _keys([s.sid for s in systems]),
         "surface_key": _keys([e.surface for e in entries]),

@@ -58,6 +58,7 @@ def _system(record: dict[str, Any]) -> System:
         record["miller"],
         energy=record["energy"],
         sid=record["sid"],
+        start_positions=record.get("pos_start"),
     )
 
 

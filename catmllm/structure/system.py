@@ -6,7 +6,7 @@ then say all of its lattice, and a CIF and its source are the same to an encoder
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -34,7 +34,8 @@ class System(Crystal):
 
     From Crystal: lattice float64 [3, 3] (rows a, b, c, Å), frac float64 [N, 3], numbers int64 [N]. tags int8 [N]: 0
     bulk, 1 surface, 2 adsorbate. adsorbate: its name as published, `CHCH2OH`. miller: None where unknown. energy:
-    adsorption energy (eV), None where unknown. sid: where the system is from.
+    adsorption energy (eV), None where unknown. sid: where the system is from. start: where the atoms stood before the
+    relaxation, as frac, None where unknown.
     """
 
     tags: NDArray[np.int8]
@@ -42,6 +43,7 @@ class System(Crystal):
     miller: Miller | None = None
     energy: float | None = None
     sid: str = ""
+    start: NDArray[np.float64] | None = None
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -90,6 +92,15 @@ class System(Crystal):
             raise ValueError(f"system {self.sid!r} has no energy; give `energy` when it is made")
         return self.energy
 
+    def frame(self, progress: float) -> System:
+        """The system on its way from the start (0) to the relaxed structure (1), on straight lines; its energy stays
+        that of the relaxed one. Raises ValueError where the start is unknown."""
+        if self.start is None:
+            raise ValueError(f"system {self.sid!r} has no start; give `start_positions` when it is made")
+        way = self.frac - self.start
+        way -= np.round(way)
+        return replace(self, frac=self.frac - (1.0 - progress) * way)
+
     def as_ase(self) -> Atoms:
         """The same as ase.Atoms, periodic in three directions, with tags."""
         from ase import Atoms
@@ -110,11 +121,12 @@ def make_system(
     sid: str = "",
     *,
     frac: ArrayLike | None = None,
+    start_positions: ArrayLike | None = None,
 ) -> System:
     """A checked System in the standard orientation.
 
     lattice: [3, 3], rows in Å, any right-handed orientation. positions: [N, 3] in Å, or None with frac [N, 3] instead.
-    numbers, tags: [N]. Raises ValueError for a left-handed or flat cell, for anything non-finite and for shapes, atomic
+    numbers, tags: [N]. start_positions: [N, 3] in Å, before the relaxation. Raises ValueError for a left-handed or flat cell, for anything non-finite and for shapes, atomic
     numbers or tags that do not fit.
     """
     if (positions is None) == (frac is None):
@@ -122,7 +134,7 @@ def make_system(
     cell = np.array(lattice, dtype=np.float64)
     standard = standard_lattice(cell)
     if frac is None:
-        frac = np.linalg.solve(cell.T, np.array(positions, dtype=np.float64).reshape(-1, 3).T).T
+        frac = _fractional(cell, positions)
     fractional = np.array(frac, dtype=np.float64, order="C").reshape(-1, 3)
     z = np.array(numbers, dtype=np.int64)
     tag = np.array(tags, dtype=np.int8)
@@ -135,6 +147,9 @@ def make_system(
         raise ValueError(
             f"atom {int(np.argmin(np.isfinite(fractional).all(axis=1)))} has a non-finite position"
         )
+    start = None if start_positions is None else _fractional(cell, start_positions)
+    if start is not None and (start.shape != fractional.shape or not np.isfinite(start).all()):
+        raise ValueError(f"the start of {sid!r} must have a finite position for each of the {n} atoms")
     if not ((z >= 1) & (z < len(SYMBOLS))).all():
         raise ValueError(f"atomic numbers are 1 to {len(SYMBOLS) - 1}, not {sorted(set(z.tolist()))}")
     if not np.isin(tag, (BULK, SURFACE, ADSORBATE)).all():
@@ -153,7 +168,14 @@ def make_system(
         miller=miller,
         energy=None if energy is None else float(energy),
         sid=sid,
+        start=start,
     )
+
+
+def _fractional(cell: NDArray[np.float64], positions: ArrayLike | None) -> NDArray[np.float64]:
+    """Fractional coordinates [N, 3] of positions in Å."""
+    columns = np.array(positions, dtype=np.float64).reshape(-1, 3).T
+    return np.asarray(np.linalg.solve(cell.T, columns).T, dtype=np.float64)
 
 
 def standard_lattice(lattice: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -49,3 +49,17 @@ def test_both_facets_have_their_full_symmetry() -> None:
     for system in SYSTEMS:
         expected = 12 if system.miller == (1, 1, 1) else 8
         assert len(_isometries(system.lattice.tobytes())) == expected
+
+
+def test_the_start_goes_along() -> None:
+    """What moved during the relaxation moved as far in the copy."""
+    rng = np.random.default_rng(1)
+    for system in SYSTEMS:
+        copy = symmetric_copy(system, rng)
+        way = [
+            np.linalg.norm((s.frac - s.start - np.round(s.frac - s.start)) @ s.lattice, axis=1)
+            for s in (system, copy)
+        ]
+        # the turns are isometries of a lattice that is rounded to 1e-5 Å
+        np.testing.assert_allclose(np.sort(way[0]), np.sort(way[1]), atol=1e-5)
+        np.testing.assert_allclose(spectrum(copy.frame(0.0)), spectrum(system.frame(0.0)), atol=2e-3)

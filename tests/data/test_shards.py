@@ -32,6 +32,10 @@ def _same(a: System, b: System) -> bool:
         np.array_equal(x, y) and x.dtype == y.dtype
         for x, y in zip((a.lattice, a.frac, a.numbers, a.tags), (b.lattice, b.frac, b.numbers, b.tags))
     )
+    if a.start is None or b.start is None:
+        arrays &= a.start is b.start
+    else:
+        arrays &= np.array_equal(a.start, b.start)
     rest = (a.adsorbate, a.miller, a.energy, a.sid) == (b.adsorbate, b.miller, b.energy, b.sid)
     return arrays and rest and type(a.energy) is type(b.energy)
 

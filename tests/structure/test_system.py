@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
+import json
 
 import numpy as np
 import pytest
@@ -11,6 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pymatgen.core import Lattice
 
+from catmllm.data.slabs import SHIPPED
+from catmllm.structure.elements import atomic_number
 from catmllm.structure.system import (
     System,
     lattice_from_parameters,
@@ -51,6 +55,11 @@ def test_parameters_against_ase_and_pymatgen(lattice: np.ndarray) -> None:
     np.testing.assert_allclose(parameters, Lattice(lattice).parameters, atol=1e-6)
     np.testing.assert_allclose(lattice_from_parameters(*parameters), cellpar_to_cell(parameters), atol=1e-5)
     np.testing.assert_allclose(lattice_from_parameters(*parameters), standard_lattice(lattice), atol=1e-5)
+
+
+def records() -> list[dict]:
+    with gzip.open(SHIPPED, "rt", encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
 
 
 def test_standard_lattice_is_untouched() -> None:
@@ -145,3 +154,26 @@ def test_impossible_angles_are_errors_and_possible_ones_round_trip(
     elif alpha + beta + gamma > 360.1 or alpha > beta + gamma + 0.1:
         with pytest.raises(ValueError, match="no cell"):
             lattice_from_parameters(a, b, c, alpha, beta, gamma)
+
+
+def test_frames_lie_between_start_and_relaxed() -> None:
+    """Of shipped systems: the ends are the record's positions, an atom that crossed the boundary takes the short way."""
+    record = next(r for r in records() if r["pos"] != r["pos_start"])
+    numbers = [atomic_number(s) for s in record["symbols"]]
+    args = (numbers, record["tags"], record["adsorbate"], record["miller"], record["energy"], "a")
+    lattice = np.array(record["cell"])
+    wrapped = np.array(record["pos_start"]) + lattice[0] - lattice[1]
+    for start in (record["pos_start"], wrapped):
+        system = make_system(lattice, record["pos"], *args, start_positions=start)
+        assert (system.frame(1.0).frac == system.frac).all()
+        for progress in (0.0, 0.25):
+            mixed = progress * np.array(record["pos"]) + (1 - progress) * np.array(record["pos_start"])
+            exact = np.linalg.solve(lattice.T, mixed.T).T
+            apart = system.frame(progress).frac - exact
+            np.testing.assert_allclose(apart - np.round(apart), 0, atol=1e-12)
+        assert system.frame(0.0).energy == system.energy
+    bare = make_system(lattice, record["pos"], *args)
+    with pytest.raises(ValueError, match="no start"):
+        bare.frame(0.5)
+    with pytest.raises(ValueError, match="start of 'a'"):
+        make_system(lattice, record["pos"], *args, start_positions=record["pos_start"][1:])

@@ -103,6 +103,8 @@ def to_entry(record: Record, table: Metadata | None, rules: Rules, dense: bool =
     n = len(record.numbers)
     if len(record.positions) != n:
         raise Drop("incomplete", f"{n} elements and {len(record.positions)} positions")
+    if record.start is not None and len(record.start) != n:
+        raise Drop("incomplete", f"{n} elements and {len(record.start)} start positions")
     if not (np.isfinite(record.positions).all() and np.isfinite(record.lattice).all()):
         raise Drop("not finite", "a position or the cell is not a number")
     try:
@@ -117,6 +119,7 @@ def to_entry(record: Record, table: Metadata | None, rules: Rules, dense: bool =
             miller,
             energy,
             facts.sid if facts is not None else record.sid,
+            start_positions=None if record.start is None else record.start[order],
         )
         _check(system, facts)
         text = three_part_text(system)

@@ -44,7 +44,7 @@ _NOT_ROWS = frozenset((b"length", b"nextid", b"deleted_ids", b"metadata"))
 class Record:
     """One structure as its file has it: Å, eV, the file's atom order and orientation, None for what it lacks.
 
-    positions are those of the relaxed structure where the layout has both. energy is an adsorption energy where
+    positions are those of the relaxed structure where the layout has both, then start is the other. energy is an adsorption energy where
     `referenced`, else a total one; reference is what turns the second into the first. fmax is the largest force (eV/Å)
     on an atom that is not fixed. frame counts along a relaxation.
     """
@@ -61,6 +61,7 @@ class Record:
     fmax: float | None = None
     adsorbate: str | None = None
     miller: tuple[int, int, int] | None = None
+    start: NDArray[np.float64] | None = None
 
 
 @dataclass(frozen=True)
@@ -273,6 +274,7 @@ def from_data(data: dict[str, Any]) -> Record:
         referenced=not ("oc22" in data or "nads" in data),
         frame=int(_number(data.get("fid", 0))),
         fmax=fmax,
+        start=_array(data["pos"], 3) if "pos_relaxed" in data and data.get("pos") is not None else None,
     )
 
 
