@@ -1,4 +1,4 @@
-"""The PVCP reward: weights, thresholds, result types, target parsing and the score formulas (paper Eqs. 12-44).
+"""The PVCP reward: weights, thresholds, result types and the score formulas (paper Eqs. 12-44).
 
 A text is parsed once, into a `Crystal` and the few numbers the formulas need (`Measurement`); everything below works
 on those numbers, so the pymatgen reference and any faster parser are scored by the same rules.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, overload
@@ -16,61 +15,11 @@ from typing import Any, overload
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-_PERIODIC_TABLE = (
-    "H He Li Be B C N O F Ne Na Mg Al Si P S Cl Ar K Ca Sc Ti V Cr Mn Fe Co Ni Cu Zn Ga Ge As Se Br Kr Rb Sr Y Zr Nb "
-    "Mo Tc Ru Rh Pd Ag Cd In Sn Sb Te I Xe Cs Ba La Ce Pr Nd Pm Sm Eu Gd Tb Dy Ho Er Tm Yb Lu Hf Ta W Re Os Ir Pt Au "
-    "Hg Tl Pb Bi Po At Rn Fr Ra Ac Th Pa U Np Pu Am Cm Bk Cf Es Fm Md No Lr Rf Db Sg Bh Hs Mt Ds Rg Cn Nh Fl Mc Lv Ts Og"
-)
-ELEMENTS = _PERIODIC_TABLE.split()
-ATOMIC_NUMBER = {symbol: z for z, symbol in enumerate(ELEMENTS, start=1)} | {"D": 1, "T": 1}
+from rewards_fast.crystal import ELEMENTS, CIFError, Crystal
+from rewards_fast.targets import COUNT_TOLERANCE, Target, number_targets
 
-COUNT_TOLERANCE = 1e-3  # two counts of an element within this are equal
 ERROR_TOLERANCE = 1e-9  # so that 3/30 lands on 0.10 whatever the order of the sum
 FLOORS = {"comp": -15.0, "parse": -20.0, "valid": -10.0, "phys": -10.0}
-
-
-class CIFError(ValueError):
-    """A text that is no crystal; `reason` is a short stable code, the message says more."""
-
-    def __init__(self, reason: str, message: str = "") -> None:
-        super().__init__(message or reason)
-        self.reason = reason
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.reason, str(self))
-
-
-@dataclass(frozen=True, eq=False)
-class Crystal:
-    """A parsed cell, its sites in the order of the file (symmetry images follow their row).
-
-    lattice: float64 [3, 3], rows a, b, c in Å (c along z, as pymatgen puts them). frac: float64 [N, 3] in [0, 1).
-    numbers: int64 [N], the atomic number of the (most abundant) species of a site, 0 for what is no element.
-    counts: atoms by symbol in the whole cell where occupancies or dummies make them differ from `numbers`.
-    """
-
-    lattice: NDArray[np.float64]
-    frac: NDArray[np.float64]
-    numbers: NDArray[np.int64]
-    counts: Mapping[str, float] | None = None
-
-    @property
-    def composition(self) -> dict[str, float]:
-        """Atoms of the whole cell by symbol: oxidation states stripped, D and T as H, occupancies counted."""
-        if self.counts is not None:
-            return dict(self.counts)
-        values, amounts = np.unique(self.numbers, return_counts=True)
-        return {ELEMENTS[z - 1] if z else "X": float(n) for z, n in zip(values, amounts)}
-
-    @property
-    def volume(self) -> float:
-        """Cell volume in Å³."""
-        return float(abs(np.linalg.det(self.lattice)))
-
-    @property
-    def positions(self) -> NDArray[np.float64]:
-        """Cartesian coordinates [N, 3] in Å."""
-        return self.frac @ self.lattice
 
 
 @dataclass(frozen=True)
@@ -232,81 +181,6 @@ class Scores:
         return f"Scores(total={self.total!r}, reason={self.reason!r})"
 
 
-_FORMULA_PIECE = re.compile(r"([A-Z][a-z]?)(\d+(?:\.\d+)?|\.\d+)?|([(\[])|([)\]])(\d+(?:\.\d+)?|\.\d+)?")
-# A word is tried from its first letter only and an index has few digits: no prompt takes more than linear time.
-_PROMPT = re.compile(
-    r"(?<![^\s<>])([^\s<>]+)\s*</s>\s*([A-Za-z0-9.()\[\]]+?)"
-    r"\s*\(\s*-?\d{1,3}\s*,?\s*-?\d{1,3}\s*,?\s*-?\d{1,3}\s*\)"
-)
-_PROMPT_BARE = re.compile(r"(?<![^\s<>])([^\s<>]+)\s*</s>\s*([A-Za-z0-9.()\[\]]+)")
-
-
-def _parse_formula(formula: str) -> dict[str, float]:
-    stack: list[dict[str, float]] = [{}]
-    position = 0
-    text = re.sub(r"[\s*]", "", formula)
-    while position < len(text):
-        piece = _FORMULA_PIECE.match(text, position)
-        if piece is None:
-            raise ValueError(
-                f"cannot read the formula {formula!r} at {text[position:]!r}; write it like 'Pt9Cu3CO'"
-            )
-        position = piece.end()
-        symbol, count, opening, closing, times = piece.groups()
-        if symbol:
-            _add(stack[-1], symbol, float(count or 1), formula)
-        elif opening:
-            stack.append({})
-        elif closing:
-            if len(stack) == 1:
-                raise ValueError(f"unbalanced bracket in the formula {formula!r}")
-            for inner, amount in stack.pop().items():
-                _add(stack[-1], inner, amount * float(times or 1), formula)
-    if len(stack) != 1:
-        raise ValueError(f"unbalanced bracket in the formula {formula!r}")
-    return stack[0]
-
-
-def _add(counts: dict[str, float], symbol: str, amount: float, source: object) -> None:
-    number = ATOMIC_NUMBER.get(symbol)
-    if number is None:
-        raise ValueError(f"{symbol!r} in the target {source!r} is no element")
-    symbol = ELEMENTS[number - 1]
-    counts[symbol] = counts.get(symbol, 0.0) + amount
-
-
-def parse_target(target: str | Mapping[str, float | None] | None) -> dict[str, float]:
-    """Counts by element of a target: a prompt (`CO</s>Pt9Cu3 (1 1 1)`: adsorbate + slab, other text around it is
-    passed over), a formula, or counts (a count of None is none). Empty (None, '', {}) gives {}. D and T count as H.
-
-    Raises ValueError for what is none of these.
-    """
-    if target is None:
-        return {}
-    if isinstance(target, Mapping):
-        counts: dict[str, float] = {}
-        for symbol, amount in target.items():
-            if amount is None:  # Arrow and Parquet fill the elements that a row does not have
-                amount = 0.0
-            if not 0 <= amount < math.inf:
-                raise ValueError(f"the target {target!r} has the count {amount!r} for {symbol}")
-            _add(counts, str(symbol), float(amount), target)
-    elif not isinstance(target, str):
-        raise TypeError(f"a target is a prompt, a formula or a dict of counts, not {type(target).__name__}")
-    elif "</s>" in target:
-        prompt = _PROMPT.search(target) or _PROMPT_BARE.search(target)
-        if prompt is None:
-            raise ValueError(f"cannot read the prompt {target!r}; write it like 'CO</s>Pt9Cu3 (1 1 1)'")
-        counts = _parse_formula(prompt.group(1).strip("\"'`*"))
-        for symbol, amount in _parse_formula(prompt.group(2)).items():
-            _add(counts, symbol, amount, target)
-    else:
-        counts = _parse_formula(target)
-    if not all(map(math.isfinite, counts.values())):
-        raise ValueError(f"the target {target!r} has a count that is no finite number")
-    return {symbol: amount for symbol, amount in counts.items() if amount > COUNT_TOLERANCE}
-
-
 def composition_score(
     composition: Mapping[str, float], target: Mapping[str, float]
 ) -> tuple[float, int, int, float]:
@@ -405,21 +279,6 @@ def min_distance(lattice: ArrayLike, frac: ArrayLike) -> float:
     return float(_core.min_distance(rows, np.ascontiguousarray(frac, dtype=np.float64).reshape(-1, 3)))
 
 
-Target = str | Mapping[str, float | None] | None
-
-
-def prompt_target(prompt: str) -> str | None:
-    """The part of a prompt that names a composition (`CO</s>Pt9Cu3 (1 1 1)`), None where it names none."""
-    for pattern in (_PROMPT, _PROMPT_BARE):
-        for found in pattern.finditer(prompt):
-            try:
-                parse_target(found.group())
-            except ValueError:
-                continue
-            return found.group()
-    return None
-
-
 class PVCP:
     """The reward of texts against target compositions; immutable after it is made.
 
@@ -462,7 +321,7 @@ class PVCP:
         if isinstance(texts, str):
             raise TypeError("texts is a sequence of strings; wrap a single text in a list")
         texts = list(texts)
-        wanted, target_of_text = _parse_targets(targets, len(texts))
+        wanted, target_of_text = number_targets(targets, len(texts))
         rows, reasons, bits = _core.score(
             texts,
             wanted,
@@ -478,37 +337,3 @@ class PVCP:
 @functools.lru_cache(maxsize=64)
 def _numbers(settings: Weights | Thresholds) -> tuple[float, ...]:
     return tuple(float(getattr(settings, f.name)) for f in fields(settings))
-
-
-def _parse_targets(
-    targets: Sequence[Target] | Target, n: int
-) -> tuple[list[tuple[tuple[int, float], ...]], list[int]]:
-    """The different targets as (atomic number, count) pairs, and for each text which of them is its ([]: the first)."""
-    if targets is None or isinstance(targets, str | Mapping):
-        return [_numbered(targets)], []
-    if len(targets) != n:
-        raise ValueError(f"{n} texts but {len(targets)} targets")
-    known: dict[str | None, int] = {}
-    parsed: list[tuple[tuple[int, float], ...]] = []
-    index: list[int] = []
-    for target in targets:
-        if isinstance(target, str) or target is None:
-            if target not in known:
-                known[target] = len(parsed)
-                parsed.append(_numbered(target))
-            index.append(known[target])
-        else:
-            index.append(len(parsed))
-            parsed.append(_numbered(target))
-    return parsed, index
-
-
-def _numbered(target: Target) -> tuple[tuple[int, float], ...]:
-    if isinstance(target, str):
-        return _numbered_text(target)
-    return tuple((ATOMIC_NUMBER[symbol], amount) for symbol, amount in parse_target(target).items())
-
-
-@functools.lru_cache(maxsize=4096)
-def _numbered_text(target: str) -> tuple[tuple[int, float], ...]:
-    return tuple((ATOMIC_NUMBER[symbol], amount) for symbol, amount in parse_target(target).items())

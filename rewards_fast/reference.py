@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rewards_fast.pvcp import ATOMIC_NUMBER, ELEMENTS, FIELD_NAMES, CIFError, Crystal, Measurement
+from rewards_fast.crystal import ATOMIC_NUMBER, ELEMENTS, CIFError, Crystal
+from rewards_fast.pvcp import FIELD_NAMES, Measurement
 
 MAX_CHARS = (
     2_000_000  # pymatgen is quadratic in the rows; a cell of 10,000 sites has about 600,000 characters

@@ -13,9 +13,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar, overload
 
+from rewards_fast.conversation import Answer
 from rewards_fast.pvcp import PVCP, Thresholds, Weights
+from rewards_fast.targets import Missing
 
 WEIGHTS = tuple(f.name for f in fields(Weights))
 THRESHOLDS = tuple(f.name for f in fields(Thresholds))
@@ -66,8 +68,16 @@ class RewardSettings:
         return _scorer(tuple(getattr(self, name) for name in _NAMES))
 
 
+@dataclass
+class LoopSettings(RewardSettings):
+    """`RewardSettings`, and how the conversations of other people's RL code are read: what its bridges and the server take."""
+
+    answer: Answer = "last"  # the assistant message that is scored: the last, or the last with a `data_`
+    missing_target: Missing = "warn"  # an answer without a target composition: warn once, error, ignore
+
+
 _NAMES = tuple(f.name for f in fields(RewardSettings))
-_TYPES = typing.get_type_hints(RewardSettings)
+_types = lru_cache(typing.get_type_hints)
 _NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?\Z")
 
 
@@ -82,9 +92,15 @@ def _scorer(values: tuple[Any, ...]) -> PVCP:
     )
 
 
-def _value(name: str, value: Any, source: str) -> Any:
+def _value(kinds: Mapping[str, Any], name: str, value: Any, source: str) -> Any:
     """A value of a key's type, from itself or from the text of a query or a command line."""
-    kind = _TYPES[name]
+    kind = kinds[name]
+    if typing.get_origin(kind) is Literal:
+        if value in typing.get_args(kind):
+            return value
+        raise ValueError(
+            f"{source}: `{name}` must be one of {', '.join(typing.get_args(kind))}, got {value!r}"
+        )
     if kind is bool:
         known = {"true": True, "false": False}.get(value.lower()) if isinstance(value, str) else value
         if isinstance(known, bool):
@@ -107,28 +123,37 @@ def _value(name: str, value: Any, source: str) -> Any:
         raise ValueError(f"{source}: `{name}` must be finite") from None
 
 
+Settings = TypeVar("Settings", bound=RewardSettings)
+
+
+@overload
+def read_settings(given: Mapping[str, Any], source: str = ..., base: None = ...) -> RewardSettings: ...
+@overload
+def read_settings(given: Mapping[str, Any], source: str, base: Settings) -> Settings: ...
 def read_settings(
     given: Mapping[str, Any], source: str = "reward settings", base: RewardSettings | None = None
 ) -> RewardSettings:
-    """`base` (the defaults) with the given keys, each checked; texts are read as numbers.
+    """`base` (the defaults) with the given keys of its class, each checked; texts are read as numbers.
 
     Raises ValueError for an unknown key (naming the nearest), a wrong type or a value out of range.
     """
+    base = base or RewardSettings()
+    kinds = _types(type(base))  # type: ignore[arg-type]
     values = {}
     for name, value in given.items():
-        if name not in _TYPES:
-            near = difflib.get_close_matches(str(name), _NAMES, n=1, cutoff=0.4)
-            hint = f"did you mean `{near[0]}`?" if near else f"valid keys: {', '.join(_NAMES)}"
+        if name not in kinds:
+            near = difflib.get_close_matches(str(name), kinds, n=1, cutoff=0.4)
+            hint = f"did you mean `{near[0]}`?" if near else f"valid keys: {', '.join(kinds)}"
             raise ValueError(f"{source}: unknown key `{name}`; {hint}")
-        values[name] = _value(name, value, source)
-    settings = replace(base or RewardSettings(), **values)
+        values[name] = _value(kinds, name, value, source)
+    settings = replace(base, **values)
     settings.check(source)
     return settings
 
 
-def load_settings(path: str | Path | None, overrides: typing.Sequence[str] = ()) -> RewardSettings:
+def load_settings(path: str | Path | None, overrides: typing.Sequence[str] = ()) -> LoopSettings:
     """Settings of a YAML file with `key=value` overrides. Raises ValueError for what cannot be read."""
-    settings = RewardSettings()
+    settings = LoopSettings()
     if path is not None:
         try:
             import yaml
@@ -140,7 +165,7 @@ def load_settings(path: str | Path | None, overrides: typing.Sequence[str] = ())
             raise ValueError(f"{path}: cannot be read as YAML: {error}") from None
         if not isinstance(tree, dict):
             raise ValueError(f"{path}: the top level must be a mapping of keys, got {type(tree).__name__}")
-        settings = read_settings(tree, str(path))
+        settings = read_settings(tree, str(path), settings)
     pairs = [item.partition("=") for item in overrides]
     for key, equals, _ in pairs:
         if not key or not equals:

@@ -15,8 +15,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from rewards_fast.pvcp import PVCP, Scores, Target, floor_scores, prompt_target
-from rewards_fast.settings import read_settings
+from rewards_fast.integrations.loops import score_answers, with_prompts
+from rewards_fast.pvcp import PVCP, Scores, floor_scores
+from rewards_fast.settings import LoopSettings, read_settings
+from rewards_fast.targets import MissingTargets, Target
+
+HINT = "Name the data set's column with --data.label_key, or the composition in the user's message."
 
 
 def _answer(query: str, prompt: str) -> str:
@@ -26,12 +30,14 @@ def _answer(query: str, prompt: str) -> str:
 
 
 def score_queries(
-    scorer: PVCP,
+    settings: LoopSettings,
     queries: Sequence[str],
-    prompts: Sequence[str] | None = None,
-    labels: Sequence[Target] | None = None,
-) -> Scores:
-    """Scores of queries (prompt + answer). A label is the wanted composition; where it is empty the prompt names it."""
+    prompts: Sequence[str] | None,
+    labels: Sequence[Target] | None,
+    watch: MissingTargets,
+) -> tuple[Scores, list[bool]]:
+    """Scores of queries (prompt + answer), and which had no target. A label is the wanted composition; where it is empty
+    the prompt names it. Of an agent loop's answer the last assistant message is scored."""
     n = len(queries)
     prompts = [""] * n if prompts is None else prompts
     labels = [None] * n if labels is None else labels
@@ -39,13 +45,13 @@ def score_queries(
         raise ValueError(
             f"{n} queries, {len(prompts)} prompts and {len(labels)} labels: one of each is needed"
         )
-    targets = [label or prompt_target(prompt) for label, prompt in zip(labels, prompts)]
-    return scorer.score([_answer(q, p) for q, p in zip(queries, prompts)], targets)
+    answers = [_answer(q, p) for q, p in zip(queries, prompts)]
+    return score_answers(settings, answers, with_prompts(labels, prompts), watch, HINT)
 
 
-def reply(scorer: PVCP, scores: Scores) -> dict[str, Any]:
+def reply(scorer: PVCP, scores: Scores, missing: Sequence[bool]) -> dict[str, Any]:
     """OpenRLHF's answer: `rewards`; `scores`, the same from 0 (does not parse) to 1 (perfect), for dynamic filtering;
-    `extra_logs`, the mean of each term and the share that parses."""
+    `extra_logs`, the mean of each term, the share that parses and the share without a target."""
     w = scorer.weights
     floor = floor_scores(w)["total"]
     span = 10.0 * (w.comp + w.parse + w.valid + w.phys) - floor
@@ -53,6 +59,7 @@ def reply(scorer: PVCP, scores: Scores) -> dict[str, Any]:
     total, comp, _, valid, phys = scores.rows[:, :5].T.tolist()
     logs = {"comp": sum(comp) / n, "valid": sum(valid) / n, "phys": sum(phys) / n}
     logs["parses"] = sum(reason is None for reason in scores.reason) / n
+    logs["no_target"] = sum(missing) / n
     return {
         "rewards": total,
         "scores": [min(1.0, max(0.0, (x - floor) / (span or 1.0))) for x in total],
@@ -61,14 +68,15 @@ def reply(scorer: PVCP, scores: Scores) -> dict[str, Any]:
 
 
 def make_reward_func(**settings: Any) -> Callable[..., dict[str, Any]]:
-    """A `reward_func` with other settings; keys of `rewards_fast.RewardSettings`."""
-    scorer = read_settings(settings, "make_reward_func").scorer()
+    """A `reward_func` with other settings; keys of `rewards_fast.settings.LoopSettings`."""
+    chosen = read_settings(settings, "make_reward_func", LoopSettings())
+    scorer, watch = chosen.scorer(), MissingTargets("reward_func")
 
     def reward_func(
         queries: Sequence[str], prompts: Sequence[str], labels: Sequence[Target], **others: Any
     ) -> dict[str, Any]:
         """Rewards of answers, as OpenRLHF's single-turn executor calls it (from a thread); lists of floats, never NaN."""
-        return reply(scorer, score_queries(scorer, queries, prompts, labels))
+        return reply(scorer, *score_queries(chosen, queries, prompts, labels, watch))
 
     return reward_func
 

@@ -35,7 +35,9 @@ def test_the_file_itself_is_a_function_file() -> None:
     result = load(path)(queries, [PROMPT] * 2, ["Pt3CuCO", ""])
     assert result["rewards"] == pytest.approx([10, -15])
     assert result["scores"] == pytest.approx([1, 0])
-    assert result["extra_logs"] == pytest.approx({"comp": -2.5, "valid": 0.0, "phys": 0.0, "parses": 0.5})
+    assert result["extra_logs"] == pytest.approx(
+        {"comp": -2.5, "valid": 0.0, "phys": 0.0, "parses": 0.5, "no_target": 0.0}
+    )
     assert json.loads(json.dumps(result)) == result
 
 
@@ -66,6 +68,17 @@ def test_without_a_label_the_prompt_names_the_composition(label: Any) -> None:
     assert reward_func([mistral + SLAB], [mistral], [label])["rewards"] == pytest.approx([10.0])
     plain = "Write a CIF."
     assert reward_func([plain + SLAB], [plain], [label])["rewards"] == pytest.approx([4.0])
+
+
+def test_an_agent_loop_and_a_missing_target() -> None:
+    tool = f"<|im_end|>\n<|im_start|>user\n<tool_response>\n{SLAB}\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
+    assert reward_func([PROMPT + "I ask." + tool + "No idea."], [PROMPT], [""])["rewards"] == [-15.0]
+    assert reward_func([PROMPT + "I ask." + tool + SLAB], [PROMPT], [""])["rewards"] == pytest.approx([10.0])
+    anywhere = make_reward_func(answer="any")
+    assert anywhere([PROMPT + SLAB + tool + "Done."], [PROMPT], [""])["rewards"] == pytest.approx([10.0])
+    assert reward_func([SLAB] * 2, ["Make a slab."] * 2, ["", "Pt"])["extra_logs"]["no_target"] == 0.5
+    with pytest.raises(ValueError, match=r"reward_func: row 0 has no target composition.*label_key"):
+        make_reward_func(missing_target="error")([SLAB], ["?"], [""])
 
 
 def test_lengths_must_agree() -> None:

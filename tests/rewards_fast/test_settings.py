@@ -7,7 +7,7 @@ import pytest
 
 from catmllm.config import ConfigError, RewardConfig, load_config
 from rewards_fast import PVCP, RewardSettings, Thresholds, Weights
-from rewards_fast.settings import load_settings, read_settings
+from rewards_fast.settings import LoopSettings, load_settings, read_settings
 from tests.rewards_fast.cif_texts import SLAB, TARGET
 
 
@@ -73,7 +73,7 @@ def test_files_and_overrides(tmp_path: Path) -> None:
     path.write_text("near: 0.7\ncomp: 5e-1\nthreads: null\n")
     settings = load_settings(path, ["near=0.9", "parse=0"])
     assert (settings.near, settings.comp, settings.parse) == (0.9, 0.5, 0.0)
-    assert load_settings(None) == RewardSettings()
+    assert load_settings(None) == LoopSettings()
     with pytest.raises(ValueError, match=r"absent\.yaml"):
         load_settings(tmp_path / "absent.yaml")
     path.write_text("[1, 2]")
@@ -84,6 +84,18 @@ def test_files_and_overrides(tmp_path: Path) -> None:
         load_settings(path)
     with pytest.raises(ValueError, match="key=value"):
         load_settings(None, ["near"])
+
+
+def test_how_conversations_are_read_is_a_setting_of_the_bridges_alone() -> None:
+    found = load_settings(None, ["answer=any", "missing_target=error", "near=0.7"])
+    assert (found.answer, found.missing_target, found.near) == ("any", "error", 0.7)
+    assert found.scorer() is RewardSettings(near=0.7).scorer()
+    with pytest.raises(ValueError, match="here: `answer` must be one of last, any, got 'first'"):
+        read_settings({"answer": "first"}, "here", LoopSettings())
+    with pytest.raises(
+        ValueError, match="unknown key `answer`"
+    ):  # a training run has its own answers and targets
+        read_settings({"answer": "any"})
 
 
 def test_a_section_of_a_training_configuration_is_such_a_file(tmp_path: Path) -> None:

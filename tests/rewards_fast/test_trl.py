@@ -36,7 +36,67 @@ def test_counts_come_back_from_a_data_set_with_holes() -> None:
 
 def test_async_and_options() -> None:
     assert asyncio.run(cif_reward_async(completions=[SLAB], target=[TARGET])) == pytest.approx([10])
-    assert CIFReward(weights=(0, 1, 0, 0))(completions=["x"], target=[TARGET]) == [-20]
+    assert CIFReward(comp=0, parse=1, valid=0, phys=0)(completions=["x"], target=[TARGET]) == [-20]
+    with pytest.raises(ValueError, match="CIFReward: unknown key `nearr`; did you mean `near`"):
+        CIFReward(nearr=0.7)
+
+
+def test_a_tools_structure_earns_nothing() -> None:
+    loop = [
+        {
+            "role": "assistant",
+            "content": "I ask.",
+            "tool_calls": [{"function": {"name": "draw", "arguments": {}}}],
+        },
+        {"role": "tool", "name": "draw", "content": SLAB},
+    ]
+    other = SLAB.replace("Cu", "Ni")
+    completions: list[Any] = [
+        [*loop, {"role": "assistant", "content": other}],
+        [*loop, {"role": "assistant", "content": SLAB}],
+        [{"role": "assistant", "content": SLAB}, *loop[1:], {"role": "assistant", "content": "Done."}],
+        loop,
+    ]
+    wrong = cif_reward(completions=[other], target=[TARGET])[0]
+    assert cif_reward(completions=completions, target=[TARGET] * 4) == pytest.approx([wrong, 10, -15, -15])
+    anywhere = CIFReward(answer="any")(completions=completions, target=[TARGET] * 4)
+    assert anywhere == pytest.approx([wrong, 10, 10, -15])
+
+
+def test_where_no_target_is_found_it_is_said_once_counted_and_logged(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    reward = CIFReward()
+    logged: list[tuple[str, float]] = []
+    for _ in range(2):
+        found = reward(
+            prompts=["A slab, please.", TARGET],
+            completions=[SLAB] * 2,
+            composition=["Pt3CuCO", None],
+            completion_ids=None,
+            log_metric=lambda name, value: logged.append((name, value)),
+        )
+        assert found == pytest.approx([4, 10])
+    assert [r.levelname for r in caplog.records] == ["WARNING"]
+    assert "no column 'target', but 'composition'" in caplog.text and "1 of 2 answers" in caplog.text
+    assert (reward.missing.missing, reward.missing.seen) == (2, 4)
+    assert logged == [("cif_reward/parses", 1.0), ("cif_reward/no_target", 0.5)] * 2
+    named = CIFReward(target_column="composition")
+    columns: Any = {"composition": ["Pt3CuCO"]}
+    assert named(prompts=["?"], completions=[SLAB], **columns) == pytest.approx([10])
+    with pytest.raises(ValueError, match="cif_reward: row 0 has no target composition"):
+        CIFReward(missing_target="error")(prompts=["?"], completions=[SLAB])
+    caplog.clear()
+    assert CIFReward(missing_target="ignore")(completions=[SLAB]) == pytest.approx([4])
+    assert CIFReward(comp=0)(completions=[SLAB]) == pytest.approx([4])  # no composition is asked for
+    assert not caplog.records
+
+
+def test_an_example_of_the_system_prompt_is_not_the_target() -> None:
+    chat = [{"role": "system", "content": "Like NH</s>Fe4 (1 1 0)."}, {"role": "user", "content": TARGET}]
+    prompts: list[Any] = [chat]
+    assert cif_reward(prompts=prompts, completions=[SLAB]) == pytest.approx([10])
+    assert cif_reward(prompts=prompts, completions=[SLAB], target=[None]) == pytest.approx([10])
 
 
 @pytest.mark.parametrize("kind", ["strings", "chat", "async"])

@@ -58,6 +58,37 @@ def test_settings_come_through_reward_kwargs() -> None:
         compute_score(solution_strs=[SLAB], ground_truths=["Pt", "Pt"])
 
 
+def test_json_ground_truths() -> None:
+    for target in ('{"Pt": 3, "Cu": 1, "C": 1, "O": 1}', '"Pt3CuCO"', f'"{TARGET}"'):
+        assert single(SLAB, target)["score"] == pytest.approx(10), target
+    for wrong in ("PT3CUCO", "[1]", "platinum"):
+        with pytest.raises(ValueError):
+            single(SLAB, wrong)
+
+
+def test_the_last_assistant_message_of_an_agent_loop_is_scored() -> None:
+    """verl decodes the whole loop into one text and skips the special tokens."""
+    tool = f"user\n<tool_response>\n{SLAB}\n</tool_response>\nassistant\n"
+    call = '<tool_call>\n{"name": "draw", "arguments": {}}\n</tool_call>\n'
+    assert single(f"I ask.{call}{tool}No idea.", TARGET)["reason"] == "no_block"
+    assert single(f"I ask.{call}{tool}{SLAB}", TARGET)["score"] == pytest.approx(10)
+    assert single(f"{SLAB}{call}{tool}Done.", TARGET)["score"] == -15
+    loop = compute_score(
+        solution_str=f"{SLAB}{call}user\n<tool_response>\nok\n</tool_response>\nassistant\nDone.",
+        ground_truth=TARGET,
+        settings={"answer": "any"},
+    )
+    assert isinstance(loop, dict) and loop["score"] == pytest.approx(10)
+
+
+def test_a_missing_ground_truth_is_counted_and_can_be_an_error() -> None:
+    assert (single(SLAB, None)["no_target"], single(SLAB, "Pt3CuCO")["no_target"]) == (1.0, 0.0)
+    with pytest.raises(ValueError, match="row 1 has no target composition"):
+        compute_score(
+            solution_strs=[SLAB] * 2, ground_truths=["Pt", None], settings={"missing_target": "error"}
+        )
+
+
 def test_threads_and_event_loops() -> None:
     expected = [single(a, t) for a, t in zip(ANSWERS, TARGETS)]
     with ThreadPoolExecutor(8) as pool:
