@@ -35,8 +35,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from rewards import slab  # the benchmark beside this one
 
 from rewards_fast import PVCP, parse_target
-from rewards_fast.integrations.server import Limits, body_types
 from rewards_fast.pvcp import Crystal, Measurement, Thresholds, Weights, score_measurement
+from rewards_fast.server import Limits
+from rewards_fast.server.bodies import body_types
 
 HERE = Path(__file__).parent
 TARGET = "CO</s>Pt49Cu17 (1 1 1)"

@@ -307,7 +307,7 @@ def read_token(path: str | None) -> str | None:
 def run_serve(arguments: argparse.Namespace) -> int:
     """Serves scores over HTTP until it is told to stop."""
     try:
-        from rewards_fast.integrations import server
+        from rewards_fast import server
     except ImportError as error:
         raise SystemExit(
             f"serving needs the extra `server` ({error}): pip install 'catmllm[server]'"

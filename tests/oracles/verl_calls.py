@@ -89,7 +89,9 @@ class Scorer:
         return self.scorer.score(answers, targets).total.tolist()
 
     def openrlhf(self, answers: list[str], targets: list[Any]) -> list[float]:
-        return make_reward_func(near=0.7, missing_target="ignore")(answers, [""] * len(answers), targets)["rewards"]
+        return make_reward_func(near=0.7, missing_target="ignore")(answers, [""] * len(answers), targets)[
+            "rewards"
+        ]
 
     async def trl(self, answers: list[str], targets: list[Any]) -> list[float]:
         reward = CIFReward(near=0.7)

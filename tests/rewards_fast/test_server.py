@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from rewards_fast import PVCP, RewardSettings
 from rewards_fast.cli import main
 from rewards_fast.integrations.openrlhf import make_reward_func
-from rewards_fast.integrations.server import Limits, make_server
+from rewards_fast.server import Limits, make_server
 from tests.rewards_fast.cif_texts import SLAB, TARGET
 
 JSON = {"content-type": "application/json"}
@@ -40,7 +40,7 @@ def running(**options: Any) -> Iterator[int]:
     try:
         while not server.started:
             time.sleep(0.01)
-        yield server.servers[0].sockets[0].getsockname()[1]
+        yield server.port
     finally:
         server.should_exit = True
         thread.join(20)
@@ -145,7 +145,10 @@ HOSTILE: dict[str, tuple[bytes, int]] = {
     "UTF-16": ('{"texts": []}'.encode("utf-16"), 400),
     "byte order mark": (b'\xef\xbb\xbf{"texts": []}', 400),
     "surrogate bytes": (b'{"texts": ["\xed\xa0\x80"]}', 400),
-    "lone surrogate": (b'{"texts": ["\\ud800"]}', 400),
+    "lone surrogate and no JSON": (b'{"texts": ["\\ud800"', 400),
+    "lone surrogate and NaN": (b'{"texts": ["\\ud800", NaN]}', 400),
+    "lone surrogate and a number": (b'{"texts": ["\\ud800", 1]}', 422),
+    "deep beside a surrogate": (b'{"texts": ["\\ud800", ' + b"[" * 100_000, 400),
     "control character": (b'{"texts": ["\x01"]}', 400),
     "binary": (bytes(range(256)) * 100, 400),
     "gzip": (b"\x1f\x8b\x08\x00" + bytes(50), 400),
@@ -313,123 +316,10 @@ def test_chunked_bodies_and_claimed_lengths(port: int) -> None:
     assert gauges(port)["rewards_fast_held_bytes"] == 0
 
 
-# The short way of small requests, beside the long one ---------------------------------------------------------------
+# Clients that pipeline, that do not read -----------------------------------------------------------------------------
 
 
-@pytest.fixture
-def at_once(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Whether each request that tried the short way was answered there."""
-    from rewards_fast.integrations.server import Gate
-
-    found: list[bool] = []
-    real = Gate.at_once
-
-    def watched(self: Gate, *request: Any) -> Any:
-        answer = real(self, *request)
-        found.append(answer is not None)
-        return answer
-
-    monkeypatch.setattr(Gate, "at_once", watched)
-    return found
-
-
-def exchange(port: int, *parts: bytes) -> tuple[bytes, list[bytes], bytes]:
-    """Status line, header lines and body of the answer to a request sent in parts that arrive apart."""
-    with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        for i, part in enumerate(parts):
-            if i:
-                time.sleep(0.2)
-            connection.sendall(part)
-        data = b""
-        while b"\r\n\r\n" not in data:
-            data += connection.recv(65536)
-        head, _, body = data.partition(b"\r\n\r\n")
-        status, *lines = head.split(b"\r\n")
-        length = next(int(x[15:]) for x in lines if x.lower().startswith(b"content-length:"))
-        while len(body) < length:
-            body += connection.recv(65536)
-        return status, sorted(x for x in lines if not x.startswith(b"date:")), body
-
-
-SMALL = [
-    ("/v1/score", {"texts": [SLAB], "targets": TARGET}, b""),
-    ("/v1/score", {"texts": []}, b""),
-    ("/v1/score?diagnostics=true&near=0.7", {"texts": [SLAB, "no", ""], "targets": [None, "Pt", ""]}, b""),
-    ("/v1/score?", {"texts": ["\ud83d\ude00 é"]}, b"authorization: Bearer t\r\n"),
-    ("/get_reward", {"query": [TARGET + SLAB], "prompts": [TARGET], "labels": [""]}, b""),
-    ("/get_reward?comp=0", {"query": ["x", SLAB], "more": 1}, b"x-other: 1\r\n"),
-]
-NOT_RIGHT = [
-    ("/v1/score", {"texts": [1]}, b""),
-    ("/v1/score", {"texts": ["a"], "targets": "Qq"}, b""),
-    ("/v1/score", {"texts": ["a"], "target": "Pt"}, b""),
-    ("/v1/score?nearr=1", {"texts": []}, b""),
-    ("/v1/score?near=0.7#x", {"texts": []}, b""),
-    ("/v1/score", {"texts": []}, b"content-encoding: gzip\r\n"),
-    ("/v1/score", {"texts": []}, b"content-type: text/plain\r\n"),
-    ("/v1/score/", {"texts": []}, b""),
-    ("/v1/%73core", {"texts": []}, b""),
-    ("//127.0.0.1/v1/score", {"texts": []}, b""),
-    ("/get_reward", {"query": ["a"], "prompts": []}, b""),
-    ("/nothing", {"texts": []}, b""),
-]
-
-
-@pytest.mark.parametrize(
-    ("path", "body", "more", "right"),
-    [(*case, True) for case in SMALL] + [(*case, False) for case in NOT_RIGHT],
-)
-def test_both_ways_give_the_same_answer(
-    port: int, at_once: list[bool], path: str, body: Any, more: bytes, right: bool
-) -> None:
-    """The same request in one piece (short way) and with its last byte late (long way): status, headers, body."""
-    data = json.dumps(body).encode()
-    head = b"POST %s HTTP/1.1\r\nhost: x\r\n%scontent-type: application/json; charset=utf-8\r\n" % (
-        path.encode(),
-        more,
-    )
-    request = head + b"x-request-id: a.1\r\ncontent-length: %d\r\n\r\n" % len(data) + data
-
-    def counted(*parts: bytes) -> tuple[Any, dict[str, float]]:
-        """The answer, and by how much every counter went up."""
-        before = gauges(port)
-        answer = exchange(port, *parts)
-
-        def changes() -> dict[str, float]:
-            after = gauges(port)
-            names = {n for n in after if n.endswith("_total") or "_total/" in n or "_count/" in n}
-            names = {n for n in names if not re.search("seconds_total|python_gc|/metrics", n)}
-            return {n: after[n] - before.get(n, 0) for n in names if after[n] != before.get(n, 0)}
-
-        until(lambda: any("requests_total" in name for name in changes()))  # counted after the last byte
-        return answer, changes()
-
-    short = counted(request)
-    assert at_once == [right]
-    long = counted(request[:-1], request[-1:])
-    assert at_once == [right] and short == long
-    assert b" 200 " in short[0][0] or not right
-
-
-def test_what_needs_patience_or_is_large_goes_the_long_way(port: int, at_once: list[bool]) -> None:
-    data = b'{"texts": ["x"]}'
-    whole = POST + b"content-length: %d\r\n\r\n" % len(data) + data
-    large = json.dumps({"texts": ["x" * 17_000]}).encode()
-    for request in (
-        whole.replace(b"host", b"connection: close\r\nhost"),
-        whole.replace(b"host", b"connection: close\r\nexpect: 100-continue\r\nhost"),
-        whole.replace(b"HTTP/1.1", b"HTTP/1.0"),
-        POST + b"connection: close\r\ncontent-length: %d\r\n\r\n" % len(large) + large,
-        POST + b"content-length: %d\r\n\r\n" % len(large) + large + whole.replace(b"host", b"connection: close\r\nhost"),
-    ):  # fmt: skip
-        assert b"HTTP/1.1 200 OK" in raw(port, request)
-    assert at_once == []
-    exchange(port, whole)
-    assert at_once == [True]
-
-
-def test_requests_in_one_piece_are_answered_in_their_order(port: int, at_once: list[bool]) -> None:
+def test_requests_in_one_piece_are_answered_in_their_order(port: int) -> None:
     """Small, large, wrong and small ones written together, without waiting."""
     bodies = [
         b'{"texts": ["x"]}',
@@ -443,29 +333,6 @@ def test_requests_in_one_piece_are_answered_in_their_order(port: int, at_once: l
     heads = re.findall(rb"HTTP/1.1 (\d+)", found)
     assert heads == [b"200", b"200", b"400", b"200"] * 5 + [b"422"]
     assert [x.count(b",") for x in re.findall(rb'"total":(\[.*?\])', found)] == [0, 1, 0] * 5
-    assert at_once[0]
-
-
-def test_a_connection_that_sends_giant_cells_goes_the_long_way_for_a_while(
-    port: int, at_once: list[bool]
-) -> None:
-    operations = "\n".join(f"x+{i}/500,y,z" for i in range(500))
-    sites = "\n".join(f"H{i} 0.{i}1 0.{i}3 0.{i}7" for i in range(100, 300))
-    giant = (
-        "data_x\n_cell_length_a 90\n_cell_length_b 90\n_cell_length_c 90\n"
-        "_cell_angle_alpha 90\n_cell_angle_beta 90\n_cell_angle_gamma 90\n"
-        f"loop_\n_symmetry_equiv_pos_as_xyz\n{operations}\n"
-        f"loop_\n_atom_site_label\n_atom_site_fract_x\n_atom_site_fract_y\n_atom_site_fract_z\n{sites}\n"
-    )
-    assert PVCP().score([giant]).n_sites[0] == 100_000
-    bodies = [json.dumps({"texts": [text]}).encode() for text in (giant, *["x"] * 101)]
-    assert len(bodies[0]) < 16_384
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
-    for body in bodies:
-        connection.request("POST", "/v1/score", body, JSON)
-        assert connection.getresponse().read().startswith(b'{"total":[')
-    assert at_once == [True, True]  # the first one, and the one after the detour
-    connection.close()
 
 
 def test_a_deaf_client_of_small_requests_is_not_read_on() -> None:
@@ -509,6 +376,193 @@ def test_a_deaf_client_that_leaves_is_no_fault(texts: int, caplog: pytest.LogCap
             raise AssertionError(found)
         assert ask(port, "/v1/score", {"texts": [SLAB]})[0] == 200
     assert not [record for record in caplog.records if record.levelname in ("ERROR", "CRITICAL")]
+
+
+# What other clients send, and what attackers do -----------------------------------------------------------------------
+
+UPGRADE = b"connection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\nhttp2-settings: AAEAAEAAAAIAAAABAAMAAABkAAQBAAAAAAUAAEAA\r\n"
+SMUGGLED = (
+    b"POST /get_reward HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 13\r\n\r\n"
+)
+
+
+def framed(body: bytes, chunked: bool) -> bytes:
+    if chunked:
+        return b"transfer-encoding: chunked\r\n\r\n%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
+    return b"content-length: %d\r\n\r\n" % len(body) + body
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize(
+    "upgrade", [UPGRADE, UPGRADE.replace(b"h2c", b"websocket"), UPGRADE.replace(b"h2c", b"h2c, foo/2")]
+)
+def test_an_offer_to_upgrade_is_a_plain_request(port: int, upgrade: bytes, chunked: bool) -> None:
+    """JDK's HttpClient offers HTTP/2 with the first request of a connection and goes on in HTTP/1.1."""
+    body = json.dumps({"texts": [SLAB], "targets": TARGET}).encode()
+    first = POST + upgrade + framed(body, chunked)
+    second = POST + b"connection: close\r\n" + framed(b'{"texts": ["x"]}', chunked)
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        head, _, rest = first.partition(b"\r\n\r\n")
+        for piece in (head + b"\r\n\r\n", rest[:20], rest[20:], second):
+            connection.sendall(piece)
+            time.sleep(0.02)
+        found = b""
+        while chunk := connection.recv(65536):
+            found += chunk
+    assert re.findall(rb"HTTP/1.1 (\d+)", found) == [b"200", b"200"]
+    assert re.findall(rb'"total":\[(.*?)\]', found) == [b"10.0", b"-15.0"]
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize("more", [UPGRADE, UPGRADE + b"expect: 100-continue\r\n", b"", b"upgrade: h2c\r\n"])
+def test_a_body_is_never_run_as_a_request(port: int, more: bytes, chunked: bool) -> None:
+    before = gauges(port)
+    body = SMUGGLED + b'{"query":[1]}'
+    found = raw(
+        port, POST + more + framed(body, chunked) + POST + b"connection: close\r\n" + framed(b"{", False), 5
+    )
+    statuses = re.findall(rb"HTTP/1.1 (\d+)", found)
+    assert [x for x in statuses if x != b"100"] == [b"400", b"400"]
+    after = gauges(port)
+    changed = {k for k, v in after.items() if "requests_total/" in k and v != before.get(k, 0)}
+    assert changed == {
+        "rewards_fast_requests_total//v1/score/400",
+        "rewards_fast_requests_total//metrics/200",
+    }
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"content-length: 5\r\ncontent-length: 60\r\n",
+        b"content-length: 5, 60\r\n",
+        b"content-length: +5\r\n",
+        b"content-length : 5\r\n",
+        b"content-length: 5\r\ntransfer-encoding: chunked\r\n",
+        b"transfer-encoding: chunked\r\ncontent-length: 5\r\n",
+        b"transfer-encoding: gzip, chunked\r\n",
+        b"transfer-encoding: identity\r\n",
+        b"transfer-encoding: chunked\r\ntransfer-encoding: chunked\r\n",
+        b"x: a\r\n transfer-encoding: chunked\r\ncontent-length: 5\r\ntransfer-encoding: xchunked\r\n",
+    ],
+)
+def test_two_ends_of_one_body_end_the_connection(port: int, head: bytes) -> None:
+    """Where two readers could see different ends, there is one 400 and nothing behind it is read."""
+    found = raw(port, POST + head + b"\r\n" + b"0\r\n\r\n" + SMUGGLED + b'{"query":[1]}', 5)
+    assert re.findall(rb"HTTP/1.1 (\d+)", found) == [b"400"] and b"connection: close" in found.lower()
+
+
+def test_half_of_a_surrogate_pair_costs_its_text_alone(port: int) -> None:
+    body = json.dumps({"texts": [SLAB, "\ud800", "data_\udfff", "\U0001f600", SLAB]}).encode()
+    assert b"\\ud800" in body
+    status, _, scores = ask(port, "/v1/score?comp=0", body)
+    assert status == 200 and scores["total"] == pytest.approx([4, -6, -6, -6, 4])
+    assert scores["reason"][1:4] == PVCP().score(["\ud800", "data_\udfff", "\U0001f600"]).reason
+    upper = b'{"query": ["\\uD800"], "labels": ["Pt"]}'
+    assert ask(port, "/get_reward", upper)[2]["rewards"] == [-15]
+    assert ask(port, "/v1/score", b'{"texts": ["x"], "targets": "\\ud800"}')[0] == 422
+
+
+def test_conversations_are_scored_by_their_last_assistant_message(port: int) -> None:
+    loop = [
+        {"role": "user", "content": TARGET},
+        {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]},
+        {"role": "tool", "content": SLAB, "tool_call_id": "1"},
+    ]
+    said = [{"type": "text", "text": SLAB}, {"type": "image_url", "image_url": {"url": "x"}}]
+    texts = [
+        [*loop, {"role": "assistant", "content": said}],
+        [*loop, {"role": "assistant", "content": "No idea."}],
+        [{"role": "assistant", "content": SLAB}, loop[2], {"role": "assistant", "content": "Done."}],
+        f"I ask.<tool_response>{SLAB}</tool_response>No idea.",
+        [],
+    ]
+    body = {"texts": texts, "targets": TARGET}
+    assert ask(port, "/v1/score", body)[2]["total"] == pytest.approx([10, -15, -15, -15, -15])
+    assert ask(port, "/v1/score?answer=any", body)[2]["total"] == pytest.approx([10, -15, 10, -15, -15])
+    for wrong in ([{"role": 1}], [{"content": 5}], [["a"]], [None], {"role": "user"}):
+        assert ask(port, "/v1/score", {"texts": [wrong]})[0] == 422
+    tool = f"<|im_end|>\n<|im_start|>user\n<tool_response>\n{SLAB}\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
+    query = {"query": [TARGET + "I ask." + tool + "No idea."], "prompts": [TARGET]}
+    assert ask(port, "/get_reward", query)[2]["rewards"] == [-15]
+
+
+def test_missing_targets_are_counted_told_once_and_refused_by_setting(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with running() as port:
+        for body in ({"texts": [SLAB] * 3, "targets": ["Pt", None, ""]}, {"texts": [SLAB]}):
+            assert ask(port, "/v1/score", body)[0] == 200
+        ask(port, "/get_reward", {"query": [SLAB] * 2, "prompts": ["A slab.", TARGET]})
+        assert gauges(port)["rewards_fast_missing_targets_total"] == 4
+        told = [r.getMessage() for r in caplog.records if "no target composition" in r.getMessage()]
+        assert [x.partition(":")[0] for x in told] == ["/v1/score", "/get_reward"]
+        detail = ask(port, "/v1/score?diagnostics=true", {"texts": [SLAB] * 2, "targets": ["Pt", None]})[2]
+        assert detail["diagnostics"]["no_target"] == [False, True]
+        status, _, answer = ask(
+            port, "/v1/score?missing_target=error", {"texts": [SLAB] * 2, "targets": ["Pt", None]}
+        )
+        assert status == 422 and "row 1 has no target composition" in answer["error"]
+        assert ask(port, "/get_reward?missing_target=error", {"query": [SLAB], "prompts": ["?"]})[0] == 422
+        assert ask(port, "/v1/score?missing_target=error&comp=0", {"texts": [SLAB]})[0] == 200
+
+
+def test_a_small_body_of_giant_cells_blocks_nobody() -> None:
+    """20 KB name 172,800 sites; sixteen clients send such bodies without a pause."""
+    spread = [[i * k % 1 for k in (0.61803399, 0.41421356, 0.73205081)] for i in range(1, 901)]
+    sites = "".join("H {:.4f} {:.4f} {:.4f}\n".format(*row).replace("0.", ".") for row in spread)
+    cell = "".join(
+        f"_cell_length_{a} 99\n_cell_angle_{b} 90\n" for a, b in zip("abc", ("alpha", "beta", "gamma"))
+    )
+    giant = (
+        f"data_x\n_symmetry_space_group_name_H-M 'F m -3 m'\n{cell}loop_\n_atom_site_label\n_atom_site_fract_x\n"
+        f"_atom_site_fract_y\n_atom_site_fract_z\n{sites}"
+    )
+    assert PVCP().score([giant]).n_sites[0] > 100_000
+    body = json.dumps({"texts": [giant]}).encode()
+    assert len(body) < 21_000
+    request = POST + b"content-length: %d\r\n\r\n" % len(body) + body
+    with command() as (_, port, _):
+        attackers = [socket.create_connection(("127.0.0.1", port), timeout=60) for _ in range(16)]
+        for attacker in attackers:
+            attacker.sendall(request * 3)
+        seconds = []
+        for _ in range(20):
+            begin = time.perf_counter()
+            assert ask(port, "/healthz", method="GET")[0] == 200
+            seconds.append(time.perf_counter() - begin)
+            time.sleep(0.05)
+        for attacker in attackers:
+            attacker.close()
+        assert sorted(seconds)[10] < 0.1 and max(seconds) < 1.0, seconds
+
+
+def test_idle_connections_cost_nobody_an_answer() -> None:
+    """As many as the server keeps, silent ones and kept ones; the next one is let in, and those idle longest go."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096) if hard > 0 else 4096, hard))
+    try:
+        with command() as (_, port, _):
+            kept = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+            idle = [socket.create_connection(("127.0.0.1", port), timeout=20) for _ in range(1100)]
+            for _i in range(20):
+                assert ask(port, "/healthz", method="GET")[0] == 200
+                kept.request("GET", "/readyz")
+                assert kept.getresponse().read() == b'{"status":"ready"}'
+                assert ask(port, "/v1/score", {"texts": [SLAB]})[0] == 200
+            gone = 0
+            for connection in idle[:80]:
+                connection.settimeout(0.01)
+                with suppress(TimeoutError):
+                    gone += connection.recv(1) == b""
+            assert gone >= 70  # the oldest of them
+            for connection in idle:
+                connection.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 # Tokens, ids, metrics ----------------------------------------------------------------------------------------------
@@ -626,7 +680,7 @@ def test_more_than_the_queue_holds_is_refused_with_a_time(monkeypatch: pytest.Mo
     score = PVCP.score
 
     def slow(self: PVCP, texts: Any, targets: Any = None) -> Any:
-        if texts == ["slow" * 5000]:  # not so small that it is scored where it arrives
+        if texts == ["slow"]:
             entered.release()
             assert go.wait(20)
         return score(self, texts, targets)
@@ -635,9 +689,7 @@ def test_more_than_the_queue_holds_is_refused_with_a_time(monkeypatch: pytest.Mo
         monkeypatch.setattr(PVCP, "score", slow)
         answers: list[Answer] = []
         waiting = [
-            threading.Thread(
-                target=lambda: answers.append(ask(port, "/v1/score", {"texts": ["slow" * 5000]}))
-            )
+            threading.Thread(target=lambda: answers.append(ask(port, "/v1/score", {"texts": ["slow"]})))
             for _ in range(3)
         ]
         for thread in waiting:
@@ -727,18 +779,23 @@ def until(ready: Callable[[], bool], seconds: float = 20.0) -> None:
         time.sleep(0.02)
 
 
-async def client(port: int, stop: asyncio.Event, counts: dict[str, int], texts: int) -> None:
-    """Asks over and over on kept connections; counts answers, and requests that ended without one."""
+async def client(port: int, stop: asyncio.Event, counts: dict[str, int], texts: int, keep: bool) -> None:
+    """Asks over and over, on kept connections or on a new one each time; counts answers, and requests and connections that
+    were reset."""
     body = json.dumps({"texts": [SLAB] * texts, "targets": TARGET}).encode()
-    request = POST + b"content-length: %d\r\n\r\n" % len(body) + body
+    close = b"" if keep else b"connection: close\r\n"
+    request = POST + close + b"content-length: %d\r\n\r\n" % len(body) + body
     reader = writer = None
     while not stop.is_set():
         if writer is None:
             try:
                 reader, writer = await asyncio.open_connection("127.0.0.1", port)
-            except OSError:
+            except ConnectionRefusedError:
                 counts["refused connections"] += 1
                 await asyncio.sleep(0.01)
+                continue
+            except OSError:
+                counts["lost"] += 1
                 continue
         assert reader is not None
         try:
@@ -757,15 +814,15 @@ async def client(port: int, stop: asyncio.Event, counts: dict[str, int], texts: 
             writer = None
 
 
-@pytest.mark.parametrize("texts", [1, 64])
-def test_sigterm_under_load_loses_no_request(texts: int) -> None:
+@pytest.mark.parametrize(("texts", "keep"), [(1, True), (64, True), (1, False)])
+def test_sigterm_under_load_resets_nothing(texts: int, keep: bool) -> None:
     with command("--drain-seconds", "0.7") as (process, port, lines):
         counts = {"lost": 0, "told to go": 0, "refused connections": 0}
         states: list[int] = []
 
         async def load() -> None:
             stop = asyncio.Event()
-            clients = [asyncio.create_task(client(port, stop, counts, texts)) for _ in range(16)]
+            clients = [asyncio.create_task(client(port, stop, counts, texts, keep)) for _ in range(16)]
             await asyncio.sleep(1.0)
             process.send_signal(signal.SIGTERM)
             await asyncio.sleep(0.3)
@@ -780,18 +837,22 @@ def test_sigterm_under_load_loses_no_request(texts: int) -> None:
         assert set(counts) == {"lost", "told to go", "refused connections", "200"}
         until(lambda: any("Finished server" in line for line in lines))
         assert sum("path=/v1/score status=200" in line for line in lines) == counts["200"]
-        # a connection that the system took but the server never did may break; a request that it read may not
         assert not any("status=gone" in line or "status=500" in line for line in lines)
-        assert counts["lost"] <= counts["refused connections"]
+        assert counts["lost"] == 0  # neither a request that was read nor a connection that waited is reset
 
 
 def test_requests_that_are_running_at_sigterm_are_answered() -> None:
     big = json.dumps({"texts": [SLAB * 300] * 60, "targets": TARGET}).encode()
     with command("--drain-seconds", "0") as (process, port, _):
-        answers: list[Answer] = []
-        threads = [
-            threading.Thread(target=lambda: answers.append(ask(port, "/v1/score", big))) for _ in range(6)
-        ]
+        request = POST + b"connection: close\r\ncontent-length: %d\r\n\r\n" % len(big) + big
+        answers: list[bytes] = []
+        connections = [socket.create_connection(("127.0.0.1", port), timeout=30) for _ in range(6)]
+
+        def send(connection: socket.socket) -> None:
+            connection.sendall(request)
+            answers.append(connection.recv(12))
+
+        threads = [threading.Thread(target=send, args=(c,)) for c in connections]
         for thread in threads:
             thread.start()
         until(lambda: gauges(port)["rewards_fast_queue_requests"] >= 1)
@@ -799,7 +860,9 @@ def test_requests_that_are_running_at_sigterm_are_answered() -> None:
         for thread in threads:
             thread.join(30)
         assert process.wait(20) == 0
-        assert [a[0] for a in answers] == [200] * 6
+        assert answers == [b"HTTP/1.1 200"] * 6
+        for connection in connections:
+            connection.close()
 
 
 def test_settings_and_token_of_the_command(tmp_path: Path) -> None:
@@ -837,7 +900,7 @@ def test_wrong_arguments_are_one_line(arguments: list[str], says: str) -> None:
 def test_a_public_address_without_a_token_is_warned_of(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from rewards_fast.integrations import server
+    from rewards_fast.server import listen as server
 
     monkeypatch.setattr(server.DrainingServer, "run", lambda self: None)
     for host, token, warned in (

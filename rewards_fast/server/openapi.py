@@ -1,24 +1,22 @@
-"""What the server says of itself: the OpenAPI schema of every endpoint, and a page made of it that needs no internet."""
+"""What the server says of itself: the OpenAPI schema of every endpoint; bodies come from the types that decode them."""
 
 from __future__ import annotations
 
 import importlib.metadata
-import json
 from dataclasses import fields
-from html import escape
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 
 from rewards_fast.pvcp import FIELD_NAMES, REASONS, SCORE_NAMES, TERM_NAMES
-from rewards_fast.settings import LARGEST_THRESHOLD, LARGEST_WEIGHT, WEIGHTS, RewardSettings
+from rewards_fast.settings import LARGEST_THRESHOLD, LARGEST_WEIGHT, WEIGHTS, LoopSettings
 
-QUERY_KEYS = tuple(f.name for f in fields(RewardSettings) if f.name != "threads")
+QUERY_KEYS = tuple(f.name for f in fields(LoopSettings) if f.name != "threads")
 DIAGNOSTIC_NUMBERS = ("n_sites", "volume", "density", "min_distance")
 TERMS = SCORE_NAMES[:5]
 
 
-def openapi_schema(types: tuple[Any, Any], base: RewardSettings, token: bool) -> dict[str, Any]:
+def openapi_schema(types: tuple[Any, Any], base: LoopSettings, token: bool) -> dict[str, Any]:
     """The description of every endpoint; bodies come from the types that decode them."""
     bodies, components = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
     number, numbers = {"type": "number"}, {"type": "array", "items": {"type": "number"}}
@@ -39,6 +37,7 @@ def openapi_schema(types: tuple[Any, Any], base: RewardSettings, token: bool) ->
         {
             **dict.fromkeys(DIAGNOSTIC_NUMBERS, holes),
             "reason": reasons,
+            "no_target": flags,
             "terms": record(dict.fromkeys(TERM_NAMES, holes)),
             "fields": record(dict.fromkeys(FIELD_NAMES, flags)),
         }
@@ -57,7 +56,7 @@ def openapi_schema(types: tuple[Any, Any], base: RewardSettings, token: bool) ->
             {
                 "rewards": numbers,
                 "scores": numbers,
-                "extra_logs": record(dict.fromkeys(("comp", "valid", "phys", "parses"), number)),
+                "extra_logs": record(dict.fromkeys(("comp", "valid", "phys", "parses", "no_target"), number)),
                 "diagnostics": {"$ref": "#/components/schemas/Diagnostics"},
             },
             ("diagnostics",),
@@ -65,19 +64,19 @@ def openapi_schema(types: tuple[Any, Any], base: RewardSettings, token: bool) ->
         "Error": record({"error": {"type": "string"}, "request_id": {"type": "string"}}),
     }
 
+    kinds = get_type_hints(LoopSettings)
+
     def value(name: str) -> dict[str, Any]:
-        kind = {f.name: str(f.type) for f in fields(RewardSettings)}[name]
-        if kind == "bool":
-            return {"type": "boolean", "default": base.extract}
+        kind, default = kinds[name], getattr(base, name)
+        if kind is bool:
+            return {"type": "boolean", "default": default}
+        if get_origin(kind) is Literal:
+            return {"type": "string", "enum": list(get_args(kind)), "default": default}
         low, high = (
             (0.0, LARGEST_WEIGHT) if name in WEIGHTS else (-float(LARGEST_THRESHOLD), LARGEST_THRESHOLD)
         )
-        return {
-            "type": "integer" if kind == "int" else "number",
-            "minimum": low,
-            "maximum": high,
-            "default": getattr(base, name),
-        }
+        whole = kind is int
+        return {"type": "integer" if whole else "number", "minimum": low, "maximum": high, "default": default}
 
     parameters: list[dict[str, Any]] = [
         {"name": name, "in": "query", "required": False, "schema": value(name)} for name in QUERY_KEYS
@@ -168,62 +167,3 @@ def openapi_schema(types: tuple[Any, Any], base: RewardSettings, token: bool) ->
         },
         "components": {"schemas": components, **components_security},
     }
-
-
-STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}
-table{border-collapse:collapse}td,th{border:1px solid #bbb;padding:.1rem .6rem;text-align:left}
-pre,textarea{background:#f4f4f4;border:1px solid #ddd;padding:.6rem;overflow:auto}
-textarea{width:100%;height:6rem;box-sizing:border-box}h2{border-top:1px solid #bbb;padding-top:1rem}"""
-# The one script of the page: sends what stands in the text field, shows what comes back.
-SCRIPT = """for (const form of document.forms) form.onsubmit = async event => {
-  event.preventDefault();
-  const out = form.querySelector("pre"), headers = {};
-  const request = {method: form.dataset.method, headers};
-  if (form.body) { request.body = form.body.value; headers["content-type"] = "application/json"; }
-  if (form.token?.value) headers.authorization = "Bearer " + form.token.value;
-  try {
-    const answer = await fetch(form.dataset.path + (form.query?.value ? "?" + form.query.value : ""), request);
-    out.textContent = answer.status + "\\n" + await answer.text();
-  } catch (error) { out.textContent = error; }
-};"""
-EXAMPLES = {"/v1/score": {"texts": ["no idea"], "targets": "Pt3CuCO"}, "/get_reward": {"query": ["no idea"]}}
-
-
-def docs_page(schema: dict[str, Any]) -> str:
-    """HTML of a schema made by `openapi_schema`: each endpoint with its query keys, body and answers, and a form to try it."""
-
-    def row(cells: list[Any], tag: str = "td") -> str:
-        return "<tr>" + "".join(f"<{tag}>{escape(str(cell))}</{tag}>" for cell in cells) + "</tr>"
-
-    def block(value: Any) -> str:
-        return f"<pre>{escape(json.dumps(value, indent=1))}</pre>"
-
-    parts = []
-    for path, methods in schema["paths"].items():
-        for method, about in methods.items():
-            parts.append(f"<h2>{method.upper()} {path}</h2><p>{escape(about['summary'])}</p>")
-            inputs = []
-            if "parameters" in about:
-                keys = [(key["name"], key["schema"]) for key in about["parameters"]]
-                rows = [
-                    [name, kind["type"], kind.get("minimum", ""), kind.get("maximum", ""), kind["default"]]
-                    for name, kind in keys
-                ]
-                heads = row(["key of the query", "type", "least", "most", "default"], "th")
-                parts.append(f"<details><summary>Query</summary><table>{heads}{''.join(map(row, rows))}</table></details>")  # fmt: skip
-                inputs.append("<p>query <input name=query size=40 placeholder='near=0.7&amp;diagnostics=true'></p>")  # fmt: skip
-            if "requestBody" in about:
-                body = about["requestBody"]["content"]["application/json"]["schema"]
-                parts.append(f"<details><summary>Body</summary>{block(body)}</details>")
-                inputs.append(f"<textarea name=body>{escape(json.dumps(EXAMPLES[path]))}</textarea>")
-            if "security" in about:
-                inputs.append("<p>token <input name=token type=password></p>")
-            answers = [[status, answer["description"]] for status, answer in about["responses"].items()]
-            parts.append(f"<table>{row(['status', 'answer'], 'th')}{''.join(map(row, answers))}</table>")
-            parts.append(f"<form data-method={method.upper()} data-path={path}>{''.join(inputs)}<p><button>Send</button></p><pre></pre></form>")  # fmt: skip
-    return (
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>rewards-fast</title><style>{STYLE}</style>"
-        f"<h1>{escape(schema['info']['title'])} {escape(schema['info']['version'])}</h1>"
-        f"<p>{escape(schema['info']['description'])} For programs: <a href=/openapi.json>openapi.json</a>.</p>"
-        f"{''.join(parts)}<h2>Types</h2>{block(schema['components']['schemas'])}<script>{SCRIPT}</script></html>"
-    )
