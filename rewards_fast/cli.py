@@ -310,7 +310,7 @@ def run_serve(arguments: argparse.Namespace) -> int:
         from rewards_fast import server
     except ImportError as error:
         raise SystemExit(
-            f"serving needs the extra `server` ({error}): pip install 'catmllm[server]'"
+            f"serving needs the extra `server` ({error}): pip install '.[server]' in a clone of catmllm"
         ) from None
     files = [item for item in arguments.settings if "=" not in item]
     if len(files) > 1:

@@ -71,6 +71,17 @@ def test_the_oldest_versions_are_the_lower_bounds() -> None:
     assert {"numpy", "torch", "triton", "transformers", "trl", "pymatgen", "peft", "ase"} <= set(pins)
 
 
+def test_nobody_is_told_to_install_from_an_index() -> None:
+    """No distribution of this name is there; anybody could register it."""
+    tracked = subprocess.run(
+        ["git", "ls-files", "*.py", "*.md", "*.toml"], cwd=ROOT, capture_output=True, text=True
+    )
+    pages = tracked.stdout.split() or [str(p.relative_to(ROOT)) for p in ROOT.rglob("*.md")]
+    assert "README.md" in pages
+    told = re.compile(r"pip install (?:-\S+ )*['\"]?catmllm")
+    assert not [p for p in pages if (ROOT / p).exists() and told.search((ROOT / p).read_text())]
+
+
 @pytest.mark.slow
 def test_the_stub_of_the_engine_is_its_interface() -> None:
     command = [

@@ -65,7 +65,7 @@ assert round(reply["rewards"][0], 6) == 10 and round(reply["scores"][0], 6) == 1
 """
 
 PIP = """#!/bin/bash
-[ "$1 $2" = "install catmllm[server]" ] && grep -q '^server = ' "$ROOT/pyproject.toml"
+[ "$1 $2" = "install .[server]" ] && grep -q '^server = ' "$ROOT/pyproject.toml"
 """
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ase.calculators.calculator import Calculator
 
-INSTALL = "pip install 'catmllm[oracle]'   (or: pip install sevenn)"
+INSTALL = "pip install sevenn"
 
 
 class OracleMissing(RuntimeError):

@@ -29,9 +29,7 @@ def add_lora(model: CatalyticMLLM, config: LoRAConfig, seed: int) -> None:
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "`lora.r` is set, but peft is missing: pip install 'catmllm[lora]'"
-        ) from error
+        raise ModuleNotFoundError("`lora.r` is set, but peft is missing: pip install peft") from error
     adapters = LoraConfig(
         r=config.r,
         lora_alpha=config.alpha,  # type: ignore[arg-type]  # peft says int and divides it

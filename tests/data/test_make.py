@@ -406,7 +406,7 @@ def test_without_sevenn_one_line_says_how_to_get_it(
     monkeypatch.setitem(sys.modules, "sevenn.calculator", None)
     assert making.main(parse(["--out", str(tmp_path / "a.jsonl")])) == 1
     error = capsys.readouterr().err
-    assert "pip install 'catmllm[oracle]'" in error and error.count("\n") == 1
+    assert "pip install sevenn" in error and error.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
 

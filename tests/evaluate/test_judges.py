@@ -276,7 +276,7 @@ def test_without_sevenn_the_judge_says_how_to_get_it(monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, "sevenn.calculator", None)
     sevennet.cache_clear()
     try:
-        with pytest.raises(OracleMissing, match=r"pip install 'catmllm\[oracle\]'"):
+        with pytest.raises(OracleMissing, match=r"pip install sevenn"):
             SevenNetJudge()
     finally:
         sevennet.cache_clear()
