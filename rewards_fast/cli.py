@@ -8,168 +8,47 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
 
-from rewards_fast.pvcp import FIELD_NAMES, PVCP, SCORE_NAMES, TERM_NAMES, Scores
-from rewards_fast.settings import load_settings
-
-BATCH = 512
-
-
-def read_rows(path: Path, start: int = 0) -> Iterator[dict[str, Any]]:
-    """Rows of a .jsonl or .parquet file from row `start` on, one at a time."""
-    if path.suffix == ".parquet":
-        try:
-            import pyarrow.parquet as parquet
-        except ImportError:
-            raise SystemExit("reading Parquet needs pyarrow: pip install pyarrow") from None
-        for batch in parquet.ParquetFile(path).iter_batches(batch_size=BATCH):
-            if start >= batch.num_rows:
-                start -= batch.num_rows
-                continue
-            yield from batch.slice(start).to_pylist()
-            start = 0
-        return
-    with path.open(encoding="utf-8") as lines:
-        number = 0
-        for line_number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            number += 1
-            if number <= start:
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise SystemExit(f"{path}:{line_number}: no JSON ({error})") from None
-            if not isinstance(row, dict):
-                raise SystemExit(
-                    f'{path}:{line_number}: a row is an object like {{"text": ..., "target": ...}}'
-                )
-            yield row
+from rewards_fast.conversation import answer_text
+from rewards_fast.files import BAD_TARGET, BATCH, read_rows, score_file
+from rewards_fast.pvcp import PVCP
+from rewards_fast.settings import LoopSettings, load_settings
 
 
-def count_rows(path: Path) -> int:
-    """Rows of a file, for the progress bar."""
-    if path.suffix == ".parquet":
-        import pyarrow.parquet as parquet
-
-        return int(parquet.ParquetFile(path).metadata.num_rows)
-    with path.open("rb") as lines:
-        return sum(1 for line in lines if line.strip())
-
-
-def batches(rows: Iterable[dict[str, Any]], size: int = BATCH) -> Iterator[list[dict[str, Any]]]:
-    """Rows in lists of at most `size`."""
-    rows = iter(rows)
-    while batch := list(islice(rows, size)):
-        yield batch
+def _settings(given: Sequence[str]) -> LoopSettings:
+    """Settings of `FILE.yaml` and `key=value` arguments; SystemExit says what is wrong with them."""
+    files = [item for item in given if "=" not in item]
+    if len(files) > 1:
+        raise SystemExit(f"one settings file at most, got {', '.join(files)}")
+    try:
+        return load_settings(files[0] if files else None, [i for i in given if "=" in i])
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
 
 
-def _json_number(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None
-
-
-def score_rows(scores: Scores) -> Iterator[dict[str, Any]]:
-    """One flat record a text: scores, reason, sub-terms, fields. What is not finite becomes null."""
-    for i in range(len(scores)):
-        record: dict[str, Any] = {name: _json_number(getattr(scores, name)[i]) for name in SCORE_NAMES}
-        record["reason"] = scores.reason[i]
-        record.update({name: _json_number(scores.terms[name][i]) for name in TERM_NAMES})
-        record.update({f"field_{name}": bool(scores.fields[name][i]) for name in FIELD_NAMES})
-        yield record
-
-
-class Progress:
-    """A bar on a terminal, a line now and then elsewhere."""
-
-    def __init__(self, total: int, done: int, stream: TextIO) -> None:
-        self.total, self.start_done, self.done, self.stream = total, done, done, stream
-        self.start = self.shown = time.perf_counter()
-        self.live = stream.isatty()
-
-    def advance(self, n: int) -> None:
-        self.done += n
-        now = time.perf_counter()
-        if now - self.shown < (0.1 if self.live else 5.0) and self.done < self.total:
-            return
-        self.shown = now
-        rate = (self.done - self.start_done) / max(now - self.start, 1e-9)
-        part = self.done / self.total if self.total else 1.0
-        bar = "#" * round(30 * part)
-        end = "\r" if self.live and self.done < self.total else "\n"
-        print(
-            f"[{bar:<30}] {self.done}/{self.total}  {rate:,.0f} texts/s",
-            end=end,
-            file=self.stream,
-            flush=True,
-        )
-
-
-def _complete_lines(path: Path) -> int:
-    """Whole lines already in an output; a line that was cut off goes."""
-    if not path.exists():
-        return 0
-    with path.open("rb+") as file:
-        lines, kept = 0, 0
-        for line in file:
-            if not line.endswith(b"\n"):
-                break
-            lines, kept = lines + 1, kept + len(line)
-        file.truncate(kept)
-    return lines
+def _existing(path: str) -> Path:
+    if not Path(path).is_file():
+        raise SystemExit(f"no file {path}")
+    return Path(path)
 
 
 def run_score(arguments: argparse.Namespace) -> int:
-    """Streams the input through the scorer, appending to the output; a second call goes on where the first stopped."""
-    source, out = Path(arguments.input), Path(arguments.output)
-    if not source.exists():
-        raise SystemExit(f"no file {source}")
-    if arguments.restart:
-        out.unlink(missing_ok=True)
-    done = _complete_lines(out)
-    scorer = PVCP(
-        thresholds={"near": arguments.near, "close": arguments.close},
-        threads=arguments.threads,
-        extract=not arguments.strict,
+    """Scores a file; a second call goes on where the first stopped."""
+    settings = _settings(arguments.settings)
+    score_file(
+        _existing(arguments.input),
+        Path(arguments.output),
+        settings,
+        arguments.text,
+        arguments.target,
+        arguments.restart,
     )
-    progress = Progress(count_rows(source), done, sys.stderr)
-    if done:
-        print(f"{done} rows are in {out} already", file=sys.stderr)
-    sum_of_totals, parsed, n = 0.0, 0, 0
-    with out.open("a", encoding="utf-8") as sink:
-        number = done
-        for rows in batches(read_rows(source, done)):
-            for offset, row in enumerate(rows):
-                if not isinstance(row.get(arguments.text), str):
-                    keys = ", ".join(map(str, row)) or "nothing"
-                    raise SystemExit(
-                        f"{source}, row {number + offset + 1}: no text under {arguments.text!r} (it has {keys})"
-                    )
-            targets = [row.get(arguments.target) for row in rows]
-            try:
-                scores = scorer.score([row[arguments.text] for row in rows], targets)
-            except (ValueError, TypeError) as error:
-                raise SystemExit(f"{source}, rows {number + 1} to {number + len(rows)}: {error}") from None
-            for row, record in zip(rows, score_rows(scores)):
-                if "id" in row:
-                    record = {"id": row["id"], **record}
-                sink.write(json.dumps(record) + "\n")
-            sink.flush()
-            number += len(rows)
-            n += len(rows)
-            sum_of_totals += float(scores.total.sum())
-            parsed += sum(reason is None for reason in scores.reason)
-            progress.advance(len(rows))
-    if n:
-        print(
-            f"{n} texts: mean reward {sum_of_totals / n:.3f}, {100 * parsed / n:.1f} % parse", file=sys.stderr
-        )
     return 0
 
 
@@ -265,15 +144,10 @@ def plot_profile(result: dict[str, Any], path: Path) -> None:
 
 def run_profile(arguments: argparse.Namespace) -> int:
     """Profiles the texts of a .jsonl/.parquet file, or one .cif file."""
-    source = Path(arguments.input)
-    if not source.exists():
-        raise SystemExit(f"no file {source}")
-    if source.suffix in (".jsonl", ".parquet"):
-        texts = [
-            row[arguments.text]
-            for row in islice(read_rows(source), arguments.most)
-            if isinstance(row.get(arguments.text), str)
-        ]
+    source = _existing(arguments.input)
+    if source.suffix in (".jsonl", ".gz", ".parquet"):
+        rows = islice(read_rows(source, arguments.text), arguments.most)
+        texts = [answer_text(row.text) for row in rows if row.reason in (None, BAD_TARGET)]
     else:
         texts = [source.read_text(encoding="utf-8", errors="replace")]
     if not texts:
@@ -312,13 +186,7 @@ def run_serve(arguments: argparse.Namespace) -> int:
         raise SystemExit(
             f"serving needs the extra `server` ({error}): pip install '.[server]' in a clone of catmllm"
         ) from None
-    files = [item for item in arguments.settings if "=" not in item]
-    if len(files) > 1:
-        raise SystemExit(f"one settings file at most, got {', '.join(files)}")
-    try:
-        settings = load_settings(files[0] if files else None, [i for i in arguments.settings if "=" in i])
-    except ValueError as error:
-        raise SystemExit(str(error)) from None
+    settings = _settings(arguments.settings)
     limits = server.Limits(
         body=int(arguments.max_body * 2**20),
         texts=arguments.max_texts,
@@ -340,22 +208,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=importlib.metadata.version("catmllm"))
     commands = parser.add_subparsers(dest="command", required=True)
     score = commands.add_parser(
-        "score", help="score answers of a .jsonl or .parquet file; resumes an unfinished output"
+        "score", help="score answers of a .jsonl, .jsonl.gz or .parquet file; resumes an unfinished output"
     )
     score.add_argument("input")
+    score.add_argument(
+        "settings", nargs="*", metavar="FILE.yaml|key=value", help="weights, thresholds, `extract=false`, …"
+    )
     score.add_argument("-o", "--output", required=True, help="a .jsonl file, one record an answer")
     score.add_argument("--text", default="text", help="key of the answer (text)")
     score.add_argument("--target", default="target", help="key of the wanted composition (target)")
-    score.add_argument("--threads", type=int)
-    score.add_argument(
-        "--strict", action="store_true", help="score texts as they stand, do not look for the CIF in them"
-    )
-    score.add_argument(
-        "--near", type=float, default=1.0, help="distance (Å) below which pairs cost 3 (Eq. 41: 1.0)"
-    )
-    score.add_argument(
-        "--close", type=float, default=0.5, help="distance (Å) below which pairs cost 8 (Eq. 41: 0.5)"
-    )
     score.add_argument("--restart", action="store_true", help="begin anew instead of resuming")
     score.set_defaults(run=run_score)
     profile = commands.add_parser("profile", help="where the time of each text goes")
@@ -383,7 +244,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     serve.add_argument("--drain-seconds", type=float, default=1, help="of answering on after SIGTERM")
     serve.add_argument("--log", default="info", choices=("debug", "info", "warning", "error"))
     serve.set_defaults(run=run_serve)
-    arguments = parser.parse_args(argv)
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and (not hasattr(arguments, "settings") or any(item.startswith("-") for item in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # settings behind options, which argparse leaves over
+        arguments.settings = [*arguments.settings, *rest]
     return int(arguments.run(arguments))
 
 
