@@ -1,9 +1,11 @@
-"""Exact versions for pip's --constraint, as `name==version` lines: of all that an install takes, or the oldest that may be.
+"""Exact versions for pip's --constraint, as `name==version` lines: of all that an install takes,
+or the oldest that may be.
 
     pip install --dry-run --ignore-installed --report - … | python .ci/versions.py resolved
     python .ci/versions.py oldest
 
-`oldest` are the lower bounds of pyproject.toml; what has none there, or is needed only by another package, stays free.
+`oldest` are the lower bounds of pyproject.toml; what has none there,
+or is needed only by another package, stays free.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ OWN = tomllib.loads(PROJECT.read_text())["project"]
 
 
 def resolved(report: str) -> list[str]:
-    """Of a report of pip: every package but this one. A local label as in 2.13.0+cpu goes: it is of one index only."""
+    """Of a report of pip: every package but this one. A local label as in 2.13.0+cpu goes:
+    it is of one index only."""
     found = [package["metadata"] for package in json.loads(report)["install"]]
     pins = {p["name"].lower(): p["version"].partition("+")[0] for p in found if p["name"] != OWN["name"]}
     return [f"{name}=={version}" for name, version in sorted(pins.items())]

@@ -55,7 +55,8 @@ class World:
 
 def start(config: Config) -> World:
     """Join the process group that torchrun describes; without torchrun, a group of one process."""
-    # Alone, a store in memory: no address, no port, nothing left in the environment of processes started from here.
+    # Alone, a store in memory: no address, no port, nothing left in the
+    # environment of processes started from here.
     alone: dict[str, Any] = (
         {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     )
@@ -75,8 +76,8 @@ def start(config: Config) -> World:
 def _die_with_parent() -> None:
     """Have the kernel end this process when torchrun is gone (Linux).
 
-    torchrun gives its workers sessions of their own: after a `kill -9` of torchrun they would stay, hold their memory,
-    and write into the folder that the next run resumes from.
+    torchrun gives its workers sessions of their own: after a `kill -9` of torchrun they would stay, hold
+    their memory, and write into the folder that the next run resumes from.
     """
     if sys.platform != "linux":
         return

@@ -1,4 +1,5 @@
-"""`rewards-fast score` for files of answers, `profile` for where the time of a reward goes, `serve` for HTTP."""
+"""`rewards-fast score` for files of answers, `profile` for where the time of a reward goes,
+`serve` for HTTP."""
 
 from __future__ import annotations
 
@@ -166,7 +167,8 @@ def run_profile(arguments: argparse.Namespace) -> int:
 
 
 def read_token(path: str | None) -> str | None:
-    """The token of a file, else of the environment variable REWARDS_FAST_TOKEN; an argument would show in `ps`."""
+    """The token of a file, else of the environment variable REWARDS_FAST_TOKEN;
+    an argument would show in `ps`."""
     try:
         token = (
             Path(path).read_text(encoding="utf-8") if path else os.environ.get("REWARDS_FAST_TOKEN", "")

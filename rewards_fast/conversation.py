@@ -1,7 +1,8 @@
 """Whose words a reward may read: the last assistant message of an answer, the last user message of a prompt.
 
-An agent loop hands over messages (`{"role": ..., "content": ...}`, mappings or objects) or one text with the turns in it, the
-special tokens kept or skipped. What a tool or a user says is never the model's answer, and neither is a call of a tool.
+An agent loop hands over messages (`{"role": ..., "content": ...}`, mappings or objects) or one text with the
+turns in it, the special tokens kept or skipped. What a tool or a user says is never the model's answer, and
+neither is a call of a tool.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ ASSISTANT = frozenset({"assistant", "model", "ai", "gpt"})
 USER = frozenset({"user", "human"})
 
 _ROLE = r"assistant|model|user|human|system|developer|tool|function|ipython|observation|environment"
-# Where a turn begins, by the templates of ChatML (Qwen), Llama 3, Gemma, GLM and Phi, Harmony, DeepSeek, Mistral; and what is
-# left of ChatML's and of Llama's where the special tokens were skipped: the role alone on a line, or glued to a bracket.
+# Where a turn begins, by the templates of ChatML (Qwen), Llama 3, Gemma, GLM and Phi, Harmony, DeepSeek,
+# Mistral; and what is left of ChatML's and of Llama's where the special tokens were skipped: the role alone
+# on a line, or glued to a bracket.
 _TURN = re.compile(
     rf"<\|im_start\|>\s*(?P<a>{_ROLE})\b[^\n<]*\n?"
     rf"|<\|start_header_id\|>\s*(?P<b>{_ROLE})\s*<\|end_header_id\|>"
@@ -32,7 +34,8 @@ _TURN = re.compile(
     re.MULTILINE,
 )
 _MARKS = {"inst": "user", "inst_end": "assistant", "result": "tool", "result_end": "assistant"}
-# Passages inside a turn that are a tool's, by the tags that environments put around them, and calls of a tool.
+# Passages inside a turn that are a tool's, by the tags that environments put around them,
+# and calls of a tool.
 _RESULTS = (
     "tool_response", "tool_result", "tool_results", "tool_output", "function_results", "function_response",
     "observation", "information", "interpreter",
@@ -51,7 +54,8 @@ def _of(message: Any, name: str) -> Any:
 
 
 def message_text(message: Any) -> str:
-    """The text of one message: its content, or the text parts of it; pictures, calls and reasoning have none."""
+    """The text of one message: its content, or the text parts of it; pictures,
+    calls and reasoning have none."""
     content = _of(message, "content")
     if content is None or isinstance(content, str):
         return content or ""
@@ -78,7 +82,8 @@ def _turns(text: str, first: str) -> Iterator[tuple[str, str]]:
 
 
 def _messages(text: str) -> list[str]:
-    """What the assistant says in one turn: its messages are parted by results of tools, calls of tools are dropped."""
+    """What the assistant says in one turn: its messages are parted by results of tools,
+    calls of tools are dropped."""
     if _OPENED.search(text) is None:
         return [text]
     messages, said, start = [], "", 0
@@ -106,11 +111,12 @@ def _messages(text: str) -> list[str]:
 
 
 def answer_text(completion: Conversation, answer: Answer = "last", extract: bool = True) -> str:
-    """The words of a completion that are scored: those of the last assistant message (`last`), or of the last one in which a
-    `data_` stands (`any`).
+    """The words of a completion that are scored: those of the last assistant message (`last`),
+    or of the last one in which a `data_` stands (`any`).
 
-    completion: a text, or the messages of a conversation (mappings or objects; those without a role are the assistant's).
-    A conversation in which the assistant never speaks gives "". extract: False leaves a text as it stands.
+    completion: a text, or the messages of a conversation (mappings or objects; those without a role are the
+    assistant's). A conversation in which the assistant never speaks gives "". extract: False leaves a text as
+    it stands.
     """
     if isinstance(completion, str):
         if not extract or not any(sign in completion for sign in _SIGNS):

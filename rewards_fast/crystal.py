@@ -33,9 +33,10 @@ class CIFError(ValueError):
 class Crystal:
     """A parsed cell, its sites in the order of the file (symmetry images follow their row).
 
-    lattice: float64 [3, 3], rows a, b, c in Å (c along z, as pymatgen puts them). frac: float64 [N, 3] in [0, 1).
-    numbers: int64 [N], the atomic number of the (most abundant) species of a site, 0 for what is no element.
-    counts: atoms by symbol in the whole cell where occupancies or dummies make them differ from `numbers`.
+    lattice: float64 [3, 3], rows a, b, c in Å (c along z, as pymatgen puts them). frac: float64 [N, 3] in [0,
+    1). numbers: int64 [N], the atomic number of the (most abundant) species of a site, 0 for what is no
+    element. counts: atoms by symbol in the whole cell where occupancies or dummies make them differ from
+    `numbers`.
     """
 
     lattice: NDArray[np.float64]

@@ -11,8 +11,8 @@ def extract_cif(answer: str) -> str:
 
     1. Only the last assistant turn counts; `<think>` passages are dropped, an unclosed one to the end.
     2. Of code fences that hold a `data_` line the last one is taken (an open fence runs to the end).
-    3. Prose before the first `data_` line goes, and so does prose behind the last row: from the first line after
-       the last key (`_name`, `loop_`) that has three or more plain words.
+    3. Prose before the first `data_` line goes, and so does prose behind the last row: from the first line
+       after the last key (`_name`, `loop_`) that has three or more plain words.
 
     `PVCP.score` does the same in its threads (csrc/pvcp/extract.cpp).
     """

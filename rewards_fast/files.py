@@ -1,6 +1,8 @@
-"""Files of answers: read a row at a time, whatever a row holds, scored into a file that a second call goes on with.
+"""Files of answers: read a row at a time, whatever a row holds,
+scored into a file that a second call goes on with.
 
-A row that cannot be scored costs itself: its record has null for every number, a `reason` and the `problem` in words.
+A row that cannot be scored costs itself: its record has null for every number,
+a `reason` and the `problem` in words.
 """
 
 from __future__ import annotations
@@ -69,7 +71,8 @@ def _lines(path: Path) -> Iterator[bytes]:
 
 
 def _objects(path: Path) -> Iterator[dict[str, Any] | str]:
-    """The objects of a .jsonl, .jsonl.gz or .parquet file; in the place of one that cannot be read, what is wrong with it."""
+    """The objects of a .jsonl, .jsonl.gz or .parquet file; in the place of one that cannot be read,
+    what is wrong with it."""
     if path.suffix == ".parquet":
         try:
             import pyarrow
@@ -94,8 +97,8 @@ def _objects(path: Path) -> Iterator[dict[str, Any] | str]:
 
 
 def read_rows(path: Path, text: str = "text", target: str = "target") -> Iterator[Row]:
-    """The rows of a file, one at a time. text, target: the keys of the answer (a text, or the messages of a conversation)
-    and of the wanted composition (see `parse_target`)."""
+    """The rows of a file, one at a time. text, target: the keys of the answer (a text, or the messages of a
+    conversation) and of the wanted composition (see `parse_target`)."""
     for number, found in enumerate(_objects(path), start=1):
         if isinstance(found, str):
             yield Row(number, {}, reason=UNREADABLE, problem=found)
@@ -209,8 +212,9 @@ def score_file(
 ) -> None:
     """Scores a file into `out`, a .jsonl with one record per row, and goes on where an earlier call stopped.
 
-    A record's `digest` is made of its answer, target and settings: where one in `out` is not that of the row at its
-    place, the earlier scores are of something else, and SystemExit says so instead of keeping or losing them.
+    A record's `digest` is made of its answer, target and settings: where one in `out` is not that of the row
+    at its place, the earlier scores are of something else, and SystemExit says so instead of keeping or
+    losing them.
     """
     if out.exists() and out.samefile(source):
         raise SystemExit(f"{out} is the input itself")

@@ -1,6 +1,8 @@
-"""The reward's measurements through pymatgen: slow and obvious, the definition that every faster path is tested with.
+"""The reward's measurements through pymatgen: slow and obvious,
+the definition that every faster path is tested with.
 
-"Parses" means that `Structure.from_str(text, fmt="cif")` of pymatgen accepts the text (its defaults throughout).
+"Parses" means that `Structure.from_str(text, fmt="cif")` of
+pymatgen accepts the text (its defaults throughout).
 """
 
 from __future__ import annotations
@@ -42,7 +44,8 @@ _SITE_KEYS = tuple(f"_atom_site_fract_{axis}" for axis in "xyz")
 
 
 def measure(text: str) -> Measurement:
-    """Parses a text as it stands and measures the first structure. Raises CIFError for what pymatgen rejects."""
+    """Parses a text as it stands and measures the first structure.
+    Raises CIFError for what pymatgen rejects."""
     if len(text) > MAX_CHARS:
         raise CIFError("limit", f"the text has {len(text)} characters, more than {MAX_CHARS}")
     with warnings.catch_warnings(), np.errstate(all="ignore"):
@@ -66,7 +69,8 @@ def measure(text: str) -> Measurement:
 
 
 def _first_structure(text: str) -> tuple[Any, Any, dict[str, Any], list[Any]]:
-    """What `CifParser.from_str(text).parse_structures(primitive=False)[0]` does, keeping the block it came from."""
+    """What `CifParser.from_str(text).parse_structures(primitive=False)[0]` does,
+    keeping the block it came from."""
     from pymatgen.io.cif import CifParser
 
     first: tuple[Any, Any, dict[str, Any], list[Any]] | None = None
@@ -93,7 +97,8 @@ def _first_structure(text: str) -> tuple[Any, Any, dict[str, Any], list[Any]]:
 
 
 def _reason(error: Exception) -> str:
-    """The code of a pymatgen exception, coarse: `loop`, `cell`, `occupancy`, `sites`, `number` or `unsupported`."""
+    """The code of a pymatgen exception, coarse: `loop`, `cell`, `occupancy`, `sites`,
+    `number` or `unsupported`."""
     message = str(error)
     if isinstance(error, ZeroDivisionError) or "is not a multiple" in message or "zip()" in message:
         return "loop"
@@ -113,8 +118,8 @@ def _file_order(
 ) -> tuple[list[int], NDArray[np.float64]]:
     """The sites' indices in the order of the file's rows, and the rows' coordinates as written [R, 3].
 
-    pymatgen sorts by electronegativity; each row's images are found again by the operations. Rows that pymatgen
-    drops (no symbol, occupancy <= 0) are no atoms and are left out of both.
+    pymatgen sorts by electronegativity; each row's images are found again by the operations. Rows that
+    pymatgen drops (no symbol, occupancy <= 0) are no atoms and are left out of both.
     """
     from pymatgen.io.cif import str2float
 
@@ -208,8 +213,8 @@ def _reduced(lattice: NDArray[np.float64]) -> NDArray[np.float64]:
 def min_distance(lattice: NDArray[np.float64], frac: NDArray[np.float64]) -> float:
     """Least distance (Å) of different sites over all images; inf below two sites, nan for non-finite input.
 
-    Every image that can be as near as the best pair so far is tried: a vector of length d spans at most d / spacing_k
-    cells along axis k, `spacing` being the distance of lattice planes.
+    Every image that can be as near as the best pair so far is tried: a vector of length d spans at most d /
+    spacing_k cells along axis k, `spacing` being the distance of lattice planes.
     """
     lattice = np.asarray(lattice, dtype=np.float64).reshape(3, 3)
     frac = np.asarray(frac, dtype=np.float64).reshape(-1, 3)

@@ -1,4 +1,5 @@
-"""Wanted compositions: formulas, prompts and counts as they stand in data sets, and what to do where there is none."""
+"""Wanted compositions: formulas, prompts and counts as they stand in data sets,
+and what to do where there is none."""
 
 from __future__ import annotations
 
@@ -23,9 +24,11 @@ Missing = Literal["warn", "error", "ignore"]
 _NUMBER = r"((?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[0-9]+)?)?"
 _PIECE = re.compile(rf"\s*(?:([A-Z][a-z]?)\s*{_NUMBER}|(\()|(\))\s*{_NUMBER})")
 _BRACKETS = str.maketrans("[]{}", "()()", "@")
-# `PT3CU` is P, tritium, C, U for pymatgen and platinum for whoever wrote it; D and T beside these letters are refused.
+# `PT3CU` is P, tritium, C, U for pymatgen and platinum for whoever wrote it;
+# D and T beside these letters are refused.
 _CAPITALS = re.compile("|".join(f"{s[0]}{s[1].upper()}" for s in ELEMENTS if s[1:] in ("d", "t")))
-# A word is tried from its first letter only and an index has few digits: no prompt takes more than linear time.
+# A word is tried from its first letter only and an index has few digits:
+# no prompt takes more than linear time.
 _WORD = r"(?<![^\s<>])([^\s<>]+)\s*</s>\s*([A-Za-z0-9.()\[\]]+"
 _PROMPT = re.compile(_WORD + r"?)\s*\(\s*-?\d{1,3}\s*,?\s*-?\d{1,3}\s*,?\s*-?\d{1,3}\s*\)")
 _PROMPT_BARE = re.compile(_WORD + r")")
@@ -74,7 +77,8 @@ def _add(counts: dict[str, float], symbol: str, amount: float, source: object) -
 
 
 def _parse_prompt(passage: str) -> dict[str, float]:
-    """Adsorbate and slab of `CO</s>Pt9Cu3 (1 1 1)` together; the adsorbate may carry a data set's stars or quotes."""
+    """Adsorbate and slab of `CO</s>Pt9Cu3 (1 1 1)` together;
+    the adsorbate may carry a data set's stars or quotes."""
     found = _PROMPT.fullmatch(passage) or _PROMPT_BARE.fullmatch(passage)
     if found is None:
         raise ValueError(passage)
@@ -85,8 +89,9 @@ def _parse_prompt(passage: str) -> dict[str, float]:
 
 
 def prompt_target(prompt: Conversation) -> str | None:
-    """The passage of a prompt that names a composition (`CO</s>Pt9Cu3 (1 1 1)`): the last one of what the user said
-    last. None where that names none, whatever a system prompt, an example or an earlier turn says."""
+    """The passage of a prompt that names a composition (`CO</s>Pt9Cu3 (1 1 1)`): the last one of what the
+    user said last. None where that names none, whatever a system prompt, an example or an earlier turn
+    says."""
     said = last_user_message(prompt)
     for pattern in (_PROMPT, _PROMPT_BARE):
         for found in reversed(list(pattern.finditer(said))):
@@ -112,9 +117,9 @@ def _loaded(target: str) -> Target:
 
 
 def parse_target(target: Target) -> dict[str, float]:
-    """Counts by element of a target: a prompt (`CO</s>Pt9Cu3 (1 1 1)`: adsorbate + slab, other text around it is
-    passed over), a formula by pymatgen's rules, counts (a count of None is none), or one of them as JSON text.
-    Empty (None, '', {}) gives {}. D and T count as H.
+    """Counts by element of a target: a prompt (`CO</s>Pt9Cu3 (1 1 1)`: adsorbate + slab, other text around it
+    is passed over), a formula by pymatgen's rules, counts (a count of None is none), or one of them as JSON
+    text. Empty (None, '', {}) gives {}. D and T count as H.
 
     Raises ValueError for what is none of these, and for capitals that may be meant otherwise (`PT3CU`).
     """
@@ -148,7 +153,8 @@ Numbered = tuple[tuple[int, float], ...]
 
 
 def number_targets(targets: Sequence[Target] | Target, n: int) -> tuple[list[Numbered], list[int]]:
-    """The different targets as (atomic number, count) pairs, and for each text which of them is its ([]: the first)."""
+    """The different targets as (atomic number, count) pairs, and for each text which of them is its ([]:
+    the first)."""
     if targets is None or isinstance(targets, str | Mapping):
         return [_numbered(targets)], []
     if len(targets) != n:
@@ -190,9 +196,11 @@ def is_empty(target: Target) -> bool:
 
 
 class MissingTargets:
-    """Counts the answers that came without a composition where one was expected: says so once, or refuses them.
+    """Counts the answers that came without a composition where one was expected: says so once,
+    or refuses them.
 
-    `missing` of `seen` answers had none. Without it an answer has no composition term, so that a perfect one gets 4.0.
+    `missing` of `seen` answers had none. Without it an answer has no composition term,
+    so that a perfect one gets 4.0.
     """
 
     def __init__(self, where: str) -> None:
@@ -201,7 +209,8 @@ class MissingTargets:
         self._lock = threading.Lock()
 
     def count(self, targets: Iterable[Target], policy: Missing = "warn", hint: str = "") -> list[bool]:
-        """For each target whether it is missing. ValueError where one is and `policy` is `error`; else a warning, once."""
+        """For each target whether it is missing. ValueError where one is and `policy` is `error`;
+        else a warning, once."""
         holes = [is_empty(target) for target in targets]
         missing = sum(holes)
         with self._lock:

@@ -1,4 +1,5 @@
-"""A tiny Qwen2.5-VL in a folder, as one is published: with an image tower, and a tokenizer that knows pictures."""
+"""A tiny Qwen2.5-VL in a folder, as one is published: with an image tower,
+and a tokenizer that knows pictures."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ from tests.conftest import SMALL_MODEL
 
 
 def save_qwen(folder: Path, systems: list[System]) -> None:
-    """A Qwen2.5-VL of random weights, large enough for a picture to matter, and its tokenizer, as a published folder."""
+    """A Qwen2.5-VL of random weights, large enough for a picture to matter, and its tokenizer,
+    as a published folder."""
     tokenizer = tiny_tokenizer(property_sample(s).prompt for s in systems)
     tokenizer.add_tokens([VISION_START, IMAGE_PAD, VISION_END], special_tokens=True)
     words = tokenizer.get_vocab()

@@ -54,7 +54,8 @@ def launch(config: Path, out: Path, ranks: int = 2) -> subprocess.Popen:
 
 
 def kill(process: subprocess.Popen, out: Path) -> None:
-    """End torchrun as `kill -9` does, and wait until its workers, which have sessions of their own, are gone too."""
+    """End torchrun as `kill -9` does, and wait until its workers, which have sessions of their own,
+    are gone too."""
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     deadline = time.monotonic() + 20

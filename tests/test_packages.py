@@ -45,7 +45,8 @@ def test_the_changelog_begins_with_this_version() -> None:
 
 
 def test_the_constraints_are_exact_and_hold_all_that_is_asked_for() -> None:
-    """Both commands install from constraints.txt: one version per package, inside pyproject's ranges, from any index."""
+    """Both commands install from constraints.txt: one version per package, inside pyproject's ranges,
+    from any index."""
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pins = dict(line.split("==") for line in lines)
     assert len(pins) == len(lines) and all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines)

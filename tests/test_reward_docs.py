@@ -1,7 +1,9 @@
-"""Every block of docs/rewards is run: a page becomes one script, its files, commands, Python and sessions in their order.
+"""Every block of docs/rewards is run: a page becomes one script, its files, commands,
+Python and sessions in their order.
 
-`python -m verl...` and `python -m openrlhf...` meet stand-ins that load the reward as those libraries do and call it (the libraries
-themselves are in `tests/oracles`); `pip install` only checks that the extra exists; GRPOTrainer calls what it is given.
+`python -m verl...` and `python -m openrlhf...` meet stand-ins that load the reward as those libraries do and
+call it (the libraries themselves are in `tests/oracles`); `pip install` only checks that the extra exists;
+GRPOTrainer calls what it is given.
 """
 
 import os
@@ -70,7 +72,8 @@ PIP = """#!/bin/bash
 
 
 def script_of(page: str, folder: Path) -> str:
-    """The bash script of a page; blocks with a file's name write that file, `text` blocks are for reading alone."""
+    """The bash script of a page; blocks with a file's name write that file,
+    `text` blocks are for reading alone."""
     lines = ["set -euo pipefail", "trap 'kill $(jobs -p) 2>/dev/null || true; wait' EXIT"]
     for i, (language, name, body) in enumerate(BLOCK.findall(page)):
         if name:

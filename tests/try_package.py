@@ -1,8 +1,10 @@
-"""Installs a built package into an empty environment and uses it there: `python tests/try_package.py FOLDER_OR_FILE`.
+"""Installs a built package into an empty environment and uses it there:
+`python tests/try_package.py FOLDER_OR_FILE`.
 
-Run by `make wheels` for each Python, and by a test. Prints seconds: installing with NumPy, importing (least of 7, processor time),
-and from starting the interpreter to a score. Fails where the package needs more than NumPy, brings libraries of others, is
-late (on an idle machine: installing is mostly unpacking NumPy) or scores wrongly.
+Run by `make wheels` for each Python, and by a test. Prints seconds: installing with NumPy, importing (least
+of 7, processor time), and from starting the interpreter to a score. Fails where the package needs more than
+NumPy, brings libraries of others, is late (on an idle machine: installing is mostly unpacking NumPy) or
+scores wrongly.
 """
 
 import json
@@ -66,9 +68,8 @@ def main(package: Path) -> dict[str, float]:
     assert bundled == [], f"other projects' libraries in the wheel: {bundled}"
     with tempfile.TemporaryDirectory() as folder:
         venv.create(folder, with_pip=True)
-        env = {
-            k: v for k, v in os.environ.items() if k != "PYTHONPATH"
-        }  # a checkout there would hide the package
+        # a checkout there would hide the package
+        env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
         python = str(Path(folder) / ("Scripts" if sys.platform == "win32" else "bin") / "python")
         begin = time.perf_counter()
         subprocess.run([python, "-m", "pip", "install", "--quiet", str(package)], check=True, env=env)

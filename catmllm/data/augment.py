@@ -1,9 +1,10 @@
-"""The same system seen from elsewhere: symmetry operations of the slab's sites, as training data that costs nothing.
+"""The same system seen from elsewhere: symmetry operations of the slab's sites,
+as training data that costs nothing.
 
-A slab's site lattice has symmetries that its species and relaxed positions do not. Carrying all atoms through one of
-them gives the same crystal (a translation, rotation or mirror image: the energy is the same) whose CIF differs in which
-site holds which atom. Without this a small model learns the few hundred training slabs by heart: on systems of other
-slabs its cross-entropy was 0.95 per token against 0.20 in training.
+A slab's site lattice has symmetries that its species and relaxed positions do not. Carrying all atoms through
+one of them gives the same crystal (a translation, rotation or mirror image: the energy is the same) whose CIF
+differs in which site holds which atom. Without this a small model learns the few hundred training slabs by
+heart: on systems of other slabs its cross-entropy was 0.95 per token against 0.20 in training.
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ LEVEL = 0.3  # Å in height within which two sites may be carried into each othe
 
 
 def symmetric_copy(system: System, rng: np.random.Generator) -> System:
-    """A random equivalent of a system under its slab's site symmetry; the system itself where the draw is none.
+    """A random equivalent of a system under its slab's site symmetry;
+    the system itself where the draw is none.
 
-    The slab's rows keep their sites (row k holds the atom that now stands nearest to where row k stood), the adsorbate
-    stays last. Distances, energy and three-part text up to the order of words are those of the original.
+    The slab's rows keep their sites (row k holds the atom that now stands nearest to where row k stood), the
+    adsorbate stays last. Distances, energy and three-part text up to the order of words are those of the
+    original.
     """
     slab = np.flatnonzero(system.tags != ADSORBATE)
     sites = system.frac[slab]

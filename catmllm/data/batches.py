@@ -1,6 +1,7 @@
 """Samples to tensors: tokens end to end, graphs of a batch joined into one, sorted by target atom.
 
-The order of training is a function of the seed alone (`shuffled`): all ranks read one endless sequence of epochs.
+The order of training is a function of the seed alone (`shuffled`):
+all ranks read one endless sequence of epochs.
 """
 
 from __future__ import annotations
@@ -46,19 +47,21 @@ class GraphBatch:
 
 @dataclass(frozen=True)
 class Batch:
-    """What the model reads: T tokens of S samples laid end to end, every place that matters known by its index.
+    """What the model reads: T tokens of S samples laid end to end,
+    every place that matters known by its index.
 
-    input_ids [T]; position_ids [T], restarting in each sample; sample s is cu_seqlens[s]:cu_seqlens[s+1], cu_seqlens
-    [S+1] int32, `max_length` the longest. answer_at [M]: places whose next token is an answer's, targets [M] those
-    tokens, answer_sample [M] their samples, in order. energy_at [S]: each sample's `<energy>` token, -1 without one;
-    energy [S] float32 the label in eV, NaN without one. graph_at [V]: the `<graph>` markers in order; graph: the
-    structures in order of their markers. All int64 but cu_seqlens. Where samples show pictures: `pictures` uint8
-    [P, height, width, 3] in order, picture_at [P·tokens of one] the places of their tokens, mrope [3, T] every token's
-    frame, row and column by Qwen2.5-VL's M-RoPE, restarting in each sample; None without any. `padded`: the LLM reads a
-    rectangle, each sample padded to the longest, instead of the samples end to end; results are the same, speed is not.
+    input_ids [T]; position_ids [T], restarting in each sample; sample s is cu_seqlens[s]:cu_seqlens[s+1],
+    cu_seqlens [S+1] int32, `max_length` the longest. answer_at [M]: places whose next token is an answer's,
+    targets [M] those tokens, answer_sample [M] their samples, in order. energy_at [S]: each sample's
+    `<energy>` token, -1 without one; energy [S] float32 the label in eV, NaN without one. graph_at [V]: the
+    `<graph>` markers in order; graph: the structures in order of their markers. All int64 but cu_seqlens.
+    Where samples show pictures: `pictures` uint8 [P, height, width, 3] in order, picture_at [P·tokens of one]
+    the places of their tokens, mrope [3, T] every token's frame, row and column by Qwen2.5-VL's M-RoPE,
+    restarting in each sample; None without any. `padded`: the LLM reads a rectangle, each sample padded to
+    the longest, instead of the samples end to end; results are the same, speed is not.
 
-    With `prefix`, samples that continue a prompt share its tokens (`Collator.join_answers`); answer_sample then counts
-    answers, not samples.
+    With `prefix`, samples that continue a prompt share its tokens (`Collator.join_answers`);
+    answer_sample then counts answers, not samples.
     """
 
     input_ids: torch.Tensor
@@ -110,8 +113,8 @@ Holder = TypeVar("Holder", Batch, GraphBatch, Prefix)
 
 
 def each_tensor(holder: Holder, change: Callable[[Any], Any]) -> Holder:
-    """A copy in which every tensor (or array, on its way between processes), those of its parts too, has gone through
-    `change`."""
+    """A copy in which every tensor (or array, on its way between processes), those of its parts too,
+    has gone through `change`."""
     changed: dict[str, Any] = {}
     for name, value in vars(holder).items():
         if isinstance(value, torch.Tensor | np.ndarray):
@@ -165,8 +168,8 @@ class Collator:
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def prompt_ids(self, sample: Sample) -> list[int]:
-        """The prompt's ids, the graph marker repeated where every atom is a token; with `data.images` a picture stands
-        before the structure of a question for its energy."""
+        """The prompt's ids, the graph marker repeated where every atom is a token; with `data.images` a
+        picture stands before the structure of a question for its energy."""
         ids = self.encode(sample.prompt)
         if self.graph_id in ids:
             if sample.graph is None:
@@ -219,7 +222,8 @@ class Collator:
             np.int64,
             cu_seqlens[-1],
         )
-        # The places before those of the answers; an answer without any prompt has no place for its first token.
+        # The places before those of the answers; an answer without any
+        # prompt has no place for its first token.
         counts = np.where(answers == lengths, answers - 1, answers)
         answer_sample = np.repeat(np.arange(len(rows)), counts)
         ends = np.repeat(cu_seqlens[1:] - counts, counts) - 1
@@ -257,10 +261,12 @@ class Collator:
         )
 
     def join_answers(self, prompts: Sequence[Encoded], answers: Sequence[Sequence[list[int]]]) -> Batch:
-        """Prompts, each there once for all its answers, end to end: the samples are a prompt, its answers, the next
-        prompt, and so on. An answer's tokens see the prompt's before their own and stand at the places after it.
+        """Prompts, each there once for all its answers, end to end: the samples are a prompt, its answers,
+        the next prompt, and so on. An answer's tokens see the prompt's before their own and stand at the
+        places after it.
 
-        Log-probabilities and gradients are those of `join` with every prompt repeated; answers count in the order given.
+        Log-probabilities and gradients are those of `join` with every prompt repeated;
+        answers count in the order given.
         """
         rows: list[Encoded] = []
         owner: list[int] = []
@@ -298,7 +304,8 @@ def _epoch(n: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def shuffled(position: int, n: int, seed: int) -> int:
-    """Which of n samples stands at a position of an endless sequence, whose every n are a permutation of their own."""
+    """Which of n samples stands at a position of an endless sequence,
+    whose every n are a permutation of their own."""
     epoch, place = divmod(position, n)
     return int(_epoch(n, seed, epoch)[place])
 
@@ -306,7 +313,8 @@ def shuffled(position: int, n: int, seed: int) -> int:
 def draw(n: int, count: int, seed: int, step: int, rank: int, world: int) -> np.ndarray:
     """Indices of this rank's samples at a step: shuffled epochs without repetition inside an epoch.
 
-    Every rank cuts the same endless sequence of permutations, so that no two ranks share a sample of an epoch.
+    Every rank cuts the same endless sequence of permutations,
+    so that no two ranks share a sample of an epoch.
     """
     start = (step * world + rank) * count
     return np.array([shuffled(p, n, seed) for p in range(start, start + count)])

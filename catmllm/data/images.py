@@ -1,9 +1,10 @@
 """A picture of a system for Qwen2.5-VL's image path: drawn, cut into patches, placed among the tokens.
 
-The paper's property prompts begin with an image that its published code never makes; here it is a choice. A picture
-shows the slab from above and from the side, as ASE's `plot_atoms` does (2x2 cells, jmol colours, covalent radii, no
-axes): drawn here, because matplotlib takes 1.3 s for 70 atoms. Its size is a multiple of 28 pixels, so that nothing is
-resized and the pixels are exactly what transformers' own image processor (which wants torchvision) would hand to the model.
+The paper's property prompts begin with an image that its published code never makes; here it is a choice. A
+picture shows the slab from above and from the side, as ASE's `plot_atoms` does (2x2 cells, jmol colours,
+covalent radii, no axes): drawn here, because matplotlib takes 1.3 s for 70 atoms. Its size is a multiple of
+28 pixels, so that nothing is resized and the pixels are exactly what transformers' own image processor (which
+wants torchvision) would hand to the model.
 """
 
 from __future__ import annotations
@@ -43,9 +44,8 @@ def render(system: System, size: tuple[int, int] = SIZE) -> NDArray[np.uint8]:
     height, width = _checked(size)
     normal = np.cross(system.lattice[0], system.lattice[1])
     spacing = abs(np.linalg.det(system.lattice)) / np.linalg.norm(normal)
-    frac = system.frac - np.floor(
-        system.frac + 1e-7
-    )  # what lies on the border, but for rounding, stays there
+    # what lies on the border, but for rounding, stays there
+    frac = system.frac - np.floor(system.frac + 1e-7)
     frac[:, 2] = heights(system.lattice, system.frac) / spacing
     cells = np.array([[i, j, 0] for i in range(2) for j in range(2)])
     points = (frac[None] + cells[:, None]).reshape(-1, 3) @ system.lattice
@@ -74,7 +74,8 @@ def _draw(
     radii: NDArray[np.float64],
     colours: NDArray[np.uint8],
 ) -> None:
-    """Discs with black outlines onto picture [height, width, 3], in order; edges are blended by what they cover."""
+    """Discs with black outlines onto picture [height, width, 3], in order;
+    edges are blended by what they cover."""
     for k in range(len(x)):
         r = radii[k]
         inner, outer = max(0.0, r - OUTLINE / 2 - 0.5), r + OUTLINE / 2 + 0.5
@@ -102,8 +103,8 @@ def _colours() -> NDArray[np.uint8]:
 
 
 def patches(pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What Qwen2.5-VL calls pixel_values and image_grid_thw, of uint8 [P, height, width, 3]: float32
-    [patches of all, 3 x 2 x 14 x 14] and int64 [P, 3], frames (1), rows and columns of patches, on the same device.
+    """What Qwen2.5-VL calls pixel_values and image_grid_thw, of uint8 [P, height, width, 3]: float32 [patches
+    of all, 3 x 2 x 14 x 14] and int64 [P, 3], frames (1), rows and columns of patches, on the same device.
 
     Normalised by channel; the patches of one token (2 x 2) stand together; a still picture fills both frames.
     """
@@ -114,19 +115,18 @@ def patches(pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     cut = scaled.permute(0, 3, 1, 2).reshape(
         n, 3, rows // MERGE, MERGE, PATCH, columns // MERGE, MERGE, PATCH
     )
-    cut = cut.permute(0, 2, 5, 3, 6, 1, 4, 7)[..., None, :, :].expand(
-        *(-1,) * 6, FRAMES, -1, -1
-    )  # picture, token row and column, patch row and column, channel, frame, pixel row and column
+    # picture, token row and column, patch row and column, channel, frame, pixel row and column
+    cut = cut.permute(0, 2, 5, 3, 6, 1, 4, 7)[..., None, :, :].expand(*(-1,) * 6, FRAMES, -1, -1)
     grid = torch.tensor([[1, rows, columns]], device=pictures.device).expand(n, 3)
     return cut.reshape(n * rows * columns, -1), grid
 
 
 def mrope_positions(ids: NDArray[np.int64], pad_id: int, size: tuple[int, int] = SIZE) -> NDArray[np.int64]:
-    """Positions int64 [3, T] (frame, row, column) of one sample's ids, in which each picture is as many pads as it has
-    tokens, by Qwen2.5-VL's M-RoPE.
+    """Positions int64 [3, T] (frame, row, column) of one sample's ids, in which each picture is as many pads
+    as it has tokens, by Qwen2.5-VL's M-RoPE.
 
-    Text counts on in all three; the tokens of a picture share the frame and are told apart by row and column; text after
-    it goes on from the largest of them. Without pictures all three are 0 ... T-1.
+    Text counts on in all three; the tokens of a picture share the frame and are told apart by row and column;
+    text after it goes on from the largest of them. Without pictures all three are 0 ... T-1.
     """
     rows, columns = (n // (PATCH * MERGE) for n in size)
     place = np.stack([np.zeros(rows * columns, np.int64), *np.divmod(np.arange(rows * columns), columns)])

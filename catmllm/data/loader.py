@@ -1,8 +1,9 @@
 """Batches for one rank, from an endless sequence of samples that all ranks share.
 
-A sample is a function of its position in that sequence, a window of consecutive samples is packed for itself, and
-windows are dealt to ranks in turn. So what a batch holds depends neither on the number of workers nor on the number of
-ranks, and the whole state is a few integers. Built on torch's DataLoader: worker processes, order, prefetch, pinning.
+A sample is a function of its position in that sequence, a window of consecutive samples is packed for itself,
+and windows are dealt to ranks in turn. So what a batch holds depends neither on the number of workers nor on
+the number of ranks, and the whole state is a few integers. Built on torch's DataLoader: worker processes,
+order, prefetch, pinning.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ class Window(NamedTuple):
 class Windows:
     """window number -> its packs. `example`: position -> sample, the same whenever and wherever it is called.
 
-    With a budget, a window of about 64 packs of at most so many tokens; else `batch_size` samples, cut into `passes`.
+    With a budget, a window of about 64 packs of at most so many tokens; else `batch_size` samples,
+    cut into `passes`.
     """
 
     example: Callable[[int], Sample]
@@ -66,8 +68,8 @@ class Windows:
             groups = [[kept[i] for i in group] for group in pack([r.length for r in kept], self.budget)]
         packs = [self.collate.join(group) for group in groups if group]
         if get_worker_info() is not None:
-            # Arrays go through a pipe; tensors would go through /dev/shm, a file descriptor each, and containers have
-            # little of the one and few of the other.
+            # Arrays go through a pipe; tensors would go through /dev/shm, a file descriptor each, and
+            # containers have little of the one and few of the other.
             packs = [each_tensor(p, torch.Tensor.numpy) for p in packs]
         return Window(packs, len(rows) - len(kept))
 
@@ -75,9 +77,9 @@ class Windows:
 class Loader:
     """This rank's batches, endlessly. `ranks` loaders that differ in `rank` alone see every pack once.
 
-    The sequence of windows is `leftover` (pairs of a window and its first pack to take; what a run with another number
-    of ranks had begun), then all windows from `start` on; rank r takes entries r, r + ranks, ... The state is that and
-    each rank's place in it. `too_long` counts the samples left out so far.
+    The sequence of windows is `leftover` (pairs of a window and its first pack to take; what a run with
+    another number of ranks had begun), then all windows from `start` on; rank r takes entries r, r + ranks,
+    ... The state is that and each rank's place in it. `too_long` counts the samples left out so far.
     """
 
     def __init__(
@@ -109,9 +111,9 @@ class Loader:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from there. With another number of ranks the remaining packs are dealt anew: none is lost, none comes
-        twice, and the order is the sequence's. Another `batch_size` goes on from the same sample; raises ValueError for
-        another window of packs (a budget, a tokenizer or data that changed)."""
+        """Go on from there. With another number of ranks the remaining packs are dealt anew: none is lost,
+        none comes twice, and the order is the sequence's. Another `batch_size` goes on from the same sample;
+        raises ValueError for another window of packs (a budget, a tokenizer or data that changed)."""
         self.leftover = [(w, p) for w, p in state["leftover"]]
         self.start = state["start"]
         self.windows = replace(self.windows, origin=state["origin"])
@@ -145,7 +147,8 @@ class Loader:
         self._batches = self._stream()
 
     def _stream(self) -> Iterator[tuple[Batch, tuple[int, int], int]]:
-        # A function of values, not of the loader: one that held its own stream would outlive its last user, and its workers too.
+        # A function of values, not of the loader: one that held its own stream
+        # would outlive its last user, and its workers too.
         entries = _Entries(tuple(self.leftover), self.start, self._place[0], self.ranks)
         return _run(self.windows, entries, self._place[1], self.workers, self.pin)
 

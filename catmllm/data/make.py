@@ -2,9 +2,9 @@
 
     catmllm data make --slabs 100 --seed 7 --out more.jsonl.gz
 
-The labels are those of a machine-learned potential, not DFT; `fcc_slabs.py` has the protocol. Every slab has its own
-random stream, so neither the number of workers nor a kill changes what is made. The shipped file came from one stream
-for all slabs of a seed; `--check` repeats its beginning.
+The labels are those of a machine-learned potential, not DFT; `fcc_slabs.py` has the protocol. Every slab has
+its own random stream, so neither the number of workers nor a kill changes what is made. The shipped file came
+from one stream for all slabs of a seed; `--check` repeats its beginning.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def reproduce_shipped(
 ) -> Iterator[tuple[Record, Record]]:
     """Make the first systems of a shipped seed again (101 or 202), and yield pairs (made now, shipped).
 
-    The shipped slabs of a seed share one random stream, and where it goes depends on the relaxed slabs: only its
-    beginning can be repeated, in order and in one process. `limit` stops after so many systems.
+    The shipped slabs of a seed share one random stream, and where it goes depends on the relaxed slabs: only
+    its beginning can be repeated, in order and in one process. `limit` stops after so many systems.
     """
     from catmllm.data.slabs import SHIPPED  # pulls in Numba, which no worker needs
 
@@ -74,7 +74,8 @@ def reproduce_shipped(
 
 
 def difference(made: Record, shipped: Record) -> float:
-    """How far two labels of one system are apart, eV; inf where they are not the same system or differ in `ok`."""
+    """How far two labels of one system are apart, eV; inf where they
+    are not the same system or differ in `ok`."""
     same = all(made[key] == shipped[key] for key in ("symbols", "adsorbate", "start_site", "ok"))
     if not same or made["energy"] is None:
         return math.inf
@@ -82,7 +83,8 @@ def difference(made: Record, shipped: Record) -> float:
 
 
 def check(tolerance: float = 0.005) -> int:
-    """Print how well this machine repeats two shipped slabs; returns the exit status (1 beyond `tolerance`, eV)."""
+    """Print how well this machine repeats two shipped slabs;
+    returns the exit status (1 beyond `tolerance`, eV)."""
     worst = 0.0
     for record, shipped in reproduce_shipped():
         error = difference(record, shipped)
@@ -99,7 +101,8 @@ def check(tolerance: float = 0.005) -> int:
     return 0 if passed else 1
 
 
-# --------------------------------------------------------------------------- many slabs, in any number of processes
+# --------------------------------------------------------------------------- many slabs,
+# in any number of processes
 
 _worker: dict[str, Any] = {}  # calculator and references of this process
 
@@ -161,15 +164,17 @@ class MakeError(RuntimeError):
 
 
 def part_path(out: Path) -> Path:
-    """Where finished slabs are kept until all are done: one JSON record a line, slabs in the order they got done."""
+    """Where finished slabs are kept until all are done: one JSON record a line,
+    slabs in the order they got done."""
     return out.with_name(out.name + ".part")
 
 
 def read_finished(path: Path, seed: int, per_slab: int) -> tuple[dict[int, str], int]:
-    """Whole slabs of a file that an earlier run left: {slab: its lines}, and the bytes (unpacked) they take up.
+    """Whole slabs of a file that an earlier run left: {slab: its lines}, and the bytes (unpacked)
+    they take up.
 
-    What a kill tore off, a half line or a slab short of records at the end, is left out. Raises `MakeError` if the
-    file is of another seed or number per slab, or damaged elsewhere.
+    What a kill tore off, a half line or a slab short of records at the end, is left out. Raises `MakeError`
+    if the file is of another seed or number per slab, or damaged elsewhere.
     """
     if not path.exists():
         return {}, 0
@@ -236,11 +241,13 @@ def make(
     factory: CalculatorFactory = labelling_calculator,
     progress: bool = True,
 ) -> None:
-    """Make `slabs` slabs with `per_slab` systems each and write them to `out`, JSON lines (gzip if it ends in .gz).
+    """Make `slabs` slabs with `per_slab` systems each and write them to `out`,
+    JSON lines (gzip if it ends in .gz).
 
-    Slabs that an earlier run of the same settings finished are taken over from `out` and from its part file, so a
-    killed run goes on and a finished one can be extended; the file is the same as that of an unbroken run.
-    `factory` makes the calculator in each process (picklable if workers > 1). Raises `MakeError`, `OracleMissing`.
+    Slabs that an earlier run of the same settings finished are taken over from `out` and from its part file,
+    so a killed run goes on and a finished one can be extended; the file is the same as that of an unbroken
+    run. `factory` makes the calculator in each process (picklable if workers > 1). Raises `MakeError`,
+    `OracleMissing`.
     """
     from tqdm import tqdm
 

@@ -1,4 +1,5 @@
-"""Which samples share a pack: at most a budget of tokens in each, little left over, and each a fair mixture."""
+"""Which samples share a pack: at most a budget of tokens in each, little left over,
+and each a fair mixture."""
 
 from __future__ import annotations
 
@@ -13,11 +14,12 @@ DEALT = (0.85, 0.7, 0.5, 0.0)
 def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:
     """Positions of `lengths` in groups of at most `budget` tokens each, as few groups as are found.
 
-    The longer samples, 85 % of the tokens, are dealt to the emptiest pack, so that each gets its share of long and
-    short ones; the rest fill the gaps, each where it fits best. Where that needs one pack in 48 more, less is dealt. On
-    windows of 64 packs of lengths as OC20's, 0.7-1.1 % of the tokens' room stays empty. Best fit in decreasing order
-    wastes 0.8-0.9 % and sorts the tasks: samples a pack then vary by 75 % of their mean, here by 12-18 %. Order follows the
-    samples'. Raises ValueError for a sample that is longer than the budget.
+    The longer samples, 85 % of the tokens, are dealt to the emptiest pack, so that each gets its share of
+    long and short ones; the rest fill the gaps, each where it fits best. Where that needs one pack in 48
+    more, less is dealt. On windows of 64 packs of lengths as OC20's, 0.7-1.1 % of the tokens' room stays
+    empty. Best fit in decreasing order wastes 0.8-0.9 % and sorts the tasks: samples a pack then vary by 75 %
+    of their mean, here by 12-18 %. Order follows the samples'. Raises ValueError for a sample that is longer
+    than the budget.
     """
     if lengths and max(lengths) > budget:
         raise ValueError(f"a sample of {max(lengths)} tokens does not fit a budget of {budget}")
@@ -35,8 +37,8 @@ def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:
 def _fill(
     lengths: Sequence[int], order: Sequence[int], budget: int, n: int, share: float
 ) -> list[list[int]] | None:
-    """Samples in `order` (longest first) into n groups, or None where they do not fit: the first `share` of the tokens
-    to the emptiest, the others where the least is left."""
+    """Samples in `order` (longest first) into n groups, or None where they do not fit: the first `share` of
+    the tokens to the emptiest, the others where the least is left."""
     groups: list[list[int]] = [[] for _ in range(n)]
     loads = [(0, group) for group in range(n)]
     to_deal, k = share * sum(lengths), 0

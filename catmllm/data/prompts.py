@@ -1,8 +1,9 @@
 """The three instruction tasks in the words of the paper's Appendix C.3, and the chat frame around them.
 
-A sample is plain text with two markers: `<graph>` stands where the vectors of a structure go in, `<energy>` is the
-query token whose final hidden state the energy head reads. Word-for-word templates; only the graph marker stands
-where the paper writes its image marker. Further ways to ask are in phrasings.json; answers are always the paper's.
+A sample is plain text with two markers: `<graph>` stands where the vectors of a structure go in, `<energy>`
+is the query token whose final hidden state the energy head reads. Word-for-word templates; only the graph
+marker stands where the paper writes its image marker. Further ways to ask are in phrasings.json; answers are
+always the paper's.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ def phrasings() -> dict[str, tuple[str, ...]]:
 
 
 def draw_words(rng: np.random.Generator, choice: str = "varied") -> Words:
-    """One way to ask each question: of `varied` ones all equally likely, else the `paper`'s, which takes no draw."""
+    """One way to ask each question: of `varied` ones all equally likely, else the `paper`'s,
+    which takes no draw."""
     if choice == "paper":
         return PAPER
     return Words(**{name: some[rng.integers(len(some))] for name, some in phrasings().items()})

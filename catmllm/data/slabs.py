@@ -1,8 +1,9 @@
-"""Adsorption systems on fcc slabs, shipped with the package, and the split into training, validation and test.
+"""Adsorption systems on fcc slabs, shipped with the package, and the split into training,
+validation and test.
 
-`fcc_slabs_7net.jsonl.gz` holds 3,008 systems (H, O, N, C, CO, OH, NH and CH on 2x2x3 slabs of nine metals and their A3B
-and AB alloys). Their energies are labels by SevenNet-0, a machine-learned interatomic potential, not DFT: results on
-them say whether the pipeline works, nothing about real catalysts.
+`fcc_slabs_7net.jsonl.gz` holds 3,008 systems (H, O, N, C, CO, OH, NH and CH on 2x2x3 slabs of nine metals and
+their A3B and AB alloys). Their energies are labels by SevenNet-0, a machine-learned interatomic potential,
+not DFT: results on them say whether the pipeline works, nothing about real catalysts.
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ SplitName = Literal["train", "val", "test"]
 
 
 def load_slabs(path: str | Path | None = None) -> list[System]:
-    """The usable systems of a JSON-lines file (gzip by its name), in file order; None: the shipped 2,973 of 3,008.
+    """The usable systems of a JSON-lines file (gzip by its name), in file order; None:
+    the shipped 2,973 of 3,008.
 
-    A record that says `"ok": false` (unconverged, dissociated, desorbed) is left out. Energy: adsorption energy in eV.
-    The sid of a shipped record is `7net-<seed>-<slab>-<number>`; `slab_id` gives its slab. Raises ValueError that names
-    file and line of a bad record.
+    A record that says `"ok": false` (unconverged, dissociated, desorbed) is left out. Energy: adsorption
+    energy in eV. The sid of a shipped record is `7net-<seed>-<slab>-<number>`; `slab_id` gives its slab.
+    Raises ValueError that names file and line of a bad record.
     """
     source = SHIPPED if path is None else Path(path)
     opened = gzip.open if source.suffix == ".gz" else open
@@ -63,16 +65,18 @@ def _system(record: dict[str, Any]) -> System:
 
 
 def slab_id(system: System) -> str:
-    """The slab that a system stands on: `7net-101-0` of `7net-101-0-3`. Systems of one slab share the metal atoms."""
+    """The slab that a system stands on: `7net-101-0` of `7net-101-0-3`.
+    Systems of one slab share the metal atoms."""
     return system.sid.rpartition("-")[0]
 
 
 def split(systems: Sequence[System], seed: int = 0) -> dict[SplitName, list[System]]:
     """About 80 / 10 / 10 % of the systems as train / val / test, whole (bulk, Miller index) pairs at a time.
 
-    By pair because a split by slab is no split: slabs of one metal and facet repeat, and 23 % of the test slabs would
-    have an exact twin in training (and by sample nearly all). The bulk is the reduced formula in canonical order, so
-    `IrPd` and `PdIr` are one. Each part is sorted by sid. Parts may be empty where there are few pairs.
+    By pair because a split by slab is no split: slabs of one metal and facet repeat, and 23 % of the test
+    slabs would have an exact twin in training (and by sample nearly all). The bulk is the reduced formula in
+    canonical order, so `IrPd` and `PdIr` are one. Each part is sorted by sid. Parts may be empty where there
+    are few pairs.
     """
     pairs: dict[str, list[System]] = defaultdict(list)
     for system in systems:
@@ -87,8 +91,8 @@ def split(systems: Sequence[System], seed: int = 0) -> dict[SplitName, list[Syst
 def split_pairs(counts: Mapping[str, int], seed: int = 0) -> dict[str, SplitName]:
     """The part that each pair belongs to, of the number of systems by pair (`PdIr (1, 1, 1)`).
 
-    The pairs are taken in the order of a hash of (seed, pair), so the result depends neither on the order of the
-    systems nor on the machine.
+    The pairs are taken in the order of a hash of (seed, pair),
+    so the result depends neither on the order of the systems nor on the machine.
     """
     shuffled = sorted(counts, key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).digest())
     total = sum(counts.values())

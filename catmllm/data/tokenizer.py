@@ -1,8 +1,8 @@
 """Tokens for CIFs: what repeats in every file is one token, and so is every `.ddd` fraction.
 
-A 14-atom CIF is about 1,150 characters. Qwen reads a digit a token; here a site row is six tokens (`Pd Pd`, `0 1`,
-three coordinates, ` 1` with its line end) and the whole fixed header three. Everything is lossless: what no added
-token covers falls back to bytes.
+A 14-atom CIF is about 1,150 characters. Qwen reads a digit a token; here a site row is six tokens (`Pd Pd`,
+`0 1`, three coordinates, ` 1` with its line end) and the whole fixed header three. Everything is lossless:
+what no added token covers falls back to bytes.
 """
 
 from __future__ import annotations
@@ -39,8 +39,9 @@ MAX_SITES = 256
 
 
 def cif_tokens(decimals: int = 3, elements: bool = True) -> list[str]:
-    """Every string that becomes one token; `elements` adds the bare symbols, with and without a space before (they
-    would cut words of a language model's own text, ` P|lease`, so that a pretrained tokenizer may do without)."""
+    """Every string that becomes one token; `elements` adds the bare symbols, with and without a space before
+    (they would cut words of a language model's own text, ` P|lease`, so that a pretrained tokenizer may do
+    without)."""
     lines = [line + "\n" for block in HEADER for line in block.split("\n")[:-1] if line]
     fractions = [f".{i:03d}" for i in range(1000)]
     symbols = SYMBOLS[1:104]
@@ -67,8 +68,8 @@ def extend_tokenizer(
 ) -> dict[int, list[int]]:
     """Add the CIF tokens and the markers to any Hugging Face tokenizer, in place.
 
-    Returns new id -> the ids by which the tokenizer wrote that text before: what a pretrained model's new embedding
-    rows are the mean of. Tokens that the tokenizer already has are left alone.
+    Returns new id -> the ids by which the tokenizer wrote that text before: what a pretrained model's new
+    embedding rows are the mean of. Tokens that the tokenizer already has are left alone.
     """
     from tokenizers import AddedToken
 
@@ -86,8 +87,8 @@ def extend_tokenizer(
 def tiny_tokenizer(texts: Iterable[str], merges: int = 512, decimals: int = 3) -> PreTrainedTokenizerBase:
     """A small byte-level tokenizer for models trained from random weights.
 
-    Its merges are learned from `texts` (prompts and answers) cut at the CIF tokens, without word boundaries: a phrase
-    that every prompt repeats ends as one or two tokens.
+    Its merges are learned from `texts` (prompts and answers) cut at the CIF tokens, without word boundaries:
+    a phrase that every prompt repeats ends as one or two tokens.
     """
     import re
 

@@ -26,7 +26,8 @@ def sane_volume(scores: Scores, thresholds: Thresholds) -> Bools:
 
 
 def hard_constraints(scores: Scores, thresholds: Thresholds | None = None) -> Bools:
-    """[n] which texts may be designs (SPEC §6): parse, exact composition, d_min >= 0.7 Å, sane volume per atom."""
+    """[n] which texts may be designs (SPEC §6): parse, exact composition, d_min >= 0.7 Å,
+    sane volume per atom."""
     return (
         parsed(scores)
         & (scores.comp >= 10.0)

@@ -1,7 +1,7 @@
 """The exemplar pool of GA-GRPO: the best different structures found for one task so far.
 
-Hard constraints come first: as soon as one candidate meets them, those that do not are dropped. Until then the pool
-holds the best that at least parse, and says so.
+Hard constraints come first: as soon as one candidate meets them, those that do not are dropped. Until then
+the pool holds the best that at least parse, and says so.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Candidate:
-    """One scored text. reward: of the closed loop; predicted: eV or NaN; feasible: meets the hard constraints."""
+    """One scored text. reward: of the closed loop; predicted: eV or NaN; feasible:
+    meets the hard constraints."""
 
     text: str
     reward: float

@@ -15,7 +15,8 @@ def energy_reward(predicted: np.ndarray, target: np.ndarray, lam: float) -> np.n
 def design_reward(
     pvcp: np.ndarray, predicted: np.ndarray, target: np.ndarray, config: GAGRPOConfig
 ) -> np.ndarray:
-    """0.7 R_energy + 0.3 R_PVCP (paper Eq. 4); PVCP rescaled from [-15, 10] to [0, 1] unless `raw` is asked for."""
+    """0.7 R_energy + 0.3 R_PVCP (paper Eq. 4); PVCP rescaled from [-15, 10] to [0,
+    1] unless `raw` is asked for."""
     quality = (pvcp + 15.0) / 25.0 if config.pvcp_scale == "unit" else pvcp
     return config.energy_weight * energy_reward(predicted, target, config.energy_lambda) + (
         config.pvcp_weight * quality

@@ -1,7 +1,8 @@
 """Two property predictors without a network: what a model must beat before its error means anything.
 
-The mean of the adsorbate says how much the adsorbate's name alone tells; ridge regression on words says how much is in
-the text without any order beyond pairs. On the shipped systems, split by (bulk, Miller index): MAE 0.76 and 0.34 eV.
+The mean of the adsorbate says how much the adsorbate's name alone tells; ridge regression on words says how
+much is in the text without any order beyond pairs. On the shipped systems, split by (bulk, Miller index): MAE
+0.76 and 0.34 eV.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ class AdsorbateMean:
 
 
 def text_features(system: System) -> Counter[Hashable]:
-    """Counts of the words (brackets are words) and adjacent pairs of the three-part text, and of each element."""
+    """Counts of the words (brackets are words) and adjacent pairs of the three-part text,
+    and of each element."""
     words = _WORD.findall(three_part_text(system))
     counts: Counter[Hashable] = Counter(words)
     counts.update(pairwise(words))
@@ -68,7 +70,8 @@ def text_features(system: System) -> Counter[Hashable]:
 
 @dataclass(frozen=True, eq=False)
 class TextRidge:
-    """Ridge regression on `text_features`, not scaled, with a free intercept. Features training lacks count for nothing."""
+    """Ridge regression on `text_features`, not scaled, with a free intercept.
+    Features training lacks count for nothing."""
 
     vocabulary: Mapping[Hashable, int]
     weights: Floats  # [features], eV a count
@@ -79,7 +82,8 @@ class TextRidge:
     def fit(
         cls, train: Sequence[System], val: Sequence[System], strengths: Sequence[float] = STRENGTHS
     ) -> TextRidge:
-        """In closed form, with the strength of least MAE on `val`; without `val`, the middle one of `strengths`."""
+        """In closed form, with the strength of least MAE on `val`; without `val`,
+        the middle one of `strengths`."""
         if not train:
             raise ValueError("no training systems")
         if not val:

@@ -1,8 +1,8 @@
 """Inverse design on test systems: does the closed loop hit the wanted energy, and would less have hit it too?
 
-Every task asks for a system that training has not seen (a bulk and Miller index of the test split) at the energy of
-one of its members. Success is judged by the model's own predictor, which the search optimises, and by SevenNet-0,
-which it does not know; beside both stand two controls.
+Every task asks for a system that training has not seen (a bulk and Miller index of the test split) at the
+energy of one of its members. Success is judged by the model's own predictor, which the search optimises, and
+by SevenNet-0, which it does not know; beside both stand two controls.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ def search(
     seed: Sequence[int],
     progress: bool = False,
 ) -> list[TaskState]:
-    """The closed loop with fixed weights: N0 candidates, then `iterations` refinements, of all tasks together."""
+    """The closed loop with fixed weights: N0 candidates, then `iterations` refinements,
+    of all tasks together."""
     from tqdm import tqdm
 
     loop = ClosedLoop(model, collate, config.ga_grpo)

@@ -1,8 +1,10 @@
-"""The independent judge of designs: SevenNet-0 relaxes the adsorbate on the rigid slab and says the adsorption energy.
+"""The independent judge of designs: SevenNet-0 relaxes the adsorbate
+on the rigid slab and says the adsorption energy.
 
-The model that searches also predicts energies, and a search finds the errors of what guides it. SevenNet-0 is another
-potential, with other weights, and it made the labels of the shipped systems: same protocol, same zero of energy. It is
-not DFT. Only the adsorbate moves, so the judged slab is the one that was designed, unrelaxed as it may be.
+The model that searches also predicts energies, and a search finds the errors of what guides it. SevenNet-0 is
+another potential, with other weights, and it made the labels of the shipped systems: same protocol, same zero
+of energy. It is not DFT. Only the adsorbate moves, so the judged slab is the one that was designed, unrelaxed
+as it may be.
 """
 
 from __future__ import annotations
@@ -35,8 +37,9 @@ _LONGEST_BOND = {frozenset(a.symbols): BROKEN_BOND * a.bond for a in ADSORBATES.
 _STRETCH = 1.25
 _TOO_CLOSE = 0.5  # Å; SevenNet has seen nothing like it
 # First guess of the Hessian, eV/Å^2: stretching of a bond of the adsorbate, and everything else. ASE's 70 for
-# everything is too stiff for an atom on a metal. Mean steps of 20 systems from the data's starts: 16.1 so, 10.9 with
-# the numbers below, in the same minimum to 2 meV. (8 instead of 20 needs 8.1, but slides off labelled saddle points.)
+# everything is too stiff for an atom on a metal. Mean steps of 20 systems from the data's starts: 16.1 so,
+# 10.9 with the numbers below, in the same minimum to 2 meV. (8 instead of 20 needs 8.1, but slides off
+# labelled saddle points.)
 _BOND_STIFFNESS = {frozenset("CO"): 70.0, frozenset("OH"): 45.0, frozenset("NH"): 38.0, frozenset("CH"): 32.0}
 _OTHER_BOND_STIFFNESS = 40.0
 _STIFFNESS = 20.0
@@ -46,11 +49,12 @@ _STIFFNESS = 20.0
 class JudgedEnergy:
     """What the judge says of one system.
 
-    energy: adsorption energy (eV); where `ok` is false it is what was last computed, perhaps nan. reason: None, or
-    why it does not count: `overlap` (atoms within 0.5 Å at the start), `no_adsorbate`, `no_reference` (an adsorbate
-    atom other than C, H, O, N), `unknown_element`, `failed` (the relaxation blew up), `not_converged`, `dissociated`,
-    `desorbed`, `sunken` (into the slab), `energy_out_of_range` (beyond 8 eV). steps: of the relaxation. seconds: spent
-    here. moved: the largest displacement of an adsorbate atom (Å).
+    energy: adsorption energy (eV); where `ok` is false it is what was last computed, perhaps nan. reason:
+    None, or why it does not count: `overlap` (atoms within 0.5 Å at the start), `no_adsorbate`,
+    `no_reference` (an adsorbate atom other than C, H, O, N), `unknown_element`, `failed` (the relaxation blew
+    up), `not_converged`, `dissociated`, `desorbed`, `sunken` (into the slab), `energy_out_of_range` (beyond 8
+    eV). steps: of the relaxation. seconds: spent here. moved: the largest displacement of an adsorbate atom
+    (Å).
     """
 
     energy: float
@@ -64,10 +68,10 @@ class JudgedEnergy:
 class SevenNetJudge:
     """Adsorption energies by relaxing the adsorbate alone (BFGS to `fmax` eV/Å, at most `max_steps`).
 
-    E = E(slab + relaxed adsorbate) - E(slab as given) - sum of the atomic references (`oracle.py`). It runs on one
-    torch thread and leaves the caller's number as it was, so every rank of a run can judge its share. `calculator`
-    (any of ASE's, for tests) replaces SevenNet-0; its references are then computed with it. Raises `OracleMissing`
-    where sevenn is not installed.
+    E = E(slab + relaxed adsorbate) - E(slab as given) - sum of the atomic references (`oracle.py`). It runs
+    on one torch thread and leaves the caller's number as it was, so every rank of a run can judge its share.
+    `calculator` (any of ASE's, for tests) replaces SevenNet-0; its references are then computed with it.
+    Raises `OracleMissing` where sevenn is not installed.
     """
 
     def __init__(
@@ -132,8 +136,9 @@ class SevenNetJudge:
     ) -> list[JudgedEnergy]:
         """Judge systems in order, with a progress bar; `workers` processes of one thread each (1: this one).
 
-        About 0.8 s a 14-atom system on one core. One forward pass over several structures was no faster on a CPU
-        (0.078 s a structure alone, 0.077 in fours, 0.12 in sixteens: the arrays leave the cache), so there is none.
+        About 0.8 s a 14-atom system on one core. One forward pass over several structures was no faster on a
+        CPU (0.078 s a structure alone, 0.077 in fours, 0.12 in sixteens: the arrays leave the cache), so
+        there is none.
         """
         from tqdm import tqdm
 
@@ -230,7 +235,8 @@ def _one_thread() -> Iterator[None]:
 
 
 def first_hessian(system: System) -> NDArray[np.float64]:
-    """A model Hessian [3N, 3N] (eV/Å^2) to start BFGS from: stiff along the adsorbate's bonds, soft elsewhere."""
+    """A model Hessian [3N, 3N] (eV/Å^2) to start BFGS from: stiff along the adsorbate's bonds,
+    soft elsewhere."""
     hessian = _STIFFNESS * np.eye(3 * len(system))
     for i, j, vector in _bonds(system):
         length = float(np.linalg.norm(vector))

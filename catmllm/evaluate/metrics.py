@@ -1,7 +1,9 @@
-"""The numbers that are reported: property errors, failure rates of generated CIFs, design success and its controls.
+"""The numbers that are reported: property errors, failure rates of generated CIFs,
+design success and its controls.
 
-Everything is computed over all samples. Nothing that failed is dropped: a text that does not parse fails every check, a
-design that the judge could not relax is no success, an outlier stays in the mean. Shares are in [0, 1], energies in eV.
+Everything is computed over all samples. Nothing that failed is dropped: a text that does not parse fails
+every check, a design that the judge could not relax is no success, an outlier stays in the mean. Shares are
+in [0, 1], energies in eV.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ def _pair(predicted: ArrayLike, true: ArrayLike) -> tuple[Floats, Floats]:
 
 
 def mae(predicted: ArrayLike, true: ArrayLike) -> float:
-    """Mean absolute error of [n] against [n]; nan if anything is nan or n is 0, for nothing may be left out."""
+    """Mean absolute error of [n] against [n]; nan if anything is nan or n is 0,
+    for nothing may be left out."""
     p, t = _pair(predicted, true)
     return float(np.abs(p - t).mean()) if len(t) else float("nan")
 
@@ -52,10 +55,12 @@ def bootstrap_interval(
     draws: int = 2000,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of `statistic(*samples)`, drawing rows of all samples ([n] each) together.
+    """Percentile bootstrap interval of `statistic(*samples)`,
+    drawing rows of all samples ([n] each) together.
 
-    `bootstrap_interval(hits)` is that of a rate, `bootstrap_interval(predicted, true, statistic=mae)` that of an MAE.
-    Where systems come in groups (many sites of one slab) rows are not independent, and the interval is too narrow.
+    `bootstrap_interval(hits)` is that of a rate, `bootstrap_interval(predicted, true, statistic=mae)` that of
+    an MAE. Where systems come in groups (many sites of one slab) rows are not independent, and the interval
+    is too narrow.
     """
     arrays = [np.asarray(sample) for sample in samples]
     n = len(arrays[0])
@@ -70,7 +75,8 @@ def bootstrap_interval(
 
 
 def inclusion_ratio(predicted: ArrayLike, low: ArrayLike, high: ArrayLike) -> float:
-    """PIR (Eq. 57) as a share: predictions [n] inside their system's energy range [low, high] ([n] each, ends in)."""
+    """PIR (Eq. 57) as a share: predictions [n] inside their system's energy range [low, high] ([n] each,
+    ends in)."""
     p, bottom = _pair(predicted, low)
     _, top = _pair(predicted, high)
     return float(((p >= bottom) & (p <= top)).mean()) if len(p) else float("nan")
@@ -80,11 +86,12 @@ def inclusion_ratio(predicted: ArrayLike, low: ArrayLike, high: ArrayLike) -> fl
 
 
 def generation_rates(scores: Scores, thresholds: Thresholds | None = None) -> dict[str, float]:
-    """Failure shares over all texts (Table 3): PF parse, VF any R_valid penalty, CM composition, PV any R_phys penalty.
+    """Failure shares over all texts (Table 3): PF parse, VF any R_valid penalty, CM composition,
+    PV any R_phys penalty.
 
-    A text that does not parse fails all of them. PV is that of Eq. 41 (`thresholds.near`, 1.0 Å, which every correct O-H
-    bond fails) whatever the thresholds the scores were made with; `PV_0.7` allows pairs from 0.7 Å on. A text without
-    target composition (R_comp 0, a value that no composition gets) does not fail CM.
+    A text that does not parse fails all of them. PV is that of Eq. 41 (`thresholds.near`, 1.0 Å, which every
+    correct O-H bond fails) whatever the thresholds the scores were made with; `PV_0.7` allows pairs from 0.7
+    Å on. A text without target composition (R_comp 0, a value that no composition gets) does not fail CM.
     """
     thresholds = thresholds or Thresholds()
     ok = parsed(scores)
@@ -107,7 +114,8 @@ def generation_rates(scores: Scores, thresholds: Thresholds | None = None) -> di
 def design_success(
     feasible: ArrayLike, energies: ArrayLike, targets: ArrayLike, tolerance: float = TOLERANCE
 ) -> Bools:
-    """[n] which designs are feasible and have a judged energy within `tolerance` (eV) of the target; nan is no hit."""
+    """[n] which designs are feasible and have a judged energy within `tolerance` (eV) of the target;
+    nan is no hit."""
     return np.asarray(feasible, dtype=bool) & _hits(energies, targets, tolerance)
 
 
@@ -125,10 +133,10 @@ def shuffled_control(
 ) -> float:
     """Success rate of the same designs for one another's targets: what ignoring the target would reach.
 
-    Exact average over all shuffles that leave no design its own target: in these each other target is equally likely,
-    so it is the mean over all ordered pairs. groups: shuffle only within equal labels (the adsorbate, or the whole
-    prompt), a stricter control, for the adsorbate alone tells much of the energy. A design that is alone in its
-    group has no other target and is left out; nan if all are.
+    Exact average over all shuffles that leave no design its own target: in these each other target is equally
+    likely, so it is the mean over all ordered pairs. groups: shuffle only within equal labels (the adsorbate,
+    or the whole prompt), a stricter control, for the adsorbate alone tells much of the energy. A design that
+    is alone in its group has no other target and is left out; nan if all are.
     """
     ok = np.asarray(feasible, dtype=bool)
     e, t = _pair(energies, targets)
@@ -159,10 +167,11 @@ def retrieval_control(
     train_adsorbates: Sequence[str],
     tolerance: float = TOLERANCE,
 ) -> float:
-    """Success rate of answering with a random training system of the same adsorbate, averaged exactly over all of them.
+    """Success rate of answering with a random training system of the same adsorbate,
+    averaged exactly over all of them.
 
-    targets [n] with adsorbates [n]; train_energies [m] with train_adsorbates [m]. An adsorbate that training does not
-    have cannot be answered: 0. On the shipped data this is about 0.16.
+    targets [n] with adsorbates [n]; train_energies [m] with train_adsorbates [m]. An adsorbate that training
+    does not have cannot be answered: 0. On the shipped data this is about 0.16.
     """
     wanted = np.asarray(targets, dtype=np.float64)
     known = np.asarray(train_energies, dtype=np.float64)
@@ -180,11 +189,12 @@ def retrieval_control(
 
 
 def iterations_to_success(success: ArrayLike) -> dict[str, Any]:
-    """How soon a search hits. success: bool [tasks, iterations], whether the best design after each one is a success.
+    """How soon a search hits. success: bool [tasks, iterations],
+    whether the best design after each one is a success.
 
-    Returns `share` of tasks that ever hit; `mean` of the first successful iteration (counted from 1) over these, nan
-    if none; `mean_all`, where a task that never hits counts as all iterations and one more; `curve` [iterations],
-    the share of tasks that have hit by then.
+    Returns `share` of tasks that ever hit; `mean` of the first successful iteration (counted from 1) over
+    these, nan if none; `mean_all`, where a task that never hits counts as all iterations and one more;
+    `curve` [iterations], the share of tasks that have hit by then.
     """
     hit = np.asarray(success, dtype=bool)
     if hit.ndim != 2 or 0 in hit.shape:
@@ -203,10 +213,11 @@ def iterations_to_success(success: ArrayLike) -> dict[str, Any]:
 
 
 def distance_fingerprint(crystal: Crystal) -> tuple[tuple[int, ...], Floats]:
-    """What a structure is up to rotation, mirror image, order of atoms, origin and choice of the cell's vectors.
+    """What a structure is up to rotation, mirror image, order of atoms,
+    origin and choice of the cell's vectors.
 
-    Returns the sorted atomic numbers and a vector: shortest lattice vector (Å), then for each pair of elements in turn
-    the sorted minimum-image distances (Å) of their pairs of sites.
+    Returns the sorted atomic numbers and a vector: shortest lattice vector (Å), then for each pair of
+    elements in turn the sorted minimum-image distances (Å) of their pairs of sites.
     """
     from ase.geometry import find_mic, minkowski_reduce
 
@@ -227,8 +238,8 @@ def distance_fingerprint(crystal: Crystal) -> tuple[tuple[int, ...], Floats]:
 def distinct_structures(crystals: Sequence[Crystal], tolerance: float = 0.1) -> NDArray[np.int64]:
     """[n] a number for each structure, the same for the same structure, counted from 0 as they first come.
 
-    Two are the same if their atoms are and no entry of their `distance_fingerprint` differs by more than `tolerance`
-    (Å). Each is compared with the first of every kind so far.
+    Two are the same if their atoms are and no entry of their `distance_fingerprint` differs by more than
+    `tolerance` (Å). Each is compared with the first of every kind so far.
     """
     kinds: dict[tuple[int, ...], list[tuple[int, Floats]]] = {}
     labels = []
@@ -245,7 +256,8 @@ def distinct_structures(crystals: Sequence[Crystal], tolerance: float = 0.1) -> 
 
 
 def diversity(crystals: Sequence[Crystal], tolerance: float = 0.1) -> dict[str, float]:
-    """`n` structures (the successes, say), how many of them are `distinct`, and that as a `share` (nan for none)."""
+    """`n` structures (the successes, say), how many of them are `distinct`,
+    and that as a `share` (nan for none)."""
     n = len(crystals)
     distinct = len(set(distinct_structures(crystals, tolerance).tolist()))
     return {"n": n, "distinct": distinct, "share": distinct / n if n else float("nan")}

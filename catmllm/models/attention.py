@@ -1,6 +1,7 @@
 """`varlen` in transformers' attention interface: Qwen's own layers over samples laid end to end.
 
-The bounds of the samples come the way transformers passes them to FlashAttention (`cu_seq_lens_q`, `max_length_q`).
+The bounds of the samples come the way transformers passes them to
+FlashAttention (`cu_seq_lens_q`, `max_length_q`).
 """
 
 from __future__ import annotations
@@ -15,14 +16,16 @@ NAME = "varlen"
 
 
 def by_part(attention: str) -> dict[str, str]:
-    """The `attn_implementation` of a Qwen2.5-VL: the image tower's attention is not causal and stays transformers'."""
+    """The `attn_implementation` of a Qwen2.5-VL: the image tower's
+    attention is not causal and stays transformers'."""
     _register()
     return {"text_config": attention, "vision_config": "sdpa" if attention == NAME else attention}
 
 
 def no_mask(text: Any) -> dict[str, None] | None:
-    """The `attention_mask` of a text tower over samples end to end: none where their bounds are enough. transformers'
-    own `eager` and `sdpa` need a dense mask, which the tower makes of the positions when given None."""
+    """The `attention_mask` of a text tower over samples end to end: none where their bounds are enough.
+    transformers' own `eager` and `sdpa` need a dense mask, which the tower makes of the positions when given
+    None."""
     if text.config._attn_implementation != NAME:
         return None
     return dict.fromkeys(set(text.config.layer_types))
@@ -55,8 +58,8 @@ def attend(
 ) -> tuple[torch.Tensor, None]:
     """query [B, H, T, D], key and value [B, K, T, D] -> [B, T, H, D], causal.
 
-    Without bounds every row is a sample; `prefix` says which samples continue which. A padding mask or a cache
-    (transformers' own `generate`) goes to `sdpa`.
+    Without bounds every row is a sample; `prefix` says which samples continue which. A padding mask or a
+    cache (transformers' own `generate`) goes to `sdpa`.
     """
     batch, _, tokens, _ = query.shape
     if cu_seq_lens_q is None and (attention_mask is not None or key.shape[2] != tokens):
@@ -79,8 +82,8 @@ def attend_rows(
     prefix: Prefix | None = None,
     **_: Any,
 ) -> torch.Tensor:
-    """query [B·T, H, D], key and value [B·T, K, D] -> [B·T, H, D], causal inside the bounds or, without any, inside each
-    of the B rows."""
+    """query [B·T, H, D], key and value [B·T, K, D] -> [B·T, H, D], causal inside the bounds or,
+    without any, inside each of the B rows."""
     if cu_seq_lens_q is None or max_length_q is None:
         tokens = len(query) // batch
         cu_seq_lens_q = torch.arange(0, (batch + 1) * tokens, tokens, dtype=torch.int32, device=query.device)

@@ -1,7 +1,7 @@
 """Qwen2.5's norm, MLP and attention with the passes between their products fused where a kernel takes them.
 
-Each is transformers' own module by another `__class__`: the same parameters, the same results up to rounding, hooks as
-before. What no kernel takes (CUDA, float16, decoding with a cache) runs transformers' own code.
+Each is transformers' own module by another `__class__`: the same parameters, the same results up to rounding,
+hooks as before. What no kernel takes (CUDA, float16, decoding with a cache) runs transformers' own code.
 """
 
 from __future__ import annotations
@@ -45,9 +45,11 @@ class Attention(Qwen2_5_VLAttention):
         attention_mask: Any = None,
         **options: Any,
     ) -> Any:
-        """As transformers': hidden_states [B, T, H], position_embeddings cos and sin [B, T, D] -> [B, T, H], None.
+        """As transformers': hidden_states [B, T, H], position_embeddings cos and sin [B, T, D] -> [B, T,
+        H], None.
 
-        Everything goes on to transformers by keyword: releases differ in the order of its arguments and in the cache's name.
+        Everything goes on to transformers by keyword: releases differ in the
+        order of its arguments and in the cache's name.
         """
         plain = attention_mask is None and all(options.get(name) is None for name in CACHES)
         ours = self.config._attn_implementation == NAME and plain and position_embeddings is not None

@@ -1,7 +1,9 @@
-"""Loads fairchem's EquiformerV2 checkpoints (1.x, and the `backbone`/`output_heads` layout of 2.x) key for key.
+"""Loads fairchem's EquiformerV2 checkpoints (1.x, and the `backbone`/`output_heads` layout of 2.x)
+key for key.
 
-fairchem saves its constant tables with the weights. They are not loaded but checked where they decide the result and
-no weight's shape would show a difference: the distance basis (cutoff) and the sphere grid (resolution).
+fairchem saves its constant tables with the weights. They are not loaded but checked where they decide the
+result and no weight's shape would show a difference: the distance basis (cutoff) and the sphere grid
+(resolution).
 """
 
 from __future__ import annotations
@@ -27,9 +29,9 @@ _HEADS = ("energy_block", "force_block")
 def load_fairchem_checkpoint(source: str | Path | Mapping[str, Any], model: EquiformerV2) -> None:
     """Copy a checkpoint's weights into `model`, all of them or none.
 
-    `source` is a file (read with weights_only=True), the dict inside one, or a state dict. Weights of a head that
-    `model` was built without are left out. Raises ValueError that names every key that is missing, unexpected or of another
-    shape, and every constant that disagrees with the model's configuration.
+    `source` is a file (read with weights_only=True), the dict inside one, or a state dict. Weights of a head
+    that `model` was built without are left out. Raises ValueError that names every key that is missing,
+    unexpected or of another shape, and every constant that disagrees with the model's configuration.
     """
     state = {without_wrapper(key): value for key, value in _state_dict(source).items()}
     own = model.state_dict()

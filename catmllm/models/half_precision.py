@@ -1,8 +1,10 @@
-"""What float16 cannot hold stays float32: the residual streams of LLM and encoder, and the large products inside.
+"""What float16 cannot hold stays float32: the residual streams of LLM and encoder,
+and the large products inside.
 
-float16 ends at 65504. Qwen2.5's residual stream and its MLP's inner products pass that, and so may node embeddings. The
-matrix products stay in float16; hooks keep what runs between them in float32. Power-of-two scales around the MLP's
-product cost no bit: a value that float16 held before is held after, down to 4e-3 with full precision.
+float16 ends at 65504. Qwen2.5's residual stream and its MLP's inner products pass that, and so may node
+embeddings. The matrix products stay in float16; hooks keep what runs between them in float32. Power-of-two
+scales around the MLP's product cost no bit: a value that float16 held before is held after, down to 4e-3 with
+full precision.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ MLP_SCALE = 2.0**-4  # the MLP's inner product and its result may then reach 1e6
 
 
 def keep_large_values(model: CatalyticMLLM, llm: torch.dtype, encoder: torch.dtype) -> None:
-    """Install the hooks on the parts that compute in float16; `llm`, `encoder`: compute dtypes. Call once a model."""
+    """Install the hooks on the parts that compute in float16; `llm`, `encoder`: compute dtypes.
+    Call once a model."""
     if llm == torch.float16:
         _llm(model.text, llm)
     if encoder == torch.float16:
@@ -35,8 +38,8 @@ def _llm(text: Any, half: torch.dtype) -> None:
         layer.mlp.up_proj.register_forward_hook(lambda module, args, out: out * MLP_SCALE)
         layer.mlp.down_proj.register_forward_hook(lambda module, args, out: out.float() / MLP_SCALE)
         if text.config._attn_implementation == "eager":
-            # Fused attention keeps its scores in float32. The eager one multiplies first and scales after: large key
-            # biases overflow there, so that the scale goes on the queries.
+            # Fused attention keeps its scores in float32. The eager one multiplies first and scales after:
+            # large key biases overflow there, so that the scale goes on the queries.
             attention, scale = layer.self_attn, layer.self_attn.scaling
             attention.q_proj.register_forward_hook(lambda module, args, out, scale=scale: out * scale)
             attention.scaling = 1.0

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 def mmtg_loss(mae: torch.Tensor, ce: torch.Tensor, lam: float = 1.0, sign: str = "+") -> torch.Tensor:
     """Max-min tanh-gated loss L_max (2 ± λ tanh L_min), element by element.
 
-    mae, ce: non-negative losses of the same samples, any equal shape; 0 < lam <= 1. The paper prints `-` in Eq. 56
-    and proves its theorems for `+`. Under `-` the smaller loss has a negative coefficient, so it is pushed up; `+` is
-    monotone in both.
+    mae, ce: non-negative losses of the same samples, any equal shape; 0 < lam <= 1. The paper prints `-` in
+    Eq. 56 and proves its theorems for `+`. Under `-` the smaller loss has a negative coefficient, so it is
+    pushed up; `+` is monotone in both.
     """
     high, low = torch.maximum(mae, ce), torch.minimum(mae, ce)
     gate = lam * torch.tanh(low)
@@ -24,8 +24,8 @@ def mmtg_loss(mae: torch.Tensor, ce: torch.Tensor, lam: float = 1.0, sign: str =
 def info_nce(graph: torch.Tensor, text: torch.Tensor, temperature: float) -> torch.Tensor:
     """Symmetric InfoNCE of paired rows, with the rows of every rank as negatives.
 
-    graph, text [B, H]; row i of one belongs to row i of the other. Gradients flow into the rows of this rank and,
-    through the gathered copies, into those of the others. Returns the mean loss of this rank's rows.
+    graph, text [B, H]; row i of one belongs to row i of the other. Gradients flow into the rows of this rank
+    and, through the gathered copies, into those of the others. Returns the mean loss of this rank's rows.
     """
     g, t = F.normalize(graph.float(), dim=1), F.normalize(text.float(), dim=1)
     all_g, all_t = _gather(g), _gather(t)

@@ -21,5 +21,6 @@ class Projector(nn.Module):
         self.linear = nn.Linear(features[mode], width)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """What the encoder pools (`pool=projector.mode`): [n_systems, F] -> [n_systems, width], or [N, F] for `atoms`."""
+        """What the encoder pools (`pool=projector.mode`): [n_systems, F] -> [n_systems, width], or [N,
+        F] for `atoms`."""
         return self.linear(features.to(self.linear.weight.dtype))

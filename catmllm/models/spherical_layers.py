@@ -74,7 +74,8 @@ def first_row(x: Tensor, n: int) -> Tensor:
 
 
 class SphericalLinear(nn.Module):
-    """One matrix per degree, bias on l = 0. Rows come first here: [S, N, in] -> [S, N, out], one batched product."""
+    """One matrix per degree, bias on l = 0. Rows come first here: [S, N, in] -> [S, N, out],
+    one batched product."""
 
     def __init__(self, lmax: int, c_in: int, c_out: int) -> None:
         super().__init__()

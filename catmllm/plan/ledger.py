@@ -1,8 +1,8 @@
 """A training step without its arithmetic: what it would allocate, compute and send, operator by operator.
 
-Weights and activations are fake tensors (a shape, a dtype, no data); token ids, indices and other small facts of a batch
-stay real, so that code which looks at them takes the way that it will take. What looks at a fake value reads a finite
-float as 0, a truth as True: a mask that depends on activations keeps everything.
+Weights and activations are fake tensors (a shape, a dtype, no data); token ids, indices and other small facts
+of a batch stay real, so that code which looks at them takes the way that it will take. What looks at a fake
+value reads a finite float as 0, a truth as True: a mask that depends on activations keeps everything.
 """
 
 from __future__ import annotations
@@ -46,12 +46,14 @@ def _attention_flops(
 def _attention_backward_flops(
     grad: Any, query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **options: Any
 ) -> int:
-    """Five products of the size of forward's two: the scores again, and a gradient for each of four operands."""
+    """Five products of the size of forward's two: the scores again,
+    and a gradient for each of four operands."""
     return sdpa_flop_count(query, key, value) * 5 // 2
 
 
 def _edge_products(radial: Any, radial_weight: Any, conv1: Any, conv2: Any) -> int:
-    """SO(2) products and the radial function's last layer over all edges; rotations are 2 % of it and left out."""
+    """SO(2) products and the radial function's last layer over all edges;
+    rotations are 2 % of it and left out."""
     macs = math.prod(radial_weight)
     for first, *others in (conv1, conv2):  # a complex matrix (r; s) is two real products
         macs += math.prod(first) + 2 * sum(math.prod(w) for w in others)
@@ -84,8 +86,9 @@ class Peak:
 class Ledger(TorchDispatchMode):
     """Within it, floating tensors are made fake and everything is written down; see the module.
 
-    `flops` by kind (forward, backward, recomputed, optimizer), `sent` bytes a rank sends by collective on a ring,
-    `moved` bytes that operators read and write when each runs alone. `cuda`: ops go the way that they go on a GPU.
+    `flops` by kind (forward, backward, recomputed, optimizer), `sent` bytes a rank sends by collective on a
+    ring, `moved` bytes that operators read and write when each runs alone. `cuda`: ops go the way that they
+    go on a GPU.
     """
 
     def __init__(self, cuda: bool) -> None:
@@ -117,8 +120,9 @@ class Ledger(TorchDispatchMode):
             return out
 
         def unrecorded(*args: Any) -> Any:
-            # DTensor learns the shape of a result by running the operator on fake tensors of the whole, unsharded size.
-            # Counted, they make an optimizer's step as large as the whole model on every rank.
+            # DTensor learns the shape of a result by running the operator on fake tensors of the whole,
+            # unsharded size. Counted, they make an optimizer's step as large as the whole model on every
+            # rank.
             self._silent = True
             try:
                 return propagate(*args)
@@ -127,7 +131,8 @@ class Ledger(TorchDispatchMode):
 
         propagate = ShardingPropagator._propagate_tensor_meta_non_cached
         ShardingPropagator._propagate_tensor_meta_non_cached = unrecorded  # type: ignore[method-assign, assignment]
-        # `Module.to` swaps the insides of fake parameters, after which views of them have storages of their own.
+        # `Module.to` swaps the insides of fake parameters,
+        # after which views of them have storages of their own.
         self._plain = plain, torch.nn.Module._apply, propagate, attention.flash
         if self.cuda:
             attention.flash = lambda query: query.dtype in (torch.float16, torch.bfloat16)
@@ -196,7 +201,8 @@ class Ledger(TorchDispatchMode):
             return NotImplemented  # it comes back with its local tensors
         tensors = [t for t in tree_iter((args, kwargs)) if isinstance(t, torch.Tensor)]
         if func.namespace == "catmllm" and not self.cuda and not _fused(func):
-            # What is made of torch's operators on the way counts too; a kernel keeps it in registers or its own scratch.
+            # What is made of torch's operators on the way counts too;
+            # a kernel keeps it in registers or its own scratch.
             self._inside = True
             role = "logits" if "linear_logprob" in func.name() else self.role
             with self, backend_forced("reference"), self.making(role):
@@ -245,7 +251,8 @@ class Ledger(TorchDispatchMode):
             count = flop_registry[packet](*args, **kwargs, out_val=out)
             if min((t.itemsize for t in tensors if t.dtype.is_floating_point), default=0) >= 4:
                 self.wide_flops += count
-            # Recomputed: forward operators inside of backward. Gradients are off in backward itself, and in our ops.
+            # Recomputed: forward operators inside of backward. Gradients are off in backward itself,
+            # and in our ops.
             ours_forward = namespace in ("catmllm", "torch_attn") and "backward" not in func.name()
             again = inside_backward and (torch.is_grad_enabled() or ours_forward)
             kind = "recomputed" if again else "backward" if inside_backward else "forward"
@@ -287,7 +294,8 @@ class Ledger(TorchDispatchMode):
         self.events += [(serial, size), (serial, -size)]
 
     def _send(self, func: Any, args: Any) -> None:
-        """A ring moves (n-1)/n of what is gathered or scattered through every rank, twice for an all-reduce."""
+        """A ring moves (n-1)/n of what is gathered or scattered through every rank,
+        twice for an all-reduce."""
         name = func._opname
         if name == "_allgather_base_":
             whole, part = args[0].nbytes, args[1].nbytes
@@ -341,7 +349,8 @@ def _read(t: torch.Tensor) -> Any:
 
 
 def _positions(indices: Any) -> list[Any]:
-    """Boolean masks as positions, so that a result's size is known; a mask of unknown values keeps everything."""
+    """Boolean masks as positions, so that a result's size is known;
+    a mask of unknown values keeps everything."""
     out: list[Any] = []
     for i in indices:
         if i is not None and i.dtype == torch.bool:

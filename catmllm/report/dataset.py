@@ -1,4 +1,5 @@
-"""What a folder of shards holds: counts, energies, token lengths and pictures, on the terminal and as a page."""
+"""What a folder of shards holds: counts, energies, token lengths and pictures,
+on the terminal and as a page."""
 
 from __future__ import annotations
 
@@ -28,8 +29,8 @@ _BARS = "▏▎▍▌▋▊▉█"
 def inspect(folder: Path, out: Path, tokenizer: str | None = None, pictures: int = 8, seed: int = 0) -> str:
     """Write energies.png, tokens.png and inspect.html into `out`; returns the same in words for the terminal.
 
-    tokenizer: a folder or name of a Hugging Face tokenizer, which is extended as in training; None: the small one that
-    models from random weights use. Raises ValueError for a folder that holds no dataset.
+    tokenizer: a folder or name of a Hugging Face tokenizer, which is extended as in training; None: the small
+    one that models from random weights use. Raises ValueError for a folder that holds no dataset.
     """
     shards = Shards(folder)
     if not len(shards):
@@ -54,7 +55,8 @@ def inspect(folder: Path, out: Path, tokenizer: str | None = None, pictures: int
 
 
 def facts(shards: Shards, some: list[System]) -> list[tuple[str, str]]:
-    """Counts of a dataset by name; `some` of its systems stand for all where every structure would have to be read."""
+    """Counts of a dataset by name; `some` of its systems stand for all
+    where every structure would have to be read."""
     n, e = shards.n_atoms, shards.energies
     names = shards.pair_names
     pairs = [names[i] for i in np.unique(shards.pairs)]

@@ -1,4 +1,5 @@
-"""What `catmllm design` leaves: a folder a target with the CIFs of its pool, designs.json, and report.html over all."""
+"""What `catmllm design` leaves: a folder a target with the CIFs of its pool, designs.json,
+and report.html over all."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ _CARDS = 6  # structures of a pool that are drawn
 
 
 def make_task(identity: str, energy: float) -> Task:
-    """The task of an identity line: its target is slab and adsorbate together. Raises ValueError for what is no such line."""
+    """The task of an identity line: its target is slab and adsorbate together.
+    Raises ValueError for what is no such line."""
     parsed = parse_identity(identity)
     target = dict(parsed.slab)
     for symbol, count in parse_formula(parsed.adsorbate).items():
@@ -61,7 +63,8 @@ def read_targets(path: Path) -> list[Task]:
 
 
 def save_designs(states: Sequence[TaskState], out: Path) -> list[dict[str, Any]]:
-    """Write each pool's CIFs as out/<number>-<adsorbate>/design-<rank>.cif; the records that go into designs.json."""
+    """Write each pool's CIFs as out/<number>-<adsorbate>/design-<rank>.cif;
+    the records that go into designs.json."""
     records = []
     for n, state in enumerate(states, 1):
         folder = out / f"{n:03d}-{state.task.adsorbate or 'slab'}"
@@ -84,7 +87,8 @@ def save_designs(states: Sequence[TaskState], out: Path) -> list[dict[str, Any]]
 
 
 def judge_designs(records: Sequence[dict[str, Any]], progress: bool = True) -> None:
-    """Relax every structure of every pool with SevenNet-0; its energy, or why there is none, as `sevennet`."""
+    """Relax every structure of every pool with SevenNet-0; its energy, or why there is none,
+    as `sevennet`."""
     from catmllm.evaluate.judges import SevenNetJudge
 
     entries = [(r, p) for r in records for p in r["pool"]]
@@ -97,7 +101,8 @@ def judge_designs(records: Sequence[dict[str, Any]], progress: bool = True) -> N
 
 
 def write_design_report(records: Sequence[dict[str, Any]], out: Path, conditions: str) -> Path:
-    """out/designs.json and out/report.html: the search trace over all targets, then every pool with pictures."""
+    """out/designs.json and out/report.html: the search trace over all targets,
+    then every pool with pictures."""
     (out / "designs.json").write_text(json.dumps(records, indent=1))
     sections = [f"<h1>Designs</h1>\n<p class='conditions'>{html.text(conditions)}</p>", _overview(records)]
     sections += [_target(record) for record in records]

@@ -20,9 +20,11 @@ Floats = NDArray[np.float64]
 
 
 def structure_svg(system: System, view: Literal["top", "side"], width: int = 170) -> str:
-    """An `<svg>` of `width` pixels: covalent radii, jmol colours, what lies deeper is paler, the adsorbate is ringed.
+    """An `<svg>` of `width` pixels: covalent radii, jmol colours, what lies deeper is paler,
+    the adsorbate is ringed.
 
-    The window is centred on the adsorbate and 9 to 24 Å wide, by the cell. Raises ValueError for more than 300 atoms.
+    The window is centred on the adsorbate and 9 to 24 Å wide, by the cell.
+    Raises ValueError for more than 300 atoms.
     """
     if len(system) > MAX_ATOMS:
         raise ValueError(f"{len(system)} atoms are too many to draw; the limit is {MAX_ATOMS}")
@@ -79,7 +81,8 @@ def _unbroken(system: System) -> Floats:
 
 
 def _images(system: System, points: Floats, centre: Floats, half: float) -> tuple[NDArray[np.int64], Floats]:
-    """Atom indices [M] and positions [M, 3] of the images whose centre is within the window and a radius around it."""
+    """Atom indices [M] and positions [M, 3] of the images whose centre
+    is within the window and a radius around it."""
     steps = np.arange(-_IMAGES, _IMAGES + 1)
     shifts = np.stack(np.meshgrid(steps, steps, indexing="ij"), axis=-1).reshape(-1, 2) @ system.lattice[:2]
     xyz = (points[:, None] + shifts[None]).reshape(-1, 3)
@@ -89,7 +92,8 @@ def _images(system: System, points: Floats, centre: Floats, half: float) -> tupl
 
 
 def _paleness(depth: Floats, adsorbed: NDArray[np.bool_]) -> Floats:
-    """0 for the adsorbate and the foremost slab atoms, up to 0.6 for those farthest behind: [M] of depth [M]."""
+    """0 for the adsorbate and the foremost slab atoms, up to 0.6 for those farthest behind:
+    [M] of depth [M]."""
     slab = depth[~adsorbed]
     front, back = (float(slab.max()), float(slab.min())) if len(slab) else (0.0, 0.0)
     return np.where(adsorbed, 0.0, 0.6 * np.clip((front - depth) / max(front - back, 1e-9), 0.0, 1.0))

@@ -1,7 +1,9 @@
-"""The figures of a run. Every panel is drawn by one function, so the report and the README show the same thing.
+"""The figures of a run. Every panel is drawn by one function,
+so the report and the README show the same thing.
 
-Nothing is left out to look better: bars start at zero, axes hold every point, a task without an answer counts as an
-infinite error. Figures become inline SVG with text as text, without ids or addresses that could clash in one page.
+Nothing is left out to look better: bars start at zero, axes hold every point, a task without an answer counts
+as an infinite error. Figures become inline SVG with text as text, without ids or addresses that could clash
+in one page.
 """
 
 from __future__ import annotations
@@ -148,7 +150,8 @@ def draw_failures(axes: Axes, generation: Metrics) -> None:
 
 
 def _bar(axes: Axes, x: float, share: float, n: int | None, width: float, colour: str) -> float:
-    """A bar in percent with its value and, where n trials stand behind it, its interval; returns its top (%)."""
+    """A bar in percent with its value and, where n trials stand behind it, its interval;
+    returns its top (%)."""
     high = share
     axes.bar(x, 100 * share, width, color=colour)
     if n:
@@ -216,7 +219,8 @@ def draw_trace(axes: Axes, design: Metrics) -> None:
 
 
 def draw_solved(axes: Axes, design: Metrics) -> None:
-    """Share of tasks whose best structure is a success by the own predictor, and that have a valid structure at all."""
+    """Share of tasks whose best structure is a success by the own predictor,
+    and that have a valid structure at all."""
     items = [item for item in design.get("items", []) if item.get("trace")]
     solved, valid = solved_by_iteration(design), valid_by_iteration(design)
     steps = np.arange(len(solved))
@@ -349,7 +353,8 @@ def draw_seconds(axes: Axes, seconds: Metrics) -> None:
 
 
 def draw_timeline(figure: Figure, logs: dict[str, list[dict[str, Any]]]) -> None:
-    """Where the seconds of each RL step go, stacked: what happens beside decoding (the reward) is not added."""
+    """Where the seconds of each RL step go, stacked: what happens beside decoding (the reward)
+    is not added."""
     stages = [s for s in ordered(logs) if any("seconds_decode" in row for row in logs[s])]
     for axes, stage in zip(np.atleast_1d(figure.subplots(1, len(stages))), stages):
         rows = [row for row in logs[stage] if "seconds_decode" in row]
@@ -378,7 +383,8 @@ def draw_timeline(figure: Figure, logs: dict[str, list[dict[str, Any]]]) -> None
 def trace_values(
     items: Sequence[dict[str, Any]], value: Callable[[dict[str, Any], dict[str, Any]], float]
 ) -> Floats:
-    """float64 [tasks, iterations]: `value(item, row)` along every task's trace, as long as the shortest one."""
+    """float64 [tasks, iterations]: `value(item, row)` along every task's trace,
+    as long as the shortest one."""
     length = min((len(item["trace"]) for item in items), default=0)
     rows = [[value(item, row) for row in item["trace"][:length]] for item in items]
     return np.array(rows, dtype=np.float64).reshape(len(items), length)
@@ -432,7 +438,8 @@ def figure_svg(name: str, description: str, size: tuple[float, float], draw: Cal
 
 
 def _inline(svg: str, description: str) -> str:
-    """Strips what only a file of its own needs: prolog, metadata, namespaces, ids that repeat, the font's name."""
+    """Strips what only a file of its own needs: prolog, metadata, namespaces, ids that repeat,
+    the font's name."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r' (?:xmlns(?::\w+)?|version)="[^"]*"', "", svg)
@@ -446,8 +453,9 @@ def _inline(svg: str, description: str) -> str:
 
 
 def readme_figure(run: Path, out: Path) -> None:
-    """One figure for the README, PNG or SVG by the suffix of `out`, at most 200 kB: parity after the last stage, failure
-    modes by stage, the closed loop, and design success beside its controls. A part that the run lacks says so.
+    """One figure for the README, PNG or SVG by the suffix of `out`, at most 200 kB: parity after the last
+    stage, failure modes by stage, the closed loop, and design success beside its controls. A part that the
+    run lacks says so.
 
     Raises FileNotFoundError without a metrics.json, ValueError for another suffix.
     """

@@ -1,4 +1,5 @@
-"""Pieces of the HTML pages that this package writes: no scripts, no outside resource, untrusted text made harmless."""
+"""Pieces of the HTML pages that this package writes: no scripts, no outside resource,
+untrusted text made harmless."""
 
 from __future__ import annotations
 

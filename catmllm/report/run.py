@@ -1,7 +1,9 @@
-"""report.html of a run: one file without any outside resource, verdicts first, the numbers and figures behind them.
+"""report.html of a run: one file without any outside resource, verdicts first,
+the numbers and figures behind them.
 
-A run may be unfinished: the report shows what is there and says what is missing. Texts that models wrote are escaped
-and control characters replaced; the page forbids itself scripts and requests (Content-Security-Policy).
+A run may be unfinished: the report shows what is there and says what is missing. Texts that models wrote are
+escaped and control characters replaced; the page forbids itself scripts and requests
+(Content-Security-Policy).
 """
 
 from __future__ import annotations
@@ -60,8 +62,8 @@ _PICTURES = 6  # designs that are drawn
 def write_report(run: Path) -> Path:
     """Write run/report.html from run/metrics.json and run/<stage>/log.jsonl; returns its path.
 
-    Parts that are missing, and a metrics.json that cannot be read, are told in the report. Raises FileNotFoundError
-    where there is no run folder.
+    Parts that are missing, and a metrics.json that cannot be read, are told in the report. Raises
+    FileNotFoundError where there is no run folder.
     """
     run = Path(run)
     if not run.is_dir():
@@ -253,7 +255,8 @@ def _refusals(items: list[dict[str, Any]]) -> Table | None:
 
 
 def _miss(item: dict[str, Any]) -> float:
-    """How far a design is from its target (eV) by the most independent judge that spoke; inf where none did."""
+    """How far a design is from its target (eV) by the most independent judge that spoke;
+    inf where none did."""
     judged, best = item.get("judged"), item.get("best") or {}
     if judged is not None:
         return (

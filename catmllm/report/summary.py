@@ -1,7 +1,8 @@
-"""What the numbers of a run say: verdicts with their uncertainty, and the tables that terminal and report both print.
+"""What the numbers of a run say: verdicts with their uncertainty,
+and the tables that terminal and report both print.
 
-A verdict is `yes` only where the difference is larger than what chance explains (two standard errors, or a 95 %
-interval that leaves the control out); in between it is `unclear`, and the numbers stand beside it.
+A verdict is `yes` only where the difference is larger than what chance explains (two standard errors, or a 95
+% interval that leaves the control out); in between it is `unclear`, and the numbers stand beside it.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ class Claim:
 
 @dataclass(frozen=True)
 class Table:
-    """A titled table of text cells, the first column left-aligned, with what a reader must know to read it."""
+    """A titled table of text cells, the first column left-aligned,
+    with what a reader must know to read it."""
 
     title: str
     header: list[str]
@@ -365,7 +367,8 @@ def time_table(metrics: Metrics) -> Table | None:
 
 
 def missing_parts(metrics: Metrics, logged: Collection[str] | None = None) -> list[str]:
-    """What a finished run of this configuration has and this one has not. logged: stages with a log of their own."""
+    """What a finished run of this configuration has and this one has not. logged:
+    stages with a log of their own."""
     config = metrics.get("config") or {}
     stages = [stage for stage in config.get("stages", STAGES) if stage in STAGES]
     missing = [
@@ -402,7 +405,8 @@ def _absent(what: str, stages: Sequence[str], section: Metrics | None) -> list[s
 
 
 def summary_table(metrics: Metrics) -> str:
-    """The results of a run as plain text of at most 120 columns, for a reader who knows nothing of the project."""
+    """The results of a run as plain text of at most 120 columns,
+    for a reader who knows nothing of the project."""
     lines = [
         "CatalyticMLLM: a language model that predicts and designs catalyst surfaces with adsorbates",
         "",

@@ -1,10 +1,11 @@
 """Sampling CIFs: a lean KV-cache loop over the weights of Qwen's text tower.
 
-Each prompt is read once for all its samples and its keys and values are never copied: the samples of a group attend to
-them in one matrix product. Rows that have ended leave the batch, waiting prompts enter in their place, and per token
-only what decoding needs is computed: no position bookkeeping, one product for q, k and v, one for the two halves of
-the MLP. Of text Qwen2.5-VL's three rotary sections coincide, so plain rotary embedding is exact; only a prompt with a
-picture has three positions a token. A test holds the loop equal to transformers' own forward.
+Each prompt is read once for all its samples and its keys and values are never copied: the samples of a group
+attend to them in one matrix product. Rows that have ended leave the batch, waiting prompts enter in their
+place, and per token only what decoding needs is computed: no position bookkeeping, one product for q, k and
+v, one for the two halves of the MLP. Of text Qwen2.5-VL's three rotary sections coincide, so plain rotary
+embedding is exact; only a prompt with a picture has three positions a token. A test holds the loop equal to
+transformers' own forward.
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ class Rollout:
     """One sampled answer.
 
     `prompt` indexes the prompts given; ids [T] are the sampled tokens, the end token included where it came;
-    logprob [T] float32 are their log-probabilities under logits / T, before the top-p cut, the ban on markers and the
-    grammar; hidden [T, H] the final hidden states that they were sampled from (None unless asked for); `finished` says
-    whether the end token or a stop string came.
+    logprob [T] float32 are their log-probabilities under logits / T, before the top-p cut, the ban on markers
+    and the grammar; hidden [T, H] the final hidden states that they were sampled from (None unless asked
+    for); `finished` says whether the end token or a stop string came.
     """
 
     prompt: int
@@ -95,7 +96,8 @@ class _Tower:
         ]
 
     def rotary(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin [..., dim] of positions [..., 1], or [..., dim/2] where frequencies have positions of their own."""
+        """cos and sin [..., dim] of positions [..., 1], or [...,
+        dim/2] where frequencies have positions of their own."""
         angle = positions.float() * self.inv_freq
         angle = torch.cat([angle, angle], -1)
         return angle.cos().to(self.dtype), angle.sin().to(self.dtype)
@@ -129,8 +131,8 @@ class _Tower:
     def prefill(
         self, x: torch.Tensor, mrope: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
-        """Right-padded prompts x [B, T, H], positions mrope [3, B, T] where some show pictures: final hidden states
-        [B, T, H], keys and values [B, kv, T, dim] a layer."""
+        """Right-padded prompts x [B, T, H], positions mrope [3, B, T] where some show pictures: final hidden
+        states [B, T, H], keys and values [B, kv, T, dim] a layer."""
         b, t, width = x.shape
         text = torch.arange(t, device=x.device)[:, None]
         cos, sin = self.rotary(text if mrope is None else mrope.movedim(0, -1)[..., self.axis])
@@ -146,8 +148,9 @@ class _Tower:
 class _Batch:
     """The rows being decoded, and the groups of rows that share a prompt.
 
-    Rows of a group are adjacent. Per layer, `prompt` holds keys and values [G, kv, P, dim] a group and `own` those
-    [R, kv, slots, dim] of sampled tokens a row; `bias` [R, P + slots] is 0 where a row may look and -inf elsewhere.
+    Rows of a group are adjacent. Per layer, `prompt` holds keys and values [G, kv, P, dim] a group and `own`
+    those [R, kv, slots, dim] of sampled tokens a row; `bias` [R, P + slots] is 0 where a row may look and
+    -inf elsewhere.
     """
 
     def __init__(self, tower: _Tower, prompt_slots: int) -> None:
@@ -170,8 +173,8 @@ class _Batch:
         mrope: torch.Tensor | None,
         group_size: int,
     ) -> None:
-        """Read prompts x [B, T, H] of these lengths [B], with positions mrope [3, B, T] where some show pictures; their
-        rows get the ids first, first + 1, …"""
+        """Read prompts x [B, T, H] of these lengths [B], with positions mrope [3, B, T] where some show
+        pictures; their rows get the ids first, first + 1, …"""
         b, t, _ = x.shape
         device, slots = x.device, self.own[0][0].shape[2]
         hidden, cache = self.tower.prefill(x, mrope)
@@ -202,7 +205,8 @@ class _Batch:
         self._seats()
 
     def leave(self) -> torch.Tensor:
-        """Drop the rows that have ended, and the prompts that no row needs any more; the places [R] that stay."""
+        """Drop the rows that have ended, and the prompts that no row needs any more;
+        the places [R] that stay."""
         keep = (~self.ended).nonzero()[:, 0]
         self.row, self.steps, self.begin = self.row[keep], self.steps[keep], self.begin[keep]
         self.hidden, self.ended, self.bias = self.hidden[keep], self.ended[keep], self.bias[keep]
@@ -256,7 +260,8 @@ class _Batch:
         values: torch.Tensor,
         bias: torch.Tensor,
     ) -> torch.Tensor:
-        """Grouped-query attention of q [R, heads, dim] to the prompt of its group and to the row's own tokens.
+        """Grouped-query attention of q [R, heads, dim] to the prompt
+        of its group and to the row's own tokens.
 
         The query heads that share a key head, and the rows that share a prompt, become rows of one product.
         """
@@ -308,12 +313,13 @@ class RolloutEngine:
         patterns: Sequence[Pattern] | None = None,
         on_answer: Callable[[int, Rollout], None] | None = None,
     ) -> list[Rollout]:
-        """`group_size` answers to each prompt, in order; a graph marker takes the vectors of its sample's structure.
+        """`group_size` answers to each prompt, in order;
+        a graph marker takes the vectors of its sample's structure.
 
-        Every draw is a function of `seed`, the answer's number and the token's, so that equal arguments give equal
-        answers whatever else is in the batch. `on_answer(i, rollout)` is called as soon as answer i has ended, while
-        the others go on. With `patterns`, one a prompt, only tokens are drawn by which the answer can still fit its
-        pattern.
+        Every draw is a function of `seed`, the answer's number and the token's, so that equal arguments give
+        equal answers whatever else is in the batch. `on_answer(i, rollout)` is called as soon as answer i has
+        ended, while the others go on. With `patterns`, one a prompt, only tokens are drawn by which the
+        answer can still fit its pattern.
         """
         prompts = [self.collate.prompt_ids(s) for s in samples]
         batch = _Batch(self.tower, max(map(len, prompts), default=0))
@@ -370,8 +376,9 @@ class RolloutEngine:
     def _embed(
         self, prompts: list[list[int]], samples: Sequence[Sample]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Right-padded prompt embeddings [B, T, H] with structures and pictures in place, the prompts' lengths [B], and
-        their positions [3, B, T] if there are pictures. Padding holds what follows: nobody looks there."""
+        """Right-padded prompt embeddings [B, T, H] with structures and pictures in place, the prompts'
+        lengths [B], and their positions [3, B, T] if there are pictures. Padding holds what follows: nobody
+        looks there."""
         batch = self.collate.join([Encoded(p, [], None, s.graph) for p, s in zip(prompts, samples)])
         batch = batch.to(self.tower.embedding.device)
         x = self.model.insert(F.embedding(batch.input_ids, self.tower.embedding), batch)
@@ -473,7 +480,8 @@ def ended(
     hidden: torch.Tensor | None,
     stop: Sequence[str],
 ) -> Rollout:
-    """The answer of tokens ids [T] to the prompt of that number; its text ends before the first of the `stop` strings."""
+    """The answer of tokens ids [T] to the prompt of that number;
+    its text ends before the first of the `stop` strings."""
     text = decode(collate.tokenizer, ids.tolist())
     stopped = [at for s in stop if (at := text.find(s)) >= 0]
     finished = bool(stopped) or bool(ids[-1] == collate.end_id)

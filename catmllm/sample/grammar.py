@@ -1,9 +1,10 @@
 """An optional mask on sampling: only tokens by which the answer can still become the CIF that was asked for.
 
-The answer to a CIF or design prompt is fixed text around numbers and site rows: the file's keys, the element lines and
-formulas of the wanted composition, one row a site with the right columns. What stays free is every number and the order
-of the elements over the rows, each element as often as the composition says. The mask works on characters, so that any
-tokenizer will do: a token is allowed where its text, character by character, keeps to the pattern.
+The answer to a CIF or design prompt is fixed text around numbers and site rows: the file's keys, the element
+lines and formulas of the wanted composition, one row a site with the right columns. What stays free is every
+number and the order of the elements over the rows, each element as often as the composition says. The mask
+works on characters, so that any tokenizer will do: a token is allowed where its text, character by character,
+keeps to the pattern.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
 
 VIEW = 3  # parts of a pattern by which masks are shared: hardly a token spans more
 
-# A place in a pattern: the part it stands in, what of that part has been written, and how often each element is still
-# to come. Equal places allow equal tokens.
+# A place in a pattern: the part it stands in, what of that part has been written, and how often each element
+# is still to come. Equal places allow equal tokens.
 Place = tuple[int, str, tuple[int, ...]]
 
 
@@ -95,7 +96,8 @@ class Pattern:
 
 
 def answer_pattern(identity: str, target: Mapping[str, int], design: bool, decimals: int = 3) -> Pattern:
-    """The answers to the CIF prompt, or the design prompt, of a system that hold `target` atoms of each element."""
+    """The answers to the CIF prompt, or the design prompt,
+    of a system that hold `target` atoms of each element."""
     parse_identity(identity)  # a broken one is an error here
     before, after = (DESIGN_ANSWER if design else CIF_ANSWER).split("{cif}")
     symbols, parts = cif_pattern(identity, target, decimals)
@@ -152,7 +154,8 @@ class Grammar:
         return found
 
     def _walk(self, pattern: Pattern, place: Place, node: dict, tokens: list[int]) -> int:
-        """Collect the tokens below a node of the tree; returns the last part of the pattern that was looked at."""
+        """Collect the tokens below a node of the tree; returns the last
+        part of the pattern that was looked at."""
         furthest = 0
         for char, below in node.items():
             if not char:

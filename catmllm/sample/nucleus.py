@@ -10,10 +10,11 @@ BLOCK = 64  # tokens whose masses are summed at once before the search looks ins
 def sample_nucleus(mass: torch.Tensor, top_p: float, noise: torch.Tensor) -> torch.Tensor:
     """Draw one token a row from the smallest set of most likely tokens whose share of the mass reaches top_p.
 
-    mass [B, V] float32, not negative and not all zero: probabilities up to a factor a row. noise [B, A] uniform in
-    [0, 1). A draw from the whole distribution is kept if the tokens above it hold less than top_p, for then it lies in
-    the set; with A - 1 tries, a row keeps none with probability under (1 - top_p)^(A - 1), and is sorted. A vocabulary
-    that is flat, as at the start of training, costs no more than a peaked one (128 rows of 3,229 tokens on one core: 2.6 ms, a sort 21 ms).
+    mass [B, V] float32, not negative and not all zero: probabilities up to a factor a row. noise [B, A]
+    uniform in [0, 1). A draw from the whole distribution is kept if the tokens above it hold less than top_p,
+    for then it lies in the set; with A - 1 tries, a row keeps none with probability under (1 - top_p)^(A -
+    1), and is sorted. A vocabulary that is flat, as at the start of training, costs no more than a peaked one
+    (128 rows of 3,229 tokens on one core: 2.6 ms, a sort 21 ms).
     """
     if top_p >= 1.0:
         return _invert(mass, noise[:, 0])
@@ -74,8 +75,8 @@ def _cut(share: torch.Tensor, token: torch.Tensor, top_p: float, noise: torch.Te
 def uniforms(key: int, row: torch.Tensor, step: torch.Tensor, count: int) -> torch.Tensor:
     """Noise [R, count] float32 in [0, 1) for token `step` [R] of answer `row` [R] under a key.
 
-    A counter-based generator (splitmix64's mixing of row, step and number), so that a draw does not depend on which other
-    rows are in the batch nor on the order in which they were drawn.
+    A counter-based generator (splitmix64's mixing of row, step and number), so that a draw does not depend on
+    which other rows are in the batch nor on the order in which they were drawn.
     """
     x = row * _ODD[0] + step * _ODD[1]
     x = _mix(x + key)[:, None] + torch.arange(1, count + 1, device=row.device) * _ODD[2]

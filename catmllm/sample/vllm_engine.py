@@ -1,9 +1,10 @@
 """Rollouts by vLLM instead of our own loop, from an environment of its own.
 
-vLLM pins its own torch, so it runs as a process of another Python (`grpo.vllm`), one a rank. Before each rollout it
-reads the text tower's weights of the moment, which are numbered: answers carry the number that sampled them. A prompt with
-a structure is sent as embeddings, made here. The temperature is divided into the exported LM head: vLLM then reports the
-log-probabilities of logits / T before the top-p cut, which its own modes do not.
+vLLM pins its own torch, so it runs as a process of another Python (`grpo.vllm`), one a rank. Before each
+rollout it reads the text tower's weights of the moment, which are numbered: answers carry the number that
+sampled them. A prompt with a structure is sent as embeddings, made here. The temperature is divided into the
+exported LM head: vLLM then reports the log-probabilities of logits / T before the top-p cut, which its own
+modes do not.
 """
 
 from __future__ import annotations
@@ -45,9 +46,9 @@ class VLLMError(RuntimeError):
 class VLLMEngine:
     """One vLLM process and the weights that it samples with.
 
-    Call `update` where the parameters are whole (an unsharded model, or inside `train.sharding.unsharded`), then
-    `generate`. What vLLM prints goes to `log`. Raises VLLMError, with the log's end, if the process cannot start
-    or dies.
+    Call `update` where the parameters are whole (an unsharded model, or inside `train.sharding.unsharded`),
+    then `generate`. What vLLM prints goes to `log`. Raises VLLMError, with the log's end, if the process
+    cannot start or dies.
     """
 
     def __init__(
@@ -135,9 +136,11 @@ class VLLMEngine:
         group_size: int = 1,
         on_answer: Callable[[int, Rollout], None] | None = None,
     ) -> list[Rollout]:
-        """`group_size` answers to each prompt, in order, as `RolloutEngine.generate`; all of them come at once.
+        """`group_size` answers to each prompt, in order, as `RolloutEngine.generate`;
+        all of them come at once.
 
-        Each answer has a seed of its own, made of `seed` and its number; vLLM's draws are other ones than ours.
+        Each answer has a seed of its own, made of `seed` and its number;
+        vLLM's draws are other ones than ours.
         """
         began = time.perf_counter()
         prompts: list[dict[str, Any]] = []

@@ -1,7 +1,8 @@
-"""vLLM's side of `sample.vllm_engine`: run by the Python that has vLLM, as a file, knowing nothing of the rest.
+"""vLLM's side of `sample.vllm_engine`: run by the Python that has vLLM, as a file,
+knowing nothing of the rest.
 
-The arguments are the number of a socket and the folder of the weights. Messages are JSON, followed by as many blocks of
-bytes as it says.
+The arguments are the number of a socket and the folder of the weights. Messages are JSON,
+followed by as many blocks of bytes as it says.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import sys
 from multiprocessing.connection import Connection
 from typing import Any
 
-# One process: it holds the weights itself and ends with its socket. (The script's folder is no place for modules.)
+# One process: it holds the weights itself and ends with its socket.
+# (The script's folder is no place for modules.)
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 sys.path[:] = [
     p for p in sys.path if os.path.abspath(p or os.getcwd()) != os.path.dirname(os.path.abspath(__file__))
@@ -21,7 +23,8 @@ sys.path[:] = [
 
 
 def serve(link: Connection, folder: str) -> None:
-    """Answer requests about the model in a folder until the other side closes; what fails is answered with its error."""
+    """Answer requests about the model in a folder until the other side closes;
+    what fails is answered with its error."""
     try:
         from vllm import LLM, SamplingParams  # isort: skip  (first: it is what may be missing)
         import torch

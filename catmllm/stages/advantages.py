@@ -9,9 +9,9 @@ import torch
 def group_advantages(rewards: np.ndarray, delta: float) -> tuple[np.ndarray, np.ndarray]:
     """(r - mean) / (std + delta) inside each group, with the population std.
 
-    rewards [groups, K] float64, NaN for an answer that has none: it takes no part. Returns advantages of that shape and
-    `informative` [groups, K] bool: an answer without a reward, and every answer of a group whose rewards are all equal
-    (to 1e-9), carries no signal; its advantage is 0 and it should be left out.
+    rewards [groups, K] float64, NaN for an answer that has none: it takes no part. Returns advantages of that
+    shape and `informative` [groups, K] bool: an answer without a reward, and every answer of a group whose
+    rewards are all equal (to 1e-9), carries no signal; its advantage is 0 and it should be left out.
     """
     if np.isinf(rewards).any():
         raise ValueError("rewards must be finite, or NaN where an answer has none")
@@ -27,8 +27,8 @@ def group_advantages(rewards: np.ndarray, delta: float) -> tuple[np.ndarray, np.
 def kl_estimate(logprob: torch.Tensor, reference: torch.Tensor, kind: str) -> torch.Tensor:
     """Per-token estimate of KL(policy || reference) on the policy's own samples, any shape.
 
-    `k1` log-ratio (the paper's Eq. 50: unbiased, but as a loss its expected gradient is zero), `k2` half its square,
-    `k3` exp(-d) - 1 + d: unbiased and never negative.
+    `k1` log-ratio (the paper's Eq. 50: unbiased, but as a loss its expected gradient is zero), `k2` half its
+    square, `k3` exp(-d) - 1 + d: unbiased and never negative.
     """
     d = logprob - reference
     if kind == "k1":
@@ -43,7 +43,8 @@ def kl_estimate(logprob: torch.Tensor, reference: torch.Tensor, kind: str) -> to
 def per_answer(x: torch.Tensor, row: torch.Tensor, n_rows: int, normalise: str) -> torch.Tensor:
     """Per-token values x [M] of answers row [M] as one number an answer [n_rows].
 
-    `sample`: their mean, so that every answer counts alike (Eq. 48); `token`: their sum, so that every token does.
+    `sample`: their mean, so that every answer counts alike (Eq. 48); `token`: their sum,
+    so that every token does.
     """
     total = x.new_zeros(n_rows).index_add(0, row, x)
     if normalise == "token":
@@ -65,9 +66,9 @@ def policy_loss(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """-A l + beta KL of each answer, and the KL alone, both as `per_answer` has it: two tensors [n_rows].
 
-    logprob, old, reference [M] per token (old: of the policy that sampled), advantage [n_rows], row [M] the answer of
-    each token. l enters as the ratio exp(logprob - old), clipped to 1 ± clip, whose value and gradient at one update
-    a rollout are those of A l.
+    logprob, old, reference [M] per token (old: of the policy that sampled), advantage [n_rows], row [M] the
+    answer of each token. l enters as the ratio exp(logprob - old), clipped to 1 ± clip, whose value and
+    gradient at one update a rollout are those of A l.
     """
     ratio = (logprob - old).exp()
     a = advantage[row]

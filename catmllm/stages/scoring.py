@@ -1,7 +1,8 @@
 """Rewards of answers while others are still being sampled, by a function that may fail.
 
-The worker thread scores whatever has ended so far; `rewards_fast` releases the GIL and takes microseconds, somebody
-else's function may raise, return NaN or hang. Each of these costs the answer that it happened to, and is told.
+The worker thread scores whatever has ended so far; `rewards_fast` releases the GIL and takes microseconds,
+somebody else's function may raise, return NaN or hang. Each of these costs the answer that it happened to,
+and is told.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from typing import Any
 import numpy as np
 
 Target = Mapping[str, int]
-# Texts and what each was to hold -> an object with an array `total` (as rewards_fast.Scores), or one number a text.
+# Texts and what each was to hold -> an object with an array `total` (as rewards_fast.Scores),
+# or one number a text.
 Reward = Callable[[list[str], list[Target]], Any]
 
 TERMS = ("comp", "parse", "valid", "phys")
@@ -29,10 +31,11 @@ BATCH = 64  # answers that one call of the reward gets at most
 
 @dataclass
 class Scored:
-    """Rewards of n answers. total [n] float64, NaN where the reward failed; `terms` has PVCP's parts, where it is PVCP.
+    """Rewards of n answers. total [n] float64, NaN where the reward failed; `terms` has PVCP's parts,
+    where it is PVCP.
 
-    `problems` says why an answer has no reward; `busy` are the seconds that the worker spent, `waited` those that
-    sampling had already ended when the last reward came.
+    `problems` says why an answer has no reward; `busy` are the seconds that the worker spent, `waited` those
+    that sampling had already ended when the last reward came.
     """
 
     total: np.ndarray
@@ -86,7 +89,8 @@ class Scoring:
         self._worker.start()
 
     def _give_up(self) -> None:
-        """The worker hangs (the lock is held): go on with another, one answer at a time for those it was on."""
+        """The worker hangs (the lock is held): go on with another,
+        one answer at a time for those it was on."""
         stuck, self._current = self._current, []
         if len(stuck) == 1:
             self._settle(stuck[0][0], np.nan, f"no reward within {self.timeout:g} s")
@@ -177,7 +181,8 @@ def read_scores(result: Any, n: int) -> tuple[np.ndarray, dict[str, np.ndarray],
 def load_reward(name: str) -> Reward:
     """The function that `file.py:function` or `package.module:function` names.
 
-    It is called as f(texts, targets), targets being counts by element, and returns one number a text (None: no reward).
+    It is called as f(texts, targets), targets being counts by element,
+    and returns one number a text (None: no reward).
     """
     where, colon, function = name.rpartition(":")
     if not colon or not function:

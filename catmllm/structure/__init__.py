@@ -1,6 +1,7 @@
 """Adsorption systems and what is read off them: CIF, three-part text, neighbour graph.
 
-`System` is the one structure type; everything else here is a function of it. Atoms stand in the order of their source.
+`System` is the one structure type; everything else here is a function of it.
+Atoms stand in the order of their source.
 """
 
 from catmllm.structure.cif import read_cif, system_from_crystal, write_cif

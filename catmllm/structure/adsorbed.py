@@ -1,9 +1,11 @@
-"""Whether the adsorbate of a system is one: a molecule in one piece, on the upper side of the slab and in reach of it.
+"""Whether the adsorbate of a system is one: a molecule in one piece,
+on the upper side of the slab and in reach of it.
 
-The paper's constraints (its §6) look at the composition and at the nearest pair, so a CO with 6 Å between C and O met
-them all. What is asked here holds for relaxed systems and for sensible starts of a relaxation: none of the 2,973 shipped
-systems fails, relaxed or as it started. Of 30 OC20 starts one does not hold (an N2 that starts 3 Å up), of their relaxed
-frames those whose molecule fell apart, an H that sank into the metal, and a slab whose atoms ran into each other.
+The paper's constraints (its §6) look at the composition and at the nearest pair, so a CO with 6 Å between C
+and O met them all. What is asked here holds for relaxed systems and for sensible starts of a relaxation: none
+of the 2,973 shipped systems fails, relaxed or as it started. Of 30 OC20 starts one does not hold (an N2 that
+starts 3 Å up), of their relaxed frames those whose molecule fell apart, an H that sank into the metal, and a
+slab whose atoms ran into each other.
 """
 
 from __future__ import annotations
@@ -23,8 +25,9 @@ FAULTS: tuple[Fault, ...] = get_args(Fault)
 
 # A bond may be this much shorter or longer than in the gas.
 SHORTEST, LONGEST = 0.85, 1.20
-# Gas-phase bond lengths (Å) by the elements, where bonds of several orders exist the shortest and the longest: CO and
-# CH3OH, HCCH and C2H6, N2 and N2H4, O2 and H2O2, NO and NH2OH, HCN and CH3NH2 (NIST CCCBDB, experimental r_e or r_0).
+# Gas-phase bond lengths (Å) by the elements, where bonds of several orders exist the shortest and the
+# longest: CO and CH3OH, HCCH and C2H6, N2 and N2H4, O2 and H2O2, NO and NH2OH, HCN and CH3NH2 (NIST CCCBDB,
+# experimental r_e or r_0).
 _GAS = {
     "HH": (0.741, 0.741),
     "CH": (1.06, 1.12),
@@ -39,9 +42,11 @@ _GAS = {
 }
 # Of other pairs, in sums of the covalent radii: a triple bond is about 0.8 of a single one.
 _OTHER = (0.80, 1.05)
-# Nearest slab-slab and adsorbate-slab pairs, in sums of the covalent radii. Least in the shipped systems: 0.854, 0.765.
+# Nearest slab-slab and adsorbate-slab pairs, in sums of the covalent radii.
+# Least in the shipped systems: 0.854, 0.765.
 _SLAB_PAIR, _ADSORBATE_PAIR = 0.72, 0.65
-_REACH = 1.45  # sums of the covalent radii: an adsorbate without a slab atom this near is not adsorbed (most: 1.36)
+# sums of the covalent radii: an adsorbate without a slab atom this near is not adsorbed (most: 1.36)
+_REACH = 1.45
 _LOWEST = -0.8  # Å over the mean surface atom; an adsorbate whose lowest atom is deeper is inside the slab
 _CUTOFF = 5.0  # Å
 
@@ -63,9 +68,10 @@ _LEAST, _MOST = _lengths()
 def adsorbate_fault(system: System) -> Fault | None:
     """Why the adsorbate is none, or None where it is sound.
 
-    `no_adsorbate`: no atom is tagged, or all are. `overlap`: two atoms nearer than their radii allow, other than inside
-    the adsorbate. `squeezed`: two atoms of the adsorbate nearer than any bond of theirs. `broken`: its bonds do not join
-    all its atoms. `buried`: inside the slab or on its lower side. `detached`: out of reach of the surface.
+    `no_adsorbate`: no atom is tagged, or all are. `overlap`: two atoms nearer than their radii allow, other
+    than inside the adsorbate. `squeezed`: two atoms of the adsorbate nearer than any bond of theirs.
+    `broken`: its bonds do not join all its atoms. `buried`: inside the slab or on its lower side. `detached`:
+    out of reach of the surface.
     """
     adsorbate = system.tags == ADSORBATE
     if not adsorbate.any() or adsorbate.all():

@@ -74,8 +74,8 @@ _atom_site_occupancy
 def write_cif(system: System, decimals: int = 3) -> str:
     """The CIF of a System, sites in its order; every number has `decimals` digits after the point.
 
-    The structural formula is reduced and Z is the number of its units in the cell, as pymatgen writes them (1 for
-    nearly every adsorption system). A value that the element table lacks is `?`.
+    The structural formula is reduced and Z is the number of its units in the cell, as pymatgen writes them (1
+    for nearly every adsorption system). A value that the element table lacks is `?`.
     """
     if decimals < 1:
         raise ValueError(f"decimals is at least 1, not {decimals}")
@@ -110,8 +110,9 @@ def cif_pattern(
 ) -> tuple[tuple[str, ...], list[tuple]]:
     """What `write_cif` can write for a system of these counts: its elements in order, and the file's parts.
 
-    A part is ("text", what always stands there), ("number", most digits before the point), ("fraction",) for a
-    coordinate in [0, 1), or ("site", index) for a row's symbol, label and multiplicity. The last line has no end.
+    A part is ("text", what always stands there), ("number", most digits before the point), ("fraction",) for
+    a coordinate in [0, 1), or ("site", index) for a row's symbol, label and multiplicity. The last line has
+    no end.
     """
     symbols = tuple(order_elements(target))
     reduced, units = reduce_counts({s: target[s] for s in symbols})
@@ -150,7 +151,8 @@ def _number(value: float, decimals: int) -> str:
 
 
 def _fractions(frac: NDArray[np.float64], decimals: int) -> list[list[str]]:
-    """Fractional coordinates as text in [0, 1): wrapped after rounding, so neither 1.000 nor -0.000 can appear."""
+    """Fractional coordinates as text in [0, 1): wrapped after rounding,
+    so neither 1.000 nor -0.000 can appear."""
     steps = 10**decimals
     digits = np.rint((frac - np.floor(frac)) * steps).astype(np.int64) % steps
     return [[f"0.{digit:0{decimals}d}" for digit in row] for row in digits.tolist()]
@@ -159,9 +161,9 @@ def _fractions(frac: NDArray[np.float64], decimals: int) -> list[list[str]]:
 def read_cif(text: str, adsorbate: str | None = None, miller: Miller | None = None) -> System:
     """The System of a CIF text, atoms in file order; tags by `surface_tags`.
 
-    adsorbate: a formula as in `CHCH2OH`; None takes adsorbate and Miller index from the text's own `data_` line.
-    The text is the CIF alone (`rewards_fast.extract_cif` finds it in an answer). Raises CIFError (a ValueError) for
-    what does not parse, ValueError where the adsorbate is unknown or its atoms are not there.
+    adsorbate: a formula as in `CHCH2OH`; None takes adsorbate and Miller index from the text's own `data_`
+    line. The text is the CIF alone (`rewards_fast.extract_cif` finds it in an answer). Raises CIFError (a
+    ValueError) for what does not parse, ValueError where the adsorbate is unknown or its atoms are not there.
     """
     crystal = parse_cif(text)
     if adsorbate is None or miller is None:
@@ -188,8 +190,8 @@ def _header(text: str) -> Identity | None:
 def system_from_crystal(crystal: Crystal, adsorbate: str, miller: Miller | None = None) -> System:
     """A System of a parsed crystal and the formula of its adsorbate; tags by `surface_tags`.
 
-    Raises ValueError for sites that are no whole atom of an element, for a left-handed, flat or non-finite cell, and
-    where the atoms of the adsorbate are not there.
+    Raises ValueError for sites that are no whole atom of an element, for a left-handed, flat or non-finite
+    cell, and where the atoms of the adsorbate are not there.
     """
     if not crystal.numbers.all():
         raise ValueError(

@@ -1,7 +1,7 @@
 """Element data that texts, CIFs and bonds are written with, read from `elements.json`.
 
-The table is made from pymatgen and ASE by `python -m catmllm.structure.make_elements`, so that neither is needed to
-read or write a structure. Arrays are indexed by atomic number; entry 0 is no element.
+The table is made from pymatgen and ASE by `python -m catmllm.structure.make_elements`, so that neither is
+needed to read or write a structure. Arrays are indexed by atomic number; entry 0 is no element.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ def covalent_radius(symbol: str) -> float:
 
 
 def order_elements(symbols: Iterable[str]) -> list[str]:
-    """The different symbols by electronegativity, then atomic number; without electronegativity they stand last."""
+    """The different symbols by electronegativity, then atomic number;
+    without electronegativity they stand last."""
 
     def key(symbol: str) -> tuple[float, int]:
         x = electronegativity(symbol)

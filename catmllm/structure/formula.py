@@ -1,6 +1,7 @@
 """Chemical formulas and the identity line `adsorbate</s>composition (h k l)`.
 
-Written formulas stand in the order of the published data (electronegativity, then atomic number); any order is read.
+Written formulas stand in the order of the published data (electronegativity, then atomic number);
+any order is read.
 """
 
 from __future__ import annotations
@@ -68,7 +69,8 @@ def format_formula(counts: Mapping[str, int]) -> str:
 
 
 def reduce_counts(counts: Mapping[str, int]) -> tuple[dict[str, int], int]:
-    """Counts of one formula unit and the number of formula units (the greatest common divisor, 1 for no atoms)."""
+    """Counts of one formula unit and the number of formula units (the greatest common divisor,
+    1 for no atoms)."""
     units = math.gcd(*counts.values()) or 1
     return {symbol: count // units for symbol, count in counts.items()}, units
 
@@ -85,12 +87,14 @@ def format_miller(miller: Miller) -> str:
 
 
 def format_identity(adsorbate: str, slab: Mapping[str, int], miller: Miller) -> str:
-    """`CO</s>Cu3Pt9 (1 1 1)`: the slab in canonical order, as every text that a model was trained on has it."""
+    """`CO</s>Cu3Pt9 (1 1 1)`: the slab in canonical order,
+    as every text that a model was trained on has it."""
     return f"{adsorbate}{SEPARATOR}{format_formula(slab)} {format_miller(miller)}"
 
 
 def parse_identity(text: str) -> Identity:
-    """Adsorbate, counts of the composition and Miller index of `CO</s>Pt9Cu3 (1 1 1)`; a third part is passed over.
+    """Adsorbate, counts of the composition and Miller index of `CO</s>Pt9Cu3 (1 1 1)`;
+    a third part is passed over.
 
     Raises ValueError for any other text.
     """

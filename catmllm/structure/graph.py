@@ -1,7 +1,7 @@
 """The neighbour graph that the encoder reads, with fairchem's conventions (pbc in three directions).
 
-An edge goes from a neighbour (source) to the atom that it informs (target); its vector points from target to source.
-The loops release the GIL, so that threads of one process work side by side.
+An edge goes from a neighbour (source) to the atom that it informs (target); its vector points from target to
+source. The loops release the GIL, so that threads of one process work side by side.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ CLOSEST = 0.01  # Å; nearer pairs have no direction and are no edge (fairchem: 
 
 
 class Graph(NamedTuple):
-    """edge_index int64 [2, E] (source, target), sorted by target (CSR), a target's nearest first; edge_vec float64
-    [E, 3] = position[source] + offset - position[target] in Å."""
+    """edge_index int64 [2, E] (source, target), sorted by target (CSR), a target's nearest first; edge_vec
+    float64 [E, 3] = position[source] + offset - position[target] in Å."""
 
     edge_index: NDArray[np.int64]
     edge_vec: NDArray[np.float64]
@@ -32,14 +32,15 @@ class Graph(NamedTuple):
 def neighbour_graph(
     lattice: ArrayLike, positions: ArrayLike, cutoff: float, max_neighbours: int, strict: bool = False
 ) -> Graph:
-    """The nearest neighbours within the cutoff of every atom, periodic images included; an atom's own image is one.
+    """The nearest neighbours within the cutoff of every atom, periodic images included;
+    an atom's own image is one.
 
     lattice [3, 3] (rows, Å), positions [N, 3] (Å, anywhere), cutoff in Å. By default the shell of the
-    max_neighbours-th neighbour is kept whole: all within 0.01 Å of its distance, so that the graph does not depend on
-    the order of the atoms or on rounding. strict keeps exactly max_neighbours, ties in the order of the sources, as
-    fairchem's EquiformerV2 was trained on OC20. (fairchem's own non-strict mode starts at the *next* neighbour and
-    adds 0.01 to the squared distance.) An atom alone within its cutoff has no edge. Raises ValueError for bad input
-    and for cells that are too small (`periodic.MAX_CANDIDATES`).
+    max_neighbours-th neighbour is kept whole: all within 0.01 Å of its distance, so that the graph does not
+    depend on the order of the atoms or on rounding. strict keeps exactly max_neighbours, ties in the order of
+    the sources, as fairchem's EquiformerV2 was trained on OC20. (fairchem's own non-strict mode starts at the
+    *next* neighbour and adds 0.01 to the squared distance.) An atom alone within its cutoff has no edge.
+    Raises ValueError for bad input and for cells that are too small (`periodic.MAX_CANDIDATES`).
     """
     _check(cutoff, max_neighbours)
     cell, points, frac, spacings = wrap(lattice, positions, cutoff)
@@ -52,8 +53,8 @@ def neighbour_graph(
 def neighbour_graphs(
     systems: Sequence[System], cutoff: float, max_neighbours: int, strict: bool = False, threads: int = 1
 ) -> tuple[Graph, NDArray[np.int64]]:
-    """The graphs of several systems as one, the atoms of each following those of the last; and the number of edges of
-    every atom, int64 [N], of which CSR row pointers are the running sum.
+    """The graphs of several systems as one, the atoms of each following those of the last; and the number of
+    edges of every atom, int64 [N], of which CSR row pointers are the running sum.
 
     Each is what `neighbour_graph` gives, by one call without the GIL for a thread's share of the systems.
     """
@@ -98,8 +99,8 @@ def _grown(array, size):
 
 @njit(cache=True, nogil=True)
 def _neighbours(cell, points, frac, spacings, i, reach, source, edges):
-    """Every neighbour of atom i within reach, M of them, in buffers that grow: source [M] and (vector, distance)
-    [M, 4]; and M."""
+    """Every neighbour of atom i within reach, M of them, in buffers that grow:
+    source [M] and (vector, distance) [M, 4]; and M."""
     found = 0
     most_a, most_b, most_c = (
         reach / spacings[0] + 1e-9,
@@ -138,8 +139,8 @@ def _neighbours(cell, points, frac, spacings, i, reach, source, edges):
 
 @njit(cache=True, nogil=True)
 def _ascending(edges, found, order):
-    """The rows by distance, those at the same distance in their order: filled into `order`. Some 50 rows mostly, for
-    which insertion takes a third of the time of NumPy's merge sort."""
+    """The rows by distance, those at the same distance in their order: filled into `order`. Some 50 rows
+    mostly, for which insertion takes a third of the time of NumPy's merge sort."""
     if found > 400:
         order[:found] = np.argsort(edges[:found, 3].copy(), kind="mergesort")
         return
@@ -163,9 +164,9 @@ def _nearest(cell, points, frac, spacings, cutoff, max_neighbours, strict):
     near = np.empty(128, np.int64)
     near_edges = np.empty((128, 4), np.float64)
     order = np.empty(128, np.int64)
-    # The nearest 20 mostly lie within half of a 12 Å cutoff: search the sphere that holds as many at the mean density
-    # (the vacuum makes it ample), from then on a little more than the last atom needed, and widen it where that is
-    # not enough.
+    # The nearest 20 mostly lie within half of a 12 Å cutoff: search the sphere that holds as many at the mean
+    # density (the vacuum makes it ample), from then on a little more than the last atom needed, and widen it
+    # where that is not enough.
     volume = abs(np.dot(cell[0], np.cross(cell[1], cell[2])))
     start = min(cutoff, (max_neighbours * volume / n * 3 / (4 * np.pi)) ** (1 / 3))
     for i in range(n):

@@ -13,7 +13,8 @@ COLUMNS = ("symbol", "electronegativity", "atomic_radius", "average_ionic_radius
 
 
 def element_rows() -> list[list[Any]]:
-    """One row of `COLUMNS` for each of the 118 elements, by atomic number; radii in Å, None where there is no value."""
+    """One row of `COLUMNS` for each of the 118 elements, by atomic number; radii in Å,
+    None where there is no value."""
     from ase.data import covalent_radii
     from pymatgen.core import Element
 

@@ -1,8 +1,8 @@
 """Pairs of atoms under periodic boundary conditions in all three directions (Numba, without the GIL).
 
-Every loop runs over the lattice translations that can matter for that pair, found from the spacing of the lattice
-planes, so small and skewed cells are right without a guess. The work is bounded: a cell that needs more than
-`MAX_CANDIDATES` trials (a generated CIF may have a 0.01 Å edge) is a ValueError.
+Every loop runs over the lattice translations that can matter for that pair, found from the spacing of the
+lattice planes, so small and skewed cells are right without a guess. The work is bounded: a cell that needs
+more than `MAX_CANDIDATES` trials (a generated CIF may have a 0.01 Å edge) is a ValueError.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ _NOT_FINITE, _FLAT, _TOO_SMALL, _TOO_FAR = 1, 2, 3, 4
 def wrap(
     lattice: ArrayLike, positions: ArrayLike, reach: float
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """The input of the loops: lattice [3, 3], positions [N, 3] moved into the cell, their fractional coordinates and
-    the plane spacings [3] in Å.
+    """The input of the loops: lattice [3, 3], positions [N, 3] moved into the cell, their fractional
+    coordinates and the plane spacings [3] in Å.
 
-    reach: the largest distance (Å) that a pair may have. Raises ValueError for non-finite or flat input and for more
-    than `MAX_CANDIDATES` trials.
+    reach: the largest distance (Å) that a pair may have.
+    Raises ValueError for non-finite or flat input and for more than `MAX_CANDIDATES` trials.
     """
     cell = np.ascontiguousarray(lattice, dtype=np.float64).reshape(3, 3)
     points = np.ascontiguousarray(positions, dtype=np.float64).reshape(-1, 3)
@@ -56,10 +56,11 @@ def complain(
 
 @njit(cache=True, nogil=True)
 def wrap_into(cell, points, reach):
-    """Positions [N, 3] in the cell, their fractional coordinates [N, 3], plane spacings [3] (0 for a flat cell), a
-    problem (0: none) and the number of trials that the reach (Å) may take.
+    """Positions [N, 3] in the cell, their fractional coordinates [N, 3], plane spacings [3] (0 for a flat
+    cell), a problem (0: none) and the number of trials that the reach (Å) may take.
 
-    Written out because NumPy's cross, det and solve cost 80 µs a call, as much as the graph of a 14-atom slab.
+    Written out because NumPy's cross, det and solve cost 80 µs a call,
+    as much as the graph of a 14-atom slab.
     """
     n = len(points)
     normals = np.empty((3, 3))
@@ -115,8 +116,8 @@ def bond_matrix(
 ) -> NDArray[np.bool_]:
     """bool [N, N]: whether any periodic image of j is nearer to i than radii[i] + radii[j] + slack.
 
-    lattice [3, 3], positions [N, 3], radii [N] and slack in Å. Several images are one bond; an atom can be bonded to
-    its own image (as in ASE's neighbour list), never to itself.
+    lattice [3, 3], positions [N, 3], radii [N] and slack in Å. Several images are one bond; an atom can be
+    bonded to its own image (as in ASE's neighbour list), never to itself.
     """
     r = np.ascontiguousarray(radii, dtype=np.float64)
     cell, points, frac, spacings = wrap(lattice, positions, 2 * float(r.max(initial=0.0)) + slack)

@@ -1,7 +1,8 @@
 """`System`, the one structure type: a crystal with tags, adsorbate, Miller index and energy.
 
-Every System is in the standard orientation (a along x, b in the xy plane with y > 0, right-handed): six cell parameters
-then say all of its lattice, and a CIF and its source are the same to an encoder. Most OC20 frames are not in it.
+Every System is in the standard orientation (a along x, b in the xy plane with y > 0, right-handed): six cell
+parameters then say all of its lattice, and a CIF and its source are the same to an encoder. Most OC20 frames
+are not in it.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ BULK, SURFACE, ADSORBATE = 0, 1, 2  # values of `System.tags`
 class System(Crystal):
     """An adsorption system; make it with `make_system`, which checks and rotates.
 
-    From Crystal: lattice float64 [3, 3] (rows a, b, c, Å), frac float64 [N, 3], numbers int64 [N]. tags int8 [N]: 0
-    bulk, 1 surface, 2 adsorbate. adsorbate: its name as published, `CHCH2OH`. miller: None where unknown. energy:
-    adsorption energy (eV), None where unknown. sid: where the system is from. start: where the atoms stood before the
-    relaxation, as frac, None where unknown.
+    From Crystal: lattice float64 [3, 3] (rows a, b, c, Å), frac float64 [N, 3], numbers int64 [N]. tags int8
+    [N]: 0 bulk, 1 surface, 2 adsorbate. adsorbate: its name as published, `CHCH2OH`. miller: None where
+    unknown. energy: adsorption energy (eV), None where unknown. sid: where the system is from. start: where
+    the atoms stood before the relaxation, as frac, None where unknown.
     """
 
     tags: NDArray[np.int8]
@@ -75,7 +76,8 @@ class System(Crystal):
 
     @property
     def identity(self) -> str:
-        """`CO</s>Pd6Ir6 (1 1 1)`, the line that names a system in CIF tasks. Raises ValueError without Miller index."""
+        """`CO</s>Pd6Ir6 (1 1 1)`, the line that names a system in CIF tasks.
+        Raises ValueError without Miller index."""
         return format_identity(self.adsorbate, self.slab_counts, self.known_miller)
 
     @property
@@ -93,8 +95,8 @@ class System(Crystal):
         return self.energy
 
     def frame(self, progress: float) -> System:
-        """The system on its way from the start (0) to the relaxed structure (1), on straight lines; its energy stays
-        that of the relaxed one. Raises ValueError where the start is unknown."""
+        """The system on its way from the start (0) to the relaxed structure (1), on straight lines; its
+        energy stays that of the relaxed one. Raises ValueError where the start is unknown."""
         if self.start is None:
             raise ValueError(f"system {self.sid!r} has no start; give `start_positions` when it is made")
         way = self.frac - self.start
@@ -125,9 +127,9 @@ def make_system(
 ) -> System:
     """A checked System in the standard orientation.
 
-    lattice: [3, 3], rows in Å, any right-handed orientation. positions: [N, 3] in Å, or None with frac [N, 3] instead.
-    numbers, tags: [N]. start_positions: [N, 3] in Å, before the relaxation. Raises ValueError for a left-handed or flat cell, for anything non-finite and for shapes, atomic
-    numbers or tags that do not fit.
+    lattice: [3, 3], rows in Å, any right-handed orientation. positions: [N, 3] in Å, or None with frac [N, 3]
+    instead. numbers, tags: [N]. start_positions: [N, 3] in Å, before the relaxation. Raises ValueError for a
+    left-handed or flat cell, for anything non-finite and for shapes, atomic numbers or tags that do not fit.
     """
     if (positions is None) == (frac is None):
         raise ValueError("give either positions or frac")
@@ -204,7 +206,8 @@ def standard_lattice(lattice: NDArray[np.float64]) -> NDArray[np.float64]:
 def lattice_from_parameters(
     a: float, b: float, c: float, alpha: float, beta: float, gamma: float
 ) -> NDArray[np.float64]:
-    """The standard lattice [3, 3] (rows, Å) of six cell parameters (Å, degrees). ValueError if they make no cell."""
+    """The standard lattice [3, 3] (rows, Å) of six cell parameters (Å, degrees).
+    ValueError if they make no cell."""
     angles = (alpha, beta, gamma)
     cos_a, cos_b, cos_g = (0.0 if angle == 90 else float(np.cos(np.radians(angle))) for angle in angles)
     sin_g = float(np.sin(np.radians(gamma)))
@@ -222,9 +225,8 @@ def lattice_parameters(lattice: NDArray[np.float64]) -> tuple[float, float, floa
     a, b, c = lattice
 
     def angle(u: NDArray[np.float64], v: NDArray[np.float64]) -> float:
-        return float(
-            np.degrees(np.arctan2(np.linalg.norm(np.cross(u, v)), u @ v))
-        )  # exact near 90, unlike arccos
+        # exact near 90, unlike arccos
+        return float(np.degrees(np.arctan2(np.linalg.norm(np.cross(u, v)), u @ v)))
 
     lengths = [float(np.linalg.norm(v)) for v in (a, b, c)]
     return lengths[0], lengths[1], lengths[2], angle(b, c), angle(a, c), angle(a, b)

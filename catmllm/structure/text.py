@@ -27,13 +27,14 @@ def three_part_text(system: System, scale: float = 1.0, max_characters: int | No
 
 
 def configuration(system: System, scale: float = 1.0, max_characters: int | None = None) -> str:
-    """The bonds between adsorbate and slab: `[C Pd Ir bridge [Pd ...] [Ir ...]]` for every binding atom, or `[]`.
+    """The bonds between adsorbate and slab: `[C Pd Ir bridge [Pd ...] [Ir ...]]` for every binding atom,
+    or `[]`.
 
-    Two atoms are bonded where their distance under periodic boundary conditions is below scale (r_i + r_j) + 0.10 Å,
-    r the covalent radii. scale 1.0 is for true structures, 4.0 for indicative ones (structure-missing inference), where
-    everything is bonded to everything and strings reach 10,000 characters: max_characters ends them before the word
-    that would not fit, all brackets closed. A binding atom is followed by its slab neighbours, the site by their number,
-    and for each of them all its neighbours; everything in index order.
+    Two atoms are bonded where their distance under periodic boundary conditions is below scale (r_i + r_j) +
+    0.10 Å, r the covalent radii. scale 1.0 is for true structures, 4.0 for indicative ones (structure-missing
+    inference), where everything is bonded to everything and strings reach 10,000 characters: max_characters
+    ends them before the word that would not fit, all brackets closed. A binding atom is followed by its slab
+    neighbours, the site by their number, and for each of them all its neighbours; everything in index order.
     """
     cap = -1 if max_characters is None else max_characters
     if max_characters is not None and max_characters < 2:
@@ -49,7 +50,8 @@ def configuration(system: System, scale: float = 1.0, max_characters: int | None
 
 
 def _table(words: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Words as rows of bytes, and their lengths: Numba cannot index a tuple of strings at run time for nothing."""
+    """Words as rows of bytes, and their lengths: Numba cannot index a
+    tuple of strings at run time for nothing."""
     table = np.zeros((len(words), max(map(len, words))), dtype=np.uint8)
     for row, word in zip(table, words):
         row[: len(word)] = np.frombuffer(word.encode("ascii"), dtype=np.uint8)

@@ -1,9 +1,10 @@
-"""Checkpoints inside a stage: sharded, written beside training, atomic, rotated, resumable on any number of ranks.
+"""Checkpoints inside a stage: sharded, written beside training, atomic, rotated,
+resumable on any number of ranks.
 
-The state is copied to the CPU and training goes on while a thread writes it. A folder gets its final name only after
-every rank has written its part, so that a kill at any moment leaves the one before intact. Order of data and all
-random draws are functions of (seed, step, rank): a few numbers are all the position there is. Frozen parameters are
-those of the stage's start and are not written.
+The state is copied to the CPU and training goes on while a thread writes it. A folder gets its final name
+only after every rank has written its part, so that a kill at any moment leaves the one before intact. Order
+of data and all random draws are functions of (seed, step, rank): a few numbers are all the position there is.
+Frozen parameters are those of the stage's start and are not written.
 """
 
 from __future__ import annotations
@@ -41,11 +42,13 @@ class CheckpointError(RuntimeError):
 
 
 class Checkpoints:
-    """The checkpoints of one stage, in folder/step-N. Every method is called by all ranks together, except `poll`."""
+    """The checkpoints of one stage, in folder/step-N. Every method is called by all ranks together,
+    except `poll`."""
 
     def __init__(self, folder: Path, world: World, keep: int) -> None:
         self.folder, self.world, self.keep = folder, world, keep
-        # The writing thread has collectives of its own: in the group of training they would mix with training's.
+        # The writing thread has collectives of its own:
+        # in the group of training they would mix with training's.
         self.group = dist.new_group(backend="gloo")
         self.pending: tuple[int, float | None, Future] | None = None
         self.failures = 0
@@ -59,10 +62,11 @@ class Checkpoints:
         extra: dict[str, Any],
         value: float | None = None,
     ) -> None:
-        """Begin to write the state after `step` updates. `extra`: JSON values of this rank; `value`: of a validation,
-        the lowest of which is kept.
+        """Begin to write the state after `step` updates. `extra`: JSON values of this rank; `value`: of a
+        validation, the lowest of which is kept.
 
-        A write that fails is told, its remains are removed and training goes on; raises `CheckpointError` at the third in a row.
+        A write that fails is told, its remains are removed and training goes on;
+        raises `CheckpointError` at the third in a row.
         """
         self.settle()
         partial = self._path(step, ".partial")
@@ -132,10 +136,11 @@ class Checkpoints:
             self.poll()
 
     def restore(self, model: Module, optimizer: Optimizer) -> tuple[dict[str, Any], dict[str, Any]] | None:
-        """Load the newest finished checkpoint in place. Returns (its record with "step" and "world", extra of this
-        rank), or None where there is none.
+        """Load the newest finished checkpoint in place. Returns (its record with "step" and "world", extra of
+        this rank), or None where there is none.
 
-        On another number of ranks weights and moments are re-sharded; `extra` then comes from the rank modulo the old count.
+        On another number of ranks weights and moments are re-sharded;
+        `extra` then comes from the rank modulo the old count.
         """
         if self.world.main:
             for left in self.folder.glob("*.partial"):

@@ -16,8 +16,8 @@ from catmllm.config import Config, to_dict
 class StageLog:
     """One stage's record on the main rank; on the others every call does nothing.
 
-    `log.jsonl` has a row a logged step. On resume, rows at or after the step resumed from are dropped, so that the
-    file reads as if the run had never stopped.
+    `log.jsonl` has a row a logged step. On resume, rows at or after the step resumed from are dropped, so
+    that the file reads as if the run had never stopped.
     """
 
     def __init__(

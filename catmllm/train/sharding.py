@@ -26,7 +26,8 @@ from catmllm.world import DTYPES, World
 
 
 def mesh_of(config: Config, world: World) -> DeviceMesh:
-    """All ranks in one line; with `replicate` > 1 in two dimensions: copies (outer, over nodes) and shards (inner)."""
+    """All ranks in one line; with `replicate` > 1 in two dimensions: copies (outer, over nodes)
+    and shards (inner)."""
     copies, rest = config.replicate, world.size % config.replicate
     if rest or copies > world.size:
         raise ValueError(
@@ -46,15 +47,17 @@ def shard(
     reshard: str = "trained",
     like: CatalyticMLLM | None = None,
 ) -> CatalyticMLLM:
-    """Shard in place: a unit per block of encoder and LLM, one for the rest of the encoder, the projector and the energy
-    head each, one for what remains. The image tower is cut likewise where it trains; where it does not, it is left out
-    in the dtype of its files, whole on every rank if `data.images` and else, since it never runs, on the CPU.
+    """Shard in place: a unit per block of encoder and LLM, one for the rest of the encoder, the projector and
+    the energy head each, one for what remains. The image tower is cut likewise where it trains; where it does
+    not, it is left out in the dtype of its files, whole on every rank if `data.images` and else, since it
+    never runs, on the CPU.
 
-    Compute runs in `precision` (the encoder, whose coordinates and norms want it, in `encoder_precision`), gradients
-    are reduced and the optimizer works in float32. A model on the CPU moves to the device a unit at a time: no device
-    ever holds it whole. `reshard` names the parts whose gathered weights are freed after a
-    forward pass (see `OptimConfig`); set `requires_grad` before. `like`: a model of the same make, sharded already, whose
-    shards are copied into this one, which has no weights of its own (parameters on the meta device).
+    Compute runs in `precision` (the encoder, whose coordinates and norms want it, in `encoder_precision`),
+    gradients are reduced and the optimizer works in float32. A model on the CPU moves to the device a unit at
+    a time: no device ever holds it whole. `reshard` names the parts whose gathered weights are freed after a
+    forward pass (see `OptimConfig`); set `requires_grad` before. `like`: a model of the same make, sharded
+    already, whose shards are copied into this one, which has no weights of its own (parameters on the meta
+    device).
     """
     mesh = mesh_of(config, world)
     llm = MixedPrecisionPolicy(DTYPES[config.precision], torch.float32, cast_forward_inputs=False)
@@ -85,8 +88,8 @@ def shard(
     blocks = [unit(block, graph) for block in model.encoder.blocks]
     unit(model.encoder, graph)
     unit(model.projector, graph)
-    # A unit of its own: passes that train no energy leave its gradient out, and gradients accumulated over passes
-    # must be of one dtype within a unit.
+    # A unit of its own: passes that train no energy leave its gradient out, and gradients accumulated over
+    # passes must be of one dtype within a unit.
     unit(model.energy_head, replace(graph, cast_forward_inputs=True))
     layers = [unit(layer, llm) for layer in model.text.layers]
     visual, whole = model.llm.model.visual, set()
@@ -113,8 +116,8 @@ def shard(
         with torch.no_grad():
             for name, mine in (*model.named_parameters(), *model.named_buffers()):
                 _local(mine).copy_(_local(theirs[name]))
-    # Sampling may run the encoder before the first training pass has run the model; FSDP2 would then take the encoder
-    # for a root of its own. There is no public call that settles who is root.
+    # Sampling may run the encoder before the first training pass has run the model; FSDP2 would then take the
+    # encoder for a root of its own. There is no public call that settles who is root.
     model._get_fsdp_state()._lazy_init()  # type: ignore[operator]
     return model
 
@@ -127,8 +130,8 @@ def _local(t: torch.Tensor) -> torch.Tensor:
 def unsharded(model: CatalyticMLLM) -> Iterator[None]:
     """Every parameter whole on every rank, so that ranks may run forward passes at their own pace.
 
-    No collective happens inside. For sampling and prediction; gradients do not belong here. Frozen parts that are
-    never freed stay whole.
+    No collective happens inside. For sampling and prediction; gradients do not belong here.
+    Frozen parts that are never freed stay whole.
     """
     units: list[Any] = [m for m in model.modules() if isinstance(m, FSDPModule)]
     for unit in units:

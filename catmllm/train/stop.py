@@ -49,7 +49,8 @@ def stop_at_once() -> None:
 class LossWatch:
     """Tells a loss that is not finite, or that lies `spike` median deviations above the recent median.
 
-    The deviation counts as at least 5 % of the median, so that a converged, quiet loss does not stop at a ripple.
+    The deviation counts as at least 5 % of the median, so that a converged,
+    quiet loss does not stop at a ripple.
     """
 
     def __init__(self, spike: float) -> None:

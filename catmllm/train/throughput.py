@@ -28,11 +28,12 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 class ModelFlops:
-    """FLOPs that training the LLM needs, without recomputation: 6 a parameter and token (2 forward, 2 for the gradient
-    of the input, 2 for that of the weights), and the attention's products, 4 · layers · width · length forward.
+    """FLOPs that training the LLM needs, without recomputation: 6 a parameter and token (2 forward, 2 for the
+    gradient of the input, 2 for that of the weights), and the attention's products, 4 · layers · width ·
+    length forward.
 
-    Frozen weights count 4 where a gradient passes through them and 2 where none does. The encoder is not credited, so
-    that the utilisation is a lower bound. Make it before sharding.
+    Frozen weights count 4 where a gradient passes through them and 2 where none does. The encoder is not
+    credited, so that the utilisation is a lower bound. Make it before sharding.
     """
 
     def __init__(self, model: CatalyticMLLM, gradient: bool) -> None:
@@ -66,7 +67,8 @@ def memory_gib(device: torch.device) -> float:
 
 
 class Clock:
-    """Seconds of a step by phase, as this process waits for them; the same ranges are marked for the profiler."""
+    """Seconds of a step by phase, as this process waits for them;
+    the same ranges are marked for the profiler."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -85,7 +87,8 @@ class Clock:
 
 
 class Profile:
-    """torch.profiler over a few steps: trace-<rank>.json for chrome://tracing or Perfetto, and phases.json."""
+    """torch.profiler over a few steps: trace-<rank>.json for chrome://tracing or Perfetto,
+    and phases.json."""
 
     def __init__(self, folder: Path, rank: int, device: torch.device) -> None:
         self.folder, self.rank, self.steps = folder, rank, 0
@@ -119,7 +122,8 @@ class Profile:
 
 
 def phase_rows(events: Any, steps: int) -> dict[str, dict[str, float]]:
-    """Milliseconds a step by phase. `comm` is the time inside collectives, which lie in the other phases too."""
+    """Milliseconds a step by phase. `comm` is the time inside collectives,
+    which lie in the other phases too."""
     rows = {name: {"host_ms": 0.0, "device_ms": 0.0} for name in PHASES}
     for e in events:
         if e.name.startswith("phase:"):

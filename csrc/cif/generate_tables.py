@@ -1,6 +1,7 @@
 """Writes the tables of the CIF engine from pymatgen: elements, space groups, names that `Lattice` answers to.
 
-Run it when pymatgen changes one of them: `python csrc/cif/generate_tables.py` (rewrites tables.inc beside it).
+Run it when pymatgen changes one of them: `python
+csrc/cif/generate_tables.py` (rewrites tables.inc beside it).
 """
 
 import json
@@ -35,7 +36,8 @@ class OperationLists:
 
 
 def space_group_names(lists: OperationLists) -> dict[str, int]:
-    """Operation list by name, spaces and underscores removed; the order of precedence is CifParser.get_symops'."""
+    """Operation list by name, spaces and underscores removed;
+    the order of precedence is CifParser.get_symops'."""
     names: dict[str, int] = {}
     for key in SYMM_DATA["space_group_encoding"]:
         names[re.sub(r"[\s_]", "", key)] = lists.add(list(SpaceGroup(key).symmetry_ops))

@@ -2,13 +2,14 @@
 
     python -m catmllm_kernels.aot [--arch sm_80] [--op escn] [--dtype fp16] [--match REGEX] [--json | --table FILE]
 
-The launches of each model-sized case, with every candidate tile that tuning may choose, are recorded on meta tensors and compiled for
-`--arch`; Triton's wheel carries ptxas, cuobjdump and nvdisasm. One row per kernel variant: registers a thread, spilled bytes, local
-(stack) bytes, shared bytes a block, tensor-core instructions (HMMA, HGMMA), 16-byte global loads. A variant that several cases launch is
-one row, under the first one's name. A row is wrong if it spills, wants more shared memory than an A100 gives (163 KiB), has a
-half-precision product without tensor cores, or reads a stream without 16-byte loads. Exit status 1 if any row is wrong. `--table` keeps the
-rows of a file, compiles what it lacks and writes it after each row, so that a run of hours may be cut off; to compile everything again,
-delete the file.
+The launches of each model-sized case, with every candidate tile that tuning may choose, are recorded on meta
+tensors and compiled for `--arch`; Triton's wheel carries ptxas, cuobjdump and nvdisasm. One row per kernel
+variant: registers a thread, spilled bytes, local (stack) bytes, shared bytes a block, tensor-core
+instructions (HMMA, HGMMA), 16-byte global loads. A variant that several cases launch is one row, under the
+first one's name. A row is wrong if it spills, wants more shared memory than an A100 gives (163 KiB), has a
+half-precision product without tensor cores, or reads a stream without 16-byte loads. Exit status 1 if any row
+is wrong. `--table` keeps the rows of a file, compiles what it lacks and writes it after each row, so that a
+run of hours may be cut off; to compile everything again, delete the file.
 """
 
 from __future__ import annotations
@@ -71,8 +72,8 @@ class Row:
 
 
 PRODUCTS = ("product_kernel", "forward_kernel", "two_heads_kernel", "gradient_kernel")
-# Kernels that hold three tiles of every row of an edge in registers, one or two values a thread: their loads are narrow, and they
-# are bound by the exponential of 324 grid points, not by memory.
+# Kernels that hold three tiles of every row of an edge in registers, one or two values a thread: their loads
+# are narrow, and they are bound by the exponential of 324 grid points, not by memory.
 NARROW = ("activation_kernel", "activation_grad_kernel")
 
 
@@ -182,7 +183,8 @@ def variants(
 ) -> Iterator[tuple[Case, Launch, torch.dtype]]:
     """Every different launch of the model-sized cases, with every candidate tile.
 
-    One that several cases share comes once, as the first one's; `match` is searched in "kernel case" of each of them.
+    One that several cases share comes once, as the first one's;
+    `match` is searched in "kernel case" of each of them.
     """
     found: dict[tuple[str, ...], tuple[Case, Launch, torch.dtype]] = {}
     wanted = set()
@@ -215,7 +217,8 @@ def table(
     known: list[Row] | None = None,
     done: Callable[[list[Row]], None] = lambda rows: None,
 ) -> list[Row]:
-    """The rows `known`, and one for each of `variants` that they lack; `done` gets all rows after each new one."""
+    """The rows `known`, and one for each of `variants` that they lack;
+    `done` gets all rows after each new one."""
     rows: list[Row] = list(known or [])
     held = {(row.op, row.case, row.kernel, row.config, row.dtype, row.arch) for row in rows}
     for case, start, dtype in variants(ops, dtypes, match):

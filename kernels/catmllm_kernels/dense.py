@@ -1,7 +1,8 @@
 """float32 products on a CPU by oneDNN, where torch itself calls MKL.
 
-MKL keeps AMD processors to AVX2. Of one core of an EPYC with AVX-512 (992 x 192 by 512 x 192 and the like) it makes 95
-GFLOP/s, oneDNN, which torch's build has beside it, 215. Half precision goes to oneDNN anyway; float64 stays.
+MKL keeps AMD processors to AVX2. Of one core of an EPYC with AVX-512 (992 x 192 by 512 x 192 and the like) it
+makes 95 GFLOP/s, oneDNN, which torch's build has beside it, 215. Half precision goes to oneDNN anyway;
+float64 stays.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Triton's interpreter made strict: memory poisoned, programs in any order, bytes counted.
 
-Needs TRITON_INTERPRET=1 before Python starts. Everything here is a context manager over the interpreter's own entry points; a kernel
-sees no difference.
+Needs TRITON_INTERPRET=1 before Python starts. Everything here is a context manager over the interpreter's own
+entry points; a kernel sees no difference.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from catmllm_kernels import launch as launching
 
 @contextmanager
 def strict(seed: int | None = None) -> Iterator[None]:
-    """What is allocated and never written is NaN; bfloat16 is arithmetic; programs run in shuffled order if seed is given."""
+    """What is allocated and never written is NaN; bfloat16 is arithmetic;
+    programs run in shuffled order if seed is given."""
     memory: Any = torch.utils.deterministic
     before = torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -53,8 +54,8 @@ def _visitor(seed: int | None) -> Any:
     return visit
 
 
-# The interpreter keeps bfloat16 as raw 16-bit integers and would calculate with those. Kernels calculate in float32, but for
-# two operations on what they loaded.
+# The interpreter keeps bfloat16 as raw 16-bit integers and would calculate with those. Kernels calculate in
+# float32, but for two operations on what they loaded.
 
 
 def _dot(a: Any, b: Any, *rest: Any) -> Any:
@@ -76,8 +77,8 @@ def _negative(x: Any) -> Any:
 class Traffic:
     """Bytes of one launch by name of the tensor argument.
 
-    `asked`: every lane that is not masked off. `moved`: of every load and store the different addresses. `touched`: of the launch the
-    different addresses.
+    `asked`: every lane that is not masked off. `moved`: of every load and store the different addresses.
+    `touched`: of the launch the different addresses.
     """
 
     kernel: str

@@ -1,7 +1,9 @@
-"""The one door through which Triton kernels start: they run, or are written down for the ahead-of-time compiler.
+"""The one door through which Triton kernels start: they run,
+or are written down for the ahead-of-time compiler.
 
-`recorded()` collects what an op would launch. The arguments may then be meta tensors, so that the shapes of a full model cost
-nothing and need no GPU; the compiler gets exactly the specialisations that a real call would make.
+`recorded()` collects what an op would launch. The arguments may then be meta tensors, so that the shapes of a
+full model cost nothing and need no GPU; the compiler gets exactly the specialisations that a real call would
+make.
 """
 
 from __future__ import annotations

@@ -2,10 +2,11 @@
 
     TRITON_INTERPRET=1 python -m catmllm_kernels.traffic [--json]
 
-Forward pass at the sizes of the two OC20 models, float16, 120 edges. A tensor that a launch streams counts each address once;
-node embeddings count at every gather, as if no cache held them; weights and tables, which stay in the L2, are a sum of their own. "issued"
-counts what every load and store instruction asks of the caches. The products that are torch's count their operands and
-results once. Compared with the figures for two fused kernels around plain products (66 and 126 KiB, counted by hand).
+Forward pass at the sizes of the two OC20 models, float16, 120 edges. A tensor that a launch streams counts
+each address once; node embeddings count at every gather, as if no cache held them; weights and tables, which
+stay in the L2, are a sum of their own. "issued" counts what every load and store instruction asks of the
+caches. The products that are torch's count their operands and results once. Compared with the figures for two
+fused kernels around plain products (66 and 126 KiB, counted by hand).
 """
 
 from __future__ import annotations

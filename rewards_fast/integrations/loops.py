@@ -51,7 +51,8 @@ def score_answers(
     watch: MissingTargets,
     hint: str = "",
 ) -> tuple[Scores, list[bool]]:
-    """Scores of the assistant's words, and for each answer whether its target is missing (see `LoopSettings`).
+    """Scores of the assistant's words, and for each answer whether
+    its target is missing (see `LoopSettings`).
 
     targets: one for each completion, or one for all. Where the composition weighs nothing none is expected.
     """

@@ -36,8 +36,8 @@ def score_queries(
     labels: Sequence[Target] | None,
     watch: MissingTargets,
 ) -> tuple[Scores, list[bool]]:
-    """Scores of queries (prompt + answer), and which had no target. A label is the wanted composition; where it is empty
-    the prompt names it. Of an agent loop's answer the last assistant message is scored."""
+    """Scores of queries (prompt + answer), and which had no target. A label is the wanted composition; where
+    it is empty the prompt names it. Of an agent loop's answer the last assistant message is scored."""
     n = len(queries)
     prompts = [""] * n if prompts is None else prompts
     labels = [None] * n if labels is None else labels
@@ -50,8 +50,8 @@ def score_queries(
 
 
 def reply(scorer: PVCP, scores: Scores, missing: Sequence[bool]) -> dict[str, Any]:
-    """OpenRLHF's answer: `rewards`; `scores`, the same from 0 (does not parse) to 1 (perfect), for dynamic filtering;
-    `extra_logs`, the mean of each term, the share that parses and the share without a target."""
+    """OpenRLHF's answer: `rewards`; `scores`, the same from 0 (does not parse) to 1 (perfect), for dynamic
+    filtering; `extra_logs`, the mean of each term, the share that parses and the share without a target."""
     w = scorer.weights
     floor = floor_scores(w)["total"]
     span = 10.0 * (w.comp + w.parse + w.valid + w.phys) - floor
@@ -75,7 +75,8 @@ def make_reward_func(**settings: Any) -> Callable[..., dict[str, Any]]:
     def reward_func(
         queries: Sequence[str], prompts: Sequence[str], labels: Sequence[Target], **others: Any
     ) -> dict[str, Any]:
-        """Rewards of answers, as OpenRLHF's single-turn executor calls it (from a thread); lists of floats, never NaN."""
+        """Rewards of answers, as OpenRLHF's single-turn executor calls it (from a thread);
+        lists of floats, never NaN."""
         return reply(scorer, *score_queries(chosen, queries, prompts, labels, watch))
 
     return reward_func

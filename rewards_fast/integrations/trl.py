@@ -1,7 +1,8 @@
 """The PVCP reward as a TRL reward function: `GRPOTrainer(..., reward_funcs=cif_reward)`.
 
-The wanted composition comes from the data set's column `target` (counts, a formula or a prompt, see `parse_target`); without
-it from what the user says last in the prompt. Of a completion with several turns or tools the last assistant message is scored.
+The wanted composition comes from the data set's column `target` (counts, a formula or a prompt, see
+`parse_target`); without it from what the user says last in the prompt. Of a completion with several turns or
+tools the last assistant message is scored.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ _ARGUMENTS = frozenset(("completion_ids", "trainer_state", "log_extra", "log_met
 class CIFReward:
     """A reward function with its own settings: `CIFReward(near=0.7, target_column="composition")`.
 
-    Other keys are those of `LoopSettings`. `missing.missing` of `missing.seen` answers had no target composition.
+    Other keys are those of `LoopSettings`. `missing.missing` of
+    `missing.seen` answers had no target composition.
     """
 
     def __init__(self, target_column: str = "target", **settings: Any) -> None:
@@ -40,7 +42,8 @@ class CIFReward:
     ) -> list[float]:
         """One finite reward a completion. Other columns and TRL's own arguments are passed over.
 
-        Where TRL takes metrics (`log_metric`), it gets the share of answers that parse and of those without a target.
+        Where TRL takes metrics (`log_metric`), it gets the share of
+        answers that parse and of those without a target.
         """
         given = columns.get(self.target_column)
         targets = (

@@ -3,9 +3,9 @@
     reward.custom_reward_function.path=pkg://rewards_fast.integrations.verl
     reward.custom_reward_function.name=compute_score
 
-`ground_truth` is the wanted composition: a formula, a prompt or counts, also as JSON text (see `rewards_fast.parse_target`).
-Of an agent loop's answer the last assistant message is scored. Scoring needs no signal, process or event loop, so any thread,
-asyncio executor or Ray worker may call it.
+`ground_truth` is the wanted composition: a formula, a prompt or counts, also as JSON text (see
+`rewards_fast.parse_target`). Of an agent loop's answer the last assistant message is scored. Scoring needs no
+signal, process or event loop, so any thread, asyncio executor or Ray worker may call it.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def compute_score(
     settings: Mapping[str, Any] | None = None,
     **others: Any,
 ) -> Score | list[Score]:
-    """`score` (the reward) with its terms `comp parse valid phys`, the `reason` ("" where the text parses) and `no_target` (1
-    where no composition was wanted), which verl logs.
+    """`score` (the reward) with its terms `comp parse valid phys`, the `reason` ("" where the text parses)
+    and `no_target` (1 where no composition was wanted), which verl logs.
 
     One dict for `solution_str`, a list of them for `solution_strs`. settings: keys of `LoopSettings`, from
     `reward_kwargs.settings`. verl's own other arguments are passed over.

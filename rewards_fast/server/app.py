@@ -68,7 +68,8 @@ def openrlhf_reply(
 
 
 def read_query(query: bytes, base: LoopSettings) -> tuple[LoopSettings, bool]:
-    """The settings that a query string asks for, and whether it asks for diagnostics. Refusal 422 names what is wrong."""
+    """The settings that a query string asks for, and whether it asks for diagnostics.
+    Refusal 422 names what is wrong."""
     try:
         pairs = parse_qsl(
             query.decode("ascii"), keep_blank_values=True, strict_parsing=bool(query), errors="strict", max_num_fields=50

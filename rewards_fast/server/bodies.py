@@ -1,4 +1,5 @@
-"""Bodies: read within their limits, decoded into checked types, which also make their part of the OpenAPI schema."""
+"""Bodies: read within their limits, decoded into checked types,
+which also make their part of the OpenAPI schema."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ TARGET_PATTERN = f"^({_FORMULA}(</s>{_FORMULA}{_INDICES})?)?$"
 
 
 def body_types(limits: Limits) -> tuple[Any, Any]:
-    """What the two endpoints read, with the limits in them; from these types come the decoders and the OpenAPI schemas."""
+    """What the two endpoints read, with the limits in them;
+    from these types come the decoders and the OpenAPI schemas."""
     text = Annotated[str, Meta(max_length=limits.chars)]
     part = msgspec.defstruct("Part", [("type", str, "text"), ("text", text | None, None)])
     content: Any = text | Annotated[list[part], Meta(max_length=1000)] | None  # type: ignore[valid-type]
@@ -69,8 +71,8 @@ def body_types(limits: Limits) -> tuple[Any, Any]:
 def decode(decoder: msgspec.json.Decoder[Any], body: bytes) -> Any:
     """The request of a body; Refusal 400 for what is not JSON, 422 for another JSON.
 
-    msgspec refuses a whole body for half of a surrogate pair in one text (`\\ud800`), which JSON allows and Python's encoder
-    writes; such a body is read by the standard library, so that it costs the text at most.
+    msgspec refuses a whole body for half of a surrogate pair in one text (`\\ud800`), which JSON allows and
+    Python's encoder writes; such a body is read by the standard library, so that it costs the text at most.
     """
     if not body:
         raise Refusal(400, "the body is empty; send JSON")
@@ -103,8 +105,8 @@ def header(scope: Mapping[str, Any], name: bytes) -> bytes | None:
 
 
 async def read_body(request: Request, limits: Limits, load: Load) -> bytes:
-    """The body of a request, counted in `load.held` until whoever gets it takes it out. Refusal 400 to 415 or 503 leaves
-    nothing counted."""
+    """The body of a request, counted in `load.held` until whoever gets it takes it out.
+    Refusal 400 to 415 or 503 leaves nothing counted."""
     length = int(header(request.scope, b"content-length") or 0)
     if length > limits.body:
         raise Refusal(413, f"the body has {length} bytes, more than {limits.body}")

@@ -30,10 +30,11 @@ def request_id_of(given: bytes | None) -> bytes:
 
 
 class Gate:
-    """Around the application: request ids, the bearer token, the log, the metrics; whatever fails has an answer.
+    """Around the application: request ids, the bearer token, the log, the metrics;
+    whatever fails has an answer.
 
-    An answer that comes before the body was read first waits a moment for the rest of it, so that a client which writes
-    before it reads sees the answer and no reset connection.
+    An answer that comes before the body was read first waits a moment for the rest of it, so that a client
+    which writes before it reads sees the answer and no reset connection.
     """
 
     def __init__(
@@ -140,7 +141,8 @@ class Gate:
         return False
 
     def allowed(self, authorization: bytes | None) -> bool:
-        """Whether that header has the token: as bearer, or as the password of a URL like http://any:TOKEN@host."""
+        """Whether that header has the token: as bearer,
+        or as the password of a URL like http://any:TOKEN@host."""
         if self.token is None:
             return True
         kind, _, credentials = (authorization or b"").partition(b" ")

@@ -29,9 +29,10 @@ HEADER_BYTES = 64 << 10
 
 
 class PatientProtocol(H11Protocol):
-    """uvicorn's HTTP/1.1 by h11, which takes an `Upgrade` that nobody answers for the plain request that it is. (By httptools
-    the body of such a request is lost, or read as the next request.) Headers must come in time; of more connections than
-    `most` the one that has been idle longest goes; who pipelines and does not read is not read on.
+    """uvicorn's HTTP/1.1 by h11, which takes an `Upgrade` that nobody answers for the plain request that it
+    is. (By httptools the body of such a request is lost, or read as the next request.) Headers must come in
+    time; of more connections than `most` the one that has been idle longest goes; who pipelines and does not
+    read is not read on.
     """
 
     header_seconds = 10.0
@@ -105,9 +106,10 @@ class PatientProtocol(H11Protocol):
 
 
 def drop_handshakes(listener: Any) -> None:
-    """From here on the system drops the first packet of a new connection to a listening socket, and the client tries again
-    a second later: the socket can then be closed when all that knocked before have been let in. Closed at once, it would
-    reset those that wait. Linux only (a packet filter: no SYN without ACK); elsewhere nothing happens."""
+    """From here on the system drops the first packet of a new connection to a listening socket, and the
+    client tries again a second later: the socket can then be closed when all that knocked before have been
+    let in. Closed at once, it would reset those that wait. Linux only (a packet filter: no SYN without ACK);
+    elsewhere nothing happens."""
     flags, mask, syn, drop, keep = 13, 0x12, 0x02, 0, 0xFFFFFFFF
     program = [
         (0x30, 0, 0, flags),
@@ -127,10 +129,11 @@ def drop_handshakes(listener: Any) -> None:
 
 
 class DrainingServer(uvicorn.Server):
-    """uvicorn's server that after SIGTERM or SIGINT goes on for a moment: not ready, closing connections after answers.
+    """uvicorn's server that after SIGTERM or SIGINT goes on for a moment: not ready,
+    closing connections after answers.
 
-    So clients learn that they must go elsewhere before the port closes, and no request is lost on a connection that was
-    idle when it was closed. A second signal ends the moment.
+    So clients learn that they must go elsewhere before the port closes, and no request is lost on a
+    connection that was idle when it was closed. A second signal ends the moment.
     """
 
     should_exit: bool
@@ -179,7 +182,8 @@ def is_loopback(host: str) -> bool:
 
 
 def allow_connections(wanted: int) -> int:
-    """Raises the limit of open files so that `wanted` connections fit, as far as the system lets it; what fits."""
+    """Raises the limit of open files so that `wanted` connections fit, as far as the system lets it;
+    what fits."""
     try:
         import resource
     except ImportError:  # Windows has no such limit
@@ -200,7 +204,8 @@ def make_server(
     limits: Limits | None = None,
     log_level: str = "info",
 ) -> DrainingServer:
-    """A server that is not yet running; `run()` serves until SIGTERM or SIGINT, answers what it accepted and returns."""
+    """A server that is not yet running; `run()` serves until SIGTERM or SIGINT,
+    answers what it accepted and returns."""
     limits = limits or Limits()
     app = make_app(settings, limits, token)
     most = allow_connections(limits.connections)

@@ -1,4 +1,5 @@
-"""What the server says of itself: the OpenAPI schema of every endpoint; bodies come from the types that decode them."""
+"""What the server says of itself: the OpenAPI schema of every endpoint;
+bodies come from the types that decode them."""
 
 from __future__ import annotations
 

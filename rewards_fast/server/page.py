@@ -26,7 +26,8 @@ EXAMPLES = {"/v1/score": {"texts": ["no idea"], "targets": "Pt3CuCO"}, "/get_rew
 
 
 def docs_page(schema: dict[str, Any]) -> str:
-    """HTML of a schema made by `openapi_schema`: each endpoint with its query keys, body and answers, and a form to try it."""
+    """HTML of a schema made by `openapi_schema`: each endpoint with its query keys, body and answers,
+    and a form to try it."""
 
     def row(cells: list[Any], tag: str = "td") -> str:
         return "<tr>" + "".join(f"<{tag}>{escape(str(cell))}</{tag}>" for cell in cells) + "</tr>"

@@ -1,4 +1,5 @@
-"""The same training on one rank, two ranks, copies, cut batches, two torchrun agents: the loss curves agree."""
+"""The same training on one rank, two ranks, copies, cut batches, two torchrun agents:
+the loss curves agree."""
 
 import json
 import os
@@ -51,7 +52,8 @@ def test_two_agents_restart_a_killed_worker_and_repeat_two_ranks(
     command += ["--rdzv-conf", "is_host=false"]
     command += ["--max-restarts", "1", "--monitor-interval", "0.2", "-m", "tests.behaviour.forks", "agent"]
     command += [str(tmp_path / "run"), "joint.batch_size=4"]
-    # Agents count restarts each for itself, and the store that they share keeps the addresses of dead workers.
+    # Agents count restarts each for itself, and the store that they
+    # share keeps the addresses of dead workers.
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     logs = [(tmp_path / f"agent-{k}.txt").open("w") for k in range(2)]
     agents = [subprocess.Popen(command, cwd=ROOT, env=environment, stdout=f, stderr=f) for f in logs]
@@ -78,7 +80,8 @@ def test_float16_follows_float32_for_200_steps(tmp_path: Path) -> None:
     rows = forks("half", tmp_path)
     loss = {k: np.array([r["loss"] for r in v]) for k, v in rows.items()}
     assert all(len(v) == 200 for v in loss.values())
-    # After 200 steps: means of the last 20. On the way, where the loss falls fastest, smoothed curves lie 2.3 % apart.
+    # After 200 steps: means of the last 20. On the way, where the loss falls fastest,
+    # smoothed curves lie 2.3 % apart.
     after = {k: v[-20:].mean() for k, v in loss.items()}
     assert abs(after["fp16"] / after["fp32"] - 1) < 0.01
     assert rows["fp16"][-1]["skipped_steps"] <= 2

@@ -1,4 +1,5 @@
-"""Stages with pictures in their prompts: what moves, what stays, and that the loader's workers change nothing."""
+"""Stages with pictures in their prompts: what moves, what stays,
+and that the loader's workers change nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Runs that are killed, stopped, out of disk or off the rails: what was trained stays, and the rest is as if unbroken."""
+"""Runs that are killed, stopped, out of disk or off the rails: what was trained stays,
+and the rest is as if unbroken."""
 
 import json
 import os
@@ -32,8 +33,8 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> dict:
     ("name", "unbroken"), [("term", "unbroken"), ("usr1", "unbroken lora"), ("apex", "unbroken apex")]
 )
 def test_a_signal_saves_and_the_same_command_goes_on(resumed: dict, name: str, unbroken: str) -> None:
-    """SIGTERM to all, SIGUSR1 to one rank alone (of a run with adapters and dropout): all stop after the same step. Also
-    with apex's optimizer (what stands in for it), whose states are laid out otherwise."""
+    """SIGTERM to all, SIGUSR1 to one rank alone (of a run with adapters and dropout): all stop after the same
+    step. Also with apex's optimizer (what stands in for it), whose states are laid out otherwise."""
     assert resumed[f"{name} status"] == [EXIT_SAVED, EXIT_SAVED]
     assert 3 <= resumed[f"{name} saved"] < 12
     assert resumed[name] == resumed[unbroken]

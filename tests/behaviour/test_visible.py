@@ -54,7 +54,8 @@ def test_comm_is_the_time_inside_collectives() -> None:
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_flops_are_those_that_torch_counts(make_context: MakeContext, frozen: bool) -> None:
-    """A sequence of 96 tokens, forward and backward; frozen: the gradient passes through to the input alone."""
+    """A sequence of 96 tokens, forward and backward; frozen:
+    the gradient passes through to the input alone."""
     model = make_context(small()).model
     model.text.requires_grad_(not frozen)
     model.llm.lm_head.requires_grad_(not frozen)

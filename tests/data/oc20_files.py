@@ -1,6 +1,8 @@
-"""The same adsorption systems in every layout of OC20, written by the libraries that OC20's own files were written by.
+"""The same adsorption systems in every layout of OC20, written by the
+libraries that OC20's own files were written by.
 
-PyG records by torch_geometric, LMDBs by lmdb, `.aselmdb` by ase-db-backends, frames, trajectories and databases by ASE.
+PyG records by torch_geometric, LMDBs by lmdb, `.aselmdb` by ase-db-backends, frames,
+trajectories and databases by ASE.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ from ase.constraints import FixAtoms
 
 @dataclass
 class Case:
-    """A relaxed structure as OC20 publishes it. energy: adsorption energy; the total one is energy + reference (eV)."""
+    """A relaxed structure as OC20 publishes it. energy: adsorption energy;
+    the total one is energy + reference (eV)."""
 
     atoms: Atoms
     sid: int
@@ -41,7 +44,8 @@ class Case:
         return self.energy + self.reference
 
     def calculated(self, step: float = 0.0) -> Atoms:
-        """With total energy and forces, small on free atoms; `step` moves it away from the relaxed structure."""
+        """With total energy and forces, small on free atoms;
+        `step` moves it away from the relaxed structure."""
         atoms = self.atoms.copy()
         atoms.positions[~self.fixed] += step
         forces = np.where(self.fixed[:, None], 0.5, 0.01 + step) * np.ones(3)
@@ -56,7 +60,8 @@ class Case:
 
 
 def cases(n: int = 12) -> list[Case]:
-    """Different slabs, some turned out of the standard orientation, some with tag-2 atoms between the others."""
+    """Different slabs, some turned out of the standard orientation,
+    some with tag-2 atoms between the others."""
     made = []
     rng = np.random.default_rng(5)
     metals = ["Cu", "Pt", "Ni", "Pd", "Ag", "Al"]
@@ -134,7 +139,8 @@ def pyg_fields(case: Case, layout: str) -> dict[str, Any]:
 
 
 def pyg_pickle(values: dict[str, Any], old: bool) -> bytes:
-    """A Data as torch_geometric pickles it; `old`: as before 2.0, where the values were the object's own attributes."""
+    """A Data as torch_geometric pickles it; `old`: as before 2.0,
+    where the values were the object's own attributes."""
     from torch_geometric.data import Data
 
     if not old:

@@ -1,4 +1,5 @@
-"""Batches: samples end to end, the places that matter, joined graphs, markers, and the order of training as a pure function."""
+"""Batches: samples end to end, the places that matter, joined graphs, markers,
+and the order of training as a pure function."""
 
 from __future__ import annotations
 

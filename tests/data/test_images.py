@@ -1,4 +1,5 @@
-"""Pictures against ASE's and transformers' own: the drawing, the pixels by the image processor, positions by Qwen2.5-VL."""
+"""Pictures against ASE's and transformers' own: the drawing, the pixels by the image processor,
+positions by Qwen2.5-VL."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The loader: the same batches with any number of workers, from any point on, and on another number of ranks."""
+"""The loader: the same batches with any number of workers, from any point on,
+and on another number of ranks."""
 
 from __future__ import annotations
 
@@ -123,7 +124,8 @@ class Named(Batch):
 def test_any_changes_of_ranks_lose_and_repeat_nothing(
     monkeypatch: pytest.MonkeyPatch, runs: Sequence[tuple[int, int]]
 ) -> None:
-    """Runs of (ranks, steps), each from the state of the one before: together they take the first packs once each."""
+    """Runs of (ranks, steps), each from the state of the one before:
+    together they take the first packs once each."""
     monkeypatch.setattr("catmllm.data.loader.each_tensor", lambda batch, _: batch)
     windows = Sequenced(example=lambda _: Sample(""), collate=None, batch_size=1)  # type: ignore[arg-type]
     state: dict[str, Any] | None = None
@@ -180,7 +182,8 @@ def test_packs_of_another_budget_are_refused(windows: Callable[..., Windows]) ->
 
 
 def test_workers_end_with_the_last_user(windows: Callable[..., Windows]) -> None:
-    """At once, by counting: what waited for the collector would run beside the next stage, and be inherited by it."""
+    """At once, by counting: what waited for the collector would run beside the next stage,
+    and be inherited by it."""
     gc.disable()
     try:
         loader = Loader(windows(batch_size=2), workers=1)

@@ -206,10 +206,10 @@ def test_every_record_is_kept_or_counted(tmp_path: Path) -> None:
 
 
 def test_dense_gives_way_where_it_overlaps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """OC20-Dense by LMDB and by trajectory, its energies from the published targets, against OC20 on the same surface."""
-    monkeypatch.setattr(
-        "catmllm.data.oc20.process.LARGE_MAPPINGS", 0
-    )  # mappings read in a process of their own
+    """OC20-Dense by LMDB and by trajectory, its energies from the published targets,
+    against OC20 on the same surface."""
+    # mappings read in a process of their own
+    monkeypatch.setattr("catmllm.data.oc20.process.LARGE_MAPPINGS", 0)
     names = {c.sid: (f"system{i // 2}", f"heur{i}") for i, c in enumerate(CASES)}
     entry = {"shift": 0.125, "top": True, "adsorption_site": ()}
     dense_mapping = {

@@ -1,4 +1,5 @@
-"""Every layout of OC20 gives the same systems; what cannot be read is told and counted, and no pickle is run."""
+"""Every layout of OC20 gives the same systems; what cannot be read is told and counted,
+and no pickle is run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Packs: every sample once, none over the budget, at most 2 % of the tokens wasted, and each pack a fair mixture."""
+"""Packs: every sample once, none over the budget, at most 2 % of the tokens wasted,
+and each pack a fair mixture."""
 
 from __future__ import annotations
 

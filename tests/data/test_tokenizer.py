@@ -1,4 +1,5 @@
-"""The tokenizer: lossless on all shipped CIFs and on any text, one token for what repeats, and rules of extension."""
+"""The tokenizer: lossless on all shipped CIFs and on any text, one token for what repeats,
+and rules of extension."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""A calculator of microseconds for any element; a module of its own, so that worker processes can import it."""
+"""A calculator of microseconds for any element; a module of its own,
+so that worker processes can import it."""
 
 from __future__ import annotations
 
@@ -7,7 +8,8 @@ from ase.calculators.calculator import Calculator, all_changes
 
 
 class EggBox(Calculator):
-    """Every atom on its own in a smooth periodic landscape (eV, Å); its minima are 2.3 Å apart in each direction."""
+    """Every atom on its own in a smooth periodic landscape (eV, Å);
+    its minima are 2.3 Å apart in each direction."""
 
     implemented_properties = ["energy", "forces"]  # noqa: RUF012
 

@@ -117,7 +117,8 @@ def test_sixteen_labels_and_their_disturbed_starts() -> None:
 
 
 class Spring(Calculator):
-    """A toy: every C, H, O and N atom hangs on a spring at (x, y, `height`) and does not see anything else."""
+    """A toy: every C, H, O and N atom hangs on a spring at (x, y, `height`)
+    and does not see anything else."""
 
     implemented_properties = ["energy", "forces"]  # noqa: RUF012
 
@@ -257,9 +258,8 @@ def test_the_model_hessian_is_that_of_a_bond() -> None:
     shift[[i, j]] = [0.3, -0.2, 0.5]
     soft = 20.0
     assert stretch.ravel() @ hessian @ stretch.ravel() == pytest.approx(2 * soft + 4 * 70.0)
-    assert shift.ravel() @ hessian @ shift.ravel() == pytest.approx(
-        soft * (shift**2).sum()
-    )  # a rigid shift is soft
+    # a rigid shift is soft
+    assert shift.ravel() @ hessian @ shift.ravel() == pytest.approx(soft * (shift**2).sum())
     assert np.linalg.eigvalsh(hessian).min() > 0
 
 

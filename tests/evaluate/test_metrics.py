@@ -72,7 +72,8 @@ def altered(text: str, old: str, new: str) -> str:
 
 @pytest.fixture(scope="module")
 def scored() -> tuple[Scores, list[str]]:
-    """One text of every kind with its name, scored: good, OH, unparseable, wrong atom, overlap, huge cell, far away."""
+    """One text of every kind with its name, scored: good, OH, unparseable, wrong atom, overlap,
+    huge cell, far away."""
     carbon = next(s for s in SYSTEMS if s.adsorbate == "C")
     hydroxyl = next(s for s in SYSTEMS if s.adsorbate == "OH" and min_distance(s.lattice, s.frac) < 0.99)
     good = write_cif(carbon)
@@ -170,9 +171,8 @@ def test_shuffled_control_is_the_mean_over_all_derangements(targets: list[float]
 def test_shuffling_within_groups() -> None:
     energies, targets = [-1.0, -2.0, 1.0, 1.1, 7.0], [-1.0, -2.0, 1.0, 1.1, 7.0]
     groups = ["CO", "CO", "H", "H", "N"]
-    assert (
-        metrics.shuffled_control([True] * 5, energies, targets, groups) == 0.5
-    )  # H hits, CO does not, N is alone
+    # H hits, CO does not, N is alone
+    assert metrics.shuffled_control([True] * 5, energies, targets, groups) == 0.5
     assert metrics.shuffled_control([True] * 5, energies, targets) == pytest.approx(2 / 20)
     assert np.isnan(metrics.shuffled_control([True], [0.0], [0.0]))
     with pytest.raises(ValueError, match="group labels"):
@@ -218,7 +218,8 @@ def test_iterations_to_success() -> None:
 
 
 def disguised(system: System, seed: int) -> System:
-    """The same structure: other origin and order of atoms, other cell vectors, rotated by its standard form."""
+    """The same structure: other origin and order of atoms, other cell vectors,
+    rotated by its standard form."""
     rng = np.random.default_rng(seed)
     basis = np.array([[1, 0, 0], [int(rng.integers(-1, 2)), 1, 0], [0, 0, 1]])
     lattice = basis @ system.lattice

@@ -1,6 +1,7 @@
 """Run the Triton kernels of linear_logprob in Triton's interpreter and print their largest errors as JSON.
 
-A script, because TRITON_INTERPRET must be set before Triton is first imported; test_linear_logprob.py runs it.
+A script, because TRITON_INTERPRET must be set before Triton is first imported;
+test_linear_logprob.py runs it.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ def poison() -> None:
 
 
 def widen_bfloat16() -> None:
-    """The interpreter keeps bfloat16 as raw 16-bit integers and would multiply those: widen them first, exactly."""
+    """The interpreter keeps bfloat16 as raw 16-bit integers and would multiply those:
+    widen them first, exactly."""
     plain = interpreter_builder.create_dot
 
     def float32(x: Any) -> Any:

@@ -1,4 +1,5 @@
-"""Kernels compiled without a GPU: what the binaries use, against the rules and against the committed table."""
+"""Kernels compiled without a GPU: what the binaries use,
+against the rules and against the committed table."""
 
 from __future__ import annotations
 
@@ -65,7 +66,8 @@ def test_the_table_holds_every_rule(arch: str) -> None:
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
 def test_the_table_is_complete(arch: str, dtype: str) -> None:
-    """Every launch of every model-sized case, forward and backward, with every tile that tuning may choose; and nothing else."""
+    """Every launch of every model-sized case, forward and backward,
+    with every tile that tuning may choose; and nothing else."""
     from catmllm_kernels.aot import DTYPES, variants
 
     (of,) = (d for d, name in DTYPES.items() if name == dtype)
@@ -96,7 +98,8 @@ def test_some_kernels_compile_to_what_the_table_says() -> None:
 
 
 def test_a_table_is_added_to(tmp_path: Path) -> None:
-    """Rows that a file has are not compiled again, those that it lacks are, and a wrong one makes the exit status 1."""
+    """Rows that a file has are not compiled again, those that it lacks are,
+    and a wrong one makes the exit status 1."""
     options = ("--op", "so3_pool_project", "--dtype", "fp16", "--match", "(stats|pool)_kernel L4 max")
     file = tmp_path / "table.json"
     known = {r["kernel"]: r for r in TABLES["sm_80"] if r["case"] == "L4 max" and r["dtype"] == "fp16"}

@@ -1,4 +1,5 @@
-"""Every registered case on the implementation of this device, and on each that can be forced, against float64."""
+"""Every registered case on the implementation of this device, and on each that can be forced,
+against float64."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The pooling op against torch's segment_reduce and scatter, e3nn's rotations, and its own float64 derivative."""
+"""The pooling op against torch's segment_reduce and scatter, e3nn's rotations,
+and its own float64 derivative."""
 
 from __future__ import annotations
 
@@ -121,7 +122,8 @@ def test_ties_give_the_same_gradient_every_time(seed: int) -> None:
 
 @pytest.mark.parametrize("mode", ["max", "invariant"])
 def test_a_nan_stays_in_its_system(mode: str) -> None:
-    """A broken structure must be seen as such, and must not borrow the numbers of its neighbour in the batch."""
+    """A broken structure must be seen as such, and must not borrow
+    the numbers of its neighbour in the batch."""
     x, batch = embeddings([3, 2, 2])
     x[1, 0, 1] = torch.nan
     out = so3_pool(x, batch, 3, mode)
@@ -148,7 +150,8 @@ def test_bad_input_is_an_error() -> None:
         so3_pool(x, batch, 3, "max")
 
 
-# ------------------------------------------------------------------------------------------ norm, pooling and linear layer
+# ------------------------------------------------------------------------------------------ norm,
+# pooling and linear layer
 
 
 def learned(

@@ -41,7 +41,8 @@ def test_at_most_what_two_fused_kernels_need() -> None:
 
 
 def test_a_log_probability_never_moves_the_logits() -> None:
-    """Of 130 tokens and 300 words: the head once a block of tokens, the tokens once a tile of words, four numbers a token and tile."""
+    """Of 130 tokens and 300 words: the head once a block of tokens, the tokens once a tile of words,
+    four numbers a token and tile."""
     from catmllm_kernels.interpret import counted, strict
     from catmllm_kernels.linear_logprob import triton as kernels
 
@@ -68,7 +69,6 @@ def test_a_log_probability_never_moves_the_logits() -> None:
     assert forward.touched["weight"] == 2 * weight.numel() == forward.moved["weight"] / blocks
     assert forward.touched["hidden"] == 2 * hidden.numel() == forward.moved["hidden"] / tiles
     assert forward.touched["parts"] == forward.moved["parts"] == 4 * 4 * tokens * tiles
-    assert (
-        gradient.touched["out"] == gradient.moved["out"] == 2 * tokens * words
-    )  # once, in the dtype of the inputs
+    # once, in the dtype of the inputs
+    assert gradient.touched["out"] == gradient.moved["out"] == 2 * tokens * words
     assert gradient.moved["weight"] == blocks * 2 * weight.numel()

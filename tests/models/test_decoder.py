@@ -1,4 +1,5 @@
-"""The fused text tower against transformers' untouched one: states, gradients, packing, pictures' positions, a cache."""
+"""The fused text tower against transformers' untouched one: states, gradients, packing,
+pictures' positions, a cache."""
 
 from __future__ import annotations
 
@@ -59,7 +60,8 @@ def packed(model: Any, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tens
 
 
 def problem() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Ids of the samples end to end, M-RoPE positions [4, T] whose three axes differ, a gradient of the states."""
+    """Ids of the samples end to end, M-RoPE positions [4, T] whose three axes differ,
+    a gradient of the states."""
     torch.manual_seed(1)
     total = sum(LENGTHS)
     own = torch.cat([torch.arange(n) for n in LENGTHS])

@@ -1,4 +1,5 @@
-"""MMTG against the theorems of the paper's Appendix A.4, InfoNCE against a plain loop and across processes."""
+"""MMTG against the theorems of the paper's Appendix A.4,
+InfoNCE against a plain loop and across processes."""
 
 from __future__ import annotations
 

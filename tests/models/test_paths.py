@@ -1,8 +1,10 @@
-"""Every way through the decoder's attention, each against transformers' own untouched model: states, gradients, tokens.
+"""Every way through the decoder's attention, each against transformers' own untouched model:
+states, gradients, tokens.
 
-The ways: csrc's kernels in float32 and bfloat16, the packed attention without them (float16, CATMLLM_KERNELS=reference, a
-tree whose csrc was not built), padded rows, and transformers' `generate` with its cache. What they hand to transformers
-changes with its releases: `make test-newest` and `make test-oldest` run this page on both ends.
+The ways: csrc's kernels in float32 and bfloat16, the packed attention without them (float16,
+CATMLLM_KERNELS=reference, a tree whose csrc was not built), padded rows, and transformers' `generate` with
+its cache. What they hand to transformers changes with its releases: `make test-newest` and `make test-oldest`
+run this page on both ends.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ from catmllm_kernels import rows
 from catmllm_kernels.varlen_attention import cpu
 from tests.models.test_decoder import LENGTHS, packed, problem, towers
 
-# Of the largest value. Two blocks round some thirty times to the dtype: its unit 2^-24, 2^-8, 2^-11 times 16 and less.
+# Of the largest value. Two blocks round some thirty times to the dtype: its unit 2^-24, 2^-8,
+# 2^-11 times 16 and less.
 BOUND = {torch.float32: 2e-5, torch.bfloat16: 0.06, torch.float16: 0.008}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 WAYS = ["as it comes", "CATMLLM_KERNELS=reference", "without csrc"]
@@ -86,9 +89,11 @@ def test_rows_with_and_without_padding(way: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_generate(way: str, dtype: torch.dtype) -> None:
-    """Decoding with a cache. Every step's logits are transformers' own in float64 for the tokens that were chosen.
+    """Decoding with a cache. Every step's logits are transformers' own
+    in float64 for the tokens that were chosen.
 
-    Tokens of two models may part where two logits are as close as the rounding; logits given the tokens may not.
+    Tokens of two models may part where two logits are as close as the rounding;
+    logits given the tokens may not.
     """
     ours, own = towers(dtype)
     own = own.double()

@@ -1,7 +1,8 @@
-"""Run by the interpreter of an environment that has OpenRLHF's package: its single-turn executor and its advantages, on given answers.
+"""Run by the interpreter of an environment that has OpenRLHF's package:
+its single-turn executor and its advantages, on given answers.
 
-Not a test by itself; `test_openrlhf.py` starts it and compares. What OpenRLHF imports but these paths do not call (vLLM,
-flash-attn, DeepSpeed) is stubbed, since none of it installs without CUDA.
+Not a test by itself; `test_openrlhf.py` starts it and compares. What OpenRLHF imports but these paths do not
+call (vLLM, flash-attn, DeepSpeed) is stubbed, since none of it installs without CUDA.
 """
 
 import asyncio

@@ -1,6 +1,8 @@
-"""Bonds, three-part text and neighbours of a structure through ASE: slow and obvious, independent of catmllm.structure.
+"""Bonds, three-part text and neighbours of a structure through ASE: slow and obvious,
+independent of catmllm.structure.
 
-The text is built the way CatBERTa does it: ASE's NeighborList over natural cutoffs, then its connectivity matrix.
+The text is built the way CatBERTa does it: ASE's NeighborList over natural cutoffs,
+then its connectivity matrix.
 """
 
 from __future__ import annotations
@@ -54,8 +56,8 @@ def ase_three_part_text(
 
 
 def ase_neighbours(lattice: np.ndarray, positions: np.ndarray, cutoff: float) -> list[np.ndarray]:
-    """For every atom i the vectors [M, 3] to all its neighbours within the cutoff with their index as a 4th column,
-    nearest first."""
+    """For every atom i the vectors [M, 3] to all its neighbours within the
+    cutoff with their index as a 4th column, nearest first."""
     atoms = Atoms(numbers=np.ones(len(positions), int), positions=positions, cell=lattice, pbc=True)
     i, j, vector, distance = neighbor_list("ijDd", atoms, cutoff)
     rows = []

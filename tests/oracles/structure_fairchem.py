@@ -1,10 +1,12 @@
-"""Writes `tests/structure/fairchem_graphs.json`: neighbour graphs by fairchem-core 1.10.0's own `radius_graph_pbc`.
+"""Writes `tests/structure/fairchem_graphs.json`: neighbour graphs by
+fairchem-core 1.10.0's own `radius_graph_pbc`.
 
     pip install torch-geometric; pip install --no-deps --target DIR fairchem-core==1.10.0
     PYTHONPATH=.:DIR python -m tests.oracles.structure_fairchem
 
-Every case has its atoms inside the cell (fairchem looks for too few images otherwise). Edges are listed only where no
-two neighbours of an atom tie at the limit, for fairchem breaks ties at random; degrees without a limit always.
+Every case has its atoms inside the cell (fairchem looks for too few images otherwise). Edges are listed only
+where no two neighbours of an atom tie at the limit, for fairchem breaks ties at random; degrees without a
+limit always.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""What the closed loop answers without a flag, judged by pymatgen: exact composition, no overlap, a sane volume."""
+"""What the closed loop answers without a flag, judged by pymatgen: exact composition, no overlap,
+a sane volume."""
 
 from __future__ import annotations
 
@@ -33,9 +34,8 @@ def obeys(text: str, system: System) -> bool:
         except Exception:  # pymatgen fails in many ways on what models write
             return False
     images = structure.lattice.get_all_distances(structure.frac_coords, structure.frac_coords)
-    np.fill_diagonal(
-        images, min(structure.lattice.abc)
-    )  # an atom and its own image, in a cell that is reduced or long
+    # an atom and its own image, in a cell that is reduced or long
+    np.fill_diagonal(images, min(structure.lattice.abc))
     per_atom = structure.volume / len(structure)
     return bool(
         structure.composition == Composition(system.target)

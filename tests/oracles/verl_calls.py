@@ -1,6 +1,8 @@
-"""Run by the interpreter of an environment that has verl: hands answers to verl's own reward managers and to Ray's workers.
+"""Run by the interpreter of an environment that has verl:
+hands answers to verl's own reward managers and to Ray's workers.
 
-Not a test by itself; `test_verl.py` starts it and compares. Needs verl 0.9.1, ray and torch; no GPU, no network.
+Not a test by itself; `test_verl.py` starts it and compares. Needs verl 0.9.1, ray and torch; no GPU,
+no network.
 """
 
 import asyncio

@@ -1,4 +1,5 @@
-"""The report of a run: real content from a made-up run, nothing from outside, hostile text harmless, gaps told."""
+"""The report of a run: real content from a made-up run, nothing from outside, hostile text harmless,
+gaps told."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""CIF texts as programs and databases write them (each by hand in the manner of one of them), and what editors, mail and
-encodings do to files. Held against pymatgen by test_engine_styles.py."""
+"""CIF texts as programs and databases write them (each by hand in the manner of one of them), and what
+editors, mail and encodings do to files. Held against pymatgen by test_engine_styles.py."""
 
 import random
 from collections.abc import Callable, Iterator

@@ -1,4 +1,5 @@
-"""What our OpenAPI cannot say, told to schemathesis: a list of targets, prompts or labels is as long as the texts."""
+"""What our OpenAPI cannot say, told to schemathesis: a list of targets,
+prompts or labels is as long as the texts."""
 
 from typing import Any
 

@@ -68,9 +68,8 @@ def test_scores_of_other_answers_or_settings_are_never_kept(tmp_path: Path) -> N
         with pytest.raises(SystemExit, match=r"out\.jsonl:\d was scored earlier.*--restart"):
             main(["score", str(other), *more, "-o", str(out)])
         assert out.read_text() == whole, name
-    source.write_text(
-        source.read_text() + json.dumps({"text": SLAB}) + "\n"
-    )  # more rows: those alone are new
+    # more rows: those alone are new
+    source.write_text(source.read_text() + json.dumps({"text": SLAB}) + "\n")
     main(["score", str(source), "threads=1", "-o", str(out)])
     assert out.read_text().startswith(whole) and len(records(out)) == 6
     source.write_text(changed)

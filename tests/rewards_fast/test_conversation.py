@@ -1,4 +1,5 @@
-"""Which words of an agent loop are scored: those of the last assistant message, whatever form the turns come in."""
+"""Which words of an agent loop are scored: those of the last assistant message,
+whatever form the turns come in."""
 
 import time
 from types import SimpleNamespace
@@ -75,7 +76,8 @@ def test_whose_words(case: str) -> None:
 
 @pytest.mark.parametrize("case", CONVERSATIONS)
 def test_the_score_is_that_of_the_assistants_words(case: str) -> None:
-    """A structure that a tool or a user wrote never earns a reward; one that the assistant wrote always does."""
+    """A structure that a tool or a user wrote never earns a reward;
+    one that the assistant wrote always does."""
     conversation, last, _ = CONVERSATIONS[case]
     total = PVCP().score([answer_text(conversation)], TARGET).total[0]
     wrong_metal = PVCP().score([OTHER], TARGET).total[0]

@@ -1,4 +1,5 @@
-"""The engine against the pymatgen reference, on texts of our own and on broken copies of them, and against misuse."""
+"""The engine against the pymatgen reference, on texts of our own and on broken copies of them,
+and against misuse."""
 
 import asyncio
 import math

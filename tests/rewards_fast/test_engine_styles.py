@@ -1,4 +1,5 @@
-"""The engine and pymatgen on texts in the manner of databases and programs, as they are and after what happens to files."""
+"""The engine and pymatgen on texts in the manner of databases and programs,
+as they are and after what happens to files."""
 
 import pytest
 

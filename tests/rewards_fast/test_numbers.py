@@ -1,4 +1,5 @@
-"""The engine's numbers beside Python's `float`, with both ways to read them: from_chars, and strtod where the C++ library lacks it."""
+"""The engine's numbers beside Python's `float`, with both ways to read them: from_chars,
+and strtod where the C++ library lacks it."""
 
 import math
 import os

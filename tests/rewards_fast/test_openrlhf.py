@@ -1,4 +1,5 @@
-"""OpenRLHF's function file as its executor loads and calls it; `tests/oracles/test_openrlhf.py` runs OpenRLHF itself."""
+"""OpenRLHF's function file as its executor loads and calls it;
+`tests/oracles/test_openrlhf.py` runs OpenRLHF itself."""
 
 import asyncio
 import importlib.util

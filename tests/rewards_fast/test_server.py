@@ -1,4 +1,5 @@
-"""The server over real sockets on loopback: answers, refusals, limits, stalled clients, overload, shutdown."""
+"""The server over real sockets on loopback: answers, refusals, limits, stalled clients,
+overload, shutdown."""
 
 import asyncio
 import http.client
@@ -76,7 +77,8 @@ def gauges(port: int, headers: dict[str, str] | None = None) -> dict[str, float]
     return {"".join([s.name, *(f"/{v}" for _, v in sorted(s.labels.items()))]): s.value for s in samples}
 
 
-# Answers -----------------------------------------------------------------------------------------------------------
+# Answers
+# -----------------------------------------------------------------------------------------------------------
 
 TEXTS = [SLAB, f"Sure.\n```\n{SLAB}```", SLAB.replace("Cu", "Ni"), "no idea", "", "data_x\x00\ud83d\ude00 é"]
 
@@ -133,7 +135,8 @@ def test_openrlhf_gets_what_its_function_gives(port: int) -> None:
     assert ask(port, "/get_reward", {"query": queries})[0] == 200
 
 
-# Refusals ----------------------------------------------------------------------------------------------------------
+# Refusals
+# ----------------------------------------------------------------------------------------------------------
 
 HOSTILE: dict[str, tuple[bytes, int]] = {
     "empty": (b"", 400),
@@ -316,7 +319,8 @@ def test_chunked_bodies_and_claimed_lengths(port: int) -> None:
     assert gauges(port)["rewards_fast_held_bytes"] == 0
 
 
-# Clients that pipeline, that do not read -----------------------------------------------------------------------------
+# Clients that pipeline, that do not read
+# -----------------------------------------------------------------------------
 
 
 def test_requests_in_one_piece_are_answered_in_their_order(port: int) -> None:
@@ -356,7 +360,8 @@ def test_a_deaf_client_of_small_requests_is_not_read_on() -> None:
 
 @pytest.mark.parametrize("texts", [4000, 1000])
 def test_a_deaf_client_that_leaves_is_no_fault(texts: int, caplog: pytest.LogCaptureFixture) -> None:
-    """It asks many times without reading and goes away while an answer is being made or waits to be written."""
+    """It asks many times without reading and goes away while an
+    answer is being made or waits to be written."""
     data = json.dumps({"texts": ["x"] * texts}).encode()
     request = POST + b"content-length: %d\r\n\r\n" % len(data) + data
     with running() as port:
@@ -378,7 +383,8 @@ def test_a_deaf_client_that_leaves_is_no_fault(texts: int, caplog: pytest.LogCap
     assert not [record for record in caplog.records if record.levelname in ("ERROR", "CRITICAL")]
 
 
-# What other clients send, and what attackers do -----------------------------------------------------------------------
+# What other clients send, and what attackers do
+# -----------------------------------------------------------------------
 
 UPGRADE = b"connection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\nhttp2-settings: AAEAAEAAAAIAAAABAAMAAABkAAQBAAAAAAUAAEAA\r\n"
 SMUGGLED = (
@@ -539,7 +545,8 @@ def test_a_small_body_of_giant_cells_blocks_nobody() -> None:
 
 
 def test_idle_connections_cost_nobody_an_answer() -> None:
-    """As many as the server keeps, silent ones and kept ones; the next one is let in, and those idle longest go."""
+    """As many as the server keeps, silent ones and kept ones; the next one is let in,
+    and those idle longest go."""
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -565,7 +572,8 @@ def test_idle_connections_cost_nobody_an_answer() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-# Tokens, ids, metrics ----------------------------------------------------------------------------------------------
+# Tokens, ids, metrics
+# ----------------------------------------------------------------------------------------------
 
 
 def test_tokens() -> None:
@@ -630,7 +638,8 @@ def test_metrics_count(port: int) -> None:
     assert after["process_resident_memory_bytes"] > 1e7
 
 
-# Clients that stall, more than there is room for -------------------------------------------------------------------
+# Clients that stall, more than there is room for
+# -------------------------------------------------------------------
 
 
 def test_a_client_that_stalls_blocks_nobody_and_goes() -> None:
@@ -735,7 +744,8 @@ def test_a_fault_of_the_server_is_a_500_with_an_id(
         assert ask(port, "/v1/score", {"texts": ["x"]})[0] == 200
 
 
-# The command -------------------------------------------------------------------------------------------------------
+# The command
+# -------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -780,8 +790,8 @@ def until(ready: Callable[[], bool], seconds: float = 20.0) -> None:
 
 
 async def client(port: int, stop: asyncio.Event, counts: dict[str, int], texts: int, keep: bool) -> None:
-    """Asks over and over, on kept connections or on a new one each time; counts answers, and requests and connections that
-    were reset."""
+    """Asks over and over, on kept connections or on a new one each time; counts answers,
+    and requests and connections that were reset."""
     body = json.dumps({"texts": [SLAB] * texts, "targets": TARGET}).encode()
     close = b"" if keep else b"connection: close\r\n"
     request = POST + close + b"content-length: %d\r\n\r\n" % len(body) + body
@@ -912,7 +922,8 @@ def test_a_public_address_without_a_token_is_warned_of(
         assert ("no token is set" in caplog.text) == warned
 
 
-# The description ---------------------------------------------------------------------------------------------------
+# The description
+# ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"""verl's two documented signatures, from threads and event loops; `tests/oracles/test_verl.py` runs verl itself."""
+"""verl's two documented signatures, from threads and event loops;
+`tests/oracles/test_verl.py` runs verl itself."""
 
 import asyncio
 import pickle

@@ -1,4 +1,5 @@
-"""The mask against a regular expression engine, and what it promises: the right composition in a CIF that parses."""
+"""The mask against a regular expression engine, and what it promises:
+the right composition in a CIF that parses."""
 
 from __future__ import annotations
 
@@ -95,7 +96,8 @@ def test_masks_equal_a_regular_expression_engines(grammar: Grammar, train_system
 
 
 def test_random_weights_write_what_was_asked_for(small_model: Model, train_systems: list[System]) -> None:
-    """Noise alone fills the pattern: every answer parses and has the composition, whatever the prompt's kind."""
+    """Noise alone fills the pattern: every answer parses and has the composition,
+    whatever the prompt's kind."""
     model, collate = small_model
     systems = train_systems[::600]
     samples = [
@@ -109,7 +111,8 @@ def test_random_weights_write_what_was_asked_for(small_model: Model, train_syste
     for r, reason in zip(rollouts, scores.reason):
         system, pattern = systems[r.prompt], patterns[r.prompt]
         assert r.finished and regex.fullmatch(expression(pattern), r.text)
-        # random numbers may give a cell that is none, or atoms on top of each other; the form is never at fault
+        # random numbers may give a cell that is none, or atoms on top of each other;
+        # the form is never at fault
         if reason is None:
             crystal = parse_cif(r.text[r.text.index("data_") :])
             assert crystal.composition == pytest.approx(system.target)

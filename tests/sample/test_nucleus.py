@@ -27,7 +27,8 @@ def random_logits(rows: int, tokens: int, scale: float, seed: int = 0) -> torch.
 @pytest.mark.parametrize("scale", [0.3, 3.0])
 @pytest.mark.parametrize("tokens", [40, 300])
 def test_one_try_is_the_inverse_of_transformers_distribution(top_p: float, scale: float, tokens: int) -> None:
-    """With a single column of noise the draw is exact: equally spaced noise gives each token its share to 1 / n."""
+    """With a single column of noise the draw is exact: equally spaced
+    noise gives each token its share to 1 / n."""
     logits, n = random_logits(3, tokens, scale), 20_000
     noise = ((torch.arange(n, dtype=torch.float64) + 0.5) / n).float()[:, None]
     for row, expected in zip(logits, warped(logits, top_p)):

@@ -1,4 +1,5 @@
-"""Advantages against the printed formula in NumPy, KL estimators against TRL's and against the true KL, the loss by autograd."""
+"""Advantages against the printed formula in NumPy, KL estimators against TRL's and against the true KL,
+the loss by autograd."""
 
 from __future__ import annotations
 

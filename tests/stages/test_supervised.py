@@ -1,4 +1,5 @@
-"""The supervised stages in one process: precisions agree, both signs of MMTG run, and what a step draws is a function."""
+"""The supervised stages in one process: precisions agree, both signs of MMTG run,
+and what a step draws is a function."""
 
 import json
 import math
@@ -63,8 +64,8 @@ def test_a_stage_draws_the_same_batches_again_and_goes_on_from_its_state(make_co
 
 @pytest.mark.parametrize("layout", ["padded", "packed to a budget"])
 def test_layouts_learn_the_same(make_context: MakeContext, layout: str) -> None:
-    """The same samples a step, end to end and padded: the loss curve is one, to the rounding of sums in another order.
-    Packs of a budget hold other samples a step: the curve differs, its course does not."""
+    """The same samples a step, end to end and padded: the loss curve is one, to the rounding of sums in
+    another order. Packs of a budget hold other samples a step: the curve differs, its course does not."""
     losses = {}
     for other in (False, True):
         config = small()

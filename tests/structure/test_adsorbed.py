@@ -1,4 +1,5 @@
-"""What counts as an adsorbate: all shipped systems, gas molecules of ASE's g2 set, and each fault made on purpose."""
+"""What counts as an adsorbate: all shipped systems, gas molecules of ASE's g2 set,
+and each fault made on purpose."""
 
 from __future__ import annotations
 
@@ -109,8 +110,8 @@ def test_names_are_all_used() -> None:
 
 
 def test_oc20_frames(shared: Path) -> None:
-    """Of 30 real starts of a relaxation all are sound but for one that starts out of reach and two whose slab holds
-    elements of adsorbates, which the file's inferred tags take for some."""
+    """Of 30 real starts of a relaxation all are sound but for one that starts out of reach and two whose slab
+    holds elements of adsorbates, which the file's inferred tags take for some."""
     from ase.io import read
 
     frames = read(shared / "data" / "oc20" / "oc20_30_init_relaxed.extxyz.gz", ":")

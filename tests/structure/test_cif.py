@@ -191,7 +191,8 @@ def test_round_trip(system: System) -> None:
 
 
 def test_shipped_systems_come_back_with_tags_and_text() -> None:
-    """Rounding to 3 decimals moves a bond over its limit, and so changes the text, in 3.2 % of all shipped systems."""
+    """Rounding to 3 decimals moves a bond over its limit, and so changes the text,
+    in 3.2 % of all shipped systems."""
     same_text = 0
     sample = SHIPPED[::200]
     for system in sample:

@@ -1,4 +1,5 @@
-"""The neighbour graph against ASE's neighbour list and fairchem's own graphs, its limits and its invariances."""
+"""The neighbour graph against ASE's neighbour list and fairchem's own graphs,
+its limits and its invariances."""
 
 from __future__ import annotations
 
@@ -195,7 +196,8 @@ def _robust(system: System, cutoff: float, limit: int) -> bool:
 @given(slabs(), rotations(), st.lists(st.integers(-3, 3), min_size=3, max_size=3), st.integers(0, 2**32 - 1))
 @settings(max_examples=60)
 def test_invariance(system: System, rotation: np.ndarray, images: list[int], seed: int) -> None:
-    """Rotation turns the vectors; translation, other images and another order of the atoms change nothing else."""
+    """Rotation turns the vectors; translation, other images and
+    another order of the atoms change nothing else."""
     cutoff, limit = 4.5, 12
     if not _robust(system, cutoff, limit):
         return

@@ -157,7 +157,8 @@ def test_impossible_angles_are_errors_and_possible_ones_round_trip(
 
 
 def test_frames_lie_between_start_and_relaxed() -> None:
-    """Of shipped systems: the ends are the record's positions, an atom that crossed the boundary takes the short way."""
+    """Of shipped systems: the ends are the record's positions,
+    an atom that crossed the boundary takes the short way."""
     record = next(r for r in records() if r["pos"] != r["pos_start"])
     numbers = [atomic_number(s) for s in record["symbols"]]
     args = (numbers, record["tags"], record["adsorbate"], record["miller"], record["energy"], "a")

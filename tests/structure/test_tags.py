@@ -1,4 +1,5 @@
-"""Tags of bare crystals: against the known tags of shipped and real systems, and where the vacuum is elsewhere."""
+"""Tags of bare crystals: against the known tags of shipped and real systems,
+and where the vacuum is elsewhere."""
 
 from __future__ import annotations
 

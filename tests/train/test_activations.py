@@ -36,7 +36,8 @@ def losses(make_context: MakeContext, folder: Path, attention: str = "varlen", *
 def test_checkpointing_repeats_the_loss_curve(
     make_context: MakeContext, tmp_path: Path, attention: str
 ) -> None:
-    """Recomputed values are the kept ones: the same operators on the same inputs, so the curves agree to the bit."""
+    """Recomputed values are the kept ones: the same operators on the same inputs,
+    so the curves agree to the bit."""
     plain, *others = (
         losses(make_context, tmp_path / mode, attention, checkpointing=mode)
         for mode in ("none", "selective", "full")
@@ -72,7 +73,8 @@ class Products(TorchDispatchMode):
 
 
 def test_what_is_kept_and_what_is_done_again(make_context: MakeContext) -> None:
-    """Kept bytes fall from none to selective to full; selective repeats no matrix product, full repeats them."""
+    """Kept bytes fall from none to selective to full; selective repeats no matrix product,
+    full repeats them."""
     kept, products = {}, {}
     for mode in ("none", "selective", "full"):
         config = dataclasses.replace(small(), checkpointing=mode)

@@ -1,7 +1,8 @@
-"""What OC20's mappings say of a record: adsorbate, Miller index, surface, anomaly, target and reference energy, tags.
+"""What OC20's mappings say of a record: adsorbate, Miller index, surface, anomaly,
+target and reference energy, tags.
 
-`oc20_data_mapping.pkl` is a dict of 640,000 dicts, a gigabyte as Python objects: `build` reads it once and writes a table
-of 50 MB, which every worker maps. The kind of a mapping is told by its content:
+`oc20_data_mapping.pkl` is a dict of 640,000 dicts, a gigabyte as Python objects: `build` reads it once and
+writes a table of 50 MB, which every worker maps. The kind of a mapping is told by its content:
 
 | file | content |
 |---|---|
@@ -32,8 +33,8 @@ DENSE_KEY = "dense:"  # before the sids of OC20-Dense, which numbers its configu
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of a sid beside its structure. surface names bulk, Miller index, shift and side; target and
-    reference are energies in eV."""
+    """What is known of a sid beside its structure. surface names bulk, Miller index, shift and side;
+    target and reference are energies in eV."""
 
     sid: str
     adsorbate: str  # empty where unknown
@@ -86,8 +87,8 @@ class Metadata:
 
 
 def build(files: Sequence[str | Path], path: Path) -> int:
-    """Read mappings and write the table of all of them; returns the number of sids. Raises ValueError for a pickle
-    that is no mapping of OC20, naming the file and what it holds."""
+    """Read mappings and write the table of all of them; returns the number of sids. Raises ValueError for a
+    pickle that is no mapping of OC20, naming the file and what it holds."""
     rows: dict[str, dict[str, Any]] = {}
     targets: dict[tuple[str, str], float] = {}
     references: dict[str, float] = {}

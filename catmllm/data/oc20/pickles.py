@@ -1,8 +1,9 @@
 """Pickles of OC20 without running them: a list of what may be named, and NumPy stand-ins for torch and PyG.
 
-An OC20 LMDB holds pickled `torch_geometric.data.Data`, its mappings are pickled dicts. Loading a pickle runs whatever
-it names, so only the names below are let through, each bound to a plain function or container of ours: neither torch nor
-torch_geometric is imported, tensors come out as NumPy arrays. Anything else is a `RefusedPickle` that names it.
+An OC20 LMDB holds pickled `torch_geometric.data.Data`, its mappings are pickled dicts. Loading a pickle runs
+whatever it names, so only the names below are let through, each bound to a plain function or container of
+ours: neither torch nor torch_geometric is imported, tensors come out as NumPy arrays. Anything else is a
+`RefusedPickle` that names it.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ class BrokenPickle(ValueError):
 
 
 def load_pickle(data: bytes) -> Any:
-    """The object of a pickle made of plain values, NumPy arrays, torch tensors (-> NumPy) and PyG records (-> Bag).
+    """The object of a pickle made of plain values, NumPy arrays, torch tensors (-> NumPy)
+    and PyG records (-> Bag).
 
     Raises RefusedPickle, which names what was refused, or BrokenPickle.
     """
@@ -47,8 +49,8 @@ class Bag:
 
 
 def fields(record: Any) -> dict[str, Any]:
-    """The values by key of a PyG record of either layout (before 2.0 in the object, since then in its `_store`), or of
-    a plain dict. Raises ValueError for anything else."""
+    """The values by key of a PyG record of either layout (before 2.0 in the object, since then in its
+    `_store`), or of a plain dict. Raises ValueError for anything else."""
     if isinstance(record, dict):
         return record
     if not isinstance(record, Bag):

@@ -2,9 +2,10 @@
 
     catmllm data oc20 is2re/ --mapping oc20_data_mapping.pkl --dense dense/ --mapping oc20dense_mapping.pkl --out DIR
 
-The input is cut into pieces (`readers.units`), each becomes one shard, written whole or not at all, with the count of
-what was dropped and why in its header. A run that finds a shard does not make it again. When all are there, the index is
-made: of a system read twice the last frame counts, and OC20-Dense gives way where it overlaps with OC20.
+The input is cut into pieces (`readers.units`), each becomes one shard, written whole or not at all, with the
+count of what was dropped and why in its header. A run that finds a shard does not make it again. When all are
+there, the index is made: of a system read twice the last frame counts, and OC20-Dense gives way where it
+overlaps with OC20.
 """
 
 from __future__ import annotations
@@ -87,7 +88,8 @@ class Drop(Exception):
 def to_entry(record: Record, table: Metadata | None, rules: Rules, dense: bool = False) -> Entry:
     """The system of a record under what is known of it. Raises Drop.
 
-    Slab atoms come first, the adsorbate last, each in the order of the file. The mapping wins over what the file says.
+    Slab atoms come first, the adsorbate last, each in the order of the file.
+    The mapping wins over what the file says.
     """
     facts = table.find(DENSE_KEY * dense + record.sid) if table is not None else None
     if table is not None and facts is None and (record.adsorbate is None or record.miller is None):
@@ -134,7 +136,8 @@ def to_entry(record: Record, table: Metadata | None, rules: Rules, dense: bool =
 
 
 def _energy(record: Record, facts: Facts | None, table: Metadata | None, rules: Rules, dense: bool) -> float:
-    """The adsorption energy: the target of the configuration, else the file's energy less the reference it needs."""
+    """The adsorption energy: the target of the configuration,
+    else the file's energy less the reference it needs."""
     if dense and table is not None and table.has_targets:
         # the published targets leave out what did not converge or fell apart
         if facts is None or facts.target is None:
@@ -182,7 +185,8 @@ def _adsorbate(record: Record, facts: Facts | None) -> tuple[str, NDArray[np.int
 
 
 def adsorbate_name(record: Record, tags: NDArray[np.int8]) -> str:
-    """A name as OC20 writes them of the atoms tagged 2: heavy atoms in order, each with its hydrogens (`CH2CO`)."""
+    """A name as OC20 writes them of the atoms tagged 2: heavy atoms in order,
+    each with its hydrogens (`CH2CO`)."""
     at = np.flatnonzero(tags == ADSORBATE)
     numbers = record.numbers[at]
     bonded = bond_matrix(record.lattice, record.positions[at], COVALENT_RADIUS[numbers], 0.1)
@@ -295,8 +299,8 @@ def process(
     workers: int = 1,
     progress: bool = True,
 ) -> Shards:
-    """Make a dataset of OC20 files, or go on with one that was stopped. Raises ValueError for sources and mappings
-    that cannot be, DataError where the run cannot go on."""
+    """Make a dataset of OC20 files, or go on with one that was stopped. Raises ValueError for sources and
+    mappings that cannot be, DataError where the run cannot go on."""
     folder = Path(out)
     works, problems = _plan(folder, sources, dense, mappings, rules)
     if (folder / FACTS).is_file():
@@ -355,7 +359,8 @@ def _plan(
     mappings: Sequence[str | Path],
     rules: Rules,
 ) -> tuple[list[Work], list[Problem]]:
-    """The work in pieces, the same on every call; kept with what it was made of, so that nothing else is mixed in."""
+    """The work in pieces, the same on every call; kept with what it was made of,
+    so that nothing else is mixed in."""
     parts = [(readers.find_files(some), is_dense) for some, is_dense in ((sources, False), (dense, True))]
     for path in map(Path, mappings):
         if not path.is_file():
@@ -433,7 +438,8 @@ def _run(
 def _results(
     folder: Path, works: Sequence[Work], todo: Sequence[int], rules: Rules, workers: int
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(unit, its counts) as units get done. Few wait in the queue at a time, so that memory does not grow with them."""
+    """(unit, its counts) as units get done. Few wait in the queue at a time,
+    so that memory does not grow with them."""
     workers = min(workers, len(todo))
     if workers <= 1:
         for i in todo:

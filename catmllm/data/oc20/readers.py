@@ -9,8 +9,8 @@
 | `*.traj` | ASE trajectories; the sid is the name, in OC20-Dense the folder and the name |
 | `*.pkl` | a list of PyG Data |
 
-`units` cuts files into pieces of some thousand records, `read` yields the records of a piece. What cannot be read is
-yielded too, as a `Problem`, so that nothing is lost without being counted.
+`units` cuts files into pieces of some thousand records, `read` yields the records of a piece. What cannot be
+read is yielded too, as a `Problem`, so that nothing is lost without being counted.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ _NOT_ROWS = frozenset((b"length", b"nextid", b"deleted_ids", b"metadata"))
 class Record:
     """One structure as its file has it: Å, eV, the file's atom order and orientation, None for what it lacks.
 
-    positions are those of the relaxed structure where the layout has both, then start is the other. energy is an adsorption energy where
-    `referenced`, else a total one; reference is what turns the second into the first. fmax is the largest force (eV/Å)
-    on an atom that is not fixed. frame counts along a relaxation.
+    positions are those of the relaxed structure where the layout has both, then start is the other. energy is
+    an adsorption energy where `referenced`, else a total one; reference is what turns the second into the
+    first. fmax is the largest force (eV/Å) on an atom that is not fixed. frame counts along a relaxation.
     """
 
     sid: str
@@ -75,8 +75,8 @@ class Problem:
 
 @dataclass(frozen=True)
 class Unit:
-    """A piece of the input: files of one kind, or of one file `count` records from `first` (an LMDB key or a row id;
-    None: all)."""
+    """A piece of the input: files of one kind, or of one file `count` records
+    from `first` (an LMDB key or a row id; None: all)."""
 
     paths: tuple[str, ...]
     first: str | None = None
@@ -129,7 +129,8 @@ def units(files: Iterable[Path], records: int = 4096, group: int = 256) -> Itera
 
     for path in files:
         size = path.stat().st_size
-        # Trajectories come a system a file, hundreds of thousands of them; anything larger is work enough alone.
+        # Trajectories come a system a file, hundreds of thousands of them;
+        # anything larger is work enough alone.
         if kind(path) in (".extxyz", ".xyz", ".traj") and size < 4 << 20:
             if waiting and waiting[-1].parent != path.parent:
                 yield from flush()
@@ -193,8 +194,8 @@ def _guarded(where: str, make: Any) -> Iterator[Record | Problem]:
 
 @contextlib.contextmanager
 def _lmdb(path: Path) -> Iterator[Any]:
-    """A cursor over an LMDB. Raises ValueError for a file that is cut short: reading past its end would be a fault
-    that ends the process."""
+    """A cursor over an LMDB. Raises ValueError for a file that is cut short:
+    reading past its end would be a fault that ends the process."""
     import lmdb
 
     environment = lmdb.open(
@@ -250,7 +251,8 @@ def _from_value(data: bytes) -> Record:
 
 
 def from_data(data: dict[str, Any]) -> Record:
-    """The record of a PyG Data as `pickles.fields` gives it. Raises KeyError for what must be there, ValueError."""
+    """The record of a PyG Data as `pickles.fields` gives it.
+    Raises KeyError for what must be there, ValueError."""
     relaxed = "pos_relaxed" in data or "y_relaxed" in data
     positions = _array(data["pos_relaxed"] if relaxed else data["pos"], 3)
     energy = data.get("y_relaxed" if relaxed else "y")
@@ -319,7 +321,8 @@ def _read_database(path: Path, first: str | None, count: int | None) -> Iterator
 
 
 def from_row(row: dict[str, Any]) -> Record:
-    """The record of an ASE row; what ASE has no place for is looked for in its key-value pairs and its data."""
+    """The record of an ASE row; what ASE has no place for is looked
+    for in its key-value pairs and its data."""
     beside: dict[str, Any] = {}
     for part in (row.get("data"), row.get("info"), row.get("key_value_pairs")):
         if isinstance(part, dict):
@@ -400,7 +403,8 @@ def _opened(path: Path) -> Any:
 
 
 def _frame_texts(path: Path) -> Iterator[str]:
-    """The text of each frame. Raises ValueError where a frame does not begin with its number of atoms or ends early."""
+    """The text of each frame. Raises ValueError where a frame does not
+    begin with its number of atoms or ends early."""
     with _opened(path) as lines:
         for line in lines:
             if not line.strip():

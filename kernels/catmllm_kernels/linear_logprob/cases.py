@@ -1,4 +1,5 @@
-"""Cases of the log-probability: one token, an ignored one, several tiles of words and of tokens, with and without the second head."""
+"""Cases of the log-probability: one token, an ignored one, several tiles of words and of tokens,
+with and without the second head."""
 
 from __future__ import annotations
 
@@ -11,8 +12,9 @@ from catmllm_kernels.linear_logprob import op, reference
 from catmllm_kernels.registry import Case
 
 TEMPERATURE = 0.7
-# Logits are at most 4 here. Rounded to half precision and divided by the temperature they move a log-probability, and the share of a
-# probability, by 6 units in the last place; the gradient of the logits and the result are rounded once each.
+# Logits are at most 4 here. Rounded to half precision and divided by the temperature they move a
+# log-probability, and the share of a probability, by 6 units in the last place; the gradient of the logits
+# and the result are rounded once each.
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 8 * 2.0**-11, torch.bfloat16: 8 * 2.0**-8}
 
 

@@ -1,9 +1,10 @@
 """The op by matrix products, a chunk of logits at a time: the path of CPUs, and of float64 anywhere.
 
-Between the products csrc/rows makes one pass over the logits where it can, torch's operators several: 1,600 tokens of
-3,229 words in bf16 take 18 ms forward and backward on one thread, and took 55 by torch's.
-Forward goes by tokens, so that a row's softmax is one fused pass. Backward goes by words: a chunk's rows of the weight's
-gradient are then complete when written, and only the hidden states' gradient is summed over chunks, in float32.
+Between the products csrc/rows makes one pass over the logits where it can, torch's operators several: 1,600
+tokens of 3,229 words in bf16 take 18 ms forward and backward on one thread, and took 55 by torch's. Forward
+goes by tokens, so that a row's softmax is one fused pass. Backward goes by words: a chunk's rows of the
+weight's gradient are then complete when written, and only the hidden states' gradient is summed over chunks,
+in float32.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from catmllm_kernels import rows
 from catmllm_kernels.backend import warn_once
 from catmllm_kernels.dense import product, summed_outer
 
-# With no more logits than this in all, their gradient is kept for the backward pass instead of made again: on a CPU a
-# tenth of a small model's step. 32 MiB in half precision.
+# With no more logits than this in all, their gradient is kept for the backward pass instead of made again: on
+# a CPU a tenth of a small model's step. 32 MiB in half precision.
 KEEP = 1 << 24
 LOGITS = 1 << 24  # logits at a time: 64 MiB in float32; a chunk this size hides the cost of a call
 
@@ -42,8 +43,9 @@ def forward(
     reference: Tensor | None,
     keep: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(at the target, logsumexp, entropy, reference at the target), each [T], and with `keep` the gradient of the first in
-    logits / temperature [T, V]: 1 at the target, minus the softmax, in the inputs' dtype; [0] for what was not asked for."""
+    """(at the target, logsumexp, entropy, reference at the target), each [T], and with `keep` the gradient of
+    the first in logits / temperature [T, V]: 1 at the target, minus the softmax, in the inputs' dtype; [0]
+    for what was not asked for."""
     tokens, words = len(hidden), weight.shape[0]
     lp = hidden.new_empty(tokens, dtype=wide(hidden.dtype))
     lse = torch.empty_like(lp)
@@ -90,7 +92,8 @@ def _scaled(z: Tensor, temperature: float) -> Tensor:
 
 
 def _at_target(z: Tensor, targets: Tensor, value: Tensor) -> Tensor:
-    """z [T, V] with value [T] added at each row's target, in place; a target outside of [0, V) is passed over."""
+    """z [T, V] with value [T] added at each row's target, in place; a target outside of [0, V)
+    is passed over."""
     inside = (targets >= 0) & (targets < z.shape[1])
     at = (torch.arange(len(z), device=z.device), targets.where(inside, 0))
     return z.index_put_(at, value.where(inside, 0.0), accumulate=True)
@@ -146,7 +149,8 @@ def _of_kept(
     if need_hidden:
         grad_hidden = (product(kept, weight.t()) * grad[:, None]).to(hidden.dtype)
     if need_weight:
-        # Loss scales and means over tokens would leave float16's range: the largest factor goes on the result.
+        # Loss scales and means over tokens would leave float16's range:
+        # the largest factor goes on the result.
         most = grad.abs().max().clamp_min(torch.finfo(grad.dtype).tiny) if len(grad) else grad.new_ones(())
         grad_weight = torch.empty_like(weight)
         summed_outer(kept, (hidden * (grad / most)[:, None]).to(hidden.dtype), grad_weight)

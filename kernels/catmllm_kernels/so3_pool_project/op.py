@@ -1,7 +1,9 @@
-"""The public op: final norm and pooling in one pass over the node embeddings, with no second [N, (L+1)², C] in memory.
+"""The public op: final norm and pooling in one pass over the node embeddings, with no second [N, (L+1)²,
+C] in memory.
 
-Registered with torch.library (`catmllm::so3_pool`). For backward the Triton implementation keeps which atom attained each maximum and three
-numbers an atom. `so3_pool_project` adds the linear layer, whose input is [systems, features].
+Registered with torch.library (`catmllm::so3_pool`). For backward the Triton implementation keeps which atom
+attained each maximum and three numbers an atom. `so3_pool_project` adds the linear layer, whose input is
+[systems, features].
 """
 
 from __future__ import annotations
@@ -24,12 +26,12 @@ def so3_pool(
 ) -> Tensor:
     """Features of systems or atoms from node embeddings.
 
-    x [N, (L+1)^2, C] floating, batch [N] int64 (sorted, the system of each atom), n_systems the number of systems;
-    every system needs at least one atom. norm: (scale [L+1, C], bias [C], joint) of the encoder's final norm, see
-    `reference.normalised`; None where x is normalised already. Returns [n_systems, (L+1)^2*C] (`max`),
-    [n_systems, (L+1)*C] (`invariant`) or [N, C] (`atoms`) in the dtype of x; norms and roots are taken in float32 or wider.
-    Raises ValueError for an unknown mode, and for a system without atoms (on CUDA, where looking would stall the queue,
-    such a system's features are -inf).
+    x [N, (L+1)^2, C] floating, batch [N] int64 (sorted, the system of each atom), n_systems the number of
+    systems; every system needs at least one atom. norm: (scale [L+1, C], bias [C], joint) of the encoder's
+    final norm, see `reference.normalised`; None where x is normalised already. Returns [n_systems, (L+1)^2*C]
+    (`max`), [n_systems, (L+1)*C] (`invariant`) or [N, C] (`atoms`) in the dtype of x; norms and roots are
+    taken in float32 or wider. Raises ValueError for an unknown mode, and for a system without atoms (on CUDA,
+    where looking would stall the queue, such a system's features are -inf).
     """
     if mode not in MODES:
         raise ValueError(f"unknown pooling {mode!r}; choose {', '.join(MODES[:-1])} or {MODES[-1]}")
@@ -47,7 +49,8 @@ def so3_pool_project(
     bias: Tensor | None = None,
     norm: tuple[Tensor, Tensor, bool] | None = None,
 ) -> Tensor:
-    """`so3_pool`, then a linear layer: [n_systems or N, width]. The features take the dtype of `weight` [width, features]."""
+    """`so3_pool`, then a linear layer: [n_systems or N, width].
+    The features take the dtype of `weight` [width, features]."""
     return F.linear(so3_pool(x, batch, n_systems, mode, norm).to(weight.dtype), weight, bias)
 
 

@@ -1,9 +1,10 @@
 """The definition of the three ways in which node embeddings become features for the projection.
 
-`max` is the paper's: flatten every atom's [(L+1)^2, C] and take the maximum over the atoms of a system. For l > 0 the
-components turn with the crystal, so the result is not invariant. `invariant` takes the l = 0 channels and the norm of
-each degree first. `atoms` keeps every atom, by its l = 0 channels. The encoder's final norm may be part of it.
-Ties: the gradient of a maximum that several atoms share goes to the first of them, so that it is the same every time.
+`max` is the paper's: flatten every atom's [(L+1)^2, C] and take the maximum over the atoms of a system. For l
+> 0 the components turn with the crystal, so the result is not invariant. `invariant` takes the l = 0 channels
+and the norm of each degree first. `atoms` keeps every atom, by its l = 0 channels. The encoder's final norm
+may be part of it. Ties: the gradient of a maximum that several atoms share goes to the first of them, so that
+it is the same every time.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ def so3_pool(
 def normalised(x: Tensor, scale: Tensor, bias: Tensor, joint: bool) -> Tensor:
     """The encoder's norms: [N, S, C] -> the same. scale [L+1, C] by degree, bias [C] of l = 0.
 
-    l = 0 is centred. `joint`: one RMS over all rows, every degree with equal weight (rms_norm_sh); else l = 0 has a deviation of its
-    own and the RMS is over l > 0 (layer_norm_sh).
+    l = 0 is centred. `joint`: one RMS over all rows, every degree with equal weight (rms_norm_sh); else l = 0
+    has a deviation of its own and the RMS is over l > 0 (layer_norm_sh).
     """
     y = x.to(torch.promote_types(x.dtype, torch.float32))
     lmax = int(x.shape[1] ** 0.5) - 1
@@ -61,7 +62,8 @@ def degrees(lmax: int, device: torch.device) -> Tensor:
 
 
 def degree_norms(x: Tensor) -> Tensor:
-    """[N, (L+1)^2, C] to [N, L+1, C]: the l = 0 channels as they are, for l > 0 the root mean square over m."""
+    """[N, (L+1)^2, C] to [N, L+1, C]: the l = 0 channels as they are,
+    for l > 0 the root mean square over m."""
     lmax = int(x.shape[1] ** 0.5) - 1
     parts = [x[:, 0]]
     for l in range(1, lmax + 1):
@@ -84,7 +86,8 @@ def _segment_max(features: Tensor, batch: Tensor, n_systems: int) -> Tensor:
     return features.gather(0, first)
 
 
-# ------------------------------------------------------------------------------------------ as an implementation
+# ------------------------------------------------------------------------------------------
+# as an implementation
 
 
 def pool_forward(

@@ -1,5 +1,5 @@
-"""`FusedAdam` with the arguments, the groups' own step and the tensor lists of apex's; its kernel is as strict as one that
-reads addresses: plain tensors, contiguous, the last of a list not empty."""
+"""`FusedAdam` with the arguments, the groups' own step and the tensor lists of apex's; its kernel is as
+strict as one that reads addresses: plain tensors, contiguous, the last of a list not empty."""
 
 import torch
 from torch.distributed.tensor import DTensor
