@@ -14,7 +14,7 @@ TESTS    ?=
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup constraints run test test-slow test-newest test-oldest test-python frameworks vllm wheels bench lint format clean \
+.PHONY: help setup constraints run test test-slow test-newest test-oldest test-python frameworks vllm wheels bench tables lint format clean \
 	engine test-engine test-so2 fuzz
 
 help:  ## this list
@@ -84,8 +84,15 @@ $(VLLM)/.ready:
 test-slow: setup frameworks vllm  ## the tests that take minutes, also against verl, OpenRLHF and vLLM
 	VLLM_PYTHON=$(VLLM)/bin/python VERL_PYTHON=$(FRAMEWORKS)/bin/python OPENRLHF_PYTHON=$(FRAMEWORKS)/bin/python $(BIN)/python -m pytest -q -m slow
 
-bench: setup  ## every benchmark that can run here
-	@for b in bench/*.py; do echo "== $$b"; $(BIN)/python $$b || exit 1; done
+# Records go to runs/bench: those of the repository are written by a bench that is called by hand. Exit status 77 is a bench that
+# cannot run here; it has said why.
+BENCHES := $(filter-out bench/__init__.py bench/record.py bench/tables.py,$(wildcard bench/*.py))
+bench: setup  ## every benchmark that can run here; QUICK=--quick makes them short
+	@failed=; for b in $(BENCHES); do echo "== $$b"; $(BIN)/python $$b $(QUICK) --out runs/bench; \
+	  case $$? in 0|77) ;; *) failed="$$failed $$b";; esac; done; test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
+
+tables: setup  ## the figures of README.md and docs/ from bench/results
+	$(BIN)/python bench/tables.py
 
 lint: setup  ## Python; csrc has .clang-format
 	$(BIN)/ruff format --check .

@@ -1,37 +1,34 @@
-"""How fast OC20 becomes training data: texts and graphs against the ASE route, and the whole command on a made data set.
+"""How fast OC20 becomes training data: texts, graphs and pictures compared with ASE's, and the whole command on a made data set.
 
-    python bench/data.py [--quick] [--json]
+    python bench/data.py [--part text …] [--quick] [--json] [--base COMMIT]
 
-1. Three-part text and neighbour graph (12 Å, 20 nearest, strict) of a system, ours and ASE's in turn in one process on one
-   thread: shipped 14-atom slabs, and made slabs of 70 atoms with OC20's vacuum. The text by ASE is CatBERTa's route
-   (NeighborList over natural cutoffs, connectivity matrix), the graph ase.neighborlist.neighbor_list and one sort.
-2. `catmllm data oc20` on an IS2RE LMDB of 100,000 made systems of 70 atoms: records a second on 2 processes, the resident
-   memory of all processes (anonymous pages) after a quarter and at the end, and the hours for 460,000.
-3. Pictures (`data.images`) a second on one thread, ours and by ASE's plot_atoms with matplotlib.
+- `text`: three-part text and neighbour graph (12 Å, 20 nearest, strict) of a system, ours and ASE's in turn in one process on one
+  thread: shipped 14-atom slabs, and made slabs of 70 atoms with OC20's vacuum. The text by ASE is CatBERTa's route
+  (NeighborList over natural cutoffs, connectivity matrix), the graph ase.neighborlist.neighbor_list and one sort.
+- `pictures` (`data.images`) on one thread, ours and by ASE's plot_atoms with matplotlib.
+- `command`: `catmllm data oc20` on an IS2RE LMDB of 100,000 made systems of 70 atoms on 2 processes: records per second, and the
+  resident memory of all processes (anonymous pages) in the first half and in the last quarter.
+
+Text and pictures count processor time, the command wall time.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
-import platform
-import resource
-import statistics
-import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # the tests' ASE route and writers of OC20's layouts
-
+sys.path.insert(
+    0, str(Path(__file__).parents[1])
+)  # for the tests' ASE route and writers of OC20's layouts, too
+from bench import record  # first: it decides whose packages are measured
 from catmllm.data.oc20.process import process
 from catmllm.data.slabs import load_slabs
 from catmllm.structure.graph import neighbour_graph
@@ -39,6 +36,7 @@ from catmllm.structure.system import System, make_system
 from catmllm.structure.text import three_part_text
 
 CUTOFF, NEIGHBOURS = 12.0, 20
+PARTS = ("text", "pictures", "command")
 
 
 def made_slab(rng: np.random.Generator, sid: str = "made") -> System:
@@ -82,45 +80,33 @@ def our_route(system: System) -> tuple[str, Any]:
     return three_part_text(system), graph
 
 
-def text_and_graph(systems: list[System], turns: int) -> dict[str, float]:
-    """Median microseconds a system of both routes."""
-    for system in systems:  # compiles, and shows that both do the same
+def text_and_graph(systems: list[System], turns: int) -> dict[str, list[float]]:
+    """Microseconds per system of both routes, which are shown to do the same first."""
+    for system in systems:
         (ours, graph), (theirs, edges) = our_route(system), ase_route(system)
         assert ours == theirs and graph.edge_index.shape[1] == len(edges)
-
-    def seconds(route: Callable[[System], Any]) -> float:
-        start = time.perf_counter()
-        for system in systems:
-            route(system)
-        return (time.perf_counter() - start) / len(systems)
-
-    ours, theirs = [], []
-    for _ in range(turns):
-        ours += [seconds(our_route) for _ in range(5)]
-        theirs.append(seconds(ase_route))
-    found = {"ours": 1e6 * statistics.median(ours), "ase": 1e6 * statistics.median(theirs)}
-    return found | {"ratio": found["ase"] / found["ours"]}
+    return by_system({"ours": our_route, "ASE": ase_route}, systems, turns, 10)
 
 
-def pictures(systems: list[System], turns: int) -> dict[str, float]:
-    """Median pictures a second of both routes."""
+def pictures(systems: list[System], turns: int) -> dict[str, list[float]]:
+    """Microseconds per picture of both routes."""
     from catmllm.data.images import render
     from tests.data.test_images import drawn_by_ase
 
-    render(systems[0]), drawn_by_ase(systems[0])  # compiles, imports
+    return by_system({"ours": render, "ASE": drawn_by_ase}, systems[:2], turns, 5)
 
-    def rate(draw: Callable[[System], Any], some: list[System]) -> float:
-        start = time.perf_counter()
-        for system in some:
-            draw(system)
-        return len(some) / (time.perf_counter() - start)
 
-    ours, theirs = [], []
-    for _ in range(turns):
-        ours += [rate(render, systems) for _ in range(3)]
-        theirs.append(rate(drawn_by_ase, systems[:2]))
-    found = {"ours": statistics.median(ours), "ase": statistics.median(theirs)}
-    return found | {"ratio": found["ours"] / found["ase"]}
+def by_system(
+    routes: dict[str, Callable[[System], Any]], systems: list[System], turns: int, repeats: int
+) -> dict[str, list[float]]:
+    """Microseconds of processor time per system, in turn; ours, the first, goes through the systems several times a turn."""
+    calls, counts = {}, {}
+    for name, route in routes.items():
+        asked = systems * (repeats if not calls else 1)
+        calls[name] = lambda route=route, asked=asked: [route(system) for system in asked]
+        counts[name] = len(asked)
+    found = record.in_turn(calls, turns, time.process_time, 1e6)
+    return {name: [x / counts[name] for x in samples] for name, samples in found.items()}
 
 
 # --------------------------------------------------------------------------- the command
@@ -192,6 +178,7 @@ def anonymous_pages() -> float:
 
 
 def whole_command(n: int, workers: int) -> dict[str, float]:
+    """What it made per second and how much memory all processes took."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         made_lmdb(folder, n)
@@ -216,66 +203,42 @@ def whole_command(n: int, workers: int) -> dict[str, float]:
         size = sum(p.stat().st_size for p in (folder / "out").iterdir())
     quarter = max(1, len(memory) // 4)
     return {
-        "systems": n,
-        "workers": workers,
-        "seconds": seconds,
-        "per_second": n / seconds,
-        "hours_for_460000": 460_000 / (n / seconds) / 3600,
-        "peak_mib_first_half": max(memory[: 2 * quarter], default=0.0),
-        "peak_mib_last_quarter": max(memory[-quarter:], default=0.0),
-        "bytes_per_system": size / n,
+        "systems per second": n / seconds,
+        "bytes per system": size / n,
+        "MiB, most in the first half": max(memory[: 2 * quarter], default=0.0),
+        "MiB, most in the last quarter": max(memory[-quarter:], default=0.0),
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="fewer systems and turns")
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    parser = record.arguments(__doc__)
+    parser.add_argument("--part", action="append", choices=PARTS, help="only this part; may be given again")
     args = parser.parse_args()
+    parts, turns = args.part or PARTS, 2 if args.quick else 7
     rng = np.random.default_rng(1)
-    turns = 2 if args.quick else 7
     cases = {
-        "shipped, 14 atoms": load_slabs()[::150],
-        "made, 70 atoms": [made_slab(rng) for _ in range(3 if args.quick else 8)],
+        "14 atoms, shipped": load_slabs()[::150],
+        "70 atoms, made": [made_slab(rng) for _ in range(3 if args.quick else 8)],
     }
-    routes = {name: text_and_graph(systems, turns) for name, systems in cases.items()}
-    drawn = {name: pictures(systems, turns) for name, systems in cases.items()}
-    command = whole_command(4_000 if args.quick else 100_000, workers=2)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    about = {
-        "date": str(date.today()),
-        "commit": commit,
-        "cores": os.cpu_count(),
-        "load": round(os.getloadavg()[0], 1),
-        "machine": platform.processor() or platform.machine(),
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"),
-        "peak_mib_of_a_worker": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024,
-    }
-    if args.json:
-        print(json.dumps({"about": about, "text_and_graph": routes, "pictures": drawn, "command": command}))
-        return
-    print(about)
-    for name, row in routes.items():
-        print(f"{name}: {row['ours']:.1f} µs a system, ASE {row['ase']:.0f} µs: {row['ratio']:.0f} x")
-    for name, row in drawn.items():
-        print(f"{name}: {row['ours']:.0f} pictures a second, ASE {row['ase']:.2f}: {row['ratio']:.0f} x")
-    print(
-        f"{command['systems']:,} systems of 70 atoms in {command['seconds']:.1f} s on {workers(command)}: "
-        f"{command['per_second']:.0f} a second, 460,000 in {command['hours_for_460000']:.3f} h; "
-        f"{command['bytes_per_system']:.0f} bytes a system"
-    )
-    print(
-        f"anonymous memory of all processes: at most {command['peak_mib_first_half']:.0f} MiB in the first half, "
-        f"{command['peak_mib_last_quarter']:.0f} MiB in the last quarter"
-    )
-
-
-def workers(command: dict[str, float]) -> str:
-    return f"{command['workers']:.0f} processes"
+    conditions = {"turns": turns, "threads": 1}
+    claims = []
+    if "text" in parts:
+        routes = {name: text_and_graph(systems, turns) for name, systems in cases.items()}
+        says = "three-part text and neighbour graph (12 Å, 20 nearest) of a system"
+        claims.append(record.claim("data_text_graph", says, "µs of processor time", routes, conditions))
+    if "pictures" in parts:
+        drawn = {name: pictures(systems, turns) for name, systems in cases.items()}
+        claims.append(
+            record.claim("data_pictures", "picture of a system", "µs of processor time", drawn, conditions)
+        )
+    if "command" in parts:
+        n = 4_000 if args.quick else 100_000
+        found = {name: {"ours": [x]} for name, x in whole_command(n, workers=2).items()}
+        says = "`catmllm data oc20` on an IS2RE LMDB of made systems of 70 atoms"
+        claims.append(
+            record.claim("data_command", says, "see each value", found, {"systems": n, "processes": 2})
+        )
+    record.finish(args, claims)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Every registered op on the CUDA device at hand: first correct, then timed.
 
-    python bench/gpu.py [--quick] [--json] [--tune] [--plot FILE] [--op escn]
+    python bench/gpu.py [--quick] [--json] [--base COMMIT] [--tune] [--plot FILE] [--op escn]
 
 1. Every case against its float64 definition, forward and all gradients, twice (equal bits asked of the second run).
 2. Forward and forward + backward of the model-sized cases at 32,000 edges (--quick: 4,000) in float16 and bfloat16, CUDA events, medians
@@ -15,19 +15,20 @@ script runs, and its times mean nothing. Without a CUDA device and without that 
 
 from __future__ import annotations
 
-import argparse
 import importlib
-import json
 import os
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from bench import record  # first: it decides whose packages are measured
 from catmllm_kernels.escn import cases as escn_cases
 from catmllm_kernels.escn.layout import n_half, n_rows, wigner_offset
 from catmllm_kernels.registry import OPS, Case, cases
@@ -37,23 +38,16 @@ PEAKS = {"A100-SXM4-80": (312e12, 2039e9), "A100": (312e12, 1555e9), "H100": (98
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="fewer edges and repeats")
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    parser = record.arguments(__doc__)
     parser.add_argument("--tune", action="store_true", help="time every candidate tile")
     parser.add_argument("--plot", metavar="FILE", help="write a bar chart of the times (PNG or SVG)")
     parser.add_argument("--op", choices=OPS, action="append", help="only this op; may be repeated")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     args = parser.parse_args(arguments)
     if args.device == "cuda" and not torch.cuda.is_available():
-        print(
-            "bench/gpu.py needs a CUDA device, and torch sees none: nothing was measured. "
-            "(`--device cpu --quick` runs the script itself on a CPU.)",
-            file=sys.stderr,
+        record.skip(
+            "needs a CUDA device, and torch sees none (`--device cpu --quick` tries the script itself)"
         )
-        return 2
     device = torch.device(args.device)
     ops = tuple(args.op or OPS)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU (no measurement)"
@@ -70,9 +64,34 @@ def main(arguments: list[str] | None = None) -> int:
             result["tiles"] = tune(device, args.quick, say)
         if args.plot:
             plot(result, args.plot)
-    if args.json:
-        print(json.dumps(result))
+    if device.type == "cuda" and not wrong:
+        record.finish(args, claims_of(result))
     return 1 if wrong else 0
+
+
+def claims_of(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """A claim an op; a CPU gives none."""
+    found = []
+    for op in dict.fromkeys(row["op"] for row in result["times"]):
+        rows = [row for row in result["times"] if row["op"] == op]
+        cases = {
+            f"{r['case']}, {r['dtype']}, {'training' if r['training'] else 'inference'}": {
+                who: [ms] for who, ms in r["ms"].items() if ms == ms
+            }
+            for r in rows
+        }
+        rates = {
+            name: {k: r[k] for k in ("TFLOP/s", "GB/s", "of_peak") if k in r} for name, r in zip(cases, rows)
+        }
+        conditions = {"edges": result["edges"]} if op == "escn" else {}
+        conditions |= {"rates": rates} if any(rates.values()) else {}
+        found.append(
+            record.claim(
+                f"gpu_{op}", "medians by CUDA events, L2 flushed in between", "ms", cases, conditions
+            )
+            | {"device": result["device"]}
+        )
+    return found
 
 
 def edges(quick: bool, device: torch.device) -> int:

@@ -116,9 +116,14 @@ def run(host: str, port: int, path: str, clients: int, seconds: float, bodies: l
 
 
 def main() -> None:
+    if len(sys.argv) != 6 or sys.argv[1].startswith("-"):
+        print(
+            "skipped: the clients of bench/server.py, which starts them; see --help of that", file=sys.stderr
+        )
+        raise SystemExit(77)
     host, port, path, clients, seconds = sys.argv[1:]
     if not ipaddress.ip_address(host).is_loopback:
-        raise SystemExit(f"{host} is no loopback address")
+        raise SystemExit(f"{host} is not a loopback address")
     bodies = [line for line in sys.stdin.buffer.read().splitlines() if line]
     print(json.dumps(run(host, int(port), path, int(clients), min(float(seconds), 900.0), bodies)))
 

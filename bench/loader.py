@@ -1,10 +1,10 @@
 """What packing buys, and whether the loader keeps up.
 
-    python bench/loader.py [--quick] [--json]
+    python bench/loader.py [--quick] [--json] [--base COMMIT]
 
 1. A training step of `joint` on the tiny model (sharded as in training, one process, one thread, bf16): samples end to end
-   beside the same samples padded to the longest, the latter with each attention. Tokens a second, padding not counted.
-2. The loader alone on the same samples with 0, 1 and 2 workers: tokens a second, beside what the packed step consumes.
+   compared with the same samples padded to the longest, the latter with each attention. Tokens per second, padding not counted.
+2. The loader on the same samples with 0, 1 and 2 workers: tokens per second, compared with what the packed step consumes.
 3. The loader on made 70-atom systems (12 Å, 20 nearest neighbours) in packs of 16,384 tokens, and the room left empty.
 
 Layouts and numbers of workers run in turn in one process; medians over turns. 1, 3 and
@@ -13,22 +13,18 @@ no worker count processor time, workers the clock.
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
-import platform
 import statistics
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # bench.data's made systems
-
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from bench import record  # first: it decides whose packages are measured
 from bench.data import made_slab
 from catmllm.config import Config
 from catmllm.data.batches import Batch, Collator
@@ -44,8 +40,8 @@ from catmllm.world import start
 LAYOUTS = (("end to end", False, "varlen"), ("padded, eager", True, "eager"), ("padded, sdpa", True, "sdpa"))
 
 
-def steps(context: Context, turns: int, size: int) -> dict[str, float]:
-    """Median tokens a second of forward, backward and AdamW, by layout."""
+def steps(context: Context, turns: int, size: int) -> dict[str, list[float]]:
+    """Tokens per second of forward, backward and AdamW, by layout."""
     stage, model = Joint(context), context.model
     shard(model, context.config, context.world)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
@@ -63,11 +59,11 @@ def steps(context: Context, turns: int, size: int) -> dict[str, float]:
                 optimizer.zero_grad()
             if turn:  # the first warms up
                 rates[name].append(sum(b.tokens for b in batches) / (time.process_time() - began))
-    return {name: statistics.median(found) for name, found in rates.items()}
+    return rates
 
 
-def loading(windows: Windows, turns: int, count: int) -> dict[str, float]:
-    """Median tokens a second of the loader alone, by number of workers."""
+def loading(windows: Windows, turns: int, count: int) -> dict[str, list[float]]:
+    """Tokens per second of the loader, by number of workers."""
     rates: dict[int, list[float]] = {0: [], 1: [], 2: []}
     for _ in range(turns):
         for workers, found in rates.items():
@@ -79,11 +75,11 @@ def loading(windows: Windows, turns: int, count: int) -> dict[str, float]:
             tokens = sum(b.tokens for b in itertools.islice(loader, count))
             found.append(tokens / (clock() - began))
             del loader  # and its workers, which would make batches ahead beside the next
-    return {f"{k} workers": statistics.median(v) for k, v in rates.items()}
+    return {f"{k} workers": v for k, v in rates.items()}
 
 
-def large(config: Config, collate: Collator, turns: int, quick: bool) -> dict[str, Any]:
-    """Packs of 16,384 tokens of 70-atom systems: seconds a window, tokens and samples a second, waste."""
+def large(config: Config, collate: Collator, turns: int, quick: bool) -> dict[str, list[float]]:
+    """Packs of 16,384 tokens of 70-atom systems: tokens and samples per second, share of the room left empty."""
     data = replace(config.data, cutoff=12.0, max_neighbours=20, strict_neighbours=True)
     rng = np.random.default_rng(0)
     systems = [made_slab(rng) for _ in range(50 if quick else 200)]
@@ -92,25 +88,24 @@ def large(config: Config, collate: Collator, turns: int, quick: bool) -> dict[st
         systems, data, 1, 0.5, lambda s, r: property_with_dropout(s, r, 0.1, 0.1, 0.05), 0.5, o.exemplar_noise
     )
     windows = Windows(mixture, replace(collate, data=data), budget=4096 if quick else 16384)
-    found: dict[str, list[float]] = {"tokens_per_s": [], "samples_per_s": [], "waste": []}
+    found: dict[str, list[float]] = {
+        "tokens per second": [],
+        "samples per second": [],
+        "room left empty, %": [],
+    }
     for turn in range(turns):
         began = time.process_time()
         packs: list[Batch] = windows[turn].packs
         seconds = time.process_time() - began
         tokens = sum(p.tokens for p in packs)
-        found["tokens_per_s"].append(tokens / seconds)
-        found["samples_per_s"].append(sum(map(len, packs)) / seconds)
-        found["waste"].append(1 - tokens / (len(packs) * (windows.budget or 1)))
-    return {k: statistics.median(v) for k, v in found.items()} | {"window": windows.size}
+        found["tokens per second"].append(tokens / seconds)
+        found["samples per second"].append(sum(map(len, packs)) / seconds)
+        found["room left empty, %"].append(100 * (1 - tokens / (len(packs) * (windows.budget or 1))))
+    return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="fewer turns, smaller packs")
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
-    args = parser.parse_args()
+    args = record.arguments(__doc__).parse_args()
     config = Config(tensorboard=False)
     systems = split(load_slabs())["train"]
     world = start(config)
@@ -133,30 +128,40 @@ def main() -> None:
     of_steps = steps(
         Context(config, model, collate, {"train": systems}, world, Path()), turns, 1 if args.quick else 3
     )
-    consumed = of_steps["end to end"]
-    found = {
-        "step_tokens_per_s": of_steps,
-        "speedup_over_padded": consumed / max(v for k, v in of_steps.items() if k != "end to end"),
-        "loader_tokens_per_s": of_loader,
-        "loader_over_step": {k: v / consumed for k, v in of_loader.items()},
-        "waste_at_2048": waste,
-        "large": of_large,
-    }
-    if args.json:
-        print(json.dumps({"torch": torch.__version__, "machine": platform.machine(), "threads": 1} | found))
-        return
-    print(f"torch {torch.__version__}, {platform.machine()}, 1 thread, bf16, {turns} turns, medians")
-    print(f"1. joint step, {o.batch_size} samples, tokens/s without padding:")
-    for name, rate in of_steps.items():
-        print(f"   {name:14s} {rate:8.0f}")
-    print(f"   end to end over the best padded: {found['speedup_over_padded']:.2f}")
-    print("2. loader alone, tokens/s, and how often what the packed step consumes:")
-    for name, rate in of_loader.items():
-        print(f"   {name:14s} {rate:8.0f}  {rate / consumed:6.1f}x")
-    print(f"   packs of 2,048 tokens: {waste:.2%} of the room empty")
-    print(
-        f"3. 70-atom systems, packs of {4096 if args.quick else 16384} tokens, no worker: {of_large['tokens_per_s']:.0f} tokens/s, "
-        f"{of_large['samples_per_s']:.0f} samples/s, {of_large['waste']:.2%} of the room empty"
+    consumed = statistics.median(of_steps["end to end"])
+    conditions = {"turns": turns, "threads": 1, "precision": "bf16", "samples a step": o.batch_size}
+    made = f"packs of {4096 if args.quick else 16384} tokens of 70-atom systems, no worker"
+    record.finish(
+        args,
+        [
+            record.claim(
+                "loader_step",
+                "a training step of `joint`, tiny model: samples end to end compared with padded ones",
+                "tokens per second of processor time",
+                {"step": of_steps},
+                conditions,
+                less_is_better=False,
+            ),
+            record.claim(
+                "loader_rate",
+                "the loader compared with what the packed step consumes",
+                "tokens per second (workers: of wall time)",
+                {
+                    name: {"loader": rates, "step": [consumed] * len(rates)}
+                    for name, rates in of_loader.items()
+                },
+                conditions | {"room left empty in packs of 2,048 tokens, %": 100 * waste},
+                less_is_better=False,
+            ),
+            record.claim(
+                "loader_large",
+                made,
+                "see each value",
+                {name: {"ours": values} for name, values in of_large.items()},
+                conditions | {"turns": len(next(iter(of_large.values())))},
+                less_is_better=False,
+            ),
+        ],
     )
 
 

@@ -1,7 +1,7 @@
 """`catmllm plan` held to real training runs: peak bytes of live tensors by the allocator's own events, on a CPU.
 
 Each case trains two steps on one or two ranks under torch.profiler, which sees every allocation and release that passes
-torch's allocator, those inside of operators too. Beside it: the peak of the process as the system counts it.
+torch's allocator, those inside of operators too. `ratio` is planned over measured; the process is as the system counts it.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from bench import record  # first: it decides whose packages are measured
 
 SMALL = ["data.cutoff=5.0", "tensorboard=false"]
 # 340M parameters: hidden 1024, 24 layers
@@ -114,7 +114,7 @@ def measure(name: str) -> dict[str, float]:
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
         command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", __file__]
         subprocess.run(
-            [*command, "--worker", name, "--out", folder],
+            [*command, "--worker", name, "--folder", folder],
             check=True,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
             stdout=subprocess.DEVNULL,
@@ -133,31 +133,32 @@ def planned(name: str) -> Any:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="the two small cases")
-    parser.add_argument("--json", action="store_true")
+    parser = record.arguments(__doc__)
     parser.add_argument("--case", choices=CASES, help="only this one")
     parser.add_argument("--worker", choices=CASES, help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        worker(args.worker, args.out)
+        worker(args.worker, args.folder)
         return
-    rows = []
-    if not args.json:
-        print(f"{'':46s}{'planned':>10s}{'measured':>10s}{'ratio':>8s}{'process':>10s}   MiB a rank")
+    cases, parts = {}, {}
     for name in [args.case] if args.case else QUICK if args.quick else CASES:
         plan, real = planned(name), measure(name)
-        row = {"case": name, "planned": plan.peak * 2**30, **real, "parts": plan.parts, "phases": plan.phases}
-        row["ratio"] = row["planned"] / real["peak"]
-        rows.append(row)
-        if not args.json:
-            mib = [row["planned"] / 2**20, real["peak"] / 2**20, real["process"] / 2**20]
-            print(f"{name:46s}{mib[0]:10.0f}{mib[1]:10.0f}{row['ratio']:8.3f}{mib[2]:10.0f}", flush=True)
-    if args.json:
-        print(json.dumps(rows))
+        cases[name] = {
+            "planned": [plan.peak * 1024],
+            "measured": [real["peak"] / 2**20],
+            "process": [real["process"] / 2**20],
+        }
+        parts[name] = plan.parts
+    claim = record.claim(
+        "plan",
+        "peak of live tensors of a training step per rank, planned compared with measured",
+        "MiB",
+        cases,
+        {"precision, ranks": "in the names", "parts planned, GiB": parts},
+        less_is_better=False,
+    )
+    record.finish(args, [claim])
 
 
 if __name__ == "__main__":

@@ -1,41 +1,47 @@
-"""Time from Python strings to finished scores: rewards_fast beside pymatgen and gemmi, in turn in one process.
+"""Time from Python strings to finished scores: rewards_fast compared with pymatgen and gemmi, in turn in one process.
 
-pymatgen and gemmi only parse (to a Structure, to the sites of the cell); "pymatgen reward" adds the density and the distance
-matrix that the reward needs. Medians of many turns. One-thread times are processor time of the calling thread (on an idle
-machine the same as wall time), so that other processes do not count; two threads against one is wall time.
+    python bench/rewards.py [--quick] [--json] [--base COMMIT]
+
+Kinds of text: what a model under training writes (`mix`: half short CIFs as LLMs write them, a fifth slabs, three tenths broken),
+each kind by itself, and three texts of fixed size. `pymatgen parse` and `gemmi` only parse (to a Structure, to the sites
+of the cell); `pymatgen` adds the density and the distance matrix that the reward needs. A text that a peer refuses counts
+with the time to its exception.
+
+Times are processor time of the whole process on one thread, so that other processes do not count; two threads compared with one is
+wall time.
 """
 
 from __future__ import annotations
 
-import argparse
-import functools
-import importlib
-import json
-import os
-import platform
-import statistics
-import subprocess
+import contextlib
+import sys
 import time
 import warnings
 from collections.abc import Callable
-from datetime import date
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from bench import record  # first: it decides whose packages are measured
 from rewards_fast import PVCP, _core
 
+TARGET = "CO</s>Pt9Cu3 (1 1 1)"
 
-def cif(cell: tuple[float, ...], symbols: list[str], frac: np.ndarray, operations: list[str]) -> str:
+
+def cif(
+    cell: tuple[float, ...], symbols: list[str], frac: np.ndarray, operations: list[str], digits: int = 8
+) -> str:
     """A CIF as pymatgen's writer lays it out."""
     names = ("length_a", "length_b", "length_c", "angle_alpha", "angle_beta", "angle_gamma")
-    lines = ["data_x", *(f"_cell_{name}   {value:.8f}" for name, value in zip(names, cell))]
+    lines = ["data_x", *(f"_cell_{name}   {value:.{digits}f}" for name, value in zip(names, cell))]
     lines += ["loop_", " _symmetry_equiv_pos_site_id", " _symmetry_equiv_pos_as_xyz"]
     lines += [f"  {i}  '{operation}'" for i, operation in enumerate(operations, start=1)]
     lines += ["loop_", " _atom_site_type_symbol", " _atom_site_label", " _atom_site_symmetry_multiplicity"]
     lines += [" _atom_site_fract_x", " _atom_site_fract_y", " _atom_site_fract_z", " _atom_site_occupancy"]
     lines += [
-        f"  {s}  {s}{i}  1  {x:.8f}  {y:.8f}  {z:.8f}  1"
+        f"  {s}  {s}{i}  1  {x:.{digits}f}  {y:.{digits}f}  {z:.{digits}f}  1"
         for i, (s, (x, y, z)) in enumerate(zip(symbols, frac))
     ]
     return "\n".join(lines) + "\n"
@@ -58,108 +64,140 @@ def slab(n: int) -> str:
     return cif((2.8 * side, 2.8 * side, height, 90, 90, 90), symbols, sites % 1, ["x, y, z"])
 
 
+def short_cif(rng: np.random.Generator) -> str:
+    """3 to 20 atoms on a rattled grid in a cell of about 4 Å an edge, with as many digits as models write."""
+    n = int(rng.integers(3, 21))
+    side = int(np.ceil(n ** (1 / 3)))
+    grid = np.stack(np.meshgrid(*[np.arange(side) / side] * 3), -1).reshape(-1, 3)[:n]
+    frac = (grid + rng.normal(0, 0.02, grid.shape)) % 1
+    kinds = rng.choice(["Pt", "Cu", "Ni", "Ti", "Fe", "O", "N", "S", "Si", "La"], 3, replace=False)
+    lengths = tuple(float(x) for x in 2.6 * side * rng.uniform(0.9, 1.2, 3))
+    symbols = sorted(str(k) for k in rng.choice(kinds, n))
+    return cif((*lengths, 90.0, 90.0, 90.0), symbols, frac, ["x, y, z"], digits=int(rng.choice([4, 8])))
+
+
+def broken(text: str, rng: np.random.Generator) -> str:
+    """Cut off, a number lost from a row, a number garbled, or a sentence in its place."""
+    how = rng.integers(4)
+    if how == 0:
+        return text[: int(len(text) * rng.uniform(0.2, 0.95))]
+    lines = text.splitlines()
+    row = int(rng.integers(max(0, len(lines) - 3), len(lines)))
+    if how == 1:
+        lines[row] = lines[row].rsplit(None, 2)[0]
+    elif how == 2:
+        lines[row] = lines[row].replace("0.", "0.2.", 1)
+    else:
+        lines = ["The structure is a slab of platinum and copper with one molecule on it."]
+    return "\n".join(lines)
+
+
 RUTILE = ["x,y,z", "-x,-y,z", "-y+1/2,x+1/2,z+1/2", "y+1/2,-x+1/2,z+1/2", "-x+1/2,y+1/2,-z+1/2", "x+1/2,-y+1/2,-z+1/2",
           "y,x,-z", "-y,-x,-z", "-x,-y,-z", "x,y,-z", "y+1/2,-x+1/2,-z+1/2", "-y+1/2,x+1/2,-z+1/2", "x+1/2,-y+1/2,z+1/2",
           "-x+1/2,y+1/2,z+1/2", "-y,-x,z", "y,x,z"]  # fmt: skip
 
 
-def texts() -> dict[str, str]:
-    """The cases by name."""
+def texts() -> dict[str, list[str]]:
+    """The kinds by name."""
+    rng = np.random.default_rng(0)
+    short = [short_cif(rng) for _ in range(60)]
+    slabs = [slab(int(n)) for n in rng.integers(48, 101, 30)]
+    both = [*short[:24], *slabs[:6]]
+    spoiled = [broken(both[i % len(both)], rng) for i in range(18)]
+    mix = [*short[24:54], *slabs[6:18], *spoiled]
+    rng.shuffle(mix)
     rutile = cif(
         (4.594, 4.594, 2.959, 90, 90, 90), ["Ti", "O"], np.array([[0, 0, 0], [0.3048, 0.3048, 0]]), RUTILE
     )
     return {
-        "68-atom slab": slab(68),
-        "6-atom cell, 16 operations": rutile,
-        "100 atoms": slab(100),
-        "1000 atoms": slab(1000),
+        "mix": mix,
+        "short CIFs": short,
+        "slabs, 48 to 100 atoms": slabs,
+        "broken": spoiled,
+        "slab, 68 atoms": [slab(68)],
+        "6 atoms from 16 operations": [rutile],
+        "slab, 1,000 atoms": [slab(1000)],
     }
 
 
-def seconds(call: Callable[[], Any], clock: Callable[[], float] = time.thread_time) -> float:
-    """Seconds of one call by a clock."""
-    start = clock()
-    call()
-    return clock() - start
+def peers() -> dict[str, Callable[[str], Any]]:
+    """What is timed text by text."""
+    import gemmi
+    from pymatgen.core import Structure
 
+    def reward(text: str) -> Any:
+        cell = Structure.from_str(text, fmt="cif")
+        distances = cell.distance_matrix
+        np.fill_diagonal(distances, np.inf)
+        return cell.volume, cell.density, float(distances.min()), cell.composition.get_el_amt_dict()
 
-def peers(text: str) -> dict[str, Callable[[], Any]]:
-    """What is timed one text at a time, as far as it is installed."""
-    found: dict[str, Callable[[], Any]] = {}
-    try:
-        structure = importlib.import_module("pymatgen.core").Structure
-    except ImportError:
-        pass
-    else:
-        found["pymatgen parse"] = lambda: structure.from_str(text, fmt="cif")
+    def sites(text: str) -> Any:
+        block = gemmi.cif.read_string(text).sole_block()
+        return gemmi.make_small_structure_from_block(block).get_all_unit_cell_sites()
 
-        def reward() -> None:
-            cell = structure.from_str(text, fmt="cif")
-            distances = cell.distance_matrix
-            np.fill_diagonal(distances, np.inf)
-            _ = (cell.volume, cell.density, float(distances.min()), cell.composition.get_el_amt_dict())
-
-        found["pymatgen reward"] = reward
-    try:
-        gemmi = importlib.import_module("gemmi")
-    except ImportError:
-        pass
-    else:
-        found["gemmi parse to sites"] = lambda: gemmi.make_small_structure_from_block(
-            gemmi.cif.read_string(text).sole_block()
-        ).get_all_unit_cell_sites()
-    return found
-
-
-def measure(text: str, batch: int, turns: int) -> dict[str, float]:
-    """Median microseconds a text, everything in turn."""
-    calls = peers(text)
-    batch_texts = [text] * batch
-    one, two = PVCP(threads=1), PVCP(threads=2)
-    samples: dict[str, list[float]] = {
-        name: [] for name in ("ours", "wall, 1 thread", "wall, 2 threads", *calls)
+    return {
+        "pymatgen": reward,
+        "pymatgen parse": lambda text: Structure.from_str(text, fmt="cif"),
+        "gemmi": sites,
     }
-    slow_turns = max(3, turns // 5)
-    target = "CO</s>Pt9Cu3 (1 1 1)"
-    for turn in range(turns):
-        samples["ours"].append(seconds(lambda: one.score(batch_texts, target)) / batch)
-        for name, scorer in (("wall, 1 thread", one), ("wall, 2 threads", two)):
-            call = functools.partial(scorer.score, batch_texts, target)
-            samples[name].append(seconds(call, time.perf_counter) / batch)
-        for name, peer in calls.items():
-            if not name.startswith("pymatgen"):
-                samples[name].append(seconds(lambda p=peer: [p() for _ in range(32)]) / 32)
-            elif turn < slow_turns:
-                samples[name].append(seconds(peer))
-    return {name: 1e6 * statistics.median(values) for name, values in samples.items()}
+
+
+def one_by_one(call: Callable[[str], Any], some: list[str]) -> None:
+    for text in some:
+        with contextlib.suppress(Exception):
+            call(text)
+
+
+def measure(some: list[str], turns: int, theirs: dict[str, Callable[[str], Any]]) -> dict[str, list[float]]:
+    """Microseconds of processor time a text, everything in turn."""
+    scorer, repeats = PVCP(threads=1), -(-1024 // len(some))
+    calls: dict[str, Callable[[], Any]] = {"ours": lambda: scorer.score(some * repeats, TARGET)}
+    weights = {"ours": len(some) * repeats}
+    for name, call in theirs.items():
+        again = 1 if name.startswith("pymatgen") else -(-64 // len(some))
+        asked = some * again
+        calls[name] = lambda call=call, asked=asked: one_by_one(call, asked)
+        weights[name] = len(asked)
+    samples = record.in_turn(calls, turns, time.process_time, 1e6)
+    return {name: [x / weights[name] for x in found] for name, found in samples.items()}
+
+
+def two_threads(some: list[str], turns: int) -> dict[str, list[float]]:
+    """Texts a second of wall time with two threads, compared with one."""
+    asked = some * -(-2048 // len(some))
+    scorers = {"two": PVCP(threads=2), "one": PVCP(threads=1)}
+    calls = {name: (lambda s=s: s.score(asked, TARGET)) for name, s in scorers.items()}
+    found = record.in_turn(calls, turns)
+    return {name: [len(asked) / x for x in seconds] for name, seconds in found.items()}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--quick", action="store_true")
-    arguments = parser.parse_args()
+    args = record.arguments(__doc__).parse_args()
     warnings.simplefilter("ignore")
-    result: dict[str, Any] = {
-        name: measure(text, 256, 5 if arguments.quick else 41) for name, text in texts().items()
-    }
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    about = {"date": str(date.today()), "commit": commit, "cores": os.cpu_count(), "load": round(os.getloadavg()[0], 1),
-             "machine": platform.processor() or platform.machine(), "python": platform.python_version(), "scan": _core.instruction_set()}  # fmt: skip
-    if arguments.json:
-        print(json.dumps({"about": about, "microseconds": result}))
-        return
-    print(about)
-    for name, row in result.items():
-        ours, pair = row["ours"], row["wall, 1 thread"] / row["wall, 2 threads"]
-        print(f"\n{name}: {ours:.2f} µs a text; 2 threads {pair:.2f} x one")
-        for peer, value in row.items():
-            if peer.startswith(("pymatgen", "gemmi")):
-                print(f"  {peer:<22} {value:10.1f} µs   {value / ours:8.1f} x ours")
-    ratio = result["1000 atoms"]["ours"] / result["100 atoms"]["ours"]
-    print(f"\n1000 atoms take {ratio:.1f} x the time of 100")
+    try:
+        theirs = peers()
+    except ImportError as error:
+        record.skip(f"needs pymatgen and gemmi: {error}")
+    turns, kinds = 3 if args.quick else 9, texts()
+    conditions = {"turns": turns, "instruction set": _core.instruction_set()}
+    claims = [
+        record.claim(
+            "reward",
+            "CIF text to scores, one thread",
+            "µs of processor time per text",
+            {name: measure(some, turns, theirs) for name, some in kinds.items()},
+            conditions,
+        ),
+        record.claim(
+            "reward_threads",
+            "scores with two threads compared with one",
+            "texts per second, wall time",
+            {name: two_threads(some, turns) for name, some in kinds.items()},
+            conditions,
+            less_is_better=False,
+        ),
+    ]
+    record.finish(args, claims)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""The RL stages beside TRL and Hugging Face: one process, same tiny model, prompts, K, lengths and reward.
+"""The RL stages compared with TRL and Hugging Face: one process, same tiny model, prompts, K, lengths and reward.
 
-    python bench/rl.py [--quick] [--json] [--part step --part rollout …] [--plot FILE.png]
+    python bench/rl.py [--part step …] [--precision fp32] [--plot FILE.png] [--quick] [--json] [--base COMMIT]
 
-Five parts, each in turn with its peer and as medians over repeats, on one thread, in float32 unless it says otherwise:
-- step: a GRPO step (sampling, reward, update) beside TRL's GRPOTrainer, and the reward's share of it;
-- rollout: tokens per second beside `generate`, for single samples and for 16 a prompt, with short and with long prompts;
-- update: the third stage's update of the head, from hidden states kept or recomputed, beside a full-model update;
+Five parts, each in turn with its peer, on one thread and in processor time (steps: each trainer's own clock), in float32 unless it says
+otherwise:
+- step: a GRPO step (sampling, reward, update) compared with TRL's GRPOTrainer, and the reward's share of it;
+- rollout: tokens per second compared with `generate`, for single samples and for 16 per prompt, with short and with long prompts;
+- update: the third stage's update of the head, from hidden states kept or recomputed, compared with a full-model update;
 - grammar: tokens per second with and without the CIF-aware mask;
 - scaling: seconds and peak memory of an update against answer length and group size.
 Every answer has exactly the given length (the end token is disabled on both sides); under the grammar, at most. The peers
@@ -14,13 +15,11 @@ run with eager attention and with SDPA, and the faster one counts.
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
 import logging
 import os
-import platform
 import statistics
+import sys
 import tempfile
 import time
 import warnings
@@ -35,6 +34,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from bench import record  # first: it decides whose packages are measured
 from catmllm.config import Config, SamplingConfig
 from catmllm.data.prompts import Sample, cif_prompt
 from catmllm.data.slabs import load_slabs, split
@@ -55,11 +56,7 @@ ATTENTIONS = ("eager", "sdpa")  # of the peers
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="shorter answers, fewer repeats")
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    parser = record.arguments(__doc__)
     parser.add_argument(
         "--part", action="append", choices=PARTS, help="only this part; may be given again (default: all)"
     )
@@ -82,44 +79,50 @@ def main() -> None:
     systems = split(load_slabs())["train"]
     model, collate = new_model(config, systems)
     end, collate.end_id = collate.end_id, -7  # never sampled: every answer has the full length
-    found: dict[str, list[dict[str, Any]]] = {}
+    claims: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         world = start(config)
         if "step" in parts:
             with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-                found["step"] = [
-                    step(replace(config, precision=p), model, collate, systems, size, world, Path(folder) / p)
-                    for p in args.precision or ("fp32", "bf16")
-                ]
+                claims += steps(
+                    args.precision or ["fp32", "bf16"],
+                    config,
+                    model,
+                    collate,
+                    systems,
+                    size,
+                    world,
+                    Path(folder),
+                )
         if "rollout" in parts:
-            found["rollout"] = rollout(model, collate, systems, size)
+            claims += rollout(model, collate, systems, size)
         if "update" in parts:
-            found["update"] = update(model, collate, systems, size)
+            claims += update(model, collate, systems, size)
         if "grammar" in parts:
-            found["grammar"] = grammar(model, collate, systems, size, end)
+            claims += grammar(model, collate, systems, size, end)
         if "scaling" in parts:
-            found["scaling"] = scaling(model, collate, systems, size)
+            rows = scaling(model, collate, systems, size)
+            claims += rows
+            if args.plot:
+                draw(rows, args.plot)
         torch.distributed.destroy_process_group()
-    if args.plot:
-        draw(found["scaling"], args.plot)
-    head = {"torch": torch.__version__, "machine": platform.processor() or platform.machine(), "threads": 1}
-    if args.json:
-        print(json.dumps(head | vars(size) | found))
-        return
-    print(f"torch {torch.__version__}, {head['machine']}, 1 thread; {size}")
-    for part, rows in found.items():
-        for row in rows:
-            print(f"{part:8s} " + ", ".join(f"{k} {v}" for k, v in row.items()))
+    record.finish(args, claims)
 
 
 class Size:
-    """Prompts a step, samples a prompt, tokens an answer, repeats."""
+    """Prompts per step, samples per prompt, tokens per answer, repeats."""
 
     def __init__(self, prompts: int, group: int, tokens: int, repeats: int) -> None:
         self.prompts, self.group, self.tokens, self.repeats = prompts, group, tokens, repeats
 
-    def __str__(self) -> str:
-        return f"{self.prompts} prompts x {self.group} samples x {self.tokens} tokens, {self.repeats} repeats"
+    def conditions(self) -> dict[str, Any]:
+        return {
+            "prompts": self.prompts,
+            "samples per prompt": self.group,
+            "tokens per answer": self.tokens,
+            "turns": self.repeats,
+            "threads": 1,
+        }
 
 
 def bench_config(size: Size) -> Config:
@@ -132,10 +135,29 @@ def bench_config(size: Size) -> Config:
     return config
 
 
+def steps(
+    precisions: list[str],
+    config: Config,
+    model: Any,
+    collate: Any,
+    systems: list,
+    size: Size,
+    world: Any,
+    folder: Path,
+) -> list[dict[str, Any]]:
+    cases, parts = {}, {}
+    for precision in precisions:
+        cases[precision], parts[precision] = step(
+            replace(config, precision=precision), model, collate, systems, size, world, folder / precision
+        )
+    says = "a GRPO step (sampling, reward, update) compared with TRL's GRPOTrainer"
+    return [record.claim("grpo_step", says, "s", cases, size.conditions() | {"ours, in parts": parts})]
+
+
 def step(
     config: Config, model: Any, collate: Any, systems: list, size: Size, world: Any, folder: Path
-) -> dict[str, Any]:
-    """A whole GRPO step, ours and TRL's, by each one's own clock around its steps; the first is left out."""
+) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Seconds of each whole GRPO step, ours and TRL's, by each one's own clock, the first left out; ours in parts."""
     folder.mkdir()
     data = {"train": systems[: 8 * size.prompts]}
     context = Context(config, copy.deepcopy(model), collate, data, world, folder)
@@ -148,23 +170,16 @@ def step(
 
     train(make, context)
     rows = read_log(folder / "log.jsonl")[1:]
-    ours = statistics.median(r["seconds"] for r in rows)
-    reward = statistics.median(r["seconds_reward"] for r in rows)
-    times = {
-        a: statistics.median(trl_steps(model, collate, systems, config, size, folder / a, a))
-        for a in ATTENTIONS
+    samples = {"ours": [r["seconds"] for r in rows]}
+    for a in ATTENTIONS:
+        samples[f"TRL, {a}"] = trl_steps(model, collate, systems, config, size, folder / a, a)
+    ours = statistics.median(samples["ours"])
+    of = {
+        name: statistics.median(r[f"seconds_{name}"] for r in rows)
+        for name in ("prefill", "decode", "reward")
     }
-    theirs = min(times.values())
-    return {
-        "precision": config.precision,
-        "ours_s": round(ours, 3),
-        **{f"trl_{a}_s": round(t, 3) for a, t in times.items()},
-        "ratio": round(theirs / ours, 2),
-        "reward_share": f"{reward / ours:.3%}",
-        "prefill_s": round(statistics.median(r["seconds_prefill"] for r in rows), 3),
-        "decode_s": round(statistics.median(r["seconds_decode"] for r in rows), 3),
-        "update_s": round(statistics.median(r["seconds"] - r["prepare_seconds"] for r in rows), 3),
-    }
+    of["update"] = statistics.median(r["seconds"] - r["prepare_seconds"] for r in rows)
+    return samples, of | {"reward, % of the step": 100 * of["reward"] / ours}
 
 
 def reward_of_noise(texts: list[str], targets: list) -> list[float]:
@@ -248,8 +263,8 @@ def text_model(model: Any, attention: str) -> Any:
     return out
 
 
-def rollout(model: Any, collate: Any, systems: list, size: Size) -> list:
-    """Tokens per second beside `generate`; long prompts carry their configuration text many times over."""
+def rollout(model: Any, collate: Any, systems: list, size: Size) -> list[dict[str, Any]]:
+    """Tokens per second compared with `generate`; long prompts carry their configuration text many times over."""
     short = [Sample(cif_prompt(s.identity)) for s in systems[: size.prompts]]
     long = []
     for s in systems[: size.prompts]:
@@ -257,10 +272,10 @@ def rollout(model: Any, collate: Any, systems: list, size: Size) -> list:
         while len(collate.encode(cif_prompt(s.identity) + text)) < 512:
             text += " " + three_part_text(s)
         long.append(Sample(text + cif_prompt(s.identity)))
-    out = []
+    cases, attention = {}, {}
     params = SamplingConfig(temperature=1.0, top_p=0.95, max_new_tokens=size.tokens)
     engine = RolloutEngine(model, collate)
-    for name, prompts in (("short", short), ("long", long)):
+    for prompts in (short, long):
         for group in (1, 16):
             peers = {
                 a: partial(hugging_face, text_model(model, a), collate, prompts, params, group)
@@ -268,22 +283,25 @@ def rollout(model: Any, collate: Any, systems: list, size: Size) -> list:
             }
             fastest = min(ATTENTIONS, key=lambda a: seconds(peers[a]))  # also its warm-up
             # `generate` on 16 long prompts takes a minute
-            repeats = size.repeats if group == 1 or name == "short" else 2
-            ours, theirs = in_turn(
-                partial(engine.generate, prompts, params, [0], group), peers[fastest], repeats
+            repeats = size.repeats if group == 1 or prompts is short else 2
+            found = record.in_turn(
+                {"ours": partial(engine.generate, prompts, params, [0], group), "generate": peers[fastest]},
+                repeats,
             )
             tokens = len(prompts) * group * size.tokens
-            out.append(
-                {
-                    "prompt": f"{name} ({max(len(collate.prompt_ids(p)) for p in prompts)} tokens)",
-                    "K": group,
-                    "ours_tokens_per_s": round(tokens / ours),
-                    "generate_tokens_per_s": round(tokens / theirs),
-                    "generate_attention": fastest,
-                    "ratio": round(theirs / ours, 2),
-                }
-            )
-    return out
+            name = f"prompt of {max(len(collate.prompt_ids(p)) for p in prompts)} tokens, {group} per prompt"
+            cases[name] = {who: [tokens / t for t in times] for who, times in found.items()}
+            attention[name] = fastest
+    return [
+        record.claim(
+            "rollout",
+            "sampling compared with transformers' generate",
+            "tokens per second of processor time",
+            cases,
+            {**size.conditions(), "samples per prompt": "in the names", "attention of generate": attention},
+            less_is_better=False,
+        )
+    ]
 
 
 @torch.no_grad()
@@ -366,32 +384,23 @@ def kept_hidden(rollout: Rollout) -> torch.Tensor:
     return rollout.hidden
 
 
-def update(model: Any, collate: Any, systems: list, size: Size) -> list:
-    """The head's update beside the full model's, on the same rollouts."""
+def update(model: Any, collate: Any, systems: list, size: Size) -> list[dict[str, Any]]:
+    """The head's update compared with the full model's, on the same rollouts."""
     u = Updates(model, collate, systems, size.prompts, size.group, size.tokens)
-    full, kept = in_turn(u.full, u.kept, size.repeats)
-    again, recomputed = in_turn(u.full, u.recomputed, size.repeats)
-    return [
-        {
-            "hidden": "kept",
-            "full_s": round(full, 3),
-            "head_s": round(kept, 3),
-            "ratio": round(full / kept, 2),
-        },
-        {
-            "hidden": "recomputed",
-            "full_s": round(again, 3),
-            "head_s": round(recomputed, 3),
-            "ratio": round(again / recomputed, 2),
-        },
-    ]
+    cases = {
+        f"hidden states {how}": record.in_turn(
+            {"head": run, "whole model": u.full}, size.repeats, time.process_time
+        )
+        for how, run in (("kept", u.kept), ("made again", u.recomputed))
+    }
+    says = "update of the head compared with one of the whole model"
+    return [record.claim("head_update", says, "s of processor time", cases, size.conditions())]
 
 
-def grammar(model: Any, collate: Any, systems: list, size: Size, end: int) -> list:
+def grammar(model: Any, collate: Any, systems: list, size: Size, end: int) -> list[dict[str, Any]]:
     """Sampling speed without and with the mask, which builds its tables at first and finds them later.
 
-    The mask needs the end token, so that an answer may be shorter than the rest of this bench's; rates count what was
-    sampled.
+    The mask needs the end token, so an answer may be shorter than the rest of this bench's; rates count what was sampled.
     """
     asked = systems[: size.prompts]
     prompts = [Sample(cif_prompt(s.identity)) for s in asked]
@@ -401,7 +410,6 @@ def grammar(model: Any, collate: Any, systems: list, size: Size, end: int) -> li
     collate.end_id = end
     grammar_of.cache_clear()
     engine = RolloutEngine(model, collate)
-    out = []
 
     def rate(made: Any, seed: int) -> float:
         began = time.perf_counter()
@@ -411,26 +419,36 @@ def grammar(model: Any, collate: Any, systems: list, size: Size, end: int) -> li
     rate(None, 0)
     first = rate(patterns, 0)
     free, masked = zip(*((rate(None, k), rate(patterns, k)) for k in range(1, size.repeats + 1)))
-    without, collected = statistics.median(free), statistics.median(masked)
-    for name, value in (("off", without), ("on, first call", first), ("on, later", collected)):
-        out.append({"mask": name, "tokens_per_s": round(value), "of_free": round(value / without, 2)})
     collate.end_id = plain
-    return out
+    cases = {"first call": {"grammar": [first], "free": free}, "later": {"grammar": masked, "free": free}}
+    return [
+        record.claim(
+            "grammar",
+            "sampling under the grammar compared with free sampling",
+            "tokens per second",
+            cases,
+            size.conditions() | {"samples per prompt": 16},
+            less_is_better=False,
+        )
+    ]
 
 
-def scaling(model: Any, collate: Any, systems: list, size: Size) -> list:
-    """Seconds and peak tensor memory of a full and of a head update, by answer length and group size."""
-    out = []
+def scaling(model: Any, collate: Any, systems: list, size: Size) -> list[dict[str, Any]]:
+    """Seconds and peak tensor memory of a head's and of a full update, by answer length and group size."""
+    times, memory = {}, {}
     for tokens in (size.tokens // 2, size.tokens, 2 * size.tokens):
         for group in (4, 16):
             u = Updates(model, collate, systems, 2, group, tokens)
-            row: dict[str, Any] = {"tokens": tokens, "K": group, "rows": 2 * group}
-            for name, run in (("full", u.full), ("head", u.kept)):
-                run()
-                row[f"{name}_s"] = round(min(seconds(run) for _ in range(max(2, size.repeats // 2))), 3)
-                row[f"{name}_MiB"] = round(peak_bytes(run) / 2**20, 1)
-            out.append(row)
-    return out
+            name = f"{tokens} tokens, K = {group}"
+            runs = {"head": u.kept, "whole model": u.full}
+            times[name] = record.in_turn(runs, max(2, size.repeats // 2), time.process_time)
+            memory[name] = {who: [peak_bytes(run) / 2**20] for who, run in runs.items()}
+    conditions = {"prompts": 2, "turns": max(2, size.repeats // 2), "threads": 1}
+    says = "an update against tokens per answer and K answers per prompt"
+    return [
+        record.claim("rl_scaling", says, "s of processor time", times, conditions),
+        record.claim("rl_scaling_memory", f"{says}: peak of live tensors", "MiB", memory, conditions),
+    ]
 
 
 def peak_bytes(run: Callable[[], None]) -> int:
@@ -447,42 +465,35 @@ def peak_bytes(run: Callable[[], None]) -> int:
     return peak
 
 
-def in_turn(ours: Callable[[], object], theirs: Callable[[], object], repeats: int) -> tuple[float, float]:
-    """Median seconds of two calls made in turn, the first of each left out."""
-    times: tuple[list[float], list[float]] = ([], [])
-    for _ in range(repeats + 1):
-        for run, mine in zip((ours, theirs), times):
-            mine.append(seconds(run))
-    return statistics.median(times[0][1:]), statistics.median(times[1][1:])
-
-
 def seconds(run: Callable[[], object]) -> float:
     began = time.perf_counter()
     run()
     return time.perf_counter() - began
 
 
-def draw(rows: list[dict[str, Any]], path: Path) -> None:
+def draw(claims: list[dict[str, Any]], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    for axis, unit in zip(axes, ("s", "MiB")):
-        for name, colour in (("full", "tab:red"), ("head", "tab:blue")):
+    for axis, one in zip(axes, claims):
+        lengths = sorted({int(case.split()[0]) for case in one["value"]})
+        values = {"head": one["value"], "whole model": {c: p["whole model"] for c, p in one["peer"].items()}}
+        for name, colour in (("whole model", "tab:red"), ("head", "tab:blue")):
             for group, style in ((4, "--"), (16, "-")):
-                part = [r for r in rows if r["K"] == group]
                 axis.plot(
-                    [r["tokens"] for r in part],
-                    [r[f"{name}_{unit}"] for r in part],
+                    lengths,
+                    [values[name][f"{n} tokens, K = {group}"] for n in lengths],
                     style,
                     color=colour,
                     marker="o",
-                    label=f"{name} update, K = {group}",
+                    label=f"{name}, K = {group}",
                 )
-        axis.set(xlabel="tokens an answer", ylabel="seconds" if unit == "s" else "peak MiB", yscale="log")
-        axis.set_xticks(sorted({r["tokens"] for r in rows}))
+        unit = "seconds" if one["unit"].startswith("s") else "peak MiB"
+        axis.set(xlabel="tokens per answer", ylabel=unit, yscale="log")
+        axis.set_xticks(lengths)
         axis.yaxis.set_major_formatter("{x:g}")
         axis.yaxis.set_minor_formatter("")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)

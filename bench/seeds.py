@@ -2,20 +2,23 @@
 
     python bench/seeds.py before=runs/old0,runs/old1,runs/old2 after=runs/new0,runs/new1,runs/new2
 
-Each group is a name and folders of finished runs (or their metrics.json); without any, it is the recorded run. A value
-is the mean over a group's runs ± the sample standard deviation; nothing is dropped.
+Each group is a name and folders of finished runs (or their metrics.json); without any, the bench has nothing to compare. The
+last group is ours. Nothing is dropped: `each` in the record has the value of every run, `value` and `peer` their means, `deviation` the
+sample standard deviation.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-RECORDED = Path(__file__).parent / "results" / "tiny_pipeline.json"
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from bench import record
+
 Value = Callable[[dict[str, Any]], float]
 
 
@@ -48,34 +51,35 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = record.arguments(__doc__)
     parser.add_argument("groups", nargs="*", metavar="NAME=RUN,RUN,…")
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     args = parser.parse_args()
+    if not args.groups:
+        record.skip("needs finished runs: python bench/seeds.py before=RUN,RUN after=RUN,RUN")
     groups = {}
-    for text in args.groups or [f"recorded={RECORDED}"]:
+    for text in args.groups:
         name, _, paths = text.partition("=")
         if not paths:
             parser.error(f"{text}: expected NAME=RUN,RUN,…")
         groups[name] = [read(Path(p)) for p in paths.split(",")]
-    table = {
-        label: {name: [float(value(m)) for m in runs] for name, runs in groups.items()}
-        for label, value in rows()
+    *_, ours = groups
+    order = [ours, *(name for name in groups if name != ours)]
+    each = {
+        label: {name: [float(value(m)) for m in groups[name]] for name in order} for label, value in rows()
     }
-    if args.json:
-        print(json.dumps(table))
-        return
-    print(f"{'':42s}" + "".join(f"{f'{name} ({len(runs)})':>20s}" for name, runs in groups.items()))
-    for label, values in table.items():
-        print(f"{label:42s}" + "".join(f"{spread(v):>20s}" for v in values.values()))
-
-
-def spread(values: list[float]) -> str:
-    """Mean ± sample standard deviation."""
-    deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.3f}{deviation}"
+    found = record.claim(
+        "rl_seeds",
+        "runs of the pipeline compared over their seeds",
+        "as named; means",
+        {label: {name: [statistics.mean(v)] for name, v in of.items()} for label, of in each.items()},
+        {"runs": {name: len(runs) for name, runs in groups.items()}},
+        less_is_better=False,
+    )
+    found["deviation"] = {
+        label: {name: statistics.stdev(v) if len(v) > 1 else None for name, v in of.items()}
+        for label, of in each.items()
+    }
+    record.finish(args, [found | {"each": each}])
 
 
 if __name__ == "__main__":

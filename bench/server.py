@@ -1,4 +1,4 @@
-"""The reward over HTTP on loopback: `rewards-fast serve` beside a server that scores the same texts with pymatgen.
+"""The reward over HTTP on loopback: `rewards-fast serve` compared with a server that scores the same texts with pymatgen.
 
 Both run in processes of their own and are asked in turn by the same closed-loop clients (`load.py`, one more process), with 1, 8
 and 64 connections, each request carrying a batch of answers of 68 atoms. The peer is FastAPI on uvicorn (uvloop, httptools)
@@ -16,7 +16,6 @@ import http.client
 import json
 import math
 import os
-import platform
 import signal
 import statistics
 import subprocess
@@ -25,15 +24,16 @@ import time
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
 from prometheus_client.parser import text_string_to_metric_families
-from rewards import slab  # the benchmark beside this one
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from bench import record  # first: it decides whose packages are measured
+from bench.rewards import slab
 from rewards_fast import PVCP, parse_target
 from rewards_fast.pvcp import Crystal, Measurement, Thresholds, Weights, score_measurement
 from rewards_fast.server import Limits
@@ -42,6 +42,7 @@ from rewards_fast.server.bodies import body_types
 HERE = Path(__file__).parent
 TARGET = "CO</s>Pt49Cu17 (1 1 1)"
 CLIENTS = (1, 8, 64)
+WHO = ("ours", "pymatgen", "nothing")
 
 
 # The peer ----------------------------------------------------------------------------------------------------------
@@ -192,7 +193,7 @@ def cpu_of_a_text(call: Any, texts: int, turns: int) -> float:
 
 
 def measure(batch: int, seconds: float, turns: int) -> dict[str, Any]:
-    """The servers at each number of clients, in turn (the median of `turns`), and where our processor time goes."""
+    """The servers at each number of clients, in turn, and where our processor time goes."""
     texts = [slab(68)] * batch
     body = json.dumps({"texts": texts, "targets": TARGET}).encode()
     scorer = PVCP()
@@ -227,32 +228,12 @@ def measure(batch: int, seconds: float, turns: int) -> dict[str, Any]:
                         )
                         found["served_us"] = 1e6 * spent / (batch * found["answers"])
                     rounds[who].append(found)
-            median = {
-                who: sorted(all_, key=lambda f: f["texts_per_s"])[turns // 2] for who, all_ in rounds.items()
-            }
-            names = ("texts_per_s", "p50_ms", "p99_ms", "answers", "client_cpu_us_an_answer")
-            served = median["ours"]["served_us"]
-            rows.append(
-                {
-                    "clients": clients,
-                    "batch": batch,
-                    **{who: {name: found[name] for name in names} for who, found in median.items()},
-                    "every_round": {who: [f["texts_per_s"] for f in all_] for who, all_ in rounds.items()},
-                    "ratio": median["ours"]["texts_per_s"] / median["pymatgen"]["texts_per_s"],
-                    "cpu_us_a_text": {
-                        "served": served,
-                        "scoring": direct,
-                        "json": coding,
-                        "http": served - direct - coding,
-                    },
-                    "http_and_json_share": 1 - direct / served,
-                }
-            )
-    return {"batch": batch, "rows": rows}
+            rows.append({"name": f"{batch} texts per request, {clients} clients", **rounds})
+    return {"batch": batch, "rows": rows, "scoring": direct, "json": coding}
 
 
 def soak(seconds: float) -> dict[str, Any]:
-    """Our server under mixed requests; resident memory over time."""
+    """The claim of our server under mixed requests; resident memory over time."""
     good = [slab(n) for n in (12, 36, 68, 100)]
     broken = [t[: len(t) * 2 // 3] for t in good] + ["no idea", "", "\ud83d\ude00" * 50]
     jobs: list[Any] = [
@@ -290,28 +271,54 @@ def soak(seconds: float) -> dict[str, Any]:
     result = json.loads(output)
     half = [(t, m) for t, m in memory if t > seconds / 2]
     slope = 60 * float(np.polyfit([t for t, _ in half], [m for _, m in half], 1)[0])
-    return {
-        "seconds": result["seconds"],
+    values = {
         "answers": result["answers"],
-        "statuses": result["statuses"],
+        **{f"status {status}": n for status, n in sorted(result["statuses"].items())},
         "texts": sum(v for k, v in after.items() if k.startswith("rewards_fast_texts_total")),
-        "p50_ms": result["p50_ms"],
-        "p99_ms": result["p99_ms"],
-        "rss_mib": {
-            "after a tenth": memory[len(memory) // 10][1],
-            "half": half[0][1],
-            "end": memory[-1][1],
-            "most": max(m for _, m in memory),
-        },
-        "slope_mib_a_minute_in_the_second_half": slope,
+        "p50, ms": result["p50_ms"],
+        "p99, ms": result["p99_ms"],
+        "MiB after a tenth": memory[len(memory) // 10][1],
+        "MiB at half-time": half[0][1],
+        "MiB at the end": memory[-1][1],
+        "MiB at most": max(m for _, m in memory),
+        "MiB per minute in the second half": slope,
     }
+    return record.claim(
+        "server_soak",
+        "our server under right, broken and wrong requests from 8 clients",
+        "as named",
+        {name: {"ours": [value]} for name, value in values.items()},
+        {"seconds": result["seconds"], "clients": 8},
+    )
+
+
+def claims_of(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Throughput, latency and processor time of every batch and number of clients."""
+    speed, latency, spent = {}, {}, {}
+    for group in batches:
+        for row in group["rows"]:
+            name = row["name"]
+            speed[name] = {who: [f["texts_per_s"] for f in row[who]] for who in WHO}
+            for q in ("p50", "p99"):
+                latency[f"{name}, {q}"] = {who: [f[f"{q}_ms"] for f in row[who]] for who in WHO[:2]}
+            served = statistics.median(f["served_us"] for f in row["ours"])
+            spent[f"{name}, served"] = {
+                "ours": [served],
+                "scoring": [group["scoring"]],
+                "JSON": [group["json"]],
+            }
+    conditions = {"text": "slab, 68 atoms", "cores": "shared by servers and clients", "turns": [len(g["rows"][0]["ours"]) for g in batches]}  # fmt: skip
+    says = "reward over HTTP on loopback"
+    return [
+        record.claim("server", says, "texts per second", speed, conditions, less_is_better=False),
+        record.claim("server_latency", f"{says}: an answer", "ms", latency, conditions),
+        record.claim("server_cpu", f"{says}: the server's processor time per text", "µs", spent, conditions),
+    ]
 
 
 def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the servers end with this process
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--quick", action="store_true")
+    parser = record.arguments(__doc__)
     parser.add_argument("--soak", type=float, metavar="SECONDS", help="the soak alone, 900 s at most")
     parser.add_argument("--serve-pymatgen", type=int, metavar="PORT", help=argparse.SUPPRESS)
     parser.add_argument("--serve-nothing", type=int, metavar="PORT", help=argparse.SUPPRESS)
@@ -322,43 +329,11 @@ def main() -> None:
     if arguments.serve_nothing:
         serve_nothing(arguments.serve_nothing)
         return
-    conditions = f"{date.today()}, {platform.processor() or platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, Python {platform.python_version()}"
     if arguments.soak:
-        result: dict[str, Any] = {"conditions": conditions, "soak": soak(min(arguments.soak, 900.0))}
-    else:
-        result = {
-            "conditions": conditions,
-            "batches": [measure(16, 1.5, 1), measure(1, 1.0, 1)]
-            if arguments.quick
-            else [measure(64, 4.0, 1), measure(1, 1.5, 3)],
-        }
-    if arguments.json:
-        print(json.dumps(result))
+        record.finish(arguments, [soak(min(arguments.soak, 900.0))])
         return
-    print(conditions)
-    if arguments.soak:
-        for name, value in result["soak"].items():
-            print(f"{name:40} {value}")
-        return
-    print("texts of 68 atoms; the servers, their processes and the clients share the cores")
-    for group in result["batches"]:
-        print(f"\n{group['batch']} texts a request")
-        print(
-            f"{'clients':>8}{'ours texts/s':>14}{'p50 ms':>9}{'p99 ms':>9}{'pymatgen':>11}{'p50 ms':>10}{'p99 ms':>10}{'ratio':>8}{'HTTP+JSON':>11}{'nothing requests/s':>20}{'client µs':>11}"
-        )
-        for row in group["rows"]:
-            mine, theirs = row["ours"], row["pymatgen"]
-            print(
-                f"{row['clients']:>8}{mine['texts_per_s']:>14,.0f}{mine['p50_ms']:>9.2f}{mine['p99_ms']:>9.2f}"
-                f"{theirs['texts_per_s']:>11,.1f}{theirs['p50_ms']:>10.1f}{theirs['p99_ms']:>10.1f}"
-                f"{row['ratio']:>7.0f}x{100 * row['http_and_json_share']:>10.0f}%"
-                f"{row['nothing']['texts_per_s'] / group['batch']:>20,.0f}{mine['client_cpu_us_an_answer']:>11.0f}"
-            )
-        cpu = group["rows"][1]["cpu_us_a_text"]
-        print(
-            "processor time a text, 8 clients: "
-            + ", ".join(f"{name} {value:.1f} µs" for name, value in cpu.items())
-        )
+    plan = ((16, 1.5, 1), (1, 1.0, 1)) if arguments.quick else ((64, 4.0, 1), (1, 1.5, 3))
+    record.finish(arguments, claims_of([measure(*one) for one in plan]))
 
 
 if __name__ == "__main__":

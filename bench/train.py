@@ -2,22 +2,19 @@
 
 Same sizes of the LLM, same samples (the three tasks as text alone, prompts masked), AdamW, bf16 products with float32
 weights, same samples a step. The peers at their settings: Trainer with group_by_length and dynamic padding; SFTTrainer
-with packing, and with padding beside it; both with the fused AdamW, and with sdpa and eager attention; Trainer's fastest
+with packing and with padding; both with the fused AdamW, and with sdpa and eager attention; Trainer's fastest
 also with torch_compile, whose first steps, which compile, are not counted. Ours: packed with the fused loss, padded, and
 padded with every logit in memory. Runs take turns; tokens are counted without padding; the first steps of a run are not.
-`--part` makes a short run of one peer beside ours, packed; parts may be given again. `compiled` is only run when asked
+`--part` compares ours, packed, with only these; parts may be given again. `compiled` is only run when asked
 for: it takes minutes.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import gc
-import json
 import logging
 import os
-import statistics
 import sys
 import tempfile
 import time
@@ -27,22 +24,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import torch  # noqa: E402
+import torch
 
-from catmllm.config import Config, OptimConfig, load_config  # noqa: E402
-from catmllm.data.prompts import Sample, cif_sample, design_sample, property_sample  # noqa: E402
-from catmllm.data.slabs import load_slabs, split  # noqa: E402
-from catmllm.models import catalytic_mllm  # noqa: E402
-from catmllm.models.build import new_model  # noqa: E402
-from catmllm.train.loop import Context, MicroBatch, Stateless, Step, train  # noqa: E402
-from catmllm.world import start  # noqa: E402
-from catmllm_kernels.linear_logprob.op import LogProbs  # noqa: E402
-from catmllm_kernels.linear_logprob.reference import linear_logprob as all_logits  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from bench import record
+from catmllm.config import Config, OptimConfig, load_config
+from catmllm.data.prompts import Sample, cif_sample, design_sample, property_sample
+from catmllm.data.slabs import load_slabs, split
+from catmllm.models import catalytic_mllm
+from catmllm.models.build import new_model
+from catmllm.train.loop import Context, MicroBatch, Stateless, Step, train
+from catmllm.world import start
+from catmllm_kernels.linear_logprob.op import LogProbs
+from catmllm_kernels.linear_logprob.reference import linear_logprob as all_logits
 
 WARM = 2  # steps of a run that are not counted
 OURS = "ours, packed"  # what each part is compared with
@@ -236,13 +233,9 @@ def logits_in_memory() -> Any:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="fewer steps and rounds")
-    parser.add_argument("--json", action="store_true")
+    parser = record.arguments(__doc__)
     parser.add_argument(
-        "--part", action="append", choices=PARTS, help="only this one, beside ours packed; may be given again"
+        "--part", action="append", choices=PARTS, help="compare only with these; may be given again"
     )
     parser.add_argument("--batch", type=int, default=16, help="samples a step (default: 16)")
     args = parser.parse_args()
@@ -282,29 +275,35 @@ def main() -> None:
                 Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew (Linux)
                 rates[name].append(run().rate(COMPILING if name.endswith("compiled") else WARM))
             peaks[name] = max(peaks.get(name, 0), peak_mib())
-    median = {name: statistics.median(r) for name, r in rates.items()}
-    first = median[OURS]
-    rows = [
-        {
-            "run": name,
-            "tokens_per_s": round(r),
-            "ours_is": round(first / r, 2),
-            "peak_mib": peaks[name],
-            "all": [round(x) for x in rates[name]],
-        }
-        for name, r in median.items()
-    ]
-    if args.json:
-        print(json.dumps({"rows": rows, "steps": steps, "rounds": rounds, "batch": args.batch}))
-    else:
-        print(
-            f"tiny LLM, bf16, {args.batch} samples a step, {torch.get_num_threads()} thread, medians of {rounds}"
-        )
-        for row in rows:
-            print(
-                f"{row['run']:40s}{row['tokens_per_s']:8d} tokens/s   ours is {row['ours_is']:.2f}x   "
-                f"peak of the process {row['peak_mib']} MiB"
-            )
+    threads = torch.get_num_threads()
+    conditions = {
+        "precision": "bf16",
+        "samples a step": args.batch,
+        "steps": steps,
+        "turns": rounds,
+        "threads": threads,
+    }
+    name = "training" if args.part is None else "training_" + "_".join(args.part).replace("-", "_")
+    record.finish(
+        args,
+        [
+            record.claim(
+                name,
+                "supervised training of the tiny LLM, samples end to end, compared with HF Trainer and TRL's SFTTrainer",
+                "tokens per second, padding not counted",
+                {OURS: rates},
+                conditions,
+                less_is_better=False,
+            ),
+            record.claim(
+                f"{name}_memory",
+                "peak of the process in the same runs",
+                "MiB",
+                {OURS: {run: [float(x)] for run, x in peaks.items()}},
+                conditions,
+            ),
+        ],
+    )
     torch.distributed.destroy_process_group()
 
 

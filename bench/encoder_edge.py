@@ -1,29 +1,31 @@
-"""The encoder's kernels on a CPU beside fairchem 1.10 in eager mode: times in turn in one process, and what is kept for backward.
+"""The encoder's edge path on a CPU compared with fairchem 1.10 in eager mode: times, in turn in one process, and what is kept for backward.
 
-fairchem 1.10 is found in FAIRCHEM_1_10 (`pip install --no-deps --target DIR fairchem-core==1.10.0`); without it our own
-numbers are printed alone. The graph is a Pt(111) slab, every atom with its 20 nearest neighbours; weights are fairchem's own at its usual
-start, loaded into our model through the checkpoint reader. Both get the same frames, and outputs are compared before anything is timed. Medians of wall time.
-At the end the bytes that the Triton kernels move per edge, counted in the interpreter (a process of its own), beside the figures counted by hand for
-two fused kernels around plain products.
+    pip install --no-deps --target DIR fairchem-core==1.10.0
+    FAIRCHEM_1_10=DIR python bench/encoder_edge.py [--part attention …] [--threads 1] [--quick] [--json] [--base COMMIT]
+
+Parts: `attention` (one layer's, L4M2, L6M2 and L6M3), `model` (the whole 31M encoder), `memory` (bytes that a layer keeps for backward),
+`traffic` (bytes that the Triton kernels move per edge, counted in the interpreter, compared with two fused kernels and with eager code,
+both counted by hand). Only `traffic` runs without fairchem.
+
+The graph is a Pt(111) slab, every atom with its 20 nearest neighbours; weights are fairchem's own at its usual start, loaded into our
+model through the checkpoint reader. Both get the same frames, and outputs are compared before anything is timed. One thread counts processor time,
+which other work on the machine disturbs least; several count wall time.
 """
 
 from __future__ import annotations
 
-import argparse
 import gc
 import importlib
 import importlib.util
 import json
 import os
-import platform
-import statistics
 import subprocess
 import sys
 import time
 import types
 import warnings
 from collections.abc import Callable
-from datetime import date
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,9 +37,13 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from bench import record  # first: it decides whose packages are measured
 from catmllm.models.equiformer_v2 import EquiformerV2, EquiformerV2Config, load_fairchem_checkpoint
 from catmllm_kernels.escn import cpu
 
+PARTS = ("attention", "model", "memory", "traffic")
+INSTALL = "pip install --no-deps --target DIR fairchem-core==1.10.0, then FAIRCHEM_1_10=DIR"
 NEIGHBOURS = 20
 SLABS = {80: (4, 5, 4), 10: (1, 2, 5)}
 CONFIGS = {
@@ -77,16 +83,16 @@ def slab(n_atoms: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def fairchem() -> Any:
-    """The module of fairchem's EquiformerV2, or None. torch_scatter, which it imports but does not call here, is stubbed."""
+    """The module of fairchem's EquiformerV2. torch_scatter, which it imports but does not call here, is stubbed."""
     folder = os.environ.get("FAIRCHEM_1_10")
     if not folder or not os.path.isdir(folder):
-        return None
+        record.skip(f"needs fairchem 1.10: {INSTALL}")
     for name in ("torch_scatter", "torch_sparse"):
         if importlib.util.find_spec(name) is None:
             stub = types.ModuleType(name)
             vars(stub).update(dict.fromkeys(("scatter", "segment_coo", "segment_csr", "SparseTensor")))
             sys.modules[name] = stub
-    sys.path.insert(0, folder)
+    sys.path.append(folder)
     return importlib.import_module("fairchem.core.models.equiformer_v2.equiformer_v2_deprecated")
 
 
@@ -99,17 +105,15 @@ class Pair:
         self.numbers, self.edge_index, self.edge_vec = slab(n_atoms)
         self.ours = EquiformerV2(config).eval()
         self.x = torch.randn(n_atoms, (config.lmax + 1) ** 2, config.sphere_channels)
-        self.theirs, self.frames = None, None
-        if module is not None:
-            self.theirs = module.EquiformerV2(
-                lmax_list=[config.lmax], mmax_list=[config.mmax], weight_init="uniform", alpha_drop=0.0,
-                drop_path_rate=0.0, **{name: getattr(config, name) for name in SHARED},
-            ).eval()  # fmt: skip
-            load_fairchem_checkpoint(self.theirs.state_dict(), self.ours)
-            self.frames = module.init_edge_rot_mat(self.edge_vec)
-            for rotation in self.theirs.SO3_rotation:
-                rotation.set_wigner(self.frames)
-            self.basis = self.theirs.distance_expansion(self.edge_vec.norm(dim=1))
+        self.theirs = module.EquiformerV2(
+            lmax_list=[config.lmax], mmax_list=[config.mmax], weight_init="uniform", alpha_drop=0.0,
+            drop_path_rate=0.0, **{name: getattr(config, name) for name in SHARED},
+        ).eval()  # fmt: skip
+        load_fairchem_checkpoint(self.theirs.state_dict(), self.ours)
+        self.frames = module.init_edge_rot_mat(self.edge_vec)
+        for rotation in self.theirs.SO3_rotation:
+            rotation.set_wigner(self.frames)
+        self.basis = self.theirs.distance_expansion(self.edge_vec.norm(dim=1))
         with torch.no_grad():
             self.geometry = self.ours.geometry(
                 self.numbers, self.edge_index, self.edge_vec, edge_rot_mat=self.frames
@@ -159,18 +163,6 @@ def train(step: Callable[[Tensor], Tensor], x: Tensor) -> None:
     step(x.clone().requires_grad_()).square().sum().backward()
 
 
-def medians(calls: dict[str, Callable[[], Any]], turns: int) -> dict[str, float]:
-    """Milliseconds of each call, all in turn, after one that does not count."""
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(turns + 1):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            if turn:
-                samples[name].append(1e3 * (time.perf_counter() - start))
-    return {name: statistics.median(values) for name, values in samples.items()}
-
-
 def without_gradient(call: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
     def run() -> Any:
         with torch.no_grad():
@@ -215,7 +207,7 @@ def kept_bytes(call: Callable[[], Tensor]) -> int:
 
 
 def memory(pair: Pair) -> dict[str, float]:
-    """KiB an edge that a layer keeps, its nodes' included: ours in float16 and float32, fairchem's in float32."""
+    """KiB per edge that a layer keeps, its nodes' included: ours in float16 and float32, fairchem's in float32."""
     n_edges, out = pair.edge_index.shape[1], {}
     for dtype in (torch.float16, torch.float32):
         model = EquiformerV2(pair.config).to(dtype)
@@ -224,10 +216,9 @@ def memory(pair: Pair) -> dict[str, float]:
         name = str(dtype).removeprefix("torch.")
         out[f"attention, ours, {name}"] = kept_bytes(lambda b=block, x=x, g=geometry: b.ga(x, g))
         out[f"layer, ours, {name}"] = kept_bytes(lambda b=block, x=x, g=geometry: b(x, g))
-    if pair.theirs is not None:
-        x = pair.x.clone().requires_grad_()
-        out["attention, fairchem, float32"] = kept_bytes(lambda: pair.their_attention(x))
-        out["layer, fairchem, float32"] = kept_bytes(lambda: pair.their_layer(x))
+    x = pair.x.clone().requires_grad_()
+    out["attention, fairchem, float32"] = kept_bytes(lambda: pair.their_attention(x))
+    out["layer, fairchem, float32"] = kept_bytes(lambda: pair.their_layer(x))
     return {name: n / n_edges / 1024 for name, n in out.items()}
 
 
@@ -240,93 +231,113 @@ def counted_bytes() -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
-def measure(quick: bool) -> dict[str, Any]:
-    module = fairchem()
-    result: dict[str, Any] = {"times": [], "saved": {}}
-    turns = 2 if quick else 5
+def attention(module: Any, threads: list[int], turns: int) -> list[dict[str, Any]]:
+    cases, differences = {}, {}
     for name, config in CONFIGS.items():
         pair = Pair(module, EquiformerV2Config(**{**vars(config), "num_layers": 1}), 80)
-        result["saved"][name] = memory(pair)
         x = pair.x
-        inference: dict[str, Callable[[], Any]] = {"ours": without_gradient(pair.attention, x)}
-        training: dict[str, Callable[[], Any]] = {"ours": lambda p=pair, x=x: train(p.attention, x)}
-        error = None
-        if module is not None:
-            inference["fairchem"] = without_gradient(pair.their_attention, x)
-            training["fairchem"] = lambda p=pair, x=x: train(p.their_attention, x)
-            error = compare(inference["ours"], inference["fairchem"])
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            for what, calls in (("attention, inference", inference), ("attention, training", training)):
-                row = {"what": what, "model": name, "atoms": 80, "threads": threads, "difference": error}
-                result["times"].append({**row, **medians(calls, turns)})
+        modes: dict[str, dict[str, Callable[[], Any]]] = {
+            "inference": {
+                "ours": without_gradient(pair.attention, x),
+                "fairchem": without_gradient(pair.their_attention, x),
+            },
+            "training": {
+                "ours": lambda p=pair, x=x: train(p.attention, x),
+                "fairchem": lambda p=pair, x=x: train(p.their_attention, x),
+            },
+        }
+        differences[name] = compare(*modes["inference"].values())
+        for n in threads:
+            torch.set_num_threads(n)
+            for mode, calls in modes.items():
+                cases[f"{name}, {mode}, {n} thread{'s'[: n > 1]}"] = record.in_turn(
+                    calls, turns, clock(n), 1e3
+                )
+    says = "EquiformerV2's attention layer, 80 atoms, 1,600 edges, float32"
+    return [
+        record.claim("encoder_attention", says, "ms", cases, conditions(turns) | {"difference": differences})
+    ]
+
+
+def model(module: Any, threads: list[int], turns: int) -> list[dict[str, Any]]:
+    cases, differences = {}, {}
     for n_atoms in (80, 10):
-        config = EquiformerV2Config.preset("31M", energy_head=True, force_head=True)
-        pair = Pair(module, config, n_atoms)
-        calls: dict[str, Callable[[], Any]] = {"ours": without_gradient(pair.encoder)}
-        error = None
-        if module is not None:
-            calls["fairchem"] = without_gradient(pair.their_encoder)
-            error = compare(calls["ours"], calls["fairchem"])
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            row = {"what": "31M model, inference", "model": "L4M2", "atoms": n_atoms, "threads": threads}
-            result["times"].append(
-                {**row, "difference": error, **medians(calls, turns if n_atoms == 10 else min(turns, 3))}
-            )
-    return result
+        pair = Pair(module, EquiformerV2Config.preset("31M", energy_head=True, force_head=True), n_atoms)
+        calls = {
+            "ours": without_gradient(pair.encoder),
+            "fairchem": without_gradient(pair.their_encoder),
+        }
+        differences[f"{n_atoms} atoms"] = compare(*calls.values())
+        for n in threads:
+            torch.set_num_threads(n)
+            cases[f"{n_atoms} atoms, {n} thread{'s'[: n > 1]}"] = record.in_turn(calls, turns, clock(n), 1e3)
+    says = "whole 31M encoder (L4M2), energy and forces, inference, float32"
+    return [record.claim("encoder_model", says, "ms", cases, conditions(turns) | {"difference": differences})]
+
+
+def kept(module: Any) -> list[dict[str, Any]]:
+    cases = {}
+    for name, config in CONFIGS.items():
+        found = memory(Pair(module, EquiformerV2Config(**{**vars(config), "num_layers": 1}), 80))
+        for part in ("attention", "layer"):
+            for dtype in ("float16", "float32"):
+                cases[f"{name}, {part}, {dtype}"] = {
+                    "ours": [found[f"{part}, ours, {dtype}"]],
+                    "fairchem, float32": [found[f"{part}, fairchem, float32"]],
+                }
+    says = "kept for backward per edge and layer, nodes' arrays included, 20 edges per atom"
+    return [record.claim("encoder_kept", says, "KiB", cases, {"counted": "storages alive after forward"})]
+
+
+def traffic() -> list[dict[str, Any]]:
+    cases, steps = {}, {}
+    for name, row in counted_bytes().items():
+        cases[name] = {
+            "ours": [row["KiB an edge"]],
+            "two fused kernels": [row["two kernels"]],
+            "eager": [row["eager"]],
+        }
+        steps[name] = row["steps"]
+    says = "moved per edge by the Triton kernels, forward, float16; peers counted by hand"
+    return [
+        record.claim("encoder_traffic", says, "KiB", cases, {"counted": "in the interpreter", "steps": steps})
+    ]
+
+
+def clock(threads: int) -> Callable[[], float]:
+    return time.process_time if threads == 1 else time.perf_counter
+
+
+def conditions(turns: int) -> dict[str, Any]:
+    return {
+        "turns": turns,
+        "kernels": cpu.instruction_set(),
+        "edges": f"{NEIGHBOURS} per atom",
+        "clock": "1 thread: processor time; more: wall time",
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
-    parser.add_argument("--quick", action="store_true", help="2 turns instead of 5")
-    arguments = parser.parse_args()
-    warnings.simplefilter("ignore")
-    result = measure(arguments.quick) | {"traffic": counted_bytes()}
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    about = {
-        "date": str(date.today()), "commit": commit, "cores": os.cpu_count(), "load": round(os.getloadavg()[0], 1),
-        "machine": machine(), "torch": torch.__version__, "kernels": cpu.instruction_set(), "edges": f"{NEIGHBOURS} an atom",
-    }  # fmt: skip
-    if arguments.json:
-        print(json.dumps({"about": about, **result}))
-        return
-    print(about)
-    print(
-        f"\n{'':<22}{'model':>6}{'atoms':>7}{'threads':>9}{'fairchem':>12}{'ours':>11}{'ratio':>8}{'difference':>13}"
+    parser = record.arguments(__doc__)
+    parser.add_argument("--part", action="append", choices=PARTS, help="only this part; may be given again")
+    parser.add_argument(
+        "--threads", action="append", type=int, help="of attention and model; may be given again (1, 2)"
     )
-    for row in result["times"]:
-        theirs = row.get("fairchem")
-        ratio = (
-            f"{theirs:9.1f} ms{row['ours']:8.1f} ms{theirs / row['ours']:8.2f}{row['difference']:13.1e}"
-            if theirs
-            else f"{'-':>12}{row['ours']:8.1f} ms"
-        )
-        print(f"{row['what']:<22}{row['model']:>6}{row['atoms']:>7}{row['threads']:>9}{ratio}")
-    print("\nKept for backward, KiB an edge, what belongs to nodes included")
-    for name, row in result["saved"].items():
-        print(f"  {name}: " + "; ".join(f"{what} {value:.2f}" for what, value in row.items()))
-    print("\nMoved by the Triton kernels, forward, float16, KiB an edge (counted, not timed)")
-    for name, row in result["traffic"].items():
-        steps = "; ".join(f"{step} {kib:.1f}" for step, kib in row["steps"].items())
-        ratio = row["KiB an edge"] / row["two kernels"]
-        print(
-            f"  {name}: {row['KiB an edge']:.1f}, two fused kernels {row['two kernels']} ({ratio:.2f}), eager {row['eager']}: {steps}"
-        )
-    if not os.environ.get("FAIRCHEM_1_10"):
-        print("\nfairchem 1.10 was not found: see --help")
-
-
-def machine() -> str:
-    """The processor's name, where the system tells it."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    parts, threads = args.part or list(PARTS), args.threads or [1, 2]
+    turns = 2 if args.quick else 7
+    module = fairchem() if parts != ["traffic"] else None
+    found: list[dict[str, Any]] = []
+    if "attention" in parts:
+        found += attention(module, threads, turns)
+    if "model" in parts:
+        found += model(module, threads, min(turns, 3))
+    if "memory" in parts:
+        found += kept(module)
+    if "traffic" in parts:
+        found += traffic()
+    record.finish(args, found)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,500 @@
+"""The figures in README.md and docs/, made from the records in bench/results: one source for every number.
+
+    python bench/tables.py            # `make tables`: write them into the pages
+    python bench/tables.py --check    # exit status 1, and the names of the pages, where a page differs from its records
+
+In a page a figure stands between `<!-- figures: NAME -->` and `<!-- /figures -->`; NAME is a function of this file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from bench import record
+
+PAGES = ("README.md", "docs")
+BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- /figures -->)", re.DOTALL)
+Record = dict[str, Any]
+
+
+# Pages -------------------------------------------------------------------------------------------------------------
+
+
+def pages(root: Path = record.ROOT) -> Iterator[Path]:
+    """Every page that has figures."""
+    for name in PAGES:
+        path = root / name
+        for page in sorted(path.rglob("*.md")) if path.is_dir() else [path]:
+            if BLOCK.search(page.read_text(encoding="utf-8")):
+                yield page
+
+
+def rendered(text: str) -> str:
+    """A page's text with its figures made anew."""
+
+    def block(match: re.Match[str]) -> str:
+        made = FIGURES.get(match[2])
+        if made is None:
+            raise SystemExit(f"error: no figure is called {match[2]!r}; there are {', '.join(FIGURES)}")
+        try:
+            figure = made().strip()
+        except Missing as claim:
+            figure = f"*Not measured yet: there is no `bench/results/{claim}.json`.*"
+        return f"{match[1]}{figure}\n{match[3]}"
+
+    return BLOCK.sub(block, text)
+
+
+def main() -> int:
+    check, stale = sys.argv[1:] == ["--check"], []
+    for page in pages():
+        text = page.read_text(encoding="utf-8")
+        new = rendered(text)
+        if new != text:
+            stale.append(str(page.relative_to(record.ROOT)))
+            if not check:
+                page.write_text(new, encoding="utf-8")
+    print("\n".join(stale) if stale else "every page agrees with the records")
+    return int(check and bool(stale))
+
+
+# Numbers as people read them ---------------------------------------------------------------------------------------
+
+
+class Missing(Exception):
+    """A claim without a record."""
+
+
+def newest(name: str) -> Record:
+    found = record.read(name)
+    if not found:
+        raise Missing(name)
+    return found[0]
+
+
+def times(x: float) -> str:
+    """A ratio: two digits, whole from 10 on."""
+    return f"{x:,.0f}×" if x >= 9.95 else f"{x:.1f}×"
+
+
+def number(x: float) -> str:
+    """Three digits, thousands with commas."""
+    if x >= 100:
+        return f"{float(f'{x:.3g}'):,.0f}"
+    return f"{x:.3g}" if x < 10 else f"{x:.1f}"
+
+
+def micro(x: float) -> str:
+    """Microseconds in the unit that reads best."""
+    return f"{number(x)} µs" if x < 1000 else f"{number(x / 1000)} ms" if x < 1e6 else f"{number(x / 1e6)} s"
+
+
+def span(ratios: list[float]) -> str:
+    """The range of some ratios."""
+    low, high = times(min(ratios)), times(max(ratios))
+    return low if low == high else f"{low.removesuffix('×')} to {high}"
+
+
+def best_peer(one: Record, case: str) -> float:
+    """Our ratio to the strongest peer of a case."""
+    return float(min(one["ratio"][case].values()))
+
+
+def source(*records: Record) -> str:
+    """Where figures come from, as a line under them."""
+    said = []
+    for one in records:
+        about = one["processor"]
+        where = about.get("device") or about["kind"]
+        if one["commit"] is None:
+            said.append(f"{where}: ratios as reported, without a commit")
+            continue
+        short = ", **a short run (`--quick`)**" if one["quick"] else ""
+        said.append(f"{where}, {one['date']}, commit `{one['commit']}`, `{one['command']}`{short}")
+    return "*" + "; ".join(dict.fromkeys(said)) + ".*"
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(cells) + " |" for cells in (head, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
+
+
+# README ------------------------------------------------------------------------------------------------------------
+
+
+def peers() -> str:
+    """A line a claim; one without a record has none."""
+    rows = []
+    for line in (_rewards, _over_http, _attention, _model, _kept, _text, _supervised, _grpo, _sampling):
+        with contextlib.suppress(Missing):
+            for what, peer, measured, one in line():
+                rows.append([what, peer, measured, _short_source(one)])
+    return table(["", "compared with", "measured", "on"], rows)
+
+
+Line = Iterator[tuple[str, str, str, Record]]
+
+
+def _rewards() -> Line:
+    one = newest("reward")
+    for case, says in (
+        ("mix", "reward of a mix of answers (short CIFs, slabs, 30 % broken)"),
+        ("slabs, 48 to 100 atoms", "reward of slabs of 48 to 100 atoms"),
+        ("short CIFs", "reward of short CIFs"),
+    ):
+        r, each = one["ratio"][case], micro(one["value"][case])
+        ratio = f"{times(r['pymatgen'])} / {times(r['gemmi'])} ({each} per text)"
+        yield says, "pymatgen / gemmi (which only parses)", ratio, one
+
+
+def _over_http() -> Line:
+    one = newest("server")
+    spans = [
+        span([r["pymatgen"] for case, r in one["ratio"].items() if case.startswith(f"{n} text")])
+        for n in (64, 1)
+    ]
+    what = "the reward over HTTP, 64 texts / 1 text per request"
+    yield what, "a pymatgen server", f"{spans[0]} / {spans[1]} the throughput", one
+
+
+def _attention() -> Line:
+    found = record.read("encoder_attention")
+    kinds = ", ".join(r["processor"]["kind"] for r in found)
+    spans = [
+        span([r["ratio"][f"L4M2, {mode}, 1 thread"]["fairchem"] for r in found])
+        for mode in ("inference", "training")
+    ]
+    what = "EquiformerV2 attention on a CPU, L4M2, inference / training, one thread"
+    yield what, "fairchem 1.10", f"{spans[0]} / {spans[1]} over {kinds}", newest("encoder_attention")
+
+
+def _model() -> Line:
+    found = record.read("encoder_model")
+    kinds = ", ".join(r["processor"]["kind"] for r in found)
+    ratio = span([r["ratio"]["80 atoms, 1 thread"]["fairchem"] for r in found])
+    what = "whole 31M encoder, 80 atoms, inference, one thread"
+    yield what, "fairchem 1.10", f"{ratio} over {kinds}", newest("encoder_model")
+
+
+def _kept() -> Line:
+    one, case = newest("encoder_kept"), "L4M2, layer, float16"
+    theirs = f"fairchem, float32: {number(one['peer'][case]['fairchem, float32'])} KiB"
+    yield (
+        "kept for backward, per edge and layer, L4M2",
+        theirs,
+        f"{number(one['value'][case])} KiB in float16",
+        one,
+    )
+
+
+def _text() -> Line:
+    one = newest("data_text_graph")
+    yield (
+        "three-part text and graph of a 70-atom system",
+        "ASE",
+        times(one["ratio"]["70 atoms, made"]["ASE"]),
+        one,
+    )
+
+
+def _supervised() -> Line:
+    trainer, compiled = newest("training_trainer"), newest("training_compiled")
+    ratios = [best_peer(one, "ours, packed") for one in (compiled, trainer)]
+    peer = "HF Trainer, compiled / as it comes"
+    yield "supervised training, tokens per second", peer, " / ".join(map(times, ratios)), compiled
+    one = min(
+        (newest(f"training_trl_{how}") for how in ("padded", "packed")),
+        key=lambda r: best_peer(r, "ours, packed"),
+    )
+    yield (
+        "supervised training, tokens per second",
+        "TRL SFTTrainer",
+        times(best_peer(one, "ours, packed")),
+        one,
+    )
+
+
+def _grpo() -> Line:
+    one = newest("grpo_step")
+    ratios = " / ".join(times(best_peer(one, case)) for case in ("fp32", "bf16"))
+    yield "a GRPO step, float32 / bf16", "TRL's GRPOTrainer at its best", ratios, one
+
+
+def _sampling() -> Line:
+    one = newest("rollout")
+    ratios = [times(best_peer(one, case)) for case in one["ratio"] if case.endswith("16 per prompt")]
+    what = "sampling, 16 answers per prompt, short / long prompts"
+    yield what, "transformers' `generate`", " / ".join(ratios), one
+
+
+def _short_source(one: Record) -> str:
+    about = one["processor"]
+    return f"{about.get('device') or about['kind']}, {one['date']}, `{one['commit']}`" + (", short run (`--quick`)" if one["quick"] else "")  # fmt: skip
+
+
+def reward_sentence() -> str:
+    one, threads = newest("reward"), newest("reward_threads")
+    r = one["ratio"]["slab, 68 atoms"]
+    return (
+        f"A 68-atom slab takes {micro(one['value']['slab, 68 atoms'])} of processor time, text to score: {times(r['pymatgen parse'])} faster than "
+        f"pymatgen's parse, {times(r['pymatgen'])} with density and distances, and {times(r['gemmi'])} faster than gemmi's parse to sites. "
+        f"Two threads score {times(threads['ratio']['slabs, 48 to 100 atoms']['one'])} the slabs of one.\n\n{source(one)}"
+    )
+
+
+# docs --------------------------------------------------------------------------------------------------------------
+
+
+def reward() -> str:
+    one, threads = newest("reward"), newest("reward_threads")
+    rows = [
+        [case, micro(one["value"][case]), times(threads["ratio"][case]["one"])]
+        + [f"{micro(one['peer'][case][p])} ({times(one['ratio'][case][p])})" for p in ("pymatgen parse", "pymatgen", "gemmi")]
+        for case in one["value"]
+    ]  # fmt: skip
+    head = [
+        "text",
+        "ours, 1 thread",
+        "2 threads",
+        "pymatgen parse",
+        "pymatgen reward",
+        "gemmi parse to sites",
+    ]
+    return table(head, rows) + f"\n\n{source(one)}"
+
+
+def encoder_speed() -> str:
+    parts = []
+    for attention in record.read("encoder_attention"):
+        kind = attention["processor"]["kind"]
+        models = [m for m in record.read("encoder_model") if m["processor"]["kind"] == kind]
+        rows = []
+        for label, one in [("attention, {}", attention)] + [("whole 31M model, {}", m) for m in models]:
+            for case in (c for c in one["ratio"] if c.endswith(", 1 thread")):
+                name = case.removesuffix(", 1 thread")
+                cells = [_beside(one, f"{name}, {n} thread{'s'[: n > 1]}") for n in (1, 2)]
+                rows.append([label.format(name), *cells])
+        parts.append(
+            f"**{kind}**\n\n" + table(["compared with fairchem 1.10", "1 thread", "2 threads"], rows)
+        )
+        parts.append(source(attention, *models))
+    return "\n\n".join(parts)
+
+
+def _beside(one: Record, case: str) -> str:
+    if case not in one["ratio"]:
+        return "–"
+    ratio = times(one["ratio"][case]["fairchem"])
+    if case not in one["value"]:
+        return ratio
+    return f"{ratio} ({number(one['peer'][case]['fairchem'])} → {number(one['value'][case])} ms)"
+
+
+def encoder_kept() -> str:
+    one, rows = newest("encoder_kept"), []
+    for name in ("L4M2", "L6M2", "L6M3"):
+        cells = [name]
+        for who, dtype in (("fairchem, float32", "float32"), ("ours", "float32"), ("ours", "float16")):
+            cases = [f"{name}, {part}, {dtype}" for part in ("attention", "layer")]
+            found = [one["value"][c] if who == "ours" else one["peer"][c][who] for c in cases]
+            cells.append(" / ".join(map(number, found)))
+        rows.append(cells)
+    head = ["KiB, attention / whole layer", "fairchem, float32", "ours, float32", "ours, float16"]
+    return table(head, rows) + f"\n\n{source(one)}"
+
+
+def encoder_counts() -> str:
+    kept, moved = newest("encoder_kept"), newest("encoder_traffic")
+    case, model = "L4M2, attention, float16", "L4M2 s2 31M"
+    return (
+        f"An attention layer of the 31M model (L4 M2, float16) keeps **{number(kept['value'][case])} KiB per edge** for its backward pass "
+        f"(fairchem 1.10 in float32: {number(kept['peer'][case]['fairchem, float32'])}), and its forward pass moves "
+        f"**{moved['value'][model]} KiB per edge** (eager: {number(moved['peer'][model]['eager'])}; counted by hand for two fused kernels around "
+        f"plain products: {number(moved['peer'][model]['two fused kernels'])}).\n\n{source(kept, moved)}"
+    )
+
+
+def data() -> str:
+    text, command, drawn = newest("data_text_graph"), newest("data_command"), newest("data_pictures")
+    v, n = command["value"], command["conditions"]["systems"]
+    rate = v["systems per second"]
+    of = [
+        f"{times(text['ratio'][c]['ASE'])} ({c.split(',')[0]}, {micro(text['value'][c])})"
+        for c in text["ratio"]
+    ]
+    pictures = micro(drawn["value"]["70 atoms, made"])
+    return (
+        f"{n:,} made systems of 70 atoms take {n / rate:.0f} s on {command['conditions']['processes']} processes ({rate:,.0f} per second; 460,000: "
+        f"{460_000 / rate / 60:.0f} minutes) with at most {v['MiB, most in the first half']:,.0f} MiB in all processes in the first half and "
+        f"{v['MiB, most in the last quarter']:,.0f} in the last quarter. Text and graph of a system are {' and '.join(of)} faster than by ASE, one "
+        f"thread each; a picture takes {pictures}, {times(drawn['ratio']['70 atoms, made']['ASE'])} faster than by ASE.\n\n{source(text, command)}"
+    )
+
+
+def loader() -> str:
+    step, rate, large = (newest(f"loader_{n}") for n in ("step", "rate", "large"))
+    s, v = step["peer"]["step"], large["value"]
+    by = ", ".join(f"{number(x)} with {case}" for case, x in rate["value"].items())
+    return (
+        f"On one core, tiny model, `joint` in bf16: {number(step['value']['step'])} tokens/s end to end, {number(s['padded, eager'])} padded with eager "
+        f"attention, {number(s['padded, sdpa'])} with SDPA. The loader makes {by}: without workers {times(rate['ratio']['0 workers']['step'])} what "
+        f"that step reads. Of 70-atom systems with their 12 Å graphs {number(v['samples per second'])} samples/s a core, "
+        f"{v['room left empty, %']:.1f} % of the room left empty.\n\n{source(step)}"
+    )
+
+
+def rl() -> str:
+    step, rollout, update, grammar = (newest(n) for n in ("grpo_step", "rollout", "head_update", "grammar"))
+    rows = [
+        [f"a GRPO step, {p}", "TRL's GRPOTrainer, its faster attention", times(best_peer(step, p)), step] for p in step["ratio"]
+    ]  # fmt: skip
+    rows += [
+        [f"sampling, {c}", "`generate`", times(best_peer(rollout, c)), rollout] for c in rollout["ratio"]
+    ]
+    rows += [
+        [f"update of the head, {c}", "update of the whole model", times(best_peer(update, c)), update]
+        for c in update["ratio"]
+    ]
+    rows += [
+        [f"sampling under the grammar, {c}", "sampling without", f"{best_peer(grammar, c):.2f}×", grammar]
+        for c in grammar["ratio"]
+    ]
+    parts = step["conditions"]["ours, in parts"]
+    share = " / ".join(f"{part['reward, % of the step']:.2g}" for part in parts.values())
+    rows.append([f"reward's share of a step, {' / '.join(parts)}", "", f"{share} %", step])
+    made = [[*row[:3], _short_source(row[3])] for row in rows]
+    return table(["tiny model, one thread", "compared with", "", "on"], made)
+
+
+def rl_scaling() -> str:
+    seconds, memory = newest("rl_scaling"), newest("rl_scaling_memory")
+    rows = [
+        [case, *(f"{number(x)} s, {number(m)} MiB" for x, m in ((seconds["peer"][case]["whole model"], memory["peer"][case]["whole model"]),
+                                                              (seconds["value"][case], memory["value"][case])))]
+        for case in seconds["value"]
+    ]  # fmt: skip
+    return table(["answers of 2 prompts", "whole model", "head"], rows) + f"\n\n{source(seconds)}"
+
+
+def rl_seeds() -> str:
+    one = newest("rl_seeds")
+    rows = []
+    for case, value in one["value"].items():
+        peer, off = one["peer"][case]["before"], one["deviation"][case]
+        rows.append([case, f"{peer:.3f} ± {off['before']:.3f}", f"{value:.3f} ± {off['after']:.3f}"])
+    step = one["conditions"]["seconds per GRPO step, grpo.steps=5, machine idle, medians"]
+    rows.insert(
+        0, ["seconds per GRPO step (16 prompts; median of 5)", f"{step['before']}", f"{step['after']}"]
+    )
+    commits = one["conditions"]["commits"]
+    head = ["", f"before (`{commits['before']}`)", f"after (`{commits['after']}`)"]
+    return table(head, rows) + f"\n\n{source(one)}"
+
+
+def server() -> str:
+    speed, latency, spent = newest("server"), newest("server_latency"), newest("server_cpu")
+    rows = []
+    for case, value in speed["value"].items():
+        peer, cpu = speed["peer"][case], spent["value"][case]
+        batch = int(case.split()[0])
+        ours = ", ".join(number(latency["value"][f"{case}, {q}"]) for q in ("p50", "p99"))
+        theirs = ", ".join(number(latency["peer"][f"{case}, {q}"]["pymatgen"]) for q in ("p50", "p99"))
+        share = 100 * (1 - spent["peer"][case]["scoring"] / cpu)
+        rows.append([case, number(value), ours, number(peer["pymatgen"]), theirs, times(speed["ratio"][case]["pymatgen"]),
+                     f"{share:.0f} %", number(peer["nothing"] / batch)])  # fmt: skip
+    head = ["", "texts/s", "p50, p99 ms", "pymatgen texts/s", "p50, p99 ms", "ratio", "HTTP + JSON, of processor time", '"nothing", requests/s']  # fmt: skip
+    return table(head, rows) + f"\n\n{source(speed)}"
+
+
+def server_soak() -> str:
+    one = newest("server_soak")
+    v = one["value"]
+    statuses = ", ".join(s.removeprefix("status ") for s in v if s.startswith("status "))
+    return (
+        f"{one['conditions']['seconds'] / 60:.0f} minutes of right, broken and wrong requests from {one['conditions']['clients']} clients: "
+        f"{v['answers']:,} answers, {v['texts']:,} texts, only the statuses meant ({statuses}); resident memory {v['MiB after a tenth']:.1f} MiB "
+        f"after a tenth, {v['MiB at half-time']:.1f} at half-time, {v['MiB at the end']:.1f} at the end, {v['MiB at most']:.1f} at most.\n\n{source(one)}"
+    )
+
+
+def plan() -> str:
+    one = newest("plan")
+    rows = [
+        [case, f"{one['value'][case]:,.0f}", f"{one['peer'][case]['measured']:,.0f}", f"{one['ratio'][case]['measured']:.3f}"]
+        for case in one["value"]
+    ]  # fmt: skip
+    return table(["MiB per rank", "planned", "measured", "ratio"], rows) + f"\n\n{source(one)}"
+
+
+# The recorded run of all stages ------------------------------------------------------------------------------------
+
+
+def _run() -> Record:
+    return dict(json.loads((record.RESULTS / "tiny_pipeline.json").read_text(encoding="utf-8")))
+
+
+def tiny_run() -> str:
+    run = _run()
+    about, minutes = run["machine"], sum(run["seconds"].values()) / 60
+    return (
+        f"`make run` on {about['cores']} cores ({about['processor']}, no GPU, {minutes:.0f} minutes of stages, evaluation and design), {about['date']}, "
+        f"commit `{about['commit']}`: a {run['parameters']['total'] / 1e6:.1f}M-parameter model from random weights on {run['data']['train']:,} "
+        f"training systems."
+    )
+
+
+def tiny_energies() -> str:
+    run = _run()
+    rows = [
+        [f"{says} (baseline)", "", "", f"{run['baselines'][name]['mae']:.3f}"]
+        for says, name in (("mean per adsorbate", "adsorbate_mean"), ("ridge on words", "text_ridge"))
+    ]
+    for stage in ("joint", "instruct", "grpo", "ga_grpo"):
+        found = run["property"][stage]
+        name = f"after `{stage}`" + (" (head refitted)" if stage == "ga_grpo" else "")
+        rows.append([name, *(f"{found[mode]['mae']:.3f}" for mode in ("both", "graph", "text"))])
+    head = f"energy, test MAE in eV (n = {run['data']['test']})"
+    return table([head, "text + graph", "only graph", "only text"], rows)
+
+
+def tiny_cifs() -> str:
+    run, rows = _run(), []
+    for stage, found in run["generation"].items():
+        shares = [f"{100 * found[k]:.1f} %" for k in ("PF", "CM", "PV")]
+        rows.append([f"after `{stage}`", f"{found['reward']:.2f} ± {found['reward_se']:.2f}", *shares])
+    head = f"sampled CIFs (n = {found['n']})"
+    return table([head, "reward", "does not parse", "wrong composition", "atoms too close"], rows)
+
+
+def tiny_designs() -> str:
+    design, rows = _run()["design"], []
+    for judge, says in (("own", "by the own predictor"), ("sevennet", "by SevenNet-0")):
+        found = design[judge]
+        low, high = (100 * x for x in design["success_ci"])
+        success = f"{100 * found['success']:.1f} %" + (
+            f" ({low:.0f} to {high:.0f} %)" if judge == "sevennet" else ""
+        )
+        others = [f"{100 * found[k]:.1f} %" for k in ("shuffled", "shuffled_same_adsorbate", "retrieval")]
+        rows.append([says, success, *others])
+    head = f"designs within {design['tolerance']} eV (n = {design['n']})"
+    return table(
+        [head, "success", "shuffled targets", "shuffled, same adsorbate", "random training system"], rows
+    )
+
+
+FIGURES: dict[str, Callable[[], str]] = {
+    made.__name__: made
+    for made in (peers, reward_sentence, reward, encoder_speed, encoder_kept, encoder_counts, data, loader, rl, rl_scaling,
+                 rl_seeds, server, server_soak, plan, tiny_run, tiny_energies, tiny_cifs, tiny_designs)
+}  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())
