@@ -39,7 +39,7 @@ from catmllm.train.metrics import wandb_module
 from catmllm.train.stop import EXIT_SAVED, Stopped, TrainingError, stop_at_once
 from catmllm.world import DTYPES, World, start
 
-MENDABLE = ("tensorboard", "wandb", "profile", "threads", "keep_checkpoints", "replicate")
+MENDABLE = ("name", "tensorboard", "wandb", "profile", "threads", "keep_checkpoints", "replicate")
 BASELINE_SYSTEMS = 4000  # of a part, evenly spaced: the ridge's matrix is dense
 GENERATES = ("instruct", "grpo", "ga_grpo")  # stages after which sampled CIFs are worth measuring
 

@@ -1,8 +1,11 @@
 """Train CatalyticMLLM.
 
     torchrun --nproc-per-node 2 catmllm/train.py                      the tiny pipeline: all stages, measured
-    torchrun --nproc-per-node 8 catmllm/train.py CONFIG.yaml key=value ...
-    python catmllm/train.py --help                                    every key with its default
+    torchrun --nproc-per-node 8 catmllm/train.py a100x8/7b.yaml a100x8/grpo.yaml key=value ...
+                                                                      files from left to right, then single keys
+    python catmllm/train.py --help                                    the sections of a configuration
+    python catmllm/train.py --help joint                              a section: every key with default, bounds, unit
+    python catmllm/train.py --help all
 
 The same command again resumes a run that was stopped: finished stages are kept, an unfinished one goes on from its
 newest checkpoint.
@@ -18,30 +21,34 @@ import sys
 _HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:] = [p for p in sys.path if os.path.abspath(p or os.getcwd()) != _HERE]
 
-from catmllm.config import Config, ConfigError, load_config, to_dict  # noqa: E402
+from catmllm.config import ConfigError, from_arguments  # noqa: E402
 
 
 def main(arguments: list[str]) -> int:
     """Run the pipeline of the arguments; returns the exit status."""
-    if any(a in ("-h", "--help") for a in arguments):
-        import yaml
-
-        print(__doc__)
-        print("Keys and defaults:\n")
-        print(yaml.safe_dump(to_dict(Config()), sort_keys=False))
-        return 0
-    files = [a for a in arguments if "=" not in a]
-    if len(files) > 1:
-        print(f"error: one configuration file at most, got {' '.join(files)}", file=sys.stderr)
-        return 2
     try:
-        config = load_config(files[0] if files else None, [a for a in arguments if "=" in a])
+        if any(a in ("-h", "--help") for a in arguments):
+            return show([a for a in arguments if a not in ("-h", "--help")])
+        config = from_arguments(arguments)
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
         return 2
     from catmllm.pipeline import run
 
     return run(config)
+
+
+def show(names: list[str]) -> int:
+    """Print the help of sections or keys, of none: the overview."""
+    from catmllm.config.help import describe, overview
+
+    parts = [describe(name) for name in names] or [__doc__ or "", overview()]
+    try:
+        print("\n\n".join(p.strip("\n") for p in parts), flush=True)
+    except BrokenPipeError:  # of a reader that has seen enough, `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
 
 
 if __name__ == "__main__":

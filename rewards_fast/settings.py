@@ -1,16 +1,17 @@
 """Everything that changes a reward as one flat set of keys: what a YAML file, a query string or a framework's options give.
 
 The training configurations inherit these keys (`grpo.reward`, `ga_grpo.reward`), so a section of theirs is a file for
-`rewards-fast serve` and the other way round.
+`rewards-fast serve` and the other way round. Help, unit and bounds of a key stand beside it.
 """
 
 from __future__ import annotations
 
 import difflib
+import math
 import re
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar, overload
@@ -25,42 +26,51 @@ LARGEST_WEIGHT = 1e6  # a reward stays a finite number
 LARGEST_THRESHOLD = 1e12
 
 
+def key(default: Any, description: str, *, unit: str = "", **bounds: float) -> Any:
+    """A dataclass field with its help, unit and bounds (`gt`, `ge`, `lt`, `le`) as metadata, named as pydantic names them."""
+    return field(default=default, metadata={"description": description, "unit": unit, **bounds})
+
+
+def _weight(default: float, description: str) -> Any:
+    return key(default, description, ge=0.0, le=LARGEST_WEIGHT)
+
+
+def _threshold(default: float, description: str, unit: str = "") -> Any:
+    return key(default, description, unit=unit, ge=-LARGEST_THRESHOLD, le=LARGEST_THRESHOLD)
+
+
 @dataclass
 class RewardSettings:
     """Weights (Eq. 13), thresholds (Eqs. 25-44) and how texts are read; the defaults are those of `PVCP`."""
 
-    comp: float = Weights.comp
-    parse: float = Weights.parse
-    valid: float = Weights.valid
-    phys: float = Weights.phys
-    close: float = Thresholds.close  # Å; nearer than this is an overlap
-    near: float = Thresholds.near  # Å; nearer than this is penalised
-    volume_min: float = Thresholds.volume_min  # Å³
-    volume_max: float = Thresholds.volume_max
-    max_sites: int = Thresholds.max_sites
-    coord_min: float = Thresholds.coord_min  # fractional, as written in the text
-    coord_max: float = Thresholds.coord_max
-    density_min: float = Thresholds.density_min  # g/cm³
-    density_max: float = Thresholds.density_max
-    volume_per_atom_min: float = Thresholds.volume_per_atom_min  # Å³
-    volume_per_atom_max: float = Thresholds.volume_per_atom_max
-    extract: bool = True  # find the CIF inside the answer first
-    threads: int | None = None  # at most this many; None: all cores
+    comp: float = _weight(Weights.comp, "weight of the composition term")
+    parse: float = _weight(Weights.parse, "weight of the term for a text that parses")
+    valid: float = _weight(Weights.valid, "weight of the term for a complete file")
+    phys: float = _weight(Weights.phys, "weight of the term for a physical structure")
+    close: float = _threshold(Thresholds.close, "two atoms nearer than this overlap", "Å")
+    near: float = _threshold(Thresholds.near, "two atoms nearer than this are penalised", "Å")
+    volume_min: float = _threshold(Thresholds.volume_min, "least volume of the cell", "Å³")
+    volume_max: float = _threshold(Thresholds.volume_max, "largest volume of the cell", "Å³")
+    max_sites: int = _threshold(Thresholds.max_sites, "most atoms in the cell")
+    coord_min: float = _threshold(Thresholds.coord_min, "least fractional coordinate, as written in the text")
+    coord_max: float = _threshold(Thresholds.coord_max, "largest fractional coordinate, as written")
+    density_min: float = _threshold(Thresholds.density_min, "least density", "g/cm³")
+    density_max: float = _threshold(Thresholds.density_max, "largest density", "g/cm³")
+    volume_per_atom_min: float = _threshold(Thresholds.volume_per_atom_min, "least volume per atom", "Å³")
+    volume_per_atom_max: float = _threshold(Thresholds.volume_per_atom_max, "largest volume per atom", "Å³")
+    extract: bool = key(True, "find the CIF inside the answer first")
+    threads: int | None = key(None, "at most this many threads; null: all cores", ge=1)
 
     def check(self, source: str = "reward settings") -> None:
         """Raises ValueError where a value is out of range, naming the key."""
-        for name in WEIGHTS:
-            if not 0 <= getattr(self, name) <= LARGEST_WEIGHT:
-                raise ValueError(
-                    f"{source}: `{name}` must be from 0 to {LARGEST_WEIGHT:g}, got {getattr(self, name)!r}"
-                )
-        for name in THRESHOLDS:
-            if not abs(getattr(self, name)) <= LARGEST_THRESHOLD:
-                raise ValueError(
-                    f"{source}: `{name}` must be finite and at most {LARGEST_THRESHOLD:g}, got {getattr(self, name)!r}"
-                )
-        if self.threads is not None and self.threads < 1:
-            raise ValueError(f"{source}: `threads` must be at least 1, got {self.threads}")
+        for f in fields(self):
+            value, low, high = getattr(self, f.name), f.metadata.get("ge"), f.metadata.get("le")
+            if value is None or low is None or low <= value <= (math.inf if high is None else high):
+                continue
+            allowed = f"at least {low:g}"
+            if high is not None:
+                allowed = f"finite and at most {high:g}" if low == -high else f"from {low:g} to {high:g}"
+            raise ValueError(f"{source}: `{f.name}` must be {allowed}, got {value!r}")
 
     def scorer(self) -> PVCP:
         """The reward with these settings; the same object for the same settings."""

@@ -1,12 +1,16 @@
-"""Every shipped configuration is valid under the schema."""
+"""Every shipped configuration is valid under the schema, alone and in the combinations that it is made for."""
 
+import itertools
 from pathlib import Path
 
 import pytest
 
 from catmllm.config import STAGES, ConfigError, load_config
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+A100 = ROOT / "configs" / "a100x8"
+SIZES = ("3b", "7b")
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
@@ -15,11 +19,36 @@ def test_configuration_loads(path: Path) -> None:
     assert set(config.stages) <= set(STAGES) and config.stages
 
 
+def test_there_are_a_base_per_size_and_a_file_per_stage() -> None:
+    assert {p.stem for p in A100.iterdir()} == {*SIZES, *STAGES}
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_each_stage_starts_from_the_one_before(size: str) -> None:
+    """`init` names the folder that the stage before writes: <its out>/<its name>."""
+    runs = [load_config([f"a100x8/{size}.yaml", f"a100x8/{stage}.yaml"]) for stage in STAGES]
+    assert [run.stages for run in runs] == [(stage,) for stage in STAGES]
+    assert runs[0].init is None
+    for before, run in itertools.pairwise(runs):
+        assert run.init == f"{before.out}/{before.stages[0]}"
+        assert (run.model, run.data) == (before.model, before.data)
+    assert len({run.out for run in runs}) == len(STAGES)
+
+
+def test_the_sizes_are_the_papers() -> None:
+    three, seven = (load_config(f"a100x8/{size}.yaml").model for size in SIZES)
+    assert (three.llm.pretrained, three.encoder.preset) == ("Qwen/Qwen2.5-VL-3B-Instruct", "31M")
+    assert (seven.llm.pretrained, seven.encoder.preset) == ("Qwen/Qwen2.5-VL-7B-Instruct", "153M")
+
+
+def test_encoder_files_are_called_what_their_address_calls_them() -> None:
+    page = (ROOT / "docs" / "exporting.md").read_text(encoding="utf-8")
+    for size in SIZES:
+        name = Path(str(load_config(f"a100x8/{size}.yaml").model.encoder.checkpoint)).name
+        assert f"/{name}" in page, name
+
+
 def test_a_preset_asks_for_its_own_graph() -> None:
     with pytest.raises(ConfigError, match=r"data\.cutoff: 12"):
         load_config(None, ["model.encoder.preset=31M"])
     load_config(None, ["model.encoder.preset=31M", "data.cutoff=12", "data.max_neighbours=20"])
-
-
-def test_there_are_configurations() -> None:
-    assert CONFIGS

@@ -115,8 +115,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Traces one training step of each stage on fake tensors as rank 0 of RANKS: GiB a rank by what they "
         "are, FLOPs, bytes sent, and the largest micro-batch that fits. Status 1 where a stage does not fit.",
     )
-    plan.add_argument("config", metavar="CONFIG.yaml")
-    plan.add_argument("override", nargs="*", metavar="key=value", help="as in training")
+    plan.add_argument("config", nargs="+", metavar="FILE.yaml|key=value", help="as in training")
     plan.add_argument("--ranks", type=int, default=8, help="GPUs (default: 8)")
     plan.add_argument("--stage", action="append", help="only this stage; may be repeated")
     plan.add_argument(
@@ -216,10 +215,10 @@ def _oc20_options(kinds: Any) -> None:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from catmllm.config import STAGES, ConfigError, load_config
+    from catmllm.config import STAGES, ConfigError, from_arguments
     from catmllm.plan.trace import main as plan
 
-    config = load_config(args.config, args.override)
+    config = from_arguments(args.config)
     stages = args.stage or list(config.stages)
     for stage in stages:
         if stage not in STAGES:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from catmllm.config import PRESET_CUTOFF, PRESETS, EncoderSizes, Preset, section
 from catmllm.models.fairchem_checkpoint import load_fairchem_checkpoint
 from catmllm.models.so3 import SphereTables
 from catmllm.models.spherical_layers import (
@@ -35,21 +36,10 @@ from catmllm_kernels.so3_pool_project import so3_pool
 __all__ = ["EquiformerV2", "EquiformerV2Config", "load_fairchem_checkpoint"]
 
 
-@dataclass(frozen=True)
-class EquiformerV2Config:
+@section
+class EquiformerV2Config(EncoderSizes):
     """Sizes and choices, named as in fairchem's configs. `EquiformerV2Config.preset("31M")` gives the OC20 ones."""
 
-    num_layers: int = 2
-    lmax: int = 2
-    mmax: int = 2
-    sphere_channels: int = 32
-    attn_hidden_channels: int = 32
-    num_heads: int = 4
-    attn_alpha_channels: int = 16
-    attn_value_channels: int = 8
-    ffn_hidden_channels: int = 64
-    edge_channels: int = 32
-    num_distance_basis: int = 64  # fairchem's own key of this name is ignored there: it always has 600
     max_radius: float = 6.0  # Å, the end of the distance basis; the graph is made elsewhere
     max_num_elements: int = 90
     norm_type: Literal["layer_norm_sh", "rms_norm_sh"] = "layer_norm_sh"
@@ -65,18 +55,13 @@ class EquiformerV2Config:
     force_head: bool = False
     activation_checkpoint: bool = False
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.mmax <= self.lmax or self.lmax < 1:
-            raise ValueError(f"need lmax >= 1 and 0 <= mmax <= lmax, not lmax {self.lmax}, mmax {self.mmax}")
-        if self.norm_type not in NORMS:
-            raise ValueError(f"unknown norm_type {self.norm_type!r}; choose one of {', '.join(NORMS)}")
-
     @staticmethod
-    def preset(name: str, **changes: object) -> EquiformerV2Config:
-        """The configuration of a published OC20 checkpoint (`31M`, `153M`) with some fields changed."""
+    def preset(name: Preset, **changes: Any) -> EquiformerV2Config:
+        """The configuration of a published OC20 checkpoint with some fields changed."""
         if name not in PRESETS:
             raise ValueError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
-        return replace(PRESETS[name], **changes)  # type: ignore[arg-type]
+        sizes = asdict(PRESETS[name]) | {"max_radius": PRESET_CUTOFF, "grid_resolution": 18}
+        return EquiformerV2Config(**sizes | changes)
 
 
 @dataclass(frozen=True)
@@ -464,21 +449,3 @@ class EquiformerV2(nn.Module):
         return torch.exp(
             exponent.to(dtype).clamp_min(-80)
         )  # below, float32 is subnormal: 5 times slower on a CPU
-
-
-_OC20 = EquiformerV2Config(
-    num_layers=8,
-    lmax=4,
-    mmax=2,
-    sphere_channels=128,
-    attn_hidden_channels=64,
-    num_heads=8,
-    attn_alpha_channels=64,
-    attn_value_channels=16,
-    ffn_hidden_channels=128,
-    edge_channels=128,
-    num_distance_basis=600,
-    max_radius=12.0,
-    grid_resolution=18,
-)
-PRESETS = {"31M": _OC20, "153M": replace(_OC20, num_layers=20, lmax=6, mmax=3)}

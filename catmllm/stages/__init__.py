@@ -9,10 +9,4 @@ from catmllm.stages.instruct import Instruct
 from catmllm.stages.joint import Joint
 from catmllm.train.loop import Context, Stage
 
-STAGES: dict[str, Callable[[Context], Stage]] = {
-    "align": Align,
-    "joint": Joint,
-    "instruct": Instruct,
-    "grpo": GRPO,
-    "ga_grpo": GAGRPO,
-}
+STAGES: dict[str, Callable[[Context], Stage]] = {s.name: s for s in (Align, Joint, Instruct, GRPO, GAGRPO)}

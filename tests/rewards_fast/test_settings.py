@@ -110,6 +110,6 @@ def test_a_section_of_a_training_configuration_is_such_a_file(tmp_path: Path) ->
 
 
 def test_the_training_configuration_checks_the_same_ranges() -> None:
-    with pytest.raises(ConfigError, match=r"`grpo\.reward`.*comp"):
+    with pytest.raises(ConfigError, match=r"`grpo\.reward\.comp` must be"):
         load_config(None, ["grpo.reward.comp=-1"])
     assert load_config(None, ["ga_grpo.reward.max_sites=10"]).ga_grpo.reward.max_sites == 10

@@ -1,0 +1,470 @@
+"""Every key of a configuration: type, default, help, unit and bounds in one line, a class per section.
+
+The defaults are the tiny pipeline that `torchrun catmllm/train.py` runs without arguments. Rules over several keys are
+methods of the lowest section that has all of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import field
+from typing import Any, Literal, get_args
+
+from pydantic import model_validator
+
+from catmllm.config.section import section
+from rewards_fast.settings import RewardSettings, key
+
+Stage = Literal["align", "joint", "instruct", "grpo", "ga_grpo"]
+STAGES: tuple[str, ...] = get_args(Stage)
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+@section
+class DataConfig:
+    """Where systems come from and how they are cut into a graph and into text."""
+
+    path: str | None = key(
+        None,
+        "folder made by `catmllm data oc20`, or JSONL(.gz) of adsorption systems; null: the slabs shipped with the "
+        "package",
+    )
+    split_seed: int = key(0, "seed of the split into training, validation and test systems", ge=0)
+    decimals: int = key(3, "digits after the point of every number in a CIF", ge=1)
+    cutoff: float = key(6.0, "atoms nearer than this are neighbours in the graph", unit="Å", gt=0)
+    max_neighbours: int = key(12, "nearest neighbours of an atom that become edges", gt=0)
+    phrasings: Literal["paper", "varied"] = key(
+        "paper", "how joint and instruct ask: in the paper's words, or also in those of data/phrasings.json"
+    )
+    augment: bool = key(True, "supervised stages see a system through a random symmetry of its slab's sites")
+    images: bool = key(
+        False, "property prompts that show a structure show a picture of it too; needs model.llm.pretrained"
+    )
+    strict_neighbours: bool = key(
+        False, "exactly max_neighbours edges an atom, as the OC20 checkpoints were trained"
+    )
+    packed: bool = key(True, "samples end to end; false: each padded to the longest of its batch")
+    workers: int = key(0, "processes per rank that make batches ahead; 0: made between the steps", ge=0)
+
+
+@section
+class LLMConfig:
+    """Qwen2.5-VL: pretrained weights, or random ones of the size given here."""
+
+    pretrained: str | None = key(
+        None, "folder or hub id of a Qwen2.5-VL, whose sizes then hold; null: random weights"
+    )
+    hidden_size: int = key(192, "width of the residual stream; a multiple of num_attention_heads", gt=0)
+    num_hidden_layers: int = key(4, "blocks", gt=0)
+    num_attention_heads: int = key(6, "query heads", gt=0)
+    num_key_value_heads: int = key(2, "key and value heads; divides num_attention_heads", gt=0)
+    intermediate_size: int = key(512, "width of the MLP", gt=0)
+    max_position_embeddings: int = key(2048, "longest sequence", unit="tokens", gt=0)
+    attention: Literal["varlen", "eager", "sdpa", "flash_attention_2"] = key(
+        "varlen",
+        "varlen: ours, inside each sample only; torch's FlashAttention on CUDA. The others are those of transformers",
+    )
+    train_images: bool = key(
+        False, "the image tower trains in joint and instruct; false: it keeps its weights"
+    )
+
+    @model_validator(mode="after")
+    def _heads_share_the_width(self) -> LLMConfig:
+        for size, heads in (
+            ("hidden_size", "num_attention_heads"),
+            ("num_attention_heads", "num_key_value_heads"),
+        ):
+            if getattr(self, size) % getattr(self, heads):
+                raise ValueError(
+                    f"`.{size}` must be a multiple of `.{heads}`, got {getattr(self, size)} and {getattr(self, heads)}"
+                )
+        return self
+
+
+@section
+class EncoderSizes:
+    """The sizes of an EquiformerV2, named as in fairchem's configurations."""
+
+    num_layers: int = key(2, "blocks", gt=0)
+    lmax: int = key(2, "largest degree of the spherical channels", ge=1)
+    mmax: int = key(2, "largest order of the products along an edge; at most lmax", ge=0)
+    sphere_channels: int = key(32, "channels of every degree and order of an atom", gt=0)
+    attn_hidden_channels: int = key(32, "channels of a message", gt=0)
+    num_heads: int = key(4, "attention heads", gt=0)
+    attn_alpha_channels: int = key(16, "channels per head of the attention's weights", gt=0)
+    attn_value_channels: int = key(8, "channels per head of the attention's values", gt=0)
+    ffn_hidden_channels: int = key(64, "channels inside the feed-forward network", gt=0)
+    edge_channels: int = key(32, "channels of an edge's two elements and its radial function", gt=0)
+    num_distance_basis: int = key(64, "Gaussians of the distance basis (fairchem always has 600)", gt=0)
+
+    @model_validator(mode="after")
+    def _order_within_degree(self) -> EncoderSizes:
+        if self.mmax > self.lmax:
+            raise ValueError(f"`.mmax` must be at most `.lmax` ({self.lmax}), got {self.mmax}")
+        return self
+
+
+# The two published for OC20 (All+MD), by their parameters; both read graphs of these neighbours.
+_OC20: dict[str, Any] = {
+    "num_layers": 8,
+    "lmax": 4,
+    "mmax": 2,
+    "sphere_channels": 128,
+    "attn_hidden_channels": 64,
+    "num_heads": 8,
+    "attn_alpha_channels": 64,
+    "attn_value_channels": 16,
+    "ffn_hidden_channels": 128,
+    "edge_channels": 128,
+    "num_distance_basis": 600,
+}
+Preset = Literal["31M", "153M"]
+PRESETS: dict[Preset, EncoderSizes] = {
+    "31M": EncoderSizes(**_OC20),
+    "153M": EncoderSizes(**_OC20 | {"num_layers": 20, "lmax": 6, "mmax": 3}),
+}
+PRESET_CUTOFF, PRESET_NEIGHBOURS = 12.0, 20  # Å
+
+
+@section
+class EncoderConfig(EncoderSizes):
+    """EquiformerV2: a published size by `preset`, or the sizes given here; with weights from a file, or random ones."""
+
+    checkpoint: str | None = key(None, "file of fairchem 1.x with the weights; null: random weights")
+    preset: Preset | None = key(
+        None, "a published model, which fixes every size; it reads data.cutoff 12 and data.max_neighbours 20"
+    )
+
+
+@section
+class LoRAConfig:
+    """Low-rank adapters (peft) on the seven linear maps of every LLM block; merged into the weights on export."""
+
+    r: int = key(0, "rank; 0: the LLM's own weights train", ge=0)
+    alpha: float = key(16.0, "an adapter's output is multiplied by alpha / r", gt=0)
+    dropout: float = key(0.05, "share of an adapter's inputs that are dropped", ge=0, le=1)
+
+
+@section
+class ModelConfig:
+    """The three parts of the model."""
+
+    llm: LLMConfig = field(default_factory=LLMConfig)
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    projector: Literal["max", "invariant", "atoms"] = key(
+        "max",
+        "from encoder to LLM: one token per system, the largest of each channel (max: the paper's) or of rotation "
+        "invariants, or a token per atom",
+    )
+
+
+@section
+class OptimConfig:
+    """What every stage shares: AdamW, a linear warm-up and then a cosine schedule, clipping, checkpoints."""
+
+    steps: int = key(100, "optimizer steps", gt=0)
+    batch_size: int = key(16, "samples (in the RL stages: prompts or tasks) per rank and step", gt=0)
+    lr: float = key(1e-3, "largest learning rate", gt=0)
+    encoder_lr: float | None = key(None, "that of encoder and projector; null: lr", gt=0)
+    min_lr_ratio: float = key(0.05, "share of the learning rate that is left at the last step", ge=0, le=1)
+    warmup: int = key(10, "steps in which the learning rate rises to its largest", ge=0)
+    weight_decay: float = key(0.01, "of AdamW", ge=0)
+    betas: tuple[float, float] = key((0.9, 0.98), "of AdamW, each from 0 to below 1")
+    grad_clip: float = key(1.0, "largest norm of the gradient", gt=0)
+    checkpoint_every: int = key(100, "steps between checkpoints", gt=0)
+    log_every: int = key(10, "steps between lines of the log", gt=0)
+    reshard: Literal["trained", "all", "none"] = key(
+        "trained",
+        "which gathered weights are freed after a forward pass: those of the trained parts (frozen ones never change "
+        "and stay whole), all (least memory), none (a gather less per step, ZeRO-2)",
+    )
+    sync_every_pass: bool = key(
+        False,
+        "reduce gradients after every pass of a step: more is sent, but none wait unsharded (4 bytes per parameter "
+        "and rank)",
+    )
+
+    @model_validator(mode="after")
+    def _betas_below_one(self) -> OptimConfig:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"`.betas` must be from 0 to below 1, got {list(self.betas)}")
+        return self
+
+
+@section
+class SupervisedConfig(OptimConfig):
+    """What the supervised stages share: passes per step, validation, and when a run is stopped."""
+
+    accumulate: int = key(
+        1,
+        "passes per step and rank; they share its batch_size, or are packs of batch_tokens each",
+        gt=0,
+    )
+    batch_tokens: int | None = key(
+        None,
+        "most tokens of a pass, which samples are packed to; null: a pass has batch_size",
+        unit="tokens",
+        gt=0,
+    )
+    validate_every: int = key(
+        0, "steps between validations; the best weights seen are the stage's result; 0: never", ge=0
+    )
+    validate_systems: int = key(1024, "systems of the validation split, over all ranks", gt=0)
+    patience: int = key(0, "stop after so many validations without a better one; 0: never", ge=0)
+    spike: float = key(
+        20.0, "stop where the loss is so many median deviations above its recent median; 0: never", ge=0
+    )
+
+
+@section
+class AlignConfig(SupervisedConfig):
+    """Stage 1a: symmetric InfoNCE between graph token and frozen text encoding."""
+
+    steps: int = 60
+    batch_size: int = 32
+    lr: float = 2e-3
+    temperature: float = key(0.07, "what similarities are divided by", gt=0)
+
+    @model_validator(mode="after")
+    def _one_pass_of_equal_size(self) -> AlignConfig:
+        if self.accumulate != 1:
+            raise ValueError(
+                "`.accumulate` must be 1: the negatives of a sample are those of its pass; raise `.batch_size`"
+            )
+        if self.batch_tokens is not None:
+            raise ValueError(
+                "`.batch_tokens` must be null: every rank needs equally many samples in a pass; set `.batch_size`"
+            )
+        return self
+
+
+@section
+class JointConfig(SupervisedConfig):
+    """Stage 1b: everything trains; MMTG of energy MAE and answer cross-entropy, per sample."""
+
+    steps: int = 600
+    lr: float = 2e-3
+    warmup: int = 30
+    mmtg_lambda: float = key(1.0, "λ of MMTG's tanh", ge=0)
+    mmtg_sign: Literal["+", "-"] = key("+", "sign of that tanh: Appendix A.4 has +, Eq. 56 prints -")
+    property_share: float = key(
+        0.7, "share of property samples in a batch; the rest are CIF and design samples", ge=0, le=1
+    )
+    drop_text: float = key(0.1, "share of property prompts with the graph only", ge=0, le=1)
+    drop_graph: float = key(0.1, "share of property prompts with the text only", ge=0, le=1)
+    position_noise: float = key(0.05, "Gaussian noise on the graph's atoms", unit="Å", ge=0)
+    exemplar_noise: float = key(
+        0.05, "Gaussian noise where a design prompt shows the sample's own structure", unit="Å", ge=0
+    )
+
+
+@section
+class InstructConfig(SupervisedConfig):
+    """Stage 1c: the LLM only, on all three tasks, with modalities dropped at random."""
+
+    steps: int = 400
+    lr: float = 2e-3
+    warmup: int = 30
+    property_share: float = key(0.25, "share of property samples in a batch", ge=0, le=1)
+    design_share: float = key(
+        0.45, "share of design samples in a batch; the rest are CIF samples", ge=0, le=1
+    )
+    drop_text: float = key(0.2, "share of property prompts with the graph only", ge=0, le=1)
+    drop_graph: float = key(0.2, "share of property prompts with the text only", ge=0, le=1)
+    exemplar_noise: float = key(
+        0.05, "Gaussian noise where a design prompt shows the sample's own structure", unit="Å", ge=0
+    )
+
+
+@section
+class SamplingConfig:
+    """How answers are sampled."""
+
+    temperature: float = key(1.0, "what logits are divided by", gt=0)
+    top_p: float = key(0.95, "answers are drawn from the most likely tokens of this probability", ge=0, le=1)
+    max_new_tokens: int = key(256, "longest answer", unit="tokens", gt=0)
+    grammar: bool = key(False, "CIF answers keep to the file's form and to the wanted counts of elements")
+    stop: tuple[str, ...] = key((), "texts that end an answer once it holds one of them")
+
+
+@section
+class RewardConfig(RewardSettings):
+    """PVCP weights and thresholds, every key of `rewards_fast.RewardSettings`. Eq. 41's upper distance (1.0 Å) punishes
+    every O-H bond, so `near` is 0.7 Å here."""
+
+    near: float = 0.7
+    threads: int | None = 1
+
+
+KL = Literal["k1", "k2", "k3"]
+KL_HELP = "estimator of the KL term: k1 log-ratio (the paper's), k2 half its square, k3 exp(-d) - 1 + d"
+
+
+@section
+class GRPOConfig(OptimConfig):
+    """Stage 2: GRPO on the PVCP reward."""
+
+    steps: int = 70
+    batch_size: int = 12
+    lr: float = 1.5e-4
+    warmup: int = 8
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.0
+    checkpoint_every: int = 20
+    log_every: int = 1
+    group_size: int = key(8, "answers per prompt (the paper's K)", gt=0)
+    beta: float = key(0.02, "weight of the KL term", ge=0)
+    kl: KL = key("k3", KL_HELP)
+    delta: float = key(1e-4, "added to a group's standard deviation of rewards", ge=0)
+    updates_per_rollout: int = key(1, "steps that go over the same answers; divides checkpoint_every", gt=0)
+    clip: float = key(0.2, "clip of the probability ratio; acts only with several updates per rollout", ge=0)
+    normalise: Literal["sample", "token"] = key(
+        "sample", "what counts alike in the loss: every answer, or every token"
+    )
+    property_share: float = key(0.1, "property samples replayed with the rollouts, per answer", ge=0, le=1)
+    micro_batch: int = key(32, "answers of a forward pass", gt=0)
+    reward_function: str | None = key(
+        None, "file.py:function of your own, f(texts, targets) -> rewards; null: PVCP"
+    )
+    reward_timeout: float = key(60.0, "an answer whose reward takes longer has none", unit="s", gt=0)
+    vllm: str | None = key(
+        None, "Python of an environment with vLLM, which then samples; null: our own decoding"
+    )
+    vllm_memory: float = key(
+        0.3, "share of a GPU's memory (without one: of the host's) for vLLM's weights and caches", ge=0, le=1
+    )
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+
+    @model_validator(mode="after")
+    def _checkpoints_between_rollouts(self) -> GRPOConfig:
+        if self.checkpoint_every % self.updates_per_rollout:
+            raise ValueError("`.checkpoint_every` must be a multiple of `.updates_per_rollout`")
+        return self
+
+    @model_validator(mode="after")
+    def _vllm_samples_freely(self) -> GRPOConfig:
+        if self.vllm is not None and (self.sampling.grammar or self.sampling.stop):
+            raise ValueError(
+                "`.sampling.grammar` and `.sampling.stop` need our own decoding; leave `.vllm` empty"
+            )
+        return self
+
+
+@section
+class GAGRPOConfig(OptimConfig):
+    """Stage 3: GA-GRPO, the closed loop of design and refinement; only the LM head trains. `steps` follows from `tasks`,
+    `batch_size` and `iterations`."""
+
+    lr: float = 2e-4
+    warmup: int = 2
+    weight_decay: float = 0.0
+    checkpoint_every: int = 5
+    log_every: int = 1
+    tasks: int = key(64, "design tasks over all ranks, batch_size of them at a time on each", gt=0)
+    initial: int = key(16, "first candidates of a task, from text only (the paper's N0)", gt=0)
+    pool: int = key(6, "exemplars kept per task (the paper's K)", gt=0)
+    iterations: int = key(10, "refinements of a task (the paper's T)", gt=0)
+    group_size: int = key(8, "candidates per refinement (the paper's G)", gt=0)
+    beta: float = key(0.05, "weight of the KL term", ge=0)
+    kl: KL = key("k3", KL_HELP)
+    delta: float = key(1e-4, "added to a group's standard deviation of rewards", ge=0)
+    energy_weight: float = key(0.7, "weight of the energy term of the reward", ge=0)
+    pvcp_weight: float = key(0.3, "weight of PVCP in the reward", ge=0)
+    energy_lambda: float = key(1.0, "λ of exp(-λ |E - E*|), which is the energy term", unit="1/eV", ge=0)
+    pvcp_scale: Literal["unit", "raw"] = key("unit", "PVCP scaled from [-15, 10] to [0, 1], or as printed")
+    micro_batch: int = key(64, "answers of a pass through the LM head", gt=0)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+
+
+@section
+class EvaluateSamplingConfig(SamplingConfig):
+    """How the answers that failures are counted in are sampled: the paper's own setting."""
+
+    temperature: float = 0.7
+    top_p: float = 0.9
+
+
+@section
+class EvaluateConfig:
+    """What is measured after the stages, on systems that no stage trained on."""
+
+    generation_samples: int = key(512, "answers sampled per stage to count failures in", ge=0)
+    design_tasks: int = key(48, "design tasks after the closed loop", ge=0)
+    judge: Literal["sevennet", "none"] = key("sevennet", "MLIP that relaxes the designs, or none")
+    tolerance: float = key(0.25, "a design this near to the wanted energy is a success", unit="eV", gt=0)
+    sampling: EvaluateSamplingConfig = field(default_factory=EvaluateSamplingConfig)
+
+
+@section
+class Config:
+    """A whole run: which stages, from what weights, on what data."""
+
+    name: str = key("tiny", "what `{name}` in out and init stands for")
+    out: str = key("runs/tiny", "folder of the run: record, report and a folder per stage")
+    seed: int = key(0, "seed of every random draw", ge=0)
+    init: str | None = key(
+        None, "exported model folder to start from; null: pretrained parts and random weights"
+    )
+    precision: Precision = key("bf16", "of the LLM; master weights and optimizer states are float32")
+    encoder_precision: Precision = key("fp32", "of the encoder, likewise")
+    replicate: int = key(1, "copies of the sharded model (HSDP); on several nodes: their number", gt=0)
+    keep_checkpoints: int = key(
+        2, "checkpoints kept of a running stage, besides the one with the best validation", gt=0
+    )
+    checkpointing: Literal["none", "selective", "full"] = key(
+        "none",
+        "what a block keeps for its backward pass: everything, matrix products and attention, or its input only",
+    )
+    compile: bool = key(False, "each block of LLM and encoder by torch.compile")
+    cpu_offload: bool = key(
+        False, "a rank's shards of weights, gradients and optimizer states live in the host's memory"
+    )
+    optimizer: Literal["torch", "apex"] = key(
+        "torch", "AdamW in one kernel: torch's own, or apex's FusedAdam (on GPUs, where apex is installed)"
+    )
+    tensorboard: bool = key(True, "write every number to <out>/tensorboard too")
+    wandb: str | None = key(None, "project on Weights & Biases; null: off")
+    profile: bool = key(
+        False, "of each stage's first steps: a Chrome trace and a table by phase in <stage>/profile"
+    )
+    threads: int = key(1, "threads of torch per rank on a CPU", gt=0)
+    stages: tuple[Stage, ...] = key(STAGES, "what is trained, in this order")
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    align: AlignConfig = field(default_factory=AlignConfig)
+    joint: JointConfig = field(default_factory=JointConfig)
+    instruct: InstructConfig = field(default_factory=InstructConfig)
+    grpo: GRPOConfig = field(default_factory=GRPOConfig)
+    ga_grpo: GAGRPOConfig = field(default_factory=GAGRPOConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+    @model_validator(mode="after")
+    def _pictures_have_a_tower(self) -> Config:
+        if self.data.images and self.model.llm.pretrained is None:
+            raise ValueError(
+                "`data.images` needs the image tower of a pretrained Qwen2.5-VL (`model.llm.pretrained`): the LLM of "
+                "random weights has none"
+            )
+        if self.model.llm.train_images and not self.data.images:
+            raise ValueError("`model.llm.train_images` trains nothing without `data.images`")
+        return self
+
+    @model_validator(mode="after")
+    def _presets_see_their_graph(self) -> Config:
+        preset, seen = self.model.encoder.preset, (self.data.cutoff, self.data.max_neighbours)
+        if preset and seen != (PRESET_CUTOFF, PRESET_NEIGHBOURS):
+            raise ValueError(
+                f"`model.encoder.preset` {preset} reads graphs of {PRESET_CUTOFF:g} Å and {PRESET_NEIGHBOURS} neighbours; "
+                f"set `data.cutoff: {PRESET_CUTOFF:g}` and `data.max_neighbours: {PRESET_NEIGHBOURS}`"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _apex_runs_on_gpus(self) -> Config:
+        if self.optimizer == "apex" and self.cpu_offload:
+            raise ValueError(
+                "`optimizer: apex` runs on GPUs only; with `cpu_offload` take `optimizer: torch`"
+            )
+        return self
