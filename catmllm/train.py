@@ -22,6 +22,7 @@ _HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:] = [p for p in sys.path if os.path.abspath(p or os.getcwd()) != _HERE]
 
 from catmllm.config import ConfigError, from_arguments  # noqa: E402
+from catmllm.config.needs import check_needs  # noqa: E402
 
 
 def main(arguments: list[str]) -> int:
@@ -30,6 +31,7 @@ def main(arguments: list[str]) -> int:
         if any(a in ("-h", "--help") for a in arguments):
             return show([a for a in arguments if a not in ("-h", "--help")])
         config = from_arguments(arguments)
+        check_needs(config)
     except ConfigError as error:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)

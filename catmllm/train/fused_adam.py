@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from catmllm.config.needs import APEX
 from catmllm.train.stop import TrainingError
 
 
@@ -20,11 +21,7 @@ def fused_adam() -> type[Optimizer]:
     try:
         from apex.optimizers import FusedAdam
     except ImportError as error:
-        raise TrainingError(
-            f"`optimizer: apex` needs NVIDIA's apex ({error}). It is built from a clone of github.com/NVIDIA/apex by "
-            "`APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install -v --no-build-isolation .` (the `apex` of PyPI is another "
-            "package); or leave the default, `optimizer: torch`"
-        ) from error
+        raise TrainingError(f"`optimizer: apex` needs NVIDIA's apex ({error}): {APEX}") from error
     return FusedAdam
 
 
