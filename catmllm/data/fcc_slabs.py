@@ -83,11 +83,15 @@ class Slab:
 
 def draw_slab(rng: Random) -> Slab:
     """A random unrelaxed slab. Draws: facet, two metals, share of the second, its places layer by layer."""
-    from ase.build import fcc100, fcc111
-
     facet = rng.choice(["111", "100"])
     host, guest = rng.sample(list(FCC_CONSTANT), 2)
-    share = rng.choice([0.0, 0.25, 0.25, 0.5])
+    return build_slab(facet, host, guest, rng.choice([0.0, 0.25, 0.25, 0.5]), rng)
+
+
+def build_slab(facet: str, host: str, guest: str, share: float, rng: Random) -> Slab:
+    """An unrelaxed slab with `share` (0, 0.25 or 0.5) of a second metal, at random places of each layer."""
+    from ase.build import fcc100, fcc111
+
     constant = (1 - share) * FCC_CONSTANT[host] + share * FCC_CONSTANT[guest]
     build = fcc111 if facet == "111" else fcc100
     atoms = build(host, (2, 2, 3), a=constant, vacuum=5.0, periodic=True)
@@ -155,9 +159,13 @@ def draw_adsorption(slab: Slab, rng: Random) -> tuple[str, str, Atoms]:
 
     The site is blurred sideways (0.08 Å) and the adsorbate turned about the surface normal.
     """
+    return place_adsorbate(slab, rng.choice(list(ADSORBATES)), rng)
+
+
+def place_adsorbate(slab: Slab, name: str, rng: Random) -> tuple[str, str, Atoms]:
+    """The same of a given adsorbate."""
     from ase import Atoms
 
-    name = rng.choice(list(ADSORBATES))
     adsorbate = ADSORBATES[name]
     kind, height, centre = draw_site(slab, rng)
     shift = np.array([rng.gauss(0, 0.08), rng.gauss(0, 0.08), adsorbate.heights[height]])

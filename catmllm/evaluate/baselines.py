@@ -1,8 +1,8 @@
-"""Two property predictors without a network: what a model must beat before its error means anything.
+"""Property predictors without a network: what a model must beat before its error means anything.
 
-The mean of the adsorbate says how much the adsorbate's name alone tells; ridge regression on words says how
-much is in the text without any order beyond pairs. On the shipped systems, split by (bulk, Miller index): MAE
-0.76 and 0.34 eV.
+The mean of the adsorbate says how much the adsorbate's name alone tells; ridge regression on words, how much is in the
+text without any order beyond pairs; kernel ridge regression on local descriptors, what seconds of classical machine
+learning make of the structure. On the shipped systems, split by (bulk, Miller index): MAE 0.76, 0.34 and 0.12 eV.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from catmllm.evaluate.metrics import mae, r2
+from catmllm.structure.descriptors import local_descriptor
 from catmllm.structure.system import System
 from catmllm.structure.text import three_part_text
 
@@ -122,15 +123,93 @@ def _matrix(counted: Sequence[Mapping[Hashable, int]], vocabulary: Mapping[Hasha
     return matrix
 
 
-def baselines(parts: Mapping[Any, Sequence[System]]) -> dict[str, dict[str, float]]:
-    """MAE (eV) and R² on `parts["test"]` of both, fitted on `train` (and `val`).
+SHARED = 0.6  # kernel of two different adsorbates: of 0.1, 0.3, 0.6, 0.9 the best on validation, split seeds 0 and 1
+RATES = (0.025, 0.05, 0.1)  # of the squared distance over the number of descriptors
+STRENGTHS = (1e-4, 1e-3, 1e-2)
+_SMALLEST = 0.05  # scales below this share of the largest do not blow up what hardly varies
 
-    Returns {"adsorbate_mean": {"mae", "r2"}, "text_ridge": {"mae", "r2"}}.
+
+@dataclass(frozen=True, eq=False)
+class KernelRidge:
+    """Kernel ridge regression on `local_descriptor`, of what the mean of the adsorbate leaves.
+
+    The kernel is Matérn 3/2 of the scaled descriptors times one of the adsorbates: what a surface does to one tells
+    something of another.
+    """
+
+    descriptors: Floats  # [n, D] of the training systems, scaled
+    adsorbates: NDArray[np.str_]
+    coefficients: Floats  # [n], eV
+    mean: AdsorbateMean
+    centre: Floats
+    scale: Floats
+    rate: float
+
+    @classmethod
+    def fit(cls, train: Sequence[System], val: Sequence[System], frames: Sequence[float] = ()) -> KernelRidge:
+        """Fitted on `train`; length scale and strength are those of the least MAE on `val` (without it: the middle ones).
+
+        frames: points between start (0) and relaxed (1) at which each training system that has a start also counts, so
+        that unrelaxed structures are not strangers. Test MAE on the shipped systems, relaxed and as they started: 0.12
+        and 0.62 eV without, 0.18 and 0.33 eV with frames (0, 0.5). 2,300 structures take 5 s of one core, 7,000 take 40.
+        """
+        from scipy.linalg import cho_factor, cho_solve
+
+        if not train:
+            raise ValueError("no training systems")
+        grid = [(r, s) for r in RATES for s in STRENGTHS] if val else [(RATES[1], STRENGTHS[1])]
+        every, shown = (
+            [*p, *(s.frame(x) for x in frames for s in p if s.start is not None)] for p in (train, val)
+        )
+        raw = np.array([local_descriptor(s) for s in every])
+        centre, deviation = raw.mean(0), raw.std(0)
+        scale = np.maximum(deviation, _SMALLEST * deviation.max()) + 1e-12
+        x, names, mean = (raw - centre) / scale, _names(every), AdsorbateMean.fit(train)
+        held_out = np.array([local_descriptor(s) for s in shown])
+        fits = []
+        for rate, strength in grid:
+            matrix = _kernel(x, names, x, names, rate) + strength * np.eye(len(x))
+            weights = cho_solve(cho_factor(matrix, lower=True), energies(every) - mean.predict(every))
+            fit = cls(x, names, weights, mean, centre, scale, rate)
+            fits.append((mae(fit._apply(held_out, shown), energies(shown)) if shown else 0.0, fit))
+        return min(fits, key=lambda pair: pair[0])[1]
+
+    def predict(self, systems: Sequence[System]) -> Floats:
+        """Energies (eV) [n]."""
+        return self._apply(np.array([local_descriptor(s) for s in systems]), systems)
+
+    def _apply(self, raw: Floats, systems: Sequence[System]) -> Floats:
+        if not len(systems):
+            return np.zeros(0)
+        x = (raw - self.centre) / self.scale
+        kernel = _kernel(x, _names(systems), self.descriptors, self.adsorbates, self.rate)
+        return np.asarray(kernel @ self.coefficients + self.mean.predict(systems), dtype=np.float64)
+
+
+def _names(systems: Sequence[System]) -> NDArray[np.str_]:
+    return np.array([s.adsorbate for s in systems], dtype=np.str_)
+
+
+def _kernel(
+    a: Floats, a_names: NDArray[np.str_], b: Floats, b_names: NDArray[np.str_], rate: float
+) -> Floats:
+    """Kernel [n, m] of scaled descriptors [n, D], [m, D] and adsorbates."""
+    squared = (a**2).sum(1)[:, None] + (b**2).sum(1) - 2 * a @ b.T
+    reach = np.sqrt(6 * rate * np.maximum(squared, 0.0) / a.shape[1])
+    same = np.where(a_names[:, None] == b_names, 1.0, SHARED)
+    return np.asarray((1 + reach) * np.exp(-reach) * same, dtype=np.float64)
+
+
+def baselines(parts: Mapping[Any, Sequence[System]]) -> dict[str, dict[str, float]]:
+    """MAE (eV) and R² on `parts["test"]` of all, fitted on `train` (and `val`).
+
+    Returns {name: {"mae", "r2"}} of `adsorbate_mean`, `text_ridge` and `kernel_ridge`.
     """
     train, val, test = parts["train"], parts["val"], parts["test"]
     wanted = energies(test)
     predictions = {
         "adsorbate_mean": AdsorbateMean.fit(train).predict(test),
         "text_ridge": TextRidge.fit(train, val).predict(test),
+        "kernel_ridge": KernelRidge.fit(train, val).predict(test),
     }
     return {name: {"mae": mae(p, wanted), "r2": r2(p, wanted)} for name, p in predictions.items()}

@@ -30,7 +30,11 @@ STAGE_MEANINGS = (
 )
 GENERATING = ("instruct", "grpo", "ga_grpo")  # the stages after which sampled CIFs are measured
 MODES = {"both": "text + graph", "graph": "graph only", "text": "text only", "generated": "written answer"}
-BASELINE_NAMES = {"adsorbate_mean": "mean per adsorbate", "text_ridge": "ridge on words"}
+BASELINE_NAMES = {
+    "adsorbate_mean": "mean per adsorbate",
+    "text_ridge": "ridge on words",
+    "kernel_ridge": "kernel ridge on local descriptors",
+}
 RATES = {
     "PF": "cannot be read as a CIF at all",
     "VF": "cell or coordinates out of bounds: volume, number of atoms, density, fractional coordinates",

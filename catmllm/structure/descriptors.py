@@ -1,0 +1,104 @@
+"""What the surface around an adsorbate looks like, as numbers for small regressors (kernel ridge, `evaluate/`).
+
+Per adsorbate atom: the slab atoms around it by radial shells, in distances scaled by the covalent radii, and in each
+shell the properties of their elements (electronegativity, radii, group, period). So an element that training lacks
+still has a place. Of the nearest slab atoms also what stands around them: their coordination and their neighbours'
+properties. The structure counts as it is given; nothing is relaxed here.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from catmllm.structure.elements import ATOMIC_RADIUS, COVALENT_RADIUS, ELECTRONEGATIVITY
+from catmllm.structure.graph import neighbour_graph
+from catmllm.structure.system import ADSORBATE, System
+from catmllm.structure.tags import heights
+
+Floats = NDArray[np.float64]
+
+CUTOFF = 7.0  # Å
+SHELLS = np.array([0.9, 1.05, 1.2, 1.4, 1.7, 2.1, 2.6])  # centres, in sums of covalent radii
+WIDTHS = np.array([0.08, 0.08, 0.1, 0.14, 0.2, 0.25, 0.3])
+BONDED = 1.3  # sums of covalent radii: where the weight of a bond has fallen to a half
+
+
+def _group_and_period(z: int) -> tuple[float, float]:
+    """Group (1 to 18; lanthanides and actinides 3) and period of an atomic number."""
+    ends = (2, 10, 18, 36, 54, 86, 118)
+    period = next(p for p, end in enumerate(ends, start=1) if z <= end)
+    place = z - (0, *ends)[period - 1]
+    length = ends[period - 1] - (0, *ends)[period - 1]
+    if length == 2:
+        group = 1 if place == 1 else 18
+    elif length == 8:
+        group = place if place <= 2 else place + 10
+    elif length == 18:
+        group = place
+    else:
+        group = place if place <= 2 else 3 if place <= 17 else place - 14
+    return float(group), float(period)
+
+
+def _properties() -> Floats:
+    """Element properties [119, 6], about unit scale; what is unknown of an element counts as the mean of all."""
+    group, period = np.array([(np.nan, np.nan), *(_group_and_period(z) for z in range(1, 119))]).T
+    table = np.column_stack(
+        [
+            (ELECTRONEGATIVITY - 2.0) / 0.4,
+            (COVALENT_RADIUS - 1.35) / 0.15,
+            (ATOMIC_RADIUS - 1.35) / 0.15,
+            (group - 9.5) / 2.0,
+            ((group - 9.5) / 2.0) ** 2,
+            period - 5.0,
+        ]
+    )
+    return np.where(np.isnan(table), np.nanmean(table, axis=0), table)
+
+
+PROPERTIES = _properties()
+
+
+def local_descriptor(system: System) -> Floats:
+    """The descriptor [D] of a system with one adsorbate: of its lowest atom, of the mean over the others, of its pose.
+
+    Of the same length for every system. An adsorbate of one atom has zeros where others have their upper atoms.
+    """
+    edges = neighbour_graph(system.lattice, system.positions, CUTOFF, 400)
+    source, target = edges.edge_index
+    distance = np.linalg.norm(edges.edge_vec, axis=1)
+    z, slab = system.numbers, system.tags != ADSORBATE
+    scaled = distance / (COVALENT_RADIUS[z[source]] + COVALENT_RADIUS[z[target]])
+    bond = 1.0 / (1.0 + np.exp((scaled - BONDED) / 0.06))
+    metal = slab[source]
+    # of slab atoms: coordination by other slab atoms, and the mean properties of these
+    n = len(z)
+    between = metal & slab[target]
+    bonds = np.bincount(target[between] * n + source[between], bond[between], n * n).reshape(n, n)
+    coordination = bonds.sum(1)
+    around = bonds @ PROPERTIES[z] / np.maximum(coordination, 1e-9)[:, None]
+    height = heights(system.lattice, system.frac)
+    top = height[slab].max()
+    atoms = np.flatnonzero(~slab)
+    atoms = atoms[np.argsort(height[atoms], kind="stable")]
+
+    def of(atom: int) -> Floats:
+        mine = (target == atom) & metal
+        shell = np.exp(-0.5 * ((scaled[mine, None] - SHELLS) / WIDTHS) ** 2)  # [E, S]
+        weight, s = bond[mine], source[mine]
+        total = max(weight.sum(), 1e-9)
+        second = np.column_stack([coordination[s] / 9.0, around[s]])
+        return np.concatenate(
+            [
+                shell.sum(0),
+                (shell.T @ PROPERTIES[z[s]]).ravel(),
+                [weight.sum(), scaled[mine].min(initial=3.0), height[atom] - top],
+                weight @ PROPERTIES[z[s]] / total,
+                weight @ second / total,
+            ]
+        )
+
+    lowest = of(atoms[0])
+    others = np.mean([of(a) for a in atoms[1:]], axis=0) if len(atoms) > 1 else np.zeros_like(lowest)
+    return np.concatenate([lowest, others, PROPERTIES[z[slab]].mean(0)])

@@ -1,0 +1,57 @@
+"""Ideal slabs have what was asked for, obey every constraint, and are the shipped systems' own starts."""
+
+from __future__ import annotations
+
+from random import Random
+
+import numpy as np
+import pytest
+
+from catmllm.data.slabs import load_slabs
+from catmllm.design.constraints import hard_constraints
+from catmllm.design.enumeration import enumerable, ideal_system
+from catmllm.structure.adsorbed import adsorbate_fault
+from catmllm.structure.cif import write_cif
+from rewards_fast import PVCP
+
+SYSTEMS = load_slabs()[::60]
+
+
+def test_systems_have_what_is_asked_for_and_are_sound() -> None:
+    rng = Random(0)
+    made = [ideal_system(s.identity, rng) for s in SYSTEMS]
+    for asked, system in zip(SYSTEMS, made):
+        assert (system.identity, system.target) == (asked.identity, asked.target)
+        assert adsorbate_fault(system) is None
+    scores = PVCP().score([write_cif(s) for s in made], [s.target for s in SYSTEMS])
+    assert hard_constraints(scores).all()
+
+
+def test_cells_are_those_of_the_data() -> None:
+    rng = Random(1)
+    for asked in SYSTEMS:
+        np.testing.assert_allclose(ideal_system(asked.identity, rng).lattice, asked.lattice, atol=2e-5)
+
+
+def test_arrangements_and_sites_differ() -> None:
+    rng = Random(2)
+    identity = next(s.identity for s in SYSTEMS if len(s.slab_counts) == 2)
+    made = [ideal_system(identity, rng) for _ in range(20)]
+    assert len({s.numbers.tobytes() for s in made}) > 10
+    assert len({s.frac.round(3).tobytes() for s in made}) == 20
+
+
+@pytest.mark.parametrize(
+    ("identity", "reason"),
+    [
+        ("CO</s>Pt12 (2 1 1)", "facet"),
+        ("CO2</s>Pt12 (1 1 1)", "adsorbate CO2"),
+        ("CO</s>Fe12 (1 1 1)", "constant of Fe"),
+        ("CO</s>Pt16 (1 1 1)", "no slab of 12"),
+        ("CO</s>Pt10Cu2 (1 1 1)", "no slab of 12"),
+    ],
+)
+def test_what_cannot_be_made_is_said(identity: str, reason: str) -> None:
+    assert reason in str(enumerable(identity))
+    with pytest.raises(ValueError, match=reason):
+        ideal_system(identity, Random(0))
