@@ -305,7 +305,7 @@ def fairchem_attention(
         so3.CoefficientMappingModule([s.lmax], [s.mmax]), grid, 90, [600, 128, 128], True, False, "silu", False, True,
         s.act == "gate", s.act == "s2", 0.0,
     ).to(device)  # fmt: skip
-    x, graph = args[0], args[5]
+    x, graph = args[0].x, args[0].graph
     n_edges = len(graph.source)
     rotation.set_wigner(frames.init_edge_rot_mat(torch.randn(n_edges, 3, device=device)))
     nodes = x.detach().float().requires_grad_()

@@ -30,7 +30,14 @@ from catmllm.models.spherical_layers import (
     at_least_float32,
     layer_norm,
 )
-from catmllm_kernels.escn import EdgeGraph, Sphere, edge_attention, edge_graph, rotate_back_sum
+from catmllm_kernels.escn import (
+    EdgeAttention,
+    EdgeGraph,
+    Sphere,
+    edge_attention,
+    edge_graph,
+    rotate_back_sum,
+)
 from catmllm_kernels.so3_pool_project import so3_pool
 
 __all__ = ["EquiformerV2", "EquiformerV2Config", "load_fairchem_checkpoint"]
@@ -209,24 +216,25 @@ class GraphAttention(nn.Module):
         if self.training and c.alpha_drop:
             ones = torch.ones(len(radial), c.num_heads, device=x.device)
             keep = F.dropout(ones.to(g.wigner.dtype), c.alpha_drop)
-        total = edge_attention(
-            x.to(radial.dtype),
-            radial,
-            last.weight,
-            last.bias,
-            g.wigner,
-            g.graph,
-            conv1.weights(),
-            conv1.fc_m0.bias,
-            norm,
-            self.alpha_dot,
-            conv2.weights(),
-            conv2.fc_m0.bias,
-            None if c.use_gate_act else g.sphere,
-            c.lmax,
-            c.mmax,
-            keep,
+        message = EdgeAttention(
+            x=x.to(radial.dtype),
+            radial=radial,
+            radial_weight=last.weight,
+            radial_bias=last.bias,
+            wigner=g.wigner,
+            graph=g.graph,
+            conv1=conv1.weights(),
+            conv1_bias=conv1.fc_m0.bias,
+            alpha_norm=norm,
+            alpha_dot=self.alpha_dot,
+            conv2=conv2.weights(),
+            conv2_bias=conv2.fc_m0.bias,
+            sphere=None if c.use_gate_act else g.sphere,
+            lmax=c.lmax,
+            mmax=c.mmax,
+            keep=keep,
         )
+        total = edge_attention(message)
         # its matrices, gathered by row, would weigh as much as 256 values an edge at 80 atoms
         return recomputed(self.proj, total.transpose(0, 1), g.degree).transpose(0, 1)
 

@@ -2,8 +2,8 @@
 
 The conventions are e3nn's, which fairchem's checkpoints rely on: real harmonics with **y** as the polar axis, rows
 of a degree l ordered m = -l … l, so that degree 1 is the vector (x, y, z) itself and D¹(R) = R. "l-primary" rows run
-over l, then m. "m-primary" rows (an edge's) hold m = 0 with l = 0 … lmax, then for each m = 1 … mmax all +m
-(l = m … lmax) and all -m. Everything is computed in float64 with NumPy; no e3nn at run time.
+over l, then m; an edge's rows are "m-primary", in the order of `catmllm_kernels.escn.layout`. Everything is computed in
+float64 with NumPy; no e3nn at run time.
 """
 
 import math
@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from catmllm_kernels.escn import layout
+
 _POLE = 1e-18  # sin(polar angle) below which an edge counts as parallel to the y axis
 
 
@@ -24,14 +26,6 @@ def degrees_and_orders(lmax: int) -> tuple[np.ndarray, np.ndarray]:
     l = np.concatenate([np.full(2 * l + 1, l) for l in range(lmax + 1)])
     m = np.concatenate([np.arange(-l, l + 1) for l in range(lmax + 1)])
     return l, m
-
-
-def m_primary_rows(lmax: int, mmax: int) -> np.ndarray:
-    """l-primary index of every m-primary row with |m| <= mmax, int64 [M]."""
-    rows = [l * l + l for l in range(lmax + 1)]
-    for m in range(1, mmax + 1):
-        rows += [l * l + l + m for l in range(m, lmax + 1)] + [l * l + l - m for l in range(m, lmax + 1)]
-    return np.array(rows)
 
 
 def real_spherical_harmonics(lmax: int, directions: np.ndarray) -> np.ndarray:
@@ -72,15 +66,9 @@ def axis_swap(lmax: int) -> np.ndarray:
     return np.where(l[:, None] == l[None, :], J, 0.0)
 
 
-def packed_wigner_entries(lmax: int, mmax: int) -> tuple[np.ndarray, ...]:
-    """l, m and column k of every entry of the packed matrices, int64 [P]: rows |m| <= mmax of each block D^l in turn."""
-    entries = [
-        (l, m, k)
-        for l in range(lmax + 1)
-        for m in range(-min(l, mmax), min(l, mmax) + 1)
-        for k in range(2 * l + 1)
-    ]
-    return tuple(np.array(entries).T)
+def packed_entries(lmax: int, mmax: int) -> np.ndarray:
+    """l, m and column of every entry of an edge's packed matrices, int64 [3, P], in the order that the kernels read."""
+    return np.array(layout.packed_entries(lmax, mmax)).T
 
 
 @lru_cache
@@ -99,15 +87,9 @@ def wigner_table(lmax: int, mmax: int) -> np.ndarray:
         X = np.zeros_like(J)
         X[np.arange(len(m)), mirror] = np.where(np.abs(m) == k, -np.sign(m), 0)
         turns.append(X)
-    entry_l, entry_m, column = packed_wigner_entries(lmax, mmax)
+    entry_l, entry_m, column = packed_entries(lmax, mmax)
     row, column = entry_l * entry_l + entry_l + entry_m, entry_l * entry_l + column
     return np.stack([((J @ X_beta @ J) @ X_gamma)[row, column] for X_beta in turns for X_gamma in turns])
-
-
-def lost_order_scale(lmax: int, mmax: int) -> np.ndarray:
-    """√((2l+1)/(2·mmax+1)) for every l-primary row with l > mmax, else 1: makes up for the rows that were cut."""
-    l, _ = degrees_and_orders(lmax)
-    return np.where(l > mmax, np.sqrt((2 * l + 1) / (2 * mmax + 1)), 1.0)
 
 
 @lru_cache
@@ -132,7 +114,7 @@ def sphere_grid(lmax: int, mmax: int, resolution: int | None) -> tuple[np.ndarra
     Y = real_spherical_harmonics(lmax, points.reshape(-1, 3))
     l, _ = degrees_and_orders(lmax)
     component = np.sqrt(4 * np.pi / ((2 * l + 1) * (lmax + 1)))
-    scale = lost_order_scale(lmax, mmax)
+    scale = np.array([layout.lost_order_scale(degree, mmax) for degree in l])
     return Y * component * scale, Y * np.repeat(weights, n_lon)[:, None] / component * scale
 
 
@@ -144,7 +126,7 @@ def edge_sphere(lmax: int, mmax: int, resolution: int | None) -> tuple[np.ndarra
     to_grid, from_grid = sphere_grid(lmax, mmax, resolution)
     n_lat = resolution or 2 * (lmax + 1)
     n_lon = len(to_grid) // n_lat
-    half = [l * l + l + m for m in range(mmax + 1) for l in range(m, lmax + 1)]
+    half = [l * l + l + m for l, m in layout.half_rows_of(lmax, mmax)]
     azimuth = 2 * np.pi * np.arange(n_lon) / n_lon
     lon = np.stack(
         [np.ones(n_lon)] + [f(m * azimuth) for m in range(1, mmax + 1) for f in (np.cos, np.sin)], 1
@@ -189,7 +171,7 @@ class SphereTables(nn.Module):
     def fill(self, device: torch.device) -> None:
         """(Re)compute every buffer on `device`."""
         degree, _ = degrees_and_orders(self.lmax)
-        l, m, _ = packed_wigner_entries(self.lmax, self.mmax)
+        l, m, _ = packed_entries(self.lmax, self.mmax)
         node_to, node_from = sphere_grid(self.lmax, self.lmax, self.resolution)
         to_lat, from_lat, lon = edge_sphere(self.lmax, self.mmax, self.resolution)
         tables = {

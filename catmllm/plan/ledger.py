@@ -204,8 +204,9 @@ class Ledger(TorchDispatchMode):
             # What is made of torch's operators on the way counts too;
             # a kernel keeps it in registers or its own scratch.
             self._inside = True
-            role = "logits" if "linear_logprob" in func.name() else self.role
-            with self, backend_forced("reference"), self.making(role):
+            # (Of the log-probability the chunks, which are torch's products: its definition holds all logits.)
+            role, way = ("logits", "cpu") if "linear_logprob" in func.name() else (self.role, "reference")
+            with self, backend_forced(way), self.making(role):
                 out = OPDEFS[func._name.partition(".")[0]]._init_fn(*args, **kwargs)
             self._inside = False
         elif any(isinstance(t, FakeTensor) for t in tensors):

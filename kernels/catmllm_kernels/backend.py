@@ -1,7 +1,11 @@
 """Which implementation of an op runs: Triton on CUDA, csrc on a CPU where it exists, else the reference.
 
-A kernel that should be there and is not is said once, as a warning. CATMLLM_KERNELS=triton|cpu|reference forces one for every op,
-for tests and timing. Triton on CPU tensors needs TRITON_INTERPRET=1 in the environment before Python starts.
+An op's folder has `op.py` (what callers import), `reference.py` and, where they exist, `triton` and `cpu.py`. CATMLLM_KERNELS=triton|cpu|reference
+asks for one in every op, for tests and timing; an op that has no such implementation runs its reference. Triton on CPU
+tensors needs TRITON_INTERPRET=1 in the environment before Python starts.
+
+An implementation names the dtypes that it takes in `DTYPES`, and may say in `unfit(x)` why it cannot run at all. Other dtypes
+are the reference's by design. A kernel that should run and cannot is said once, as a warning.
 """
 
 from __future__ import annotations
@@ -21,31 +25,45 @@ from torch import Tensor
 NAMES = ("triton", "cpu", "reference")
 
 
+def forced() -> str:
+    """The implementation that CATMLLM_KERNELS asks for, or nothing. Raises ValueError for a name that does not exist."""
+    name = os.environ.get("CATMLLM_KERNELS", "")
+    if name not in ("", *NAMES):
+        raise ValueError(f"CATMLLM_KERNELS={name!r}; choose one of {', '.join(NAMES)}")
+    return name
+
+
 def implementation(op: str, x: Tensor) -> ModuleType:
     """The module `catmllm_kernels.<op>.<triton|cpu|reference>` for tensors like `x`.
 
     Raises ValueError for a forced name that does not exist, RuntimeError where it cannot run these tensors.
     """
-    forced = os.environ.get("CATMLLM_KERNELS", "")
-    if forced:
-        if forced not in NAMES:
-            raise ValueError(f"CATMLLM_KERNELS={forced!r}; choose one of {', '.join(NAMES)}")
-        module = _module(op, forced)
-        if module is None:
-            raise RuntimeError(f"CATMLLM_KERNELS={forced}, but {op} has no such implementation")
-        why = _unfit(forced, module, x)
-        if why:
-            raise RuntimeError(f"CATMLLM_KERNELS={forced} cannot run {op}: {why}")
-        return module
-    name = {"cuda": "triton", "cpu": "cpu"}.get(x.device.type, "reference")
+    module, why = _choice(op, x)
+    if why and forced():
+        raise RuntimeError(f"CATMLLM_KERNELS={forced()} cannot run {op}: {why}")
+    reference = _module(op, "reference")
+    assert reference is not None
+    return reference if module is None or why else module
+
+
+def has_kernel(op: str, x: Tensor) -> bool:
+    """Whether something faster than the reference runs tensors like `x`. Raises ValueError for a forced name that does not exist."""
+    module, why = _choice(op, x)
+    return module is not None and not why and module is not _module(op, "reference")
+
+
+def _choice(op: str, x: Tensor) -> tuple[ModuleType | None, str]:
+    """What should run x, if there is such a module, and why it cannot, or nothing."""
+    name = forced() or {"cuda": "triton", "cpu": "cpu"}.get(x.device.type, "reference")
     module = _module(op, name)
-    why = "" if module is None else _unfit(name, module, x)
-    if why:
+    if module is None or name == "reference":
+        return module, ""
+    if x.dtype not in module.DTYPES:
+        return module, f"{x.dtype} is for the reference"
+    why = _unfit(name, module, x)
+    if why and not forced():
         warn_once(op, why)
-    if module is None or why:
-        module = _module(op, "reference")
-    assert module is not None
-    return module
+    return module, why
 
 
 @cache
@@ -62,17 +80,10 @@ def _module(op: str, name: str) -> ModuleType | None:
 
 def _unfit(name: str, module: ModuleType, x: Tensor) -> str:
     """Why an implementation cannot take x, or nothing."""
-    if name == "triton":
-        if x.dtype == torch.float64:
-            return "float64 is for the reference"
-        if x.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-            return (
-                f"the tensors are on {x.device.type}; set TRITON_INTERPRET=1 to interpret the kernels there"
-            )
-    elif name == "cpu":
-        if x.device.type != "cpu":
-            return f"the tensors are on {x.device.type}"
-        return str(module.unfit(x))
+    if name == "cpu":
+        return f"the tensors are on {x.device.type}" if x.device.type != "cpu" else str(module.unfit(x))
+    if x.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"the tensors are on {x.device.type}; set TRITON_INTERPRET=1 to interpret the kernels there"
     return ""
 
 

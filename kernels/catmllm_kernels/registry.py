@@ -13,15 +13,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-OPS = ("escn", "so3_pool_project", "linear_logprob", "varlen_attention")
+OPS = ("escn", "so3_pool_project", "linear_logprob", "varlen_attention", "decoder")
 
 
 @dataclass(frozen=True)
 class Case:
     """One op at one size.
 
-    `arguments(dtype, device, seed)` makes the arguments; `function` and `reference` take them and return one tensor or
-    several. Floating arguments that require a gradient are compared by it. `compile(dtype)` calls the Triton implementation on meta
+    `arguments(dtype, device, seed)` makes the arguments; `function` and `reference` take them and return one tensor.
+    Floating arguments that require a gradient are compared by it. `compile(dtype)` calls the Triton implementation on meta
     tensors, forward and backward, for launch.recorded(). A size is one of "test" (tiny, any device), "slow" (the same, a
     wider sweep) or "model" (as trained: compiled, timed and counted, never interpreted).
     """

@@ -14,7 +14,7 @@ from torch._subclasses import FakeTensorMode
 
 from catmllm_kernels import decoder, rows
 from catmllm_kernels.decoder import reference
-from catmllm_kernels.linear_logprob import chunked, linear_logprobs
+from catmllm_kernels.linear_logprob import cpu, linear_logprobs
 
 SETS = ["avx512", "avx2", "portable"]
 BOUND = {torch.float32: 2e-6, torch.bfloat16: 2.0**-8}  # of the largest value: bfloat16 is rounded once
@@ -193,7 +193,7 @@ def test_what_they_leave_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     ("call", "says"),
     [
         (lambda x: decoder.rms_norm(x, x[0, :3], EPS), r"need x \[\.\.\., H\]"),
-        (lambda x: decoder.rms_norm(x.half(), x[0].half(), EPS), "float16 on cpu"),
+        (lambda x: decoder.rms_norm(x.half(), x[0], EPS), "float16 on cpu, torch.float32 on cpu"),
         (lambda x: decoder.swiglu(x, x[:1]), "one shape"),
         (lambda x: decoder.swiglu(x, x.bfloat16()), "of one dtype"),
         (lambda x: decoder.rotate(x[:, None, :3], x[:, None, :3], x[:, :3], x[:, :3]), "D even"),
@@ -215,9 +215,9 @@ def test_log_probabilities_and_entropies_with_their_gradients(
     """Each instruction set, and torch's operators, which stand in where the library is missing."""
     monkeypatch.setenv("CATMLLM_SO2_ISA", isa)
     if isa == "torch":
-        monkeypatch.setattr(chunked, "one_pass", lambda z: False)
-    monkeypatch.setattr(chunked, "KEEP", 10**6 if keep else 0)
-    monkeypatch.setattr(chunked, "LOGITS", 20 * 203)  # several chunks, the last one ragged
+        monkeypatch.setattr(cpu, "one_pass", lambda z: False)
+    monkeypatch.setattr(cpu, "KEEP", 10**6 if keep else 0)
+    monkeypatch.setattr(cpu, "LOGITS", 20 * 203)  # several chunks, the last one ragged
     hidden, weight = random(53, 24).to(dtype), random(203, 24).to(dtype)
     targets = torch.arange(53) * 7 % 203
     targets[5] = -100

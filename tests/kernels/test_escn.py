@@ -23,8 +23,7 @@ BOTH = [SIZES["L2M2 s2"], SIZES["L3M1 gate"]]
 
 def flat(a: EdgeAttention, save: bool = True) -> tuple[Any, ...]:
     """The arguments of the registered op."""
-    rest = a._replace(graph=list(a.graph), alpha_norm=list(a.alpha_norm or ()), sphere=list(a.sphere or ()))  # type: ignore[arg-type]
-    return (*rest, save)
+    return (*op.to_op(a), save)
 
 
 def with_gradients(a: EdgeAttention) -> EdgeAttention:
@@ -73,7 +72,7 @@ def test_gradcheck(size: Size) -> None:
     leaves = gradients_of(a)
 
     def function(*_: Tensor) -> Tensor:
-        return edge_attention(*a)
+        return edge_attention(a)
 
     assert torch.autograd.gradcheck(function, leaves)
 
@@ -114,7 +113,7 @@ def test_compile_sees_one_op(size: Size) -> None:
     a = with_gradients(inputs(size, torch.float64, CPU))
 
     def function(x: Tensor) -> Tensor:
-        return edge_attention(2 * x, *a[1:]).square().sum()
+        return edge_attention(a._replace(x=2 * x)).square().sum()
 
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     gradients = [torch.autograd.grad(f(a.x), gradients_of(a)) for f in (function, compiled)]
@@ -124,8 +123,8 @@ def test_compile_sees_one_op(size: Size) -> None:
 
 def test_checkpointing_gives_the_same_gradients() -> None:
     a = with_gradients(inputs(BOTH[0], torch.float64, CPU))
-    plain = torch.autograd.grad(edge_attention(*a).square().sum(), gradients_of(a))
-    again: Any = checkpoint(lambda x: edge_attention(x, *a[1:]), a.x, use_reentrant=False)
+    plain = torch.autograd.grad(edge_attention(a).square().sum(), gradients_of(a))
+    again: Any = checkpoint(lambda x: edge_attention(a._replace(x=x)), a.x, use_reentrant=False)
     for expected, found in zip(plain, torch.autograd.grad(again.square().sum(), gradients_of(a))):
         torch.testing.assert_close(found, expected)
 
@@ -141,14 +140,14 @@ def test_selective_checkpointing_keeps_or_repeats_the_op(
         return CheckpointPolicy.MUST_SAVE if ours and saved else CheckpointPolicy.PREFER_RECOMPUTE
 
     a = with_gradients(inputs(BOTH[0], torch.float64, CPU))
-    plain = torch.autograd.grad(edge_attention(*a).square().sum(), gradients_of(a))
+    plain = torch.autograd.grad(edge_attention(a).square().sum(), gradients_of(a))
     monkeypatch.setenv("CATMLLM_KERNELS", "reference")
     runs = []
     forward = reference.edge_attention_forward
     monkeypatch.setattr(reference, "edge_attention_forward", lambda *b: (runs.append(1), forward(*b))[1])
     contexts = partial(create_selective_checkpoint_contexts, policy)
     again: Any = checkpoint(
-        lambda x: edge_attention(x, *a[1:]).square(), a.x, use_reentrant=False, context_fn=contexts
+        lambda x: edge_attention(a._replace(x=x)).square(), a.x, use_reentrant=False, context_fn=contexts
     )
     for expected, found in zip(plain, torch.autograd.grad(again.sum(), gradients_of(a))):
         torch.testing.assert_close(found, expected)
@@ -170,9 +169,9 @@ def test_fake_tensors_have_the_real_shapes() -> None:
 
 def test_autocast_casts_what_is_learned() -> None:
     a = with_gradients(inputs(BOTH[0], torch.float32, CPU))
-    expected = edge_attention(*a)
+    expected = edge_attention(a)
     with torch.autocast("cpu", torch.bfloat16):
-        out = edge_attention(*a)
+        out = edge_attention(a)
     assert out.dtype == torch.bfloat16
     assert (out - expected).abs().max() < 12 * 2.0**-8 * expected.abs().max()
     gradients = torch.autograd.grad(out.float().sum(), gradients_of(a))
@@ -190,15 +189,15 @@ def test_keep_is_a_factor_of_the_attention() -> None:
     a = inputs(BOTH[0], torch.float64, CPU)
     assert a.keep is None
     half = torch.full((len(a.radial), 2), 0.5, dtype=torch.float64)
-    torch.testing.assert_close(edge_attention(*a._replace(keep=half)), edge_attention(*a) / 2)
+    torch.testing.assert_close(edge_attention(a._replace(keep=half)), edge_attention(a) / 2)
 
 
 def test_errors_say_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     a = inputs(BOTH[0], torch.float32, CPU)
     with pytest.raises(TypeError, match="share one dtype"):
-        edge_attention(*a._replace(x=a.x.double()))
+        edge_attention(a._replace(x=a.x.double()))
     with pytest.raises(ValueError, match=r"wigner \[9, 35\], not \[4, 9, 4\] and \[9, 34\]"):
-        edge_attention(*a._replace(wigner=a.wigner[:, 1:]))
+        edge_attention(a._replace(wigner=a.wigner[:, 1:]))
     monkeypatch.setenv("CATMLLM_KERNELS", "cuda")
     with pytest.raises(ValueError, match="choose one of triton, cpu, reference"):
         implementation("escn", a.x)

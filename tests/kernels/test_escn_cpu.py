@@ -147,11 +147,24 @@ class Attention(torch.nn.Module):
             [w(f"so2_conv_{i}.fc_m0.weight"), *(w(f"so2_conv_{i}.so2_m_conv.{m}.fc.weight") for m in orders)]
             for i in (1, 2)
         ]
-        total = edge_attention(
-            x, radial, w(f"{net}6.weight"), w(f"{net}6.bias"), self.wigner, edge_graph(a["edge_index"], len(x)),
-            conv[0], w("so2_conv_1.fc_m0.bias"), (w("alpha_norm.weight"), w("alpha_norm.bias")), w("alpha_dot"),
-            conv[1], w("so2_conv_2.fc_m0.bias"), self.sphere, self.lmax, self.mmax,
-        )  # fmt: skip
+        message = EdgeAttention(
+            x=x,
+            radial=radial,
+            radial_weight=w(f"{net}6.weight"),
+            radial_bias=w(f"{net}6.bias"),
+            wigner=self.wigner,
+            graph=edge_graph(a["edge_index"], len(x)),
+            conv1=conv[0],
+            conv1_bias=w("so2_conv_1.fc_m0.bias"),
+            alpha_norm=(w("alpha_norm.weight"), w("alpha_norm.bias")),
+            alpha_dot=w("alpha_dot"),
+            conv2=conv[1],
+            conv2_bias=w("so2_conv_2.fc_m0.bias"),
+            sphere=self.sphere,
+            lmax=self.lmax,
+            mmax=self.mmax,
+        )
+        total = edge_attention(message)
         degree = torch.tensor([l for l in range(self.lmax + 1) for _ in range(2 * l + 1)])
         out = torch.einsum("nsi,soi->nso", total, w("proj.weight")[degree])
         return torch.cat([out[:, :1] + w("proj.bias"), out[:, 1:]], dim=1)
@@ -268,7 +281,7 @@ def test_gradients_by_differences(act):
     a = inputs(Size(2, 1, act, (2, 0, 3), 3, 4, 2, 3, 2, 3, (6, 5), keep=True), torch.float64, CPU)
     leaves = [t.requires_grad_() for t in gradients_of(a)]
     assert torch.autograd.gradcheck(
-        lambda *_: edge_attention(*a), leaves, fast_mode=True, check_undefined_grad=False
+        lambda *_: edge_attention(a), leaves, fast_mode=True, check_undefined_grad=False
     )
 
 
@@ -328,14 +341,14 @@ def test_a_library_that_was_not_built_says_so(monkeypatch, tmp_path):
     monkeypatch.setattr(cpu, "_library", lambda: why)
     a = inputs(Size(2, 1, "gate", (1,)), torch.float32, CPU)
     with pytest.raises(RuntimeError, match="pip install"):
-        edge_attention(*a)
+        edge_attention(a)
     monkeypatch.delenv("CATMLLM_KERNELS")
     backend.warn_once.cache_clear()
     with pytest.warns(UserWarning, match=r"escn runs by its plain definition.* was not built; `pip install"):
-        assert edge_attention(*a).isfinite().all()  # by the reference
+        assert edge_attention(a).isfinite().all()  # by the reference
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # once is enough
-        assert edge_attention(*a).isfinite().all()
+        assert edge_attention(a).isfinite().all()
 
 
 def test_a_library_of_other_sources_is_not_run(tmp_path):

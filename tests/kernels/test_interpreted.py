@@ -48,9 +48,9 @@ def test_float32(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("case", cases("escn", "test")[:3], ids=label)
 def test_the_fused_product_in_float32(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is for half precision; only in float32 is an error of the kernel sure to show."""
-    from catmllm_kernels.escn import triton
+    from catmllm_kernels.escn.triton import product
 
-    monkeypatch.setattr(triton, "FUSED", (torch.float32,))
+    monkeypatch.setattr(product, "FUSED", (torch.float32,))
     compare(case, torch.float32, monkeypatch)
 
 

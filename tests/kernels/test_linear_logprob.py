@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from catmllm_kernels.linear_logprob import IGNORED, chunked, linear_logprob, linear_logprobs
+from catmllm_kernels.linear_logprob import IGNORED, cpu, linear_logprob, linear_logprobs
 from catmllm_kernels.linear_logprob.reference import linear_logprob as definition
 
 ROOT = Path(__file__).parents[2]
@@ -56,8 +56,8 @@ def test_values_and_gradients_against_float64(
     scale = torch.randn(tokens, generator=torch.Generator().manual_seed(seed))
     h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chunked, "LOGITS", chunk * vocabulary)
-        patch.setattr(chunked, "KEEP", (seed % 2) * 10**6)
+        patch.setattr(cpu, "LOGITS", chunk * vocabulary)
+        patch.setattr(cpu, "KEEP", (seed % 2) * 10**6)
         ours = linear_logprob(h, w, targets, temperature)
         (ours * scale).sum().backward()
     assert ours.shape == (tokens,) and ours.dtype == torch.float32
@@ -72,9 +72,9 @@ def test_values_and_gradients_against_float64(
 def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, weight, targets = problem(23)
     results = []
-    monkeypatch.setattr(chunked, "KEEP", 0)
-    for logits in (chunked.LOGITS, 23 * 37, 22 * 37 + 5, 8 * 37, 100, 1):
-        monkeypatch.setattr(chunked, "LOGITS", logits)
+    monkeypatch.setattr(cpu, "KEEP", 0)
+    for logits in (cpu.LOGITS, 23 * 37, 22 * 37 + 5, 8 * 37, 100, 1):
+        monkeypatch.setattr(cpu, "LOGITS", logits)
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
         out = linear_logprobs(h, w, targets, 0.7, entropy=True)
         assert out.entropy is not None
@@ -91,9 +91,9 @@ def test_kept_or_made_again_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None
     targets[5] = IGNORED
     results = []
     for keep in (0, 10**6):
-        monkeypatch.setattr(chunked, "KEEP", keep)
-        for logits in (chunked.LOGITS, 100):
-            monkeypatch.setattr(chunked, "LOGITS", logits)
+        monkeypatch.setattr(cpu, "KEEP", keep)
+        for logits in (cpu.LOGITS, 100):
+            monkeypatch.setattr(cpu, "LOGITS", logits)
             h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
             out = linear_logprobs(h, w, targets, 0.7, entropy=True, reference=weight)
             assert out.entropy is not None
@@ -237,7 +237,7 @@ def test_flops_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     with FlopCounterMode(display=False) as counter:
         linear_logprob(hidden.requires_grad_(), weight.requires_grad_(), targets).sum().backward()
     assert counter.get_total_flops() == 3 * product  # once forward, a gradient each; so few logits are kept
-    monkeypatch.setattr(chunked, "KEEP", 0)
+    monkeypatch.setattr(cpu, "KEEP", 0)
     with FlopCounterMode(display=False) as counter:
         linear_logprob(hidden, weight, targets).sum().backward()
     assert counter.get_total_flops() == 4 * product  # the logits once more
@@ -277,8 +277,8 @@ def test_never_more_logits_at_a_time_than_allowed(monkeypatch: pytest.MonkeyPatc
             )
             return out
 
-    monkeypatch.setattr(chunked, "LOGITS", 8 * 512)
-    monkeypatch.setattr(chunked, "KEEP", 8 * 512)
+    monkeypatch.setattr(cpu, "LOGITS", 8 * 512)
+    monkeypatch.setattr(cpu, "KEEP", 8 * 512)
     hidden, weight, targets = problem(64, width=8, vocabulary=512)
     h, w = hidden.requires_grad_(), weight.requires_grad_()
     with Sizes():

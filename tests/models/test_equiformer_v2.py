@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from catmllm.models.equiformer_v2 import EquiformerV2, EquiformerV2Config, load_fairchem_checkpoint
-from catmllm.models.so3 import SphereTables, m_primary_rows, real_spherical_harmonics, sphere_grid
+from catmllm.models.so3 import SphereTables, real_spherical_harmonics, sphere_grid
 from catmllm_kernels.escn.layout import lost_order_scale, rows_of, unpack_wigner
 from catmllm_kernels.escn.reference import index_of
 from catmllm_kernels.so3_pool_project import so3_pool
@@ -29,6 +29,11 @@ FILES = {
 
 SMALL = EquiformerV2Config(sphere_channels=8, attn_hidden_channels=8, num_heads=2, ffn_hidden_channels=12)
 GATES = replace(SMALL, use_gate_act=True, use_grid_mlp=False)
+
+
+def node_rows(lmax: int, mmax: int) -> list[int]:
+    """The row of a node, l² + l + m, that each of an edge's rows comes from."""
+    return [l * l + l + m for l, m in rows_of(lmax, mmax)]
 
 
 def make_model(config, dtype=torch.float64, seed=0):
@@ -114,7 +119,7 @@ def reference(request):
 
 def test_constants_equal_fairchem(reference):
     arrays, model, geometry = reference
-    rows = torch.from_numpy(m_primary_rows(model.config.lmax, model.config.mmax))
+    rows = torch.tensor(node_rows(model.config.lmax, model.config.mmax))
     reduced = rows.sort().values  # fairchem cuts orders but keeps l-primary order
     order = torch.searchsorted(reduced, rows)
     torch.testing.assert_close(arrays["to_m"].argmax(1), order)
@@ -238,7 +243,7 @@ def test_frames_turn_every_edge_onto_y(lmax, dtype):
     v = special_directions().to(dtype)
     tables = SphereTables(lmax, lmax, None)
     wigner = unpack_wigner(tables.rotation(v), lmax, lmax)
-    rows = m_primary_rows(lmax, lmax)
+    rows = node_rows(lmax, lmax)
     identity = torch.eye(len(rows), dtype=torch.float64).expand(len(v), -1, -1)
     torch.testing.assert_close(wigner @ wigner.transpose(1, 2), identity, rtol=0, atol=1e-13)
     harmonics = torch.from_numpy(real_spherical_harmonics(lmax, F.normalize(v.double(), dim=1).numpy()))
@@ -252,7 +257,7 @@ def test_given_frames_equal_e3nn():
     matrices = o3.rand_matrix(30, dtype=torch.float64)
     wigner = unpack_wigner(SphereTables(3, 2, None).rotation(matrices[:, 1], matrices), 3, 2)
     irreps = o3.Irreps("0e+1e+2e+3e")
-    expected = irreps.D_from_matrix(matrices)[:, m_primary_rows(3, 2)]
+    expected = irreps.D_from_matrix(matrices)[:, node_rows(3, 2)]
     torch.testing.assert_close(wigner, expected, rtol=0, atol=1e-5)  # e3nn's generators are float32
 
 

@@ -1,48 +1,49 @@
-"""The public ops on a CPU, each one pass over memory in csrc/rows forward and one backward.
+"""The public ops: csrc/rows on a CPU, the definition elsewhere.
 
 Of 2,100 tokens with H = 192 in bf16, forward and backward on one thread, they take less than a fifth of the time of
 torch's separate operators. On CUDA, under a compiler, which fuses the separate operators itself, and in float16, whose
-large values want hooks between them, `fits` says no, and the model's own operators run.
+large values want hooks between them, `fits` says no, and a model does better by its own operators.
 """
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from catmllm_kernels import rows
-from catmllm_kernels.backend import NAMES, warn_once
+from catmllm_kernels.backend import has_kernel, implementation
+
+OP = "decoder"
 
 
 def fits(*tensors: Tensor) -> bool:
-    """Whether csrc/rows takes these tensors, all of one dtype: on a CPU, float32 or bfloat16. CATMLLM_KERNELS=reference or
-    triton forbids it."""
-    forced, first = os.environ.get("CATMLLM_KERNELS", ""), tensors[0]
-    if forced not in ("", *NAMES):
-        raise ValueError(f"CATMLLM_KERNELS={forced!r}; choose one of {', '.join(NAMES)}")
-    if forced in ("triton", "reference") or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+    """Whether a kernel takes these tensors: all of one dtype on a CPU, float32 or bfloat16.
+
+    CATMLLM_KERNELS=reference or triton forbids it.
+
+    >>> fits(torch.ones(2, 4)), fits(torch.ones(2, 4), torch.ones(4, dtype=torch.bfloat16))
+    (True, False)
+    """
+    first = tensors[0]
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return False
-    if any(t.dtype != first.dtype or t.device.type != "cpu" for t in tensors):
+    if any(t.dtype != first.dtype or t.device != first.device for t in tensors):
         return False
-    if first.dtype not in (torch.float32, torch.bfloat16):
-        return False
-    if why := rows.unfit(first):
-        warn_once("decoder", why)
-        return False
-    return True
+    return has_kernel(OP, first)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x [..., H] / sqrt(mean of x² over H + eps) · weight [H] -> as x. Differentiable once in x and weight.
 
-    Raises ValueError for shapes that do not fit and for tensors that `fits` refuses, as the others do.
+    Raises ValueError for shapes that do not fit and for tensors of several dtypes, as the others do.
+
+    >>> rms_norm(torch.tensor([[3.0, 4.0]]), torch.tensor([1.0, 2.0]), eps=0.0)
+    tensor([[0.8485, 2.2627]])
     """
     if weight.ndim != 1 or x.shape[-1:] != weight.shape:
         raise ValueError(f"need x [..., H] and weight [H], not {list(x.shape)} and {list(weight.shape)}")
-    _must_fit(x, weight)
+    _of_one_dtype(x, weight)
     return torch.ops.catmllm.rms_norm(x.contiguous(), weight.contiguous(), eps)[0]
 
 
@@ -50,38 +51,44 @@ def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
     """The rotary embedding: x · cos + (-x2, x1) · sin of the halves x1, x2 of each head.
 
     query [T, H, D], key [T, K, D], cos and sin [T, D] -> as query, as key. Differentiable once in query and key.
+
+    A quarter turn of one token:
+
+    >>> x = torch.tensor([[[1.0, 2.0]]])
+    >>> rotate(x, x, torch.zeros(1, 2), torch.ones(1, 2))[0]
+    tensor([[[-2.,  1.]]])
     """
     tokens, width = cos.shape[0], cos.shape[-1]
     fit = all(x.ndim == 3 and (len(x), x.shape[2]) == (tokens, width) for x in (query, key))
     if not fit or cos.ndim != 2 or cos.shape != sin.shape or width % 2:
         shapes = ", ".join(str(list(x.shape)) for x in (query, key, cos, sin))
         raise ValueError(f"need query [T, H, D], key [T, K, D], cos and sin [T, D] with D even, not {shapes}")
-    _must_fit(query, key, cos, sin)
+    _of_one_dtype(query, key, cos, sin)
     plain = (x.contiguous() for x in (query, key, cos.detach(), sin.detach()))
     return torch.ops.catmllm.rotate(*plain, False)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) · up, both of one shape -> as gate. Differentiable once in both."""
+    """silu(gate) · up, both of one shape -> as gate. Differentiable once in both.
+
+    >>> swiglu(torch.tensor([0.0, 100.0]), torch.tensor([5.0, 2.0]))
+    tensor([  0., 200.])
+    """
     if gate.shape != up.shape:
         raise ValueError(f"need gate and up of one shape, not {list(gate.shape)} and {list(up.shape)}")
-    _must_fit(gate, up)
+    _of_one_dtype(gate, up)
     return torch.ops.catmllm.swiglu(gate.contiguous(), up.contiguous())
 
 
-def _must_fit(*tensors: Tensor) -> None:
-    if not fits(*tensors):
+def _of_one_dtype(*tensors: Tensor) -> None:
+    if any((t.dtype, t.device) != (tensors[0].dtype, tensors[0].device) for t in tensors):
         kinds = ", ".join(f"{t.dtype} on {t.device.type}" for t in tensors)
-        raise ValueError(
-            f"need float32 or bfloat16 on a CPU, of one dtype, csrc/rows built and not forbidden, not {kinds}"
-        )
+        raise ValueError(f"need tensors of one dtype on one device, not {kinds}")
 
 
 @torch.library.custom_op("catmllm::rms_norm", mutates_args=())
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    out, inverse = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
-    rows.call("rms_norm", x.dtype, inverse.numel(), len(weight), eps, x, weight, out, inverse)
-    return out, inverse
+    return implementation(OP, x).rms_norm_forward(x, weight, eps)
 
 
 @_rms_norm.register_fake
@@ -90,26 +97,28 @@ def _(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.custom_op("catmllm::rms_norm_backward", mutates_args=())
-def _rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
-    of_x, of_weight = torch.empty_like(x), torch.empty_like(weight, dtype=torch.float32)
-    sizes = inverse.numel(), len(weight)
-    rows.call("rms_norm_gradient", x.dtype, *sizes, x, weight, inverse, grad, of_x, of_weight)
-    return of_x, of_weight
+def _rms_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    return implementation(OP, x).rms_norm_backward(grad, x, weight, inverse, eps)
 
 
 @_rms_norm_backward.register_fake
-def _(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(weight, dtype=torch.float32)
+def _(grad: Tensor, x: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), weight.new_empty(
+        weight.shape, dtype=torch.promote_types(weight.dtype, torch.float32)
+    )
 
 
 def _rms_norm_keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(inputs[0], inputs[1], output[1])
+    x, weight, ctx.eps = inputs
+    ctx.save_for_backward(x, weight, output[1])
     ctx.mark_non_differentiable(output[1])
 
 
 def _rms_norm_gradient(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
     x, weight, inverse = ctx.saved_tensors
-    of_x, of_weight = torch.ops.catmllm.rms_norm_backward(grad.contiguous(), x, weight, inverse)
+    of_x, of_weight = torch.ops.catmllm.rms_norm_backward(grad.contiguous(), x, weight, inverse, ctx.eps)
     return of_x, of_weight.to(weight.dtype) if ctx.needs_input_grad[1] else None, None
 
 
@@ -118,10 +127,7 @@ _rms_norm.register_autograd(_rms_norm_gradient, setup_context=_rms_norm_keep)
 
 @torch.library.custom_op("catmllm::rotate", mutates_args=())
 def _rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
-    out = torch.empty_like(query), torch.empty_like(key)
-    for x, y in zip((query, key), out):
-        rows.call("rotate", x.dtype, *x.shape, x, cos, sin, int(transposed), y)
-    return out
+    return implementation(OP, query).rotate(query, key, cos, sin, transposed)
 
 
 @_rotate.register_fake
@@ -147,9 +153,7 @@ _rotate.register_autograd(_rotate_gradient, setup_context=_rotate_keep)
 
 @torch.library.custom_op("catmllm::swiglu", mutates_args=())
 def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    out = torch.empty_like(gate)
-    rows.call("swiglu", gate.dtype, gate.numel(), gate, up, out)
-    return out
+    return implementation(OP, gate).swiglu_forward(gate, up)
 
 
 @_swiglu.register_fake
@@ -159,9 +163,7 @@ def _(gate: Tensor, up: Tensor) -> Tensor:
 
 @torch.library.custom_op("catmllm::swiglu_backward", mutates_args=())
 def _swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    of_gate, of_up = torch.empty_like(gate), torch.empty_like(up)
-    rows.call("swiglu_gradient", gate.dtype, gate.numel(), gate, up, grad, of_gate, of_up)
-    return of_gate, of_up
+    return implementation(OP, gate).swiglu_backward(grad, gate, up)
 
 
 @_swiglu_backward.register_fake

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -90,16 +90,16 @@ def inputs(size: Size, dtype: torch.dtype, device: torch.device, seed: int = 0) 
     )
 
 
-def arguments(size: Size, dtype: torch.dtype, device: torch.device, seed: int = 0) -> tuple[Any, ...]:
+def arguments(size: Size, dtype: torch.dtype, device: torch.device, seed: int = 0) -> tuple[EdgeAttention]:
     """`inputs`, ready for the op and the definition, with gradients wanted."""
     a = inputs(size, dtype, device, seed)
     for t in gradients_of(a):
         t.requires_grad_()
-    return tuple(a)
+    return (a,)
 
 
-def definition(*args: Any) -> Tensor:
-    return reference.edge_attention(*args)[0]
+def definition(a: EdgeAttention) -> Tensor:
+    return reference.edge_attention(a)[0]
 
 
 def compile_case(size: Size, dtype: torch.dtype) -> None:

@@ -15,8 +15,9 @@ source_order [E], source_ptr [N+1]: the same by source, for gradients without at
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,7 +47,8 @@ class Sphere(NamedTuple):
 
 
 class EdgeAttention(NamedTuple):
-    """The arguments of `edge_attention`, as implementations get them. All contiguous, on one device."""
+    """The arguments of `edge_attention`, here and nowhere else. On one device; all of one dtype but for the geometry
+    (wigner, sphere: at least float32), the norm and `alpha_dot`."""
 
     x: Tensor  # [N, S, C] nodes
     radial: Tensor  # [E, K] last hidden layer of the radial function
@@ -63,7 +65,7 @@ class EdgeAttention(NamedTuple):
     sphere: Sphere | None  # None: gates
     lmax: int
     mmax: int
-    keep: Tensor | None  # [E, heads] factors of alpha (dropout), in alpha's dtype; not differentiated
+    keep: Tensor | None = None  # [E, heads] factors of alpha (dropout), in alpha's dtype; not differentiated
 
     @property
     def hidden(self) -> int:
@@ -81,10 +83,29 @@ class EdgeAttention(NamedTuple):
         return self.conv2_bias.shape[0] // (self.lmax + 1)
 
 
+LEARNED = (  # what has a gradient, in the order in which an implementation returns them
+    "x", "radial", "radial_weight", "radial_bias", "conv1", "conv1_bias", "alpha_norm", "alpha_dot", "conv2", "conv2_bias",
+)  # fmt: skip
+
+
 def gradients_of(a: EdgeAttention) -> list[Tensor]:
-    """The inputs that have a gradient, in the order in which an implementation returns those."""
-    learned = [a.x, a.radial, a.radial_weight, a.radial_bias, *a.conv1, a.conv1_bias]
-    return [*learned, *(a.alpha_norm or ()), a.alpha_dot, *a.conv2, a.conv2_bias]
+    """The inputs that have a gradient, in the order of `LEARNED`."""
+    return [t for name in LEARNED for t in several(getattr(a, name))]
+
+
+def with_learned(a: EdgeAttention, tensors: Iterable[Tensor]) -> EdgeAttention:
+    """`tensors` in the places of `gradients_of(a)`."""
+    taken = iter(tensors)
+
+    def of(part: Any) -> Any:
+        return next(taken) if isinstance(part, Tensor) else part and type(part)(next(taken) for _ in part)
+
+    return a._replace(**{name: of(getattr(a, name)) for name in LEARNED})
+
+
+def several(part: Tensor | Sequence[Tensor] | None) -> list[Tensor]:
+    """The tensors of one argument."""
+    return [part] if isinstance(part, Tensor) else list(part or ())
 
 
 def n_rows(lmax: int, mmax: int) -> int:
@@ -97,18 +118,43 @@ def n_half(lmax: int, mmax: int) -> int:
     return sum(lmax + 1 - m for m in range(mmax + 1))
 
 
+def row_of(l: int, m: int, lmax: int) -> int:
+    """Row (l, m) of an edge, m of either sign."""
+    k = abs(m)
+    first = 2 * sum(lmax + 1 - j for j in range(k)) - (lmax + 1 if k else 0)
+    return first + (lmax + 1 - k if m < 0 else 0) + l - k
+
+
 def first_row(lmax: int, m: int) -> int:
     """The first row of order +m."""
-    return 0 if m == 0 else 2 * sum(lmax + 1 - k for k in range(m)) - (lmax + 1)
+    return row_of(m, m, lmax)
+
+
+def half_of(l: int, m: int, lmax: int) -> int:
+    """Row (l, |m|) of the radial weights."""
+    return sum(lmax + 1 - j for j in range(abs(m))) + l - abs(m)
+
+
+def wave_of(k: int, negative: int) -> int:
+    """The column of `Sphere.lon` of order +k or -k."""
+    return 2 * k - 1 + negative if k else 0
+
+
+def kept(lmax: int, mmax: int) -> list[tuple[int, int]]:
+    """(l, m) of the rows |m| <= mmax of a node in their order, which is that of the packed Wigner blocks."""
+    return [(l, m) for l in range(lmax + 1) for m in range(-min(l, mmax), min(l, mmax) + 1)]
 
 
 @lru_cache
 def rows_of(lmax: int, mmax: int) -> tuple[tuple[int, int], ...]:
     """(l, m) of every row of an edge."""
-    rows = [(l, 0) for l in range(lmax + 1)]
-    for m in range(1, mmax + 1):
-        rows += [(l, m) for l in range(m, lmax + 1)] + [(l, -m) for l in range(m, lmax + 1)]
-    return tuple(rows)
+    return tuple(sorted(kept(lmax, mmax), key=lambda row: row_of(row[0], row[1], lmax)))
+
+
+@lru_cache
+def half_rows_of(lmax: int, mmax: int) -> tuple[tuple[int, int], ...]:
+    """(l, m) of every row of the radial weights, m >= 0."""
+    return tuple((l, m) for m in range(mmax + 1) for l in range(m, lmax + 1))
 
 
 def wigner_offset(l: int, mmax: int) -> int:
@@ -122,27 +168,26 @@ def lost_order_scale(l: int, mmax: int) -> float:
 
 
 @lru_cache
-def packed_entries(lmax: int, mmax: int) -> tuple[tuple[int, int], ...]:
-    """(row of the edge, row of the node) of every packed Wigner entry."""
-    row = {lm: i for i, lm in enumerate(rows_of(lmax, mmax))}
-    return tuple(
-        (row[l, m], l * l + k)
-        for l in range(lmax + 1)
-        for m in range(-min(l, mmax), min(l, mmax) + 1)
-        for k in range(2 * l + 1)
-    )
+def packed_entries(lmax: int, mmax: int) -> tuple[tuple[int, int, int], ...]:
+    """(l, m, column 0 … 2l of the block) of every packed Wigner entry."""
+    return tuple((l, m, k) for l, m in kept(lmax, mmax) for k in range(2 * l + 1))
 
 
 def unpack_wigner(wigner: Tensor, lmax: int, mmax: int) -> Tensor:
     """[E, P] -> dense [E, R, S], for tests and pictures."""
     dense = wigner.new_zeros(len(wigner), n_rows(lmax, mmax), (lmax + 1) ** 2)
-    rows, columns = zip(*packed_entries(lmax, mmax), strict=True)
+    places = [(row_of(l, m, lmax), l * l + k) for l, m, k in packed_entries(lmax, mmax)]
+    rows, columns = zip(*places, strict=True)
     dense[:, list(rows), list(columns)] = wigner
     return dense
 
 
 def edge_graph(edge_index: Tensor, n_nodes: int) -> EdgeGraph:
-    """The graph of `edge_index` [2, E] int64 (source, target), which must be sorted by target."""
+    """The graph of `edge_index` [2, E] int64 (source, target), which must be sorted by target.
+
+    >>> edge_graph(torch.tensor([[1, 0, 2], [0, 1, 1]]), n_nodes=3).ptr
+    tensor([0, 1, 3, 3])
+    """
     source, target = edge_index.unbind(0)
     ends = torch.arange(n_nodes + 1, device=target.device)
     order = torch.argsort(source, stable=True)

@@ -31,9 +31,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from catmllm_kernels.backend import implementation
 from catmllm_kernels.escn.layout import (
+    LEARNED,
     EdgeAttention,
     EdgeGraph,
     Sphere,
@@ -41,217 +43,124 @@ from catmllm_kernels.escn.layout import (
     n_rows,
     wigner_offset,
 )
+from catmllm_kernels.schema import arguments_of
 
 OP = "escn"
+ARGUMENTS = arguments_of(EdgeAttention)
+PRODUCTS = [name for name in LEARNED if not name.startswith("alpha_")]  # of one dtype, which autocast chooses
 
 
-def edge_attention(
-    x: Tensor,
-    radial: Tensor,
-    radial_weight: Tensor,
-    radial_bias: Tensor,
-    wigner: Tensor,
-    graph: EdgeGraph,
-    conv1: Sequence[Tensor],
-    conv1_bias: Tensor,
-    alpha_norm: tuple[Tensor, Tensor] | None,
-    alpha_dot: Tensor,
-    conv2: Sequence[Tensor],
-    conv2_bias: Tensor,
-    sphere: Sphere | None,
-    lmax: int,
-    mmax: int,
-    keep: Tensor | None = None,
-) -> Tensor:
+def edge_attention(a: EdgeAttention) -> Tensor:
     """Nodes [N, S, C] -> sum over the edges of each target [N, S, V], before the output projection.
 
     Shapes and dtypes: `EdgeAttention`; layouts: layout.py; meaning: reference.py. Source: fairchem 1.10's
     SO2EquivariantGraphAttention. Raises TypeError where dtypes differ and ValueError where shapes do not fit.
+
+    One edge from node 0 to node 1 at lmax 1, mmax 0, with every weight one:
+
+    >>> from catmllm_kernels.escn import EdgeAttention, edge_attention, edge_graph
+    >>> ones = torch.ones
+    >>> out = edge_attention(EdgeAttention(
+    ...     x=ones(2, 4, 1), radial=ones(1, 1), radial_weight=ones(4, 1), radial_bias=torch.zeros(4),
+    ...     wigner=torch.tensor([[1.0, 0.0, 1.0, 0.0]]), graph=edge_graph(torch.tensor([[0], [1]]), 2),
+    ...     conv1=[ones(1 + 1 + 2, 4)], conv1_bias=torch.zeros(4), alpha_norm=None, alpha_dot=ones(1, 1),
+    ...     conv2=[ones(2, 2)], conv2_bias=torch.zeros(2), sphere=None, lmax=1, mmax=0,
+    ... ))
+    >>> out.shape, out[1, :, 0]
+    (torch.Size([2, 4, 1]), tensor([ 7.8561,  0.0000, 13.6072,  0.0000]))
     """
-    device = x.device.type
-    dot, norm = alpha_dot, list(alpha_norm or ())
+    device = a.x.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-        x, radial, radial_weight, radial_bias, conv1_bias, conv2_bias = (
-            t.to(dtype) for t in (x, radial, radial_weight, radial_bias, conv1_bias, conv2_bias)
-        )
-        conv1, conv2 = [w.to(dtype) for w in conv1], [w.to(dtype) for w in conv2]
-    learned = [x, radial, radial_weight, radial_bias, *conv1, conv1_bias, *conv2, conv2_bias]
-    if len({t.dtype for t in learned}) > 1:
-        raise TypeError(f"nodes, radial and weights must share one dtype, not {[t.dtype for t in learned]}")
-    n_edges, s = len(graph.source), (lmax + 1) ** 2
-    if x.shape[1] != s or wigner.shape != (n_edges, wigner_offset(lmax + 1, mmax)):
+        a = a._replace(**{n: tree_map(lambda t: t.to(dtype), getattr(a, n)) for n in PRODUCTS})
+    dtypes = [t.dtype for name in PRODUCTS for t in tree_flatten(getattr(a, name))[0]]
+    if len(set(dtypes)) > 1:
+        raise TypeError(f"nodes, radial and weights must share one dtype, not {dtypes}")
+    n_edges, s, p = len(a.graph.source), (a.lmax + 1) ** 2, wigner_offset(a.lmax + 1, a.mmax)
+    if a.x.shape[1] != s or a.wigner.shape != (n_edges, p):
         raise ValueError(
-            f"lmax {lmax}, mmax {mmax} and {n_edges} edges want nodes [N, {s}, C] and wigner "
-            f"[{n_edges}, {wigner_offset(lmax + 1, mmax)}], not {list(x.shape)} and {list(wigner.shape)}"
+            f"lmax {a.lmax}, mmax {a.mmax} and {n_edges} edges want nodes [N, {s}, C] and wigner [{n_edges}, {p}], "
+            f"not {list(a.x.shape)} and {list(a.wigner.shape)}"
         )
-    save = torch.is_grad_enabled() and any(t.requires_grad for t in [*learned, dot, *norm])
+    save = torch.is_grad_enabled() and any(t.requires_grad for t in gradients_of(a))
     with torch.autocast(device, enabled=False):
-        return _attention(
-            x.contiguous(),
-            radial.contiguous(),
-            radial_weight.contiguous(),
-            radial_bias.contiguous(),
-            wigner.contiguous(),
-            list(graph),
-            [w.contiguous() for w in conv1],
-            conv1_bias.contiguous(),
-            [w.contiguous() for w in norm],
-            dot.contiguous(),
-            [w.contiguous() for w in conv2],
-            conv2_bias.contiguous(),
-            list(sphere or ()),
-            lmax,
-            mmax,
-            keep,
-            save,
-        )[0]
+        return _attention(*to_op(a), save)[0]
 
 
-def _unflatten(
-    x: Tensor,
-    radial: Tensor,
-    radial_weight: Tensor,
-    radial_bias: Tensor,
-    wigner: Tensor,
-    graph: Sequence[Tensor],
-    conv1: Sequence[Tensor],
-    conv1_bias: Tensor,
-    alpha_norm: Sequence[Tensor],
-    alpha_dot: Tensor,
-    conv2: Sequence[Tensor],
-    conv2_bias: Tensor,
-    sphere: Sequence[Tensor],
-    lmax: int,
-    mmax: int,
-    keep: Tensor | None,
-) -> EdgeAttention:
-    norm = (alpha_norm[0], alpha_norm[1]) if alpha_norm else None
-    return EdgeAttention(
-        x,
-        radial,
-        radial_weight,
-        radial_bias,
-        wigner,
-        EdgeGraph(*graph),
-        list(conv1),
-        conv1_bias,
-        norm,
-        alpha_dot,
-        list(conv2),
-        conv2_bias,
-        Sphere(*sphere) if sphere else None,
-        lmax,
-        mmax,
-        keep,
-    )
+def to_op(a: EdgeAttention) -> list[Any]:
+    """The arguments of the registered op: contiguous, what holds several tensors as a list."""
+    parts = [list(p) if isinstance(p, tuple) else p for p in a]
+    parts = [[] if p is None and name != "keep" else p for name, p in zip(a._fields, parts, strict=True)]
+    return tree_map(lambda t: t.contiguous() if isinstance(t, Tensor) else t, parts)
 
 
-@torch.library.custom_op("catmllm::edge_attention", mutates_args=())
-def _attention(
-    x: Tensor,
-    radial: Tensor,
-    radial_weight: Tensor,
-    radial_bias: Tensor,
-    wigner: Tensor,
-    graph: Sequence[Tensor],
-    conv1: Sequence[Tensor],
-    conv1_bias: Tensor,
-    alpha_norm: Sequence[Tensor],
-    alpha_dot: Tensor,
-    conv2: Sequence[Tensor],
-    conv2_bias: Tensor,
-    sphere: Sequence[Tensor],
-    lmax: int,
-    mmax: int,
-    keep: Tensor | None,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    a = _unflatten(x, radial, radial_weight, radial_bias, wigner, graph, conv1, conv1_bias, alpha_norm,
-                   alpha_dot, conv2, conv2_bias, sphere, lmax, mmax, keep)  # fmt: skip
-    total, *kept = implementation(OP, x).edge_attention_forward(a, save)
-    extra, hidden, active, alpha = kept if save else (x.new_empty(0) for _ in range(4))
-    return total, extra, hidden, active, alpha
+def from_op(inputs: Sequence[Any]) -> EdgeAttention:
+    """The inverse of `to_op`."""
+    a = EdgeAttention(*inputs)
+    norm = (a.alpha_norm[0], a.alpha_norm[1]) if a.alpha_norm else None
+    sphere = Sphere(*a.sphere) if a.sphere else None
+    return a._replace(graph=EdgeGraph(*a.graph), alpha_norm=norm, sphere=sphere)
+
+
+@torch.library.custom_op(
+    "catmllm::edge_attention",
+    mutates_args=(),
+    schema=f"({ARGUMENTS}, bool save) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _attention(*inputs: Any) -> tuple[Tensor, ...]:
+    *arguments, save = inputs
+    a = from_op(arguments)
+    total, *kept = implementation(OP, a.x).edge_attention_forward(a, save)
+    return total, *(kept if save else (a.x.new_empty(0) for _ in range(4)))
 
 
 @_attention.register_fake
-def _(x: Tensor, radial: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    a = _unflatten(x, radial, *rest[:-1])
-    total = x.new_empty(x.shape[0], x.shape[1], a.width)
-    if not rest[-1]:
-        return total, x.new_empty(0), x.new_empty(0), x.new_empty(0), x.new_empty(0)
-    n = radial.shape[0]
-    wide = torch.promote_types(x.dtype, torch.float32)
-    hidden = n_rows(a.lmax, a.mmax) * a.hidden
-    return (
-        total,
-        x.new_empty(n, a.n_extra),
-        x.new_empty(n, hidden),
-        x.new_empty(n, hidden),
-        x.new_empty(n, a.alpha_dot.shape[0], dtype=wide),
-    )
+def _(*inputs: Any) -> tuple[Tensor, ...]:
+    *arguments, save = inputs
+    a = from_op(arguments)
+    total = a.x.new_empty(a.x.shape[0], a.x.shape[1], a.width)
+    if not save:
+        return total, *(a.x.new_empty(0) for _ in range(4))
+    n, hidden = a.radial.shape[0], n_rows(a.lmax, a.mmax) * a.hidden
+    alpha = a.x.new_empty(n, a.alpha_dot.shape[0], dtype=torch.promote_types(a.x.dtype, torch.float32))
+    return total, a.x.new_empty(n, a.n_extra), a.x.new_empty(n, hidden), a.x.new_empty(n, hidden), alpha
 
 
-@torch.library.custom_op("catmllm::edge_attention_backward", mutates_args=())
-def _attention_backward(
-    grad: Tensor,
-    kept: Sequence[Tensor],
-    x: Tensor,
-    radial: Tensor,
-    radial_weight: Tensor,
-    radial_bias: Tensor,
-    wigner: Tensor,
-    graph: Sequence[Tensor],
-    conv1: Sequence[Tensor],
-    conv1_bias: Tensor,
-    alpha_norm: Sequence[Tensor],
-    alpha_dot: Tensor,
-    conv2: Sequence[Tensor],
-    conv2_bias: Tensor,
-    sphere: Sequence[Tensor],
-    lmax: int,
-    mmax: int,
-    keep: Tensor | None,
-) -> list[Tensor]:
-    a = _unflatten(x, radial, radial_weight, radial_bias, wigner, graph, conv1, conv1_bias, alpha_norm,
-                   alpha_dot, conv2, conv2_bias, sphere, lmax, mmax, keep)  # fmt: skip
-    return implementation(OP, x).edge_attention_backward(grad.contiguous(), a, *kept)
+@torch.library.custom_op(
+    "catmllm::edge_attention_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad, Tensor[] kept, {ARGUMENTS}) -> Tensor[]",
+)
+def _attention_backward(grad: Tensor, kept: Sequence[Tensor], *inputs: Any) -> list[Tensor]:
+    a = from_op(inputs)
+    return implementation(OP, a.x).edge_attention_backward(grad.contiguous(), a, *kept)
 
 
 @_attention_backward.register_fake
 def _(grad: Tensor, kept: Sequence[Tensor], *inputs: Any) -> list[Tensor]:
-    return [torch.empty_like(t) for t in gradients_of(_unflatten(*inputs))]
+    return [torch.empty_like(t) for t in gradients_of(from_op(inputs))]
 
 
 def _attention_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.counts = [len(part) if isinstance(part, list | tuple) else -1 for part in inputs[:13]]
-    flat = [t for part in inputs[:13] for t in (part if isinstance(part, list | tuple) else [part])]
-    ctx.sizes = inputs[13:15]
-    ctx.has_keep = inputs[15] is not None
-    ctx.save_for_backward(*output[1:], *flat, *([inputs[15]] if ctx.has_keep else []))
+    leaves, ctx.structure = tree_flatten(list(inputs[:-1]))
+    ctx.plain = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves]
+    ctx.save_for_backward(*output[1:], *(leaf for leaf in leaves if isinstance(leaf, Tensor)))
 
 
 def _attention_gradient(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
-    tensors = list(ctx.saved_tensors)
-    kept, tensors = tensors[:4], tensors[4:]
-    parts: list[Any] = []
-    for count in ctx.counts:
-        parts.append(tensors[0] if count < 0 else tensors[:count])
-        tensors = tensors[max(count, 1) if count < 0 else count :]
-    if grad is None:
-        return (*([None] * len(p) if isinstance(p, list) else None for p in parts), None, None, None, None)
-    inputs = (*parts, *ctx.sizes, tensors[0] if ctx.has_keep else None)
-    out = iter(_attention_backward(grad, kept, *inputs))
-    n_conv, n_norm = len(parts[6]), len(parts[8])
-    x, radial, weight, bias = (next(out) for _ in range(4))
-    conv1, conv1_bias = [next(out) for _ in range(n_conv)], next(out)
-    norm, dot = [next(out) for _ in range(n_norm)], next(out)
-    conv2, conv2_bias = [next(out) for _ in range(n_conv)], next(out)
-    no_graph, no_sphere = [None] * len(parts[5]), [None] * len(parts[12])
-    return (x, radial, weight, bias, None, no_graph, conv1, conv1_bias, norm, dot, conv2, conv2_bias,
-            no_sphere, None, None, None, None)  # fmt: skip
+    saved = iter(ctx.saved_tensors)  # to be asked for once
+    kept = [next(saved) for _ in range(4)]
+    leaves = [plain[0] if plain else next(saved) for plain in ctx.plain]
+    inputs = tree_unflatten(leaves, ctx.structure)
+    found = iter([] if grad is None else _attention_backward(grad, kept, *inputs))
+
+    def gradient(name: str, part: Any) -> Any:
+        learned = name in LEARNED and grad is not None
+        return tree_map(lambda _: next(found) if learned else None, part)
+
+    return *(gradient(name, p) for name, p in zip(EdgeAttention._fields, inputs, strict=True)), None
 
 
 _attention.register_autograd(_attention_gradient, setup_context=_attention_context)
@@ -263,6 +172,16 @@ def rotate_back_sum(
     """Values [E, R', V] times alpha [E, heads], rotated back, summed over the edges of each target: [N, S, V].
 
     R' is R, or lmax+1 for messages of m = 0 alone. alpha in float32 (float64 for float64 values).
+
+    Two edges into node 0 whose values have l = 0 alone, which nothing turns:
+
+    >>> from catmllm_kernels.escn import edge_graph
+    >>> graph = edge_graph(torch.tensor([[0, 1], [0, 0]]), n_nodes=2)
+    >>> values, alpha = torch.tensor([[[1.0], [0.0]], [[2.0], [0.0]]]), torch.tensor([[0.25], [0.75]])
+    >>> wigner = torch.tensor([[1.0, 0.0, 1.0, 0.0]]).repeat(2, 1)
+    >>> rotate_back_sum(values, alpha, wigner, graph, n_nodes=2, lmax=1, mmax=0)[:, 0]
+    tensor([[1.7500],
+            [0.0000]])
     """
     return _rotate_back_sum(
         values.contiguous(), alpha.contiguous(), wigner.contiguous(), list(graph), n_nodes, lmax, mmax
@@ -286,13 +205,7 @@ def _rotate_back_sum(
 
 @_rotate_back_sum.register_fake
 def _(
-    values: Tensor,
-    alpha: Tensor,
-    wigner: Tensor,
-    graph: Sequence[Tensor],
-    n_nodes: int,
-    lmax: int,
-    mmax: int,
+    values: Tensor, alpha: Tensor, wigner: Tensor, graph: Any, n_nodes: int, lmax: int, mmax: int
 ) -> Tensor:
     return values.new_empty(n_nodes, (lmax + 1) ** 2, values.shape[2])
 

@@ -23,50 +23,33 @@ from catmllm_kernels.escn.layout import (
     Sphere,
     first_row,
     gradients_of,
+    half_of,
+    kept,
     lost_order_scale,
     n_rows,
+    row_of,
     rows_of,
+    wave_of,
     wigner_offset,
+    with_learned,
 )
 
 
-def edge_attention(
-    x: Tensor,
-    radial: Tensor,
-    radial_weight: Tensor,
-    radial_bias: Tensor,
-    wigner: Tensor,
-    graph: EdgeGraph,
-    conv1: Sequence[Tensor],
-    conv1_bias: Tensor,
-    alpha_norm: tuple[Tensor, Tensor] | None,
-    alpha_dot: Tensor,
-    conv2: Sequence[Tensor],
-    conv2_bias: Tensor,
-    sphere: Sphere | None,
-    lmax: int,
-    mmax: int,
-    keep: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(sum [N, S, V], extra [E, heads·A + gates], hidden before [E, R·C'] and after [E, R·C'] the activation, alpha [E, heads]).
-
-    For shapes and meaning of the arguments see `op.edge_attention`.
-    """
-    heads = alpha_dot.shape
-    weights = F.linear(radial, radial_weight, radial_bias)
-    rows = gather_rotate(x, weights, wigner, graph, lmax, mmax)
-    n_extra = conv1[0].shape[0] - (lmax + 1) * (conv2[0].shape[1] // (lmax + 1))
-    extra, hidden = so2_product(rows, conv1, conv1_bias, n_extra, lmax, mmax)
-    gates = extra[:, heads.numel() :]
-    if sphere is None:
+def edge_attention(a: EdgeAttention) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(sum [N, S, V], extra [E, heads·A + gates], hidden before [E, R·C'] and after [E, R·C'] the activation, alpha [E, heads])."""
+    lmax, mmax, n_alpha = a.lmax, a.mmax, a.alpha_dot.numel()
+    weights = F.linear(a.radial, a.radial_weight, a.radial_bias)
+    rows = gather_rotate(a.x, weights, a.wigner, a.graph, lmax, mmax)
+    extra, hidden = so2_product(rows, a.conv1, a.conv1_bias, a.n_extra, lmax, mmax)
+    scalars, gates = extra[:, :n_alpha], extra[:, n_alpha:]
+    if a.sphere is None:
         active = gate_activation(hidden, gates, lmax, mmax)
     else:
-        active = sphere_activation(hidden, gates, sphere, lmax, mmax)
-    alpha = attention_weights(extra[:, : heads.numel()], alpha_norm, alpha_dot, graph, len(x))
-    _, values = so2_product(active, conv2, conv2_bias, 0, lmax, mmax)
-    total = rotate_back_sum(
-        values, alpha if keep is None else alpha * keep, wigner, graph, len(x), lmax, mmax
-    )
+        active = sphere_activation(hidden, gates, a.sphere, lmax, mmax)
+    alpha = attention_weights(scalars, a.alpha_norm, a.alpha_dot, a.graph, len(a.x))
+    _, values = so2_product(active, a.conv2, a.conv2_bias, 0, lmax, mmax)
+    weighted = alpha if a.keep is None else alpha * a.keep
+    total = rotate_back_sum(values, weighted, a.wigner, a.graph, len(a.x), lmax, mmax)
     return total, extra, hidden.flatten(1), active.flatten(1), alpha
 
 
@@ -205,17 +188,14 @@ def wigner_blocks(wigner: Tensor, lmax: int, mmax: int) -> list[Tensor]:
 @lru_cache
 def index_of(what: str, lmax: int, mmax: int, device: torch.device) -> Tensor:
     """Constant row indices. "by m": rows of the blocks in m-primary order, "by l": its inverse, "degree": l, "radial": the
-
     row m >= 0 that shares weights, "order": the column of `Sphere.lon`."""
-    rows = rows_of(lmax, mmax)
-    blocks = [(l, m) for l in range(lmax + 1) for m in range(-min(l, mmax), min(l, mmax) + 1)]
-    half = [(l, m) for m in range(mmax + 1) for l in range(m, lmax + 1)]
+    rows, blocks = rows_of(lmax, mmax), kept(lmax, mmax)
     index = {
         "by m": lambda: [blocks.index(lm) for lm in rows],
-        "by l": lambda: [rows.index(lm) for lm in blocks],
+        "by l": lambda: [row_of(l, m, lmax) for l, m in blocks],
         "degree": lambda: [l for l, _ in rows],
-        "radial": lambda: [half.index((l, abs(m))) for l, m in rows],
-        "order": lambda: [max(2 * abs(m) - (m > 0), 0) for _, m in rows],
+        "radial": lambda: [half_of(l, m, lmax) for l, m in rows],
+        "order": lambda: [wave_of(abs(m), m < 0) for _, m in rows],
     }[what]()
     with torch.inference_mode(False):  # kept for later calls, which may need gradients
         return torch.tensor(index, device=device)
@@ -226,7 +206,7 @@ def index_of(what: str, lmax: int, mmax: int, device: torch.device) -> Tensor:
 
 def edge_attention_forward(a: EdgeAttention, save: bool) -> tuple[Tensor, ...]:
     with torch.no_grad():
-        total, extra, *rest = edge_attention(*a)
+        total, extra, *rest = edge_attention(a)
         return total, extra.contiguous(), *rest
 
 
@@ -234,17 +214,10 @@ def edge_attention_backward(
     grad: Tensor, a: EdgeAttention, extra: Tensor, hidden: Tensor, active: Tensor, alpha: Tensor
 ) -> list[Tensor]:
     """By autograd through the definition, run once more."""
-    leaves = iter([t.detach().requires_grad_() for t in gradients_of(a)])
-    x, radial, weight, bias = (next(leaves) for _ in range(4))
-    conv1, conv1_bias = [next(leaves) for _ in a.conv1], next(leaves)
-    norm = None if a.alpha_norm is None else (next(leaves), next(leaves))
-    b = a._replace(
-        x=x, radial=radial, radial_weight=weight, radial_bias=bias, conv1=conv1, conv1_bias=conv1_bias,
-        alpha_norm=norm, alpha_dot=next(leaves), conv2=[next(leaves) for _ in a.conv2], conv2_bias=next(leaves),
-    )  # fmt: skip
+    leaves = [t.detach().requires_grad_() for t in gradients_of(a)]
     with autograd_again():
-        total = edge_attention(*b)[0]
-        return list(torch.autograd.grad(total, gradients_of(b), grad))
+        total = edge_attention(with_learned(a, leaves))[0]
+        return list(torch.autograd.grad(total, leaves, grad))
 
 
 def rotate_back_sum_forward(*inputs: Any) -> Tensor:

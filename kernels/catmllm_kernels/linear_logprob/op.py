@@ -1,4 +1,4 @@
-"""The public op: one function, whatever the device. Triton on CUDA, chunks of torch's own products elsewhere.
+"""The public op: one function, whatever the device. Triton on CUDA, chunks of torch's own products on a CPU.
 
 Through `torch.library`, so that compile, activation checkpointing and planning without data see one node with a known
 output, a known FLOP count and a known workspace.
@@ -6,17 +6,17 @@ output, a known FLOP count and a known workspace.
 
 from __future__ import annotations
 
-import os
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-import catmllm_kernels.linear_logprob.chunked as chunked
-from catmllm_kernels.backend import NAMES
+import catmllm_kernels.linear_logprob.cpu as cpu
+from catmllm_kernels.backend import implementation
 from catmllm_kernels.linear_logprob.reference import IGNORED
+
+OP = "linear_logprob"
 
 
 class LogProbs(NamedTuple):
@@ -33,10 +33,16 @@ def linear_logprob(hidden: Tensor, weight: Tensor, targets: Tensor, temperature:
     hidden [T, H] and weight [V, H] in one floating dtype, targets [T] int64 in [0, V), or -100: ignored, a result of 0
     and no gradient. Returns [T] float32 (float64 of float64 inputs). Sums run in float32; a CPU rounds the logits to the
     inputs' dtype in between. Differentiable once in hidden and weight; the backward pass recomputes the logits (a CPU
-    keeps them where they are few, see chunked.KEEP). Under
+    keeps them where they are few, see cpu.KEEP). Under
     autocast the two are cast as for a linear layer.
     Raises ValueError for shapes or dtypes that do not fit, and on a CPU for a target out of range; on CUDA, where
     looking would stall the queue, such a target's result is NaN.
+
+    Two words of equal score, and a token that is ignored:
+
+    >>> hidden, weight = torch.ones(2, 3), torch.ones(2, 3)
+    >>> linear_logprob(hidden, weight, targets=torch.tensor([1, -100])).exp()
+    tensor([0.5000, 1.0000])
     """
     return linear_logprobs(hidden, weight, targets, temperature).logprob
 
@@ -50,7 +56,12 @@ def linear_logprobs(
     reference: Tensor | None = None,
 ) -> LogProbs:
     """`linear_logprob`, and where asked: the entropy of each distribution (differentiable; 0 where ignored), and the
-    log-probabilities of a second head `reference` [V, H] on the same hidden states in the same pass (no gradient)."""
+    log-probabilities of a second head `reference` [V, H] on the same hidden states in the same pass (no gradient).
+
+    >>> found = linear_logprobs(torch.ones(1, 3), torch.ones(4, 3), torch.tensor([2]), entropy=True)
+    >>> found.logprob, found.entropy, found.reference
+    (tensor([-1.3863]), tensor([1.3863]), None)
+    """
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"need hidden [T, H] and weight [V, H], not {_shape(hidden)} and {_shape(weight)}")
     if targets.shape != hidden.shape[:1]:
@@ -67,7 +78,7 @@ def linear_logprobs(
             raise ValueError(f"hidden is {hidden.dtype}, a head is {w.dtype}: cast one of them")
     frozen = None if reference is None else reference.detach()
     trains = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    keep = trains and _path(hidden) is chunked and len(hidden) * len(weight) <= chunked.KEEP
+    keep = trains and implementation(OP, hidden) is cpu and len(hidden) * len(weight) <= cpu.KEEP
     logprob, _, spread, other, _ = torch.ops.catmllm.linear_logprob(
         hidden.contiguous(), weight.contiguous(), targets, frozen, float(temperature), entropy, keep
     )
@@ -76,18 +87,6 @@ def linear_logprobs(
 
 def _shape(t: Tensor) -> list[int]:
     return list(t.shape)
-
-
-def _path(hidden: Tensor) -> ModuleType:
-    """Where this input is computed. CATMLLM_KERNELS forces one, as for every op; `cpu` and `reference` are both the chunks."""
-    forced = os.environ.get("CATMLLM_KERNELS", "")
-    if forced not in ("", *NAMES):
-        raise ValueError(f"CATMLLM_KERNELS={forced!r}; choose one of {', '.join(NAMES)}")
-    if hidden.dtype == torch.float64 or (forced or ("triton" if hidden.is_cuda else "cpu")) != "triton":
-        return chunked
-    from catmllm_kernels.linear_logprob import triton
-
-    return triton
 
 
 @torch.library.custom_op("catmllm::linear_logprob", mutates_args=())
@@ -107,8 +106,9 @@ def _forward(
         raise ValueError(
             f"target {wrong} is outside the vocabulary of {weight.shape[0]} (or {IGNORED} to ignore)"
         )
-    path = _path(hidden)
-    out = path.forward(hidden, weight, targets.where(valid, 0), temperature, entropy, reference, keep)
+    out = implementation(OP, hidden).forward(
+        hidden, weight, targets.where(valid, 0), temperature, entropy, reference, keep
+    )
     lp, lse, spread, ref, kept = out
     # 0 where ignored, NaN where out of range
     rest = torch.where(asked, torch.nan, 0.0).to(lp.dtype)
@@ -126,7 +126,7 @@ def _(
     entropy: bool,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    lp = hidden.new_empty(hidden.shape[0], dtype=chunked.wide(hidden.dtype))
+    lp = hidden.new_empty(hidden.shape[0], dtype=cpu.wide(hidden.dtype))
     nothing = lp.new_empty(0)
     return (
         lp,
@@ -152,7 +152,7 @@ def _backward(
     kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     valid = (targets >= 0) & (targets < weight.shape[0])
-    of_hidden, of_weight = _path(hidden).backward(
+    of_hidden, of_weight = implementation(OP, hidden).backward(
         grad.where(valid, 0.0),
         None if grad_entropy is None else grad_entropy.where(valid, 0.0),
         hidden,

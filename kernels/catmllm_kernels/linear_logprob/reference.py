@@ -1,17 +1,22 @@
 """The definition: log-softmax of a linear layer's output, read at the target token, with every logit in memory.
 
-Cross-entropy, GRPO and the closed loop all need this one number a token. `chunked.py` and `triton.py` give the same
+Cross-entropy, GRPO and the closed loop all need this one number a token. `cpu.py` and `triton.py` give the same
 without the logits; the tests hold them to this file in float64.
 """
 
+from __future__ import annotations
+
 import torch
+from torch import Tensor
+
+from catmllm_kernels.backend import autograd_again
 
 IGNORED = -100  # a target of this value has no log-probability: 0, and no gradient
 
 
 def linear_logprob(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, temperature: float = 1.0
-) -> tuple[torch.Tensor, torch.Tensor]:
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """(log softmax(z)[targets], entropy of softmax(z)) with z = hidden @ weight.T / temperature.
 
     hidden [T, H] and weight [V, H] in one floating dtype, targets [T] int64 in [0, V) or IGNORED. Returns two [T], in
@@ -24,3 +29,45 @@ def linear_logprob(
     at_target = logprob.gather(1, targets.where(kept, 0)[:, None]).squeeze(1)
     entropy = -(logprob.exp() * logprob).sum(1)
     return at_target.where(kept, 0.0), entropy.where(kept, 0.0)
+
+
+# ------------------------------------------------------------------------------------------ as an implementation
+
+
+def forward(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    temperature: float,
+    entropy: bool,
+    reference: Tensor | None,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As `cpu.forward`, but for the logsumexp, which the backward pass below does not need: zeros. Nothing is kept."""
+    with torch.no_grad():
+        lp, spread = linear_logprob(hidden, weight, targets, temperature)
+        nothing = lp.new_empty(0)
+        other = nothing if reference is None else linear_logprob(hidden, reference, targets, temperature)[0]
+    return lp, torch.zeros_like(lp), spread if entropy else nothing, other, hidden.new_empty(0)
+
+
+def backward(
+    grad: Tensor,
+    grad_entropy: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    lse: Tensor,
+    entropy: Tensor,
+    temperature: float,
+    need_hidden: bool,
+    need_weight: bool,
+    kept: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """By autograd through the definition, run once more."""
+    h, w = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
+    with autograd_again():
+        lp, spread = linear_logprob(h, w, targets, temperature)
+        total = (lp * grad).sum() + (0 if grad_entropy is None else (spread * grad_entropy).sum())
+        of_hidden, of_weight = torch.autograd.grad(total, (h, w))
+    return of_hidden, of_weight

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from catmllm_kernels.launch import launch
 
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 WORKSPACE = 1 << 26  # values of dL/dlogits at a time: 128 MiB in half precision
 SPLIT_TARGET = 512  # programs wanted in a forward launch: several waves on the A100's 108 SMs
 LOWEST = tl.constexpr(-1.0e30)  # of words past the end and to start the maximum: -inf minus -inf would be NaN

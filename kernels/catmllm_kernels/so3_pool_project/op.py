@@ -32,6 +32,13 @@ def so3_pool(
     (`max`), [n_systems, (L+1)*C] (`invariant`) or [N, C] (`atoms`) in the dtype of x; norms and roots are
     taken in float32 or wider. Raises ValueError for an unknown mode, and for a system without atoms (on CUDA,
     where looking would stall the queue, such a system's features are -inf).
+
+    Two atoms of one system and one of another, lmax 0, two channels:
+
+    >>> x = torch.tensor([[[1.0, 5.0]], [[2.0, 3.0]], [[4.0, 0.0]]])
+    >>> so3_pool(x, torch.tensor([0, 0, 1]), n_systems=2, mode="max")
+    tensor([[2., 5.],
+            [4., 0.]])
     """
     if mode not in MODES:
         raise ValueError(f"unknown pooling {mode!r}; choose {', '.join(MODES[:-1])} or {MODES[-1]}")
@@ -50,7 +57,12 @@ def so3_pool_project(
     norm: tuple[Tensor, Tensor, bool] | None = None,
 ) -> Tensor:
     """`so3_pool`, then a linear layer: [n_systems or N, width].
-    The features take the dtype of `weight` [width, features]."""
+    The features take the dtype of `weight` [width, features].
+
+    >>> x = torch.tensor([[[1.0, 5.0]], [[2.0, 3.0]]])
+    >>> so3_pool_project(x, torch.tensor([0, 0]), n_systems=1, mode="max", weight=torch.tensor([[1.0, 10.0]]))
+    tensor([[52.]])
+    """
     return F.linear(so3_pool(x, batch, n_systems, mode, norm).to(weight.dtype), weight, bias)
 
 

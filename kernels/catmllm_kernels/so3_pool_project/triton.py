@@ -17,6 +17,7 @@ from torch import Tensor
 from catmllm_kernels.launch import launch
 from catmllm_kernels.so3_pool_project.reference import EPS
 
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TILES: dict[str, list[dict[str, int]]] = {
     "stats": [{"num_warps": 4}],
     "pool": [{"BLOCK_A": 16, "num_warps": 4}],

@@ -15,6 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from catmllm_kernels.varlen_attention.layout import Attention, samples
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
 
 class _Call(ctypes.Structure):
     """`attention_call` of csrc/attention/attention.h, member for member."""
@@ -46,36 +50,23 @@ def unfit(x: Tensor) -> str:
     """Why these tensors cannot be handled here, or nothing."""
     if _library() is None:
         return "catmllm_kernels/_attention was not built; `pip install .` from the sources builds it"
-    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"{x.dtype} is for torch's own products"
     return ""
 
 
-def forward(
-    query: Tensor, key: Tensor, value: Tensor, lengths: list[int], owners: list[int], scale: float
-) -> Tensor:
-    """As `blocked.forward`."""
-    tensors = _floats(query, key, value)
+def forward(a: Attention) -> Tensor:
+    """[T, H, D] in the dtype of the query."""
+    tensors = _floats(a.query, a.key, a.value)
     out = torch.empty_like(tensors[0])
-    _run("forward", lengths, owners, scale, tensors, out)
-    return out.to(query.dtype)
+    _run("forward", a, tensors, out)
+    return out.to(a.query.dtype)
 
 
-def backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lengths: list[int],
-    owners: list[int],
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As `blocked.backward`."""
-    *tensors, wide_out, wide_grad = _floats(query, key, value, out, grad)
+def backward(grad: Tensor, out: Tensor, a: Attention) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of query, key and value; `out` is what `forward` returned."""
+    *tensors, wide_out, wide_grad = _floats(a.query, a.key, a.value, out, grad)
     gradients = [torch.empty_like(t) for t in tensors]
-    _run("backward", lengths, owners, scale, tensors, wide_out, wide_grad, *gradients)
-    of_query, of_key, of_value = (g.to(query.dtype) for g in gradients)
+    _run("backward", a, tensors, wide_out, wide_grad, *gradients)
+    of_query, of_key, of_value = (g.to(a.query.dtype) for g in gradients)
     return of_query, of_key, of_value
 
 
@@ -83,13 +74,12 @@ def _floats(*tensors: Tensor) -> list[Tensor]:
     return [t.float().contiguous() for t in tensors]
 
 
-def _run(
-    name: str, lengths: list[int], owners: list[int], scale: float, tensors: list[Tensor], *rest: Tensor
-) -> None:
+def _run(name: str, a: Attention, tensors: list[Tensor], *rest: Tensor) -> None:
     """Call the library; `rest`: out, and for backward its gradient and those of query, key and value."""
     query, key = tensors[:2]
+    lengths, owners = samples(a)
     first = [i for i, owner in enumerate(owners) if owner < 0]
-    owned = [b - a > 1 for a, b in zip(first, [*first[1:], len(owners)])]
+    owned = [end - begin > 1 for begin, end in zip(first, [*first[1:], len(owners)])]
 
     def integers(values: Any) -> Any:
         listed = list(values)
@@ -104,11 +94,11 @@ def _run(
         heads=query.shape[1],
         kv_heads=key.shape[1],
         width=query.shape[2],
-        scale=scale,
+        scale=a.scale,
         **dict(zip(("query", "key", "value"), (t.data_ptr() for t in tensors))),
         **dict(zip(names, (t.data_ptr() for t in rest))),
     )
-    call.bounds, call.group, call.owned = (ctypes.cast(a, ctypes.c_void_p) for a in arrays)
+    call.bounds, call.group, call.owned = (ctypes.cast(array, ctypes.c_void_p) for array in arrays)
     answer = getattr(_library(), f"attention_{name}")(ctypes.byref(call))
     if answer is not None:
         raise RuntimeError(f"attention_{name}: {answer.decode()}")

@@ -6,51 +6,21 @@ with a known output and FLOP count.
 
 from __future__ import annotations
 
-import itertools
-import os
-from dataclasses import dataclass
-from types import ModuleType
+import functools
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-import catmllm_kernels.varlen_attention.blocked as blocked
-import catmllm_kernels.varlen_attention.cpu as cpu
-from catmllm_kernels.backend import NAMES, warn_once
+from catmllm_kernels.backend import implementation
+from catmllm_kernels.schema import arguments_of
+from catmllm_kernels.varlen_attention.layout import Attention, Prefix
 
-
-@dataclass(frozen=True)
-class Prefix:
-    """Which sample each one continues; make it by `continued`, once a batch.
-
-    owner [S] int64: the sample whose tokens come before this one's, -1 for none. key_at [N] int64 and cu_seqlens_k [S+1]
-    int32: the tokens that each sample sees, end to end; max_length_k: the most that one sees.
-    """
-
-    owner: Tensor
-    key_at: Tensor
-    cu_seqlens_k: Tensor
-    max_length_k: int
-
-
-def continued(cu_seqlens: Tensor, owner: Tensor) -> Prefix:
-    """The `Prefix` of samples [S+1] with these owners [S] (-1: none), on their device; waits for it once.
-
-    An owner continues nothing itself, and those that continue it follow it directly.
-    """
-    begin, length = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
-    place = owner.clamp_min(0)
-    before = torch.where(owner >= 0, length[place], 0)
-    seen = before + length
-    bounds = torch.nn.functional.pad(seen.cumsum(0), (1, 0))
-    total, longest = torch.stack([bounds[-1], seen.max()]).tolist() if len(seen) else (0, 0)
-    sample = torch.arange(len(owner), device=owner.device).repeat_interleave(seen, output_size=total)
-    at = torch.arange(total, device=owner.device) - bounds[sample]
-    own = at >= before[sample]
-    key_at = torch.where(own, begin[sample] + at - before[sample], begin[place][sample] + at)
-    return Prefix(owner, key_at, bounds.int(), longest)
+OP = "varlen_attention"
+ARGUMENTS = arguments_of(Attention)
 
 
 def varlen_attention(
@@ -68,13 +38,20 @@ def varlen_attention(
     max_length: the longest sample or more. Returns [T, H, D]. Softmax and sums run in float32 or wider. `scale`
     defaults to D^-0.5. With `prefix`, a sample that continues another sees all of that one's tokens before its own: a
     prompt is then there once for all its answers. Differentiable once. Raises ValueError for shapes that do not fit.
+
+    Two samples of two tokens; where all scores are equal a token gets the mean of what it sees:
+
+    >>> value = torch.arange(4.0)[:, None, None]
+    >>> bounds = torch.tensor([0, 2, 4], dtype=torch.int32)
+    >>> varlen_attention(torch.zeros(4, 1, 1), torch.ones(4, 1, 1), value, bounds, 2).flatten()
+    tensor([0.0000, 0.5000, 2.0000, 2.5000])
     """
     if query.ndim != 3 or key.ndim != 3 or key.shape != value.shape or query.shape[1] % key.shape[1]:
         shapes = ", ".join(str(list(x.shape)) for x in (query, key, value))
         raise ValueError(f"need query [T, H, D] and key, value [T, K, D] with K dividing H, not {shapes}")
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     if flash(query):
-        from torch.nn.attention.varlen import varlen_attn
+        from torch.nn.attention.varlen import varlen_attn  # which loads torch's compiler, 3 s of imports
 
         bounds, longest = cu_seqlens, max_length
         if prefix is not None:
@@ -90,7 +67,7 @@ def varlen_attention(
             longest,
             scale=scale,
             window_size=(-1, 0),  # causal, the last query at the last key
-            enable_gqa=True,
+            **grouped(varlen_attn),
         )
         assert isinstance(out, Tensor)
         return out
@@ -103,150 +80,74 @@ def flash(query: Tensor) -> bool:
     return query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
 
 
-def _path(query: Tensor) -> ModuleType:
-    """csrc where it can, torch's products elsewhere. CATMLLM_KERNELS forces one; `triton` and `reference` are the products."""
-    forced = os.environ.get("CATMLLM_KERNELS", "")
-    if forced not in ("", *NAMES):
-        raise ValueError(f"CATMLLM_KERNELS={forced!r}; choose one of {', '.join(NAMES)}")
-    if query.device.type != "cpu" or forced in ("triton", "reference") or query.dtype == torch.float64:
-        return blocked
-    if why := cpu.unfit(query):
-        warn_once("varlen_attention", why)
-        return blocked
-    return cpu
+@functools.cache
+def grouped(attention: Callable[..., Any]) -> dict[str, Any]:
+    """How torch's function is told that several query heads share a key head: torch 2.11 takes them unasked."""
+    return {"enable_gqa": True} if "enable_gqa" in inspect.signature(attention).parameters else {}
 
 
-@torch.library.custom_op("catmllm::varlen_attention", mutates_args=())
-def _forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seqlens: Tensor,
-    max_length: int,
-    scale: float,
-    owner: Tensor | None = None,
-) -> Tensor:
-    return _path(query).forward(query, key, value, *_samples(query, cu_seqlens, owner), scale)
+@torch.library.custom_op("catmllm::varlen_attention", mutates_args=(), schema=f"({ARGUMENTS}) -> Tensor")
+def _forward(*inputs: Any) -> Tensor:
+    a = Attention(*inputs)
+    return implementation(OP, a.query).forward(a)
 
 
 @_forward.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seqlens: Tensor,
-    max_length: int,
-    scale: float,
-    owner: Tensor | None = None,
-) -> Tensor:
+def _(query: Tensor, *_: Any) -> Tensor:
     return query.new_empty(query.shape)
 
 
-@torch.library.custom_op("catmllm::varlen_attention_backward", mutates_args=())
-def _backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    cu_seqlens: Tensor,
-    max_length: int,
-    scale: float,
-    owner: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _path(query).backward(grad, query, key, value, out, *_samples(query, cu_seqlens, owner), scale)
+@torch.library.custom_op(
+    "catmllm::varlen_attention_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad, Tensor out, {ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
+)
+def _backward(grad: Tensor, out: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    a = Attention(*inputs)
+    return implementation(OP, a.query).backward(grad, out, a)
 
 
 @_backward.register_fake
-def _(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    cu_seqlens: Tensor,
-    max_length: int,
-    scale: float,
-    owner: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
-
-
-def _samples(query: Tensor, cu_seqlens: Tensor, owner: Tensor | None) -> tuple[list[int], list[int]]:
-    """Lengths and owners of the samples."""
-    bounds = cu_seqlens.tolist()
-    lengths = [b - a for a, b in itertools.pairwise(bounds)]
-    if not bounds or bounds[0] != 0 or bounds[-1] != len(query) or min(lengths, default=0) < 0:
-        raise ValueError(f"cu_seqlens must rise from 0 to {len(query)}, the number of tokens; got {bounds}")
-    if owner is None:
-        return lengths, [-1] * len(lengths)
-    owners, last = owner.tolist(), -1
-    if len(owners) != len(lengths):
-        raise ValueError(f"{len(owners)} owners for {len(lengths)} samples")
-    for i, o in enumerate(owners):
-        last = i if o < 0 else last
-        if o >= 0 and o != last:
-            raise ValueError(
-                f"sample {i} continues {o}: it must follow it directly, with at most others that continue it between"
-            )
-    return lengths, owners
+def _(grad: Tensor, out: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape) for x in inputs[:3])
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    query, key, value, cu_seqlens, ctx.max_length, ctx.scale, owner = inputs
-    ctx.save_for_backward(query, key, value, output, cu_seqlens, owner)
+    a = Attention(*inputs)
+    ctx.max_length, ctx.scale = a.max_length, a.scale
+    ctx.save_for_backward(output, a.query, a.key, a.value, a.cu_seqlens, a.owner)
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     *saved, owner = ctx.saved_tensors
-    gradients = torch.ops.catmllm.varlen_attention_backward(
-        grad.contiguous(), *saved, ctx.max_length, ctx.scale, owner
-    )
-    return *gradients, None, None, None, None
+    inputs = (*saved, ctx.max_length, ctx.scale, owner)
+    return *torch.ops.catmllm.varlen_attention_backward(grad.contiguous(), *inputs), None, None, None, None
 
 
 _forward.register_autograd(_gradients, setup_context=_keep)
 
 
-def _products(query: Tensor, cu_seqlens: Tensor, max_length: int, owner: Tensor | None, count: int) -> int:
+def _products(a: Attention, count: int) -> int:
     """FLOPs of `count` products of all queries with all keys that their samples see; the later half is not subtracted,
     as torch's counter does not for its own attention. Without data every sample is taken as the longest."""
-    if cu_seqlens.device.type == "meta" or isinstance(cu_seqlens, torch._subclasses.FakeTensor):
-        pairs = (len(cu_seqlens) - 1) * max_length**2
+    if a.cu_seqlens.device.type == "meta" or isinstance(a.cu_seqlens, torch._subclasses.FakeTensor):
+        pairs = (len(a.cu_seqlens) - 1) * a.max_length**2
     else:
-        length = cu_seqlens.long().diff()
-        seen = length if owner is None else length + torch.where(owner >= 0, length[owner.clamp_min(0)], 0)
+        length = a.cu_seqlens.long().diff()
+        seen = length
+        if a.owner is not None:
+            seen = length + torch.where(a.owner >= 0, length[a.owner.clamp_min(0)], 0)
         pairs = int((length * seen).sum())
-    return 2 * count * pairs * query.shape[1] * query.shape[2]
+    return 2 * count * pairs * a.query.shape[1] * a.query.shape[2]
 
 
 @register_flop_formula(torch.ops.catmllm.varlen_attention, get_raw=True)
-def forward_flops(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seqlens: Tensor,
-    max_length: int,
-    scale: float,
-    owner: Tensor | None = None,
-    **_: Any,
-) -> int:
+def forward_flops(*inputs: Any, **_: Any) -> int:
     """Scores and their product with the values."""
-    return _products(query, cu_seqlens, max_length, owner, 2)
+    return _products(Attention(*inputs), 2)
 
 
 @register_flop_formula(torch.ops.catmllm.varlen_attention_backward, get_raw=True)
-def backward_flops(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    cu_seqlens: Tensor,
-    max_length: int,
-    scale: float,
-    owner: Tensor | None = None,
-    **_: Any,
-) -> int:
+def backward_flops(grad: Tensor, out: Tensor, *inputs: Any, **_: Any) -> int:
     """The scores once more, and four products for the gradients."""
-    return _products(query, cu_seqlens, max_length, owner, 5)
+    return _products(Attention(*inputs), 5)
