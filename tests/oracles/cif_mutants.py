@@ -402,3 +402,160 @@ def mutants(originals: Sequence[str], n: int, seed: int = 0) -> Iterator[str]:
         for _ in range(r.choice([1, 1, 1, 2, 2, 3, 5])):
             text = r.choice(CHANGES)(text, r)
         yield text
+
+
+# Kinds of their own, each a text made from nothing and broken now and then: what the general changes seldom hit.
+
+TRIGONAL = ("x,y,z", "-y,x-y,z", "y-x,-x,z", "-y,-x,z", "y-x,y,z", "x,x-y,z", "-x,-y,-z", "y,y-x,-z", "x-y,x,-z", "y,x,-z", "x-y,-y,-z", "-x,y-x,-z")  # fmt: skip
+CENTRING = ("", "2/3 1/3 1/3", "1/3 2/3 2/3")
+RHOMBOHEDRAL = "R-3m R3 R-3 R3m R3c R-3c R32 R-3m:H R-3c:H R3m:H R-3m:R 'R -3 m' 'R -3 m :H' 'R -3 c' 'R 3' 166 167 148 160 155".split(" ")  # fmt: skip
+MAGNETIC_NUMBERS = "2.6 5.17 14.79 15.90 62.448 63.463 65.486 74.559 123.345 127.395 129.416 140.550 148.19 152.35 161.69 166.101 166.97 167.106 185.201 194.270 205.33 221.97 224.113 225.116 227.131 229.143 230.148 1.1 1.3 230.149 0.0 62 1.2.3 a.b".split()  # fmt: skip
+MAGNETIC_NAMES = "Pn'ma'|P4/m'b'm'|P 4/m' b' m'|R-3m|R-3m'|R-3'm|R_I-3c|Fd-3m'|P_S-1|C2/m'|I4/m'm'm'|Cmc'm'|P6_3/m'm'c|P63/m'm'c|foo|P1|P1.1'|Pnma1'|Pnma.1'|C_a2/m|P_C2_1/m|Ia-3d'|R_I3".split("|")  # fmt: skip
+TRANSFORMS = "a,b,c;0,0,0|a,b,c;0,0,0|a,b,c;0,0,0|b,c,a;0,0,0|c,a,b;1/4,0,1/2|a,-c,b;0,0,1/2|2/3a+1/3b+1/3c,-1/3a+1/3b+1/3c,-1/3a-2/3b+1/3c;0,0,0|-b+c,a+c,-a+b+c;0,0,0|a/2,b,c;0,0,0|2a,b,c;0,0,0|a+b,-a+b,c;1/8,1/8,1/8|a,b;0,0,0|a,a,c;0,0,0|a,b,c|(a+b)/2,(b-a)/2,c;0,0,0|?|-a,-b,c;0.25,0,0".split("|")  # fmt: skip
+
+
+def _quoted(text: str) -> str:
+    return f'"{text}"' if "'" in text else f"'{text}'"
+
+
+def _centred(operation: str, vector: str, r: random.Random) -> str:
+    """An operation with a centring vector added, in one of the spellings of programs."""
+    if not vector:
+        return operation
+    style = r.choice(["{t}+{c}", "{c}+{t}", "{d}+{c}", "{c}+{t}"])
+    parts = []
+    for component, t in zip(operation.split(","), vector.split()):
+        decimal = f"{int(t[0]) / int(t[2]):.{r.choice([4, 5, 6])}f}"
+        joined = style.format(t=t, c=component, d=decimal)
+        parts.append(joined.replace("+-", "-"))
+    return ",".join(parts)
+
+
+def _special(r: random.Random, digits: int) -> tuple[float, float, float]:
+    """A place on or near the special positions of a trigonal cell, as written with few digits."""
+    x, z = r.random(), r.choice([r.random(), 0.0, 0.5, 0.25, 1 / 3, 1 / 6, 0.125])
+    kind = r.randrange(7)
+    place = [(x, 2 * x, z), (x, x / 2, z), (x, -x, z), (0.0, 0.0, z), (1 / 3, 2 / 3, z), (x, 0.0, z), (x, r.random(), z)][kind]  # fmt: skip
+    shift = r.choice([0.0, 0.0, 0.0, 1.0, -1.0])
+    off = r.choice([0.0, 0.0, 10.0**-digits, 2e-4, 9e-5])
+    return (round(place[0], digits), round(place[1] + shift + off, digits), round(place[2], digits))
+
+
+def _cif(cell: Sequence[float], head: str, rows: Sequence[str]) -> str:
+    names = ("length_a", "length_b", "length_c", "angle_alpha", "angle_beta", "angle_gamma")
+    lines = ["data_m", *(f"_cell_{name} {value}" for name, value in zip(names, cell)), head.rstrip("\n")]
+    lines += ["loop_", "_atom_site_type_symbol", "_atom_site_label"]
+    lines += ["_atom_site_fract_x", "_atom_site_fract_y", "_atom_site_fract_z", "_atom_site_occupancy", *rows]
+    return "\n".join(lines) + "\n"
+
+
+def rhombohedral(r: random.Random) -> str:
+    """Trigonal cells with few digits: images fall on one another to within the tolerance, or just not."""
+    digits = r.choice([3, 4, 4, 4, 5])
+    a, c = round(r.uniform(2.5, 9), 3), round(r.uniform(5, 32), 3)
+    kind = r.random()
+    if kind < 0.45:
+        name = r.choice(RHOMBOHEDRAL).strip("'")
+        key = "_space_group_IT_number" if name.isdigit() else r.choice(["_symmetry_space_group_name_H-M", "_space_group_name_H-M_alt"])  # fmt: skip
+        head = f"{key} '{name}'"
+    else:
+        operations = r.sample(TRIGONAL, r.choice([2, 3, 6, 12])) if kind < 0.8 else list(TRIGONAL)
+        vectors = CENTRING if kind < 0.9 else r.sample(CENTRING, 2)
+        listed = [_centred(operation, vector, r) for vector in vectors for operation in operations]
+        if r.random() < 0.3:
+            r.shuffle(listed)
+        head = "loop_\n_symmetry_equiv_pos_as_xyz\n" + "\n".join(f"'{operation}'" for operation in listed)
+    rows = []
+    for i in range(r.choice([1, 1, 2, 3])):
+        x, y, z = _special(r, digits)
+        rows.append(
+            f"{r.choice(['O', 'Li', 'Fe', 'Bi'])} A{i} {x:.{digits}f} {y:.{digits}f} {z:.{digits}f} 1"
+        )
+    return _cif((a, a, c, 90, 90, 120), head, rows)
+
+
+def tiny_occupancy(r: random.Random) -> str:
+    """Occupancies about pymatgen's tolerance of 1e-8 among full, partial and too full ones."""
+    amounts = "1e-9 0.000000001 1e-8 2e-8 1.5e-8 9.99e-9 1e-300 1 1 1 1.0 0.5 0.25 5 1.00000001 1.00000002 0.99999999 0.50000001 0".split()  # fmt: skip
+    symbols = "H C O Pt Fe Fe2+ Fe3+ Co Na Cl Xe He X D T Va Xx 0.5Pt Wat O-H K Og".split()
+    states = r.random() < 0.25
+    head = "loop_\n_symmetry_equiv_pos_as_xyz\n" + "\n".join(
+        r.choice([["'x,y,z'"], ["'x,y,z'", "'-x,-y,-z'"]])
+    )
+    if states:
+        head += (
+            "\nloop_\n_atom_type_symbol\n_atom_type_oxidation_number\nFe2+ 2\nFe3+ 3\nO 0\nH 1\nNa 1\nCl -1"
+        )
+    places = [(round(r.random(), 3), round(r.random(), 3), round(r.random(), 3)) for _ in range(5)]
+    rows = []
+    for i in range(r.choice([1, 2, 3, 4, 5, 6, 8])):
+        x, y, z = r.choice(places)
+        rows.append(f"{r.choice(symbols)} A{i} {x} {y} {z} {r.choice(amounts)}")
+    return _cif((6, 7, 8, 90, 90, 90), head, rows)
+
+
+def magnetic(r: random.Random) -> str:
+    """Magnetic groups by name or number, with transforms, centrings and moments."""
+    lines = []
+    if r.random() < 0.75:
+        lines.append(f"_space_group_magn{r.choice('._')}number_BNS {r.choice(MAGNETIC_NUMBERS)}")
+    if r.random() < 0.6:
+        lines.append(f"_space_group_magn{r.choice('._')}name_BNS {_quoted(r.choice(MAGNETIC_NAMES))}")
+    if r.random() < 0.75:
+        lines.append(f"_space_group_magn{r.choice('...._')}transform_BNS_Pp_abc '{r.choice(TRANSFORMS)}'")
+    if r.random() < 0.1:
+        lines.append(f"_space_group_magn.transform_BNS_Pp '{r.choice(TRANSFORMS)}'")
+    if r.random() < 0.15:
+        listed = [
+            r.choice(["x,y,z,+1", "-x,-y,-z,-1", "-x,-y,z,1", "x,y,z"]) for _ in range(r.randrange(1, 4))
+        ]
+        lines.append("loop_\n_space_group_symop_magn_operation.xyz\n" + "\n".join(f"'{o}'" for o in listed))
+    if r.random() < 0.15:
+        lines.append("loop_\n_space_group_symop_magn_centering.xyz\nx,y,z,+1\nx+1/2,y+1/2,z,-1")
+    if r.random() < 0.5:
+        moments = r.choice(["A0 0 0 3.0", "A0 0 0 ?", "A9 1 1 1", "A0 0 0 3.0\nA1 0.0 1.2(3) 0"])
+        names = [f"_atom_site_moment{r.choice('._')}{end}" for end in ("label", "crystalaxis_x", "crystalaxis_y", "crystalaxis_z")]  # fmt: skip
+        lines.append("loop_\n" + "\n".join(names) + "\n" + moments)
+    rows = []
+    digits = r.choice([3, 4, 5])
+    for i in range(r.choice([1, 1, 2, 3])):
+        x, y, z = _special(r, digits)
+        if r.random() < 0.4:
+            x, y, z = (r.choice([0.0, 0.25, 0.5, 0.125, 0.3333]) for _ in range(3))
+        rows.append(f"{r.choice(['Mn', 'O', 'Fe', 'Gd'])} A{i} {x} {y} {z} 1")
+    cell = r.choice(
+        [(5, 6, 7, 90, 90, 90), (5, 5, 9, 90, 90, 120), (6, 6, 6, 90, 90, 90), (5, 5, 5, 60, 60, 60)]
+    )
+    return _cif(cell, "\n".join(lines), rows)
+
+
+def needle(r: random.Random) -> str:
+    """Cells with one or two short axes, sheared and not, so that a site's own images are near."""
+    short = round(r.uniform(0.05, 2.5), 3)
+    axes = [short, r.choice([short, round(r.uniform(0.3, 8), 3)]), round(r.uniform(3, 300), 2)]
+    r.shuffle(axes)
+    angles = r.choice(
+        [(90, 90, 90), (90, 90, 120), (60, 60, 60), (80.5, 95.2, 100.1), (150, 90, 90), (100, 100, 159)]
+    )
+    rows = [
+        f"{r.choice(['Pt', 'O', 'H'])} A{i} {r.random():.4f} {r.random():.4f} {r.random():.4f} 1"
+        for i in range(r.choice([1, 2, 3, 5]))
+    ]
+    head = r.choice(["_symmetry_space_group_name_H-M 'P 1'", "_symmetry_space_group_name_H-M 'P -1'"])
+    return _cif((*axes, *angles), head, rows)
+
+
+KINDS: dict[str, Callable[[random.Random], str]] = {
+    "rhombohedral": rhombohedral,
+    "occupancy": tiny_occupancy,
+    "magnetic": magnetic,
+    "needle": needle,
+}
+
+
+def of_kind(kind: str, n: int, seed: int = 0) -> Iterator[str]:
+    """n texts of a kind, three in ten broken by one of the general changes."""
+    r = random.Random(f"{kind} {seed}")
+    for _ in range(n):
+        text = KINDS[kind](r)
+        yield r.choice(CHANGES)(text, r) if r.random() < 0.3 else text

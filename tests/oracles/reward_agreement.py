@@ -190,17 +190,27 @@ def corpus() -> list[str]:
 
 
 def main() -> int:
-    from tests.oracles.cif_mutants import mutants
+    from tests.oracles.cif_mutants import KINDS, mutants, of_kind
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--mutants", type=int, default=0)
+    parser.add_argument("--kind", choices=KINDS, help="mutants of this kind alone, made from nothing")
+    parser.add_argument("--files", nargs="*", type=Path, help="these files instead of the shared corpus")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cache", default=":memory:")
     parser.add_argument("--show", type=int, default=20)
     parser.add_argument("--dump", help="write differing texts to this folder")
     arguments = parser.parse_args()
-    originals = corpus()
-    texts = mutants(originals, arguments.mutants, arguments.seed) if arguments.mutants else iter(originals)
+    texts: Iterator[str]
+    if arguments.kind:
+        texts = of_kind(arguments.kind, arguments.mutants, arguments.seed)
+    elif arguments.files:
+        texts = (path.read_text(encoding="utf-8", errors="surrogateescape") for path in arguments.files)
+    else:
+        originals = corpus()
+        texts = (
+            mutants(originals, arguments.mutants, arguments.seed) if arguments.mutants else iter(originals)
+        )
     start, shown, n = time.perf_counter(), 0, 0
 
     def counted() -> Iterator[str]:
