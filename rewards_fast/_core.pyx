@@ -57,6 +57,7 @@ cdef extern from "../csrc/pvcp/extract.h" namespace "catmllm::pvcp":
     cdef cppclass Span:
         size_t first
         size_t second
+    size_t kCharacter
 
 
 cdef extern from "../csrc/cif/structure.h" namespace "catmllm::cif":
@@ -82,7 +83,6 @@ cdef extern from "../csrc/pvcp/batch.h" namespace "catmllm::pvcp":
         Reason reason
         uint8_t fields
     cdef cppclass Reader:
-        string_view cif_of(const TextRef&, cbool) except +
         Reason read(const TextRef&, cbool) except +
         const Structure& structure()
         const vector[Span]& parts()
@@ -130,12 +130,13 @@ def extract_cif(str text not None):
     """See rewards_fast.extract_cif."""
     cdef TextRef ref = _reference(text)
     cdef Reader* reader = &reader_of_this_thread()
-    reader.cif_of(ref, True)
-    cdef size_t n = reader.parts().size()
-    if n == 1:
-        found = text[reader.parts()[0].first : reader.parts()[0].second]
-    else:
-        found = "".join([text[reader.parts()[i].first : reader.parts()[i].second] for i in range(n)])
+    reader.read(ref, True)
+    pieces = []
+    cdef size_t i
+    for i in range(reader.parts().size()):
+        first, second = reader.parts()[i].first, reader.parts()[i].second
+        pieces.append(chr(second) if first == kCharacter else text[first:second])
+    found = "".join(pieces)
     forget_giant(ref)
     return found
 

@@ -19,6 +19,8 @@ class Parser {
     // `text`: bytes as characters.h describes them. The result is in structure() when the reason is kNone.
     Reason parse(const char* text, std::size_t size);
     const Structure& structure() const { return structures_[found_]; }
+    // `data_` blocks of the last text
+    std::size_t n_blocks() const { return extents_.size(); }
 
   private:
     struct Extent {

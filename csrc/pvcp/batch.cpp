@@ -57,18 +57,23 @@ void score_text(Reader& reader, const TextRef& text, const Batch& batch, TextOut
 
 }  // namespace
 
-std::string_view Reader::cif_of(const TextRef& text, bool extract) {
-    std::string_view cif(static_cast<const char*>(text.data), text.size);
+cif::Reason Reader::read(const TextRef& text, bool extract) {
+    cif_ = {static_cast<const char*>(text.data), text.size};
     if (!text.ascii) {
         mark_characters(text, bytes_);
-        cif = bytes_;
+        cif_ = bytes_;
     }
-    return extract ? extract_cif(cif, joined_, parts_) : cif;
-}
-
-cif::Reason Reader::read(const TextRef& text, bool extract) {
-    const std::string_view cif = cif_of(text, extract);
-    return parser_.parse(cif.data(), cif.size());
+    if (!extract) return parser_.parse(cif_.data(), cif_.size());
+    std::string_view tried;
+    cif::Reason reason = cif::Reason::kNoBlock;
+    const Reads reads = [&](std::string_view candidate) -> std::size_t {
+        tried = candidate;
+        reason = parser_.parse(candidate.data(), candidate.size());
+        return reason == cif::Reason::kNone ? parser_.n_blocks() : 0;
+    };
+    cif_ = extract_cif(cif_, reads, extraction_);
+    if (cif_.data() != tried.data() || cif_.size() != tried.size()) reads(cif_);
+    return reason;
 }
 
 Reader& reader_of_this_thread() {
@@ -116,7 +121,15 @@ Profile profile(const TextRef& text, int repeats) {
     Profile result;
     Reader reader;
     cif::Parser parser;
-    const std::string bytes(reader.cif_of(text, true));
+    (void)reader.read(text, true);
+    const std::string bytes(reader.cif());
+    std::string whole;
+    Extraction extraction;
+    if (text.ascii) {
+        whole.assign(static_cast<const char*>(text.data), text.size);
+    } else {
+        mark_characters(text, whole);
+    }
     geometry::DistanceScratch distance;
     const Target none;
     double row[kScoreColumns];
@@ -134,7 +147,7 @@ Profile profile(const TextRef& text, int repeats) {
         arena.reset();
         block.clear();
         const auto start = Clock::now();
-        (void)reader.cif_of(text, true);
+        (void)extract_cif(whole, [](std::string_view) { return std::size_t{1}; }, extraction);
         const auto t0 = Clock::now();
         cif::scan(body.data(), body.size(), masks);
         cif::Tokenizer tokens(body.data(), masks, 0, static_cast<std::uint32_t>(body.size()), arena);

@@ -29,18 +29,19 @@ struct TextOut {
 // What a thread needs to read texts, its memory reused from text to text.
 class Reader {
   public:
-    // The CIF in a text as bytes of characters.h; valid until the next call.
-    std::string_view cif_of(const TextRef& text, bool extract);
-    // Reads a text; the result is in structure() when the reason is kNone. Throws std::bad_alloc.
+    // Finds the CIF in a text and reads it; the result is in structure() when the reason is kNone. Throws
+    // std::bad_alloc.
     cif::Reason read(const TextRef& text, bool extract);
     const cif::Structure& structure() const { return parser_.structure(); }
-    const std::vector<Span>& parts() const { return parts_; }
+    // What was read, as bytes of characters.h and as parts of the text; valid until the next call.
+    std::string_view cif() const { return cif_; }
+    const std::vector<Span>& parts() const { return extraction_.parts; }
 
   private:
     cif::Parser parser_;
     std::string bytes_;
-    std::string joined_;
-    std::vector<Span> parts_;
+    Extraction extraction_;
+    std::string_view cif_;
 };
 
 // The calling thread's own; a new one after a giant text, so that memory is given back.

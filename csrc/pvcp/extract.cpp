@@ -4,85 +4,50 @@
 #include <cstring>
 
 #include "../cif/characters.h"
+#include "cif_end.h"
 
 namespace catmllm::pvcp {
 namespace {
 
+using cif::is_alpha;
 using cif::is_digit;
-using cif::is_lower;
 using cif::is_space_or_unicode;
 using cif::starts_with;
 
 constexpr std::size_t kNowhere = std::string_view::npos;
-constexpr int kWordsOfProse = 3;
+constexpr std::size_t kLongestTag = 64;
+constexpr std::size_t kHeader = 1000;   // so far from a `data_` inside a line its first key must be
 constexpr std::size_t kLastLine = 400;  // a last line longer than this is looked at from here on
 
 unsigned char byte(char c) { return static_cast<unsigned char>(c); }
-bool is_word(unsigned char c) { return cif::is_alpha(c) || is_digit(c) || c == '_'; }
+bool is_space_at(std::string_view s, std::size_t i) { return i < s.size() && is_space_or_unicode(byte(s[i])); }
 
 std::size_t skip_space(std::string_view s, std::size_t i) {
-    while (i < s.size() && is_space_or_unicode(byte(s[i]))) ++i;
+    while (is_space_at(s, i)) ++i;
     return i;
 }
 
-std::string_view strip_end(std::string_view s) {
-    while (!s.empty() && is_space_or_unicode(byte(s.back()))) s.remove_suffix(1);
-    return s;
+std::size_t skip_blanks(std::string_view s, std::size_t i) {
+    while (is_space_at(s, i) && s[i] != '\n') ++i;
+    return i;
 }
 
-// `tag` (lower case, beginning with `<`) in any case, from `from` on.
-std::size_t find_tag(std::string_view s, std::string_view tag, std::size_t from) {
-    for (std::size_t i = from; (i = s.find('<', i)) != kNowhere; ++i) {
-        if (s.size() - i < tag.size()) return kNowhere;
-        std::size_t k = 1;
-        while (k < tag.size() && cif::to_lower(byte(s[i + k])) == tag[k]) ++k;
-        if (k == tag.size()) return i;
-    }
-    return kNowhere;
+// Where the line of `at` begins; not looked for further than kHeader back.
+std::size_t line_start(std::string_view s, std::size_t at) {
+    const std::size_t least = at - std::min(at, kHeader);
+    while (at > least && s[at - 1] != '\n') --at;
+    return at;
 }
 
-// Where the last assistant turn begins.
-std::size_t last_turn(std::string_view s) {
-    std::size_t start = 0;
-    for (std::size_t i = 0; (i = s.find("<|", i)) != kNowhere; ++i) {
-        const std::string_view rest = s.substr(i);
-        const std::string_view chatml = "<|im_start|>", header = "<|start_header_id|>",
-                               header_end = "<|end_header_id|>";
-        const bool is_header = starts_with(rest, header);
-        if (!is_header && !starts_with(rest, chatml)) continue;
-        std::size_t end = skip_space(s, i + (is_header ? header.size() : chatml.size()));
-        if (!starts_with(s.substr(end), "assistant")) continue;
-        end += 9;
-        if (is_header) {
-            end = skip_space(s, end);
-            if (starts_with(s.substr(end), header_end)) start = end + header_end.size();
-        } else if (end == s.size() || !is_word(byte(s[end]))) {
-            start = end;
-        }
-    }
-    return start;
+// Where the white space and `>` right before `at`, on its line, begin.
+std::size_t margin(std::string_view s, std::size_t at) {
+    while (at > 0 && s[at - 1] != '\n' && (s[at - 1] == '>' || is_space_or_unicode(byte(s[at - 1])))) --at;
+    return at;
 }
 
-// Where the turn ends.
-std::size_t end_of_turn(std::string_view s) {
-    std::size_t end = s.size();
-    for (std::size_t i = 0; (i = s.find("<|", i)) != kNowhere; ++i) {
-        const std::string_view rest = s.substr(i);
-        if (starts_with(rest, "<|im_end|>") || starts_with(rest, "<|endoftext|>") ||
-            starts_with(rest, "<|eot_id|>") || starts_with(rest, "<|end_of_text|>")) {
-            end = i;
-            break;
-        }
-    }
-    const std::string_view text = strip_end(s);
-    if (text.size() >= 4 && text.substr(text.size() - 4) == "</s>") end = std::min(end, text.size() - 4);
-    return end;
-}
-
-// `data_` behind nothing but white space at the beginning of the line at `line`.
-bool begins_block(std::string_view s, std::size_t line) {
-    while (line < s.size() && s[line] != '\n' && is_space_or_unicode(byte(s[line]))) ++line;
-    return starts_with(s.substr(line), "data_");
+bool begins_line(std::string_view s, std::size_t at) {
+    while (at > 0 && s[at - 1] != '\n' && is_space_or_unicode(byte(s[at - 1]))) --at;
+    return at == 0 || s[at - 1] == '\n';
 }
 
 std::size_t next_line(std::string_view s, std::size_t from) {
@@ -90,158 +55,562 @@ std::size_t next_line(std::string_view s, std::size_t from) {
     return end == kNowhere ? s.size() : end + 1;
 }
 
-// The first line of s that begins a block.
-std::size_t find_block(std::string_view s) {
-    for (std::size_t line = 0; line < s.size(); line = next_line(s, line))
-        if (begins_block(s, line)) return line;
+template <std::size_t n>
+bool is_one_of(std::string_view word, const std::string_view (&list)[n]) {
+    return std::find(list, list + n, word) != list + n;
+}
+
+// ---------------------------------------------------------------------------------------------------- tags
+
+constexpr std::string_view kReasoning[] = {
+    "think",    "thinking",   "thought",  "thoughts",         "reasoning", "reason",
+    "rationale", "reflection", "analysis", "begin_of_thought", "scratchpad"};
+// Of HTML, inside a line of text; CIF files write `H<sub>2</sub>O`.
+constexpr std::string_view kFormatting[] = {"sub", "sup", "i", "b", "em", "strong", "u", "br", "small", "tt"};
+constexpr std::string_view kTokens[] = {"eos", "bos", "pad", "unk", "s",    "eot",  "eod", "eom",
+                                        "end", "sep", "cls", "mask", "end_of_turn", "endofturn"};
+constexpr std::string_view kEndsOfTurn[] = {
+    "im_end", "endoftext", "eot_id", "end_of_text", "end", "return", "eom_id", "end_of_turn", "endofturn", "eos", "eot"};
+constexpr std::string_view kRoles[] = {
+    "<|im_start|>assistant", "<|im_start|> assistant", "<|start_header_id|>assistant<|end_header_id|>",
+    "<|start|>assistant",    "<|assistant|>",          "<start_of_turn>model",
+    "<|channel|>final",      "[/INST]",                "<|im_start|>\nassistant",
+    "<|start_header_id|> assistant <|end_header_id|>"};
+
+// `<name ...>`, `</name>`, `<|name|>`, `[NAME]` and `[/NAME]`.
+struct Tag {
+    std::size_t begin = 0;
+    std::size_t end = 0;  // behind it
+    char name[kLongestTag];
+    std::size_t size = 0;
+    bool closes = false;   // with a slash, or a name that says so
+    bool special = false;  // a token of the tokeniser: `<|...|>`, `<eos>`, `[PAD]`
+    bool square = false;
+    std::string_view word() const { return {name, size}; }
+    bool reasoning() const { return is_one_of(word(), kReasoning); }
+    bool formatting() const { return !square && is_one_of(word(), kFormatting); }
+    bool ends_turn() const { return special && is_one_of(word(), kEndsOfTurn); }
+};
+
+bool tag_at(std::string_view s, std::size_t at, Tag& tag) {
+    const char open = s[at];
+    const bool square = open == '[';
+    std::size_t i = at + 1;
+    tag = Tag();
+    tag.begin = at;
+    tag.square = square;
+    const bool bar = !square && i < s.size() && (s[i] == '|' || byte(s[i]) == cif::kUnicodeOther);
+    i += bar;
+    if (!bar && i < s.size() && s[i] == '/') tag.closes = true, ++i;
+    while (i < s.size() && tag.size < kLongestTag) {
+        const unsigned char c = byte(s[i]);
+        const bool inside = is_alpha(c) || c == '_' || c == '-' || (tag.size > 0 && (is_digit(c) || c == ':')) ||
+                            (bar && c == cif::kUnicodeOther);
+        if (!inside || (square && c >= 'a' && c <= 'z')) break;
+        if (bar && c == cif::kUnicodeOther && i + 1 < s.size() && s[i + 1] == '>') break;
+        tag.name[tag.size++] = cif::to_lower(c);
+        ++i;
+    }
+    if (tag.size == 0) return false;
+    if (bar) {
+        if (i + 1 >= s.size() || (s[i] != '|' && byte(s[i]) != cif::kUnicodeOther) || s[i + 1] != '>') return false;
+        i += 2;
+    } else {
+        if (!square && i < s.size() && s[i] == ' ') {  // attributes
+            const std::size_t close = s.substr(i, kLongestTag).find_first_of("<>\n");
+            if (close == kNowhere || s[i + close] != '>') return false;
+            i += close;
+        }
+        if (i < s.size() && s[i] == '/') ++i;
+        if (i >= s.size() || s[i] != (square ? ']' : '>')) return false;
+        ++i;
+    }
+    tag.end = i;
+    constexpr std::string_view kEndOf = "end_of_thought";
+    if (bar && tag.word() == kEndOf) {
+        tag.closes = true;
+        std::memcpy(tag.name, "think", tag.size = 5);
+    }
+    tag.special = bar || is_one_of(tag.word(), kTokens);
+    return true;
+}
+
+// A code fence at s[at]: three or more of the same mark; `end` behind its line where that holds nothing but a name of
+// a language, else behind the marks.
+bool fence_at(std::string_view s, std::size_t at, Tag& fence) {
+    std::size_t end = at;
+    while (end < s.size() && s[end] == s[at]) ++end;
+    if (end - at < 3) return false;
+    fence = Tag();
+    fence.begin = at;
+    fence.end = end;
+    const std::string_view rest = s.substr(end, kLongestTag);
+    const std::size_t line = next_line(rest, 0);
+    if (rest.substr(0, line).find("data_") == kNowhere && (line < kLongestTag || end + line == s.size()))
+        fence.end = end + line;
+    return true;
+}
+
+// ------------------------------------------------------------------------------------------- borders of a CIF
+
+// The first `data_` from `from` on that begins a line, behind white space and `>` alone.
+std::size_t find_line_block(std::string_view s, std::size_t from) {
+    for (std::size_t at = from; (at = s.find("data_", at)) != kNowhere; at += 5) {
+        const std::size_t before = margin(s, at);
+        if (before == 0 || s[before - 1] == '\n') return at;
+    }
     return kNowhere;
 }
 
-// A `data_` inside a line, behind white space or a colon.
-std::size_t find_inline_block(std::string_view s) {
-    for (std::size_t i = 0; (i = s.find("data_", i)) != kNowhere; ++i)
-        if (i > 0 && (s[i - 1] == ':' || is_space_or_unicode(byte(s[i - 1])))) return i;
+// The same, or one that stands right at `from`.
+std::size_t find_block(std::string_view s, std::size_t from) {
+    const std::size_t first = skip_space(s, from);
+    return starts_with(s.substr(first), "data_") ? first : find_line_block(s, from);
+}
+
+// A `data_` in the middle of a line, with a key or a `loop_` in it or in the next line that is no comment.
+std::size_t find_inline_block(std::string_view s, std::size_t from) {
+    for (std::size_t at = from; (at = s.find("data_", at)) != kNowhere; at += 5) {
+        if (begins_line(s, at)) continue;
+        if (at > 0 && (is_alpha(byte(s[at - 1])) || is_digit(byte(s[at - 1])) || s[at - 1] == '_')) continue;
+        std::string_view near = s.substr(at, kHeader);
+        std::size_t second = next_line(near, 0);
+        while (second < near.size()) {
+            const std::size_t word = skip_blanks(near, second);
+            if (word < near.size() && near[word] != '#' && near[word] != '\n') break;
+            second = next_line(near, second);
+        }
+        near = near.substr(0, next_line(near, second));
+        for (std::size_t i = 5; i + 1 < near.size(); ++i)
+            if (is_space_or_unicode(byte(near[i])) && (near[i + 1] == '_' || starts_with(near.substr(i + 1), "loop_")))
+                return at;
+    }
     return kNowhere;
 }
 
-// The last fenced passage that holds a block; everything where no fence does.
-Span fenced(std::string_view s) {
-    Span found = {0, s.size()};
-    char opened = 0;
-    std::size_t length = 0;
-    std::size_t inside = 0;
-    const auto take = [&](std::size_t end) {
-        if (inside < end && find_block(s.substr(inside, end - inside)) != kNowhere) found = {inside, end};
+// Walks over the borders in a text: tags, special tokens, code fences.
+class Borders {
+  public:
+    explicit Borders(std::string_view s) : s_(s) {
+        for (int k = 0; k < 4; ++k) next_[k] = s.find(kMarks[k]);
+    }
+
+    // The next border at or after `from`; false where there is none. `block`: where the segment's CIF begins.
+    bool next(std::size_t from, std::size_t block, Tag& border) {
+        for (std::size_t at = from; (at = mark(at)) != kNowhere; ++at) {
+            if (at > block) {
+                const std::size_t past = behind_field(at, block);
+                if (past != at) {
+                    at = past - 1;
+                    continue;
+                }
+            }
+            const bool tick = s_[at] == '`' || s_[at] == '~';
+            if (tick ? !fence_at(s_, at, border) : !tag_at(s_, at, border)) {
+                if (tick)
+                    while (at + 1 < s_.size() && s_[at + 1] == s_[at]) ++at;
+                continue;
+            }
+            if (at > block ? !ends_cif(border, block) : !in_prose(border)) continue;
+            return true;
+        }
+        return false;
+    }
+
+  private:
+    static constexpr char kMarks[4] = {'<', '[', '`', '~'};
+
+    std::size_t mark(std::size_t from) {
+        std::size_t nearest = kNowhere;
+        for (int k = 0; k < 4; ++k) {
+            if (next_[k] < from) next_[k] = s_.find(kMarks[k], from);
+            nearest = std::min(nearest, next_[k]);
+        }
+        return nearest;
+    }
+
+    // The end of the text field of the CIF that `at` is in, else `at`. Its lines may be indented or quoted as the CIF is.
+    std::size_t behind_field(std::size_t at, std::size_t block) {
+        if (block != block_) {
+            block_ = block;
+            const std::size_t line = margin(s_, block);
+            mark_ = "\n";
+            if (line == 0 || s_[line - 1] == '\n') mark_ += s_.substr(line, std::min(block - line, kLongestTag));
+            mark_ += ';';
+        }
+        while (field_end_ <= at) {
+            field_begin_ = s_.find(mark_, std::max(field_end_, block));
+            field_end_ = field_begin_ == kNowhere ? kNowhere : s_.find(mark_, field_begin_ + mark_.size());
+            if (field_end_ == kNowhere) {
+                field_begin_ = kNowhere;
+            } else {
+                field_end_ += mark_.size();
+            }
+        }
+        return field_begin_ != kNowhere && field_begin_ >= block && at > field_begin_ ? field_end_ : at;
+    }
+
+    bool in_prose(const Tag& tag) const {
+        if (s_[tag.begin] == '~') return begins_line(s_, tag.begin);
+        if (tag.formatting()) return false;
+        if (tag.square) return tag.special || tag.closes || tag.reasoning() || begins_line(s_, tag.begin);
+        // `CO</s>Pt3Cu` is a prompt, not an end
+        return !(tag.closes && tag.word() == "s" && tag.end < s_.size() && is_alpha(byte(s_[tag.end])));
+    }
+
+    // Is this a border, standing in the CIF that begins at `block`? Not where it is (part of) a value.
+    bool ends_cif(const Tag& tag, std::size_t block) const {
+        const std::size_t line = std::max(line_start(s_, tag.begin), block);
+        const std::string_view before = s_.substr(line, tag.begin - line);
+        if (skip_blanks(before, 0) == before.size()) return !tag.formatting();
+        if (s_[tag.begin] == '~' || (tag.square && !tag.special && !tag.closes) || tag.formatting()) return false;
+        if (tag.closes && tag.word() == "s" && tag.end < s_.size() && !is_space_or_unicode(byte(s_[tag.end])) &&
+            s_[tag.end] != '<')
+            return false;
+        for (std::size_t i = 0; i < before.size(); ++i) {  // in quotes
+            if ((before[i] != '\'' && before[i] != '"') || (i > 0 && !is_space_or_unicode(byte(before[i - 1])))) continue;
+            std::size_t close = before.find(before[i], i + 1);
+            while (close != kNowhere && close + 1 < before.size() && !is_space_or_unicode(byte(before[close + 1])))
+                close = before.find(before[i], close + 1);
+            if (close == kNowhere) {
+                const std::string_view rest = s_.substr(tag.begin, next_line(s_, tag.begin) - tag.begin);
+                return rest.find(before[i]) == kNowhere;
+            }
+            i = close;
+        }
+        // the value of a key, as it stands
+        std::size_t key = 0;
+        while (key < before.size() && (before[key] == '>' || is_space_or_unicode(byte(before[key])))) ++key;
+        if (key < before.size() && before[key] == '_' && !tag.closes && !tag.special && s_[tag.begin] == '<') return false;
+        return true;
+    }
+
+    std::string_view s_;
+    std::size_t next_[4];
+    std::size_t block_ = kNowhere;
+    std::string mark_;  // of a text field
+    std::size_t field_begin_ = 0;
+    std::size_t field_end_ = 0;
+};
+constexpr char Borders::kMarks[4];
+
+// Where the last assistant turn begins.
+std::size_t last_turn(std::string_view s) {
+    std::size_t start = 0;
+    for (const std::string_view role : kRoles) {
+        const std::size_t at = s.rfind(role);
+        if (at != kNowhere) start = std::max(start, at + role.size());
+    }
+    return start;
+}
+
+// The last turn's pieces outside of reasoning, between borders.
+void find_segments(std::string_view s, std::vector<Span>& segments) {
+    segments.clear();
+    Borders borders(s);
+    std::size_t begin = last_turn(s);
+    bool said = false;  // something but white space
+    const auto close = [&](std::size_t end) {
+        if (begin < end) segments.emplace_back(begin, end);
+        said |= skip_space(s, begin) < end;
     };
-    for (std::size_t line = 0; line < s.size(); line = next_line(s, line)) {
-        std::size_t mark = line;
-        while (mark < s.size() && mark - line < 3 && (s[mark] == ' ' || s[mark] == '\t')) ++mark;
-        if (mark == s.size() || (s[mark] != '`' && s[mark] != '~')) continue;
-        std::size_t end = mark;
-        while (end < s.size() && s[end] == s[mark]) ++end;
-        if (end - mark < 3) continue;
-        if (opened == 0) {
-            opened = s[mark];
-            length = end - mark;
-            inside = next_line(s, line);
-        } else if (opened == s[mark] && end - mark >= length) {
-            take(line);
-            opened = 0;
+    std::size_t at = begin;
+    std::size_t line_block = find_line_block(s, begin);
+    std::size_t block = find_block(s, begin);
+    if (block == kNowhere) block = find_inline_block(s, begin);
+    for (Tag border; borders.next(at, block, border);) {
+        close(border.begin);
+        at = begin = border.end;
+        if (border.reasoning()) {
+            if (border.closes) {  // opened in the prompt
+                segments.clear();
+                said = false;
+            } else {
+                Tag end;
+                do {
+                    if (!borders.next(at, kNowhere, end)) return;
+                    at = end.end;
+                } while (!(end.closes && end.reasoning()));
+                begin = at;
+            }
+        } else if (border.ends_turn() && said) {
+            return;
+        }
+        if (block == kNowhere || block < begin) {
+            if (line_block < begin) line_block = find_line_block(s, begin);
+            const std::size_t first = skip_space(s, begin);
+            block = starts_with(s.substr(first), "data_") ? first : line_block;
         }
     }
-    if (opened != 0) take(s.size());
-    return found;
+    close(s.size());
 }
 
-// A plain word: letters in lower case but for the first, brackets and stops around them, an apostrophe inside.
-bool is_plain_word(std::string_view s) {
-    if (s.size() < 2) return false;
-    const auto one_of = [](char c, const char* set) { return c != 0 && std::strchr(set, c) != nullptr; };
-    std::size_t i = 0;
-    while (i < s.size() && one_of(s[i], "(*\"'")) ++i;
-    const std::size_t letters = i;
-    if (i < s.size() && cif::is_alpha(byte(s[i]))) ++i;
-    while (i < s.size() && is_lower(byte(s[i]))) ++i;
-    if (i == letters || !is_lower(byte(s[i - 1]))) return false;
-    if (i + 1 < s.size() && (s[i] == '\'' || byte(s[i]) == cif::kUnicodeOther) && is_lower(byte(s[i + 1])))
-        for (++i; i < s.size() && is_lower(byte(s[i]));) ++i;
-    while (i < s.size() && one_of(s[i], ".,:;!?)*\"'")) ++i;
-    return i == s.size();
+// --------------------------------------------------------------------------------------------------- the finder
+
+// Appends the character with this code as characters.h has it.
+void append_character(std::uint32_t code, std::string& text) {
+    const bool space = code == 0x85 || code == 0xa0 || code == 0x1680 || (code >= 0x2000 && code <= 0x200a) ||
+                       code == 0x2028 || code == 0x2029 || code == 0x202f || code == 0x205f || code == 0x3000;
+    text.push_back(static_cast<char>(code < 0x80 ? code : space ? cif::kUnicodeSpace : cif::kUnicodeOther));
 }
 
-bool is_prose(std::string_view line) {
-    int words = 0;
-    for (std::size_t i = skip_space(line, 0); i < line.size(); i = skip_space(line, i)) {
-        std::size_t end = i;
-        while (end < line.size() && !is_space_or_unicode(byte(line[end]))) ++end;
-        words += is_plain_word(line.substr(i, end - i));
-        if (words == kWordsOfProse) return true;
-        i = end;
-    }
-    return false;
-}
-
-// Where prose behind the last row begins. A text whose last line is a row of numbers has none: that costs nothing.
-std::size_t end_of_rows(std::string_view s) {
-    std::string_view last = strip_end(s.substr(s.size() - std::min(s.size(), kLastLine)));
-    const std::size_t line_break = last.rfind('\n');
-    if (line_break != kNowhere) last.remove_prefix(line_break + 1);
-    if (std::any_of(last.begin(), last.end(), [](char c) { return is_digit(byte(c)); }) && !is_prose(last))
-        return s.size();
-    std::size_t tail = 0;
-    for (std::size_t line = 0; line < s.size(); line = next_line(s, line)) {
-        std::size_t key = line;
-        while (key < s.size() && s[key] != '\n' && is_space_or_unicode(byte(s[key]))) ++key;
-        const std::string_view rest = s.substr(key);
-        if (starts_with(rest, "_") || starts_with(rest, "loop_") || starts_with(rest, "data_") ||
-            starts_with(rest, ";"))
-            tail = line;
-    }
-    for (std::size_t line = next_line(s, tail); line < s.size(); line = next_line(s, line)) {
-        const std::size_t end = std::min(s.find('\n', line), s.size());
-        if (s[line] != '\'' && s[line] != '"' && is_prose(s.substr(line, end - line))) return line;
-    }
-    return s.size();
-}
-
-// The answer's last turn without its `<think>` passages, as parts.
-void without_markup(std::string_view answer, std::vector<Span>& parts) {
-    std::size_t start = last_turn(answer);
-    if (find_tag(answer, "<think>", start) == kNowhere) {  // the template opened it in the prompt
-        for (std::size_t i = start; (i = find_tag(answer, "</think>", i)) != kNowhere;) start = i += 8;
-    }
-    while (start < answer.size()) {
-        const std::size_t opened = find_tag(answer, "<think>", start);
-        if (opened == kNowhere) break;
-        if (opened > start) parts.emplace_back(start, opened);
-        const std::size_t closed = find_tag(answer, "</think>", opened + 7);
-        start = closed == kNowhere ? answer.size() : closed + 8;
-    }
-    if (start < answer.size() || parts.empty()) parts.emplace_back(start, answer.size());
-}
-
-// Cuts the parts down to [span) of what they are together.
-void cut(std::vector<Span>& parts, Span span) {
+// Parts [from, to) of the characters that `parts` stand for.
+void cut(std::vector<Span>& parts, std::size_t from, std::size_t to) {
     std::size_t before = 0;
     std::size_t kept = 0;
     for (const Span part : parts) {
-        const std::size_t length = part.second - part.first;
-        const std::size_t from = std::min(std::max(span.first, before) - before, length);
-        const std::size_t to = std::min(std::max(span.second, before) - before, length);
-        if (from < to) parts[kept++] = {part.first + from, part.first + to};
+        const std::size_t length = part.first == kCharacter ? 1 : part.second - part.first;
+        const std::size_t low = std::min(std::max(from, before) - before, length);
+        const std::size_t high = std::min(std::max(to, before) - before, length);
         before += length;
+        if (low >= high) continue;
+        parts[kept++] = part.first == kCharacter ? part : Span{part.first + low, part.first + high};
     }
     parts.resize(kept);
 }
 
+class Finder {
+  public:
+    Finder(std::string_view s, const Reads& reads, Extraction& memory) : s_(s), reads_(reads), m_(memory) {}
+
+    // Sets the result; true where it reads.
+    bool find() {
+        if (bare()) return true;
+        find_segments(s_, m_.segments);
+        for (std::size_t i = m_.segments.size(); i-- > 0;)
+            if (segment(m_.segments[i], false)) return true;
+        for (std::size_t i = m_.segments.size(); i-- > 0;)
+            if (segment(m_.segments[i], true)) return true;
+        if (!found_ && !m_.segments.empty()) {
+            const Span last = m_.segments.back();
+            best_ = s_.substr(last.first, last.second - last.first);
+        }
+        return false;
+    }
+
+    std::string_view text() const { return best_; }
+    bool prefixed() const { return prefixed_; }  // the result is m_.text, its parts are m_.parts
+
+  private:
+    // The commonest answer: a CIF alone, its last line a row. It has to read, or the finer ways decide.
+    bool bare() {
+        const std::size_t begin = skip_space(s_, 0);
+        if (!starts_with(s_.substr(begin), "data_")) return false;
+        const std::string_view body = s_.substr(next_line(s_, begin));
+        if (std::memchr(body.data(), '<', body.size()) != nullptr) return false;
+        return ends_in_row(s_) && candidate(s_.substr(begin), 1);
+    }
+
+    static bool ends_in_row(std::string_view s) {
+        while (!s.empty() && is_space_or_unicode(byte(s.back()))) s.remove_suffix(1);
+        s = s.substr(s.size() - std::min(s.size(), kLastLine));
+        const std::size_t line = s.rfind('\n');
+        return line != kNowhere && is_site_row(s.substr(line + 1));
+    }
+
+    // Tries a text; it is the result if it reads, as at most `blocks` blocks, or if none was before.
+    bool candidate(std::string_view text, std::size_t blocks) {
+        if (text.data() != tried_.data() || text.size() != tried_.size()) read_ = reads_(text);
+        tried_ = text;
+        if (read_ > 0 && read_ <= blocks) {
+            found_ = true;
+            best_ = text;
+            return true;
+        }
+        return false;
+    }
+
+    bool keep(std::string_view text) {
+        if (!found_) {
+            found_ = true;
+            best_ = text;
+        }
+        return false;
+    }
+
+    // The last CIF of a segment that reads.
+    bool segment(Span span, bool inside_lines) {
+        const std::string_view s = s_.substr(0, span.second);
+        std::vector<Span> found;
+        for (std::size_t at = span.first; at < span.second;) {
+            const std::size_t begin = inside_lines ? find_inline_block(s, at) : find_block(s, at);
+            if (begin == kNowhere) break;
+            if (!inside_lines && begin >= margin_end_) {
+                const std::size_t line = std::max(margin(s, begin), span.first);
+                if (begin > line && with_prefix(s, line, begin)) return true;
+            }
+            // The usual case is tried first: this one is the last and ends in a row.
+            if (s.find("data_", begin + 5) == kNowhere && ends_in_row(s.substr(begin)) && candidate(s.substr(begin), 1))
+                return true;
+            const std::size_t end = begin + length_of_cif(s.substr(begin));
+            found.emplace_back(begin, end);
+            at = end;
+        }
+        for (std::size_t i = found.size(); i-- > 0;) {
+            const std::string_view text = s.substr(found[i].first, found[i].second - found[i].first);
+            if (candidate(text, kNowhere) || last_block(text)) return true;
+            keep(text);
+        }
+        return false;
+    }
+
+    // Of blocks that are refused together the last that reads alone.
+    bool last_block(std::string_view text) {
+        if (text.find("data_", 5) == kNowhere) return false;
+        std::size_t end = text.size();
+        for (std::size_t at = text.rfind("data_"); at != kNowhere && at > 0; at = at == 0 ? kNowhere : text.rfind("data_", at - 1)) {
+            if (!begins_line(text, at)) continue;
+            if (candidate(text.substr(at, end - at), 1)) return true;
+            end = line_start(text, at);
+        }
+        return end < text.size() && candidate(text.substr(0, end), 1);
+    }
+
+    // A CIF whose lines all begin as its first does, with `>` of a quotation or the indent of a list: without that.
+    // Only where it matters: an indent does for text fields.
+    bool with_prefix(std::string_view s, std::size_t line, std::size_t begin) {
+        if (begin - line >= kLongestTag || (line > 0 && s[line - 1] != '\n')) return false;
+        const std::string_view prefix = s.substr(line, begin - line);
+        const bool quotation = prefix.find('>') != kNowhere;
+        if (!quotation && s.find("\n" + std::string(prefix) + ";", begin) == kNowhere) return false;
+        std::string_view core = prefix;
+        while (!core.empty() && core.back() == ' ') core.remove_suffix(1);
+        m_.text.clear();
+        m_.parts.clear();
+        for (std::size_t at = line; at < s.size();) {
+            const std::size_t end = next_line(s, at);
+            const std::string_view text = s.substr(at, end - at);
+            std::size_t skip = 0;
+            if (starts_with(text, prefix)) {
+                skip = prefix.size();
+            } else if (quotation && starts_with(text, core)) {
+                skip = core.size();
+            } else if (skip_space(text, 0) < text.size()) {
+                break;
+            }
+            m_.text.append(text.substr(skip));
+            if (at + skip < end) m_.parts.emplace_back(at + skip, end);
+            margin_end_ = at = end;
+        }
+        const std::string_view whole = m_.text;
+        const std::size_t length = length_of_cif(whole);
+        if (!candidate(whole.substr(0, length), kNowhere)) return false;
+        prefixed_ = true;
+        return true;
+    }
+
+    std::string_view s_;
+    const Reads& reads_;
+    Extraction& m_;
+    std::string_view best_;
+    std::string_view tried_;  // last, and what came of it
+    std::size_t read_ = 0;
+    std::size_t margin_end_ = 0;  // of the lines that with_prefix() has tried
+    bool found_ = false;
+    bool prefixed_ = false;
+};
+
+// ------------------------------------------------------------------------------------------------------- JSON
+
+int hex(char c) {
+    if (is_digit(byte(c))) return c - '0';
+    const char low = cif::to_lower(byte(c));
+    return low >= 'a' && low <= 'f' ? low - 'a' + 10 : -1;
+}
+
+// The escaped string (of JSON, or of Python) around the last `data_` whose line breaks are written `\n`.
+bool find_escaped(std::string_view s, std::string& text, std::vector<Span>& parts) {
+    std::size_t at = kNowhere;
+    for (std::size_t i = s.find("data_"); i != kNowhere; i = s.find("data_", i + 5)) {
+        std::string_view line = s.substr(i, kHeader);
+        line = line.substr(0, next_line(line, 0));
+        const std::size_t first = line.find("\\n");
+        if (first != kNowhere && line.find("\\n", first + 2) != kNowhere) at = i;
+    }
+    if (at == kNowhere) return false;
+    char quote = 0;
+    std::size_t begin = at;
+    for (const char mark : {'"', '\''}) {  // the string that it is in, of those on its line
+        std::size_t opened = kNowhere;
+        const std::size_t before = s.rfind('\n', at);
+        for (std::size_t i = before == kNowhere ? 0 : before + 1; i < at; ++i) {
+            if (s[i] == '\\') {
+                ++i;
+            } else if (s[i] == mark) {
+                opened = opened == kNowhere ? i : kNowhere;
+            }
+        }
+        if (opened == kNowhere) continue;
+        quote = mark;
+        begin = opened + 1;
+        break;
+    }
+    text.clear();
+    parts.clear();
+    const auto put = [&](std::uint32_t code) {
+        append_character(code, text);
+        parts.emplace_back(kCharacter, code);
+    };
+    const std::size_t end = std::min(s.find('\n', at), s.size());
+    for (std::size_t i = begin; i < end; ++i) {
+        if (quote != 0 && s[i] == quote) break;
+        if (s[i] != '\\' || i + 1 == end) {
+            text.push_back(s[i]);
+            if (!parts.empty() && parts.back().first != kCharacter && parts.back().second == i) {
+                ++parts.back().second;
+            } else {
+                parts.emplace_back(i, i + 1);
+            }
+            continue;
+        }
+        const char c = s[++i];
+        if (c == 'n') {
+            put('\n');
+        } else if (c == 'r') {
+            put('\r');
+        } else if (c == 't') {
+            put('\t');
+        } else if (c == 'u' && i + 4 < end) {
+            int code = 0;
+            for (int k = 1; k <= 4 && code >= 0; ++k) code = hex(s[i + k]) < 0 ? -1 : 16 * code + hex(s[i + k]);
+            if (code < 0) continue;
+            put(static_cast<std::uint32_t>(code));
+            i += 4;
+        } else {
+            put(byte(c));
+        }
+    }
+    return true;
+}
+
 }  // namespace
 
-std::string_view extract_cif(std::string_view answer, std::string& joined, std::vector<Span>& parts) {
-    parts.clear();
-    const bool markup = answer.find('<') != kNowhere;
-    if (markup) {
-        without_markup(answer, parts);
-    } else {
-        parts.emplace_back(0, answer.size());
+std::string_view extract_cif(std::string_view answer, const Reads& reads, Extraction& memory) {
+    Finder finder(answer, reads, memory);
+    if (!finder.find() && std::memchr(answer.data(), '\\', answer.size()) != nullptr) {
+        std::vector<Span> parts;
+        if (find_escaped(answer, memory.unescaped, parts)) {
+            Finder inner(memory.unescaped, reads, memory);
+            if (inner.find()) {
+                const std::string_view text = inner.text();
+                if (!inner.prefixed()) {
+                    const auto begin = static_cast<std::size_t>(text.data() - memory.unescaped.data());
+                    cut(parts, begin, begin + text.size());
+                    memory.parts = std::move(parts);
+                    return text;
+                }
+            }
+        }
     }
-    std::string_view text = answer.substr(parts[0].first, parts[0].second - parts[0].first);
-    if (parts.size() > 1) {
-        joined.clear();
-        for (const Span part : parts) joined.append(answer.substr(part.first, part.second - part.first));
-        text = joined;
+    const std::string_view text = finder.text();
+    if (finder.prefixed()) {
+        cut(memory.parts, 0, text.size());
+        return text;
     }
-    Span span = {0, markup ? end_of_turn(text) : text.size()};
-    const auto narrow = [&](Span inner) { span = {span.first + inner.first, span.first + inner.second}; };
-    const auto current = [&] { return text.substr(span.first, span.second - span.first); };
-    if (current().find("```") != kNowhere || current().find("~~~") != kNowhere) narrow(fenced(current()));
-    std::size_t block = find_block(current());
-    if (block == kNowhere) block = find_inline_block(current());
-    if (block != kNowhere) {
-        span.first += block;
-        narrow({0, end_of_rows(current())});
-    }
-    cut(parts, span);
-    return current();
+    memory.parts.clear();
+    const std::size_t begin = text.empty() ? 0 : static_cast<std::size_t>(text.data() - answer.data());
+    memory.parts.emplace_back(begin, begin + text.size());
+    return text;
 }
 
 }  // namespace catmllm::pvcp

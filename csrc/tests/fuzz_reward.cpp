@@ -25,11 +25,20 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
     for (int i = 0; i < pvcp::kSites; ++i)
         if (!std::isfinite(row[i])) std::abort();
     if (row[pvcp::kTotal] < -15.001 || row[pvcp::kTotal] > 10.001) std::abort();
-    std::string joined;
-    std::vector<pvcp::Span> parts;
-    const std::string_view found = pvcp::extract_cif(text, joined, parts);
+    // What is found is made of parts of the text.
+    static pvcp::Extraction memory;
+    const pvcp::Reads reads = [&](std::string_view candidate) -> std::size_t {
+        return parser.parse(candidate.data(), candidate.size()) == cif::Reason::kNone ? parser.n_blocks() : 0;
+    };
+    std::string found(pvcp::extract_cif(text, reads, memory));
     std::string together;
-    for (const pvcp::Span part : parts) together += text.substr(part.first, part.second - part.first);
+    for (const pvcp::Span part : memory.parts) {
+        if (part.first != pvcp::kCharacter) together += text.substr(part.first, part.second - part.first);
+        if (part.first == pvcp::kCharacter) together += static_cast<char>(part.second < 0x80 ? part.second : 0x81);
+    }
+    for (std::string* s : {&together, &found})
+        for (char& c : *s)
+            if (static_cast<unsigned char>(c) >= 0x80) c = '\x81';
     if (found != together) std::abort();
 
     // The same bytes as a text with wider characters, through the batch.

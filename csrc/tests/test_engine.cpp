@@ -160,18 +160,35 @@ void test_parser() {
     CHECK(reason(std::string(cif::Limits::kTextBytes + 1, 'x')) == cif::Reason::kLimit);
 }
 
+std::string cell(int a) {
+    return "data_x\n_cell_length_a " + std::to_string(a) +
+           "\n_cell_length_b 4\n_cell_length_c 4\n_cell_angle_alpha 90\n_cell_angle_beta 90\n_cell_angle_gamma 90\n"
+           "loop_\n_atom_site_label\n_atom_site_fract_x\n_atom_site_fract_y\n_atom_site_fract_z\n";
+}
+
 void test_extraction() {
-    std::string joined;
-    std::vector<pvcp::Span> parts;
-    const auto found = [&](std::string_view answer) { return std::string(pvcp::extract_cif(answer, joined, parts)); };
-    const std::string cif = "data_x\nloop_\n_a\nPt 0.5 0.5\n";
+    cif::Parser parser;
+    pvcp::Extraction memory;
+    const pvcp::Reads reads = [&](std::string_view text) -> std::size_t {
+        return parser.parse(text.data(), text.size()) == cif::Reason::kNone ? parser.n_blocks() : 0;
+    };
+    const auto found = [&](std::string_view answer) { return std::string(pvcp::extract_cif(answer, reads, memory)); };
+    const std::string cif = cell(4) + "Pt 0 0 0.5\nCu 0.5 0.5 0.25\n";
+    const std::string draft = cell(5) + "Ni 0 0 0.5\n";
+    const std::string half = cell(5) + "Ni 0 0\n";
     CHECK(found(cif) == cif && found("Ok:\n" + cif) == cif && found("Ok: " + cif) == cif);
     CHECK(found("```cif\n" + cif + "```\nDone, it is good.") == cif);
-    CHECK(found("<THINK>data_y</Think>" + cif) == cif && found("data_y\n</think>" + cif) == cif);
-    CHECK(found("data_x\n<think>hm</think>loop_\n_a\nPt 0.5 0.5\n") == cif && parts.size() == 2);
-    CHECK(found("<|im_start|>assistant\n" + cif + "<|im_end|>\n") == cif);
-    CHECK(found(cif + "</s>\n") == cif && found(cif + "I hope this helps") == cif);
+    CHECK(found("<THINK>" + draft + "</Think>" + cif) == cif && found(draft + "\n</think>" + cif) == cif);
+    CHECK(found("<|im_start|>assistant\n" + cif + "<|im_end|>\n" + draft) == cif);
+    CHECK(found(cif + "</s>\n") == cif && found(cif + "I hope this helps") == cif && found(cif + "Done.") == cif);
+    CHECK(found(draft + "Better:\n" + cif) == cif && found(cif + "Again:\n" + half) == cif);
+    CHECK(found(half + "Better:\n" + cif) == cif && found(half + cif) == cif && found(half) == half);
     CHECK(found("").empty() && found("<think>").empty() && found("no block") == "no block");
+    CHECK(found("{\"cif\": \"" + [&] {
+        std::string escaped;
+        for (char c : cif) escaped += c == '\n' ? std::string("\\n") : std::string(1, c);
+        return escaped;
+    }() + "\"}") == cif);
 }
 
 // Every instruction set sees the same bits.

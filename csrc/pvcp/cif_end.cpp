@@ -1,0 +1,303 @@
+#include "cif_end.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "../cif/characters.h"
+#include "../cif/elements.h"
+#include "../cif/number.h"
+
+namespace catmllm::pvcp {
+namespace {
+
+using cif::is_digit;
+using cif::is_lower;
+using cif::is_space_or_unicode;
+using cif::is_upper;
+using cif::starts_with;
+
+constexpr std::size_t kNowhere = std::string_view::npos;
+
+unsigned char byte(char c) { return static_cast<unsigned char>(c); }
+
+struct Word {
+    std::string_view text;
+    bool quoted;
+};
+
+// The words of a line, quotes as in CIF; a `#` at the begin of a word ends it.
+class Words {
+  public:
+    explicit Words(std::string_view line) : line_(line) {}
+    bool next(Word& word) {
+        for (;; ++at_) {  // past a quote that does not close, as pymatgen does
+            while (at_ < line_.size() && is_space_or_unicode(byte(line_[at_]))) ++at_;
+            if (at_ == line_.size() || line_[at_] == '#') return false;
+            const char c = line_[at_];
+            if (c != '\'' && c != '"') break;
+            const std::size_t close = at_ < no_close_[c == '"'] ? kNowhere : closing(c);
+            if (close == kNowhere) {
+                no_close_[c == '"'] = line_.size();
+                continue;
+            }
+            word = {line_.substr(at_ + 1, close - at_ - 1), true};
+            at_ = close + 1;
+            return true;
+        }
+        const std::size_t start = at_;
+        while (at_ < line_.size() && !is_space_or_unicode(byte(line_[at_]))) ++at_;
+        word = {line_.substr(start, at_ - start), false};
+        return true;
+    }
+
+  private:
+    std::size_t closing(char quote) const {
+        std::size_t end = line_.find(quote, at_ + 1);
+        while (end != kNowhere && end + 1 < line_.size() && !is_space_or_unicode(byte(line_[end + 1])))
+            end = line_.find(quote, end + 1);
+        return end;
+    }
+    std::string_view line_;
+    std::size_t at_ = 0;
+    std::size_t no_close_[2] = {0, 0};  // no quote of this kind closes before here
+};
+
+bool is_number(std::string_view s) {
+    double value;
+    return s == "?" || s == "." || cif::str2float(s, value);
+}
+
+// `Pt`, `Pt1`, `O2-`: the letters of the element, 0 for what is none.
+std::size_t element_letters(std::string_view s) {
+    if (s.empty() || !is_upper(byte(s[0]))) return 0;
+    const std::size_t letters = s.size() > 1 && is_lower(byte(s[1])) ? 2 : 1;
+    if (cif::find_element(s[0], letters == 2 ? s[1] : 0) == cif::kNoElement) return 0;
+    for (std::size_t i = letters; i < s.size(); ++i)
+        if (!is_digit(byte(s[i])) && s[i] != '+' && s[i] != '-') return 0;
+    return letters;
+}
+
+bool has_digit(std::string_view s) {
+    return std::any_of(s.begin(), s.end(), [](char c) { return is_digit(byte(c)); });
+}
+
+// Letters of "x, y, z" alone.
+bool is_operation(std::string_view s) {
+    const auto speaks = [](char c) { return is_digit(byte(c)) || std::string_view("xyzXYZ").find(c) != kNowhere; };
+    return std::any_of(s.begin(), s.end(), speaks) && std::all_of(s.begin(), s.end(), [](char c) {
+        return is_digit(byte(c)) || std::string_view("xyzXYZ+-*/., ").find(c) != kNowhere;
+    });
+}
+
+// A name of the CIF dictionaries, `_cell_length_a`: lower case first, several parts. Emphasis (`_Note_`) is none.
+bool is_data_name(std::string_view s) {
+    if (s.size() < 4 || !is_lower(byte(s[1]))) return false;
+    const std::size_t second = s.find_first_of("_.", 1);
+    return second != kNowhere && second + 1 < s.size() && std::all_of(s.begin(), s.end(), [](char c) {
+        return cif::is_alpha(byte(c)) || is_digit(byte(c)) || std::string_view("_.-/%[]").find(c) != kNowhere;
+    });
+}
+
+enum class Kind : std::uint8_t { kAny, kName, kNumber, kCoordinate, kSymbol, kLabel, kOperation };
+
+Kind kind_of(std::string_view name) {
+    if (name == "_atom_site_type_symbol") return Kind::kSymbol;
+    if (name == "_atom_site_label") return Kind::kLabel;
+    if (starts_with(name, "_atom_site_fract_")) return Kind::kCoordinate;
+    const bool operation = name.find("_as_xyz") != kNowhere || name.find("operation_xyz") != kNowhere ||
+                           name.find("operation.xyz") != kNowhere;
+    return operation ? Kind::kOperation : Kind::kAny;
+}
+
+// The state between lines: what the next value would be.
+class Reader {
+  public:
+    // Can this line, which begins neither with a key nor with `loop_`, follow?
+    bool may_follow(std::string_view line) {
+        if (value_wanted_) return true;
+        if (!loop_ || kinds_.empty()) return false;
+        words_.clear();
+        Words words(line);
+        for (Word word; words.next(word);) {
+            if (!word.quoted && (word.text[0] == '_' || starts_with(word.text, "loop_"))) break;
+            words_.push_back(word);
+        }
+        if (first_row_) return true;
+        if (filled_ == 0) return words_.size() >= kinds_.size() ? is_row() : fits(0);
+        if (fits(filled_)) return true;
+        if (!fits(0)) return false;
+        filled_ = 0;  // the row before is damaged; rows go on
+        return true;
+    }
+
+    // How much of such a line: words behind a whole row of sites that are neither numbers nor begin a row do not.
+    std::size_t length_of_row(std::string_view line) const {
+        if (value_wanted_ || !loop_ || filled_ != 0 || words_.size() <= kinds_.size() || !has_coordinates()) return line.size();
+        const Word& extra = words_[kinds_.size()];
+        if (!is_row() || is_number(extra.text) || element_letters(extra.text) != 0) return line.size();
+        return static_cast<std::size_t>(extra.text.data() - line.data());
+    }
+
+    void take(std::string_view line) {
+        Words words(line);
+        for (Word word; words.next(word);) {
+            if (value_wanted_) {
+                value_wanted_ = false;
+            } else if (!word.quoted && starts_with(word.text, "loop_")) {
+                loop_ = naming_ = first_row_ = true;
+                kinds_.clear();
+                filled_ = 0;
+            } else if (!word.quoted && word.text[0] == '_') {
+                if (naming_) {
+                    kinds_.push_back(kind_of(word.text));
+                } else {
+                    loop_ = false;
+                    value_wanted_ = true;
+                }
+            } else {
+                value(word.text);
+            }
+        }
+    }
+
+    void value(std::string_view text) {
+        value_wanted_ = naming_ = false;
+        if (!loop_ || kinds_.empty()) return;
+        Kind& kind = kinds_[filled_];
+        if (first_row_ && kind == Kind::kAny) {
+            if (text != "?" && text != "." && is_number(text)) kind = Kind::kNumber;
+            if (!text.empty() && cif::is_alpha(byte(text[0]))) kind = Kind::kName;
+        }
+        if (++filled_ < kinds_.size()) return;
+        filled_ = 0;
+        first_row_ = false;
+    }
+
+    void forget() { *this = Reader(); }
+
+  private:
+    bool has_coordinates() const { return std::find(kinds_.begin(), kinds_.end(), Kind::kCoordinate) != kinds_.end(); }
+    // A row of at least as many words as columns: its coordinates must be numbers where it has any, else all must fit.
+    bool is_row() const {
+        for (std::size_t i = 0; i < kinds_.size(); ++i)
+            if (kinds_[i] == Kind::kCoordinate && !is_number(words_[i].text)) return false;
+        return has_coordinates() || fits(0);
+    }
+    // The words from column `at` on are of their columns' kinds; words that nothing speaks for hold a digit. (A
+    // column's first value tells whether it holds numbers, or names that begin with a letter.)
+    bool fits(std::size_t at) const {
+        bool evidence = false;
+        std::string_view symbol;
+        for (const Word& word : words_) {
+            switch (kinds_[at]) {
+                case Kind::kNumber:
+                case Kind::kCoordinate:
+                    if (!is_number(word.text)) return false;
+                    evidence = true;
+                    break;
+                case Kind::kSymbol:
+                    if (element_letters(word.text) == 0) return false;
+                    symbol = word.text.substr(0, element_letters(word.text));
+                    evidence = true;
+                    break;
+                case Kind::kLabel:
+                    if (symbol.empty() ? element_letters(word.text) == 0 && !has_digit(word.text)
+                                       : !starts_with(word.text, symbol) && !has_digit(word.text))
+                        return false;
+                    evidence = true;
+                    break;
+                case Kind::kOperation:
+                    if (!is_operation(word.text)) return false;
+                    evidence = true;
+                    break;
+                case Kind::kName:
+                    if (!word.quoted && !cif::is_alpha(byte(word.text[0])) && word.text != "?" && word.text != ".")
+                        return false;
+                    evidence |= word.quoted || has_digit(word.text);
+                    break;
+                case Kind::kAny:
+                    evidence |= word.quoted || has_digit(word.text);
+            }
+            if (++at == kinds_.size()) at = 0;
+        }
+        return evidence;
+    }
+
+    bool value_wanted_ = false;  // a key was the last word
+    bool loop_ = false;
+    bool naming_ = false;     // its columns are being named
+    bool first_row_ = false;  // not yet read to the end: it shows which columns hold numbers
+    std::size_t filled_ = 0;  // of the row in progress
+    std::vector<Kind> kinds_;
+    std::vector<Word> words_;
+};
+
+std::size_t end_of_line(std::string_view s, std::size_t from) { return std::min(s.find('\n', from), s.size()); }
+
+}  // namespace
+
+std::size_t length_of_cif(std::string_view s) {
+    Reader reader;
+    std::size_t stray = kNowhere;  // the first line that does not belong
+    for (std::size_t line = 0; line < s.size();) {
+        const std::size_t end = end_of_line(s, line);
+        const std::string_view text = s.substr(line, end - line);
+        std::size_t next = end + 1;
+        std::size_t first = 0;
+        while (first < text.size() &&
+               (is_space_or_unicode(byte(text[first])) || (stray != kNowhere && text[first] == '>')))
+            ++first;
+        const std::string_view word = text.substr(first);
+        if (line == 0 || starts_with(word, "data_")) {
+            if (stray != kNowhere) return stray;
+            reader.forget();
+            const std::size_t header = std::min(word.find_first_of(" \t\r"), word.size());
+            reader.take(word.substr(header));
+        } else if (text.empty() || word.empty() || word[0] == '#') {
+        } else if (text[0] == ';') {
+            std::size_t close = s.find("\n;", line);
+            if (close == kNowhere) return std::min(stray, line);  // all behind it is lost to every reader
+            if (stray == kNowhere) reader.value("");
+            next = close + 2;
+            const std::size_t rest = end_of_line(s, next);
+            if (stray == kNowhere) reader.take(s.substr(next, rest - next));
+            next = rest + 1;
+        } else if (word[0] == '_' || starts_with(word, "loop_")) {
+            if (stray != kNowhere && word[0] == '_') {
+                const std::size_t name = std::min(word.find_first_of(" \t\r"), word.size());
+                if (is_data_name(word.substr(0, name))) stray = kNowhere;
+            } else {
+                stray = kNowhere;
+            }
+            if (stray == kNowhere) reader.take(text);
+        } else if (stray == kNowhere) {
+            if (!reader.may_follow(text)) {
+                stray = line;
+            } else if (const std::size_t row = reader.length_of_row(text); row < text.size()) {
+                stray = line + row;
+            } else {
+                reader.take(text);
+            }
+        }
+        line = next;
+    }
+    return std::min(stray, s.size());
+}
+
+bool is_site_row(std::string_view line) {
+    Words words(line);
+    Word word;
+    if (!words.next(word) || element_letters(word.text) == 0) return false;
+    int numbers = 0;
+    bool last = false;
+    while (words.next(word)) {
+        const char c = word.text.empty() ? 'x' : word.text[0];
+        last = is_digit(byte(c)) || (c == '-' && word.text.size() > 1 && is_digit(byte(word.text[1])));
+        last = last && is_digit(byte(word.text.back()));
+        numbers += last;
+    }
+    return last && numbers >= 3;
+}
+
+}  // namespace catmllm::pvcp
