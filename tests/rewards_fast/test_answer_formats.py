@@ -131,8 +131,6 @@ SURROUNDINGS = st.lists(st.tuples(PIECES, st.sampled_from([" ", "\n", "\n\n", "\
 
 
 CIF_LINE = re.compile(r"(^|\n)(\s*(_[a-z]+[_.]|loop_)|;)")  # what is before such a line is a part of the CIF
-    r"(^|\n)\s*(_[a-z]+[_.]|loop_)"
-)  # such a line makes what is before it a part of the CIF
 ROW = re.compile(r"\s*[A-Z][a-z]?[-+\d]*(\s|$)")
 
 
