@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import subprocess
 import sys
+import tempfile
 import typing
 from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from catmllm import stages
@@ -111,8 +113,42 @@ def test_a_file_that_is_no_mapping_is_an_error(tmp_path: Path, text: str) -> Non
     file.write_text(text)
     with pytest.raises(ConfigError, match=r"bad\.yaml"):
         load_config(file)
-    with pytest.raises(ConfigError, match="absent"):
+
+
+def test_a_file_that_is_not_there_names_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"absent\.yaml: no such file$"):
         load_config(tmp_path / "absent.yaml")
+    with pytest.raises(
+        ConfigError, match=r"a100x8/joint_3b\.yaml: no such file; did you mean a100x8/joint\.yaml\?"
+    ):
+        load_config("a100x8/joint_3b.yaml")
+
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.dates()
+NAMES = st.sampled_from([part for key in keys(Config) for part in key.name.split(".")]) | st.text(max_size=5)
+
+
+@given(
+    text=st.text()
+    | st.recursive(
+        SCALARS,
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=3),
+        max_leaves=20,
+    ).map(yaml.safe_dump)
+)
+@example("seed: 2026-13-45")
+@example("stages: &a [*a]")
+@example("grpo: &a {sampling: *a}")
+@example("seed: " + "9" * 5000)
+@example("? [a, b]\n: 1")
+@example("<<: 3")
+def test_whatever_is_written_gives_a_configuration_or_a_configuration_error(text: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "any.yaml"
+        file.write_text(text, encoding="utf-8", errors="surrogatepass")
+        for files, overrides in (([file], []), ([], [text]), ([], [f"grpo={text}"])):
+            with contextlib.suppress(ConfigError):
+                assert isinstance(load_config(files, overrides), Config)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ would be valid.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 import re
 from collections.abc import Sequence
@@ -21,6 +22,8 @@ from catmllm.config.section import ConfigError, explain
 
 SHIPPED = Path(__file__).parents[2] / "configs"
 Where = dict[tuple[str, ...], str]
+# A ValueError is a date that is none, a RecursionError a mapping that is in itself.
+_UNREADABLE = (OSError, yaml.YAMLError, ValueError, RecursionError)
 _VALIDATOR: Any = Config.__pydantic_validator__  # type: ignore[attr-defined]  # of every pydantic dataclass
 
 
@@ -47,20 +50,7 @@ def load_config(
     for file in [files] if isinstance(files, str | Path) else files or []:
         _merge(tree, _read(file, where))
     for item in overrides:
-        key, equals, text = item.partition("=")
-        if not equals or not key:
-            raise ConfigError(f"override {item!r}: write key=value, for example grpo.lr=1e-4")
-        path = tuple(key.split("."))
-        try:
-            # A lone dash (`joint.mmtg_sign=-`) would be a YAML list of one null.
-            value = text if text == "-" else yaml.load(text, _Loader) if text else None
-        except yaml.YAMLError as error:
-            raise ConfigError(f"override {item!r}: the value is not YAML: {_one_line(error)}") from error
-        where[path] = "command line"
-        nested: Any = value
-        for part in reversed(path):
-            nested = {part: nested}
-        _merge(tree, nested)
+        _merge(tree, _override(item, where))
     config = _checked(tree, where, "command line")
     config.out = config.out.replace("{name}", config.name)
     config.init = config.init and config.init.replace("{name}", config.name)
@@ -84,31 +74,49 @@ def from_dict(tree: dict[str, Any], source: str = "saved configuration") -> Conf
 
 def _checked(tree: dict[str, Any], where: Where, source: str) -> Config:
     try:
-        # By way of JSON, where strictness lets a list be a tuple and a mapping a section. YAML's dates become texts.
-        return _VALIDATOR.validate_json(json.dumps(tree, default=str))
+        # By way of JSON, where strictness lets a list be a tuple and a mapping a section.
+        return _VALIDATOR.validate_json(json.dumps(tree))
     except ValidationError as error:
         raise explain(error, Config, where, source) from None
 
 
+def _override(item: str, where: Where) -> dict[str, Any]:
+    """The tree of `key.sub=value`."""
+    key, equals, text = item.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {item!r}: write key=value, for example grpo.lr=1e-4")
+    path = tuple(key.split("."))
+    where[path] = "command line"
+    try:
+        # A lone dash (`joint.mmtg_sign=-`) would be a YAML list of one null.
+        value: Any = text if text == "-" else _plain(yaml.load(text, _Loader)) if text else None
+    except _UNREADABLE as error:
+        raise ConfigError(f"override {item!r}: the value is not YAML: {_one_line(error)}") from error
+    for part in reversed(path):
+        value = {part: value}
+    return value
+
+
 def _read(file: str | Path, where: Where) -> dict[str, Any]:
     """The tree of a YAML file; adds to `where` the file and line of every key."""
-    path = Path(file)
-    if not path.is_file() and (SHIPPED / file).is_file():
-        path = SHIPPED / file
+    path = next((p for p in (Path(file), SHIPPED / file) if p.is_file()), None)
+    if path is None:
+        shipped = [str(p.relative_to(SHIPPED)) for p in SHIPPED.rglob("*.yaml")]
+        near = difflib.get_close_matches(str(file), shipped, n=1)
+        raise ConfigError(f"{file}: no such file" + (f"; did you mean {near[0]}?" if near else ""))
     try:
         loader = _Loader(path.read_text(encoding="utf-8"))
-        try:
-            root = loader.get_single_node()
-            if root is None:
-                return {}
-            if not isinstance(root, yaml.MappingNode):
-                raise ConfigError(
-                    f"{file}: the top level must be a mapping of keys, got {loader.construct_object(root, deep=True)!r}"
-                )
-            return _mapping(loader, root, str(file), (), where)
-        finally:
-            loader.dispose()
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        root = loader.get_single_node()
+        if root is None:
+            return {}
+        if not isinstance(root, yaml.MappingNode):
+            raise ConfigError(
+                f"{file}: the top level must be a mapping of keys, got a {root.tag.rpartition(':')[2]}"
+            )
+        return _plain(_mapping(loader, root, str(file), (), where))
+    except ConfigError:
+        raise
+    except _UNREADABLE as error:
         raise ConfigError(f"{file}: cannot be read as YAML: {_one_line(error)}") from error
 
 
@@ -142,6 +150,11 @@ def _merge(tree: dict[str, Any], changes: dict[str, Any]) -> None:
             _merge(tree[key], value)
         else:
             tree[key] = value
+
+
+def _plain(value: Any) -> Any:
+    """What JSON makes of it: dates become texts. Raises ValueError for a list that is in itself."""
+    return json.loads(json.dumps(value, default=str))
 
 
 def _one_line(error: Exception) -> str:
