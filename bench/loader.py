@@ -29,12 +29,13 @@ from bench.data import made_slab
 from catmllm.config import Config
 from catmllm.data.batches import Batch, Collator
 from catmllm.data.loader import Loader, Windows
-from catmllm.data.slabs import load_slabs, split
+from catmllm.data.open import open_data
 from catmllm.models.build import new_model
+from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.stages.joint import Joint
 from catmllm.stages.supervised import Mixture, property_with_dropout
-from catmllm.train.loop import Context
 from catmllm.train.sharding import shard
+from catmllm.train.stage import Context
 from catmllm.world import start
 
 LAYOUTS = (("end to end", False, "varlen"), ("padded, eager", True, "eager"), ("padded, sdpa", True, "sdpa"))
@@ -53,8 +54,8 @@ def steps(context: Context, turns: int, size: int) -> dict[str, list[float]]:
             model.text.set_attn_implementation(attention)
             began = time.process_time()
             for batch in batches:
-                out = model("answer", replace(batch, padded=padded))
-                (out["energy"].nan_to_num().sum() - out["logprob"].mean()).backward()
+                out = model(CatalyticMLLM.answer, replace(batch, padded=padded))
+                (out.energy.nan_to_num().sum() - out.logprob.mean()).backward()
                 optimizer.step()
                 optimizer.zero_grad()
             if turn:  # the first warms up
@@ -107,7 +108,7 @@ def large(config: Config, collate: Collator, turns: int, quick: bool) -> dict[st
 def main() -> None:
     args = record.arguments(__doc__).parse_args()
     config = Config(tensorboard=False)
-    systems = split(load_slabs())["train"]
+    systems = open_data()["train"]
     world = start(config)
     model, collate = new_model(config, systems)
     o = config.joint

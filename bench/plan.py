@@ -64,16 +64,17 @@ def worker(name: str, out: Path) -> None:
     from torch.profiler import ProfilerActivity, profile
 
     from catmllm.config import load_config
-    from catmllm.data.slabs import load_slabs, split
+    from catmllm.data.open import open_data
     from catmllm.models.build import new_model
     from catmllm.stages import STAGES
-    from catmllm.train.loop import Context, train
+    from catmllm.train.loop import train
+    from catmllm.train.stage import Context
     from catmllm.world import start
 
     stage, _, overrides = CASES[name]
     config = load_config(None, overrides)
     world = start(config)
-    data = {str(k): v for k, v in split(load_slabs()).items()}
+    data = open_data()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     def measured(context: Context) -> Any:

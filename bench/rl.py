@@ -37,16 +37,18 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench import record  # first: it decides whose packages are measured
 from catmllm.config import Config, SamplingConfig
+from catmllm.data.open import open_data
 from catmllm.data.prompts import Sample, cif_prompt
-from catmllm.data.slabs import load_slabs, split
 from catmllm.models.build import new_model
+from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.sample.engine import Rollout, RolloutEngine
 from catmllm.sample.grammar import answer_pattern, grammar_of
 from catmllm.stages.advantages import policy_loss
 from catmllm.stages.grpo import GRPO, rollout_batch
 from catmllm.structure.text import three_part_text
-from catmllm.train.loop import Context, train
+from catmllm.train.loop import train
 from catmllm.train.metrics import read_log
+from catmllm.train.stage import Context
 from catmllm.world import start
 from catmllm_kernels.linear_logprob import linear_logprobs
 from rewards_fast import PVCP
@@ -76,7 +78,7 @@ def main() -> None:
     torch.set_num_threads(1)
     size = Size(*((4, 4, 32, 2) if args.quick else (8, 8, 128, 3)))
     config = bench_config(size)
-    systems = split(load_slabs())["train"]
+    systems = open_data()["train"]
     model, collate = new_model(config, systems)
     end, collate.end_id = collate.end_id, -7  # never sampled: every answer has the full length
     claims: list[dict[str, Any]] = []
@@ -165,7 +167,7 @@ def step(
     def make(c: Context) -> GRPO:
         stage = GRPO(c)
         stage.reward = reward_of_noise
-        stage._prompt = lambda i, k, rng: Sample(cif_prompt(stage.systems[i].identity))  # type: ignore[method-assign]
+        stage.prompt = lambda i, k, rng: Sample(cif_prompt(stage.systems[i].identity))  # type: ignore[method-assign]
         return stage
 
     train(make, context)
@@ -340,9 +342,9 @@ class Updates:
 
     def full(self) -> None:
         """Policy and reference through the whole model."""
-        logprob = self.model("answer", self.batch)["logprob"]
+        logprob = self.model(CatalyticMLLM.answer, self.batch).logprob
         with torch.no_grad():
-            reference = self.reference("answer", self.batch)["logprob"]
+            reference = self.reference(CatalyticMLLM.answer, self.batch).logprob
         self._finish(logprob, reference, self.full_optimizer)
 
     def kept(self) -> None:

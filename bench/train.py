@@ -32,11 +32,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench import record
 from catmllm.config import Config, OptimConfig, load_config
+from catmllm.data.open import open_data
 from catmllm.data.prompts import Sample, cif_sample, design_sample, property_sample
-from catmllm.data.slabs import load_slabs, split
 from catmllm.models import catalytic_mllm
 from catmllm.models.build import new_model
-from catmllm.train.loop import Context, MicroBatch, Stateless, Step, train
+from catmllm.models.catalytic_mllm import CatalyticMLLM
+from catmllm.train.loop import train
+from catmllm.train.stage import Context, MicroBatch, Plain, Step
 from catmllm.world import start
 from catmllm_kernels.linear_logprob.op import LogProbs
 from catmllm_kernels.linear_logprob.reference import linear_logprob as all_logits
@@ -68,17 +70,17 @@ class Timed:
 def samples(count: int) -> list[Sample]:
     """Text alone: properties, CIFs and designs in turn."""
     out = []
-    for i, s in enumerate(split(load_slabs())["train"][:count]):
+    for i, s in enumerate(open_data()["train"][:count]):
         out.append((property_sample(s, "text"), cif_sample(s, 3), design_sample(s, None, 3))[i % 3])
     return out
 
 
 def ours(config: Config, texts: list[Sample], batch: int, steps: int, world: Any) -> Timed:
     timed = Timed()
-    model, collate = new_model(config, split(load_slabs())["train"])
+    model, collate = new_model(config, open_data()["train"])
     rows = [collate.encoded(t) for t in texts]  # the peers, too, are given tokens
 
-    class Text(Stateless):
+    class Text(Plain):
         """Mean cross-entropy of the answers' tokens."""
 
         name = "instruct"
@@ -100,7 +102,11 @@ def ours(config: Config, texts: list[Sample], batch: int, steps: int, world: Any
             made = self.context.collate.join([rows[(step * batch + k) % len(rows)] for k in range(batch)])
             timed.tokens.append(made.tokens)
             return Step(
-                [MicroBatch(lambda: -self.context.model("answer", made)["logprob"].mean(), made.tokens)]
+                [
+                    MicroBatch(
+                        lambda: -self.context.model(CatalyticMLLM.answer, made).logprob.mean(), made.tokens
+                    )
+                ]
             )
 
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(StopIteration):
@@ -132,7 +138,7 @@ def peer(
     from trl import SFTConfig, SFTTrainer
 
     timed, lengths = Timed(), []
-    _, collate = new_model(config, split(load_slabs())["train"])
+    _, collate = new_model(config, open_data()["train"])
     tokenizer, c = collate.tokenizer, config.model.llm
     rows = []
     for i in range(batch * steps):

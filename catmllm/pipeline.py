@@ -19,13 +19,14 @@ import torch.distributed as dist
 
 from catmllm.config import Config, to_dict
 from catmllm.data.batches import Collator
-from catmllm.data.shards import load_split
+from catmllm.data.open import open_data
 from catmllm.evaluate.baselines import baselines
 from catmllm.evaluate.design import evaluate_design
 from catmllm.evaluate.generation import evaluate_generation
 from catmllm.evaluate.property import evaluate_property
 from catmllm.models.build import new_model
-from catmllm.models.catalytic_mllm import CatalyticMLLM, load_model, save_model
+from catmllm.models.catalytic_mllm import CatalyticMLLM
+from catmllm.models.state import load_model, save_model
 from catmllm.report.run import summary_table, write_report
 from catmllm.sample.vllm_engine import VLLMError
 from catmllm.stages import STAGES
@@ -34,8 +35,9 @@ from catmllm.structure.cif import write_cif
 from catmllm.structure.system import System
 from catmllm.train.checkpoint import CheckpointError
 from catmllm.train.fused_adam import fused_adam
-from catmllm.train.loop import Context, train
+from catmllm.train.loop import train
 from catmllm.train.metrics import wandb_module
+from catmllm.train.stage import Context
 from catmllm.train.stop import EXIT_SAVED, Stopped, TrainingError, stop_at_once
 from catmllm.world import DTYPES, World, start
 
@@ -107,7 +109,7 @@ def run(config: Config) -> int:
 def _run(config: Config, world: World) -> int:
     out = Path(config.out)
     record = _open(config, out, world)
-    data = {str(k): v for k, v in load_split(config.data.path, config.data.split_seed).items()}
+    data = open_data(config.data)
     _say(world, _banner(config, world, data))
     if not record.has("baselines"):
         some = {k: v[:: len(v) // BASELINE_SYSTEMS + 1] for k, v in data.items()}

@@ -59,9 +59,9 @@ SMALL_MODEL = (
 @pytest.fixture(scope="session")
 def train_systems() -> list[System]:
     """The training part of the shipped systems."""
-    from catmllm.data.slabs import load_slabs, split
+    from catmllm.data.open import open_data
 
-    return split(load_slabs())["train"]
+    return open_data()["train"]
 
 
 @pytest.fixture(scope="session")

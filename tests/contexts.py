@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 
 from catmllm.config import Config
-from catmllm.data.slabs import load_slabs, split
+from catmllm.data.open import open_data
 from catmllm.models.build import new_model
-from catmllm.train.loop import Context
+from catmllm.train.stage import Context
 from catmllm.world import World, start
 
 MakeContext = Callable[[Config], Context]
@@ -36,7 +36,7 @@ def small() -> Config:
 def make_context(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeContext]:
     for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(key, raising=False)
-    data = {k: v[:40] for k, v in split(load_slabs()).items()}
+    data = {k: v[:40] for k, v in open_data().items()}
 
     def make(config: Config) -> Context:
         if not dist.is_initialized():

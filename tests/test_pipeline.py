@@ -51,11 +51,11 @@ def test_every_stage_moves_what_it_trains_and_nothing_else(unbroken: Path) -> No
 
 def test_align_moves_encoder_and_projector_alone(unbroken: Path, run_config: Path) -> None:
     from catmllm.config import load_config
-    from catmllm.data.slabs import load_slabs, split
+    from catmllm.data.open import open_data
     from catmllm.models.build import new_model
 
     c = load_config(run_config)
-    model, _ = new_model(c, split(load_slabs(c.data.path))["train"])
+    model, _ = new_model(c, open_data(c.data)["train"])
     first, aligned = model.state_dict(), load_file(unbroken / "align" / "model.safetensors")
     moved = {k for k in aligned if not torch.equal(aligned[k], first[k])}
     assert any(k.startswith("encoder.blocks.0.") for k in moved) and "projector.linear.weight" in moved

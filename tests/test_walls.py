@@ -126,6 +126,29 @@ def test_rooms_keep_their_order(module: str) -> None:
         assert ROOMS.index(room) <= ROOMS.index(own), f"{module} imports from {room}"
 
 
+def private_names(path: Path) -> Iterator[str]:
+    """Private names of other modules of ours in a file: `from a import _b`, and `a._b` of an imported module a."""
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    ours = {a.asname for n in nodes if isinstance(n, ast.Import) for a in n.names if a.name in MODULES}
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] in ROOTS:
+            for alias in node.names:
+                ours |= {alias.asname or alias.name} if f"{node.module}.{alias.name}" in MODULES else set()
+                if alias.name.startswith("_") and alias.name != "_core":  # compiled; private to its package
+                    yield f"{path.relative_to(ROOT)}:{node.lineno} {node.module}.{alias.name}"
+    for node in nodes:
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            private = node.attr.startswith("_") and not node.attr.startswith("__")
+            if private and node.value.id in ours:
+                yield f"{path.relative_to(ROOT)}:{node.lineno} {ast.unparse(node)}"
+
+
+def test_nothing_uses_a_private_name_of_another_module() -> None:
+    """A test may look inside the module that it tests; sources and benches may not."""
+    paths = [*MODULES.values(), LAUNCHER, *sorted((ROOT / "bench").glob("*.py"))]
+    assert not [wrong for path in paths for wrong in private_names(path)]
+
+
 def test_there_is_no_import_circle() -> None:
     graph = {
         module: {

@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     try:
         return int(args.run_command(args) or 0)
-    except (ValueError, FileNotFoundError, ModuleNotFoundError, RuntimeError) as error:
+    except (ValueError, OSError, ModuleNotFoundError, RuntimeError) as error:
         print(f"catmllm {args.command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -216,14 +216,14 @@ def _oc20_options(kinds: Any) -> None:
 
 def _plan(args: argparse.Namespace) -> int:
     from catmllm.config import STAGES, ConfigError, from_arguments
-    from catmllm.plan.trace import main as plan
+    from catmllm.plan.table import print_plans
 
     config = from_arguments(args.config)
     stages = args.stage or list(config.stages)
     for stage in stages:
         if stage not in STAGES:
             raise ConfigError(f"--stage {stage}: choose one of {', '.join(STAGES)}")
-    return plan(config, stages, args.ranks, args.limit, args.atoms, not args.no_search, args.json)
+    return print_plans(config, stages, args.ranks, args.limit, args.atoms, not args.no_search, args.json)
 
 
 def _model_option(parser: argparse.ArgumentParser) -> None:
@@ -236,7 +236,7 @@ def _model_option(parser: argparse.ArgumentParser) -> None:
 
 
 def _load(folder: Path) -> tuple[CatalyticMLLM, Collator, Config]:
-    from catmllm.models.catalytic_mllm import load_model
+    from catmllm.models.state import load_model
 
     return load_model(_stage(folder))
 
@@ -279,7 +279,7 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _predict(args: argparse.Namespace) -> int:
-    from catmllm.evaluate.property import predict, question
+    from catmllm.design.predict import predict_energies, question
     from catmllm.structure.cif import read_cif
 
     model, collate, _ = _load(args.model)
@@ -296,7 +296,7 @@ def _predict(args: argparse.Namespace) -> int:
         except (OSError, ValueError) as error:
             failed += 1
             print(f"{name}: {error}", file=sys.stderr)
-    energies = predict(model, collate, [question(s, args.mode) for _, s in read])
+    energies = predict_energies(model, collate, [question(s, args.mode) for _, s in read])
     for (name, system), energy in zip(read, energies.tolist()):
         if args.json:
             print(json.dumps({"file": name, "system": system.identity, "energy": energy}))

@@ -17,14 +17,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from catmllm.data.slabs import SplitName, load_slabs, split, split_pairs
+from catmllm.data.slabs import SplitName, split_pairs
 from catmllm.structure.formula import SEPARATOR
 from catmllm.structure.system import System
 from catmllm.structure.text import three_part_text
@@ -251,14 +251,6 @@ def write_shards(folder: str | Path, systems: Iterable[System], shard_size: int 
         order.append((number, np.arange(len(some))))
     write_index(folder, order, ["systems"])
     return Shards(folder)
-
-
-def load_split(path: str | None, seed: int = 0) -> Mapping[SplitName, Sequence[System]]:
-    """Training, validation and test systems of `data.path`: a folder of shards, a JSON-lines file, or None for what
-    ships with the package."""
-    if path is not None and Path(path).is_dir():
-        return Shards(path).split(seed)
-    return split(load_slabs(path), seed)
 
 
 def pair_name(text: str) -> str:

@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 
 from catmllm.config import GAGRPOConfig
 from catmllm.data.batches import Collator
-from catmllm.data.prompts import Sample, design_prompt, property_sample
+from catmllm.data.prompts import Sample, design_prompt
 from catmllm.design.constraints import hard_constraints
 from catmllm.design.exemplar_pool import Candidate, ExemplarPool
+from catmllm.design.predict import predict_energies, question
 from catmllm.design.reward import design_reward
 from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.sample.engine import Rollout, RolloutEngine
@@ -63,22 +63,6 @@ def summary(state: TaskState) -> dict[str, Any]:
         "best": None if best is None else best.to_json(),
         "trace": state.trace,
     }
-
-
-def predict_energies(
-    model: CatalyticMLLM, collate: Collator, systems: Sequence[System], batch_size: int = 128
-) -> np.ndarray:
-    """Adsorption energies [n] in eV by the model's own head, each from graph and three-part text of the structure."""
-    out = []
-    device = model.energy_mean.device
-    for start in range(0, len(systems), batch_size):
-        samples = [
-            Sample(s.prompt, "", s.graph)
-            for s in (property_sample(system, "both") for system in systems[start : start + batch_size])
-        ]
-        with torch.no_grad():
-            out.append(model.predict(collate(samples).to(device)).float().cpu().numpy())
-    return np.concatenate(out) if out else np.zeros(0)
 
 
 class ClosedLoop:
@@ -208,7 +192,8 @@ class ClosedLoop:
             except ValueError:
                 continue
             new[key], readable[i] = system, True
-        energies = predict_energies(self.model, self.collate, list(new.values()))
+        questions = [question(system) for system in new.values()]
+        energies = predict_energies(self.model, self.collate, questions, batch_size=128)
         self._known |= dict(zip(new, energies.tolist()))
         return np.array([self._known[k] if ok else np.nan for k, ok in zip(keys, readable)]), keys
 

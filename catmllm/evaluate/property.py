@@ -3,40 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import torch
 
 from catmllm.config import SamplingConfig
 from catmllm.data.batches import Collator
-from catmllm.data.prompts import Sample, property_sample, read_energy
+from catmllm.data.prompts import Sample, read_energy
+from catmllm.design.predict import MODES, predict_energies, question
 from catmllm.evaluate.metrics import mae, r2
 from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.sample.engine import RolloutEngine
 from catmllm.structure.system import System
 from catmllm.world import World
-
-MODES: tuple[Literal["both", "graph", "text"], ...] = ("both", "graph", "text")
-
-
-def question(system: System, mode: Literal["both", "graph", "text"]) -> Sample:
-    """The property prompt of a system without its answer."""
-    sample = property_sample(system, mode)
-    return Sample(sample.prompt, "", sample.graph)
-
-
-@torch.no_grad()
-def predict(
-    model: CatalyticMLLM, collate: Collator, samples: Sequence[Sample], batch_size: int = 64
-) -> np.ndarray:
-    """Energies [n] in eV by the regression head."""
-    device = model.energy_mean.device
-    parts = [
-        model.predict(collate(samples[i : i + batch_size]).to(device)).float().cpu().numpy()
-        for i in range(0, len(samples), batch_size)
-    ]
-    return np.concatenate(parts) if parts else np.zeros(0)
 
 
 def written_energies(model: CatalyticMLLM, collate: Collator, samples: Sequence[Sample]) -> np.ndarray:
@@ -57,7 +36,7 @@ def evaluate_property(
     """
     mine = list(systems[world.rank :: world.size])
     samples = {mode: [question(s, mode) for s in mine] for mode in MODES}
-    values: dict[str, np.ndarray] = {mode: predict(model, collate, samples[mode]) for mode in MODES}
+    values: dict[str, np.ndarray] = {mode: predict_energies(model, collate, samples[mode]) for mode in MODES}
     values["generated"] = written_energies(model, collate, samples["both"])
     gathered = world.gather(values)
     truth = np.array([s.known_energy for s in systems])

@@ -1,15 +1,29 @@
-"""A model by its configuration."""
+"""A model by its configuration: of pretrained parts, random, or without storage."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
 
-from catmllm.config import Config
+import torch
+from torch import nn
+
+from catmllm.config import Config, EncoderConfig
 from catmllm.data.batches import Collator
-from catmllm.data.prompts import cif_sample, design_sample, property_sample
+from catmllm.data.images import IMAGE_PAD, VISION_END, VISION_START
+from catmllm.data.prompts import ENERGY, GRAPH, cif_sample, design_sample, property_sample
 from catmllm.data.tokenizer import tiny_tokenizer
-from catmllm.models.catalytic_mllm import CatalyticMLLM, build_model, collator
+from catmllm.models.catalytic_mllm import CatalyticMLLM
+from catmllm.models.equiformer_v2 import EquiformerV2, EquiformerV2Config
+from catmllm.models.fairchem_checkpoint import load_fairchem_checkpoint
+from catmllm.models.projector import Projector
+from catmllm.models.qwen import outline_llm, pretrained_llm, random_llm
 from catmllm.structure.system import System
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def new_model(config: Config, train_systems: Sequence[System]) -> tuple[CatalyticMLLM, Collator]:
@@ -31,3 +45,88 @@ def new_model(config: Config, train_systems: Sequence[System]) -> tuple[Catalyti
         tokenizer = tiny_tokenizer((s.prompt + s.answer for s in samples), decimals=d)
     model, tokenizer = build_model(config, tokenizer)
     return model, collator(model, tokenizer, config)
+
+
+def build_model(
+    config: Config, tokenizer: PreTrainedTokenizerBase | None = None
+) -> tuple[CatalyticMLLM, PreTrainedTokenizerBase]:
+    """A model by its configuration: pretrained parts where they are named, seeded random weights elsewhere.
+
+    A pretrained LLM brings its own tokenizer, extended here; the given one serves the random LLM. A checkpoint that
+    does not fit is an error, never a warning.
+    """
+    torch.manual_seed(config.seed)
+    encoder = build_encoder(config.model.encoder, config.data.cutoff)
+    if config.model.llm.pretrained:
+        llm, tokenizer = pretrained_llm(config.model.llm, config.data.decimals)
+    elif tokenizer is None:
+        raise ValueError("a random LLM needs a tokenizer")
+    else:
+        llm = random_llm(config.model.llm, tokenizer)
+    return assemble(llm, encoder, config, tokenizer), tokenizer
+
+
+def outline_model(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[CatalyticMLLM, Collator]:
+    """The shapes of a pretrained LLM and of an encoder, without reading any file of weights. To be made where tensors have
+    no storage; `tokenizer` cuts CIFs as the LLM's own would."""
+    encoder = build_encoder(replace(config.model.encoder, checkpoint=None), config.data.cutoff)
+    if config.data.images:
+        tokenizer.add_tokens([VISION_START, IMAGE_PAD, VISION_END])
+    llm = outline_llm(config.model.llm, tokenizer, config.data.images)
+    model = assemble(llm, encoder, config, tokenizer)
+    return model, collator(model, tokenizer, config)
+
+
+def assemble(
+    llm: Any, encoder: EquiformerV2, config: Config, tokenizer: PreTrainedTokenizerBase
+) -> CatalyticMLLM:
+    """The whole model of its parts, with a projector and an energy head of random weights."""
+    from catmllm.models.decoder import fuse  # imports transformers' model
+
+    e, width = encoder.config, llm.config.get_text_config().hidden_size
+    projector = Projector(config.model.projector, e.lmax, e.sphere_channels, width)
+    vocabulary = tokenizer.get_vocab()
+    fuse(llm.model.language_model)
+    return CatalyticMLLM(llm, encoder, projector, vocabulary[GRAPH], vocabulary[ENERGY])
+
+
+def build_encoder(config: EncoderConfig, cutoff: float) -> EquiformerV2:
+    """EquiformerV2 by preset or by sizes; loads a fairchem checkpoint where one is named."""
+    if config.preset:
+        encoder = EquiformerV2(EquiformerV2Config.preset(config.preset))
+    else:
+        sizes = {k: v for k, v in asdict(config).items() if k not in ("checkpoint", "preset")}
+        encoder = EquiformerV2(EquiformerV2Config(max_radius=cutoff, **sizes))
+    if config.checkpoint:
+        load_fairchem_checkpoint(config.checkpoint, encoder)
+    return encoder
+
+
+def collator(model: CatalyticMLLM, tokenizer: PreTrainedTokenizerBase, config: Config) -> Collator:
+    """What makes batches of samples for a model."""
+    return Collator(
+        tokenizer,
+        config.data,
+        tokens_per_atom=model.projector.mode == "atoms",
+        max_elements=model.encoder.config.max_num_elements,
+    )
+
+
+@contextmanager
+def on_meta() -> Iterator[None]:
+    """Modules made inside have parameters without storage, to be replaced by loaded ones; buffers are as ever.
+
+    A 7B model is then made in a second, and no memory is filled with random numbers that nobody reads.
+    """
+    register = nn.Module.register_parameter
+
+    def empty(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None:
+            parameter = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = empty  # type: ignore
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]

@@ -17,9 +17,11 @@ from safetensors.torch import save_file
 from catmllm.config import to_dict
 from catmllm.data.prompts import cif_prompt
 from catmllm.data.tokenizer import cif_tokens
-from catmllm.models.catalytic_mllm import CatalyticMLLM, load_model, on_meta
+from catmllm.models.build import on_meta
+from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.models.equiformer_v2 import EquiformerV2
 from catmllm.models.fairchem_checkpoint import without_wrapper
+from catmllm.models.state import load_model
 
 LAYOUTS = ("hf", "text", "fairchem")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -7,6 +7,6 @@ from catmllm.stages.ga_grpo import GAGRPO
 from catmllm.stages.grpo import GRPO
 from catmllm.stages.instruct import Instruct
 from catmllm.stages.joint import Joint
-from catmllm.train.loop import Context, Stage
+from catmllm.train.stage import Context, Stage
 
 STAGES: dict[str, Callable[[Context], Stage]] = {s.name: s for s in (Align, Joint, Instruct, GRPO, GAGRPO)}

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import torch
 
+from catmllm.config import AlignConfig
 from catmllm.data.batches import Batch, shuffled
 from catmllm.data.prompts import Sample
+from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.models.losses import info_nce
 from catmllm.stages.supervised import FromLoader, validation_systems
 from catmllm.structure.text import three_part_text
-from catmllm.train.loop import Context, MicroBatch, Step
+from catmllm.train.stage import Context, MicroBatch, Step
 from catmllm.train.stop import TrainingError
 
 
@@ -17,6 +19,7 @@ class Align(FromLoader):
     """InfoNCE between the graph token and the mean-pooled encoding of the three-part text."""
 
     name = "align"
+    config: AlignConfig
 
     def __init__(self, context: Context) -> None:
         self.context, self.config = context, context.config.align
@@ -40,10 +43,10 @@ class Align(FromLoader):
         return work
 
     def _loss(self, batch: Batch, metrics: dict[str, float]) -> torch.Tensor:
-        out = self.context.model("contrast", batch)
-        loss = info_nce(out["graph"], out["text"], self.config.temperature)
+        out = self.context.model(CatalyticMLLM.contrast, batch)
+        loss = info_nce(out.graph, out.text, self.config.temperature)
         with torch.no_grad():
-            g, t = (torch.nn.functional.normalize(out[k].float(), dim=1) for k in ("graph", "text"))
+            g, t = (torch.nn.functional.normalize(x.float(), dim=1) for x in out)
             metrics["retrieval"] = float(
                 ((g @ t.T).argmax(1) == torch.arange(len(g), device=g.device)).float().mean()
             )

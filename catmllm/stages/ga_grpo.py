@@ -17,15 +17,16 @@ from torch.distributed.tensor import DTensor
 from catmllm.data.batches import draw
 from catmllm.design.exemplar_pool import Candidate, ExemplarPool
 from catmllm.design.search import ClosedLoop, Task, TaskState, summary
+from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.sample.engine import Rollout, RolloutEngine
 from catmllm.stages.advantages import group_advantages, policy_loss
-from catmllm.train.loop import Context, MicroBatch, Step
 from catmllm.train.sharding import unsharded
+from catmllm.train.stage import Context, MicroBatch, Plain, Step
 from catmllm.train.stop import TrainingError
 from catmllm.world import DTYPES
 
 
-class GAGRPO:
+class GAGRPO(Plain):
     """Waves of tasks, each searched for `iterations` steps; pools survive in checkpoints."""
 
     name = "ga_grpo"
@@ -48,9 +49,6 @@ class GAGRPO:
     def begin(self) -> None:
         weight = self.context.model.llm.lm_head.weight.detach()
         self.reference_head = (weight.full_tensor() if isinstance(weight, DTensor) else weight).clone()
-
-    def end(self) -> None:
-        """Nothing to put away."""
 
     def trains(self, parameter: str) -> bool:
         return parameter == "llm.lm_head.weight"
@@ -81,7 +79,7 @@ class GAGRPO:
             "seconds_predict": self.loop.seconds["predict"] - before["predict"],
         }
         work = Step([], metrics)
-        self._add_policy(work, rollouts, advantages.reshape(-1), informative.reshape(-1))
+        self.add_policy(work, rollouts, advantages.reshape(-1), informative.reshape(-1))
         return work
 
     def _tasks(self, wave: int) -> list[Task]:
@@ -90,7 +88,7 @@ class GAGRPO:
         picks = draw(len(self.systems), o.batch_size, c.config.seed + 5, wave, c.world.rank, c.world.size)
         return [Task(s.identity, s.target, s.known_energy) for s in (self.systems[i] for i in picks)]
 
-    def _add_policy(
+    def add_policy(
         self, work: Step, rollouts: list[Rollout], advantages: np.ndarray, informative: np.ndarray
     ) -> None:
         c, o = self.context, self.config
@@ -120,8 +118,8 @@ class GAGRPO:
         lengths = torch.tensor([len(r.ids) for r in rollouts], device=device)
         row = torch.arange(len(rollouts), device=device).repeat_interleave(lengths)
         t = o.sampling.temperature
-        found = self.context.model("head", hidden, targets, t, self.reference_head)
-        logprob, reference = found["logprob"], found["reference"]
+        found = self.context.model(CatalyticMLLM.head, hidden, targets, t, self.reference_head)
+        logprob, reference = found.logprob, found.reference
         loss, kl = policy_loss(
             logprob, logprob.detach(), reference, advantage, row, len(rollouts), o.beta, o.kl, clip=1.0
         )

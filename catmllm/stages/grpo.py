@@ -28,8 +28,8 @@ from catmllm.sample.vllm_engine import VLLMEngine
 from catmllm.stages.advantages import group_advantages, per_answer, policy_loss
 from catmllm.stages.scoring import Reward, Scored, Scoring, load_reward
 from catmllm.stages.supervised import VISUAL, chosen, property_with_dropout, relatives, sample_losses
-from catmllm.train.loop import Context, MicroBatch, Step
 from catmllm.train.sharding import shard, unsharded
+from catmllm.train.stage import Context, MicroBatch, Plain, Step
 from catmllm.train.stop import TrainingError
 from catmllm.world import DTYPES
 
@@ -37,11 +37,10 @@ from catmllm.world import DTYPES
 Rolled = tuple[list[Sample], list[Rollout], np.ndarray, np.ndarray, dict[str, float]]
 
 
-class GRPO:
+class GRPO(Plain):
     """Prompts of the CIF and the design task in turn; encoder and projector stay frozen."""
 
     name = "grpo"
-    any_ranks = True
 
     def __init__(self, context: Context) -> None:
         self.context, self.config = context, context.config.grpo
@@ -83,14 +82,14 @@ class GRPO:
             self.rolled = self._roll(step)
         prompts, rollouts, advantages, informative, metrics = self.rolled
         work = Step([], metrics | dict.fromkeys(("kl", "clipped", "entropy", "energy_mae"), 0.0))
-        self._add_policy(work, prompts, rollouts, advantages, informative)
-        self._add_replay(work, step)
+        self.add_policy(work, prompts, rollouts, advantages, informative)
+        self.add_replay(work, step)
         return work
 
     def _roll(self, step: int) -> Rolled:
         c, o = self.context, self.config
         picks = chosen(len(self.systems), o.batch_size, c.config.seed + 3, step, c.world.rank, c.world.size)
-        prompts = [self._prompt(i, k, rng) for k, (i, rng) in enumerate(picks)]
+        prompts = [self.prompt(i, k, rng) for k, (i, rng) in enumerate(picks)]
         patterns = None
         if o.sampling.grammar:
             asked = [self.systems[i] for i, _ in picks]
@@ -137,7 +136,7 @@ class GRPO:
         self._report(step, prompts, rollouts, scored)
         return prompts, rollouts, advantages.reshape(-1), informative.reshape(-1), metrics
 
-    def _prompt(self, i: int, k: int, rng: np.random.Generator) -> Sample:
+    def prompt(self, i: int, k: int, rng: np.random.Generator) -> Sample:
         """CIF prompts, design prompts and design prompts with an exemplar in turn."""
         s = self.systems[i]
         if k % 3 == 0:
@@ -147,7 +146,7 @@ class GRPO:
         exemplar = self.systems[rng.choice(self.kin[i])]
         return Sample(design_prompt(s.identity, s.known_energy, exemplar=True), "", exemplar)
 
-    def _add_policy(
+    def add_policy(
         self,
         work: Step,
         prompts: list[Sample],
@@ -186,22 +185,23 @@ class GRPO:
         o = self.config
         model, t = self.context.model, o.sampling.temperature
         with torch.no_grad(), without_lora(model):
-            reference = (self.reference or model)("answer", batch, temperature=t)["logprob"]
-        policy = model("answer", batch, temperature=t, entropy=True)
-        logprob = policy["logprob"]
+            reference = (self.reference or model)(CatalyticMLLM.answer, batch, temperature=t).logprob
+        policy = model(CatalyticMLLM.answer, batch, temperature=t, entropy=True)
+        logprob = policy.logprob
+        assert policy.entropy is not None
         old = self.old.setdefault(k, logprob.detach())
         row = batch.answer_sample
         loss, kl = policy_loss(
             logprob, old, reference, advantage, row, len(advantage), o.beta, o.kl, o.clip, o.normalise
         )
         outside = (((logprob.detach() - old).exp() - 1).abs() > o.clip).float()
-        for name, value in (("kl", kl), ("clipped", outside), ("entropy", policy["entropy"])):
+        for name, value in (("kl", kl), ("clipped", outside), ("entropy", policy.entropy)):
             if name != "kl":
                 value = per_answer(value, row, len(advantage), o.normalise)
             metrics[name] += weight * float(value.detach().sum())
         return weight * loss.sum()
 
-    def _add_replay(self, work: Step, step: int) -> None:
+    def add_replay(self, work: Step, step: int) -> None:
         """A pass over property samples, as many as `property_share` of the rollouts."""
         c, o = self.context, self.config
         count = round(o.property_share * o.batch_size * o.group_size)

@@ -6,21 +6,22 @@ the head would drift otherwise.
 
 from __future__ import annotations
 
+from catmllm.config import InstructConfig
 from catmllm.stages.supervised import (
     VISUAL,
     FromLoader,
     Mixture,
     property_with_dropout,
     supervised_step,
-    validation_error,
 )
-from catmllm.train.loop import Context, Step
+from catmllm.train.stage import Context, Step
 
 
 class Instruct(FromLoader):
     """Cross-entropy of the answers, plus the energy head's MAE on property samples."""
 
     name = "instruct"
+    config: InstructConfig
 
     def __init__(self, context: Context) -> None:
         self.context, self.config = context, context.config.instruct
@@ -43,6 +44,3 @@ class Instruct(FromLoader):
 
     def step(self, step: int) -> Step:
         return supervised_step(self, self.config, lambda ce, mae, labelled: ce + mae)
-
-    def validate(self) -> dict[str, float]:
-        return validation_error(self.context, self.config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from catmllm.config import JointConfig
 from catmllm.models.losses import mmtg_loss
 from catmllm.stages.supervised import (
     VISUAL,
@@ -11,15 +12,15 @@ from catmllm.stages.supervised import (
     Mixture,
     property_with_dropout,
     supervised_step,
-    validation_error,
 )
-from catmllm.train.loop import Context, Step
+from catmllm.train.stage import Context, Step
 
 
 class Joint(FromLoader):
     """Property samples under MMTG(|energy error|, cross-entropy); CIF and design samples under cross-entropy."""
 
     name = "joint"
+    config: JointConfig
 
     def __init__(self, context: Context) -> None:
         self.context, self.config = context, context.config.joint
@@ -50,6 +51,3 @@ class Joint(FromLoader):
             return torch.where(labelled, mmtg_loss(mae, ce, o.mmtg_lambda, o.mmtg_sign), ce)
 
         return supervised_step(self, o, loss)
-
-    def validate(self) -> dict[str, float]:
-        return validation_error(self.context, self.config)

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from catmllm.data.batches import Collator
-from catmllm.data.prompts import Sample, property_sample
-from catmllm.evaluate.property import MODES
+from catmllm.data.prompts import Sample
+from catmllm.design.predict import MODES, question
 from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.structure.system import System
 from catmllm.world import World
@@ -47,9 +47,8 @@ def refit_energy_head(
 
     def features(systems: Sequence[System]) -> tuple[np.ndarray, np.ndarray]:
         mine = list(systems[world.rank :: world.size])
-        samples = [property_sample(s, mode) for mode in MODES for s in mine]
-        x = query_states(model, collate, [Sample(s.prompt, "", s.graph) for s in samples])
-        y = np.array([s.energy for s in samples], dtype=np.float64)
+        x = query_states(model, collate, [question(s, mode) for mode in MODES for s in mine])
+        y = np.array([s.energy for _ in MODES for s in mine], dtype=np.float64)
         parts = world.gather((x, y))
         return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
 

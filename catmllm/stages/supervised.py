@@ -17,7 +17,7 @@ from catmllm.data.loader import Loader, Windows
 from catmllm.data.prompts import Sample, cif_sample, design_sample, draw_words, jitter, property_sample
 from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.structure.system import System
-from catmllm.train.loop import Context, MicroBatch, Stateless, Step
+from catmllm.train.stage import Context, MicroBatch, Plain, Step, Validation
 from catmllm.train.stop import TrainingError
 
 VISUAL = "llm.model.visual."  # the image tower's parameters
@@ -88,11 +88,24 @@ def is_property(position: int, share: float) -> bool:
     return int((position + 1) * share + 1e-9) > int(position * share + 1e-9)
 
 
-class FromLoader(Stateless):
+class FromLoader(Plain):
     """Base of stages whose batches come from a loader: a checkpoint keeps the place in it."""
 
     context: Context
+    config: SupervisedConfig
     loader: Loader
+
+    @property
+    def validation(self) -> Validation | None:
+        o = self.config
+        return Validation(self.validate, o.validate_every, o.patience) if o.validate_every else None
+
+    @property
+    def spike(self) -> float:
+        return self.config.spike
+
+    def validate(self) -> dict[str, float]:
+        return validation_error(self.context, self.config)
 
     def load(self, example: Callable[[int], Sample], config: SupervisedConfig) -> None:
         """Begin to read; `example`: a position in the sequence of samples -> the sample there."""
@@ -215,11 +228,11 @@ def validation_error(context: Context, config: SupervisedConfig) -> dict[str, fl
 def sample_losses(model: CatalyticMLLM, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Per sample: cross-entropy of the answer (mean over its tokens), |error| of the standardised energy (0 where
     there is no label), and whether there is one. All [S]."""
-    out = model("answer", batch)
+    out = model(CatalyticMLLM.answer, batch)
     count = torch.bincount(batch.answer_sample, minlength=len(batch)).clamp_min(1)
-    ce = out["logprob"].new_zeros(len(batch)).index_add(0, batch.answer_sample, -out["logprob"]) / count
+    ce = out.logprob.new_zeros(len(batch)).index_add(0, batch.answer_sample, -out.logprob) / count
     labelled = batch.labelled
     target = (batch.energy - model.energy_mean) / model.energy_std
     # `where` before the subtraction: a NaN times zero would still be a NaN gradient.
-    error = torch.where(labelled, out["energy"], 0.0) - torch.where(labelled, target, 0.0)
+    error = torch.where(labelled, out.energy, 0.0) - torch.where(labelled, target, 0.0)
     return ce, error.abs(), labelled

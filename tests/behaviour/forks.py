@@ -25,10 +25,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from catmllm.config import Config, load_config
-from catmllm.data.slabs import load_slabs, split
+from catmllm.data.open import open_data
 from catmllm.models.build import new_model
 from catmllm.stages import STAGES
-from catmllm.train.loop import Context, train
+from catmllm.train.loop import train
+from catmllm.train.stage import Context
 from catmllm.train.stop import EXIT_SAVED, Stopped
 from catmllm.world import start
 from tests.conftest import SMALL_MODEL
@@ -51,7 +52,7 @@ class Prepared:
 
     def __init__(self) -> None:
         torch.set_num_threads(1)
-        self.data = {k: v[:80] for k, v in split(load_slabs()).items()}
+        self.data = {k: v[:80] for k, v in open_data().items()}
         self.model, self.collate = new_model(load_config(None, BASE), self.data["train"])
 
     def rank(self, config: Config, stage: str, folder: Path) -> int:

@@ -9,9 +9,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from catmllm.data.open import open_data
 from catmllm.data.prompts import cif_sample, property_sample
-from catmllm.data.slabs import load_slabs, split
+from catmllm.data.slabs import load_slabs
 from catmllm.models.build import new_model
+from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.train.sharding import shard, whole
 from catmllm.world import start
 from tests.contexts import small
@@ -26,20 +28,20 @@ def pass_of_rank(rank: int, port: int, folder: str, pictures: bool) -> None:
         else small()
     )
     world = start(config)
-    train = split(load_slabs())["train"][:60]
+    train = open_data()["train"][:60]
     model, collate = new_model(config, train)
     watched = "llm.model.visual." if pictures else "encoder.blocks"
     batches = [collate([property_sample(s) for s in train[:3]]), collate([cif_sample(s) for s in train[3:6]])]
     expected = torch.zeros(())
     if rank == 0:  # one process, both batches, their gradients averaged as FSDP averages those of ranks
-        losses = [-model("answer", b)["logprob"].mean() for b in batches]
+        losses = [-model(CatalyticMLLM.answer, b).logprob.mean() for b in batches]
         torch.stack(losses).mean().backward()
         expected = torch.stack([p.grad.norm() for n, p in model.named_parameters() if n.startswith(watched)])
         model.zero_grad()
     shard(model, config, world)
     for _ in range(2):
         model.zero_grad()
-        (-model("answer", batches[rank])["logprob"].mean()).backward()
+        (-model(CatalyticMLLM.answer, batches[rank]).logprob.mean()).backward()
     found = torch.stack([whole(p.grad).norm() for n, p in model.named_parameters() if n.startswith(watched)])
     if rank == 0:
         torch.save({"expected": expected, "found": found}, Path(folder) / "norms.pt")

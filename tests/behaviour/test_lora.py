@@ -6,10 +6,12 @@ import re
 import pytest
 import torch
 
+from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.models.lora import LINEARS, add_lora, effective_weight, without_lora
 from catmllm.stages import STAGES
 from catmllm.stages.grpo import GRPO
-from catmllm.train.loop import Context, train
+from catmllm.train.loop import train
+from catmllm.train.stage import Context
 from tests.contexts import MakeContext, small
 from tests.stages.test_rl_stages import TokenReward
 
@@ -71,17 +73,17 @@ def test_merged_weights_answer_as_the_adapters_do(make_context: MakeContext) -> 
     plain = copy.deepcopy(context.model)
     batch = context.collate([property_sample(s) for s in context.data["train"][:4]])
     with torch.no_grad():
-        base = plain.eval()("answer", batch)
+        base = plain.eval()(CatalyticMLLM.answer, batch)
     state, _ = train(STAGES["joint"], context)
     with torch.no_grad():
-        adapted = context.model.eval()("answer", batch)
+        adapted = context.model.eval()(CatalyticMLLM.answer, batch)
         frozen = context.model.encoder.state_dict(), context.model.projector.state_dict()
         plain.load_state_dict(state)
-        found = plain.eval()("answer", batch)
+        found = plain.eval()(CatalyticMLLM.answer, batch)
     assert frozen
-    assert (adapted["logprob"] - base["logprob"]).abs().max() > 0.01
-    torch.testing.assert_close(found["logprob"], adapted["logprob"], atol=2e-4, rtol=1e-4)
-    torch.testing.assert_close(found["energy"], adapted["energy"], atol=2e-4, rtol=1e-4)
+    assert (adapted.logprob - base.logprob).abs().max() > 0.01
+    torch.testing.assert_close(found.logprob, adapted.logprob, atol=2e-4, rtol=1e-4)
+    torch.testing.assert_close(found.energy, adapted.energy, atol=2e-4, rtol=1e-4)
 
 
 def test_switched_off_adapters_leave_the_start_and_merge_like_peft(small_model) -> None:

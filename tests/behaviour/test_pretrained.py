@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
-from catmllm.models.catalytic_mllm import save_model
 from catmllm.models.export import export
+from catmllm.models.state import save_model
 from catmllm.stages.joint import Joint
 from catmllm.train.loop import train
 from tests.contexts import MakeContext, small

@@ -16,11 +16,12 @@ import torch.multiprocessing as mp
 
 import catmllm.stages.grpo as grpo
 from catmllm.config import Config
-from catmllm.data.slabs import load_slabs, split
+from catmllm.data.open import open_data
 from catmllm.models.build import new_model
 from catmllm.sample.engine import Rollout
-from catmllm.train.loop import Context, Step, _freeze
+from catmllm.train.setup import freeze
 from catmllm.train.sharding import shard, whole
+from catmllm.train.stage import Context, Step
 from catmllm.world import World, start
 from tests.contexts import MakeContext, small
 
@@ -40,14 +41,14 @@ def one_step(context: Context, shared: bool) -> dict[str, Any]:
     """All passes of this rank's part of the answers: the loss of the step, the gradients, the tokens that were read."""
     stage = grpo.GRPO(context)
     world, model = context.world, context.model
-    _freeze(model, stage, False)
+    freeze(model, stage, False)
     shard(model, context.config, world)
     stage.begin()
     with torch.no_grad():  # away from the reference, or there is no divergence from it
         for p in model.parameters():
             p.mul_(2.0)
     generator, rng = torch.Generator().manual_seed(0), np.random.default_rng(0)
-    prompts = [stage._prompt(i, i, rng) for i in range(len(LENGTHS))]
+    prompts = [stage.prompt(i, i, rng) for i in range(len(LENGTHS))]
     rollouts = [
         Rollout(p, torch.randint(3, 60, (n,), generator=generator), torch.zeros(n), None, True, "")
         for p, lengths in enumerate(LENGTHS)
@@ -60,14 +61,14 @@ def one_step(context: Context, shared: bool) -> dict[str, Any]:
     work = Step([], defaultdict(float))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(grpo, "shares_prompts", lambda text: shared)
-        stage._add_policy(
+        stage.add_policy(
             work,
             prompts[first : first + count],
             [replace(rollouts[i], prompt=rollouts[i].prompt - first) for i in mine],
             advantages[mine],
             np.array(INFORMATIVE, dtype=bool).reshape(-1)[mine],
         )
-    stage._add_replay(work, 0)
+    stage.add_replay(work, 0)
     loss = torch.zeros(())
     for k, part in enumerate(work.passes):
         model.set_requires_gradient_sync(k == len(work.passes) - 1)  # type: ignore[operator]
@@ -88,7 +89,7 @@ def rank_of_two(rank: int, port: int, folder: str) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     config = configured(2)
     world: World = start(config)
-    data = {k: v[:40] for k, v in split(load_slabs()).items()}
+    data = {k: v[:40] for k, v in open_data().items()}
     for shared in (True, False):
         model, collate = new_model(config, data["train"])
         found = one_step(Context(config, model, collate, data, world, Path(folder)), shared)

@@ -17,8 +17,8 @@ from catmllm.config import GAGRPOConfig, SamplingConfig
 from catmllm.data.batches import Batch, Collator
 from catmllm.data.prompts import DESIGN_ANSWER, GRAPH, Sample, design_prompt
 from catmllm.design.exemplar_pool import ExemplarPool
-from catmllm.design.search import ClosedLoop, Task, TaskState, predict_energies, structure_key, summary
-from catmllm.evaluate.property import predict, question
+from catmllm.design.predict import predict_energies, question
+from catmllm.design.search import ClosedLoop, Task, TaskState, structure_key, summary
 from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.sample.engine import Rollout
 from catmllm.structure.cif import read_cif, write_cif
@@ -71,12 +71,12 @@ def test_the_energy_of_a_cif_is_the_models_on_the_structure_read_from_it(
     texts = [DESIGN_ANSWER.format(cif=write_cif(s)) for s in systems]
     candidates, scores = loop.judge([task_of(s) for s in systems], texts, 4)
     read = [read_cif(write_cif(s)) for s in systems]
-    expected = predict(model, collate, [question(s, "both") for s in read])
+    questions = [question(s) for s in read]
+    expected = [predict_energies(model, collate, [q])[0] for q in questions]
     np.testing.assert_allclose([c.predicted for c in candidates], expected, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(predict_energies(model, collate, read), expected, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(
-        predict_energies(model, collate, read, batch_size=2), expected, rtol=1e-4, atol=1e-4
-    )
+    for size in (2, 64):
+        found = predict_energies(model, collate, questions, batch_size=size)
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
     for c, s, energy, text in zip(candidates, systems, expected, texts):
         assert c.feasible and c.pvcp == pytest.approx(10.0) and c.iteration == 4 and c.text == text
         assert c.reward == pytest.approx(0.7 * math.exp(-abs(energy - s.known_energy)) + 0.3, rel=1e-4)

@@ -28,15 +28,9 @@ from catmllm.data.prompts import (
     property_sample,
 )
 from catmllm.data.tokenizer import tiny_tokenizer
-from catmllm.models.catalytic_mllm import (
-    CatalyticMLLM,
-    build_encoder,
-    build_model,
-    collator,
-    load_model,
-    save_model,
-    segment_mean,
-)
+from catmllm.models.build import build_encoder, build_model, collator
+from catmllm.models.catalytic_mllm import CatalyticMLLM, segment_mean
+from catmllm.models.state import load_model, save_model
 from catmllm.structure.cif import write_cif
 from catmllm.structure.system import System
 
@@ -83,7 +77,7 @@ def test_the_graph_changes_an_answers_likelihood(small_model: Model, train_syste
     system = train_systems[800]
     with torch.no_grad():
         a, b = (
-            model("answer", collate([design_sample(system, e)]))["logprob"]
+            model(CatalyticMLLM.answer, collate([design_sample(system, e)])).logprob
             for e in (train_systems[0], train_systems[5])
         )
     assert a.shape == b.shape and (a - b).abs().max() > 1e-3
@@ -105,7 +99,7 @@ def test_the_gradient_of_the_energy_reaches_the_encoder(
 
 def test_the_gradient_of_the_answer_reaches_the_encoder(small_model: Model, samples: list[Sample]) -> None:
     model, collate = copy.deepcopy(small_model[0]), small_model[1]
-    model("answer", collate(samples[2:3]))["logprob"].sum().backward()
+    model(CatalyticMLLM.answer, collate(samples[2:3])).logprob.sum().backward()
     grads = [p.grad for p in model.encoder.parameters() if p.grad is not None]
     assert sum(float(g.abs().sum()) for g in grads) > 0
     assert all(p.grad is None for p in model.llm.model.visual.parameters())
@@ -120,12 +114,12 @@ def test_samples_do_not_see_each_other(
     model, collate = copy.deepcopy(small_model[0]), small_model[1]
     own = [logits_and_energy(model, collate([s])) for s in samples]
     with torch.no_grad():
-        own_logprob = [model("answer", collate([s]))["logprob"] for s in samples]
+        own_logprob = [model(CatalyticMLLM.answer, collate([s])).logprob for s in samples]
     model.text.set_attn_implementation(attention)
     batch = replace(collate(samples), padded=padded)
     logits, energy = logits_and_energy(model, batch)
     with torch.no_grad():
-        logprob = model("answer", batch)["logprob"]
+        logprob = model(CatalyticMLLM.answer, batch).logprob
     torch.testing.assert_close(logits, torch.cat([o[0] for o in own]), rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(energy, torch.cat([o[1] for o in own]), equal_nan=True, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(logprob, torch.cat(own_logprob), rtol=1e-3, atol=1e-3)
@@ -145,9 +139,9 @@ def test_packed_gradients_are_those_of_transformers_on_padded_rows(
         query = hidden[batch.energy_at[batch.energy_at >= 0]]
         return (model.energy_head(query) - 0.3).abs().sum()
 
-    out = ours("answer", batch)
-    labelled = ~out["energy"].isnan()
-    (-out["logprob"].mean() + (out["energy"].double()[labelled] - 0.3).abs().sum()).backward()
+    out = ours(CatalyticMLLM.answer, batch)
+    labelled = ~out.energy.isnan()
+    (-out.logprob.mean() + (out.energy.double()[labelled] - 0.3).abs().sum()).backward()
 
     x, mask = rectangle(batch, theirs.embed(batch))
     wide = theirs.llm(inputs_embeds=x, attention_mask=mask.long(), output_hidden_states=True)
@@ -156,7 +150,7 @@ def test_packed_gradients_are_those_of_transformers_on_padded_rows(
     expected = -table[batch.answer_at, batch.targets].mean() + losses(theirs, flat)
     expected.backward()
     torch.testing.assert_close(
-        -table[batch.answer_at, batch.targets], -out["logprob"].detach(), rtol=0, atol=2e-5
+        -table[batch.answer_at, batch.targets], -out.logprob.detach(), rtol=0, atol=2e-5
     )
     for (name, a), b in zip(ours.named_parameters(), theirs.parameters()):
         assert (a.grad is None) == (b.grad is None), name
@@ -195,7 +189,7 @@ def test_text_alone_equals_transformers_on_token_ids(small_model: Model, samples
         labels = torch.full_like(batch.input_ids, -100)
         labels[batch.answer_at + 1] = batch.targets
         out = model.llm(input_ids=batch.input_ids[None], labels=labels[None])
-        ours = model("answer", batch)["logprob"]
+        ours = model(CatalyticMLLM.answer, batch).logprob
     assert float(-ours.mean()) == pytest.approx(float(out.loss), rel=1e-5)
     torch.testing.assert_close(logits_and_energy(model, batch)[0], out.logits[0], rtol=1e-4, atol=1e-4)
 
@@ -206,11 +200,11 @@ def test_log_probabilities_are_those_of_the_labels(small_model: Model, samples: 
     logits, energy = logits_and_energy(model, batch)
     for temperature in (1.0, 0.7):
         with torch.no_grad():
-            out = model("answer", batch, temperature=temperature)
+            out = model(CatalyticMLLM.answer, batch, temperature=temperature)
         table = (logits.double() / temperature).log_softmax(-1)
         expected = [table[at, token] for at, token in zip(batch.answer_at.tolist(), batch.targets.tolist())]
-        torch.testing.assert_close(out["logprob"].double(), torch.stack(expected), rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(out["energy"], energy, equal_nan=True)
+        torch.testing.assert_close(out.logprob.double(), torch.stack(expected), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(out.energy, energy, equal_nan=True)
 
 
 def test_energies_come_from_the_query_token(small_model: Model, samples: list[Sample]) -> None:
@@ -270,15 +264,15 @@ def test_contrast_pools_the_frozen_text(small_model: Model, train_systems: list[
     model, collate = small_model
     texts = ["CO</s>Pd (1 1 1)</s>[]", "OH</s>Pd (1 1 1)</s>[O Pd atop [Pd Pd Pd O]]"]
     batch = collate([Sample(t, "", s) for t, s in zip(texts, train_systems)])
-    out = model("contrast", batch)
-    assert out["graph"].requires_grad and not out["text"].requires_grad
+    out = model(CatalyticMLLM.contrast, batch)
+    assert out.graph.requires_grad and not out.text.requires_grad
     for row, text in enumerate(texts):
         ids = torch.tensor([collate.encode(text)])
         with torch.no_grad():
             hidden = model.llm.model(input_ids=ids).last_hidden_state[0]
-        torch.testing.assert_close(out["text"][row], hidden.mean(0), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(out.text[row], hidden.mean(0), rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="structure for every sample"):
-        model("contrast", replace(batch, graph=None))
+        model(CatalyticMLLM.contrast, replace(batch, graph=None))
 
 
 def test_segment_mean() -> None:

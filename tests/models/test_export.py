@@ -12,9 +12,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2_5_VLForCondi
 from catmllm.cli.main import main
 from catmllm.config import load_config
 from catmllm.data.prompts import property_sample
-from catmllm.models.catalytic_mllm import build_model, load_model, save_model
+from catmllm.models.build import build_model
+from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.models.equiformer_v2 import load_fairchem_checkpoint
 from catmllm.models.export import export
+from catmllm.models.state import load_model, save_model
 from catmllm.structure.cif import write_cif
 
 
@@ -34,7 +36,7 @@ def test_a_loaded_export_is_the_model(stage: Path, small_model, train_systems) -
     assert not any(t.is_meta for t in (*loaded.parameters(), *loaded.buffers()))
     batch = collate([property_sample(s) for s in train_systems[:3]])
     with torch.no_grad():
-        a, b = model("answer", batch), loaded("answer", batch)
+        a, b = model(CatalyticMLLM.answer, batch), loaded(CatalyticMLLM.answer, batch)
     torch.testing.assert_close(a, b)
     assert all(torch.equal(v, loaded.state_dict()[k]) for k, v in model.state_dict().items())
 

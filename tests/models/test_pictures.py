@@ -21,10 +21,11 @@ from catmllm.data.batches import Batch, Collator
 from catmllm.data.images import IMAGE_PAD, TOKENS, VISION_END, VISION_START, render
 from catmllm.data.prompts import Sample, cif_sample, design_sample, property_sample
 from catmllm.data.tokenizer import tiny_tokenizer
-from catmllm.evaluate.property import predict, question
+from catmllm.design.predict import predict_energies, question
 from catmllm.models.build import new_model
-from catmllm.models.catalytic_mllm import CatalyticMLLM, load_model, save_model
+from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.models.export import export
+from catmllm.models.state import load_model, save_model
 from catmllm.sample.engine import Rollout, RolloutEngine
 from catmllm.stages.grpo import rollout_batch
 from catmllm.structure.system import System
@@ -143,7 +144,7 @@ def test_the_picture_matters(seeing: Model, train_systems: list[System]) -> None
         energy = model.predict(batch)
         other = model.predict(replace(batch, pictures=255 - batch.pictures))
     assert abs(float(energy - other)) > 1e-3
-    found = predict(model, collate, [question(train_systems[0], "both")])
+    found = predict_energies(model, collate, [question(train_systems[0], "both")])
     assert found[0] == pytest.approx(float(energy), abs=1e-5)
 
 
@@ -155,7 +156,7 @@ def test_gradients_are_those_of_transformers(seeing: Model, samples: list[Sample
         given = inputs(collate, in_rows(batch), [samples[i].graph for i in (1, 3)], left=False)  # type: ignore[misc]
         logits = theirs(**given).logits[given["attention_mask"].bool()]
         (-logits.log_softmax(-1)[batch.answer_at, batch.targets].mean()).backward()
-    (-model("answer", batch)["logprob"].mean()).backward()
+    (-model(CatalyticMLLM.answer, batch).logprob.mean()).backward()
     seen = 0
     for (name, a), b in zip(model.llm.named_parameters(), theirs.parameters()):
         assert (a.grad is None) == (b.grad is None), name
@@ -194,7 +195,7 @@ def test_greedy_answers_are_those_of_generate(seeing: Model, train_systems: list
     for r in again:
         encoded = collate.encoded(prompts[0])._replace(answer=r.ids.tolist())
         with torch.no_grad():
-            logprob = model("answer", collate.join([encoded]), temperature=0.7)["logprob"]
+            logprob = model(CatalyticMLLM.answer, collate.join([encoded]), temperature=0.7).logprob
         torch.testing.assert_close(r.logprob, logprob, rtol=1e-3, atol=1e-3)
 
 
@@ -251,5 +252,5 @@ def test_answers_that_share_a_prompt_with_a_picture(seeing: Model, train_systems
     assert shared.mrope is not None and apart.mrope is not None
     assert torch.equal(shared.mrope[:, shared.answer_at], apart.mrope[:, apart.answer_at])
     with torch.no_grad():
-        found, expected = (model("answer", b)["logprob"] for b in (shared, apart))
+        found, expected = (model(CatalyticMLLM.answer, b).logprob for b in (shared, apart))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

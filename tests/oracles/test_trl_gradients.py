@@ -170,9 +170,9 @@ def test_loss_and_gradients_are_trls(
 
     ours = copy.deepcopy(policy).train()
     batch = rollout_batch(collate, prompts, rollouts, shared)
-    logprob = ours("answer", batch, temperature=TEMPERATURE)["logprob"]
+    logprob = ours(CatalyticMLLM.answer, batch, temperature=TEMPERATURE).logprob
     with torch.no_grad():
-        ref = reference("answer", batch, temperature=TEMPERATURE)["logprob"]
+        ref = reference(CatalyticMLLM.answer, batch, temperature=TEMPERATURE).logprob
     row = batch.answer_sample
     old = logprob.detach() + torch.cat(noise)
     loss, _ = policy_loss(logprob, old, ref, advantage, row, len(rollouts), BETA, "k3", CLIP, normalise)

@@ -17,21 +17,17 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 from catmllm.cli.main import main
 from catmllm.config import Config, ConfigError, load_config
-from catmllm.data.slabs import load_slabs, split
+from catmllm.data.open import open_data
+from catmllm.data.shards import write_shards
 from catmllm.models.build import new_model
+from catmllm.plan.advise import advise, largest_micro_batch, with_micro_batch
 from catmllm.plan.ledger import Ledger
-from catmllm.plan.trace import (
-    GIB,
-    Plan,
-    advise,
-    largest_micro_batch,
-    synthetic_systems,
-    trace,
-    with_micro_batch,
-)
+from catmllm.plan.made_up import synthetic_systems
+from catmllm.plan.trace import GIB, Plan, trace
 from catmllm.stages import STAGES
 from catmllm.structure.system import System
-from catmllm.train.loop import Context, _freeze
+from catmllm.train.setup import freeze
+from catmllm.train.stage import Context
 from catmllm.world import World
 from tests.conftest import SMALL_MODEL
 from tests.seeing import save_qwen, seeing_config
@@ -41,7 +37,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def data() -> dict[str, list[System]]:
-    return {str(k): v[:48] for k, v in split(load_slabs()).items()}
+    return {k: v[:48] for k, v in open_data().items()}
 
 
 def config(*overrides: str) -> Config:
@@ -55,7 +51,7 @@ def test_flops_equal_torchs_counter_on_a_real_pass(
     c = config("precision=fp32", "model.llm.attention=eager")
     model, collate = new_model(c, data["train"])
     made: Any = STAGES[stage](Context(c, model, collate, data, World(0, 1, torch.device("cpu")), tmp_path))
-    _freeze(model, made, False)
+    freeze(model, made, False)
     with FlopCounterMode(display=False) as counter:
         made.step(0).passes[0].loss().backward()
     plan = trace(c, stage, 1, data=data, cuda=False, steps=1)
@@ -160,7 +156,7 @@ def test_the_ledger_sees_what_is_alive() -> None:
 def test_the_largest_micro_batch_is_found() -> None:
     def of(size: int) -> Plan:
         peak = 10 + 1.5 * size + (2.0 if size > 20 else 0.0)  # a line with a step in it
-        return Plan("joint", 8, size, 1, 0, peak, {}, {}, {}, 0.0, {}, 0.0)
+        return Plan("joint", 8, size, 1, 0, peak, {}, {}, {}, 0.0, {}, 0.0, {}, 0.0)
 
     assert largest_micro_batch(of(4), of, 76.0) == (42, of(42).peak)
     assert largest_micro_batch(of(300), of, 76.0) == (42, of(42).peak)
@@ -192,6 +188,27 @@ def test_the_command_prints_json_and_says_whether_it_fits(
     assert "DOES NOT FIT" in capsys.readouterr().out
     assert main(["plan", str(path), "--stage", "jiont"]) == 1
     assert "choose one of align" in capsys.readouterr().err
+
+
+def test_a_folder_of_shards_is_planned_as_it_would_be_trained(
+    data: dict[str, list[System]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The case of everybody who has run `catmllm data oc20`: `data.path` names a folder that is there."""
+    write_shards(tmp_path, sorted([s for part in data.values() for s in part], key=lambda s: s.sid))
+    c = ROOT / "configs" / "a100x8" / "joint.yaml"
+    small = [
+        "model.llm.pretrained=",
+        "init=",
+        "model.encoder.checkpoint=",
+        "model.encoder.preset=",
+        "data.images=false",
+    ]
+    arguments = ["plan", str(c), *SMALL_MODEL, *small, f"data.path={tmp_path}", "joint.batch_tokens=4096"]
+    assert main([*arguments, "--ranks", "2", "--no-search", "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row["plan"]["stage"] == "joint" and 0 < row["plan"]["tokens"] <= 2 * 4096
+    assert main([*arguments[:-2], f"data.path={ROOT / 'configs'}", "--no-search"]) == 1
+    assert "no dataset" in capsys.readouterr().err
 
 
 def test_a_pretrained_model_of_unknown_size_is_an_error() -> None:

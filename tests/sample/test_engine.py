@@ -133,7 +133,7 @@ def test_markers_are_never_sampled(small_model: Model, prompts: list[Sample]) ->
     assert not torch.isin(torch.cat([r.ids for r in rollouts]), torch.tensor(markers)).any()
     batch = rollout_batch(collate, prompts, rollouts)
     with torch.no_grad():  # scored by the whole distribution, in training and in sampling alike
-        forced = model("answer", batch)["logprob"]
+        forced = model(CatalyticMLLM.answer, batch).logprob
     assert float(forced.min()) < -5
     torch.testing.assert_close(torch.cat([r.logprob for r in rollouts]), forced, rtol=1e-5, atol=1e-4)
 
@@ -150,15 +150,15 @@ def test_log_probabilities_are_the_models_of_the_very_tokens(
     assert [r.prompt for r in rollouts] == [k for k in range(len(prompts)) for _ in range(3)]
     batch = rollout_batch(collate, prompts, rollouts, shared=False)
     with torch.no_grad():
-        forced = model("answer", batch, temperature=temperature)["logprob"]
+        forced = model(CatalyticMLLM.answer, batch, temperature=temperature).logprob
         hidden = model.hidden(batch)
         head = model(
-            "head",
+            CatalyticMLLM.head,
             torch.cat([r.hidden for r in rollouts]),  # type: ignore[misc]
             torch.cat([r.ids for r in rollouts]),
             temperature,
             model.llm.lm_head.weight,
-        )["logprob"]
+        ).logprob
     sampled = torch.cat([r.logprob for r in rollouts])
     torch.testing.assert_close(sampled, forced, rtol=0, atol=1e-4)
     torch.testing.assert_close(sampled, head, rtol=0, atol=1e-4)
@@ -302,7 +302,7 @@ def test_half_precision_follows_the_teacher_forced_forward(
     rollouts = RolloutEngine(model, collate, dtype).generate(prompts, params, [0], keep_hidden=True)
     batch: Batch = rollout_batch(collate, prompts, rollouts)
     with torch.no_grad():
-        forced = model("answer", batch)["logprob"]
+        forced = model(CatalyticMLLM.answer, batch).logprob
     sampled = torch.cat([r.logprob for r in rollouts])
     assert sampled.dtype == torch.float32
     assert rollouts[0].hidden is not None and rollouts[0].hidden.dtype == dtype

@@ -25,8 +25,9 @@ import torch
 from catmllm.config import ConfigError, SamplingConfig, load_config
 from catmllm.data.prompts import Sample, cif_prompt, design_prompt, property_sample
 from catmllm.models.build import new_model
-from catmllm.models.catalytic_mllm import save_model
+from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.models.export import export
+from catmllm.models.state import save_model
 from catmllm.sample.engine import RolloutEngine
 from catmllm.sample.vllm_engine import VLLMEngine, VLLMError
 from catmllm.stages.grpo import GRPO, rollout_batch
@@ -121,7 +122,7 @@ def test_greedy_tokens_and_log_probabilities_follow_the_weights(
             assert r.ids.tolist() == theirs[row].tolist()[: len(r.ids)] and r.prompt == row
         batch = rollout_batch(collate, prompts, found)
         with torch.no_grad():
-            forced = model("answer", batch)["logprob"]
+            forced = model(CatalyticMLLM.answer, batch).logprob
             torch.testing.assert_close(torch.cat([r.logprob for r in found]), forced, rtol=0, atol=1e-4)
             for layer in model.text.layers:
                 layer.mlp.down_proj.weight.neg_()
@@ -145,7 +146,7 @@ def test_samples_are_seeded_and_of_the_models_distribution(
         assert [r.ids.tolist() for r in first] != [r.ids.tolist() for r in other]
         batch = rollout_batch(collate, prompts, first)
         with torch.no_grad():
-            forced = model("answer", batch, temperature=1.6)["logprob"]
+            forced = model(CatalyticMLLM.answer, batch, temperature=1.6).logprob
         torch.testing.assert_close(torch.cat([r.logprob for r in first]), forced, rtol=0, atol=2e-4)
         engine.params = SamplingConfig(temperature=1.6, top_p=0.9, max_new_tokens=1)
         n = 600

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from catmllm.data.batches import Collator
 from catmllm.data.prompts import Sample
-from catmllm.evaluate.property import MODES, predict, question
+from catmllm.design.predict import MODES, predict_energies, question
 from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.stages import refit
 from catmllm.stages.refit import query_states, refit_energy_head
@@ -38,7 +38,9 @@ def model(small_model: Model) -> CatalyticMLLM:
 
 def mean_absolute_error(model: CatalyticMLLM, collate: Collator, systems: list[System]) -> float:
     truth = np.array([s.known_energy for s in systems])
-    errors = [np.abs(predict(model, collate, [question(s, m) for s in systems]) - truth) for m in MODES]
+    errors = [
+        np.abs(predict_energies(model, collate, [question(s, m) for s in systems]) - truth) for m in MODES
+    ]
     return float(np.mean(errors))
 
 
@@ -51,7 +53,7 @@ def test_query_states_are_what_the_head_reads(
     assert states.shape == (len(samples), 64) and states.dtype == np.float64
     head = model.energy_head
     energies = states @ head.weight.detach().double().numpy()[0] + float(head.bias.detach()[0])
-    expected = predict(model, collate, samples)
+    expected = predict_energies(model, collate, samples)
     np.testing.assert_allclose(energies * 1.5 - 1.25, expected, rtol=1e-4, atol=1e-4)
     assert query_states(model, collate, []).shape == (0, 64)
 

@@ -14,11 +14,14 @@ import torch
 
 from catmllm.design.exemplar_pool import Candidate
 from catmllm.design.search import ClosedLoop
+from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.stages.ga_grpo import GAGRPO
 from catmllm.stages.grpo import GRPO
 from catmllm.structure.cif import write_cif
-from catmllm.train.loop import Context, TrainingError, train
+from catmllm.train.loop import train
 from catmllm.train.sharding import whole
+from catmllm.train.stage import Context
+from catmllm.train.stop import TrainingError
 from catmllm.world import World
 from tests.contexts import MakeContext, small
 
@@ -88,9 +91,9 @@ def test_scored_tokens_are_the_sampled_tokens(context: Context) -> None:
         trained = batch.targets[batch.answer_sample == row]
         assert torch.equal(trained, rollout.ids)
         assert decode(context.collate.tokenizer, trained.tolist()) == rollout.text
-    out = context.model("answer", batch)
+    out = context.model(CatalyticMLLM.answer, batch)
     expected = torch.cat([r.logprob for r in rollouts])
-    torch.testing.assert_close(out["logprob"].detach(), expected, atol=2e-4, rtol=1e-4)
+    torch.testing.assert_close(out.logprob.detach(), expected, atol=2e-4, rtol=1e-4)
 
 
 def test_ga_grpo_moves_the_head_alone(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:

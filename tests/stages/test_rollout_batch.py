@@ -42,7 +42,7 @@ def gradients(model: CatalyticMLLM, batches: list[Batch], weights: torch.Tensor)
     """Of a weighted sum over the tokens of all batches."""
     model.zero_grad()
     for batch, weight in zip(batches, weights.split([len(b.targets) for b in batches])):
-        (model("answer", batch, temperature=0.8)["logprob"] * weight).sum().backward()
+        (model(CatalyticMLLM.answer, batch, temperature=0.8).logprob * weight).sum().backward()
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
@@ -74,8 +74,8 @@ def test_loss_and_every_gradient_are_those_of_a_prompt_for_each_answer(
         if batch.graph is not None:
             object.__setattr__(batch.graph, "edge_vec", batch.graph.edge_vec.to(dtype))
     with torch.no_grad():
-        one = model("answer", apart, temperature=0.8)["logprob"]
-        other = torch.cat([model("answer", b, temperature=0.8)["logprob"] for b in parts])
+        one = model(CatalyticMLLM.answer, apart, temperature=0.8).logprob
+        other = torch.cat([model(CatalyticMLLM.answer, b, temperature=0.8).logprob for b in parts])
     torch.testing.assert_close(one, other, rtol=bound, atol=bound * 10)
     weights = torch.randn(len(one), generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(one)
     expected, found = gradients(model, [apart], weights), gradients(model, parts, weights)
@@ -112,8 +112,8 @@ def test_an_answer_sees_its_own_prompt_alone(
     ]
     again = [Sample(text, "", p.graph) for text, p in zip(other, prompts)]
     with torch.no_grad():
-        before = model("answer", b := rollout_batch(collate, prompts, rollouts))["logprob"]
-        after = model("answer", rollout_batch(collate, again, changed))["logprob"]
+        before = model(CatalyticMLLM.answer, b := rollout_batch(collate, prompts, rollouts)).logprob
+        after = model(CatalyticMLLM.answer, rollout_batch(collate, again, changed)).logprob
     same = torch.isin(b.answer_sample, torch.tensor([1, 7]), invert=True)
     assert torch.equal(before[same], after[same])
     assert not torch.equal(before[b.answer_sample == 7], after[b.answer_sample == 7])
@@ -123,7 +123,7 @@ def test_other_attentions_say_so(small_model: Model, answered: tuple[list[Sample
     model, collate = copy.deepcopy(small_model[0]), small_model[1]
     model.text.config._attn_implementation = "sdpa"
     with pytest.raises(ValueError, match="attention: varlen"):
-        model("answer", rollout_batch(collate, *answered))
+        model(CatalyticMLLM.answer, rollout_batch(collate, *answered))
 
 
 def test_a_prompt_of_no_tokens_is_an_error(small_model: Model) -> None:

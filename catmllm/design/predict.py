@@ -1,0 +1,36 @@
+"""Energies of structures by the model's own head: for the search, the evaluation and `catmllm predict` alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+
+from catmllm.data.batches import Collator
+from catmllm.data.prompts import Sample, property_sample
+from catmllm.models.catalytic_mllm import CatalyticMLLM
+from catmllm.structure.system import System
+
+Mode = Literal["both", "graph", "text"]  # what the model is shown of a system
+MODES: tuple[Mode, ...] = ("both", "graph", "text")
+
+
+def question(system: System, mode: Mode = "both") -> Sample:
+    """The property prompt of a system without its answer."""
+    sample = property_sample(system, mode)
+    return Sample(sample.prompt, "", sample.graph)
+
+
+@torch.no_grad()
+def predict_energies(
+    model: CatalyticMLLM, collate: Collator, questions: Sequence[Sample], batch_size: int = 64
+) -> np.ndarray:
+    """Adsorption energies [n] in eV that answer property prompts."""
+    device = model.energy_mean.device
+    parts = [
+        model.predict(collate(questions[i : i + batch_size]).to(device)).float().cpu().numpy()
+        for i in range(0, len(questions), batch_size)
+    ]
+    return np.concatenate(parts) if parts else np.zeros(0)

@@ -1,0 +1,65 @@
+"""A trained model's folder: what a stage leaves, and the next one, the commands and the evaluation read."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from catmllm.config import Config, from_dict, to_dict
+from catmllm.data.batches import Collator
+from catmllm.models.attention import by_part
+from catmllm.models.build import assemble, build_encoder, collator, on_meta
+from catmllm.models.catalytic_mllm import CatalyticMLLM
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def save_model(
+    folder: Path,
+    model: CatalyticMLLM,
+    state: dict[str, torch.Tensor],
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """An export that `load_model` reads: model.safetensors, catmllm.json, tokenizer, and Qwen's own config in llm/.
+
+    `state` is the whole state dict of `model`, gathered from its shards; the weights file appears last, at once.
+    """
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(folder)
+    model.llm.config.save_pretrained(folder / "llm")
+    (folder / "catmllm.json").write_text(json.dumps(to_dict(config), indent=1))
+    temporary = folder / "model.safetensors.tmp"
+    save_file({k: v.contiguous() for k, v in state.items()}, temporary)
+    temporary.rename(folder / "model.safetensors")
+
+
+def load_model(folder: str | Path, attention: str | None = None) -> tuple[CatalyticMLLM, Collator, Config]:
+    """Read an export: the model in float32, what makes its batches, and the configuration it was trained with.
+
+    `attention`: how this one computes it (`model.llm.attention`); None: as when it was trained.
+    """
+    from safetensors.torch import load_file
+    from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    folder = Path(folder)
+    if not (folder / "model.safetensors").is_file():
+        raise FileNotFoundError(f"{folder}: no model.safetensors; give the folder of a finished stage")
+    config = from_dict(json.loads((folder / "catmllm.json").read_text()), str(folder / "catmllm.json"))
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    qwen = Qwen2_5_VLConfig.from_pretrained(folder / "llm")
+    attention = attention or config.model.llm.attention
+    with on_meta():
+        llm = Qwen2_5_VLForConditionalGeneration._from_config(qwen, attn_implementation=by_part(attention))
+        encoder = build_encoder(replace(config.model.encoder, checkpoint=None), config.data.cutoff)
+        model = assemble(llm, encoder, config, tokenizer)
+    # The file's own pages become the weights: ranks of one machine share them until they are sharded.
+    model.load_state_dict(load_file(folder / "model.safetensors"), strict=True, assign=True)
+    return model.eval(), collator(model, tokenizer, config), config

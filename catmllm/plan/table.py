@@ -1,0 +1,55 @@
+"""Plans for a terminal, and as JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+
+from catmllm.config import Config
+from catmllm.plan.advise import Advice, advise
+from catmllm.plan.trace import GIB
+
+
+def table(advice: Advice, limit: float) -> str:
+    """The plan for a terminal."""
+    p = advice.plan
+    verdict = "fits" if p.fits(limit) else "DOES NOT FIT"
+    lines = [
+        f"{p.stage} on {p.ranks} ranks: {p.peak:.1f} GiB a rank, {verdict} in {limit:g} GiB "
+        f"(micro-batch {p.micro_batch}, {p.passes} passes, {p.tokens} tokens a step and rank)",
+        *(f"  {'peak of ' + k:34s}{v:9.2f} GiB" for k, v in p.phases.items()),
+        "  the training step's peak:",
+        *(f"    {k:32s}{v:9.2f} GiB" for k, v in p.parts.items() if v >= 0.005),
+        f"  FLOPs a step and rank{sum(p.flops.values()) / 1e12:23.1f} T  ("
+        + ", ".join(f"{k} {v / 1e12:.1f}" for k, v in p.flops.items())
+        + f"; in float32 {p.wide_flops / 1e12:.2f})",
+        f"  sent a step and rank{sum(p.sent.values()) / GIB:24.2f} GiB  ("
+        + ", ".join(f"{k} {v / GIB:.2f}" for k, v in p.sent.items())
+        + ")",
+        "  least seconds on an A100, not timed  " + ", ".join(f"{k} {v:.3f}" for k, v in p.seconds.items()),
+        f"  MFU at most{p.mfu_bound:34.0%}  (communication hidden, no operator waits)",
+    ]
+    if advice.turn_on:
+        lines.append(f"  turn on: {' '.join(advice.turn_on)}")
+    if advice.largest:
+        lines.append(f"  largest micro-batch that fits: {advice.largest} ({advice.largest_peak:.1f} GiB)")
+    elif advice.turn_on:
+        lines.append("  nothing fits even so: take more ranks or a smaller model")
+    return "\n".join(lines)
+
+
+def print_plans(
+    config: Config, stages: list[str], ranks: int, limit: float, atoms: int, search: bool, as_json: bool
+) -> int:
+    """`catmllm plan`: 0 if every stage fits, else 1."""
+    say = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
+    found = []
+    for stage in stages:
+        advice = advise(config, stage, ranks, limit, search=search, say=say, atoms=atoms)
+        found.append(advice)
+        if not as_json:
+            print(table(advice, limit), flush=True)
+    if as_json:
+        print(json.dumps([asdict(a) | {"limit": limit, "fits": a.plan.fits(limit)} for a in found], indent=1))
+    return int(not all(a.plan.fits(limit) for a in found))

@@ -1,0 +1,126 @@
+"""What a stage is to the loop: what trains, and how a step becomes losses. A new stage is one class that fits `Stage`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from catmllm.config import Config, OptimConfig
+from catmllm.data.batches import Collator
+from catmllm.models.catalytic_mllm import CatalyticMLLM
+from catmllm.structure.system import System
+from catmllm.world import World
+
+
+@dataclass
+class Context:
+    """What a stage works with: the model (sharded), its collator, the systems by split, and this process."""
+
+    config: Config
+    model: CatalyticMLLM
+    collate: Collator
+    data: Mapping[str, Sequence[System]]
+    world: World
+    folder: Path
+
+
+@dataclass
+class MicroBatch:
+    """One forward and backward pass: a loss already scaled so that those of a step add up, and what to log.
+
+    `tokens` counts the tokens that the pass reads; `metrics` are means over this rank's part of the step.
+    """
+
+    loss: Callable[[], torch.Tensor]
+    tokens: int = 0
+    sequences: int = 1
+    batch: Any = None  # saved where the loss goes wrong
+
+
+@dataclass
+class Step:
+    """All passes of one optimizer step on this rank; `metrics` is read after the last one."""
+
+    passes: list[MicroBatch]
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Validation:
+    """How a stage is judged while it trains. `run` returns what to log, the same on every rank up to the mean that the
+    loop takes; its "val" is what is minimised: the best weights seen are the stage's result."""
+
+    run: Callable[[], dict[str, float]]
+    every: int  # steps
+    patience: int  # the stage ends after so many validations without a better one; 0: never
+
+    def due(self, step: int, last: int) -> bool:
+        """Whether the weights after `step` of `last` updates are validated."""
+        return step % self.every == 0 or step == last
+
+
+class Stage(Protocol):
+    """What differs between stages."""
+
+    name: str
+    any_ranks: bool  # whether `state` may be read by another number of ranks
+
+    @property
+    def config(self) -> OptimConfig:
+        """Steps, batch, learning rate."""
+
+    @property
+    def validation(self) -> Validation | None:
+        """None: the stage is not validated, and its last weights are its result."""
+
+    @property
+    def spike(self) -> float:
+        """Median deviations above its recent median at which the loss ends the stage; 0: at none."""
+
+    def trains(self, parameter: str) -> bool:
+        """Whether the parameter of this name is trained."""
+
+    def begin(self) -> None:
+        """Called once, when the model is sharded and has its weights."""
+
+    def step(self, step: int) -> Step:
+        """The passes of optimizer step `step` on this rank; every rank must return equally many."""
+
+    def end(self) -> None:
+        """Called once, however training ended."""
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must keep beside weights and moments, as JSON values of this rank."""
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """The inverse of `state`."""
+
+
+class Plain:
+    """Base of stages: nothing to begin, end, keep or validate, and steps that are functions of the step number alone."""
+
+    any_ranks = True
+
+    @property
+    def validation(self) -> Validation | None:
+        return None
+
+    @property
+    def spike(self) -> float:
+        return 0.0
+
+    def begin(self) -> None:
+        """Nothing to prepare."""
+
+    def end(self) -> None:
+        """Nothing to put away."""
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Nothing to restore."""
