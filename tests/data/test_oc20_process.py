@@ -130,7 +130,7 @@ def test_killed_run_goes_on_and_ends_the_same(tmp_path: Path) -> None:
     command = [
         sys.executable,
         "-m",
-        "catmllm.cli.main",
+        "catmllm.cli",
         "data",
         "oc20",
         str(source),

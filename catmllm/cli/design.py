@@ -1,0 +1,83 @@
+"""`catmllm design`: CIFs of a system at a wanted energy, by the closed loop of design and refinement."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from catmllm.cli.trained import load, model_option
+
+
+def add(commands: Any) -> None:
+    design = commands.add_parser(
+        "design",
+        help="CIFs of a system at a wanted energy",
+        description="The closed loop of design and refinement.",
+    )
+    design.add_argument("identity", metavar="SYSTEM", nargs="?", help='for example "CO</s>Pt9Cu3 (1 1 1)"')
+    design.add_argument("--energy", type=float, help="wanted adsorption energy, eV")
+    design.add_argument(
+        "--targets",
+        type=Path,
+        metavar="FILE",
+        help='many targets at once: JSONL of {"system": …, "energy": …}, or a CSV with these columns',
+    )
+    model_option(design)
+    design.add_argument(
+        "--out", type=Path, default=Path("designs"), help="folder for the CIFs (default: designs)"
+    )
+    design.add_argument(
+        "--steps",
+        type=int,
+        dest="iterations",
+        help="refinements after the first candidates (default: the run's)",
+    )
+    design.add_argument("--pool", type=int, help="how many structures to keep (default: the run's)")
+    design.add_argument("--seed", type=int, default=0)
+    design.add_argument(
+        "--grammar", action="store_true", help="only sample CIFs of the right form and composition"
+    )
+    design.add_argument(
+        "--judge", choices=("none", "sevennet"), default="none", help="also relax each answer with SevenNet-0"
+    )
+    design.set_defaults(run_command=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from catmllm.evaluate.design import search
+    from catmllm.report.design import (
+        judge_designs,
+        make_task,
+        read_targets,
+        save_designs,
+        write_design_report,
+    )
+
+    if (args.targets is None) == (args.identity is None) or (args.identity is None) != (args.energy is None):
+        raise ValueError("give a SYSTEM and its --energy, or --targets FILE")
+    tasks = read_targets(args.targets) if args.targets else [make_task(args.identity, args.energy)]
+    model, collate, config = load(args.model)
+    changes = {k: v for k, v in (("iterations", args.iterations), ("pool", args.pool)) if v is not None}
+    config.ga_grpo = replace(config.ga_grpo, **changes)
+    config.ga_grpo.sampling.grammar |= args.grammar
+    states = search(model, collate, config, tasks, [args.seed], progress=True)
+    records = save_designs(states, args.out)
+    if args.judge == "sevennet":
+        judge_designs(records)
+    o = config.ga_grpo
+    conditions = f"{args.model}, {o.initial} candidates then {o.iterations} refinements of {o.group_size}, seed {args.seed}"
+    report = write_design_report(records, args.out, conditions)
+    for record in records:
+        print(f"{record['identity']} at {record['energy']:.2f} eV")
+        if not record["pool"]:
+            print("  no candidate parsed into an adsorption system; try more --steps")
+        elif not record["feasible"]:
+            print("  no candidate met the hard constraints (exact composition, no overlap): the best others")
+        for row in record["pool"]:
+            judged = row.get("sevennet", "")
+            judged = f"  SevenNet-0 {judged:.3f} eV" if isinstance(judged, float) else f"  {judged}"
+            print(f"  {row['file']}: predicted {row['predicted']:.3f} eV, PVCP {row['pvcp']:.2f}{judged}")
+    print(f"report: {report}")
+    return 0 if all(r["pool"] for r in records) else 1

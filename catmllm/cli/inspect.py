@@ -1,0 +1,31 @@
+"""`catmllm data inspect`: what a training set holds."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+
+def add(kinds: Any) -> None:
+    inspect = kinds.add_parser(
+        "inspect",
+        help="what a training set holds: counts, energies, token lengths, pictures",
+        description="Print what a folder made by `catmllm data oc20` holds, and write the same as a page with pictures.",
+    )
+    inspect.add_argument("folder", metavar="DIR", type=Path, help="the dataset")
+    inspect.add_argument("--out", metavar="DIR", type=Path, help="where the page goes (default: DIR/inspect)")
+    inspect.add_argument(
+        "--tokenizer", metavar="NAME", help="Hugging Face tokenizer to count with (default: the small one)"
+    )
+    inspect.add_argument("--pictures", type=int, default=8, help="systems drawn (default %(default)s)")
+    inspect.add_argument("--seed", type=int, default=0, help="which ones (default %(default)s)")
+    inspect.set_defaults(run_command=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from catmllm.report.dataset import inspect
+
+    out = args.out or args.folder / "inspect"
+    print(inspect(args.folder, out, args.tokenizer, args.pictures, args.seed))
+    return 0
