@@ -41,7 +41,8 @@ from catmllm.data.open import open_data
 from catmllm.data.prompts import Sample, cif_prompt
 from catmllm.models.build import new_model
 from catmllm.models.catalytic_mllm import CatalyticMLLM
-from catmllm.sample.engine import Rollout, RolloutEngine
+from catmllm.sample.answers import Rollout
+from catmllm.sample.engine import RolloutEngine
 from catmllm.sample.grammar import answer_pattern, grammar_of
 from catmllm.stages.advantages import policy_loss
 from catmllm.stages.grpo import GRPO, rollout_batch

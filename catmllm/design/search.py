@@ -22,7 +22,8 @@ from catmllm.design.exemplar_pool import Candidate, ExemplarPool
 from catmllm.design.predict import predict_energies, question
 from catmllm.design.reward import design_reward
 from catmllm.models.catalytic_mllm import CatalyticMLLM
-from catmllm.sample.engine import Rollout, RolloutEngine
+from catmllm.sample.answers import Rollout
+from catmllm.sample.engine import RolloutEngine
 from catmllm.sample.grammar import Pattern, answer_pattern
 from catmllm.structure.cif import read_cif, system_from_crystal
 from catmllm.structure.formula import parse_identity

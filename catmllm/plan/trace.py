@@ -24,7 +24,8 @@ from catmllm.models.build import new_model, outline_model
 from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.plan.ledger import Ledger, Peak, backend_forced
 from catmllm.plan.made_up import planned_systems, qwen_like_tokenizer
-from catmllm.sample.engine import CACHE_STEP, Rollout
+from catmllm.sample.answers import Rollout
+from catmllm.sample.rows import CACHE_STEP
 from catmllm.stages import STAGES
 from catmllm.stages.ga_grpo import GAGRPO
 from catmllm.stages.grpo import GRPO

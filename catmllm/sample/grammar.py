@@ -10,7 +10,7 @@ keeps to the pattern.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -175,3 +175,25 @@ class Grammar:
                 raise ValueError(f"token {token} ({self.text[token]!r}) breaks the pattern at {place}")
             place = there
         return place
+
+
+class Mask:
+    """Where each answer stands in its pattern."""
+
+    def __init__(self, grammar: Grammar, patterns: Sequence[Pattern]) -> None:
+        self.grammar, self.patterns = grammar, patterns
+        self.places = [p.start for p in patterns]
+
+    def apply(self, logits: torch.Tensor, rows: list[int]) -> torch.Tensor:
+        """Logits [R, V] of the answers `rows` [R] with -inf at what would break their patterns."""
+        allowed = [self.grammar.allowed(self.patterns[i], self.places[i]) for i in rows]
+        columns = torch.cat(allowed).to(logits.device)
+        lines = torch.arange(len(rows)).repeat_interleave(torch.tensor([len(a) for a in allowed]))
+        lines = lines.to(logits.device)
+        return torch.full_like(logits, -torch.inf).index_put_((lines, columns), logits[lines, columns])
+
+    def take(self, rows: list[int], ended: list[bool], token: list[int]) -> None:
+        """Move each answer that has not ended past its token."""
+        for i, over, t in zip(rows, ended, token):
+            if not over and t != self.grammar.end_id:
+                self.places[i] = self.grammar.after(self.patterns[i], self.places[i], t)

@@ -31,7 +31,7 @@ from catmllm.data.prompts import Sample
 from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.models.export import text_config
 from catmllm.models.lora import effective_weight
-from catmllm.sample.engine import Rollout, ended
+from catmllm.sample.answers import Rollout, ended
 from catmllm.seeds import hash_seed
 
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}

@@ -18,7 +18,8 @@ from catmllm.data.batches import draw
 from catmllm.design.exemplar_pool import Candidate, ExemplarPool
 from catmllm.design.search import ClosedLoop, Task, TaskState, summary
 from catmllm.models.catalytic_mllm import CatalyticMLLM
-from catmllm.sample.engine import Rollout, RolloutEngine
+from catmllm.sample.answers import Rollout
+from catmllm.sample.engine import RolloutEngine
 from catmllm.stages.advantages import group_advantages, policy_loss
 from catmllm.train.sharding import unsharded
 from catmllm.train.stage import Context, MicroBatch, Plain, Step

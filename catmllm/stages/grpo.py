@@ -22,7 +22,8 @@ from catmllm.data.prompts import Sample, cif_prompt, design_prompt
 from catmllm.models.attention import shares_prompts
 from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.models.lora import without_lora
-from catmllm.sample.engine import Rollout, RolloutEngine
+from catmllm.sample.answers import Rollout
+from catmllm.sample.engine import RolloutEngine
 from catmllm.sample.grammar import answer_pattern
 from catmllm.sample.vllm_engine import VLLMEngine
 from catmllm.stages.advantages import group_advantages, per_answer, policy_loss

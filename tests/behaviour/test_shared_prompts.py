@@ -18,7 +18,7 @@ import catmllm.stages.grpo as grpo
 from catmllm.config import Config
 from catmllm.data.open import open_data
 from catmllm.models.build import new_model
-from catmllm.sample.engine import Rollout
+from catmllm.sample.answers import Rollout
 from catmllm.train.setup import freeze
 from catmllm.train.sharding import shard, whole
 from catmllm.train.stage import Context, Step

@@ -20,7 +20,7 @@ from catmllm.design.exemplar_pool import ExemplarPool
 from catmllm.design.predict import predict_energies, question
 from catmllm.design.search import ClosedLoop, Task, TaskState, structure_key, summary
 from catmllm.models.catalytic_mllm import CatalyticMLLM
-from catmllm.sample.engine import Rollout
+from catmllm.sample.answers import Rollout
 from catmllm.structure.cif import read_cif, write_cif
 from catmllm.structure.system import System, make_system
 from rewards_fast import parse_cif

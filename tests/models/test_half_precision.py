@@ -116,9 +116,8 @@ def test_ordinary_magnitudes_lose_nothing(small_model, train_systems) -> None:
 
 
 def test_sampling_keeps_a_stream_beyond_float16(small_model) -> None:
-    """The decoding loop has its own forward pass: prompts read in
-    float16 give the hidden states of float64."""
-    from catmllm.sample.engine import _Tower
+    """The decoding loop has its own forward pass: prompts read in float16 give the hidden states of float64."""
+    from catmllm.sample.tower import Tower
 
     model, collate = copy.deepcopy(small_model[0]), small_model[1]
     with torch.no_grad():
@@ -130,6 +129,6 @@ def test_sampling_keeps_a_stream_beyond_float16(small_model) -> None:
     with torch.no_grad():
         x = exact.embed_tokens(ids)
         expected = exact(inputs_embeds=x, use_cache=False).last_hidden_state
-        found, _ = _Tower(model, HALF).prefill(x.to(HALF))
+        found, _ = Tower(model, HALF).prefill(x.to(HALF))
     assert found.dtype == HALF
     torch.testing.assert_close(found.double(), expected, atol=0.02, rtol=0.02)

@@ -26,7 +26,8 @@ from catmllm.models.build import new_model
 from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.models.export import export
 from catmllm.models.state import load_model, save_model
-from catmllm.sample.engine import Rollout, RolloutEngine
+from catmllm.sample.answers import Rollout
+from catmllm.sample.engine import RolloutEngine
 from catmllm.stages.grpo import rollout_batch
 from catmllm.structure.system import System
 from tests.seeing import save_qwen, seeing_config

@@ -14,7 +14,7 @@ from catmllm.config import GAGRPOConfig, SamplingConfig
 from catmllm.data.batches import Collator
 from catmllm.design.search import ClosedLoop, Task
 from catmllm.models.catalytic_mllm import CatalyticMLLM
-from catmllm.sample.engine import Rollout
+from catmllm.sample.answers import Rollout
 from catmllm.structure.cif import write_cif
 from catmllm.structure.system import System
 from rewards_fast import extract_cif

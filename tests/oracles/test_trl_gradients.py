@@ -18,7 +18,8 @@ from catmllm.config import SamplingConfig
 from catmllm.data.batches import Collator
 from catmllm.data.prompts import Sample, cif_prompt, design_prompt
 from catmllm.models.catalytic_mllm import CatalyticMLLM
-from catmllm.sample.engine import Rollout, RolloutEngine
+from catmllm.sample.answers import Rollout
+from catmllm.sample.engine import RolloutEngine
 from catmllm.stages.advantages import policy_loss
 from catmllm.stages.grpo import rollout_batch
 from catmllm.structure.system import System

@@ -14,7 +14,8 @@ from catmllm.data.batches import Batch, Collator, Encoded
 from catmllm.data.prompts import GRAPH, Sample, cif_prompt, design_prompt, property_prompt, property_sample
 from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.models.projector import Projector
-from catmllm.sample.engine import Rollout, RolloutEngine
+from catmllm.sample.answers import Rollout
+from catmllm.sample.engine import RolloutEngine
 from catmllm.seeds import hash_seed
 from catmllm.stages.grpo import rollout_batch
 from catmllm.structure.system import System

@@ -11,7 +11,7 @@ import torch
 from catmllm.data.batches import Batch, Collator, Encoded
 from catmllm.data.prompts import Sample, cif_prompt, design_prompt
 from catmllm.models.catalytic_mllm import CatalyticMLLM
-from catmllm.sample.engine import Rollout
+from catmllm.sample.answers import Rollout
 from catmllm.stages.grpo import rollout_batch
 from catmllm.structure.system import System
 
