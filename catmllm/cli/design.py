@@ -5,44 +5,40 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from catmllm.cli.trained import load, model_option
 
+HELP = "CIFs of a system at a wanted energy"
 
-def add(commands: Any) -> None:
-    design = commands.add_parser(
-        "design",
-        help="CIFs of a system at a wanted energy",
-        description="The closed loop of design and refinement.",
-    )
-    design.add_argument("identity", metavar="SYSTEM", nargs="?", help='for example "CO</s>Pt9Cu3 (1 1 1)"')
-    design.add_argument("--energy", type=float, help="wanted adsorption energy, eV")
-    design.add_argument(
+
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.description = "The closed loop of design and refinement."
+    parser.add_argument("identity", metavar="SYSTEM", nargs="?", help='for example "CO</s>Pt9Cu3 (1 1 1)"')
+    parser.add_argument("--energy", type=float, help="wanted adsorption energy, eV")
+    parser.add_argument(
         "--targets",
         type=Path,
         metavar="FILE",
         help='many targets at once: JSONL of {"system": …, "energy": …}, or a CSV with these columns',
     )
-    model_option(design)
-    design.add_argument(
+    model_option(parser)
+    parser.add_argument(
         "--out", type=Path, default=Path("designs"), help="folder for the CIFs (default: designs)"
     )
-    design.add_argument(
+    parser.add_argument(
         "--steps",
         type=int,
         dest="iterations",
         help="refinements after the first candidates (default: the run's)",
     )
-    design.add_argument("--pool", type=int, help="how many structures to keep (default: the run's)")
-    design.add_argument("--seed", type=int, default=0)
-    design.add_argument(
+    parser.add_argument("--pool", type=int, help="how many structures to keep (default: the run's)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
         "--grammar", action="store_true", help="only sample CIFs of the right form and composition"
     )
-    design.add_argument(
+    parser.add_argument(
         "--judge", choices=("none", "sevennet"), default="none", help="also relax each answer with SevenNet-0"
     )
-    design.set_defaults(run_command=run)
 
 
 def run(args: argparse.Namespace) -> int:

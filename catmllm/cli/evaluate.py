@@ -5,16 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+
+HELP = "measure the stages of a run again and rewrite its report"
 
 
-def add(commands: Any) -> None:
-    evaluate = commands.add_parser(
-        "evaluate", help="measure the stages of a run again and rewrite its report"
-    )
-    evaluate.add_argument("run", type=Path, help="folder of a run, runs/tiny for example")
-    evaluate.add_argument("--report-only", action="store_true", help="rewrite report.html from metrics.json")
-    evaluate.set_defaults(run_command=run)
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, help="folder of a run, runs/tiny for example")
+    parser.add_argument("--report-only", action="store_true", help="rewrite report.html from metrics.json")
 
 
 def run(args: argparse.Namespace) -> int:

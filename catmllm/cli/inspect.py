@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+
+HELP = "what a training set holds: counts, energies, token lengths, pictures"
 
 
-def add(kinds: Any) -> None:
-    inspect = kinds.add_parser(
-        "inspect",
-        help="what a training set holds: counts, energies, token lengths, pictures",
-        description="Print what a folder made by `catmllm data oc20` holds, and write the same as a page with pictures.",
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Print what a folder made by `catmllm data oc20` holds, and write the same as a page with pictures."
     )
-    inspect.add_argument("folder", metavar="DIR", type=Path, help="the dataset")
-    inspect.add_argument("--out", metavar="DIR", type=Path, help="where the page goes (default: DIR/inspect)")
-    inspect.add_argument(
+    parser.add_argument("folder", metavar="DIR", type=Path, help="the dataset")
+    parser.add_argument("--out", metavar="DIR", type=Path, help="where the page goes (default: DIR/inspect)")
+    parser.add_argument(
         "--tokenizer", metavar="NAME", help="Hugging Face tokenizer to count with (default: the small one)"
     )
-    inspect.add_argument("--pictures", type=int, default=8, help="systems drawn (default %(default)s)")
-    inspect.add_argument("--seed", type=int, default=0, help="which ones (default %(default)s)")
-    inspect.set_defaults(run_command=run)
+    parser.add_argument("--pictures", type=int, default=8, help="systems drawn (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="which ones (default %(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,16 +1,20 @@
 """The `catmllm` command, a file a subcommand: plan | predict | design | evaluate | export | data make, oc20, inspect.
 
-Each subcommand has `add`, its options, and `run`, which loads only what it needs.
+Each subcommand has a line of help, its `options`, and `run`, which loads only what it needs.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from catmllm.cli import design, evaluate, export, inspect, oc20, plan, predict
 from catmllm.data import make
+
+COMMANDS = {"predict": predict, "design": design, "evaluate": evaluate, "export": export, "plan": plan}
+KINDS = {"oc20": oc20, "inspect": inspect}  # of `catmllm data`
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,15 +37,24 @@ def _parser() -> argparse.ArgumentParser:
         description="Language models on catalysts: predict energies, design structures, evaluate.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for subcommand in (predict, design, evaluate, export, plan):
-        subcommand.add(commands)
+    for name, module in COMMANDS.items():
+        _add(commands, name, module.HELP, module.options, module.run)
     data = commands.add_parser("data", help="make training data, and look at it")
     kinds = data.add_subparsers(dest="kind", required=True, metavar="KIND")
-    maker = kinds.add_parser(
-        "make", help="adsorption systems on fcc slabs, labelled by SevenNet-0 (an MLIP, not DFT)"
-    )
-    make.add_arguments(maker)
-    maker.set_defaults(run_command=make.main)
-    for kind in (oc20, inspect):
-        kind.add(kinds)
+    made = "adsorption systems on fcc slabs, labelled by SevenNet-0 (an MLIP, not DFT)"
+    _add(kinds, "make", made, make.add_arguments, make.main)
+    for name, module in KINDS.items():
+        _add(kinds, name, module.HELP, module.options, module.run)
     return parser
+
+
+def _add(
+    to: Any,
+    name: str,
+    help: str,
+    options: Callable[[argparse.ArgumentParser], None],
+    run: Callable[[argparse.Namespace], int],
+) -> None:
+    subcommand = to.add_parser(name, help=help)
+    options(subcommand)
+    subcommand.set_defaults(run_command=run)

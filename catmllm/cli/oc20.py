@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+
+HELP = "OC20 and OC20-Dense from their files to a training set"
 
 
-def add(kinds: Any) -> None:
-    oc20 = kinds.add_parser(
-        "oc20",
-        help="OC20 and OC20-Dense from their files to a training set",
-        description="Read OC20 in any layout, keep what can be learned from, and write memory-mapped shards that "
-        "training takes as data.path. A run that was stopped goes on with the same command.",
-        epilog="Layouts: IS2RE and S2EF LMDBs, fairchem's .aselmdb, .extxyz(.xz) with their text index, .traj, ASE "
-        "databases. docs/data.md says which energies each holds and what is dropped.",
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Read OC20 in any layout, keep what can be learned from, and write memory-mapped shards that "
+        "training takes as data.path. A run that was stopped goes on with the same command."
     )
-    oc20.add_argument("sources", nargs="*", metavar="SRC", type=Path, help="files or folders of OC20")
-    oc20.add_argument(
+    parser.epilog = (
+        "Layouts: IS2RE and S2EF LMDBs, fairchem's .aselmdb, .extxyz(.xz) with their text index, .traj, ASE "
+        "databases. docs/data.md says which energies each holds and what is dropped."
+    )
+    parser.add_argument("sources", nargs="*", metavar="SRC", type=Path, help="files or folders of OC20")
+    parser.add_argument(
         "--dense",
         nargs="+",
         default=[],
@@ -25,7 +26,7 @@ def add(kinds: Any) -> None:
         type=Path,
         help="files or folders of OC20-Dense; what overlaps with OC20 is left out",
     )
-    oc20.add_argument(
+    parser.add_argument(
         "--mapping",
         nargs="+",
         action="extend",
@@ -34,33 +35,32 @@ def add(kinds: Any) -> None:
         type=Path,
         help="oc20_data_mapping.pkl, oc20dense_{mapping,targets,ref_energies,tags}.pkl, oc20_ref.pkl: any of them",
     )
-    oc20.add_argument("--out", required=True, metavar="DIR", type=Path, help="folder of the dataset")
-    oc20.add_argument("--workers", type=int, help="processes (default: all cores)")
-    oc20.add_argument(
+    parser.add_argument("--out", required=True, metavar="DIR", type=Path, help="folder of the dataset")
+    parser.add_argument("--workers", type=int, help="processes (default: all cores)")
+    parser.add_argument(
         "--max-energy",
         type=float,
         default=10.0,
         metavar="EV",
         help="largest |energy| kept (default %(default)s)",
     )
-    oc20.add_argument(
+    parser.add_argument(
         "--fmax",
         type=float,
         default=0.05,
         metavar="EV/Å",
         help="largest force of a relaxed structure, where the file has forces (default %(default)s)",
     )
-    oc20.add_argument(
+    parser.add_argument(
         "--total-energies",
         action="store_true",
         help="the LMDBs hold total energies; subtract the reference energies of a mapping",
     )
-    oc20.add_argument(
+    parser.add_argument(
         "--keep-reconstructed",
         action="store_true",
         help="keep systems whose surface reconstructed (anomaly 3 of the mapping)",
     )
-    oc20.set_defaults(run_command=run)
 
 
 def run(args: argparse.Namespace) -> int:

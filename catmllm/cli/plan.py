@@ -3,31 +3,29 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+
+HELP = "memory, FLOPs and traffic of a training step on N GPUs, without a GPU"
 
 
-def add(commands: Any) -> None:
-    plan = commands.add_parser(
-        "plan",
-        help="memory, FLOPs and traffic of a training step on N GPUs, without a GPU",
-        description="Traces one training step of each stage on fake tensors as rank 0 of RANKS: GiB a rank by what they "
-        "are, FLOPs, bytes sent, and the largest micro-batch that fits. Status 1 where a stage does not fit.",
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Traces one training step of each stage on fake tensors as rank 0 of RANKS: GiB a rank by what they "
+        "are, FLOPs, bytes sent, and the largest micro-batch that fits. Status 1 where a stage does not fit."
     )
-    plan.add_argument("config", nargs="+", metavar="FILE.yaml|key=value", help="as in training")
-    plan.add_argument("--ranks", type=int, default=8, help="GPUs (default: 8)")
-    plan.add_argument("--stage", action="append", help="only this stage; may be repeated")
-    plan.add_argument(
+    parser.add_argument("config", nargs="+", metavar="FILE.yaml|key=value", help="as in training")
+    parser.add_argument("--ranks", type=int, default=8, help="GPUs (default: 8)")
+    parser.add_argument("--stage", action="append", help="only this stage; may be repeated")
+    parser.add_argument(
         "--limit", type=float, default=76.0, help="GiB a GPU has for tensors (default: 76 of 80)"
     )
-    plan.add_argument(
+    parser.add_argument(
         "--atoms",
         type=int,
         default=80,
         help="of synthetic systems, where data.path is not there (default: 80)",
     )
-    plan.add_argument("--no-search", action="store_true", help="do not look for the largest micro-batch")
-    plan.add_argument("--json", action="store_true")
-    plan.set_defaults(run_command=run)
+    parser.add_argument("--no-search", action="store_true", help="do not look for the largest micro-batch")
+    parser.add_argument("--json", action="store_true")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from catmllm.cli.trained import load, model_option
 
@@ -14,19 +14,20 @@ if TYPE_CHECKING:
     from catmllm.structure.system import System
 
 
-def add(commands: Any) -> None:
-    predict = commands.add_parser("predict", help="relaxed adsorption energies of CIF files")
-    predict.add_argument("files", nargs="+", metavar="FILE.cif", help="one adsorption system each")
-    model_option(predict)
-    predict.add_argument(
+HELP = "relaxed adsorption energies of CIF files"
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("files", nargs="+", metavar="FILE.cif", help="one adsorption system each")
+    model_option(parser)
+    parser.add_argument(
         "--adsorbate", help="its formula, where the data_ line does not name it (data_CO</s>Pt9Cu3 (1 1 1))"
     )
-    predict.add_argument("--miller", nargs=3, type=int, metavar=("H", "K", "L"), help="likewise")
-    predict.add_argument(
+    parser.add_argument("--miller", nargs=3, type=int, metavar=("H", "K", "L"), help="likewise")
+    parser.add_argument(
         "--mode", choices=("both", "graph", "text"), default="both", help="what the model sees"
     )
-    predict.add_argument("--json", action="store_true", help="one JSON object a file instead of a table")
-    predict.set_defaults(run_command=run)
+    parser.add_argument("--json", action="store_true", help="one JSON object a file instead of a table")
 
 
 def run(args: argparse.Namespace) -> int:

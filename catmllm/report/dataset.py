@@ -18,7 +18,6 @@ from catmllm.data.prompts import cif_sample, design_sample, property_sample
 from catmllm.data.shards import Shards
 from catmllm.data.tokenizer import extend_tokenizer, tiny_tokenizer
 from catmllm.report import page as html
-from catmllm.report.drawing import legend, structure_svg
 from catmllm.structure.cif import write_cif
 from catmllm.structure.system import System
 
@@ -155,17 +154,14 @@ def _draw_tokens(axes: Axes, lengths: dict[str, NDArray[np.int64]]) -> None:
 
 
 def _card(system: System, text: str) -> str:
-    try:
-        views = structure_svg(system, "top", 150) + structure_svg(system, "side", 118)
-        picture = f'<div class="views">{views}</div>{legend(system)}'
-    except ValueError as error:
-        picture = f"<p>cannot be drawn: {html.text(str(error))}</p>"
     words = (
         f"<b>{html.text(system.identity)}</b><br>{system.known_energy:.3f} eV · {len(system)} atoms · "
         f"{html.text(system.sid)}"
     )
     cif = f"<details><summary>CIF</summary><pre>{html.text(write_cif(system))}</pre></details>"
-    return f'<div class="design">{picture}<p>{words}</p><p>{html.text(text)}</p>{cif}</div>'
+    return (
+        f'<div class="design">{html.views(lambda: system)}<p>{words}</p><p>{html.text(text)}</p>{cif}</div>'
+    )
 
 
 def _page(

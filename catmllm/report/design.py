@@ -6,6 +6,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,11 @@ from matplotlib.figure import Figure
 
 from catmllm.design.search import Task, TaskState
 from catmllm.report import page as html
-from catmllm.report.drawing import legend, structure_svg
 from catmllm.report.figures import draw_trace
 from catmllm.report.summary import Table, number
 from catmllm.structure.cif import read_cif
-from catmllm.structure.formula import format_identity, parse_formula, parse_identity
+from catmllm.structure.formula import Identity, format_identity, parse_formula, parse_identity
+from catmllm.structure.system import System
 from rewards_fast import extract_cif
 
 _CARDS = 6  # structures of a pool that are drawn
@@ -140,16 +141,15 @@ def _overview(records: Sequence[dict[str, Any]]) -> str:
     return html.section("Overview", table, html.figure("trace", caption, (6.4, 3.4), draw))
 
 
+def _read(text: str, identity: Identity) -> System:
+    return read_cif(extract_cif(text), identity.adsorbate, identity.miller)
+
+
 def _target(record: dict[str, Any]) -> str:
     identity = parse_identity(record["identity"])
     cards = []
     for entry in record["pool"][:_CARDS]:
-        try:
-            system = read_cif(extract_cif(entry["text"]), identity.adsorbate, identity.miller)
-            views = structure_svg(system, "top", 150) + structure_svg(system, "side", 118)
-            picture = f'<div class="views">{views}</div>{legend(system)}'
-        except ValueError as error:
-            picture = f"<p>cannot be drawn: {html.text(error)}</p>"
+        picture = html.views(partial(_read, entry["text"], identity))
         judged = entry.get("sevennet")
         judged = (
             f" · SevenNet-0 {judged:.3f} eV"

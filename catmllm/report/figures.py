@@ -13,7 +13,7 @@ import io
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib import rc_context
@@ -207,15 +207,8 @@ def draw_trace(axes: Axes, design: Metrics) -> None:
     axes.axhline(
         tolerance, color="#444444", linewidth=0.8, linestyle="--", label=f"tolerance {tolerance:g} eV"
     )
-    axes.set(
-        xlim=(-0.2, max(1.0, len(steps) - 0.8)),
-        ylim=(0, top),
-        xlabel="iteration of the closed loop",
-        ylabel="|E_pred - E*| (eV)",
-        title=f"Closed loop, own predictor, median of {len(items)} tasks",
-    )
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend(loc="upper right")
+    axes.set(ylabel="|E_pred - E*| (eV)", title=f"Closed loop, own predictor, median of {len(items)} tasks")
+    _over_iterations(axes, len(steps), top, "upper right")
 
 
 def draw_solved(axes: Axes, design: Metrics) -> None:
@@ -234,15 +227,15 @@ def draw_solved(axes: Axes, design: Metrics) -> None:
         markersize=3,
         label=f"... predicted within {tolerance:g} eV",
     )
-    axes.set(
-        xlim=(-0.2, max(1.0, len(steps) - 0.8)),
-        ylim=(0, 104),
-        xlabel="iteration of the closed loop",
-        ylabel="share of tasks (%)",
-        title=f"Tasks solved by the own predictor, n = {len(items)}",
-    )
+    axes.set(ylabel="share of tasks (%)", title=f"Tasks solved by the own predictor, n = {len(items)}")
+    _over_iterations(axes, len(steps), 104, "best")
+
+
+def _over_iterations(axes: Axes, steps: int, top: float, legend: Literal["upper right", "best"]) -> None:
+    """The axis that both pictures of the closed loop have, and their legend."""
+    axes.set(xlim=(-0.2, max(1.0, steps - 0.8)), ylim=(0, top), xlabel="iteration of the closed loop")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend(loc="best")
+    axes.legend(loc=legend)
 
 
 def draw_design(axes: Axes, design: Metrics) -> None:

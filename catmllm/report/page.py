@@ -10,8 +10,10 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from catmllm.report.drawing import legend, structure_svg
 from catmllm.report.figures import figure_svg
 from catmllm.report.summary import Table
+from catmllm.structure.system import System
 
 _EXAMPLE_CHARACTERS = 4000  # of a model's text that are shown
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -93,3 +95,14 @@ def pre(content: Any) -> str:
     shown = str(content)[:_EXAMPLE_CHARACTERS]
     cut = len(str(content)) - len(shown)
     return f"<pre>{text(shown)}</pre>" + (f'<p class="notes">{cut} more characters</p>' if cut else "")
+
+
+def views(read: Callable[[], System]) -> str:
+    """A structure from the top and from the side with its legend; why there is none, where `read` or the drawing raises
+    ValueError."""
+    try:
+        system = read()
+        pictures = structure_svg(system, "top", 150) + structure_svg(system, "side", 118)
+        return f'<div class="views">{pictures}</div>{legend(system)}'
+    except ValueError as error:
+        return f"<p>cannot be drawn: {text(error)}</p>"

@@ -18,7 +18,6 @@ from matplotlib.figure import Figure
 
 from catmllm.config import STAGES
 from catmllm.report import page as html
-from catmllm.report.drawing import legend, structure_svg
 from catmllm.report.figures import (
     draw_design,
     draw_failures,
@@ -51,6 +50,7 @@ from catmllm.report.summary import (
 )
 from catmllm.structure.cif import read_cif
 from catmllm.structure.formula import parse_identity
+from catmllm.structure.system import System
 from catmllm.train.metrics import read_log
 from rewards_fast import extract_cif
 
@@ -286,19 +286,17 @@ def _pictures(items: list[dict[str, Any]]) -> str:
 
 def _card(item: dict[str, Any]) -> str:
     best = item["best"]
-    try:
+
+    def system() -> System:
         identity = parse_identity(item["identity"])
-        system = read_cif(extract_cif(best["text"]), identity.adsorbate, identity.miller)
-        views = structure_svg(system, "top", 150) + structure_svg(system, "side", 118)
-        picture = f'<div class="views">{views}</div>{legend(system)}'
-    except ValueError as error:
-        picture = f"<p>cannot be drawn: {html.text(error)}</p>"
+        return read_cif(extract_cif(best["text"]), identity.adsorbate, identity.miller)
+
     facts = (
         f"<b>{html.text(item['identity'])}</b><br>wanted {number(item['energy'], 2)} eV · predicted "
         f"{number(best.get('predicted'), 2)} eV · {html.text(_judged(item))}"
     )
     text = html.details("CIF", html.pre(best["text"]))
-    return f'<div class="design">{picture}<p>{facts}</p>{text}</div>'
+    return f'<div class="design">{html.views(system)}<p>{facts}</p>{text}</div>'
 
 
 def _judged(item: dict[str, Any]) -> str:

@@ -58,18 +58,14 @@ def _all(shards: Shards) -> list[tuple[Any, ...]]:
     ]
 
 
+def _command(source: Path, mapping: Path, out: Path) -> list[str]:
+    return ["data", "oc20", str(source), "--mapping", str(mapping), "--out", str(out)]
+
+
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = _many(tmp_path / "lmdb", files=3, copies=2)
     out = tmp_path / "out"
-    command = [
-        "data",
-        "oc20",
-        str(source),
-        "--mapping",
-        str(tmp_path / "oc20_data_mapping.pkl"),
-        "--out",
-        str(out),
-    ]
+    command = _command(source, tmp_path / "oc20_data_mapping.pkl", out)
     assert main([*command, "--workers", "2"]) == 0
     printed = capsys.readouterr()
     assert "72 systems kept" in printed.out and "data.path=" in printed.out
@@ -92,17 +88,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_other_input_or_rules_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = _many(tmp_path / "lmdb", files=1, copies=1)
     mapping = tmp_path / "oc20_data_mapping.pkl"
-    command = [
-        "data",
-        "oc20",
-        str(source),
-        "--mapping",
-        str(mapping),
-        "--out",
-        str(tmp_path / "out"),
-        "--workers",
-        "1",
-    ]
+    command = [*_command(source, mapping, tmp_path / "out"), "--workers", "1"]
     assert main(command) == 0
     capsys.readouterr()
     assert main([*command, "--fmax", "0.1"]) == 1

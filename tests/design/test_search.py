@@ -50,8 +50,7 @@ class Parrot:
         params: SamplingConfig,
         seed: Sequence[int],
         group_size: int = 1,
-        keep_hidden: bool = False,
-        patterns: None = None,
+        **_: Any,
     ) -> list[Rollout]:
         self.asked.append({"samples": list(samples), "seed": list(seed), "group": group_size})
         texts = self.calls.pop(0)

@@ -24,10 +24,9 @@ Model = tuple[CatalyticMLLM, Collator]
 GREEDY = SamplingConfig(temperature=1.0, top_p=1e-6, max_new_tokens=24)
 
 
-@pytest.fixture(scope="module")
-def prompts(train_systems: list[System]) -> list[Sample]:
+def some_prompts(systems: list[System]) -> list[Sample]:
     """Prompts of unequal lengths, two of them with a structure."""
-    a, b = train_systems[0], train_systems[500]
+    a, b = systems[0], systems[500]
     return [
         Sample(cif_prompt(a.identity)),
         Sample(design_prompt(b.identity, -1.0, exemplar=True), "", b),
@@ -35,6 +34,11 @@ def prompts(train_systems: list[System]) -> list[Sample]:
         Sample(property_prompt("CO</s>Pd (1 1 1)</s>[]", graph=False)),
         Sample(design_prompt(a.identity, 0.25)),
     ]
+
+
+@pytest.fixture(scope="module")
+def prompts(train_systems: list[System]) -> list[Sample]:
+    return some_prompts(train_systems)
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ import pytest
 import torch
 
 from catmllm.config import ConfigError, SamplingConfig, load_config
-from catmllm.data.prompts import Sample, cif_prompt, design_prompt, property_sample
+from catmllm.data.prompts import Sample
 from catmllm.models.build import new_model
 from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.models.export import export
@@ -35,7 +35,7 @@ from catmllm.structure.system import System
 from catmllm.train.loop import train
 from tests.conftest import SMALL_MODEL
 from tests.contexts import MakeContext, small
-from tests.sample.test_engine import GREEDY, Model, left_padded
+from tests.sample.test_engine import GREEDY, Model, left_padded, some_prompts
 from tests.stages.test_rl_stages import TokenReward
 
 PYTHON = os.environ.get("VLLM_PYTHON", "")
@@ -72,13 +72,7 @@ def engine(wide_model: Model, tmp_path: Path) -> Iterator[VLLMEngine]:
 
 @pytest.fixture(scope="module")
 def prompts(train_systems: list[System]) -> list[Sample]:
-    """With and without a structure."""
-    a, b = train_systems[0], train_systems[500]
-    return [
-        Sample(cif_prompt(a.identity)),
-        Sample(design_prompt(b.identity, -1.0, exemplar=True), "", b),
-        Sample(property_sample(a).prompt, "", a),
-    ]
+    return some_prompts(train_systems)[:3]
 
 
 def test_a_python_that_is_not_there_is_told(small_model: Model, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -75,6 +75,15 @@ def test_it_lowers_the_error_on_validation_and_touches_the_head_alone(
     assert changed == {"energy_head.weight", "energy_head.bias"}
 
 
+Refit = Callable[[list[System]], dict[str, float]]
+
+
+@pytest.fixture
+def refitted(model: CatalyticMLLM, small_model: Model, world: World) -> Refit:
+    """The head of `model` refitted on systems, which validate it too."""
+    return lambda systems: refit_energy_head(model, small_model[1], systems, systems, world)
+
+
 def synthetic(
     monkeypatch: pytest.MonkeyPatch,
     systems: list[System],
@@ -100,15 +109,11 @@ def synthetic(
 
 
 def test_it_is_exact_on_linear_features(
-    monkeypatch: pytest.MonkeyPatch,
-    model: CatalyticMLLM,
-    small_model: Model,
-    train_systems: list[System],
-    world: World,
+    monkeypatch: pytest.MonkeyPatch, model: CatalyticMLLM, train_systems: list[System], refitted: Refit
 ) -> None:
     systems = train_systems[:200]
     weight, bias = synthetic(monkeypatch, systems, model, noise=0.0)
-    out = refit_energy_head(model, small_model[1], systems, systems, world)
+    out = refitted(systems)
     assert out["val_mae_after"] < 0.02 < out["val_mae_before"]
     found = model.energy_head.weight.detach().double().numpy()[0]
     np.testing.assert_allclose(found, weight, atol=0.02 * np.abs(weight).max())
@@ -116,11 +121,7 @@ def test_it_is_exact_on_linear_features(
 
 
 def test_a_head_that_is_right_already_stays(
-    monkeypatch: pytest.MonkeyPatch,
-    model: CatalyticMLLM,
-    small_model: Model,
-    train_systems: list[System],
-    world: World,
+    monkeypatch: pytest.MonkeyPatch, model: CatalyticMLLM, train_systems: list[System], refitted: Refit
 ) -> None:
     """No correction is among the candidates: the error on validation cannot rise."""
     systems = train_systems[:200]
@@ -128,7 +129,7 @@ def test_a_head_that_is_right_already_stays(
     with torch.no_grad():
         model.energy_head.weight.copy_(torch.as_tensor(weight)[None])
         model.energy_head.bias.fill_(bias)
-    out = refit_energy_head(model, small_model[1], systems, systems, world)
+    out = refitted(systems)
     assert out["val_mae_after"] <= out["val_mae_before"] < 1e-4
 
 
@@ -136,14 +137,13 @@ def test_a_head_that_is_right_already_stays(
 def test_noisy_features_do_not_make_it_worse(
     monkeypatch: pytest.MonkeyPatch,
     model: CatalyticMLLM,
-    small_model: Model,
     train_systems: list[System],
-    world: World,
+    refitted: Refit,
     noise: float,
 ) -> None:
     systems = train_systems[:40]  # fewer systems than features
     synthetic(monkeypatch, systems, model, noise)
-    out = refit_energy_head(model, small_model[1], systems, systems, world)
+    out = refitted(systems)
     assert out["val_mae_after"] <= out["val_mae_before"]
 
 
