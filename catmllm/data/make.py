@@ -21,7 +21,7 @@ import threading
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
+from contextlib import closing, contextmanager
 from itertools import islice
 from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
@@ -270,7 +270,7 @@ def make(
             f"{len(finished)} of {slabs} slabs are kept in {part}" if finished else "no slab was finished yet"
         )
 
-    try:
+    with _said(lambda: target, state):
         out.parent.mkdir(parents=True, exist_ok=True)
         with (
             _open_part(part, size) as file,
@@ -285,9 +285,16 @@ def make(
         target = out
         _write_whole(out, "".join(finished[slab] for slab in range(slabs)))
         part.unlink(missing_ok=True)
+
+
+@contextmanager
+def _said(target: Callable[[], Path], state: Callable[[], str]) -> Iterator[None]:
+    """What a person can mend, as a MakeError that says what is kept and how to go on."""
+    try:
+        yield
     except OSError as error:
         raise MakeError(
-            f"cannot write {target}: {error.strerror or error}; {state()}. "
+            f"cannot write {target()}: {error.strerror or error}; {state()}. "
             "Make room (or fix the folder) and give the same command again to go on"
         ) from error
     except BrokenProcessPool as error:

@@ -22,24 +22,20 @@ sys.path[:] = [
 ]
 
 
-def serve(link: Connection, folder: str) -> None:
-    """Answer requests about the model in a folder until the other side closes;
-    what fails is answered with its error."""
-    try:
-        from vllm import LLM, SamplingParams  # isort: skip  (first: it is what may be missing)
-        import torch
-    except ImportError as error:
-        link.recv_bytes()
-        return link.send_bytes(json.dumps({"error": f"{sys.executable} has no vLLM ({error})"}).encode())
+class Model:
+    """vLLM's engine over the weights in a folder, made when they first come."""
 
-    llm: Any = None
-    version = -1
+    def __init__(self, folder: str) -> None:
+        self.folder, self.version = folder, -1
+        self.llm: Any = None
 
-    def weights(request: dict[str, Any]) -> None:
-        nonlocal llm, version
-        if llm is None:
-            llm = LLM(
-                model=folder,
+    def weights(self, request: dict[str, Any]) -> None:
+        """Read the folder, for the first time or again."""
+        from vllm import LLM
+
+        if self.llm is None:
+            self.llm = LLM(
+                model=self.folder,
                 dtype=request["dtype"],
                 skip_tokenizer_init=True,
                 enable_prompt_embeds=True,
@@ -50,11 +46,15 @@ def serve(link: Connection, folder: str) -> None:
                 gpu_memory_utilization=request["memory"],  # without a GPU: of the host's
             )
         else:
-            llm.reset_prefix_cache()  # its keys and values are of the old weights
-            llm.collective_rpc("reload_weights")
-        version = request["version"]
+            self.llm.reset_prefix_cache()  # its keys and values are of the old weights
+            self.llm.collective_rpc("reload_weights")
+        self.version = request["version"]
 
-    def generate(request: dict[str, Any], blocks: list[bytes]) -> list[dict[str, Any]]:
+    def generate(self, request: dict[str, Any], blocks: list[bytes]) -> list[dict[str, Any]]:
+        """Tokens and log-probabilities of an answer to each prompt, which is token ids or a block of embeddings."""
+        import torch
+        from vllm import SamplingParams
+
         rest = iter(blocks)
         prompts: list[Any] = []
         for p in request["prompts"]:
@@ -77,7 +77,7 @@ def serve(link: Connection, folder: str) -> None:
             )
             for seed in request["seeds"]
         ]
-        found = llm.generate(prompts, params, use_tqdm=False)
+        found = self.llm.generate(prompts, params, use_tqdm=False)
         return [
             {
                 "ids": list(out.token_ids),
@@ -86,6 +86,16 @@ def serve(link: Connection, folder: str) -> None:
             for out in (f.outputs[0] for f in found)
         ]
 
+
+def serve(link: Connection, folder: str) -> None:
+    """Answer requests about the model in a folder until the other side closes;
+    what fails is answered with its error."""
+    try:
+        import vllm  # noqa: F401  it is what may be missing
+    except ImportError as error:
+        link.recv_bytes()
+        return link.send_bytes(json.dumps({"error": f"{sys.executable} has no vLLM ({error})"}).encode())
+    model = Model(folder)
     while True:
         try:
             request = json.loads(link.recv_bytes())
@@ -95,10 +105,10 @@ def serve(link: Connection, folder: str) -> None:
         try:
             answers: Any = None
             if request["do"] == "weights":
-                weights(request)
+                model.weights(request)
             else:
-                answers = generate(request, blocks)
-            link.send_bytes(json.dumps({"version": version, "answers": answers}).encode())
+                answers = model.generate(request, blocks)
+            link.send_bytes(json.dumps({"version": model.version, "answers": answers}).encode())
         except Exception as error:
             link.send_bytes(json.dumps({"error": f"{type(error).__name__}: {error}"}).encode())
 

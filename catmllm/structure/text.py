@@ -66,7 +66,10 @@ _N_SYMBOLS = len(SYMBOLS)
 
 @njit(cache=True, nogil=True)
 def _configuration(lattice, positions, numbers, tags, scale, cap, covalent, words, lengths):
-    """The bytes of a configuration; the problem (0: none) with what `complain` needs to say it."""
+    """The bytes of a configuration; the problem (0: none) with what `complain` needs to say it.
+
+    A hot loop, compiled in one piece: one pass over the bonds that writes as it finds them.
+    """
     n = len(numbers)
     radii = np.empty(n)
     largest = 0.0

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -62,29 +63,9 @@ def shard(
     mesh = mesh_of(config, world)
     llm = MixedPrecisionPolicy(DTYPES[config.precision], torch.float32, cast_forward_inputs=False)
     graph = MixedPrecisionPolicy(DTYPES[config.encoder_precision], torch.float32, cast_forward_inputs=False)
-    pinned = world.device.type == "cuda"
-    offload = CPUOffloadPolicy(pin_memory=pinned) if config.cpu_offload else OffloadPolicy()
+    offload = CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if config.cpu_offload else None
     keep_large_values(model, DTYPES[config.precision], DTYPES[config.encoder_precision])
-
-    def unit(
-        module: Any, policy: MixedPrecisionPolicy, ignored: set[torch.nn.Parameter] | None = None
-    ) -> Any:
-        trained = any(p.requires_grad for p in module.parameters())
-        frees = {"trained": trained, "all": True, "none": False}[reshard]
-        for p in module.parameters():  # the master weights; of a unit at a time, since files may hold bf16
-            if not isinstance(p, DTensor) and p.dtype != torch.float32 and p not in (ignored or ()):
-                p.data = p.data.float()
-        fully_shard(
-            module,
-            mesh=mesh,
-            mp_policy=policy,
-            reshard_after_forward=frees,
-            ignored_params=ignored,
-            offload_policy=offload,
-        )
-        module.frees, module.trained = frees, trained
-        return module
-
+    unit = partial(_unit, mesh, reshard, offload or OffloadPolicy())
     blocks = [unit(block, graph) for block in model.encoder.blocks]
     unit(model.encoder, graph)
     unit(model.projector, graph)
@@ -112,14 +93,45 @@ def shard(
     model.lockstep = world.size > 1
     if like is not None:
         model.to_empty(device="cpu" if config.cpu_offload else world.device)
-        theirs = dict((*like.named_parameters(), *like.named_buffers()))
-        with torch.no_grad():
-            for name, mine in (*model.named_parameters(), *model.named_buffers()):
-                _local(mine).copy_(_local(theirs[name]))
+        _copy_shards(like, model)
     # Sampling may run the encoder before the first training pass has run the model; FSDP2 would then take the
     # encoder for a root of its own. There is no public call that settles who is root.
     model._get_fsdp_state()._lazy_init()  # type: ignore[operator]
     return model
+
+
+def _unit(
+    mesh: DeviceMesh,
+    reshard: str,
+    offload: OffloadPolicy,
+    module: Any,
+    policy: MixedPrecisionPolicy,
+    ignored: set[torch.nn.Parameter] | None = None,
+) -> Any:
+    """One FSDP unit of what `module` holds that is in no unit yet, but for `ignored`."""
+    trained = any(p.requires_grad for p in module.parameters())
+    frees = {"trained": trained, "all": True, "none": False}[reshard]
+    for p in module.parameters():  # the master weights; of a unit at a time, since files may hold bf16
+        if not isinstance(p, DTensor) and p.dtype != torch.float32 and p not in (ignored or ()):
+            p.data = p.data.float()
+    fully_shard(
+        module,
+        mesh=mesh,
+        mp_policy=policy,
+        reshard_after_forward=frees,
+        ignored_params=ignored,
+        offload_policy=offload,
+    )
+    module.frees, module.trained = frees, trained
+    return module
+
+
+def _copy_shards(source: torch.nn.Module, target: torch.nn.Module) -> None:
+    """Parameters and buffers of a model of the same make, shard by shard."""
+    theirs = dict((*source.named_parameters(), *source.named_buffers()))
+    with torch.no_grad():
+        for name, mine in (*target.named_parameters(), *target.named_buffers()):
+            _local(mine).copy_(_local(theirs[name]))
 
 
 def _local(t: torch.Tensor) -> torch.Tensor:

@@ -466,6 +466,23 @@ def _results(
             process_.terminate()
 
 
+def _columns(folder: Path, shards: int, total: Count) -> dict[str, NDArray[Any]]:
+    """What tells systems apart, over all shards; adds what each shard counted to `total`."""
+    columns: dict[str, list[NDArray[Any]]] = {
+        k: [] for k in ("sid_key", "surface_key", "frame", "source", "shard", "row")
+    }
+    for number in range(shards):
+        path = folder / shard_name(number)
+        total.add(read_facts(path))
+        arrays = map_arrays(path)
+        n = len(arrays["energy"])
+        for name in ("sid_key", "surface_key", "frame", "source"):
+            columns[name].append(np.array(arrays[name]))
+        columns["shard"].append(np.full(n, number))
+        columns["row"].append(np.arange(n))
+    return {k: np.concatenate([np.empty(0, np.int64), *v]) for k, v in columns.items()}
+
+
 def _finish(
     folder: Path,
     shards: int,
@@ -479,19 +496,7 @@ def _finish(
     for problem in problems:
         total.drop(problem.reason, problem.message)
         total.read += 1
-    columns: dict[str, list[NDArray[Any]]] = {
-        k: [] for k in ("sid_key", "surface_key", "frame", "source", "shard", "row")
-    }
-    for number in range(shards):
-        path = folder / shard_name(number)
-        total.add(read_facts(path))
-        arrays = map_arrays(path)
-        n = len(arrays["energy"])
-        for name in ("sid_key", "surface_key", "frame", "source"):
-            columns[name].append(np.array(arrays[name]))
-        columns["shard"].append(np.full(n, number))
-        columns["row"].append(np.arange(n))
-    c = {k: np.concatenate([np.empty(0, np.int64), *v]) for k, v in columns.items()}
+    c = _columns(folder, shards, total)
     keep = np.ones(len(c["row"]), dtype=np.bool_)
 
     def drop(rows: NDArray[np.int64], reason: str) -> None:
