@@ -195,7 +195,7 @@ def test_a_folder_of_shards_is_planned_as_it_would_be_trained(
 ) -> None:
     """The case of everybody who has run `catmllm data oc20`: `data.path` names a folder that is there."""
     write_shards(tmp_path, sorted([s for part in data.values() for s in part], key=lambda s: s.sid))
-    c = ROOT / "configs" / "a100x8" / "joint.yaml"
+    files = [str(ROOT / "configs" / "a100x8" / name) for name in ("7b.yaml", "joint.yaml")]
     small = [
         "model.llm.pretrained=",
         "init=",
@@ -203,7 +203,7 @@ def test_a_folder_of_shards_is_planned_as_it_would_be_trained(
         "model.encoder.preset=",
         "data.images=false",
     ]
-    arguments = ["plan", str(c), *SMALL_MODEL, *small, f"data.path={tmp_path}", "joint.batch_tokens=4096"]
+    arguments = ["plan", *files, *SMALL_MODEL, *small, f"data.path={tmp_path}", "joint.batch_tokens=4096"]
     assert main([*arguments, "--ranks", "2", "--no-search", "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)
     assert row["plan"]["stage"] == "joint" and 0 < row["plan"]["tokens"] <= 2 * 4096
