@@ -1,79 +1,81 @@
-"""Build hook of the one distribution: its C++ libraries. Everything declarative is in pyproject.toml."""
+"""Build hook of the one distribution: its C++ libraries. Everything declarative is in pyproject.toml.
 
-import hashlib
+CATMLLM_BUILD=reward in the environment builds the reward's engine alone: the libraries of the model's ops, which need
+torch to be of use, take four times as long.
+"""
+
+import os
+import runpy
 import sys
 from pathlib import Path
 
 from Cython.Build import cythonize
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
 HERE = Path(__file__).parent
-SOURCES = sorted(
-    str(path.relative_to(HERE))
-    for folder in ("cif", "geometry", "pvcp")
-    for path in (HERE / "csrc" / folder).glob("*.cpp")
-)
 # No -march: hot loops choose the vector unit at run time, so a wheel runs on any machine of its architecture.
-FLAGS = (
-    ["/std:c++17", "/O2", "/EHsc"]
-    if sys.platform == "win32"
-    else ["-std=c++17", "-O3", "-fvisibility=hidden", "-Wno-psabi"]
-)
+FLAGS = ["-std=c++17", "-O3", "-fvisibility=hidden", "-Wno-psabi"]
 OPENMP = ["-fopenmp"] if sys.platform == "linux" else []
+CHOICES = ("", "all", "reward")
 
 
-def digest(folder: str) -> str:
-    """Of a folder's sources, as catmllm_kernels/escn/cpu.py makes it: a library left behind by an edit is not run."""
-    files = sorted(path for path in (HERE / "csrc" / folder).iterdir() if path.suffix in (".h", ".cpp"))
-    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+def paths(*patterns: str) -> list[str]:
+    """Files of csrc."""
+    return sorted(
+        str(path.relative_to(HERE)) for pattern in patterns for path in (HERE / "csrc").glob(pattern)
+    )
 
 
-def shared_library(
-    name: str, sources: list[str], headers: list[str], macros: list[tuple[str, str]] | None = None
-) -> Extension:
-    """A plain shared library that catmllm_kernels loads by ctypes. It needs neither Python nor torch; its OpenMP is the
-    runtime that torch has loaded. Vector extensions of GCC and Clang, so not with MSVC."""
-
-    def paths(patterns: list[str]) -> list[str]:
-        found = (p for pattern in patterns for p in (HERE / "csrc").glob(pattern))
-        return sorted(str(p.relative_to(HERE)) for p in found)
-
+def engine() -> Extension:
+    """The reward's engine, a Python module."""
+    folders = ("cif", "geometry", "pvcp")
     return Extension(
-        f"catmllm_kernels.{name}",
-        paths(sources),
-        depends=paths(headers),
-        define_macros=macros or [],
+        "rewards_fast._core",
+        ["rewards_fast/_core.pyx", *paths(*(f"{folder}/*.cpp" for folder in folders))],
+        depends=paths(*(f"{folder}/*.{kind}" for folder in folders for kind in ("h", "inc"))),
+        extra_compile_args=FLAGS,
+        language="c++",
+    )
+
+
+def library(name: str, digest: str) -> Extension:
+    """A plain shared library of csrc/<name> and csrc/vector, which catmllm_kernels loads by ctypes. It needs neither Python nor
+    torch; its OpenMP is the runtime that torch has loaded."""
+    return Extension(
+        f"catmllm_kernels._{name}",
+        paths(f"{name}/*.cpp", "vector/*.cpp"),
+        depends=paths(f"{name}/*.h", "vector/*.h"),
+        define_macros=[("VECTOR_KERNELS", f'"../{name}/kernels.h"'), ("VECTOR_SOURCES", f'"{digest}"')],
         extra_compile_args=[*FLAGS, *OPENMP],
         extra_link_args=OPENMP,
         language="c++",
     )
 
 
-# The encoder's edge path on a CPU, the LLM's attention and what lies between its products; the latter two use the
-# former's vectors and threads.
-LIBRARIES = [
-    shared_library("_so2", ["so2/*.cpp"], ["so2/*.h"], [("SO2_SOURCES", f'"{digest("so2")}"')]),
-    shared_library(
-        "_attention",
-        ["attention/*.cpp", "so2/run.cpp", "so2/level.cpp"],
-        ["attention/*.h", "so2/*.h"],
-    ),
-    shared_library("_rows", ["rows/*.cpp", "so2/run.cpp", "so2/level.cpp"], ["rows/*.h", "so2/*.h"]),
-]
+class Build(build_ext):
+    """Objects of each extension in a folder of their own: csrc/vector is compiled for several, each time otherwise."""
 
-setup(
-    ext_modules=cythonize(
-        [
-            Extension(
-                "rewards_fast._core",
-                ["rewards_fast/_core.pyx", *SOURCES],
-                depends=[str(p.relative_to(HERE)) for p in (HERE / "csrc").glob("*/*.h")]
-                + ["csrc/cif/tables.inc"],
-                extra_compile_args=FLAGS,
-                language="c++",
-            )
-        ],
-        compiler_directives={"language_level": 3},
-    )
-    + ([] if sys.platform == "win32" else LIBRARIES)
-)
+    def build_extension(self, ext: Extension) -> None:
+        shared, self.build_temp = self.build_temp, str(Path(self.build_temp) / ext.name)
+        super().build_extension(ext)
+        self.build_temp = shared
+
+
+def main() -> None:
+    """Say what cannot be built, or build."""
+    if sys.platform == "win32":
+        raise SystemExit(
+            "the C++ of catmllm needs GCC or Clang, which Python on Windows is not built with: use WSL"
+        )
+    choice = os.environ.get("CATMLLM_BUILD", "")
+    if choice not in CHOICES:
+        raise SystemExit(f"CATMLLM_BUILD={choice!r}: choose `reward` or `all`, which is the default")
+    extensions = cythonize([engine()], compiler_directives={"language_level": 3})
+    if choice != "reward":
+        native = runpy.run_path(str(HERE / "kernels" / "catmllm_kernels" / "native.py"))
+        extensions += [library(name, native["digest"](name, HERE / "csrc")) for name in native["LIBRARIES"]]
+    setup(ext_modules=extensions, cmdclass={"build_ext": Build})
+
+
+main()

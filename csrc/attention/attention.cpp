@@ -1,6 +1,6 @@
 #include "attention.h"
 
-#include "isa.h"
+#include "table.h"
 
 namespace {
 
@@ -18,23 +18,12 @@ const char* wrong(const attention_call& p) {
 
 using namespace catmllm::attention;
 
-#ifdef SO2_X86
-#define ATTENTION_CHOOSE(name, p)                                 \
-    switch (catmllm::so2::level()) {                              \
-        case 2: return name##_avx512(p);                          \
-        case 1: return name##_avx2(p);                            \
-        default: return name##_portable(p);                       \
-    }
-#else
-#define ATTENTION_CHOOSE(name, p) return name##_portable(p)
-#endif
-
 const char* attention_forward(const attention_call* p) {
-    if (const char* error = wrong(*p)) return error;
-    ATTENTION_CHOOSE(forward, *p);
+    const char* error = wrong(*p);
+    return error ? error : chosen().forward(p);
 }
 
 const char* attention_backward(const attention_call* p) {
-    if (const char* error = wrong(*p)) return error;
-    ATTENTION_CHOOSE(backward, *p);
+    const char* error = wrong(*p);
+    return error ? error : chosen().backward(p);
 }

@@ -1,28 +1,28 @@
-// The kernels of one instruction set. The three files kernels_*.cpp include this one, each with its own SO2_LEVEL, name
-// of the namespace and compiler target.
+// The kernels of one instruction set, see vector/dispatch.h.
 //
 // A task is a key head of a group of samples. Keys lie transposed, so that a tile of scores is a product of broadcast
-// queries and vectors of keys. Query heads that share the key head are rows like any others: row = token·share + head.
-// Rows are taken ROWS at a time, with all of their scores in the first two caches; nothing else is kept, and backward
-// makes the weights again.
+// queries and vectors of keys. Query heads that share the key head are rows like any others: row = token·share +
+// head. Rows are taken ROWS at a time, with all of their scores in the first two caches; nothing else is kept, and
+// backward makes the weights again.
 
-namespace catmllm::attention::ATTENTION_SET {
+#include "../vector/run.h"
+#include "table.h"
 
-struct Full {};
-struct Part {
-    int n;
-};
+#include "../vector/begin.h"
 
-#include "../so2/lanes.h"
-#include "../so2/functions.h"
+namespace catmllm::attention::VECTOR_SET {
+
+#include "../vector/lanes.h"
+#include "../vector/functions.h"
 
 using Float = Lanes<float>;
 typedef Float::Vec V;
-enum { W = Float::W, ROWS = SO2_LEVEL == 2 ? 8 : 4, TILE = 2 * W };
+enum { W = Float::W, ROWS = VECTOR_LEVEL == 2 ? 8 : 4, TILE = 2 * W };
 
 inline int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// scores[r, j] = sum over d of rows[r, d] keys[d, j] for j < n, in whole tiles; keys and scores have the stride `columns`.
+// scores[r, j] = sum over d of rows[r, d] keys[d, j] for j < n, in whole tiles; keys and scores have the stride
+// `columns`.
 inline void products(const float* rows, const float* keys, float* scores, int64_t width, int64_t n, int64_t columns) {
     for (int64_t j = 0; j < n; j += TILE) {
         V sum[ROWS][2];
@@ -79,15 +79,15 @@ inline void spread(const float* weights, const float* rows, float* sums, int64_t
 }
 
 // Calls f<2>(d) for pairs of vectors of a row and f<1>(d) for a last single one; `width` is a multiple of W.
-#define OVER_WIDTH(call)                                     \
-    {                                                        \
-        int64_t d = 0;                                       \
-        for (; d + 2 * W <= width; d += 2 * W) call(2);      \
-        if (d < width) call(1);                              \
+#define OVER_WIDTH(call)                                \
+    {                                                   \
+        int64_t d = 0;                                  \
+        for (; d + 2 * W <= width; d += 2 * W) call(2); \
+        if (d < width) call(1);                         \
     }
 
 inline float most_of(V v) {
-#if SO2_LEVEL == 2
+#if VECTOR_LEVEL == 2
     return _mm512_reduce_max_ps(v);
 #else
     float m = v[0];
@@ -97,7 +97,7 @@ inline float most_of(V v) {
 }
 
 inline float whole(V v) {
-#if SO2_LEVEL == 2
+#if VECTOR_LEVEL == 2
     return _mm512_reduce_add_ps(v);
 #else
     return sum_of<float>(v);
@@ -152,9 +152,8 @@ inline void gather(const float* x, const Block& b, int64_t own, int64_t width, f
 inline void scatter(const float* rows, const Block& b, int64_t own, int64_t width, const float* factor, float* x) {
     for (int r = 0; r < b.count; ++r) {
         const V f = Float::all(factor[r]);
-        over_channels<float>(own, [&](int64_t d, auto w) {
-            store<float>(x + b.at[r] + d, f * Float::load(rows + r * width + d), w);
-        });
+        over_channels<float>(
+            own, [&](int64_t d, auto w) { store<float>(x + b.at[r] + d, f * Float::load(rows + r * width + d), w); });
     }
 }
 
@@ -174,10 +173,10 @@ struct Sizes {
     }
 };
 
-// Rows `begin` to `end` of x [tokens, kv_heads, p.width], head k, at line `at` of plain [columns, width] and of turned
-// [width, columns]; either may be null.
-inline void pack(const attention_call& p, const Sizes& z, const float* x, int64_t k, int64_t begin, int64_t end, int64_t at,
-                 float* plain, float* turned) {
+// Rows `begin` to `end` of x [tokens, kv_heads, p.width], head k, at line `at` of plain [columns, width] and of
+// turned [width, columns]; either may be null.
+inline void pack(const attention_call& p, const Sizes& z, const float* x, int64_t k, int64_t begin, int64_t end,
+                 int64_t at, float* plain, float* turned) {
     const float* from = x + (begin * p.kv_heads + k) * p.width;
     const int64_t step = p.kv_heads * p.width, n = end - begin;
     if (plain)
@@ -187,10 +186,9 @@ inline void pack(const attention_call& p, const Sizes& z, const float* x, int64_
             });
     if (turned) {
         int64_t t = 0;
-#if SO2_LEVEL == 2
-        const __m512i steps =
-            _mm512_mullo_epi32(_mm512_set1_epi32(int(step)),
-                               _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+#if VECTOR_LEVEL == 2
+        const __m512i steps = _mm512_mullo_epi32(
+            _mm512_set1_epi32(int(step)), _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
         for (; t + W <= n; t += W)
             for (int64_t d = 0; d < p.width; ++d)
                 Float::store(turned + d * z.columns + at + t, _mm512_i32gather_ps(steps, from + t * step + d, 4));
@@ -207,12 +205,12 @@ const char* forward(const attention_call& p) {
     const int64_t width = z.width, columns = z.columns;
     const int64_t floats = 2 * width * columns + ROWS * columns + 2 * ROWS * width;
     const int threads = p.threads > 1 ? p.threads : 1;
-    so2::Memory memory(threads * so2::Memory::size<float>(floats));
+    vector::Memory memory(threads * vector::Memory::size<float>(floats));
     if (!memory) return "not enough memory";
     float* all = memory.take<float>(0);
-    so2::in_parallel(threads, p.groups * p.kv_heads, [&](int64_t task, int thread) {
+    vector::in_parallel(threads, p.groups * p.kv_heads, [&](int64_t task, int thread) {
         const int64_t g = task / p.kv_heads, k = task % p.kv_heads;
-        float* keys = all + thread * (so2::Memory::size<float>(floats) / int64_t(sizeof(float)));
+        float* keys = all + thread * (vector::Memory::size<float>(floats) / int64_t(sizeof(float)));
         float* values = keys + width * columns;
         float* scores = values + width * columns;
         float *rows = scores + ROWS * columns, *mixed = rows + ROWS * width;
@@ -244,12 +242,12 @@ const char* backward(const attention_call& p) {
     const int64_t width = z.width, columns = z.columns;
     const int64_t floats = 5 * width * columns + 2 * ROWS * columns + 4 * ROWS * width;
     const int threads = p.threads > 1 ? p.threads : 1;
-    so2::Memory memory(threads * so2::Memory::size<float>(floats));
+    vector::Memory memory(threads * vector::Memory::size<float>(floats));
     if (!memory) return "not enough memory";
     float* all = memory.take<float>(0);
-    so2::in_parallel(threads, p.groups * p.kv_heads, [&](int64_t task, int thread) {
+    vector::in_parallel(threads, p.groups * p.kv_heads, [&](int64_t task, int thread) {
         const int64_t g = task / p.kv_heads, k = task % p.kv_heads;
-        float* keys = all + thread * (so2::Memory::size<float>(floats) / int64_t(sizeof(float)));
+        float* keys = all + thread * (vector::Memory::size<float>(floats) / int64_t(sizeof(float)));
         float* turned_keys = keys + width * columns;
         float* turned_values = turned_keys + width * columns;
         float* sum_keys = turned_values + width * columns;
@@ -260,8 +258,10 @@ const char* backward(const attention_call& p) {
         float* mixed = outs + ROWS * width;
         float scales[ROWS];
         for (float& x : scales) x = p.scale;
-        // Samples go backwards, so that what a prefix gathers from those that continue it is whole when its turn comes.
-        const int64_t first_sample = p.group[g], shared = p.owned[g] ? p.bounds[first_sample + 1] - p.bounds[first_sample] : 0;
+        // Samples go backwards, so that what a prefix gathers from those that continue it is whole when its turn
+        // comes.
+        const int64_t first_sample = p.group[g],
+                      shared = p.owned[g] ? p.bounds[first_sample + 1] - p.bounds[first_sample] : 0;
         pack(p, z, p.key, k, p.bounds[first_sample], p.bounds[first_sample] + shared, 0, keys, turned_keys);
         pack(p, z, p.value, k, p.bounds[first_sample], p.bounds[first_sample] + shared, 0, nullptr, turned_values);
         for (int64_t i = 0; i < shared * width; ++i) sum_keys[i] = sum_values[i] = 0;
@@ -289,7 +289,8 @@ const char* backward(const attention_call& p) {
                     // sum over keys of weight times its gradient, which softmax's backward subtracts
                     V total = Float::all(0);
                     for (int64_t d = 0; d < width; d += W)
-                        total = Float::fma(Float::load(grads + r * width + d), Float::load(outs + r * width + d), total);
+                        total =
+                            Float::fma(Float::load(grads + r * width + d), Float::load(outs + r * width + d), total);
                     const V mean = Float::all(whole(total));
                     for (int64_t j = own; j < end; ++j) slope[j] = 0;  // what lies there belongs to later tokens
                     for (int64_t j = 0; j < end; j += W) {
@@ -320,11 +321,11 @@ const char* backward(const attention_call& p) {
     return nullptr;
 }
 
-}  // namespace catmllm::attention::ATTENTION_SET
+const Table table = {
+    [](const attention_call* p) { return forward(*p); },
+    [](const attention_call* p) { return backward(*p); },
+};
 
-namespace catmllm::attention {
+}  // namespace catmllm::attention::VECTOR_SET
 
-const char* ATTENTION_FORWARD(const attention_call& p) { return ATTENTION_SET::forward(p); }
-const char* ATTENTION_BACKWARD(const attention_call& p) { return ATTENTION_SET::backward(p); }
-
-}  // namespace catmllm::attention
+#include "../vector/end.h"

@@ -1,15 +1,14 @@
-// The kernels of one instruction set. The three files kernels_*.cpp include this one, each with its own SO2_LEVEL, name
-// of the namespace, of the table and compiler target. A task is a block of rows.
+// The kernels of one instruction set, see vector/dispatch.h. A task is a block of rows.
 
-namespace catmllm::rows::ROWS_SET {
+#include "../vector/run.h"
+#include "table.h"
 
-struct Full {};
-struct Part {
-    int n;
-};
+#include "../vector/begin.h"
 
-#include "../so2/lanes.h"
-#include "../so2/functions.h"
+namespace catmllm::rows::VECTOR_SET {
+
+#include "../vector/lanes.h"
+#include "../vector/functions.h"
 
 using Float = Lanes<float>;
 typedef Float::Vec V;
@@ -68,7 +67,7 @@ inline V beyond(V v, Part w, float x) {
 }
 
 inline float whole(V v) {
-#if SO2_LEVEL == 2
+#if VECTOR_LEVEL == 2
     return _mm512_reduce_add_ps(v);
 #else
     return sum_of<float>(v);
@@ -78,18 +77,18 @@ inline float whole(V v) {
 // Calls f(first, end, thread) for blocks of rows.
 template <class F>
 void over_rows(int threads, int64_t rows, int64_t block, F f) {
-    so2::in_parallel(threads, (rows + block - 1) / block, [&](int64_t task, int thread) {
+    vector::in_parallel(threads, (rows + block - 1) / block, [&](int64_t task, int thread) {
         const int64_t first = task * block, end = first + block < rows ? first + block : rows;
         f(first, end, thread);
     });
 }
 
 template <class T>
-const char* log_softmax(int threads, int64_t rows, int64_t words, float scale, const int64_t* target, T* logits, bool keep,
-                        float* logprob, float* lse, float* entropy) {
+const char* log_softmax(int threads, int64_t rows, int64_t words, float scale, const int64_t* target, T* logits,
+                        bool keep, float* logprob, float* lse, float* entropy) {
     threads = threads > 1 ? threads : 1;
-    const int64_t line = so2::Memory::size<float>(words) / int64_t(sizeof(float));
-    so2::Memory memory(threads * line * int64_t(sizeof(float)));
+    const int64_t line = vector::Memory::size<float>(words) / int64_t(sizeof(float));
+    vector::Memory memory(threads * line * int64_t(sizeof(float)));
     if (!memory) return "not enough memory";
     float* lines = memory.take<float>(threads * line);
     const V factor = Float::all(scale);
@@ -177,11 +176,11 @@ const char* rms_norm(int threads, int64_t rows, int64_t width, float eps, const 
 }
 
 template <class T>
-const char* rms_norm_gradient(int threads, int64_t rows, int64_t width, const T* x, const T* weight, const float* inverse,
-                              const T* grad, T* grad_x, float* grad_weight) {
+const char* rms_norm_gradient(int threads, int64_t rows, int64_t width, const T* x, const T* weight,
+                              const float* inverse, const T* grad, T* grad_x, float* grad_weight) {
     enum { BLOCK = 64 };  // rows whose sum is kept apart, so that sums do not depend on the number of threads
     const int64_t blocks = (rows + BLOCK - 1) / BLOCK;
-    so2::Memory memory(blocks * width * int64_t(sizeof(float)) + 64);
+    vector::Memory memory(blocks * width * int64_t(sizeof(float)) + 64);
     if (!memory) return "not enough memory";
     float* sums = memory.take<float>(blocks * width);
     over_rows(threads, rows, BLOCK, [&](int64_t first, int64_t end, int) {
@@ -266,57 +265,50 @@ const char* swiglu_gradient(int threads, int64_t count, const T* gate, const T* 
 }
 
 // Calls a kernel with its void pointers as those of the dtype.
-#define ROWS_TYPED(call)                                     \
-    if (dtype == 0) {                                        \
-        using T = float;                                     \
-        return call;                                         \
-    } else {                                                 \
-        using T = BFloat16;                                  \
-        return call;                                         \
+#define ROWS_TYPED(call)    \
+    if (dtype == 0) {       \
+        using T = float;    \
+        return call;        \
+    } else {                \
+        using T = BFloat16; \
+        return call;        \
     }
 #define IN(x) static_cast<const T*>(x)
 #define OUT(x) static_cast<T*>(x)
 
-}  // namespace catmllm::rows::ROWS_SET
-
-namespace catmllm::rows {
-
-const Table ROWS_TABLE = {
+const Table table = {
     [](int32_t dtype, int32_t threads, int64_t rows, int64_t words, float scale, const int64_t* target, void* logits,
        int32_t keep, float* logprob, float* lse, float* entropy) -> const char* {
-        using namespace ROWS_SET;
         ROWS_TYPED(log_softmax(threads, rows, words, scale, target, OUT(logits), keep != 0, logprob, lse, entropy))
     },
     [](int32_t dtype, int32_t threads, int64_t rows, int64_t words, int64_t first, float scale, const int64_t* target,
-       const float* lse, const float* entropy, const float* grad, const float* grad_entropy, void* logits) -> const char* {
-        using namespace ROWS_SET;
+       const float* lse, const float* entropy, const float* grad, const float* grad_entropy,
+       void* logits) -> const char* {
         ROWS_TYPED(log_softmax_gradient(threads, rows, words, first, scale, target, lse, entropy, grad, grad_entropy,
                                         OUT(logits)))
     },
-    [](int32_t dtype, int32_t threads, int64_t rows, int64_t width, float eps, const void* x, const void* weight, void* out,
-       float* inverse) -> const char* {
-        using namespace ROWS_SET;
+    [](int32_t dtype, int32_t threads, int64_t rows, int64_t width, float eps, const void* x, const void* weight,
+       void* out, float* inverse) -> const char* {
         ROWS_TYPED(rms_norm(threads, rows, width, eps, IN(x), IN(weight), OUT(out), inverse))
     },
-    [](int32_t dtype, int32_t threads, int64_t rows, int64_t width, const void* x, const void* weight, const float* inverse,
-       const void* grad, void* grad_x, float* grad_weight) -> const char* {
-        using namespace ROWS_SET;
-        ROWS_TYPED(rms_norm_gradient(threads, rows, width, IN(x), IN(weight), inverse, IN(grad), OUT(grad_x), grad_weight))
+    [](int32_t dtype, int32_t threads, int64_t rows, int64_t width, const void* x, const void* weight,
+       const float* inverse, const void* grad, void* grad_x, float* grad_weight) -> const char* {
+        ROWS_TYPED(
+            rms_norm_gradient(threads, rows, width, IN(x), IN(weight), inverse, IN(grad), OUT(grad_x), grad_weight))
     },
     [](int32_t dtype, int32_t threads, int64_t tokens, int64_t heads, int64_t width, const void* x, const void* cos,
        const void* sin, int32_t transposed, void* out) -> const char* {
-        using namespace ROWS_SET;
         ROWS_TYPED(rotate(threads, tokens, heads, width, IN(x), IN(cos), IN(sin), transposed != 0, OUT(out)))
     },
     [](int32_t dtype, int32_t threads, int64_t count, const void* gate, const void* up, void* out) -> const char* {
-        using namespace ROWS_SET;
         ROWS_TYPED(swiglu(threads, count, IN(gate), IN(up), OUT(out)))
     },
-    [](int32_t dtype, int32_t threads, int64_t count, const void* gate, const void* up, const void* grad, void* grad_gate,
-       void* grad_up) -> const char* {
-        using namespace ROWS_SET;
+    [](int32_t dtype, int32_t threads, int64_t count, const void* gate, const void* up, const void* grad,
+       void* grad_gate, void* grad_up) -> const char* {
         ROWS_TYPED(swiglu_gradient(threads, count, IN(gate), IN(up), IN(grad), OUT(grad_gate), OUT(grad_up)))
     },
 };
 
-}  // namespace catmllm::rows
+}  // namespace catmllm::rows::VECTOR_SET
+
+#include "../vector/end.h"

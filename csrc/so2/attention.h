@@ -1,6 +1,6 @@
-// The logit of one edge and head: LayerNorm, SmoothLeakyReLU (0.2·y + 0.8·SiLU(y)), dot product. Always in double: the
-// softmax makes the gradient of `bias` a sum that cancels to a tenth of its terms, and 512 values an edge cost little
-// beside 20,000 grid points. Included by `kernels.h` inside the namespace of an instruction set.
+// The logit of one edge and head: LayerNorm, SmoothLeakyReLU (0.2·y + 0.8·SiLU(y)), dot product. Always in double:
+// the softmax makes the gradient of `bias` a sum that cancels to a tenth of its terms, and 512 values an edge cost
+// little beside 20,000 grid points. Included by `kernels.h` inside the namespace of an instruction set.
 
 template <class T>
 struct LogitWeights {
@@ -58,7 +58,8 @@ double logit(const T* a, int A, const LogitWeights<T>& p, const T* dot) {
     return sum_of<double>(sum);
 }
 
-// grad_a is written; grad_norm, grad_bias [A] and grad_dot [A] of this head are added to. `scratch` [A] is for this call.
+// grad_a is written; grad_norm, grad_bias [A] and grad_dot [A] of this head are added to. `scratch` [A] is for this
+// call.
 template <class T>
 void logit_back(const T* a, int A, const LogitWeights<T>& p, const T* dot, double grad, T* grad_a, double* grad_norm,
                 double* grad_bias, double* grad_dot, double* scratch) {

@@ -44,13 +44,14 @@ struct BackwardSpace {
 
     static Index widest(const Sizes& s) { return stride<T>(s.pair(0)); }
     static Index bytes(const Sizes& s) {
-        return Memory::size<T>(BLOCK * stride<T>(s.M * s.V)) + Memory::size<T>(BLOCK * stride<T>(s.M * s.H)) +
-               Memory::size<T>(BLOCK * widest(s)) + 2 * Memory::size<T>(s.V) +
-               Memory::size<T>(2 * DEPTH * panel_width<T>) + Memory::size<double>(s.A) +
-               Memory::size<double>(partial_size(s)) + Memory::size<Share<T>>(BLOCK);
+        return vector::Memory::size<T>(BLOCK * stride<T>(s.M * s.V)) +
+               vector::Memory::size<T>(BLOCK * stride<T>(s.M * s.H)) + vector::Memory::size<T>(BLOCK * widest(s)) +
+               2 * vector::Memory::size<T>(s.V) + vector::Memory::size<T>(2 * DEPTH * panel_width<T>) +
+               vector::Memory::size<double>(s.A) + vector::Memory::size<double>(partial_size(s)) +
+               vector::Memory::size<Share<T>>(BLOCK);
     }
     static Index partial_size(const Sizes& s) { return 2 * s.A + Index(s.heads) * s.A; }
-    void carve(const Sizes& s, Memory& memory) {
+    void carve(const Sizes& s, vector::Memory& memory) {
         value_step = stride<T>(s.M * s.V);
         after_step = stride<T>(s.M * s.H);
         radial_step = widest(s);
@@ -361,11 +362,13 @@ struct Backward {
     void chunk(int threads, const BackwardSpace<T>* spaces) {
         const Index blocks = (edges + BLOCK - 1) / BLOCK;
         const auto size = [&](Index b) { return edges - b * BLOCK < BLOCK ? edges - b * BLOCK : Index(BLOCK); };
-        in_parallel(threads, blocks, [&](Index b, int me) { through_activation(spaces[me], b * BLOCK, size(b)); });
-        in_parallel(threads, blocks, [&](Index b, int me) { through_rotation(spaces[me], b * BLOCK, size(b)); });
+        vector::in_parallel(threads, blocks,
+                            [&](Index b, int me) { through_activation(spaces[me], b * BLOCK, size(b)); });
+        vector::in_parallel(threads, blocks,
+                            [&](Index b, int me) { through_rotation(spaces[me], b * BLOCK, size(b)); });
         list_tasks();
         const Index panels = task_begin[n_tasks], groups = (p.nodes + NODES - 1) / NODES;
-        in_parallel(threads, panels + groups, [&](Index task, int me) {
+        vector::in_parallel(threads, panels + groups, [&](Index task, int me) {
             if (task < panels) {
                 int i = 0;
                 while (task_begin[i + 1] <= task) ++i;
@@ -415,9 +418,9 @@ const char* backward(const so2_message& p) {
     const int threads = p.threads > 0 ? p.threads : 1;
     b.capacity = BLOCK;
     Index per_block = 0;
-    b.each_array([&](T*&, Index n) { per_block += Memory::size<T>(n); });
+    b.each_array([&](T*&, Index n) { per_block += vector::Memory::size<T>(n); });
     const Index most = (CHUNK_BYTES / per_block > 1 ? CHUNK_BYTES / per_block : 1) * BLOCK;
-    Memory plan(Memory::size<Index>(p.nodes + 1) + Memory::size<Index>(p.nodes));
+    vector::Memory plan(vector::Memory::size<Index>(p.nodes + 1) + vector::Memory::size<Index>(p.nodes));
     if (!plan) return "out of memory";
     Index* limits = plan.take<Index>(p.nodes + 1);
     b.cursor = plan.take<Index>(p.nodes);
@@ -428,9 +431,9 @@ const char* backward(const so2_message& p) {
         if (edges > b.capacity) b.capacity = edges;
     }
     Index bytes = 0;
-    b.each_array([&](T*&, Index n) { bytes += Memory::size<T>(n); });
-    Memory memory(b.packed.bytes() + bytes + threads * BackwardSpace<T>::bytes(s) +
-                  Memory::size<BackwardSpace<T>>(threads));
+    b.each_array([&](T*&, Index n) { bytes += vector::Memory::size<T>(n); });
+    vector::Memory memory(b.packed.bytes() + bytes + threads * BackwardSpace<T>::bytes(s) +
+                          vector::Memory::size<BackwardSpace<T>>(threads));
     if (!memory) return "out of memory";
     b.packed.fill(memory, threads);
     b.each_array([&](T*& to, Index n) { to = memory.take<T>(n); });

@@ -56,16 +56,16 @@ struct PackedSet {
     }
     Index bytes() const {
         Index total = 0;
-        for (int i = 0; i < n; ++i) total += Memory::size<T>(list[i].size());
+        for (int i = 0; i < n; ++i) total += vector::Memory::size<T>(list[i].size());
         return total;
     }
-    void fill(Memory& memory, int threads) {
+    void fill(vector::Memory& memory, int threads) {
         Index begin[MOST + 1] = {};
         for (int i = 0; i < n; ++i) {
             list[i].panels = memory.take<T>(list[i].size());
             begin[i + 1] = begin[i] + list[i].count();
         }
-        in_parallel(threads, begin[n], [&](Index task, int) {
+        vector::in_parallel(threads, begin[n], [&](Index task, int) {
             int i = 0;
             while (begin[i + 1] <= task) ++i;
             list[i].pack_panel(task - begin[i]);
@@ -135,12 +135,13 @@ struct ForwardSpace {
         return stride<T>(most);
     }
     static Index bytes(const Sizes& s) {
-        return Memory::size<T>(BLOCK * widest(s)) + Memory::size<T>(BLOCK * s.extra) +
-               2 * Memory::size<T>(BLOCK * stride<T>(s.M * s.H)) + Memory::size<T>(BLOCK * stride<T>(s.M * s.V)) +
-               Memory::size<T>(BLOCK * s.V) + Memory::size<T>(BLOCK * s.heads) + Memory::size<T>(3 * s.heads) +
-               Memory::size<Share<T>>(BLOCK);
+        return vector::Memory::size<T>(BLOCK * widest(s)) + vector::Memory::size<T>(BLOCK * s.extra) +
+               2 * vector::Memory::size<T>(BLOCK * stride<T>(s.M * s.H)) +
+               vector::Memory::size<T>(BLOCK * stride<T>(s.M * s.V)) + vector::Memory::size<T>(BLOCK * s.V) +
+               vector::Memory::size<T>(BLOCK * s.heads) + vector::Memory::size<T>(3 * s.heads) +
+               vector::Memory::size<Share<T>>(BLOCK);
     }
-    void carve(const Sizes& s, Memory& memory) {
+    void carve(const Sizes& s, vector::Memory& memory) {
         pair_step = widest(s);
         value_step = stride<T>(s.M * s.V);
         pair = memory.take<T>(BLOCK * pair_step);
@@ -331,14 +332,15 @@ template <class T>
 const char* forward(const so2_message& p) {
     Forward<T> f(p);
     const int threads = p.threads > 0 ? p.threads : 1;
-    Memory memory(f.packed.bytes() + threads * (ForwardSpace<T>::bytes(f.s) + Memory::size<ForwardSpace<T>>(1)) +
-                  Memory::size<Index>(p.nodes + 1));
+    vector::Memory memory(f.packed.bytes() +
+                          threads * (ForwardSpace<T>::bytes(f.s) + vector::Memory::size<ForwardSpace<T>>(1)) +
+                          vector::Memory::size<Index>(p.nodes + 1));
     if (!memory) return "out of memory";
     f.packed.fill(memory, threads);
     auto* spaces = memory.take<ForwardSpace<T>>(threads);
     for (int i = 0; i < threads; ++i) spaces[i].carve(f.s, memory);
     Index* limits = memory.take<Index>(p.nodes + 1);
     const Index groups = group_targets(p.first, p.nodes, block_edges(p.edges), limits);
-    in_parallel(threads, groups, [&](Index g, int me) { f.targets(spaces[me], limits[g], limits[g + 1]); });
+    vector::in_parallel(threads, groups, [&](Index g, int me) { f.targets(spaces[me], limits[g], limits[g + 1]); });
     return nullptr;
 }

@@ -1,15 +1,14 @@
-// Everything that depends on the instruction set. The three files kernels_*.cpp include this one, each with its own
-// SO2_LEVEL, name of the namespace and compiler target.
+// Everything that depends on the instruction set, see vector/dispatch.h.
+#include "../vector/run.h"
+#include "sizes.h"
+#include "table.h"
 
-namespace catmllm::so2::SO2_SET {
+#include "../vector/begin.h"
 
-struct Full {};
-struct Part {
-    int n;
-};
+namespace catmllm::so2::VECTOR_SET {
 
-#include "lanes.h"
-#include "functions.h"
+#include "../vector/lanes.h"
+#include "../vector/functions.h"
 #include "product.h"
 #include "rotation.h"
 #include "activation.h"
@@ -18,22 +17,13 @@ struct Part {
 #include "backward.h"
 #include "sum.h"
 
-}  // namespace catmllm::so2::SO2_SET
+const Table table = {
+    [](const so2_message* p) { return p->dtype == 4 ? forward<float>(*p) : forward<double>(*p); },
+    [](const so2_message* p) { return p->dtype == 4 ? backward<float>(*p) : backward<double>(*p); },
+    [](const so2_sum* p) { return p->dtype == 4 ? sum_forward<float>(*p) : sum_forward<double>(*p); },
+    [](const so2_sum* p) { return p->dtype == 4 ? sum_backward<float>(*p) : sum_backward<double>(*p); },
+};
 
-namespace catmllm::so2 {
+}  // namespace catmllm::so2::VECTOR_SET
 
-const char* SO2_FORWARD(const so2_message& p) {
-    return p.dtype == 4 ? SO2_SET::forward<float>(p) : SO2_SET::forward<double>(p);
-}
-const char* SO2_BACKWARD(const so2_message& p) {
-    return p.dtype == 4 ? SO2_SET::backward<float>(p) : SO2_SET::backward<double>(p);
-}
-
-const char* SO2_SUM_FORWARD(const so2_sum& p) {
-    return p.dtype == 4 ? SO2_SET::sum_forward<float>(p) : SO2_SET::sum_forward<double>(p);
-}
-const char* SO2_SUM_BACKWARD(const so2_sum& p) {
-    return p.dtype == 4 ? SO2_SET::sum_backward<float>(p) : SO2_SET::sum_backward<double>(p);
-}
-
-}  // namespace catmllm::so2
+#include "../vector/end.h"

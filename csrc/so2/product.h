@@ -51,13 +51,13 @@ Tile<T> tile_of(int rows) {
             return tile<T, 3, DOWN, MINUS>;
         case 4:
             return tile<T, 4, DOWN, MINUS>;
-#if SO2_LEVEL >= 1
+#if VECTOR_LEVEL >= 1
         case 5:
             return tile<T, 5, DOWN, MINUS>;
         case 6:
             return tile<T, 6, DOWN, MINUS>;
 #endif
-#if SO2_LEVEL == 2
+#if VECTOR_LEVEL == 2
         case 7:
             return tile<T, 7, DOWN, MINUS>;
         case 8:

@@ -1,6 +1,6 @@
 #include "so2.h"
 
-#include "isa.h"
+#include "table.h"
 
 namespace catmllm::so2 {
 namespace {
@@ -35,36 +35,22 @@ const char* wrong(const so2_message& p) {
 
 using namespace catmllm::so2;
 
-#ifdef SO2_X86
-#define SO2_CHOOSE(name, p) \
-    return level() == 2 ? name##_avx512(p) : level() == 1 ? name##_avx2(p) : name##_portable(p)
-#else
-#define SO2_CHOOSE(name, p) return name##_portable(p)
-#endif
-
 const char* so2_forward(const so2_message* p) {
-    if (const char* error = wrong(*p)) return error;
-    SO2_CHOOSE(forward, *p);
+    const char* error = wrong(*p);
+    return error ? error : chosen().forward(p);
 }
 
 const char* so2_backward(const so2_message* p) {
-    if (const char* error = wrong(*p)) return error;
-    SO2_CHOOSE(backward, *p);
+    const char* error = wrong(*p);
+    return error ? error : chosen().backward(p);
 }
 
 const char* so2_sum_forward(const so2_sum* p) {
-    if (const char* error = wrong(*p)) return error;
-    SO2_CHOOSE(sum_forward, *p);
+    const char* error = wrong(*p);
+    return error ? error : chosen().sum_forward(p);
 }
 
 const char* so2_sum_backward(const so2_sum* p) {
-    if (const char* error = wrong(*p)) return error;
-    SO2_CHOOSE(sum_backward, *p);
+    const char* error = wrong(*p);
+    return error ? error : chosen().sum_backward(p);
 }
-
-const char* so2_isa() { return level() == 2 ? "avx512" : level() == 1 ? "avx2" : "portable"; }
-
-#ifndef SO2_SOURCES
-#define SO2_SOURCES ""
-#endif
-const char* so2_sources() { return SO2_SOURCES; }

@@ -6,11 +6,7 @@
 #pragma once
 #include <cstdint>
 
-#ifdef _WIN32
-#define SO2_API extern "C" __declspec(dllexport)
-#else
 #define SO2_API extern "C" __attribute__((visibility("default")))
-#endif
 
 enum { SO2_MAX_LMAX = 8 };
 
@@ -66,12 +62,8 @@ struct so2_sum {
     void *grad_values, *grad_attention;
 };
 
-// All return null, or a message that says what is wrong. Instruction set: the widest that the machine has and CATMLLM_SO2_ISA
-// (avx512, avx2, portable) allows.
+// All return null, or a message that says what is wrong. The instruction set is chosen as vector/level.h says.
 SO2_API const char* so2_forward(const so2_message*);
 SO2_API const char* so2_backward(const so2_message*);
 SO2_API const char* so2_sum_forward(const so2_sum*);
 SO2_API const char* so2_sum_backward(const so2_sum*);
-SO2_API const char* so2_isa();
-// Digest of the sources that it was built from, for a caller that has them; empty where the build gave none.
-SO2_API const char* so2_sources();

@@ -13,7 +13,7 @@ struct Sum {
     const Rows rows;
     const Index width;
     T scale[SO2_MAX_LMAX + 1];
-    Memory memory;
+    vector::Memory memory;
     SumSpace<T>* spaces = nullptr;
     int threads;
 
@@ -22,8 +22,9 @@ struct Sum {
           rows(p.lmax, p.mmax, p.rows == p.lmax + 1),
           width(Index(p.heads) * p.value),
           memory(Index(p.threads > 0 ? p.threads : 1) *
-                     (Memory::size<T>(BLOCK * width) + Memory::size<T>(width) + Memory::size<Share<T>>(BLOCK)) +
-                 Memory::size<SumSpace<T>>(p.threads > 0 ? p.threads : 1)),
+                     (vector::Memory::size<T>(BLOCK * width) + vector::Memory::size<T>(width) +
+                      vector::Memory::size<Share<T>>(BLOCK)) +
+                 vector::Memory::size<SumSpace<T>>(p.threads > 0 ? p.threads : 1)),
           threads(p.threads > 0 ? p.threads : 1) {
         for (int l = 0; l <= p.lmax; ++l) scale[l] = T(__builtin_sqrt(rows.lost_square(l)));
         if (!memory) return;
@@ -68,7 +69,7 @@ template <class T>
 const char* sum_forward(const so2_sum& p) {
     Sum<T> s(p);
     if (!s.spaces) return "out of memory";
-    in_parallel(s.threads, p.nodes, [&](Index target, int me) { s.forward(target, s.spaces[me]); });
+    vector::in_parallel(s.threads, p.nodes, [&](Index target, int me) { s.forward(target, s.spaces[me]); });
     return nullptr;
 }
 
@@ -77,7 +78,7 @@ const char* sum_backward(const so2_sum& p) {
     Sum<T> s(p);
     if (!s.spaces) return "out of memory";
     const Index blocks = (p.edges + BLOCK - 1) / BLOCK;
-    in_parallel(s.threads, blocks, [&](Index block, int me) {
+    vector::in_parallel(s.threads, blocks, [&](Index block, int me) {
         for (Index e = block * BLOCK; e < p.edges && e < (block + 1) * BLOCK; ++e) s.backward(e, s.spaces[me]);
     });
     return nullptr;

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import ctypes
 from functools import cache
-from importlib.machinery import EXTENSION_SUFFIXES
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
+
+from catmllm_kernels import native
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _WHOLE, _LONG, _REAL, _ARRAY = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
@@ -32,17 +32,10 @@ _ARGUMENTS: dict[str, list[Any]] = {
 
 
 @cache
-def _library() -> ctypes.CDLL | None:
-    """The shared library that the package was built with, or None."""
-    for suffix in EXTENSION_SUFFIXES:
-        path = Path(__file__).parent / f"_rows{suffix}"
-        if path.exists():
-            library = ctypes.CDLL(str(path))
-            for name, arguments in _ARGUMENTS.items():
-                function = getattr(library, f"rows_{name}")
-                function.restype, function.argtypes = ctypes.c_char_p, [_WHOLE, _WHOLE, *arguments]
-            return library
-    return None
+def _function(name: str) -> Any:
+    function = native.function("rows", name)
+    function.argtypes = [_WHOLE, _WHOLE, *_ARGUMENTS[name]]
+    return function
 
 
 def unfit(x: Tensor) -> str:
@@ -51,9 +44,7 @@ def unfit(x: Tensor) -> str:
         return f"the tensors are on {x.device.type}"
     if x.dtype not in _DTYPES:
         return f"{x.dtype} is for torch's own operators"
-    if _library() is None:
-        return "catmllm_kernels/_rows was not built; `pip install .` from the sources builds it"
-    return ""
+    return native.unfit("rows")
 
 
 def call(name: str, dtype: torch.dtype, *arguments: Tensor | float | None) -> None:
@@ -64,6 +55,4 @@ def call(name: str, dtype: torch.dtype, *arguments: Tensor | float | None) -> No
     if any(isinstance(x, FakeTensor) for x in arguments):
         return
     plain = [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]
-    answer = getattr(_library(), f"rows_{name}")(_DTYPES[dtype], torch.get_num_threads(), *plain)
-    if answer is not None:
-        raise RuntimeError(f"rows_{name}: {answer.decode()}")
+    _function(name)(_DTYPES[dtype], torch.get_num_threads(), *plain)

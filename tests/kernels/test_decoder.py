@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
 
-from catmllm_kernels import decoder, rows
+from catmllm_kernels import decoder, native
 from catmllm_kernels.decoder import reference
 from catmllm_kernels.linear_logprob import cpu, linear_logprobs
 
@@ -66,7 +66,7 @@ def close(found: list[Any], expected: list[Any], bound: float) -> None:
 def test_it_is_the_definition_in_float64(
     name: str, dtype: torch.dtype, isa: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("CATMLLM_SO2_ISA", isa)
+    monkeypatch.setenv("CATMLLM_ISA", isa)
     for size in ((1, 1, 1, 2), (5, 6, 2, 32), (130, 3, 1, 38)):
         ours, definition, arguments, count = problems(*size)[name]
         rounded = [x.to(dtype).double() if isinstance(x, torch.Tensor) else x for x in arguments]
@@ -124,7 +124,7 @@ def test_they_are_transformers_own() -> None:
 
 @pytest.mark.parametrize("isa", SETS)
 def test_extreme_values(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CATMLLM_SO2_ISA", isa)
+    monkeypatch.setenv("CATMLLM_ISA", isa)
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.tensor([0.0, -0.0, 1e30, -1e30, 90, -90, torch.inf, torch.nan], dtype=dtype)
         one = torch.ones_like(x).requires_grad_()
@@ -150,7 +150,7 @@ def test_rounding_to_bfloat16_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None
     zero, one = torch.zeros(len(x), 2), torch.ones(len(x), 2)
     pair = torch.stack([x, x], 1)[:, None]
     for isa in SETS:
-        monkeypatch.setenv("CATMLLM_SO2_ISA", isa)
+        monkeypatch.setenv("CATMLLM_ISA", isa)
         same, _ = decoder.rotate(pair, pair, one, zero)
         assert torch.equal(same, pair)
         half = pair.bfloat16()
@@ -213,7 +213,7 @@ def test_log_probabilities_and_entropies_with_their_gradients(
     isa: str, dtype: torch.dtype, keep: bool, entropy: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each instruction set, and torch's operators, which stand in where the library is missing."""
-    monkeypatch.setenv("CATMLLM_SO2_ISA", isa)
+    monkeypatch.setenv("CATMLLM_ISA", isa)
     if isa == "torch":
         monkeypatch.setattr(cpu, "one_pass", lambda z: False)
     monkeypatch.setattr(cpu, "KEEP", 10**6 if keep else 0)
@@ -248,7 +248,7 @@ def test_log_probabilities_and_entropies_with_their_gradients(
 def test_a_missing_library_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
     from catmllm_kernels import backend
 
-    monkeypatch.setattr(rows, "_library", lambda: None)
+    monkeypatch.setattr(native, "library", lambda name: f"_{name} was not built")
     backend.warn_once.cache_clear()
     with pytest.warns(UserWarning, match="_rows was not built"):
         assert not decoder.fits(torch.ones(2))

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import subprocess
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from catmllm_kernels import backend
+from catmllm_kernels import native
 from catmllm_kernels.escn import Sphere, cpu, edge_attention, edge_graph, reference, rotate_back_sum
 from catmllm_kernels.escn.cases import Size, inputs
 from catmllm_kernels.escn.layout import EdgeAttention, gradients_of, n_rows
@@ -41,8 +39,8 @@ def forced(monkeypatch):
 
 @pytest.fixture(params=SETS)
 def instruction_set(request, monkeypatch):
-    monkeypatch.setenv("CATMLLM_SO2_ISA", request.param)
-    if cpu.instruction_set() != request.param:
+    monkeypatch.setenv("CATMLLM_ISA", request.param)
+    if native.instruction_set() != request.param:
         pytest.skip(f"this machine has no {request.param}")
 
 
@@ -332,32 +330,3 @@ def test_an_edge_from_or_to_nowhere_is_an_error(edge):
     order = edge_index[1].argsort(stable=True)
     with pytest.raises(IndexError, match="outside the 4 nodes"):
         cpu.edge_attention_forward(a._replace(graph=edge_graph(edge_index[:, order], 4)), False)
-
-
-def test_a_library_that_was_not_built_says_so(monkeypatch, tmp_path):
-    monkeypatch.setattr(cpu, "__file__", str(tmp_path / "catmllm_kernels" / "escn" / "cpu.py"))
-    why = cpu._library.__wrapped__()
-    assert "was not built" in why and "pip install" in why
-    monkeypatch.setattr(cpu, "_library", lambda: why)
-    a = inputs(Size(2, 1, "gate", (1,)), torch.float32, CPU)
-    with pytest.raises(RuntimeError, match="pip install"):
-        edge_attention(a)
-    monkeypatch.delenv("CATMLLM_KERNELS")
-    backend.warn_once.cache_clear()
-    with pytest.warns(UserWarning, match=r"escn runs by its plain definition.* was not built; `pip install"):
-        assert edge_attention(a).isfinite().all()  # by the reference
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # once is enough
-        assert edge_attention(a).isfinite().all()
-
-
-def test_a_library_of_other_sources_is_not_run(tmp_path):
-    """Its arguments may lie elsewhere: it would read and write wild memory."""
-    (path,) = Path(cpu.__file__).parents[1].glob("_so2*.so")
-    (tmp_path / "so2.h").write_text("// edited since")
-    assert "built from other sources" in cpu._opened(path, tmp_path)
-    assert not isinstance(cpu._opened(path, tmp_path / "a wheel has none"), str)
-    (tmp_path / "old.c").write_text("const char *so2_isa(void) { return 0; }")
-    old = tmp_path / "_so2.so"
-    subprocess.run(["cc", "-shared", "-fPIC", "-o", old, tmp_path / "old.c"], check=True)
-    assert "older version" in cpu._opened(old, tmp_path)

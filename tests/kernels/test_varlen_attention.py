@@ -11,7 +11,7 @@ from torch._subclasses import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from catmllm_kernels import backend
+from catmllm_kernels import backend, native
 from catmllm_kernels.varlen_attention import continued, cpu, reference, varlen_attention
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -135,7 +135,7 @@ def test_a_sample_that_continues_another_sees_it(
     """Output and gradients, those that a prompt gets from its answers included, are the dense definition's."""
     if path == "reference" or dtype != torch.float64:
         monkeypatch.setenv("CATMLLM_KERNELS", path)
-    monkeypatch.setenv("CATMLLM_SO2_ISA", isa)
+    monkeypatch.setenv("CATMLLM_ISA", isa)
     tensors, bounds = problem(LENGTHS, width=20, device=device)
     owner = torch.tensor(OWNERS, device=device)
     prefix = continued(bounds, owner)
@@ -192,7 +192,7 @@ def test_the_library_is_there_and_is_used(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_missing_library_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "_library", lambda: None)
+    monkeypatch.setattr(native, "library", lambda name: f"_{name} was not built")
     backend.warn_once.cache_clear()
     (q, k, v, _), bounds = problem([5, 3])
     with pytest.warns(

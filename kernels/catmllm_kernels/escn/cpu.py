@@ -1,23 +1,21 @@
 """The edge path on a CPU, by the library behind csrc/so2 (AVX-512, AVX2 or portable, chosen at run time).
 
 float32 and float64 run as they are; float16 and bfloat16 run in float32 and are rounded at the end. As many threads as
-torch has; results do not depend on their number. CATMLLM_SO2_ISA=avx2|portable limits the instruction set.
+torch has; results do not depend on their number. CATMLLM_ISA=avx2|portable limits the instruction set.
 """
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
-from functools import cache
-from importlib.machinery import EXTENSION_SUFFIXES
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from catmllm_kernels import native
 from catmllm_kernels.escn.layout import EdgeAttention, EdgeGraph, gradients_of, n_rows
 
+instruction_set = native.instruction_set  # benches ask here, of older commits too
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _MOST_LMAX = 8
 _ORDERS = ctypes.c_void_p * (_MOST_LMAX + 1)
@@ -64,44 +62,9 @@ class _Sum(ctypes.Structure):
     ]
 
 
-REBUILD = "`pip install -e . --no-deps` in the sources (with a C++17 compiler) builds it"
-
-
-@cache
-def _library() -> ctypes.CDLL | str:
-    """The shared library that the package was built with, or why there is none to run."""
-    folder = Path(__file__).parents[1]
-    for suffix in EXTENSION_SUFFIXES:
-        path = folder / f"_so2{suffix}"
-        if path.exists():
-            return _opened(path, folder.parents[1] / "csrc" / "so2")
-    return f"catmllm_kernels/_so2 was not built; {REBUILD}"
-
-
-def _opened(path: Path, sources: Path) -> ctypes.CDLL | str:
-    """The library at `path`, or why it must not run: it is not of `sources`, where those are there (else it came with this file)."""
-    library = ctypes.CDLL(str(path))
-    names = ("forward", "backward", "sum_forward", "sum_backward", "isa", "sources")
-    if any(not hasattr(library, f"so2_{name}") for name in names):
-        return f"{path} is of an older version; {REBUILD} again"
-    for name in names:
-        getattr(library, f"so2_{name}").restype = ctypes.c_char_p
-    files = sorted(f for f in sources.glob("*") if f.suffix in (".h", ".cpp"))
-    digest = hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
-    if files and library.so2_sources().decode() != digest:
-        return f"{path} was built from other sources than those in {sources}; {REBUILD} again"
-    return library
-
-
-def instruction_set() -> str:
-    """`avx512`, `avx2` or `portable`: what the library runs on this machine."""
-    return _call("isa")
-
-
 def unfit(x: Tensor) -> str:
     """Why these nodes cannot be handled here, or nothing."""
-    library = _library()
-    return library if isinstance(library, str) else ""
+    return native.unfit("so2")
 
 
 def edge_attention_forward(a: EdgeAttention, save: bool) -> tuple[Tensor, ...]:
@@ -257,11 +220,5 @@ def _sum(
     return message, tensors
 
 
-def _call(name: str, *arguments: ctypes.Structure) -> str:
-    library = _library()
-    if isinstance(library, str):
-        raise RuntimeError(library)
-    answer = getattr(library, f"so2_{name}")(*map(ctypes.byref, arguments))
-    if arguments and answer is not None:
-        raise RuntimeError(f"so2_{name}: {answer.decode()}")
-    return answer.decode() if answer else ""
+def _call(name: str, arguments: ctypes.Structure) -> None:
+    native.function("so2", name)(ctypes.byref(arguments))

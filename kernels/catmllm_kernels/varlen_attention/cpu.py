@@ -6,15 +6,13 @@ fifth of the time of torch's products sample by sample. Results do not depend on
 from __future__ import annotations
 
 import ctypes
-from functools import cache
-from importlib.machinery import EXTENSION_SUFFIXES
 from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from catmllm_kernels import native
 from catmllm_kernels.varlen_attention.layout import Attention, samples
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -32,25 +30,9 @@ class _Call(ctypes.Structure):
     ]
 
 
-@cache
-def _library() -> ctypes.CDLL | None:
-    """The shared library that the package was built with, or None."""
-    folder = Path(__file__).parents[1]
-    for suffix in EXTENSION_SUFFIXES:
-        path = folder / f"_attention{suffix}"
-        if path.exists():
-            library = ctypes.CDLL(str(path))
-            for name in ("forward", "backward"):
-                getattr(library, f"attention_{name}").restype = ctypes.c_char_p
-            return library
-    return None
-
-
 def unfit(x: Tensor) -> str:
     """Why these tensors cannot be handled here, or nothing."""
-    if _library() is None:
-        return "catmllm_kernels/_attention was not built; `pip install .` from the sources builds it"
-    return ""
+    return native.unfit("attention")
 
 
 def forward(a: Attention) -> Tensor:
@@ -99,6 +81,4 @@ def _run(name: str, a: Attention, tensors: list[Tensor], *rest: Tensor) -> None:
         **dict(zip(names, (t.data_ptr() for t in rest))),
     )
     call.bounds, call.group, call.owned = (ctypes.cast(array, ctypes.c_void_p) for array in arrays)
-    answer = getattr(_library(), f"attention_{name}")(ctypes.byref(call))
-    if answer is not None:
-        raise RuntimeError(f"attention_{name}: {answer.decode()}")
+    native.function("attention", name)(ctypes.byref(call))

@@ -1,6 +1,7 @@
-// The functions of rows.h in each instruction set, as `rows.cpp` chooses between them: one table of pointers a set.
+// The functions of rows.h in each instruction set.
 #pragma once
-#include "../so2/isa.h"
+
+#include "../vector/dispatch.h"
 #include "rows.h"
 
 namespace catmllm::rows {
@@ -14,7 +15,6 @@ struct Table {
     decltype(&rows_swiglu) swiglu;
     decltype(&rows_swiglu_gradient) swiglu_gradient;
 };
-
-extern const Table avx512_table, avx2_table, portable_table;
+VECTOR_SETS(Table)
 
 }  // namespace catmllm::rows

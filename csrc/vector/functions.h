@@ -1,4 +1,4 @@
-// exp, the logistic function and SiLU on vectors. Included by `kernels.h` inside the namespace of an instruction set.
+// exp, the logistic function and SiLU on vectors. Included behind lanes.h.
 
 template <class T>
 struct Exponential;

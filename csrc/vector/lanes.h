@@ -1,11 +1,17 @@
-// Vectors of floats and doubles of one instruction set. Included inside a namespace of that set by `kernels.h`, never
-// on its own: SO2_LEVEL is 2 (AVX-512), 1 (AVX2 with FMA) or 0 (whatever the compiler makes of 16-byte vectors).
-// Arithmetic is by the compilers' vector extension; what it lacks is here.
+// Vectors of floats and doubles of one instruction set. Included inside a namespace of that set by a library's
+// `kernels.h`, never on its own: VECTOR_LEVEL is 2 (AVX-512), 1 (AVX2 with FMA) or 0 (whatever the compiler makes of
+// 16-byte vectors). Arithmetic is by the compilers' vector extension; what it lacks is here.
+
+// The width of a whole vector, and of one that ends after n lanes.
+struct Full {};
+struct Part {
+    int n;
+};
 
 template <class T>
 struct Lanes;
 
-#if SO2_LEVEL == 2
+#if VECTOR_LEVEL == 2
 
 template <>
 struct Lanes<float> {
@@ -47,7 +53,7 @@ struct Lanes<double> {
     static Vec inverse(Vec a) { return all(1) / a; }
 };
 
-#elif SO2_LEVEL == 1
+#elif VECTOR_LEVEL == 1
 
 template <>
 struct Lanes<float> {

@@ -3,7 +3,7 @@
 #pragma once
 #include <cstdint>
 
-namespace catmllm::so2 {
+namespace catmllm::vector {
 
 // body(context, task, thread) for every task, dynamically over the threads; returns when all are done.
 void run_tasks(int threads, std::int64_t tasks, void (*body)(void*, std::int64_t, int), void* context);
@@ -38,4 +38,4 @@ class Memory {
     unsigned char *begin_, *next_;
 };
 
-}  // namespace catmllm::so2
+}  // namespace catmllm::vector

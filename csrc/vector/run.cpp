@@ -7,7 +7,7 @@
 #include <omp.h>
 #endif
 
-namespace catmllm::so2 {
+namespace catmllm::vector {
 
 void run_tasks(int threads, std::int64_t tasks, void (*body)(void*, std::int64_t, int), void* context) {
     if (threads > tasks) threads = int(tasks);
@@ -40,4 +40,4 @@ Memory::Memory(std::int64_t bytes)
 
 Memory::~Memory() { ::operator delete(begin_, std::align_val_t(64)); }
 
-}  // namespace catmllm::so2
+}  // namespace catmllm::vector
