@@ -94,14 +94,18 @@ bench: setup  ## every benchmark that can run here; QUICK=--quick makes them sho
 tables: setup  ## the figures of README.md and docs/ from bench/results
 	$(BIN)/python bench/tables.py
 
-lint: setup  ## Python; csrc has .clang-format
+SOURCES := $(wildcard csrc/*/*.h csrc/*/*.cpp)
+
+lint: setup  ## layout and rules of Python and C++, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
 
 format: setup  ## write what the formatter and the linter can mend
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+	$(BIN)/clang-format -i $(SOURCES)
 
 # What goes to an index: the sdist, and from it a manylinux wheel for each Python, every one tried in an empty environment.
 # auditwheel names the oldest system that the wheels run on: that of the compiler here. libgomp stays outside: the encoder's library
@@ -124,6 +128,7 @@ clean:  ## remove what builds and linters left
 # The C++ engine of the reward: rebuilt in place, its unit tests under both sanitizers, its fuzzer.
 ENGINE      := $(wildcard csrc/cif/*.cpp csrc/geometry/*.cpp csrc/pvcp/*.cpp)
 CLANG       ?= clang++
+SANITIZERS  := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 FUZZ_SECONDS ?= 1800
 
 engine: setup  ## build the libraries of csrc again, in place
@@ -131,13 +136,17 @@ engine: setup  ## build the libraries of csrc again, in place
 
 test-engine:  ## unit tests of the reward's C++ engine under both sanitizers
 	mkdir -p build
-	$(CXX) -std=c++17 -O1 -g -Wno-psabi -fsanitize=address,undefined -fno-sanitize-recover=undefined -o build/test_engine csrc/tests/test_engine.cpp $(ENGINE) -lpthread
+	$(CXX) -std=c++17 -O1 -g -Wno-psabi $(SANITIZERS) -o build/test_engine csrc/tests/test_engine.cpp $(ENGINE) -lpthread
 	build/test_engine
 
-test-so2:  ## the CPU kernels of the encoder, every instruction set, under both sanitizers
+KERNELS := so2 attention rows
+
+test-so2: $(KERNELS:%=build/test_%)  ## unit tests of the CPU kernels, every instruction set, under both sanitizers
+	for name in $(KERNELS); do build/test_$$name || exit 1; done
+
+$(KERNELS:%=build/test_%): build/test_%: csrc/tests/test_%.cpp csrc/tests/check.h $(wildcard csrc/vector/* csrc/so2/* csrc/attention/* csrc/rows/*)
 	mkdir -p build
-	$(CXX) -std=c++17 -O1 -g -fopenmp -fsanitize=address,undefined -fno-sanitize-recover=undefined -Wno-psabi -o build/test_so2 csrc/tests/test_so2.cpp $(wildcard csrc/so2/*.cpp)
-	build/test_so2
+	$(CXX) -std=c++17 -O1 -g -fopenmp $(SANITIZERS) -Wno-psabi '-DVECTOR_KERNELS="../$*/kernels.h"' -o $@ $< $(wildcard csrc/$*/*.cpp csrc/vector/*.cpp)
 
 fuzz:  ## libFuzzer, needs clang; starts from what earlier runs found
 	mkdir -p build/fuzz_corpus

@@ -86,8 +86,8 @@ bool has_digit(std::string_view s) {
 bool is_operation(std::string_view s) {
     const auto speaks = [](char c) { return is_digit(byte(c)) || std::string_view("xyzXYZ").find(c) != kNowhere; };
     return std::any_of(s.begin(), s.end(), speaks) && std::all_of(s.begin(), s.end(), [](char c) {
-        return is_digit(byte(c)) || std::string_view("xyzXYZ+-*/., ").find(c) != kNowhere;
-    });
+               return is_digit(byte(c)) || std::string_view("xyzXYZ+-*/., ").find(c) != kNowhere;
+           });
 }
 
 // A name of the CIF dictionaries, `_cell_length_a`: lower case first, several parts. Emphasis (`_Note_`) is none.
@@ -95,8 +95,8 @@ bool is_data_name(std::string_view s) {
     if (s.size() < 4 || !is_lower(byte(s[1]))) return false;
     const std::size_t second = s.find_first_of("_.", 1);
     return second != kNowhere && second + 1 < s.size() && std::all_of(s.begin(), s.end(), [](char c) {
-        return cif::is_alpha(byte(c)) || is_digit(byte(c)) || std::string_view("_.-/%[]").find(c) != kNowhere;
-    });
+               return cif::is_alpha(byte(c)) || is_digit(byte(c)) || std::string_view("_.-/%[]").find(c) != kNowhere;
+           });
 }
 
 enum class Kind : std::uint8_t { kAny, kName, kNumber, kCoordinate, kSymbol, kLabel, kOperation };
@@ -133,7 +133,8 @@ class Reader {
 
     // How much of such a line: words behind a whole row of sites that are neither numbers nor begin a row do not.
     std::size_t length_of_row(std::string_view line) const {
-        if (value_wanted_ || !loop_ || filled_ != 0 || words_.size() <= kinds_.size() || !has_coordinates()) return line.size();
+        if (value_wanted_ || !loop_ || filled_ != 0 || words_.size() <= kinds_.size() || !has_coordinates())
+            return line.size();
         const Word& extra = words_[kinds_.size()];
         if (!is_row() || is_number(extra.text) || element_letters(extra.text) != 0) return line.size();
         return static_cast<std::size_t>(extra.text.data() - line.data());
@@ -177,8 +178,11 @@ class Reader {
     void forget() { *this = Reader(); }
 
   private:
-    bool has_coordinates() const { return std::find(kinds_.begin(), kinds_.end(), Kind::kCoordinate) != kinds_.end(); }
-    // A row of at least as many words as columns: its coordinates must be numbers where it has any, else all must fit.
+    bool has_coordinates() const {
+        return std::find(kinds_.begin(), kinds_.end(), Kind::kCoordinate) != kinds_.end();
+    }
+    // A row of at least as many words as columns: its coordinates must be numbers where it has any, else all must
+    // fit.
     bool is_row() const {
         for (std::size_t i = 0; i < kinds_.size(); ++i)
             if (kinds_[i] == Kind::kCoordinate && !is_number(words_[i].text)) return false;

@@ -62,20 +62,25 @@ bool is_one_of(std::string_view word, const std::string_view (&list)[n]) {
 
 // ---------------------------------------------------------------------------------------------------- tags
 
-constexpr std::string_view kReasoning[] = {
-    "think",    "thinking",   "thought",  "thoughts",         "reasoning", "reason",
-    "rationale", "reflection", "analysis", "begin_of_thought", "scratchpad"};
+constexpr std::string_view kReasoning[] = {"think",     "thinking",         "thought",   "thoughts",
+                                           "reasoning", "reason",           "rationale", "reflection",
+                                           "analysis",  "begin_of_thought", "scratchpad"};
 // Of HTML, inside a line of text; CIF files write `H<sub>2</sub>O`.
 constexpr std::string_view kFormatting[] = {"sub", "sup", "i", "b", "em", "strong", "u", "br", "small", "tt"};
-constexpr std::string_view kTokens[] = {"eos", "bos", "pad", "unk", "s",    "eot",  "eod", "eom",
-                                        "end", "sep", "cls", "mask", "end_of_turn", "endofturn"};
-constexpr std::string_view kEndsOfTurn[] = {
-    "im_end", "endoftext", "eot_id", "end_of_text", "end", "return", "eom_id", "end_of_turn", "endofturn", "eos", "eot"};
-constexpr std::string_view kRoles[] = {
-    "<|im_start|>assistant", "<|im_start|> assistant", "<|start_header_id|>assistant<|end_header_id|>",
-    "<|start|>assistant",    "<|assistant|>",          "<start_of_turn>model",
-    "<|channel|>final",      "[/INST]",                "<|im_start|>\nassistant",
-    "<|start_header_id|> assistant <|end_header_id|>"};
+constexpr std::string_view kTokens[] = {"eos", "bos", "pad", "unk", "s",    "eot",         "eod",
+                                        "eom", "end", "sep", "cls", "mask", "end_of_turn", "endofturn"};
+constexpr std::string_view kEndsOfTurn[] = {"im_end", "endoftext",   "eot_id",    "end_of_text", "end", "return",
+                                            "eom_id", "end_of_turn", "endofturn", "eos",         "eot"};
+constexpr std::string_view kRoles[] = {"<|im_start|>assistant",
+                                       "<|im_start|> assistant",
+                                       "<|start_header_id|>assistant<|end_header_id|>",
+                                       "<|start|>assistant",
+                                       "<|assistant|>",
+                                       "<start_of_turn>model",
+                                       "<|channel|>final",
+                                       "[/INST]",
+                                       "<|im_start|>\nassistant",
+                                       "<|start_header_id|> assistant <|end_header_id|>"};
 
 // `<name ...>`, `</name>`, `<|name|>`, `[NAME]` and `[/NAME]`.
 struct Tag {
@@ -182,7 +187,8 @@ std::size_t find_inline_block(std::string_view s, std::size_t from) {
         }
         near = near.substr(0, next_line(near, second));
         for (std::size_t i = 5; i + 1 < near.size(); ++i)
-            if (is_space_or_unicode(byte(near[i])) && (near[i + 1] == '_' || starts_with(near.substr(i + 1), "loop_")))
+            if (is_space_or_unicode(byte(near[i])) &&
+                (near[i + 1] == '_' || starts_with(near.substr(i + 1), "loop_")))
                 return at;
     }
     return kNowhere;
@@ -229,7 +235,8 @@ class Borders {
         return nearest;
     }
 
-    // The end of the text field of the CIF that `at` is in, else `at`. Its lines may be indented or quoted as the CIF is.
+    // The end of the text field of the CIF that `at` is in, else `at`. Its lines may be indented or quoted as the CIF
+    // is.
     std::size_t behind_field(std::size_t at, std::size_t block) {
         if (block != block_) {
             block_ = block;
@@ -268,7 +275,8 @@ class Borders {
             s_[tag.end] != '<')
             return false;
         for (std::size_t i = 0; i < before.size(); ++i) {  // in quotes
-            if ((before[i] != '\'' && before[i] != '"') || (i > 0 && !is_space_or_unicode(byte(before[i - 1])))) continue;
+            if ((before[i] != '\'' && before[i] != '"') || (i > 0 && !is_space_or_unicode(byte(before[i - 1]))))
+                continue;
             std::size_t close = before.find(before[i], i + 1);
             while (close != kNowhere && close + 1 < before.size() && !is_space_or_unicode(byte(before[close + 1])))
                 close = before.find(before[i], close + 1);
@@ -281,7 +289,8 @@ class Borders {
         // the value of a key, as it stands
         std::size_t key = 0;
         while (key < before.size() && (before[key] == '>' || is_space_or_unicode(byte(before[key])))) ++key;
-        if (key < before.size() && before[key] == '_' && !tag.closes && !tag.special && s_[tag.begin] == '<') return false;
+        if (key < before.size() && before[key] == '_' && !tag.closes && !tag.special && s_[tag.begin] == '<')
+            return false;
         return true;
     }
 
@@ -440,7 +449,8 @@ class Finder {
                 if (begin > line && with_prefix(s, line, begin)) return true;
             }
             // The usual case is tried first: this one is the last and ends in a row.
-            if (s.find("data_", begin + 5) == kNowhere && ends_in_row(s.substr(begin)) && candidate(s.substr(begin), 1))
+            if (s.find("data_", begin + 5) == kNowhere && ends_in_row(s.substr(begin)) &&
+                candidate(s.substr(begin), 1))
                 return true;
             const std::size_t end = begin + length_of_cif(s.substr(begin));
             found.emplace_back(begin, end);
@@ -458,7 +468,8 @@ class Finder {
     bool last_block(std::string_view text) {
         if (text.find("data_", 5) == kNowhere) return false;
         std::size_t end = text.size();
-        for (std::size_t at = text.rfind("data_"); at != kNowhere && at > 0; at = at == 0 ? kNowhere : text.rfind("data_", at - 1)) {
+        for (std::size_t at = text.rfind("data_"); at != kNowhere && at > 0;
+             at = at == 0 ? kNowhere : text.rfind("data_", at - 1)) {
             if (!begins_line(text, at)) continue;
             if (candidate(text.substr(at, end - at), 1)) return true;
             end = line_start(text, at);

@@ -1,5 +1,5 @@
-// Finds the CIF inside a model's answer: chat markup, reasoning, code fences, JSON and prose around it go. What stands
-// inside the CIF is never repaired.
+// Finds the CIF inside a model's answer: chat markup, reasoning, code fences, JSON and prose around it go. What
+// stands inside the CIF is never repaired.
 #pragma once
 
 #include <cstddef>
@@ -22,18 +22,20 @@ using Reads = std::function<std::size_t(std::string_view)>;
 // What extract_cif needs, reused from answer to answer; `parts` are those of the answer that make up its result.
 struct Extraction {
     std::vector<Span> parts;
-    std::string text;      // of a CIF whose lines have a prefix, or which stands in a JSON string
+    std::string text;       // of a CIF whose lines have a prefix, or which stands in a JSON string
     std::string unescaped;  // the JSON string
     std::vector<Span> segments;
 };
 
 // The CIF of the answer: the last whole one outside of reasoning, up to what cannot belong to it.
 //
-// 1. Of a chat the last assistant turn counts, up to its end; reasoning (`<think>` and its like) is passed over, up to
+// 1. Of a chat the last assistant turn counts, up to its end; reasoning (`<think>` and its like) is passed over, up
+// to
 //    the end where it does not close, from the begin where it was not opened.
 // 2. Tags, special tokens and code fences are borders that no CIF crosses. In a CIF they are none where its grammar
 //    makes them a value: in quotes, in a text field, behind a key.
-// 3. A CIF begins with `data_` at a line's begin or right behind a border and ends as length_of_cif says. A `data_` in
+// 3. A CIF begins with `data_` at a line's begin or right behind a border and ends as length_of_cif says. A `data_`
+// in
 //    the middle of a line counts where there is no other.
 // 4. Of several the last that `reads` accepts is the answer's; where it accepts none, the last.
 //

@@ -1,5 +1,5 @@
-// libFuzzer target: whatever stands around a CIF that strict mode accepts, the answer's CIF is that one. The bytes are
-// what stands before and behind, apart from what makes it another's by the rules of ../pvcp/extract.h.
+// libFuzzer target: whatever stands around a CIF that strict mode accepts, the answer's CIF is that one. The bytes
+// are what stands before and behind, apart from what makes it another's by the rules of ../pvcp/extract.h.
 #include <cstdint>
 #include <cstdlib>
 #include <string>

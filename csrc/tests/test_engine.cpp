@@ -185,10 +185,10 @@ void test_extraction() {
     CHECK(found(half + "Better:\n" + cif) == cif && found(half + cif) == cif && found(half) == half);
     CHECK(found("").empty() && found("<think>").empty() && found("no block") == "no block");
     CHECK(found("{\"cif\": \"" + [&] {
-        std::string escaped;
-        for (char c : cif) escaped += c == '\n' ? std::string("\\n") : std::string(1, c);
-        return escaped;
-    }() + "\"}") == cif);
+              std::string escaped;
+              for (char c : cif) escaped += c == '\n' ? std::string("\\n") : std::string(1, c);
+              return escaped;
+          }() + "\"}") == cif);
 }
 
 // Every instruction set sees the same bits.

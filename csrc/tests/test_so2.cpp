@@ -2,28 +2,13 @@
 // gradients against differences of the forward pass, threads against one thread, to the bit. `make test-so2` builds
 // them with both sanitizers.
 #include <algorithm>
-#include <cmath>
-#include <cstdio>
-#include <cstring>
-#include <random>
-#include <string>
-#include <vector>
 
-#include "../so2/isa.h"
 #include "../so2/sizes.h"
+#include "check.h"
 
 using namespace catmllm::so2;
 
 namespace {
-
-int failures = 0;
-
-void check(bool condition, const std::string& what, int line) {
-    if (condition) return;
-    ++failures;
-    std::printf("line %d: %s\n", line, what.c_str());
-}
-#define CHECK(condition, what) check(condition, std::string(#condition) + " for " + (what), __LINE__)
 
 struct Case {
     const char* name;
@@ -32,25 +17,6 @@ struct Case {
     int latitudes, longitudes;
     std::vector<int> degrees;  // edges of each target
 };
-
-using Forward = const char* (*)(const so2_message&);
-struct Set {
-    const char* name;
-    Forward forward, backward;
-    const char* (*sum)(const so2_sum&), *(*sum_back)(const so2_sum&);
-};
-
-std::vector<Set> sets() {
-    std::vector<Set> found = {
-        {"portable", forward_portable, backward_portable, sum_forward_portable, sum_backward_portable}};
-#ifdef SO2_X86
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-        found.push_back({"avx2", forward_avx2, backward_avx2, sum_forward_avx2, sum_backward_avx2});
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-        found.push_back({"avx512", forward_avx512, backward_avx512, sum_forward_avx512, sum_backward_avx512});
-#endif
-    return found;
-}
 
 // A message with random arguments, its outputs and its gradients; every array ends where the next is not, so that the
 // sanitizer sees one step too far.
@@ -165,29 +131,18 @@ struct Message {
     }
 };
 
-// Largest difference of two results, each array in units of its own largest value (so: |a - b| <= bound·scale).
-template <class T, class U>
-double distance(const std::vector<T>& a, const std::vector<U>& b) {
-    double worst = 0, scale = 1e-30;
-    for (std::size_t i = 0; i < a.size(); ++i) {
-        const double d = std::fabs(double(a[i]) - double(b[i]));
-        worst = !(d <= worst) ? d : worst;  // a NaN is a difference
-        scale = std::fmax(scale, std::fabs(double(a[i])));
-    }
-    return worst / scale;
-}
-
 template <class T>
-std::vector<T> run(const Set& set, const Case& c, int threads) {
+std::vector<T> run(const char* set, const Case& c, int threads) {
+    use(set);
     Message<T> m(c, threads);
-    CHECK(set.forward(m.p) == nullptr && set.backward(m.p) == nullptr, c.name);
+    CHECK(so2_forward(&m.p) == nullptr && so2_backward(&m.p) == nullptr, c.name);
     return m.results();
 }
 
 void test_sets_and_threads(const Case& c) {
-    const std::vector<double> exact = run<double>(sets()[0], c, 1);
-    for (const Set& set : sets()) {
-        const std::string what = std::string(c.name) + ", " + set.name;
+    const std::vector<double> exact = run<double>("portable", c, 1);
+    for (const char* set : sets()) {
+        const std::string what = std::string(c.name) + ", " + set;
         const std::vector<double> wide = run<double>(set, c, 1);
         CHECK(distance(exact, wide) < 1e-13, what);
         CHECK(wide == run<double>(set, c, 3), what);  // to the bit
@@ -199,9 +154,10 @@ void test_sets_and_threads(const Case& c) {
 
 // Every gradient along a random direction, by central differences.
 void test_gradients(const Case& c) {
-    for (const Set& set : sets()) {
+    for (const char* set : sets()) {
+        use(set);
         Message<double> m(c, 2);
-        CHECK(set.forward(m.p) == nullptr && set.backward(m.p) == nullptr, c.name);
+        CHECK(so2_forward(&m.p) == nullptr && so2_backward(&m.p) == nullptr, c.name);
         std::normal_distribution<double> normal;
         for (std::size_t a = 0; a < m.learned.size(); ++a) {
             auto [x, n] = m.learned[a];
@@ -219,22 +175,23 @@ void test_gradients(const Case& c) {
             double values[2];
             for (int side = 0; side < 2; ++side) {
                 for (std::size_t i = 0; i < n; ++i) x[i] = start[i] + (side ? -step : step) * direction[i];
-                set.forward(m.p);
+                so2_forward(&m.p);
                 values[side] = m.loss();
             }
             std::copy(start.begin(), start.end(), x);
             const double found = (values[0] - values[1]) / (2 * step);
             CHECK(std::fabs(found - expected) < 1e-6 * (1 + std::fabs(expected)),
-                  std::string(c.name) + ", " + set.name + ", gradient " + std::to_string(a));
+                  std::string(c.name) + ", " + set + ", gradient " + std::to_string(a));
         }
     }
 }
 
 void test_nothing_kept_is_the_same(const Case& c) {
-    for (const Set& set : sets()) {
+    for (const char* set : sets()) {
+        use(set);
         Message<float> kept(c, 2), bare(c, 2);
         bare.p.extra = bare.p.before = bare.p.after = bare.p.attention = nullptr;
-        CHECK(set.forward(kept.p) == nullptr && set.forward(bare.p) == nullptr, c.name);
+        CHECK(so2_forward(&kept.p) == nullptr && so2_forward(&bare.p) == nullptr, c.name);
         CHECK(kept.arrays.size() == bare.arrays.size() &&
                   std::equal(kept.outputs[0].first, kept.outputs[0].first + kept.outputs[0].second,
                              bare.outputs[0].first),
@@ -244,7 +201,8 @@ void test_nothing_kept_is_the_same(const Case& c) {
 
 void test_sum(const Case& c) {
     for (bool only_zero : {false, true})
-        for (const Set& set : sets()) {
+        for (const char* set : sets()) {
+            use(set);
             Message<double> m(c, 2);
             const Rows rows(c.lmax, c.mmax);
             const std::size_t edges = std::size_t(m.p.edges), width = std::size_t(c.heads * c.value);
@@ -255,7 +213,7 @@ void test_sum(const Case& c) {
             double *values = m.make(edges * p.rows * width, 1), *attention = m.make(edges * c.heads, 1);
             p.values = values, p.attention = attention, p.total = m.p.total;
             p.grad_values = m.make(edges * p.rows * width, 0), p.grad_attention = m.make(edges * c.heads, 0);
-            CHECK(set.sum(p) == nullptr && set.sum_back(p) == nullptr, c.name);
+            CHECK(so2_sum_forward(&p) == nullptr && so2_sum_backward(&p) == nullptr, c.name);
             // linear in both: <gradient, argument> is the loss
             double by_values = 0, by_attention = 0;
             for (std::size_t i = 0; i < edges * p.rows * width; ++i)
@@ -301,6 +259,5 @@ int main() {
         if (c.degrees.size() < 40) test_gradients(c);
     }
     test_wrong_sizes();
-    std::printf(failures ? "%d failures\n" : "so2: all passed (%d failures)\n", failures);
-    return failures != 0;
+    return report("so2");
 }
