@@ -129,6 +129,7 @@ clean:  ## remove what builds and linters left
 ENGINE      := $(wildcard csrc/cif/*.cpp csrc/geometry/*.cpp csrc/pvcp/*.cpp)
 CLANG       ?= clang++
 SANITIZERS  := -fsanitize=address,undefined -fno-sanitize-recover=undefined
+EXACT       := -ffp-contract=off
 FUZZ_SECONDS ?= 1800
 
 engine: setup  ## build the libraries of csrc again, in place
@@ -136,7 +137,7 @@ engine: setup  ## build the libraries of csrc again, in place
 
 test-engine:  ## unit tests of the reward's C++ engine under both sanitizers
 	mkdir -p build
-	$(CXX) -std=c++17 -O1 -g -Wno-psabi $(SANITIZERS) -o build/test_engine csrc/tests/test_engine.cpp $(ENGINE) -lpthread
+	$(CXX) -std=c++17 -O1 -g -Wno-psabi $(EXACT) $(SANITIZERS) -o build/test_engine csrc/tests/test_engine.cpp $(ENGINE) -lpthread
 	build/test_engine
 
 KERNELS := so2 attention rows
@@ -150,5 +151,5 @@ $(KERNELS:%=build/test_%): build/test_%: csrc/tests/test_%.cpp csrc/tests/check.
 
 fuzz:  ## libFuzzer, needs clang; starts from what earlier runs found
 	mkdir -p build/fuzz_corpus
-	$(CLANG) -std=c++17 -O1 -g -Wno-psabi -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=undefined -o build/fuzz_reward csrc/tests/fuzz_reward.cpp $(ENGINE) -lpthread
+	$(CLANG) -std=c++17 -O1 -g -Wno-psabi $(EXACT) -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=undefined -o build/fuzz_reward csrc/tests/fuzz_reward.cpp $(ENGINE) -lpthread
 	build/fuzz_reward -dict=csrc/tests/cif.dict -timeout=25 -rss_limit_mb=3000 -max_len=6000 -max_total_time=$(FUZZ_SECONDS) build/fuzz_corpus
