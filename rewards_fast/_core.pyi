@@ -4,6 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 SCORE_COLUMNS: tuple[str, ...]
+REASONS: dict[str, tuple[str, str]]  # by code: a sentence, an example
 
 def extract_cif(text: str) -> str: ...
 def parse(text: str, extract: bool) -> tuple[Any, Any]: ...

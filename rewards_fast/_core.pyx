@@ -17,10 +17,15 @@ cdef extern from "Python.h":
     int PyUnicode_IS_ASCII(object)
 
 
-cdef extern from "../csrc/cif/status.h" namespace "catmllm::cif":
+cdef extern from "../csrc/cif/reasons.h" namespace "catmllm::cif":
     cdef enum class Reason(uint8_t):
         pass
-    const char* reason_name(Reason)
+    struct ReasonText:
+        const char *code
+        const char *sentence
+        const char *example
+    const ReasonText[] kReasons
+    const size_t kReasonCount
 
 
 cdef extern from "../csrc/cif/scan.h" namespace "catmllm::cif":
@@ -113,7 +118,12 @@ SCORE_COLUMNS = (
     "density_penalty", "distance_penalty", "volume_per_atom_penalty", "bad_coords",
 )
 assert len(SCORE_COLUMNS) == kScoreColumns
-_REASONS = tuple((<bytes>reason_name(<Reason><uint8_t>i)).decode() or None for i in range(11))
+# By code: what it means, and an example. _CODES: by the engine's number, None for a text that parses.
+REASONS = {
+    (<bytes>kReasons[i].code).decode(): ((<bytes>kReasons[i].sentence).decode(), (<bytes>kReasons[i].example).decode())
+    for i in range(1, kReasonCount)
+}
+_CODES = (None, *REASONS)
 
 
 cdef TextRef _reference(str text):
@@ -148,7 +158,7 @@ def parse(str text not None, cbool extract):
     cdef Reason reason = reader.read(ref, extract)
     if <uint8_t>reason:
         forget_giant(ref)
-        return _REASONS[<uint8_t>reason], None
+        return _CODES[<uint8_t>reason], None
     cdef const Structure* structure = &reader.structure()
     cdef size_t n = structure.numbers.size()
     cdef double[:, ::1] lattice = np.empty((3, 3))
@@ -215,7 +225,7 @@ def score(list texts, list targets, list target_of_text, tuple weights, tuple th
     for i in range(n):
         bits[i] = batch.out[i].fields
         if <uint8_t>batch.out[i].reason:
-            reasons[i] = _REASONS[<uint8_t>batch.out[i].reason]
+            reasons[i] = _CODES[<uint8_t>batch.out[i].reason]
     return rows, reasons, fields
 
 

@@ -15,6 +15,7 @@ from typing import Any, overload
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from rewards_fast._core import REASONS
 from rewards_fast.crystal import ELEMENTS, CIFError, Crystal
 from rewards_fast.targets import COUNT_TOLERANCE, Target, number_targets
 
@@ -49,19 +50,6 @@ class Thresholds:
     volume_per_atom_max: float = 150.0
 
 
-# What the reason of a text that does not parse means; `docs/rewards_fast.md` has an example of each.
-REASONS = {
-    "no_block": "no `data_` block at the start of a line",
-    "loop": "a loop whose values are no multiple of its columns",
-    "cell": "cell parameters missing, unreadable or without thickness",
-    "sites": "no atom site, or a site loop without the columns it needs",
-    "number": "a coordinate that is no number",
-    "occupancy": "occupancies of one site sum to more than 1; a repeated row does",
-    "symmetry": "symmetry operations that cannot be read",
-    "magnetic": "a magnetic structure beyond explicit operations",
-    "unsupported": "refused by pymatgen's rules",
-    "limit": "larger than the limits of the engine",
-}
 SCORE_NAMES = ("total", "comp", "parse", "valid", "phys", "n_sites", "volume", "density", "min_distance")
 FIELD_NAMES = ("lattice", "space_group", "site_loop", "duplicate_labels")
 TERM_NAMES = (
@@ -263,7 +251,7 @@ def parse_cif(text: str) -> Crystal:
         raise TypeError(f"a text is a str, not {type(text).__name__}")
     reason, parsed = _core.parse(text, False)
     if parsed is None:
-        raise CIFError(reason, REASONS.get(reason, ""))
+        raise CIFError(reason, REASONS[reason][0])
     return _crystal(parsed)
 
 

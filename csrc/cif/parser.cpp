@@ -8,12 +8,6 @@
 
 namespace catmllm::cif {
 
-const char* reason_name(Reason reason) {
-    static const char* const names[] = {"",          "no_block", "loop",     "cell",        "sites", "number",
-                                        "occupancy", "symmetry", "magnetic", "unsupported", "limit"};
-    return names[static_cast<int>(reason)];
-}
-
 // re.split(r"^\s*data_", "x\n" + text, MULTILINE): `data_` behind nothing but white space since a newline.
 void Parser::find_blocks(const char* text, std::size_t size) {
     extents_.clear();

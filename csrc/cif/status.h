@@ -1,23 +1,11 @@
-// Why a text or a block of it is refused, and how far that reaches.
+// How far it reaches that a text or a block of it is refused, and the limits.
 #pragma once
 
 #include <cstdint>
 
-namespace catmllm::cif {
+#include "reasons.h"
 
-enum class Reason : std::uint8_t {
-    kNone = 0,
-    kNoBlock,      // no `data_` at the start of a line
-    kLoop,         // a loop whose values are no multiple of its columns
-    kCell,         // lattice parameters missing, unreadable or without thickness
-    kSites,        // no site, or a site loop without the columns it needs
-    kNumber,       // a coordinate that is no number
-    kOccupancy,    // occupancies of one site sum to more than 1 (a repeated row does)
-    kSymmetry,     // symmetry operations that cannot be read
-    kMagnetic,     // magnetic structures beyond explicit operations
-    kUnsupported,  // anything else that pymatgen refuses
-    kLimit,        // larger than the engine's limits
-};
+namespace catmllm::cif {
 
 // pymatgen goes on to the next block after KeyError and ValueError (kSkipBlock); any other exception ends the text.
 enum class Outcome : std::uint8_t { kOk, kSkipBlock, kRejectText };
@@ -31,8 +19,6 @@ struct Status {
 inline Status ok() { return {}; }
 inline Status skip_block(Reason reason) { return {Outcome::kSkipBlock, reason}; }
 inline Status reject_text(Reason reason) { return {Outcome::kRejectText, reason}; }
-
-const char* reason_name(Reason reason);
 
 // Beyond these a text is refused with Reason::kLimit: bounded time and memory whatever a model writes.
 struct Limits {

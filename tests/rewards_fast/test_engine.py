@@ -6,15 +6,17 @@ import math
 import multiprocessing
 import os
 import pickle
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rewards_fast import PVCP, CIFError, min_distance, parse_cif, reference
+from rewards_fast import PVCP, CIFError, _core, min_distance, parse_cif, reference
 from tests.oracles.cif_mutants import mutants
 from tests.rewards_fast.cif_texts import SLAB, TARGET, cell_cif
 
@@ -274,3 +276,13 @@ def test_reasons_name_what_is_wrong() -> None:
         with pytest.raises(CIFError) as caught:
             parse_cif(text)
         assert caught.value.reason == reason
+
+
+def test_the_page_has_the_reasons_of_the_engine() -> None:
+    """One table, csrc/cif/reasons.h: the page and the messages of errors say the same."""
+    page = (Path(__file__).parents[2] / "docs" / "rewards_fast.md").read_text(encoding="utf-8")
+    table = page.partition("| reason |")[2].partition("\n\n")[0]
+    rows = re.findall(r"^\| `(\w+)` \| (.*) \| (.*) \|$", table, re.MULTILINE)
+    assert rows == [(code, *texts) for code, texts in _core.REASONS.items()]
+    with pytest.raises(CIFError, match=re.escape(_core.REASONS["no_block"][0])):
+        parse_cif("no CIF at all")
