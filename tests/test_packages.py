@@ -2,10 +2,12 @@
 
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
 import tomllib
+import zipfile
 from itertools import chain
 from pathlib import Path
 
@@ -99,9 +101,14 @@ def test_the_stub_of_the_engine_is_its_interface() -> None:
 
 
 @pytest.mark.slow
-def test_a_wheel_works_in_an_empty_environment(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("build", "libraries"), [("all", ["_attention", "_rows", "_so2"]), ("reward", [])])
+def test_a_wheel_works_in_an_empty_environment(build: str, libraries: list[str], tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path)]
-    subprocess.run([*command, str(ROOT)], check=True)
+    subprocess.run([*command, str(ROOT)], check=True, env={**os.environ, "CATMLLM_BUILD": build})
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert sorted(re.findall(r"^catmllm_kernels/(_\w+)\.\S+\.so$", "\n".join(names), re.M)) == libraries
+    assert any(name.startswith("rewards_fast/_core.") and name.endswith(".so") for name in names)
     spec = importlib.util.spec_from_file_location("try_package", ROOT / "tests" / "try_package.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
