@@ -14,7 +14,7 @@ TESTS    ?=
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup constraints run test test-slow test-newest test-oldest test-python frameworks vllm wheels bench tables lint format clean \
+.PHONY: help setup constraints run test test-slow test-newest test-oldest test-python frameworks environments vllm wheels bench tables lint format clean \
 	engine test-engine test-so2 fuzz
 
 help:  ## this list
@@ -70,6 +70,16 @@ $(FRAMEWORKS)/.ready:
 	$(FRAMEWORKS)/bin/python -m pip install --quiet --no-deps verl==0.9.1 openrlhf==0.11.2
 	@touch $@
 
+# So do verifiers, OpenEnv and ms-swift, which want an older TRL.
+ENVIRONMENTS := .environments
+environments: $(ENVIRONMENTS)/.ready  ## verifiers, OpenEnv and ms-swift in .environments, for test-slow
+
+$(ENVIRONMENTS)/.ready:
+	$(PYTHON) -m venv $(ENVIRONMENTS)
+	$(ENVIRONMENTS)/bin/python -m pip install --quiet torch==2.13.0
+	$(ENVIRONMENTS)/bin/python -m pip install --quiet verifiers==0.4.0 openenv-core==0.3.0 ms-swift==4.6.0
+	@touch $@
+
 # So does vLLM; without torchvision and its kin, which it imports where it finds them.
 VLLM := .vllm
 vllm: $(VLLM)/.ready  ## vLLM in .vllm, for test-slow
@@ -81,8 +91,8 @@ $(VLLM)/.ready:
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
-test-slow: setup frameworks vllm  ## the tests that take minutes, also against verl, OpenRLHF and vLLM
-	VLLM_PYTHON=$(VLLM)/bin/python VERL_PYTHON=$(FRAMEWORKS)/bin/python OPENRLHF_PYTHON=$(FRAMEWORKS)/bin/python $(BIN)/python -m pytest -q -m slow
+test-slow: setup frameworks environments vllm  ## the tests that take minutes, also against verl, OpenRLHF, verifiers and vLLM
+	VLLM_PYTHON=$(VLLM)/bin/python VERL_PYTHON=$(FRAMEWORKS)/bin/python OPENRLHF_PYTHON=$(FRAMEWORKS)/bin/python ENVIRONMENTS_PYTHON=$(ENVIRONMENTS)/bin/python $(BIN)/python -m pytest -q -m slow
 
 # Records go to runs/bench: those of the repository are written by a bench that is called by hand. Exit status 77 is a bench that
 # cannot run here; it has said why.

@@ -66,6 +66,59 @@ else:
 assert round(reply["rewards"][0], 6) == 10 and round(reply["scores"][0], 6) == 1, reply
 """
 
+# Ray and NeMo-RL as far as an environment of one's own touches them; registering one scores with it, as its rollouts do.
+RAY = """
+class Remote:
+    def __init__(self, cls):
+        self.cls = cls
+    def options(self, **options):
+        return self
+    def remote(self, *arguments):
+        return self.cls(*arguments)
+
+remote = Remote
+"""
+
+NEMO_RL_INTERFACES = """
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+class EnvironmentReturn(NamedTuple):
+    observations: list
+    metadata: list
+    next_stop_strings: list
+    rewards: object
+    terminateds: object
+    answers: object
+
+class EnvironmentInterface(ABC):
+    @abstractmethod
+    def step(self, message_log_batch, metadata): ...
+    @abstractmethod
+    def global_post_process_and_metrics(self, batch): ...
+"""
+
+NEMO_RL_UTILS = """
+import importlib, sys
+sys.path[:0] = [ROOT, "."]
+import torch
+from tests.rewards_fast.cif_texts import SLAB, TARGET
+
+def register_env(name, path):
+    module, _, cls = path.rpartition(".")
+    environment = getattr(importlib.import_module(module), cls).options(runtime_env={}).remote({"reward": {"near": 0.7}})
+    near = SLAB.replace("0.500 1\\n", "0.473 1\\n")
+    user, tool = {"role": "user", "content": TARGET}, {"role": "environment", "content": SLAB}
+    logs = [[user, {"role": "assistant", "content": near}], [user, {"role": "assistant", "content": "no"}, tool],
+            [{"role": "user", "content": "?"}, {"role": "assistant", "content": SLAB}]]
+    observations, metadata, stops, rewards, ended, answers = environment.step(logs, [None, {}, {"ground_truth": "Pt3CuCO"}])
+    assert torch.allclose(rewards, torch.tensor([10.0, -15, 10])) and rewards.dtype == torch.float32, rewards
+    assert ended.bool().all() and len(observations) == len(stops) == 3 and metadata[2] == {"ground_truth": "Pt3CuCO"}
+    assert set(observations[0]) == {"role", "content"} and answers is None
+    batch, metrics = environment.global_post_process_and_metrics({"rewards": rewards})
+    assert abs(metrics["cif_reward"] - 5 / 3) < 1e-6
+"""
+
 PIP = """#!/bin/bash
 [ "$1 $2" = "install .[server]" ] && grep -q '^server = ' "$ROOT/pyproject.toml"
 """
@@ -104,10 +157,16 @@ def test_what_a_page_says_runs(page: Path, tmp_path: Path) -> None:
     for language, name, body in BLOCK.findall((ROOT / "docs" / "rewards" / "scores.md").read_text()):
         if language == "cif":  # its example is used by other pages too
             (tmp_path / name).write_text(body)
-    stubs = {"verl/trainer/main_ppo.py": MAIN_PPO, "openrlhf/cli/train_ppo_ray.py": TRAIN_PPO_RAY}
+    stubs = {
+        "verl/trainer/main_ppo.py": MAIN_PPO,
+        "openrlhf/cli/train_ppo_ray.py": TRAIN_PPO_RAY,
+        "ray/__init__.py": RAY,
+        "nemo_rl/environments/interfaces.py": NEMO_RL_INTERFACES,
+        "nemo_rl/environments/utils.py": NEMO_RL_UTILS,
+    }
     for name, code in stubs.items():
         path = tmp_path / "stubs" / name
-        path.parent.mkdir(parents=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(code.replace("ROOT", repr(str(ROOT))))
     (tmp_path / "bin").mkdir()
     programs = {
@@ -137,7 +196,7 @@ def test_what_a_page_says_runs(page: Path, tmp_path: Path) -> None:
 
 
 def test_the_pages_are_there() -> None:
-    assert {p.stem for p in PAGES} == {"trl", "verl", "openrlhf", "server", "scores", "tuning"}
+    assert {p.stem for p in PAGES} == {"trl", "verl", "openrlhf", "frameworks", "server", "scores", "tuning"}
     front = (ROOT / "README.md").read_text() + (ROOT / "docs" / "rewards_fast.md").read_text()
     for page in PAGES:
         assert f"rewards/{page.name}" in front
