@@ -1,7 +1,8 @@
-"""Everything that changes a reward as one flat set of keys: what a YAML file, a query string or a framework's options give.
+"""Everything that changes a reward as one flat set of keys: what a YAML file, a query string or a
+framework's options give.
 
-The training configurations inherit these keys (`grpo.reward`, `ga_grpo.reward`), so a section of theirs is a file for
-`rewards-fast serve` and the other way round. Help, unit and bounds of a key stand beside it.
+The training configurations inherit these keys (`grpo.reward`, `ga_grpo.reward`), so a section of theirs is a
+file for `rewards-fast serve` and the other way round. Help, unit and bounds of a key stand beside it.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ LARGEST_THRESHOLD = 1e12
 
 
 def key(default: Any, description: str, *, unit: str = "", **bounds: float) -> Any:
-    """A dataclass field with its help, unit and bounds (`gt`, `ge`, `lt`, `le`) as metadata, named as pydantic names them."""
+    """A dataclass field with its help, unit and bounds (`gt`, `ge`, `lt`, `le`) as metadata, named as
+    pydantic names them."""
     return field(default=default, metadata={"description": description, "unit": unit, **bounds})
 
 
@@ -80,7 +82,8 @@ class RewardSettings:
 
 @dataclass
 class LoopSettings(RewardSettings):
-    """`RewardSettings`, and how the conversations of other people's RL code are read: what its bridges and the server take."""
+    """`RewardSettings`, and how the conversations of other people's RL code are read: what its bridges and
+    the server take."""
 
     answer: Answer = "last"  # the assistant message that is scored: the last, or the last with a `data_`
     missing_target: Missing = "warn"  # an answer without a target composition: warn once, error, ignore

@@ -3,8 +3,8 @@
     from rewards_fast.integrations.ms_swift import register
     register(near=0.7)
 
-given as `--external_plugins FILE --reward_funcs cif_reward`. (This file itself is not to be given: ms-swift puts a plugin's
-folder before all others, and here lie modules named like other packages.)
+given as `--external_plugins FILE --reward_funcs cif_reward`. (This file itself is not to be given: ms-swift
+puts a plugin's folder before all others, and here lie modules named like other packages.)
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ class SwiftReward(CIFReward):
     def __call__(  # type: ignore[override]
         self, completions: Sequence[str], messages: Sequence[Sequence[Any]] | None = None, **columns: Any
     ) -> list[float]:
-        """One finite reward per completion; the target is the data set's column, else what the user said last."""
+        """One finite reward per completion; the target is the data set's column, else what the user said
+        last."""
         if messages is None:
             return super().__call__(None, completions, **columns)
         answers: list[Conversation] = [after_the_prompt(row) for row in messages]
@@ -31,7 +32,8 @@ class SwiftReward(CIFReward):
 
 
 def after_the_prompt(messages: Sequence[Any]) -> Sequence[Any]:
-    """What follows the last user message. ms-swift does not say where the prompt ends; results of tools have a role of their own."""
+    """What follows the last user message. ms-swift does not say where the prompt ends; results of tools have
+    a role of their own."""
     users = [i for i, message in enumerate(messages) if message.get("role") == "user"]
     return messages[users[-1] + 1 :] if users else messages
 

@@ -2,8 +2,8 @@
 
     uvicorn rewards_fast.integrations.openenv:app --port 8000
 
-A client resets with `prompt` and `target`, steps with `{"text": answer}` and gets the reward with its terms. The settings
-come from REWARDS_FAST_SETTINGS (a YAML file, see `rewards-fast serve`).
+A client resets with `prompt` and `target`, steps with `{"text": answer}` and gets the reward with its terms.
+The settings come from REWARDS_FAST_SETTINGS (a YAML file, see `rewards-fast serve`).
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ class CIFAction(Action):
 
 
 class CIFObservation(Observation):
-    """The prompt after a reset; after a step why the answer does not parse (None where it does) and the reward's terms."""
+    """The prompt after a reset; after a step why the answer does not parse (None where it does) and the
+    reward's terms."""
 
     prompt: str | list[dict[str, Any]] = ""
     reason: str | None = None
@@ -39,7 +40,8 @@ class CIFObservation(Observation):
 
 
 class CIFEnvironment(Environment[CIFAction, CIFObservation, State]):
-    """Single-turn: `reset(prompt=..., target=...)`, then `step(CIFAction(text=...))` ends the episode with its reward."""
+    """Single-turn: `reset(prompt=..., target=...)`, then `step(CIFAction(text=...))` ends the episode with
+    its reward."""
 
     SUPPORTS_CONCURRENT_SESSIONS = True
 

@@ -1,7 +1,8 @@
-"""The PVCP reward for slime (THUDM): `--custom-rm-path rewards_fast.integrations.slime.cif_reward`, with `--group-rm` or without.
+"""The PVCP reward for slime (THUDM): `--custom-rm-path rewards_fast.integrations.slime.cif_reward`, with
+`--group-rm` or without.
 
-A sample's `label` is the wanted composition (`--label-key`), else the prompt names it. Settings are keys of `LoopSettings` under
-`cif_reward` in the file of `--custom-config-path`.
+A sample's `label` is the wanted composition (`--label-key`), else the prompt names it. Settings are keys of
+`LoopSettings` under `cif_reward` in the file of `--custom-config-path`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ HINT = "Name the data set's column with --label-key."
 
 
 async def cif_reward(args: Any, samples: Any, **others: Any) -> Any:
-    """The reward of one sample, or the rewards of a list of them; of an agent loop the last assistant message is scored."""
+    """The reward of one sample, or the rewards of a list of them; of an agent loop the last assistant
+    message is scored."""
     if not isinstance(samples, list):
         return (await cif_reward(args, [samples]))[0]
     settings = read_settings(getattr(args, "cif_reward", None) or {}, "cif_reward", LoopSettings())

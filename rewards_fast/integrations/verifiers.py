@@ -1,12 +1,14 @@
-"""The PVCP reward in verifiers (Prime Intellect, 0.4 and newer): a taskset of its own, and a reward for yours.
+"""The PVCP reward in verifiers (Prime Intellect, 0.4 and newer): a taskset of its own, and a reward for
+yours.
 
     from rewards_fast.integrations.verifiers import CIFTaskset  # all of the file catalysts.py
     __all__ = ["CIFTaskset"]
 
     eval catalysts --env.taskset.data prompts.jsonl --env.taskset.task.reward.near 0.7
 
-reads rows like `{"prompt": ..., "target": "Pt9Cu3CO"}`. A taskset of yours whose data has a field `target` plugs
-the reward in by its path: `task.rewards.cif_reward.fn = "rewards_fast.integrations.verifiers:cif_reward"`.
+reads rows like `{"prompt": ..., "target": "Pt9Cu3CO"}`. A taskset of yours whose data has a field `target`
+plugs the reward in by its path: `task.rewards.cif_reward.fn =
+"rewards_fast.integrations.verifiers:cif_reward"`.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ def _score(task: Any, trace: Any, settings: LoopSettings) -> tuple[Scores, bool]
 
 
 async def cif_reward(task: Any, trace: Any) -> float:
-    """The reward of the last assistant message of a trace, for a task whose data has a `target` or names one in its prompt."""
+    """The reward of the last assistant message of a trace, for a task whose data has a `target` or names one
+    in its prompt."""
     return float(_score(task, trace, LoopSettings())[0].total[0])
 
 

@@ -1,7 +1,8 @@
-"""Run by the interpreter of an environment that has verifiers, OpenEnv and ms-swift: hands answers to their own calling code.
+"""Run by the interpreter of an environment that has verifiers, OpenEnv and ms-swift: hands answers to their
+own calling code.
 
-Not a test by itself; `test_environments.py` starts it and compares. Needs verifiers 0.4.0, openenv-core 0.3.0 and ms-swift
-4.6.0; no GPU, nothing beyond loopback.
+Not a test by itself; `test_environments.py` starts it and compares. Needs verifiers 0.4.0, openenv-core
+0.3.0 and ms-swift 4.6.0; no GPU, nothing beyond loopback.
 """
 
 import asyncio
@@ -16,7 +17,8 @@ from typing import Any
 
 
 def in_verifiers(job: dict[str, Any]) -> dict[str, Any]:
-    """Tasks of our taskset, and of one that plugs the reward in, scored by verifiers on traces of these conversations."""
+    """Tasks of our taskset, and of one that plugs the reward in, scored by verifiers on traces of these
+    conversations."""
     import verifiers.v1 as vf
     from verifiers.v1.configs.task import RewardFunctionConfig
     from verifiers.v1.graph import MessageNode

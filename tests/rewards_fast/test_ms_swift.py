@@ -1,4 +1,5 @@
-"""ms-swift's reward plugin beside a stand-in of its registry; `tests/oracles/test_environments.py` runs ms-swift itself."""
+"""ms-swift's reward plugin beside a stand-in of its registry; `tests/oracles/test_environments.py` runs
+ms-swift itself."""
 
 import runpy
 import sys

@@ -1,7 +1,8 @@
-"""slime's custom reward, called as its rollout calls it: by path, for one sample or (`--group-rm`) for a group.
+"""slime's custom reward, called as its rollout calls it: by path, for one sample or (`--group-rm`) for a
+group.
 
-slime's package cannot be installed from an index (the `slime` there is another thing); `Caller` below is written after
-`slime/rollout/rm_hub` and `slime/rollout/sglang_rollout.py` of its sources.
+slime's package cannot be installed from an index (the `slime` there is another thing); `Caller` below is
+written after `slime/rollout/rm_hub` and `slime/rollout/sglang_rollout.py` of its sources.
 """
 
 import asyncio
@@ -31,7 +32,8 @@ class Sample:
 
 
 class Caller:
-    """slime's way to a reward: a function named by its dotted path, awaited with the arguments and what is to be scored."""
+    """slime's way to a reward: a function named by its dotted path, awaited with the arguments and what is
+    to be scored."""
 
     def __init__(self, **arguments: Any) -> None:
         self.arguments = SimpleNamespace(custom_rm_path=PATH, rm_type=None, **arguments)
