@@ -4,15 +4,14 @@ bodies come from the types that decode them."""
 from __future__ import annotations
 
 import importlib.metadata
-from dataclasses import fields
+from dataclasses import Field, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 
 from rewards_fast.pvcp import FIELD_NAMES, REASONS, SCORE_NAMES, TERM_NAMES
-from rewards_fast.settings import LARGEST_THRESHOLD, LARGEST_WEIGHT, WEIGHTS, LoopSettings
+from rewards_fast.settings import LoopSettings
 
-QUERY_KEYS = tuple(f.name for f in fields(LoopSettings) if f.name != "threads")
 DIAGNOSTIC_NUMBERS = ("n_sites", "volume", "density", "min_distance")
 TERMS = SCORE_NAMES[:5]
 
@@ -67,20 +66,21 @@ def openapi_schema(types: tuple[Any, Any], base: LoopSettings, token: bool) -> d
 
     kinds = get_type_hints(LoopSettings)
 
-    def value(name: str) -> dict[str, Any]:
-        kind, default = kinds[name], getattr(base, name)
+    def value(f: Field[Any]) -> dict[str, Any]:
+        kind, default, about = kinds[f.name], getattr(base, f.name), f.metadata
+        unit = f", {about['unit']}" if about["unit"] else ""
+        found = {"description": about["description"] + unit, "default": default}
         if kind is bool:
-            return {"type": "boolean", "default": default}
+            return {"type": "boolean", **found}
         if get_origin(kind) is Literal:
-            return {"type": "string", "enum": list(get_args(kind)), "default": default}
-        low, high = (
-            (0.0, LARGEST_WEIGHT) if name in WEIGHTS else (-float(LARGEST_THRESHOLD), LARGEST_THRESHOLD)
-        )
-        whole = kind is int
-        return {"type": "integer" if whole else "number", "minimum": low, "maximum": high, "default": default}
+            return {"type": "string", "enum": list(get_args(kind)), **found}
+        bounds = {"minimum": about["ge"], "maximum": about["le"]}
+        return {"type": "integer" if kind is int else "number", **bounds, **found}
 
     parameters: list[dict[str, Any]] = [
-        {"name": name, "in": "query", "required": False, "schema": value(name)} for name in QUERY_KEYS
+        {"name": f.name, "in": "query", "required": False, "schema": value(f)}
+        for f in fields(LoopSettings)
+        if f.name != "threads"  # that one belongs to the server
     ]
     parameters.append(
         {
