@@ -10,7 +10,7 @@ import math
 import re
 import threading
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from rewards_fast.conversation import Conversation, last_user_message
 from rewards_fast.crystal import ATOMIC_NUMBER, ELEMENTS
@@ -207,6 +207,9 @@ class MissingTargets:
         self.where, self.seen, self.missing = where, 0, 0
         self._told = False
         self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.where,)  # in another process it counts anew
 
     def count(self, targets: Iterable[Target], policy: Missing = "warn", hint: str = "") -> list[bool]:
         """For each target whether it is missing. ValueError where one is and `policy` is `error`;

@@ -1,6 +1,7 @@
 """Formulas as pymatgen reads them, the target of a prompt, targets kept as JSON, and answers without any."""
 
 import logging
+import pickle
 import warnings
 
 import pytest
@@ -159,3 +160,5 @@ def test_missing_targets_are_counted_and_told_once(caplog: pytest.LogCaptureFixt
     caplog.clear()
     MissingTargets("there").count([None], "ignore")
     assert not caplog.records
+    sent = pickle.loads(pickle.dumps(watch))  # Ray sends a function with what it uses
+    assert (sent.where, sent.seen, sent.missing) == ("here", 0, 0) and sent.count([None], "ignore") == [True]

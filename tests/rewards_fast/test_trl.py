@@ -1,6 +1,7 @@
 """The TRL bridge: shapes of prompts and completions, and a real trainer."""
 
 import asyncio
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ def test_counts_come_back_from_a_data_set_with_holes() -> None:
 def test_async_and_options() -> None:
     assert asyncio.run(cif_reward_async(completions=[SLAB], target=[TARGET])) == pytest.approx([10])
     assert CIFReward(comp=0, parse=1, valid=0, phys=0)(completions=["x"], target=[TARGET]) == [-20]
+    sent = pickle.loads(pickle.dumps(CIFReward(near=0.7)))
+    assert sent.settings.near == 0.7 and sent(completions=[SLAB], target=[TARGET]) == pytest.approx([10])
     with pytest.raises(ValueError, match="CIFReward: unknown key `nearr`; did you mean `near`"):
         CIFReward(nearr=0.7)
 
