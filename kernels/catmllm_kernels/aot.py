@@ -89,8 +89,11 @@ def launches(case: Case, dtype: torch.dtype) -> list[Launch]:
 def specialised(
     start: Launch,
 ) -> tuple[dict[str, str], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]]:
-    """Signature, constants and known alignments of a launch, as Triton's own launcher would derive them."""
-    names = start.kernel.arg_names
+    """Signature, constants and known alignments of a launch, as Triton's own launcher derives them.
+
+    Equal ones share a binary: their number is that of compilations.
+    """
+    names, varying = start.kernel.arg_names, unspecialised(start.kernel)
     given = dict(zip(names, start.arguments)) | start.constants
     signature: dict[str, str] = {}
     constants: dict[tuple[int, ...], Any] = {}
@@ -104,11 +107,20 @@ def specialised(
             signature[name], constants[(i,)], aligned = "constexpr", value, False
         elif isinstance(value, float):
             signature[name], aligned = "fp32", False
+        elif value == 1 and name not in varying:
+            signature[name], constants[(i,)], aligned = "constexpr", value, False
         else:
-            signature[name], aligned = "i32", value % 16 == 0
+            signature[name] = "i32" if value < 2**31 else "i64"
+            aligned = value % 16 == 0 and name not in varying
         if aligned:
             attributes[(i,)] = [["tt.divisibility", 16]]
     return signature, constants, attributes
+
+
+def unspecialised(kernel: Any) -> tuple[str, ...]:
+    """The arguments whose value makes no difference to the binary (of a kernel to compile, or to interpret)."""
+    given = vars(kernel).get("do_not_specialize") or vars(kernel).get("kwargs", {}).get("do_not_specialize")
+    return tuple(given or ())
 
 
 def compiled(start: Launch, arch: int) -> Any:

@@ -2,8 +2,11 @@
 or are written down for the ahead-of-time compiler.
 
 `recorded()` collects what an op would launch. The arguments may then be meta tensors, so that the shapes of a
-full model cost nothing and need no GPU; the compiler gets exactly the specialisations that a real call would
-make.
+full model cost nothing and need no GPU.
+
+Triton compiles a kernel anew for an integer that is 1, a multiple of 16 or neither. What changes from batch to
+batch must not be one of these: `SIZES` names it, and every kernel is told by `do_not_specialize`. What is left
+(strides, the vocabulary) is fixed in a model, so a kernel is compiled once for its constants.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+SIZES = ("n_edges", "n_nodes", "n_atoms", "n_tokens", "tiles")  # arguments that differ between batches
 _RECORD: list[Launch] | None = None
 
 

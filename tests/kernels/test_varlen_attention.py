@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from catmllm_kernels import backend, native
-from catmllm_kernels.varlen_attention import continued, cpu, reference, varlen_attention
+from catmllm_kernels.varlen_attention import continued, cpu, op, reference, varlen_attention
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 LENGTHS = [1, 63, 64, 65, 7, 0, 200]
@@ -250,6 +250,30 @@ def test_flops_are_those_that_torch_counts_for_its_own_attention() -> None:
     with FakeTensorMode() as fake, FlopCounterMode(display=False) as planned:
         varlen_attention(*(fake.from_tensor(x) for x in (q, k, v, bounds)), 48)  # type: ignore[arg-type]
     assert planned.get_total_flops() == 4 * 2 * 48**2 * 6 * 16  # every sample as the longest
+
+
+@pytest.mark.parametrize("keyword", [True, False])
+def test_torchs_attention_is_called_as_its_release_wants(
+    keyword: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch 2.11 has no `enable_gqa`, later releases refuse grouped heads without it."""
+    from torch.nn.attention import varlen
+
+    given: dict[str, object] = {}
+
+    def before(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):  # type: ignore[no-untyped-def]
+        given.update(scale=scale, window_size=window_size)
+        return query
+
+    def since(query, *rest, enable_gqa=False, **options):  # type: ignore[no-untyped-def]
+        given.update(options, enable_gqa=enable_gqa)
+        return query
+
+    monkeypatch.setattr(varlen, "varlen_attn", since if keyword else before)
+    monkeypatch.setattr(op, "flash", lambda query: True)
+    (q, k, v, _), bounds = problem([5, 9])
+    assert varlen_attention(q, k, v, bounds, 9) is q
+    assert given == {"scale": 0.25, "window_size": (-1, 0)} | ({"enable_gqa": True} if keyword else {})
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch's FlashAttention needs a CUDA device")

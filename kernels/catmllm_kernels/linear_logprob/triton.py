@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from catmllm_kernels.launch import launch
+from catmllm_kernels.launch import SIZES, launch
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 WORKSPACE = 1 << 26  # values of dL/dlogits at a time: 128 MiB in half precision
@@ -72,7 +72,7 @@ def _fold(z, cols, col_ok, target, top, total, moment, own, ENTROPY: tl.constexp
     return new, total, moment, own
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
     hidden,  # [T, H]
     weight,  # [V, H]
@@ -113,7 +113,7 @@ def forward_kernel(
     tl.store(at + 3 * step, own, mask=row_ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def two_heads_kernel(
     hidden,
     weight,
@@ -174,7 +174,7 @@ def two_heads_kernel(
     tl.store(at + 7 * step, own_r, mask=row_ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def gradient_kernel(
     hidden,
     weight,  # [n_words, H], a slice of the vocabulary

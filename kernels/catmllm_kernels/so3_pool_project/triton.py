@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from catmllm_kernels.launch import launch
+from catmllm_kernels.launch import SIZES, launch
 from catmllm_kernels.so3_pool_project.reference import EPS
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -135,7 +135,7 @@ def pool_kernel(
     tl.store(arg + out, who, mask=c_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def pool_grad_kernel(
     x,
     stats,

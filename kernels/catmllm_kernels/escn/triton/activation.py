@@ -25,7 +25,7 @@ from catmllm_kernels.escn.triton.indices import (
     wave_order,
 )
 from catmllm_kernels.escn.triton.tiles import cells, tile
-from catmllm_kernels.launch import launch
+from catmllm_kernels.launch import SIZES, launch
 
 
 @triton.jit
@@ -123,7 +123,7 @@ def activate(
                 tl.store(active + row, z.to(active.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def activation_kernel(
     gates,
     hidden,
@@ -152,7 +152,7 @@ def activation_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def activation_grad_kernel(
     gates,
     hidden,

@@ -14,7 +14,7 @@ from catmllm_kernels.escn import layout
 from catmllm_kernels.escn.layout import EdgeAttention
 from catmllm_kernels.escn.triton.indices import half_of, highest, n_half, n_rows, row_of, wigner_offset
 from catmllm_kernels.escn.triton.tiles import cells, tile
-from catmllm_kernels.launch import launch
+from catmllm_kernels.launch import SIZES, launch
 
 
 @triton.jit
@@ -26,7 +26,7 @@ def turned(wigner, xs, mask, l: tl.constexpr):
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def gather_rotate_kernel(
     x,
     weights,

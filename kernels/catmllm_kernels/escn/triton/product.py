@@ -15,7 +15,7 @@ from catmllm_kernels.escn.reference import real_form
 from catmllm_kernels.escn.triton.activation import activate, activation_kernel, grid_of, zero_tiles
 from catmllm_kernels.escn.triton.indices import first_row, n_rows, weight_offset
 from catmllm_kernels.escn.triton.tiles import cells, tile
-from catmllm_kernels.launch import launch
+from catmllm_kernels.launch import SIZES, launch
 
 FUSED = (torch.float16, torch.bfloat16)  # dtypes of the product with activation
 
@@ -35,7 +35,7 @@ def load_weights(at, rows, columns, EVEN: tl.constexpr):
     return tl.load(at, mask=rows & columns, other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def product_kernel(
     rows,
     weights,

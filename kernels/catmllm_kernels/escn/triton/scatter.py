@@ -27,7 +27,7 @@ from catmllm_kernels.escn.triton.indices import (
     wigner_offset,
 )
 from catmllm_kernels.escn.triton.tiles import cells, power_of_two, tile
-from catmllm_kernels.launch import launch
+from catmllm_kernels.launch import SIZES, launch
 
 
 @triton.jit
@@ -149,7 +149,7 @@ def scatter_kernel(
             tl.store(at, total.to(out.dtype.element_ty), mask=c_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def value_grad_kernel(
     grad,
     values,

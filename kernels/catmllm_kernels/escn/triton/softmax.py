@@ -13,7 +13,7 @@ from torch import Tensor
 from catmllm_kernels.escn.layout import EdgeAttention
 from catmllm_kernels.escn.triton.activation import sigmoid
 from catmllm_kernels.escn.triton.tiles import PROGRAMS, power_of_two, tile
-from catmllm_kernels.launch import launch
+from catmllm_kernels.launch import SIZES, launch
 
 
 @triton.jit
@@ -77,7 +77,7 @@ def softmax_kernel(
         tl.store(alpha + edge * HEADS + head, tl.exp(logit - top) / total, mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def softmax_grad_kernel(
     extra,
     norm_weight,

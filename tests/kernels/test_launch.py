@@ -1,0 +1,77 @@
+"""What a kernel is compiled for: once for its constants, whatever the sizes of a batch."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+import torch
+
+pytest.importorskip("triton.runtime.interpreter")
+
+from catmllm_kernels.aot import config_of, specialised
+from catmllm_kernels.escn import cases as escn
+from catmllm_kernels.launch import SIZES, Launch, recorded
+from catmllm_kernels.linear_logprob import cases as linear_logprob
+from catmllm_kernels.so3_pool_project import cases as pooling
+
+META = torch.device("meta")
+
+
+def edge_path(nodes: int, edges: int) -> None:
+    degrees = (edges - nodes + 1, *(1,) * (nodes - 1))
+    escn.compile_case(escn.Size(2, 1, "s2", degrees, 16, 16, 2, 16, 16, 16), torch.float16)
+
+
+def pooled(nodes: int, edges: int) -> None:
+    from catmllm_kernels.so3_pool_project import triton
+
+    x, batch, n, mode, norm = pooling.arguments((nodes,), 2, 16, "max", "layer", torch.float16, META, 0)
+    features, arg, stats = triton.pool_forward(x, batch, n, mode, norm)
+    triton.pool_backward(torch.empty_like(features), x, batch, n, mode, norm, features, arg, stats)
+
+
+def log_probability(tokens: int, words: int) -> None:
+    linear_logprob.case("", "model", tokens, 64, 4096, True).compile(torch.float16)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("op", [edge_path, pooled, log_probability])
+def test_another_number_of_edges_nodes_or_tokens_compiles_nothing_new(op: Callable[[int, int], None]) -> None:
+    draw = random.Random(0)
+    sizes = [(1, 1), (16, 160), (1, 16), (16, 17)]
+    sizes += [(n, n + draw.randrange(60)) for n in (draw.randrange(1, 200) for _ in range(196))]
+    keys: dict[tuple[str, str], set[str]] = {}
+    for size in sizes:
+        with recorded() as found:
+            op(*size)
+        for start in found:
+            keys.setdefault((start.kernel.__name__, config_of(start)), set()).add(repr(specialised(start)))
+    assert keys and {len(of) for of in keys.values()} == {1}, {k: len(of) for k, of in keys.items()}
+
+
+def test_every_integer_argument_is_a_stride_or_named_as_a_size() -> None:
+    """A new kernel with another name for its number of edges would compile in mid-training."""
+    fixed = {"gates_edge", "extra_edge", "grad_edge", "n_words", "width"}
+    with recorded() as found:
+        edge_path(2, 3)
+        pooled(2, 3)
+        log_probability(3, 4)
+    given = [(name, value) for start in found for name, value in zip(start.kernel.arg_names, start.arguments)]
+    names = {name for name, value in given if isinstance(value, int)}
+    assert names == fixed | set(SIZES)
+
+
+def test_a_size_is_no_constant_and_a_stride_is() -> None:
+    import triton
+
+    @triton.jit(do_not_specialize=SIZES)
+    def kernel(x, n_edges, stride):  # type: ignore[no-untyped-def]
+        pass
+
+    def of(n_edges: int, stride: int) -> tuple[dict[str, str], ...]:
+        return specialised(Launch(kernel, (1,), (torch.ones(2), n_edges, stride)))  # type: ignore[return-value]
+
+    assert of(1, 8) == of(16, 8) == of(7, 8)
+    assert of(7, 1)[0]["stride"] == "constexpr" and len({repr(of(7, s)) for s in (1, 2, 16)}) == 3
+    assert of(2**31, 8)[0]["n_edges"] == "i64"
