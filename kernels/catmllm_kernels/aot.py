@@ -212,7 +212,7 @@ def variants(
 
 def every_launch(case: Case, dtypes: tuple[torch.dtype, ...]) -> Iterator[tuple[Launch, torch.dtype]]:
     """Those with the chosen tiles, then each kernel with its other candidates."""
-    dtypes = tuple(d for d in dtypes if d in case.tolerance)
+    dtypes = tuple(d for d in dtypes if d in case.dtypes)
     yield from ((start, d) for d in dtypes for start in launches(case, d))
     tiles = getattr(importlib.import_module(f"catmllm_kernels.{case.op}.triton"), "TILES", {})
     for name, index in ((n, i) for n, t in tiles.items() for i in range(1, len(t))):

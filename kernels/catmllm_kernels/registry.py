@@ -13,6 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from catmllm_kernels.rounding import error_bounds
+
 OPS = ("escn", "so3_pool_project", "linear_logprob", "varlen_attention", "decoder")
 
 
@@ -32,14 +34,48 @@ class Case:
     arguments: Callable[[torch.dtype, torch.device, int], tuple[Any, ...]]
     function: Callable[..., Tensor]
     reference: Callable[..., Tensor]
-    tolerance: Mapping[
-        torch.dtype, float
-    ]  # max |a - b| / max |b| of outputs and of each gradient, against float64
+    tolerance: Mapping[torch.dtype, float]  # max |a - b| / max |b| of each tensor, see `bounds`
     compile: Callable[[torch.dtype], None] | None = None
 
     @property
     def dtypes(self) -> tuple[torch.dtype, ...]:
-        return tuple(self.tolerance)
+        return tuple(dict.fromkeys((torch.float32, *self.tolerance)))
+
+    def bounds(self, dtype: torch.dtype, args: Any) -> list[float]:
+        """What max |a - b| / max |b| may be of the value and of each gradient, against float64.
+
+        Calculated from the condition of these very sums in float32, unless `tolerance` has it; half precision rounds
+        what it stores, a fixed number of times, much more coarsely than its float32 sums.
+        """
+        double = as_double(args)
+        if dtype in self.tolerance:
+            return [self.tolerance[dtype]] * (1 + sum(t.requires_grad for t in tensors_of(double)))
+        return error_bounds(lambda: value_and_gradients(self.reference, double), 2.0**-24)
+
+
+def tensors_of(part: Any) -> list[Tensor]:
+    """The tensors in nested tuples and lists."""
+    if isinstance(part, Tensor):
+        return [part]
+    return [t for item in part for t in tensors_of(item)] if isinstance(part, list | tuple) else []
+
+
+def as_double(part: Any) -> Any:
+    """The same arguments in float64, as new leaves."""
+    if isinstance(part, Tensor):
+        t = part.detach()
+        return (t.double() if t.is_floating_point() else t).requires_grad_(part.requires_grad)
+    if isinstance(part, tuple) and hasattr(part, "_fields"):
+        return type(part)(*map(as_double, part))
+    return type(part)(map(as_double, part)) if isinstance(part, list | tuple) else part
+
+
+def value_and_gradients(function: Callable[..., Tensor], args: Any, seed: int = 1) -> list[Tensor]:
+    """function(*args), and the gradients of a random weighting of it, the same in every dtype and on every device."""
+    out = function(*args)
+    leaves = [t for t in tensors_of(args) if t.requires_grad]
+    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return [out.detach(), *torch.autograd.grad(out, leaves, cotangent.to(out))]
 
 
 def cases(op: str | None = None, size: str | None = None) -> list[Case]:

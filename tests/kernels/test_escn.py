@@ -15,7 +15,7 @@ from catmllm_kernels.backend import implementation
 from catmllm_kernels.escn import edge_attention, op, reference, rotate_back_sum
 from catmllm_kernels.escn.cases import SIZES, Size, inputs
 from catmllm_kernels.escn.layout import EdgeAttention, gradients_of, unpack_wigner
-from tests.kernels.test_registry import tensors_of
+from catmllm_kernels.registry import tensors_of
 
 CPU = torch.device("cpu")
 BOTH = [SIZES["L2M2 s2"], SIZES["L3M1 gate"]]

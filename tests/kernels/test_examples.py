@@ -11,7 +11,7 @@ import torch
 
 from catmllm_kernels.registry import OPS
 
-MODULES = ["schema", *(f"{op}.op" for op in OPS), "escn.layout", "varlen_attention.layout"]
+MODULES = ["rounding", "schema", *(f"{op}.op" for op in OPS), "escn.layout", "varlen_attention.layout"]
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -10,8 +10,8 @@ import importlib.util
 import pytest
 import torch
 
-from catmllm_kernels.registry import Case, cases
-from tests.kernels.test_registry import CPU, as_double, value_and_gradients, worst
+from catmllm_kernels.registry import Case, cases, value_and_gradients
+from tests.kernels.test_registry import CPU, compare
 
 interpreter = pytest.importorskip("triton.runtime.interpreter")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -25,43 +25,42 @@ def label(case: Case) -> str:
     return f"{case.op} {case.name}"
 
 
-def compare(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def check(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     from catmllm_kernels.interpret import strict
 
     monkeypatch.setenv("CATMLLM_KERNELS", "triton")
     args = case.arguments(dtype, CPU, 0)
     with strict(seed=1):
-        found = value_and_gradients(case.function, args, 1)
+        found = value_and_gradients(case.function, args)
     with strict(seed=2):
-        again = value_and_gradients(case.function, args, 1)
-    expected = value_and_gradients(case.reference, as_double(args), 1)
-    assert worst(found, expected) < case.tolerance[dtype]
+        again = value_and_gradients(case.function, args)
+    compare(case, dtype, args, found)
     for a, b in zip(found, again):
         assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("case", SMALL, ids=label)
 def test_float32(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    compare(case, torch.float32, monkeypatch)
+    check(case, torch.float32, monkeypatch)
 
 
-@pytest.mark.parametrize("case", cases("escn", "test")[:3], ids=label)
+@pytest.mark.parametrize("case", [c for c in cases("escn", "test") if "no edges" not in c.name], ids=label)
 def test_the_fused_product_in_float32(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is for half precision; only in float32 is an error of the kernel sure to show."""
     from catmllm_kernels.escn.triton import product
 
     monkeypatch.setattr(product, "FUSED", (torch.float32,))
-    compare(case, torch.float32, monkeypatch)
+    check(case, torch.float32, monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("case", SMALL[1:3], ids=label)
+@pytest.mark.parametrize("case", [c for c in SMALL if c.op == "escn"][1:5], ids=label)
 def test_half_precision(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    compare(case, dtype, monkeypatch)
+    check(case, dtype, monkeypatch)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", [c for c in KERNELS if c.size != "model"], ids=label)
 def test_every_case_and_dtype(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    compare(case, dtype, monkeypatch)
+    check(case, dtype, monkeypatch)
