@@ -35,6 +35,7 @@ cdef extern from "../csrc/cif/scan.h" namespace "catmllm::cif":
 cdef extern from "../csrc/geometry/lattice.h" namespace "catmllm::geometry":
     struct Lattice:
         double rows[9]
+    double c_shortest_vector "catmllm::geometry::shortest_vector"(const Lattice&) nogil
 
 
 cdef extern from "../csrc/geometry/min_distance.h" namespace "catmllm::geometry":
@@ -49,6 +50,7 @@ cdef extern from "../csrc/pvcp/score.h" namespace "catmllm::pvcp":
     struct Thresholds:
         double close, near, volume_min, volume_max, max_sites, coord_min, coord_max
         double density_min, density_max, volume_per_atom_min, volume_per_atom_max
+        cbool own_images
     cdef cppclass Target:
         vector[TargetEntry] entries
     cdef cppclass TargetEntry "catmllm::pvcp::Target::Entry":
@@ -203,7 +205,7 @@ def score(list texts, list targets, list target_of_text, tuple weights, tuple th
     w, t = &batch.weights, &batch.thresholds
     w.comp, w.parse, w.valid, w.phys = weights
     (t.close, t.near, t.volume_min, t.volume_max, t.max_sites, t.coord_min, t.coord_max,
-     t.density_min, t.density_max, t.volume_per_atom_min, t.volume_per_atom_max) = thresholds
+     t.density_min, t.density_max, t.volume_per_atom_min, t.volume_per_atom_max, t.own_images) = thresholds
     batch.extract = extract
     batch.texts.reserve(n)
     for i in range(n):
@@ -242,6 +244,14 @@ def min_distance(lattice, frac):
     with nogil:
         d = c_min_distance(cell, first, n, scratch)
     return d
+
+
+def shortest_vector(lattice):
+    """See rewards_fast.pvcp.shortest_vector; float64 C-contiguous [3, 3]."""
+    cdef const double[:, ::1] rows = lattice
+    cdef Lattice cell
+    memcpy(cell.rows, &rows[0, 0], 72)
+    return c_shortest_vector(cell)
 
 
 def profile(str text not None, int repeats):

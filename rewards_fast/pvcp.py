@@ -35,7 +35,11 @@ class Weights:
 
 @dataclass(frozen=True)
 class Thresholds:
-    """Where penalties begin. `near` 1.0 is Eq. 41 and hits correct O-H bonds (0.98 Å); training uses 0.7."""
+    """Where penalties begin. `near` 1.0 is Eq. 41 and hits correct O-H bonds (0.98 Å); training uses 0.7.
+
+    own_images: a site's own images count for the least distance too. Eq. 41 takes different sites alone, so that a cell
+    0.6 Å wide with one atom across scores in full.
+    """
 
     close: float = 0.5
     near: float = 1.0
@@ -48,6 +52,7 @@ class Thresholds:
     density_max: float = 30.0
     volume_per_atom_min: float = 3.0
     volume_per_atom_max: float = 150.0
+    own_images: bool = False
 
 
 SCORE_NAMES = ("total", "comp", "parse", "valid", "phys", "n_sites", "volume", "density", "min_distance")
@@ -209,6 +214,9 @@ def score_measurement(
     coord_penalty = min(3.0, 0.5 * bad)
     density_penalty = 2.0 if _outside(measured.density, t.density_min, t.density_max) else 0.0
     d_min = measured.min_distance
+    if t.own_images and not math.isnan(d_min):
+        own = shortest_vector(measured.crystal.lattice)
+        d_min = own if math.isnan(own) else min(d_min, own)
     distance_penalty = 0.0 if d_min >= t.near else 3.0 if d_min >= t.close else 8.0
     per_atom = volume / n if n else math.nan
     vpa_penalty = (
@@ -234,6 +242,14 @@ def score_measurement(
         "volume_per_atom_penalty": vpa_penalty,
         "bad_coords": bad,
     }
+
+
+def shortest_vector(lattice: ArrayLike) -> float:
+    """How far a site is from its own nearest image (Å): the shortest vector of the lattice, rows in Å [3, 3], any skew.
+    nan for non-finite input or a cell without volume."""
+    from rewards_fast import _core
+
+    return float(_core.shortest_vector(np.ascontiguousarray(lattice, dtype=np.float64).reshape(3, 3)))
 
 
 def floor_scores(weights: Weights) -> dict[str, float]:

@@ -181,6 +181,10 @@ void Block::clear() {
     magnetic = incommensurate = false;
 }
 
+bool Block::has_other(std::string_view name) const {
+    return std::any_of(others.begin(), others.end(), [&](const OtherKey& other) { return other.name == name; });
+}
+
 Status read_block(Tokenizer& tokens, Arena& arena, LoopScratch& scratch, Block& block) {
     Token* free_tokens = arena.array<Token>(tokens.most_tokens());
     Token token{};

@@ -128,6 +128,7 @@ struct Block {
     const Value& operator[](Key key) const { return values[static_cast<std::size_t>(key)]; }
     Value& operator[](Key key) { return values[static_cast<std::size_t>(key)]; }
     void clear();
+    bool has_other(std::string_view name) const;
 };
 
 struct LoopScratch {

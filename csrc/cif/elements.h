@@ -11,6 +11,7 @@ struct Element {
     std::uint8_t number;
     std::uint8_t isotope;  // 1 for D and T, which are elements of their own with the symbol H
     double mass;           // amu
+    double electronegativity;  // Pauling's; above all others where there is none
 };
 
 constexpr int kNoElement = -1;

@@ -17,8 +17,8 @@ namespace catmllm::cif {
     X(kNumber, "number", "a coordinate that is not a number", "`0.25.1`")                                  \
     X(kOccupancy, "occupancy", "occupancies of one site that sum to more than 1", "the same row twice")    \
     X(kSymmetry, "symmetry", "symmetry operations that cannot be read", "`x+1/0,y,z`")                     \
-    X(kMagnetic, "magnetic", "a magnetic structure beyond explicit operations",                            \
-      "`_space_group_magn.name_BNS` alone")                                                                \
+    X(kMagnetic, "magnetic", "a magnetic structure that is disordered, incommensurate or of no known group", \
+      "`_space_group_magn.name_BNS foo`")                                                                  \
     X(kUnsupported, "unsupported", "anything else that pymatgen refuses", "an infinite oxidation state")   \
     X(kLimit, "limit", "larger than the limits of the engine", "20 MB of text")
 

@@ -1,5 +1,6 @@
 #include "species.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 
@@ -8,6 +9,7 @@ namespace {
 
 constexpr double kAmountTolerance = 1e-8;
 constexpr int kOxygen = 8;
+constexpr std::uint32_t kMostSpecies = 64;  // of one composition that are looked at for its place in the order
 
 bool same_species(const Species& a, const Species& b) {
     if (a.element != b.element || a.has_oxidation != b.has_oxidation) return false;
@@ -54,6 +56,31 @@ bool Compositions::equal(const Composition& a, const Composition& b) const {
         if (!nearly(amount.value, alone ? other.value : amount_of(b, species[amount.species]))) return false;
     }
     return true;
+}
+
+bool Compositions::less(const Composition& a, const Composition& b) const {
+    std::uint32_t ids[2 * kMostSpecies];
+    std::uint32_t n = 0;
+    for (const Composition& c : {a, b})
+        for (std::uint32_t i = 0; i < c.size && n < 2 * kMostSpecies; ++i) ids[n++] = amounts[c.first + i].species;
+    std::sort(ids, ids + n, [&](std::uint32_t i, std::uint32_t j) {  // sorted(set(a.elements + b.elements))
+        const Species& s = species[i];
+        const Species& t = species[j];
+        const double x = s.element == kNoElement ? 0 : element(s.element).electronegativity;
+        const double y = t.element == kNoElement ? 0 : element(t.element).electronegativity;
+        if (x != y) return x < y;
+        const std::string_view p = s.element == kNoElement ? s.dummy : std::string_view(element(s.element).symbol);
+        const std::string_view q = t.element == kNoElement ? t.dummy : std::string_view(element(t.element).symbol);
+        if (p != q) return p < q;
+        return s.oxidation < t.oxidation;
+    });
+    for (std::uint32_t i = 0; i < n; ++i) {
+        const double x = amount_of(a, species[ids[i]]);
+        const double y = amount_of(b, species[ids[i]]);
+        if (y - x >= kAmountTolerance) return true;
+        if (x - y >= kAmountTolerance) return false;
+    }
+    return false;
 }
 
 Composition Compositions::sum(const Composition& a, const Composition& b) {

@@ -288,7 +288,7 @@ Status magnetic_operations(const Block& block, KnownComponents& known, std::vect
         return ok();
     }
     if (block[Key::kMagneticName].truthy() || block[Key::kMagneticNumber].truthy())
-        return reject_text(Reason::kMagnetic);  // magnetic groups by name: not in the tables
+        return magnetic_group_operations(block, operations);
     operations.push_back(kIdentity);
     return ok();
 }

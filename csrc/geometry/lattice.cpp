@@ -2,6 +2,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <utility>
 
 namespace catmllm::geometry {
@@ -164,6 +165,17 @@ bool reduce(const Lattice& lattice, Lattice& reduced) {
     for (int i = 0; i < 3; ++i)
         for (int j = 0; j < 3; ++j) reduced.rows[3 * i + j] = v[i][j] * scale;
     return true;
+}
+
+double shortest_vector(const Lattice& lattice) {
+    Lattice reduced;
+    if (!reduce(lattice, reduced)) return std::nan("");
+    double least = std::numeric_limits<double>::infinity();
+    for (int k = 0; k < 3; ++k) {
+        const double* v = reduced.rows + 3 * k;
+        least = std::fmin(least, std::hypot(v[0], v[1], v[2]));
+    }
+    return least;
 }
 
 }  // namespace catmllm::geometry

@@ -22,4 +22,8 @@ bool plane_spacings(const Lattice& lattice, double spacings[3]);
 // cells.
 bool reduce(const Lattice& lattice, Lattice& reduced);
 
+// The length of the shortest vector of the lattice, in Å: how far a site is from its own nearest image. nan where
+// reduce() is false.
+double shortest_vector(const Lattice& lattice);
+
 }  // namespace catmllm::geometry

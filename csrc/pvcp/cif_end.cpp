@@ -86,8 +86,8 @@ bool has_digit(std::string_view s) {
 bool is_operation(std::string_view s) {
     const auto speaks = [](char c) { return is_digit(byte(c)) || std::string_view("xyzXYZ").find(c) != kNowhere; };
     return std::any_of(s.begin(), s.end(), speaks) && std::all_of(s.begin(), s.end(), [](char c) {
-               return is_digit(byte(c)) || std::string_view("xyzXYZ+-*/., ").find(c) != kNowhere;
-           });
+        return is_digit(byte(c)) || std::string_view("xyzXYZ+-*/., ").find(c) != kNowhere;
+    });
 }
 
 // A name of the CIF dictionaries, `_cell_length_a`: lower case first, several parts. Emphasis (`_Note_`) is none.
@@ -95,8 +95,8 @@ bool is_data_name(std::string_view s) {
     if (s.size() < 4 || !is_lower(byte(s[1]))) return false;
     const std::size_t second = s.find_first_of("_.", 1);
     return second != kNowhere && second + 1 < s.size() && std::all_of(s.begin(), s.end(), [](char c) {
-               return cif::is_alpha(byte(c)) || is_digit(byte(c)) || std::string_view("_.-/%[]").find(c) != kNowhere;
-           });
+        return cif::is_alpha(byte(c)) || is_digit(byte(c)) || std::string_view("_.-/%[]").find(c) != kNowhere;
+    });
 }
 
 enum class Kind : std::uint8_t { kAny, kName, kNumber, kCoordinate, kSymbol, kLabel, kOperation };
@@ -116,6 +116,7 @@ class Reader {
     // Can this line, which begins neither with a key nor with `loop_`, follow?
     bool may_follow(std::string_view line) {
         if (value_wanted_) return true;
+        count();
         if (!loop_ || kinds_.empty()) return false;
         words_.clear();
         Words words(line);
@@ -124,36 +125,59 @@ class Reader {
             words_.push_back(word);
         }
         if (first_row_) return true;
-        if (filled_ == 0) return words_.size() >= kinds_.size() ? is_row() : fits(0);
+        if (filled_ == 0) return (words_.size() >= kinds_.size() ? is_row() : fits(0)) || begins_row();
         if (fits(filled_)) return true;
-        if (!fits(0)) return false;
+        if (!fits(0) && !begins_row()) return false;
         filled_ = 0;  // the row before is damaged; rows go on
+        return true;
+    }
+
+    // A row of sites that needs no closer look: `Pt  Pt3  ...`, or `Pt3  Pt  ...`. What follows of it is counted only if
+    // the next line is no such row: it may have been cut, or go on there.
+    bool passes_as_row(std::string_view line) {
+        if (!sites_ || first_row_ || value_wanted_) return false;
+        if (filled_ != 0 && counted_.empty()) return false;
+        std::size_t i = 0;
+        while (i < line.size() && line[i] == ' ') ++i;
+        std::size_t letters = 0;
+        while (letters < 3 && i + letters < line.size() && cif::is_alpha(byte(line[i + letters]))) ++letters;
+        if (letters == 0 || letters > 2 || !is_upper(byte(line[i]))) return false;
+        std::size_t second = i + letters;
+        while (second < line.size() && is_digit(byte(line[second]))) ++second;
+        const std::size_t gap = second;
+        while (second < line.size() && line[second] == ' ') ++second;
+        if (second == gap || line.compare(second, letters, line, i, letters) != 0) return false;
+        second += letters;
+        if (second < line.size() && !is_digit(byte(line[second])) && line[second] != ' ') return false;
+        counted_ = line;
         return true;
     }
 
     // How much of such a line: words behind a whole row of sites that are neither numbers nor begin a row do not.
     std::size_t length_of_row(std::string_view line) const {
-        if (value_wanted_ || !loop_ || filled_ != 0 || words_.size() <= kinds_.size() || !has_coordinates())
-            return line.size();
+        if (value_wanted_ || !loop_ || filled_ != 0 || words_.size() <= kinds_.size() || !sites_) return line.size();
         const Word& extra = words_[kinds_.size()];
         if (!is_row() || is_number(extra.text) || element_letters(extra.text) != 0) return line.size();
         return static_cast<std::size_t>(extra.text.data() - line.data());
     }
 
     void take(std::string_view line) {
+        count();
         Words words(line);
         for (Word word; words.next(word);) {
             if (value_wanted_) {
                 value_wanted_ = false;
             } else if (!word.quoted && starts_with(word.text, "loop_")) {
                 loop_ = naming_ = first_row_ = true;
+                sites_ = false;
                 kinds_.clear();
                 filled_ = 0;
             } else if (!word.quoted && word.text[0] == '_') {
                 if (naming_) {
                     kinds_.push_back(kind_of(word.text));
+                    sites_ |= kinds_.back() == Kind::kCoordinate;
                 } else {
-                    loop_ = false;
+                    loop_ = sites_ = false;
                     value_wanted_ = true;
                 }
             } else {
@@ -163,6 +187,7 @@ class Reader {
     }
 
     void value(std::string_view text) {
+        count();
         value_wanted_ = naming_ = false;
         if (!loop_ || kinds_.empty()) return;
         Kind& kind = kinds_[filled_];
@@ -178,15 +203,35 @@ class Reader {
     void forget() { *this = Reader(); }
 
   private:
-    bool has_coordinates() const {
-        return std::find(kinds_.begin(), kinds_.end(), Kind::kCoordinate) != kinds_.end();
+    // The values of the last row that only passed.
+    void count() {
+        if (counted_.empty()) return;
+        Words words(counted_);
+        std::size_t n = 0;
+        for (Word word; words.next(word);) ++n;
+        filled_ = n < kinds_.size() ? n : 0;
+        counted_ = {};
     }
-    // A row of at least as many words as columns: its coordinates must be numbers where it has any, else all must
-    // fit.
+    // However little of the rest is right: the symbol of an element, then a label that begins with it.
+    bool begins_row() const {
+        for (std::size_t i = 0; i + 1 < std::min(kinds_.size(), words_.size()); ++i) {
+            const bool first = kinds_[i] == Kind::kSymbol && kinds_[i + 1] == Kind::kLabel;
+            if (!first && !(kinds_[i] == Kind::kLabel && kinds_[i + 1] == Kind::kSymbol)) continue;
+            const std::string_view symbol = words_[first ? i : i + 1].text;
+            const std::size_t letters = element_letters(symbol);
+            return letters != 0 && starts_with(words_[first ? i + 1 : i].text, symbol.substr(0, letters));
+        }
+        // labels alone: `Pt3`, and a number somewhere
+        if (!sites_ || words_.empty() || kinds_[0] != Kind::kLabel) return false;
+        const auto number = [](const Word& word) { return is_number(word.text); };
+        return element_letters(words_[0].text) != 0 && has_digit(words_[0].text) &&
+               std::any_of(words_.begin() + 1, words_.end(), number);
+    }
+    // A row of at least as many words as columns: its coordinates must be numbers where it has any, else all must fit.
     bool is_row() const {
         for (std::size_t i = 0; i < kinds_.size(); ++i)
             if (kinds_[i] == Kind::kCoordinate && !is_number(words_[i].text)) return false;
-        return has_coordinates() || fits(0);
+        return sites_ || fits(0);
     }
     // The words from column `at` on are of their columns' kinds; words that nothing speaks for hold a digit. (A
     // column's first value tells whether it holds numbers, or names that begin with a letter.)
@@ -231,6 +276,8 @@ class Reader {
     bool value_wanted_ = false;  // a key was the last word
     bool loop_ = false;
     bool naming_ = false;     // its columns are being named
+    bool sites_ = false;      // it has coordinates
+    std::string_view counted_;  // a row that passed, its values not yet counted
     bool first_row_ = false;  // not yet read to the end: it shows which columns hold numbers
     std::size_t filled_ = 0;  // of the row in progress
     std::vector<Kind> kinds_;
@@ -275,7 +322,7 @@ std::size_t length_of_cif(std::string_view s) {
                 stray = kNowhere;
             }
             if (stray == kNowhere) reader.take(text);
-        } else if (stray == kNowhere) {
+        } else if (stray == kNowhere && !reader.passes_as_row(text)) {
             if (!reader.may_follow(text)) {
                 stray = line;
             } else if (const std::size_t row = reader.length_of_row(text); row < text.size()) {

@@ -306,9 +306,12 @@ constexpr char Borders::kMarks[4];
 // Where the last assistant turn begins.
 std::size_t last_turn(std::string_view s) {
     std::size_t start = 0;
-    for (const std::string_view role : kRoles) {
-        const std::size_t at = s.rfind(role);
-        if (at != kNowhere) start = std::max(start, at + role.size());
+    for (const char mark : {'<', '['}) {
+        for (std::size_t at = s.find(mark); at != kNowhere; at = s.find(mark, at + 1)) {
+            const std::string_view rest = s.substr(at);
+            for (const std::string_view role : kRoles)
+                if (starts_with(rest, role)) start = std::max(start, at + role.size());
+        }
     }
     return start;
 }

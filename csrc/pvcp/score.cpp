@@ -58,7 +58,11 @@ void score_structure(const cif::Structure& structure, const Target& target, cons
     const double volume = geometry::volume(structure.lattice);
     const double cubic_cm = volume * 1e-24;  // underflows where pymatgen's does
     const double density = cubic_cm == 0 ? kNan : structure.mass * kGramsPerAmu / cubic_cm;
-    const double d_min = structure.min_distance;
+    double d_min = structure.min_distance;
+    if (t.own_images && !std::isnan(d_min)) {
+        const double own = geometry::shortest_vector(structure.lattice);
+        d_min = own < d_min || std::isnan(own) ? own : d_min;
+    }
     row[kSites] = sites;
     row[kVolume] = volume;
     row[kDensity] = density;

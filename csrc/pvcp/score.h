@@ -20,6 +20,7 @@ struct Thresholds {
     double coord_min = -0.1, coord_max = 1.1;
     double density_min = 0.1, density_max = 30.0;
     double volume_per_atom_min = 3.0, volume_per_atom_max = 150.0;
+    bool own_images = false;  // a site's own images count for the least distance (Eq. 41 leaves them out)
 };
 
 // The wanted counts by atomic number; empty leaves the composition out.

@@ -30,7 +30,7 @@ from rewards_fast.reference import measure
 SHARED = Path(os.environ.get("CATMLLM_SHARED", Path(__file__).parents[2] / "shared"))
 SCALARS = ("n_sites", "volume", "density", "min_distance")
 TARGET = {"Pt": 9.0, "O": 1.0}  # any: every text is scored against it by both
-DELIBERATE = ("magnetic", "limit")  # magnetic groups given by name, and the engine's limits
+DELIBERATE = ("limit",)  # the engine's limits
 SECONDS = 5  # for pymatgen on one text
 
 

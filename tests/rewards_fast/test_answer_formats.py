@@ -84,6 +84,8 @@ def test_a_damaged_row_is_not_repaired() -> None:
     rows = {
         "too short": SLAB.replace("Pt Pt3 1 0.500 0.500 0.300 1", "Pt Pt3 1 0.500 0.500 0.300"),
         "too long": SLAB.replace("Pt Pt3 1 0.500 0.500 0.300 1", "Pt Pt3 1 0.500 0.500 0.300 1 7"),
+        "a garbled number": SLAB.replace("Pt Pt3 1 0.500 0.500", "Pt Pt3 1 0.2.500 0.500"),
+        "garbled and last": SLAB.replace("O O5 1 0.000 0.000 0.500 1", "O O5 1 zero 0.000 0.500 1"),
         "last too short": SLAB.replace("O O5 1 0.000 0.000 0.500 1", "O O5 1 0.000 0.000"),
         "last cut off": SLAB.replace("O O5 1 0.000 0.000 0.500 1\n", "O"),
         "last too long": SLAB.replace("O O5 1 0.000 0.000 0.500 1", "O O5 1 0.000 0.000 0.500 1 1"),

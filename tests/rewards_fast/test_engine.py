@@ -6,7 +6,10 @@ import math
 import multiprocessing
 import os
 import pickle
+import platform
 import re
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rewards_fast import PVCP, CIFError, _core, min_distance, parse_cif, reference
-from tests.oracles.cif_mutants import mutants
+from tests.oracles.cif_mutants import KINDS, mutants, of_kind
+from tests.oracles.reward_agreement import Verdicts, compare
 from tests.rewards_fast.cif_texts import SLAB, TARGET, cell_cif
 
 CUBE = (4.0, 4.0, 4.0, 90, 90, 90)
@@ -106,6 +110,50 @@ RULES = {
         "_atom_site_fract_z\n", "_atom_site_fract_z\n_atom_site_occupancy\n"
     )
     + "'0.8Nb(1) + 0.2Zr(1)' Nb,Zr 0 0 0 1\nO O 0.5 0 0 1\n",
+    **{
+        f"magnetic group, {name}": with_symmetry(lines, "Mn Mn0 0.1 0.2 0.25\nO O1 0 0 0.5\n")
+        for name, lines in {
+            "by name": "_space_group_magn.name_BNS \"P n' m a'\"",
+            "by number": "_space_group_magn.number_BNS 62.448\n_space_group_magn.transform_BNS_Pp_abc 'a,b,c;0,0,0'",
+            "hexagonal, centred": "_space_group_magn_number_BNS 166.97",
+            "with an antitranslation": "_space_group_magn.name_BNS R_I-3c",
+            "in another setting": "_space_group_magn.number_BNS 62.448\n_space_group_magn.transform_BNS_Pp_abc 'c,a,b;1/4,0,1/2'",
+            "rhombohedral setting": "_space_group_magn.number_BNS 166.97\n_space_group_magn.transform_BNS_Pp_abc "
+            "'2/3a+1/3b+1/3c,-1/3a+1/3b+1/3c,-1/3a-2/3b+1/3c;0,0,0'",
+            "brackets": "_space_group_magn.number_BNS 14.79\n_space_group_magn.transform_BNS_Pp_abc '(a+b)/2,(b-a)/2,2c;0.25,0,0'",
+            "unknown name": "_space_group_magn.name_BNS foo",
+            "unknown number": "_space_group_magn.number_BNS 62.999",
+            "number without a point": "_space_group_magn.number_BNS 62",
+            "no number": "_space_group_magn.number_BNS a.b",
+            "no setting": "_space_group_magn.number_BNS 62.448\n_space_group_magn.transform_BNS_Pp_abc 'a,b;0,0,0'",
+            "flat setting": "_space_group_magn.number_BNS 62.448\n_space_group_magn.transform_BNS_Pp_abc 'a,a,c;0,0,0'",
+            "two settings": "_space_group_magn.number_BNS 62.448\n_space_group_magn.transform_BNS_Pp_abc 'a,b,c;0,0,0'\n"
+            "_space_group_magn.transform_BNS_Pp 'a,b,c;0,0,0'",
+        }.items()
+    },
+    "a first occupancy of 1e-9": cell_cif(
+        (5, 5, 5, 90, 90, 90),
+        [("H", 0.1, 0.1, 0.1), ("C", 0.5, 0.5, 0.5), ("O", 0.3, 0.3, 0.3), ("Pt", 0.7, 0.7, 0.7)],
+        occupancies=["1e-9", 1, 1, 1],
+    ),
+    "it hides an occupancy of 5": cell_cif(
+        (5, 5, 5, 90, 90, 90), [("H", 0.1, 0.1, 0.1), ("C", 0.5, 0.5, 0.5)], occupancies=["1e-9", 5]
+    ),
+    "occupancies of 1e-9 alone": cell_cif(
+        (5, 5, 5, 90, 90, 90),
+        [("Fe", 0, 0, 0), ("Co", 0.5, 0.5, 0.5), ("O", 0.2, 0.2, 0.2)],
+        occupancies=["1e-9"] * 3,
+    ),
+    "occupancies within the tolerance": cell_cif(
+        (5, 5, 5, 90, 90, 90),
+        [("Fe", 0, 0, 0), ("Fe", 0.5, 0.5, 0.5), ("Co", 0.3, 0, 0)],
+        occupancies=["0.50000001", "0.5", "2e-8"],
+    ),
+    "rhombohedral, four digits": cell_cif(
+        (5.951, 5.951, 28.875, 90, 90, 120),
+        [("O", 0.5026, 1.0053, 0.125)],
+        ("x,y,z", "2/3-y,1/3+x-y,1/3+z", "2/3-y,1/3-x,1/3+z"),
+    ),
     "magnetic operations": with_symmetry(
         "loop_\n_space_group_symop_magn_operation.xyz\nx,y,z,+1\n-x,-y,-z,-1\nloop_\n_space_group_symop_magn_centering.xyz\n"
         "x,y,z,+1\nx+1/2,y,z,-1"
@@ -134,6 +182,44 @@ def test_broken_copies_are_judged_as_by_the_reference() -> None:
     pytest.importorskip("pymatgen.core")
     for text in mutants([t for t in RULES.values() if t.count("\n") > 5], 400, seed=11):
         assert_like_the_reference(text)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_mutants_of_a_kind_are_judged_as_by_the_reference(kind: str) -> None:
+    texts = [text for text in of_kind(kind, 40, seed=3) if not ("X A" in text and "e-9" in text)]
+    found = [(text, what) for text, what in compare(texts, Verdicts())]
+    assert found == []
+
+
+def test_the_rhombohedral_text_has_three_sites() -> None:
+    assert PVCP(extract=False).score([RULES["rhombohedral, four digits"]]).n_sites[0] == 3
+
+
+ORDER_OF_SUMS = """
+import sys, warnings
+import numpy as np
+from rewards_fast import PVCP
+from tests.oracles.cif_mutants import of_kind
+from tests.oracles.reward_agreement import judge
+warnings.simplefilter("ignore")
+texts = [text for text in of_kind("rhombohedral", 60, seed=5) if "_as_xyz" in text]
+ours = PVCP(extract=False).score(texts).n_sites
+theirs = [(judge(text) or {}).get("n_sites", np.nan) for text in texts]
+print(sum(a != b and not (np.isnan(a) and np.isnan(b)) for a, b in zip(ours, theirs)), len(texts))
+"""
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="kernels of x86-64")
+@pytest.mark.parametrize("kernels", ["Haswell", "SkylakeX", "Zen"])
+def test_the_order_of_sums_is_that_of_openblas_with_avx2(kernels: str) -> None:
+    """Images on the tolerance depend on the last digit of a sum, and so pymatgen's answer on the BLAS that NumPy carries."""
+    environment = {**os.environ, "OPENBLAS_CORETYPE": kernels, "OPENBLAS_NUM_THREADS": "1"}
+    environment.pop("OPENBLAS_L2_SIZE", None)
+    run = [sys.executable, "-c", ORDER_OF_SUMS]
+    printed = subprocess.run(run, env=environment, capture_output=True, text=True, check=True).stdout.split()
+    wrong, texts = int(printed[-2]), int(printed[-1])
+    assert texts > 20
+    assert wrong == 0
 
 
 @settings(max_examples=200)

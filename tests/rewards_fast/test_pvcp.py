@@ -7,6 +7,9 @@ import sys
 
 import numpy as np
 import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from pymatgen.core import Structure
 
 from rewards_fast import PVCP, CIFError, Crystal, Scores, Thresholds, parse_cif, parse_target
 from rewards_fast.pvcp import composition_score
@@ -250,3 +253,31 @@ def test_scores_are_views_of_their_rows() -> None:
     again = pickle.loads(pickle.dumps(scores))
     np.testing.assert_array_equal(again.total, scores.total)
     assert again.fields["lattice"].tolist() == [True, False]
+
+
+NEEDLE = cell_cif((0.6, 0.6, 166, 90, 90, 90), [("Pt", 0, 0, 0), ("Pt", 0, 0, 0.02)])
+
+
+def test_own_images_of_a_needle() -> None:
+    assert PVCP().score([NEEDLE], {"Pt": 2}).total[0] == pytest.approx(10)  # Eq. 41: different sites alone
+    seen = PVCP(thresholds={"own_images": True}).score([NEEDLE], {"Pt": 2})
+    assert seen.min_distance[0] == pytest.approx(0.6) and seen.phys[0] == 7
+    one = cell_cif((0.4, 5, 30, 90, 90, 90), [("Pt", 0, 0, 0)])
+    assert PVCP().score([one]).phys[0] == 10
+    assert PVCP(thresholds={"own_images": True}).score([one]).phys[0] == 2
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.floats(0.3, 12), min_size=3, max_size=3), st.lists(st.floats(35, 145), min_size=3, max_size=3)
+)
+def test_own_images_are_pymatgens_neighbours(lengths: list[float], angles: list[float]) -> None:
+    """Against pymatgen's list of all images within reach, a site's own among them."""
+    text = cell_cif((*lengths, *angles), [("Pt", 0.1, 0.2, 0.3), ("O", 0.55, 0.7, 0.9)])
+    seen = PVCP(thresholds={"own_images": True}).score([text])
+    assume(seen.reason == [None])
+    structure = Structure.from_str(text, fmt="cif")
+    reach = float(min(structure.lattice.abc)) * 1.0001
+    assume(structure.volume > 0.05 and reach**3 / structure.volume < 1e4)
+    distances = structure.get_neighbor_list(reach)[3]
+    assert seen.min_distance[0] == pytest.approx(distances[distances > 1e-8].min(), rel=1e-9)
