@@ -60,6 +60,9 @@ class RewardSettings:
     density_max: float = _threshold(Thresholds.density_max, "largest density", "g/cm³")
     volume_per_atom_min: float = _threshold(Thresholds.volume_per_atom_min, "least volume per atom", "Å³")
     volume_per_atom_max: float = _threshold(Thresholds.volume_per_atom_max, "largest volume per atom", "Å³")
+    own_images: bool = key(
+        Thresholds.own_images, "a site's own images count for the least distance; Eq. 41 leaves them out"
+    )
     extract: bool = key(True, "find the CIF inside the answer first")
     threads: int | None = key(None, "at most this many threads; null: all cores", ge=1)
 

@@ -21,7 +21,7 @@ def test_the_defaults_are_those_of_pvcp() -> None:
 
 def test_every_key_reaches_the_scorer() -> None:
     for f in fields(RewardSettings):
-        value = {"extract": False, "threads": 3, "max_sites": 7}.get(f.name, 0.125)
+        value = {"extract": False, "own_images": True, "threads": 3, "max_sites": 7}.get(f.name, 0.125)
         scorer = read_settings({f.name: value}).scorer()
         where = {**vars(scorer.weights), **vars(scorer.thresholds), **vars(scorer)}
         assert where[f.name] == value, f.name
