@@ -15,8 +15,8 @@ import numpy as np
 import pymatgen.symmetry.groups as groups
 from pymatgen.core import Element, Lattice
 from pymatgen.core.operations import SymmOp
-from pymatgen.symmetry.maggroups import MAGSYMM_DATA
 from pymatgen.symmetry.groups import SYMM_DATA, SpaceGroup
+from pymatgen.symmetry.maggroups import MAGSYMM_DATA
 
 HERE = Path(__file__).parent
 
