@@ -1,4 +1,4 @@
-"""Finds the CIF inside a model's answer: chat markup, `<think>` passages, code fences and prose around it go.
+"""Finds the CIF inside a model's answer: chat markup, reasoning, tags, code fences, JSON and prose around it go.
 
 What stands inside the CIF is never repaired: a row with a missing number stays as it was written.
 """
@@ -7,14 +7,11 @@ from __future__ import annotations
 
 
 def extract_cif(answer: str) -> str:
-    """The CIF in a model's answer; the answer without its chat markup where no `data_` block is seen.
+    """The CIF of a model's answer: the last whole one outside of reasoning, up to what cannot belong to it by CIF's grammar.
 
-    1. Only the last assistant turn counts; `<think>` passages are dropped, an unclosed one to the end.
-    2. Of code fences that hold a `data_` line the last one is taken (an open fence runs to the end).
-    3. Prose before the first `data_` line goes, and so does prose behind the last row: from the first line
-       after the last key (`_name`, `loop_`) that has three or more plain words.
-
-    `PVCP.score` does the same in its threads (csrc/pvcp/extract.cpp).
+    "Whole" is what `extract=False` accepts; where none is, the last one is returned, and the text of the last turn where
+    there is no `data_` at all. The rules are in docs/rewards_fast.md, "Which CIF is the answer's". `PVCP.score` does the
+    same in its threads (csrc/pvcp/extract.cpp).
     """
     from rewards_fast import _core
 
