@@ -288,10 +288,12 @@ class SamplingConfig:
 
 @section
 class RewardConfig(RewardSettings):
-    """PVCP weights and thresholds, every key of `rewards_fast.RewardSettings`. Eq. 41's upper distance (1.0 Å) punishes
-    every O-H bond, so `near` is 0.7 Å here."""
+    """PVCP weights and thresholds, every key of `rewards_fast.RewardSettings`. Two differ from Eq. 41: its upper distance
+    (1.0 Å) punishes every O-H bond, so `near` is 0.7 Å here; and it looks at different sites only, which lets a cell
+    thinner than an atom pass, so `own_images` is on."""
 
     near: float = 0.7
+    own_images: bool = True
     threads: int | None = 1
 
 

@@ -8,7 +8,7 @@ import pytest
 from catmllm.config import ConfigError, RewardConfig, load_config
 from rewards_fast import PVCP, RewardSettings, Thresholds, Weights
 from rewards_fast.settings import LoopSettings, load_settings, read_settings
-from tests.rewards_fast.cif_texts import SLAB, TARGET
+from tests.rewards_fast.cif_texts import SLAB, TARGET, cell_cif
 
 
 def test_the_defaults_are_those_of_pvcp() -> None:
@@ -99,7 +99,7 @@ def test_how_conversations_are_read_is_a_setting_of_the_bridges_alone() -> None:
 
 
 def test_a_section_of_a_training_configuration_is_such_a_file(tmp_path: Path) -> None:
-    section = "near: 0.8\nvolume_max: 5000\nextract: false\n"
+    section = "near: 0.8\nvolume_max: 5000\nown_images: true\nextract: false\n"
     (tmp_path / "reward.yaml").write_text(section)
     indented = "".join(f"    {line}\n" for line in section.splitlines())
     (tmp_path / "train.yaml").write_text(f"grpo:\n  reward:\n{indented}")
@@ -107,6 +107,15 @@ def test_a_section_of_a_training_configuration_is_such_a_file(tmp_path: Path) ->
     served = load_settings(tmp_path / "reward.yaml", ["threads=1"])
     assert training.scorer() is served.scorer()
     assert RewardConfig().near == 0.7 and RewardConfig().scorer().score([SLAB], TARGET).total[0] == 10
+
+
+def test_training_sees_that_a_needle_touches_itself() -> None:
+    needle = cell_cif((0.6, 0.6, 166, 90, 90, 90), [("Pt", 0, 0, 0), ("Pt", 0, 0, 0.5)])
+    plain, training = (
+        s.scorer().score([needle], {"Pt": 2}) for s in (RewardSettings(near=0.7), RewardConfig())
+    )
+    assert plain.min_distance[0] == pytest.approx(83) and plain.terms["distance_penalty"][0] == 0
+    assert training.min_distance[0] == pytest.approx(0.6) and training.terms["distance_penalty"][0] == 3
 
 
 def test_the_training_configuration_checks_the_same_ranges() -> None:
