@@ -159,7 +159,8 @@ def _digests(out: Path) -> Iterator[tuple[int, str]]:
                 digest = json.loads(line)["digest"] if line.endswith(b"\n") else None
             except (ValueError, TypeError, KeyError):
                 raise SystemExit(
-                    f"{out}:{number}: not an output of this command; name another file, or --restart writes over it"
+                    f"{out}:{number}: not an output of this command; name another file, or --restart writes "
+                    "over it"
                 ) from None
             if digest is None:
                 if number == 1:  # one line without an end may be anybody's

@@ -227,8 +227,9 @@ class MissingTargets:
             )
         if tell:
             LOG.warning(
-                "%s: %d of %d answers have no target composition and are scored without the composition term. %s"
-                " `missing_target` makes this an error (`error`) or silent (`ignore`); this is said once.",
+                "%s: %d of %d answers have no target composition and are scored without the composition "
+                "term. %s `missing_target` makes this an error (`error`) or silent (`ignore`); this is "
+                "said once.",
                 self.where, missing, len(holes), hint,
             )  # fmt: skip
         return holes

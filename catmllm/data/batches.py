@@ -158,7 +158,8 @@ class Collator:
         if self.data.images:
             if missing := [t for t in (VISION_START, IMAGE_PAD, VISION_END) if t not in vocabulary]:
                 raise ConfigError(
-                    f"`data.images`: the tokenizer has no {missing[0]}; `model.llm.pretrained` must be a Qwen2.5-VL"
+                    f"`data.images`: the tokenizer has no {missing[0]}; `model.llm.pretrained` must be a "
+                    "Qwen2.5-VL"
                 )
             start, self.image_id, end = (vocabulary[t] for t in (VISION_START, IMAGE_PAD, VISION_END))
             self.picture = [start, *[self.image_id] * TOKENS, end]
@@ -194,7 +195,8 @@ class Collator:
         numbers = np.concatenate([s.numbers for s in systems])
         if (heaviest := int(numbers.max())) >= self.max_elements:
             raise ValueError(
-                f"the encoder knows no {SYMBOLS[heaviest]} (Z = {heaviest}); its table ends at {self.max_elements - 1}"
+                f"the encoder knows no {SYMBOLS[heaviest]} (Z = {heaviest}); its table ends at "
+                f"{self.max_elements - 1}"
             )
         d = self.data
         graph, _ = neighbour_graphs(systems, d.cutoff, d.max_neighbours, strict=d.strict_neighbours)

@@ -139,8 +139,9 @@ class Loader:
         if size != self.windows.size:
             if self.leftover:
                 raise ValueError(
-                    f"the saved order of data has packs from windows of {size} samples, these data and settings make "
-                    f"windows of {self.windows.size}: `batch_tokens`, tokenizer or data have changed since"
+                    f"the saved order of data has packs from windows of {size} samples, these data and "
+                    f"settings make windows of {self.windows.size}: `batch_tokens`, tokenizer or data have "
+                    "changed since"
                 )
             self.windows = replace(self.windows, origin=state["origin"] + self.start * size)
             self.start = 0

@@ -96,7 +96,8 @@ def check(tolerance: float = 0.005) -> int:
         )
     passed = worst <= tolerance
     print(
-        f"{'agrees' if passed else 'DIFFERS'}: worst {1000 * worst:.2f} meV, allowed {1000 * tolerance:.0f} meV"
+        f"{'agrees' if passed else 'DIFFERS'}: worst {1000 * worst:.2f} meV, allowed "
+        f"{1000 * tolerance:.0f} meV"
     )
     return 0 if passed else 1
 
@@ -198,8 +199,8 @@ def read_finished(path: Path, seed: int, per_slab: int) -> tuple[dict[int, str],
                 expected = label
             if not label.startswith(f"p{seed}-") or sid != f"7net-{expected}-{k}":
                 raise MakeError(
-                    f"{path}, line {first + k + 1}: {sid} does not belong to --seed {seed} --per-slab {per_slab}. "
-                    "Give the settings that the file was made with, or another --out"
+                    f"{path}, line {first + k + 1}: {sid} does not belong to --seed {seed} --per-slab "
+                    f"{per_slab}. Give the settings that the file was made with, or another --out"
                 )
         if len(block) == per_slab:
             finished[int(expected.rsplit("-", 1)[1])] = "".join(block)
@@ -323,10 +324,10 @@ def _data_path(text: str) -> Path:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `catmllm data make`."""
     parser.description = (
-        "Make adsorption systems on random fcc slabs, of the kind that is shipped. The labels are adsorption energies "
-        "by SevenNet-0, a machine-learned potential: they are not DFT. About 20 s a slab of 8 systems and core. "
-        "Finished slabs are kept in OUT.part until all are done: after a kill the same command goes on from there, "
-        "and with a larger --slabs it extends a finished file."
+        "Make adsorption systems on random fcc slabs, of the kind that is shipped. The labels are "
+        "adsorption energies by SevenNet-0, a machine-learned potential: they are not DFT. About 20 s a "
+        "slab of 8 systems and core. Finished slabs are kept in OUT.part until all are done: after a kill "
+        "the same command goes on from there, and with a larger --slabs it extends a finished file."
     )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     parser.add_argument("--slabs", type=_positive, default=100, help="slabs to make (default %(default)s)")

@@ -79,7 +79,8 @@ def _constants(state: Mapping[str, Tensor], model: EquiformerV2) -> list[str]:
         found, wanted = (len(offset), float(offset[-1])), (c.num_distance_basis, c.max_radius)
         if found[0] != wanted[0] or abs(found[1] - wanted[1]) > 1e-4:
             problems.append(
-                f"distance basis: {found[0]} Gaussians up to {found[1]:g} Å, the model has {wanted[0]} to {wanted[1]:g}"
+                f"distance basis: {found[0]} Gaussians up to {found[1]:g} Å, the model has {wanted[0]} to "
+                f"{wanted[1]:g}"
             )
     grid = state.get(f"SO3_grid.{c.lmax}.{c.mmax}.to_grid_mat")
     if grid is not None:

@@ -165,7 +165,8 @@ def _target(record: dict[str, Any]) -> str:
         text = html.details("CIF", html.pre(entry["text"]))
         cards.append(f'<div class="design">{picture}<p>{facts}</p>{text}</div>')
     flag = "" if record["feasible"] or not cards else (
-        '<p class="missing">None meets the hard constraints (exact composition, no overlap): these are the best others.</p>'
+        '<p class="missing">None meets the hard constraints (exact composition, no overlap): these are the '
+        'best others.</p>'
     )  # fmt: skip
     body = f'<div class="designs">{"".join(cards)}</div>' if cards else "<p>No candidate could be read.</p>"
     return html.section(f"{record['identity']} at {record['energy']:.2f} eV", flag, body)

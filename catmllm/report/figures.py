@@ -262,7 +262,8 @@ def draw_design(axes: Axes, design: Metrics) -> None:
     axes.set(
         xlim=(-0.6, len(judges) - 0.4),
         ylabel="success (%)",
-        title=f"Designs within {design.get('tolerance', TOLERANCE):g} eV of the target, n = {design['n']} tasks",
+        title=f"Designs within {design.get('tolerance', TOLERANCE):g} eV of the target, n = {design['n']} "
+        "tasks",
     )
     _percent_axis(axes, top)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2, columnspacing=1.2)

@@ -49,8 +49,10 @@ pre { font: 12px/1.35 monospace; background: #f6f6f6; padding: .7rem; overflow-x
 def page(title: str, body: Iterable[str]) -> str:
     """A whole document of these pieces; empty ones are left out."""
     return (
-        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta http-equiv="Content-Security-Policy" '
-        f'content="{_POLICY}">\n<meta name="viewport" content="width=device-width">\n<title>{text(title)}</title>\n'
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta '
+        'http-equiv="Content-Security-Policy" '
+        f'content="{_POLICY}">\n<meta name="viewport" content="width=device-width">\n'
+        f"<title>{text(title)}</title>\n"
         f"<style>{_CSS}</style>\n</head>\n<body>\n" + "\n".join(filter(None, body)) + "\n</body>\n</html>\n"
     )
 
@@ -72,8 +74,8 @@ def table(content: Table | None) -> str:
         "<tr>" + "".join(f"<td>{text(cell)}</td>" for cell in row) + "</tr>" for row in content.rows
     )
     return (
-        f"<table><caption>{text(content.title)}</caption>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody></table>"
-        + notes(content.notes)
+        f"<table><caption>{text(content.title)}</caption>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n"
+        "</tbody></table>" + notes(content.notes)
     )
 
 

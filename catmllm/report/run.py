@@ -119,10 +119,12 @@ def _headlines(metrics: Metrics) -> str:
         for c in found
     )
     explained = (
-        "yes, no: the difference is larger than two standard errors (for baselines: of the model's MAE); of designs, the "
-        "95\u00a0% interval lies above every control, or the rate is not above all of them. unclear: chance may explain it. "
-        "“Did not lower” holds unless a drop is larger than two standard errors. Systems count as independent although "
-        "several share a slab, so true errors are larger."
+        "yes, no: the difference is larger than two standard errors (for baselines: of the model's MAE); of "
+        "designs, the "
+        "95\u00a0% interval lies above every control, or the rate is not above all of them. unclear: chance "
+        "may explain it. "
+        "“Did not lower” holds unless a drop is larger than two standard errors. Systems count as "
+        "independent although several share a slab, so true errors are larger."
     )
     listed = f'<ul class="claims">\n{items}\n</ul>' if found else "<p>Nothing has been measured yet.</p>"
     notes = [explained, *STAGE_MEANINGS] if found else STAGE_MEANINGS
@@ -227,10 +229,11 @@ def _trace_figure(design: Metrics) -> str:
         draw_solved(right, design)
 
     caption = (
-        f"Iteration 0 is drawn from the text alone, later ones with an exemplar from the pool: {100 * solved[0]:.0f} % of the "
-        f"tasks were solved at iteration 0 and {100 * solved[-1]:.0f} % at iteration {len(solved) - 1}, by the own predictor. "
-        "More candidates alone raise this too. Bands: quartiles over tasks; a task without a candidate counts as an "
-        "infinite error (a gap in a line: more than half of the tasks; a band up to the edge: more than a quarter)."
+        "Iteration 0 is drawn from the text alone, later ones with an exemplar from the pool: "
+        f"{100 * solved[0]:.0f} % of the tasks were solved at iteration 0 and {100 * solved[-1]:.0f} % at "
+        f"iteration {len(solved) - 1}, by the own predictor. More candidates alone raise this too. Bands: "
+        "quartiles over tasks; a task without a candidate counts as an infinite error (a gap in a line: "
+        "more than half of the tasks; a band up to the edge: more than a quarter)."
     )
     return html.figure("trace", caption, (8.6, 3.5), draw)
 
@@ -278,8 +281,9 @@ def _pictures(items: list[dict[str, Any]]) -> str:
     cards = "\n".join(map(_card, shown))
     judge = "SevenNet-0" if any(item.get("judged") for item in shown) else "the own predictor"
     note = (
-        f"The {len(shown)} closest of {len(items)} by {judge}, one a system: chosen, not typical; all tasks are below. From "
-        "above with one cell dashed, and from the side; deeper atoms are paler, the adsorbate is ringed."
+        f"The {len(shown)} closest of {len(items)} by {judge}, one a system: chosen, not typical; all tasks "
+        "are below. From above with one cell dashed, and from the side; deeper atoms are paler, the "
+        "adsorbate is ringed."
     )
     return f'<p><b>Best designs</b></p>\n<div class="designs">\n{cards}\n</div>{html.notes([note])}'
 
@@ -338,16 +342,16 @@ def _training(metrics: Metrics, logs: dict[str, list[dict[str, Any]]]) -> str:
     parts = []
     if logs:
         caption = (
-            "Loss of each stage and the number that tells its progress, from log.jsonl (pale: single steps, line: running "
-            "mean). GA-GRPO's reward falls whenever new tasks begin."
+            "Loss of each stage and the number that tells its progress, from log.jsonl (pale: single steps, "
+            "line: running mean). GA-GRPO's reward falls whenever new tasks begin."
         )
         size = (max(4.5, 2.35 * len(logs)), 4.2)
         parts.append(html.figure("training", caption, size, lambda f: draw_training(f, logs)))
     timed = {s: rows for s, rows in logs.items() if any("seconds_decode" in row for row in rows)}
     if timed:
         caption = (
-            "Where the seconds of each step of the RL stages go. Rewards are computed while others are still decoded; only "
-            "what sampling then waited for them is drawn."
+            "Where the seconds of each step of the RL stages go. Rewards are computed while others are "
+            "still decoded; only what sampling then waited for them is drawn."
         )
         size = (4.3 * len(timed), 3.2)
         parts.append(html.figure("timeline", caption, size, lambda f: draw_timeline(f, timed)))

@@ -196,8 +196,9 @@ def _reward_claim(metrics: Metrics, before: str, after: str, keeps: bool) -> Cla
     return Claim(
         verdict,
         f"{STAGE_NAMES[after]} {verb} the mean reward of sampled CIFs",
-        f"{number(a['reward'], 2)} ± {number(a.get('reward_se'), 2)} before (n = {a['n']}), {number(b['reward'], 2)} ± "
-        f"{number(b.get('reward_se'), 2)} after (n = {b['n']}): {gain:+.2f} ± {error:.2f} standard error; scale -15 to 10",
+        f"{number(a['reward'], 2)} ± {number(a.get('reward_se'), 2)} before (n = {a['n']}), "
+        f"{number(b['reward'], 2)} ± {number(b.get('reward_se'), 2)} after (n = {b['n']}): {gain:+.2f} ± "
+        f"{error:.2f} standard error; scale -15 to 10",
     )
 
 
@@ -216,7 +217,8 @@ def _design_claim(metrics: Metrics, judge: str) -> Claim | None:
     return Claim(
         verdict,
         f"Designs hit the wanted energy more often than the controls, judged by {_judge_name(judge)}",
-        f"{percent(rates['success'])} of n = {design['n']} tasks (95\u00a0% interval {percent(low, 0)} to {percent(high, 0)}); "
+        f"{percent(rates['success'])} of n = {design['n']} tasks (95\u00a0% interval {percent(low, 0)} to "
+        f"{percent(high, 0)}); "
         f"controls: {listed}; {provenance(metrics)}",
     )
 
@@ -243,10 +245,12 @@ def property_table(metrics: Metrics) -> Table | None:
         cells = [_error_cell(result.get(mode)) for mode in ("both", "graph", "text")]
         rows.append([STAGE_NAMES[stage], *cells, _written_cell(result.get("generated"))])
     notes = [
-        f"Mean absolute error in eV / R² (1 is perfect, 0 is no better than the mean) on n = {n} test systems whose pair "
-        "of bulk metal and facet does not occur in training. No outlier is dropped.",
-        "Baselines read the text alone: the mean training energy of the adsorbate, and a ridge regression on its words.",
-        "Written answer: the energy read from the text that the model writes; the other columns are its energy head.",
+        f"Mean absolute error in eV / R² (1 is perfect, 0 is no better than the mean) on n = {n} test "
+        "systems whose pair of bulk metal and facet does not occur in training. No outlier is dropped.",
+        "Baselines read the text alone: the mean training energy of the adsorbate, and a ridge regression on "
+        "its words.",
+        "Written answer: the energy read from the text that the model writes; the other columns are its "
+        "energy head.",
     ]
     return Table(f"Predicted adsorption energies ({provenance(metrics)})", ["", *MODES.values()], rows, notes)
 
@@ -280,8 +284,8 @@ def generation_table(metrics: Metrics) -> Table | None:
     notes = [
         "R: mean PVCP reward ± standard error, from -15 (unreadable) to 10 (nothing to object to).",
         *(f"{RATE_NAMES[rate]}: {meaning}." for rate, meaning in RATES.items()),
-        f"Shares are of all n texts sampled{_sampling(metrics)}, the same prompts for every stage; an unreadable text fails "
-        "every check.",
+        f"Shares are of all n texts sampled{_sampling(metrics)}, the same prompts for every stage; an "
+        "unreadable text fails every check.",
     ]
     return Table(
         "CIFs sampled for unseen systems, checked by rules alone (no energies)",
@@ -323,11 +327,12 @@ def design_table(metrics: Metrics) -> Table | None:
 def _design_notes(design: Metrics) -> list[str]:
     tolerance = number(design.get("tolerance", TOLERANCE), 2)
     notes = [
-        f"Success: readable, exactly the atoms asked for, no overlap, and the judged energy within {tolerance} eV of the "
-        "wanted one. The search optimises the own predictor. SevenNet-0 relaxes the adsorbate and has no part in the search; "
-        "it made the labels of the shipped data, so it is independent of the predictor, not of what that was trained on.",
-        "Controls: the same designs for one another's targets (of all tasks; of the same adsorbate), and a random training "
-        "system of the same adsorbate.",
+        "Success: readable, exactly the atoms asked for, no overlap, and the judged energy within "
+        f"{tolerance} eV of the wanted one. The search optimises the own predictor. SevenNet-0 relaxes the "
+        "adsorbate and has no part in the search; it made the labels of the shipped data, so it is "
+        "independent of the predictor, not of what that was trained on.",
+        "Controls: the same designs for one another's targets (of all tasks; of the same adsorbate), and a "
+        "random training system of the same adsorbate.",
     ]
     facts = [f"{percent(design.get('feasible'))} of the tasks ended with a valid structure"]
     judged = design.get("sevennet") or {}

@@ -200,8 +200,8 @@ class VLLMEngine:
         if "error" in reply:
             last = self.log.read_text(errors="replace").strip().splitlines()[-5:]
             raise VLLMError(
-                f"vLLM ({request['do']}): {reply['error']}; `grpo.vllm` must be a Python with vLLM. The end of {self.log}:\n"
-                + "\n".join(last)
+                f"vLLM ({request['do']}): {reply['error']}; `grpo.vllm` must be a Python with vLLM. The end "
+                f"of {self.log}:\n" + "\n".join(last)
             )
         return reply
 

@@ -49,7 +49,8 @@ def complain(
     if problem == _TOO_SMALL:
         raise ValueError(
             f"the cell is too small: {n} atoms within {reach:g} Å and lattice planes "
-            f"{spacings.round(4).tolist()} Å apart are {candidates:.3g} pairs, the limit is {MAX_CANDIDATES:.3g}"
+            f"{spacings.round(4).tolist()} Å apart are {candidates:.3g} pairs, the limit is "
+            f"{MAX_CANDIDATES:.3g}"
         )
     raise ValueError("positions are too far from the cell to be wrapped into it")
 

@@ -193,8 +193,9 @@ def standard_lattice(lattice: NDArray[np.float64]) -> NDArray[np.float64]:
         raise ValueError(f"the cell is flat: volume {volume:g} Å³ with edges {lengths.tolist()} Å")
     if volume < 0:
         raise ValueError(
-            f"the cell is left-handed (volume {volume:.3f} Å³): exchange the vectors a and b, and with them the first "
-            "two fractional coordinates and h and k; that is the same crystal in a right-handed cell"
+            f"the cell is left-handed (volume {volume:.3f} Å³): exchange the vectors a and b, and with them "
+            "the first two fractional coordinates and h and k; that is the same crystal in a right-handed "
+            "cell"
         )
     if not np.triu(lattice, 1).any() and (np.diag(lattice) > 0).all():
         return lattice.copy()

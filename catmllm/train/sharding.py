@@ -32,7 +32,8 @@ def mesh_of(config: Config, world: World) -> DeviceMesh:
     copies, rest = config.replicate, world.size % config.replicate
     if rest or copies > world.size:
         raise ValueError(
-            f"`replicate: {copies}` does not divide {world.size} ranks; give the number of nodes, or 1 for one copy"
+            f"`replicate: {copies}` does not divide {world.size} ranks; give the number of nodes, or 1 for "
+            "one copy"
         )
     if copies == 1:
         return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))

@@ -112,12 +112,14 @@ def main(arguments: list[str] | None = None) -> int:
     for name, row in found.items():
         ratio = row["KiB an edge"] / row["two kernels"]
         print(
-            f"{name}: {row['KiB an edge']:.1f} KiB an edge, {ratio:.2f} of the {row['two kernels']} of two kernels"
+            f"{name}: {row['KiB an edge']:.1f} KiB an edge, {ratio:.2f} of the {row['two kernels']} of two "
+            "kernels"
         )
         for step, kib in row["steps"].items():
             print(f"    {step:20s} {kib:6.1f}")
         print(
-            f"    issued by kernels    {row['issued by kernels']:6.1f}   resident {row['resident KiB'] / 1024:.1f} MiB a layer"
+            f"    issued by kernels    {row['issued by kernels']:6.1f}   resident "
+            f"{row['resident KiB'] / 1024:.1f} MiB a layer"
         )
     return 0
 

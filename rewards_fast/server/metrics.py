@@ -24,7 +24,8 @@ class Metrics:
         buckets = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
         self.requests = prometheus_client.Counter("requests", "Answers", ["path", "status"], **options)
         self.seconds = prometheus_client.Histogram(
-            "request_seconds", "From the headers to the last byte of the answer", ["path"], buckets=buckets, **options
+            "request_seconds", "From the headers to the last byte of the "
+                "answer", ["path"], buckets=buckets, **options
         )  # fmt: skip
         self.stage = prometheus_client.Counter(
             "stage_seconds", "Time of the worker threads", ["stage"], **options

@@ -61,6 +61,7 @@ def docs_page(schema: dict[str, Any]) -> str:
     return (
         f"<!doctype html><html lang=en><meta charset=utf-8><title>rewards-fast</title><style>{STYLE}</style>"
         f"<h1>{escape(schema['info']['title'])} {escape(schema['info']['version'])}</h1>"
-        f"<p>{escape(schema['info']['description'])} For programs: <a href=/openapi.json>openapi.json</a>.</p>"
+        f"<p>{escape(schema['info']['description'])} For programs: <a "
+        "href=/openapi.json>openapi.json</a>.</p>"
         f"{''.join(parts)}<h2>Types</h2>{block(schema['components']['schemas'])}<script>{SCRIPT}</script></html>"
     )

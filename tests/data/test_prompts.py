@@ -61,7 +61,8 @@ PAPER_ENERGY = "The relaxed energy of this molecule is -3.88494148 eV."
 # The core of the chat template of Qwen's tokenizer_config.json, for messages that are plain text.
 QWEN_TEMPLATE = (
     "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + "
-    "'<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "'<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% "
+    "endif %}"
 )
 
 

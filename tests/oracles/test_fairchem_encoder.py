@@ -30,8 +30,8 @@ from catmllm.structure.graph import neighbour_graph
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 _WHY = (
-    "fairchem 1.10 not importable from FAIRCHEM_1_10: pip install --no-deps --target DIR fairchem-core==1.10.0, "
-    "then set FAIRCHEM_1_10=DIR (needs e3nn, ase, lmdb, torch_geometric)"
+    "fairchem 1.10 not importable from FAIRCHEM_1_10: pip install --no-deps --target DIR "
+    "fairchem-core==1.10.0, then set FAIRCHEM_1_10=DIR (needs e3nn, ase, lmdb, torch_geometric)"
 )
 
 
@@ -93,8 +93,9 @@ def same_weights(module, config):
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     same = (
-        "num_layers sphere_channels attn_hidden_channels num_heads attn_alpha_channels attn_value_channels norm_type "
-        "ffn_hidden_channels edge_channels max_radius grid_resolution use_gate_act use_grid_mlp use_attn_renorm"
+        "num_layers sphere_channels attn_hidden_channels num_heads attn_alpha_channels attn_value_channels "
+        "norm_type ffn_hidden_channels edge_channels max_radius grid_resolution use_gate_act use_grid_mlp "
+        "use_attn_renorm"
     )
     try:
         theirs = module.EquiformerV2(

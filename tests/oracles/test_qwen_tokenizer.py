@@ -58,7 +58,8 @@ def test_real_oc20_cifs_take_less_than_two_fifths(
         ours += len(ids(extended, cif))
         ratios.append(len(ids(qwen, cif)) / len(ids(extended, cif)))
     print(
-        f"{ours / 60:.0f} tokens a CIF; fewer than Qwen's by {np.mean(ratios):.2f}, at least {min(ratios):.2f}"
+        f"{ours / 60:.0f} tokens a CIF; fewer than Qwen's by {np.mean(ratios):.2f}, at least "
+        f"{min(ratios):.2f}"
     )
     assert len(ratios) == 60 and min(ratios) >= 4.0
 

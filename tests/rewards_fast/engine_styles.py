@@ -74,7 +74,8 @@ _cod_related_entry_database
 _cod_related_entry_code
 1 AMCSD 0000057
 """,
-    "COD mineral, mixed site": "data_9001683\n_chemical_name_mineral Olivine\n_symmetry_space_group_name_H-M 'P b n m'\n"
+    "COD mineral, mixed site": "data_9001683\n_chemical_name_mineral Olivine\n_symmetry_space_group_name_H-M "
+        "'P b n m'\n"
     + _cell(4.7631, 10.2272, 5.9944)
     + """loop_
 _space_group_symop_operation_xyz
@@ -227,11 +228,15 @@ loop_
   O2-  O8  1  0.75000000  0.05600000  0.44400000  1.0
   O2-  O9  1  0.94400000  0.55600000  0.25000000  1.0
 """,
-    "pymatgen, magnetic moments": "# generated using pymatgen\ndata_MnO\n_symmetry_space_group_name_H-M   'P 1'\n"
+    "pymatgen, magnetic moments": "# generated using pymatgen\ndata_MnO\n_symmetry_space_group_name_H-M   'P "
+        "1'\n"
     + _cell("3.1", "3.1", "5.2", 90, 90, 120)
-    + "loop_\n _symmetry_equiv_pos_site_id\n _symmetry_equiv_pos_as_xyz\n  1  'x, y, z'\nloop_\n _atom_site_type_symbol\n"
-    " _atom_site_label\n _atom_site_symmetry_multiplicity\n _atom_site_fract_x\n _atom_site_fract_y\n _atom_site_fract_z\n"
-    " _atom_site_occupancy\n  Mn  Mn0  1  0.0  0.0  0.0  1\n  O  O1  1  0.33333333  0.66666667  0.50000000  1\n"
+    + "loop_\n _symmetry_equiv_pos_site_id\n _symmetry_equiv_pos_as_xyz\n  1  'x, y, z'\nloop_\n "
+        "_atom_site_type_symbol\n"
+    " _atom_site_label\n _atom_site_symmetry_multiplicity\n _atom_site_fract_x\n _atom_site_fract_y\n "
+    "_atom_site_fract_z\n"
+    " _atom_site_occupancy\n  Mn  Mn0  1  0.0  0.0  0.0  1\n  O  O1  1  0.33333333  0.66666667  0.50000000 "
+    " 1\n"
     "loop_\n _atom_site_moment_label\n _atom_site_moment_crystalaxis_x\n _atom_site_moment_crystalaxis_y\n"
     " _atom_site_moment_crystalaxis_z\n  Mn0  0.00000  0.00000  4.50000\n",
     "VESTA": """
@@ -485,10 +490,12 @@ loop_
  _geom_bond_distance
 O1 C1 1.2500(7)
 """,
-    "CSD without symbols": "data_ABABAB\n_symmetry_cell_setting triclinic\n_symmetry_space_group_name_H-M 'P -1'\n"
+    "CSD without symbols": "data_ABABAB\n_symmetry_cell_setting triclinic\n_symmetry_space_group_name_H-M 'P "
+        "-1'\n"
     "loop_\n_symmetry_equiv_pos_site_id\n_symmetry_equiv_pos_as_xyz\n1 x,y,z\n2 -x,-y,-z\n"
     + _cell("6.137(2)", "7.2430(10)", "8.1(3)", "101.27(4)", "95.6(1)", "89.99")
-    + "loop_\n_atom_site_label\n_atom_site_type_symbol\n_atom_site_fract_x\n_atom_site_fract_y\n_atom_site_fract_z\n"
+    + "loop_\n_atom_site_label\n_atom_site_type_symbol\n_atom_site_fract_x\n_atom_site_fract_y\n"
+        "_atom_site_fract_z\n"
     "Cl1 Cl 0.1234(5) 0.2345(6) 0.3456(7)\nC1 C .4321(5) -.1111 1.0500\nC1A C 0.6 0.7 ? \n",
     "disorder groups": "data_dis\n_space_group_IT_number 2\n"
     + _cell(7, 8, 9, 80, 95, 100)
@@ -534,20 +541,23 @@ _atom_site_moment.symmform
 Gd1 0.0 6.5(1) 0.0 0,my,0
 Mn1 3.2 0.0 0.0 mx,my,mz
 """,
-    "JANA, modulated": "data_I\n_cell_modulation_dimension 1\nloop_\n_cell_wave_vector_seq_id\n_cell_wave_vector_x\n1 0.25\n"
+    "JANA, modulated": "data_I\n_cell_modulation_dimension 1\nloop_\n_cell_wave_vector_seq_id\n"
+        "_cell_wave_vector_x\n1 0.25\n"
     + _cell(4, 5, 6)
     + "loop_\n_atom_site_label\n" + _XYZ + "Na1 0.1 0.2 0.3\n",
     "numbers alone": "data_n\n_symmetry_Int_Tables_number 227\n"
     + _cell(5.43, 5.43, 5.43)
     + "loop_\n_atom_site_label\n" + _XYZ + "Si1 0.125 0.125 0.125\n",
-    "name with a setting": "data_n\n_symmetry_space_group_name_H-M 'F d -3 m :1'\n_symmetry_Int_Tables_number 227\n"
+    "name with a setting": "data_n\n_symmetry_space_group_name_H-M 'F d -3 m :1'\n"
+        "_symmetry_Int_Tables_number 227\n"
     + _cell(5.43, 5.43, 5.43)
     + "loop_\n_atom_site_label\n" + _XYZ + "Si1 0 0 0\n",
     "name with a setting, glued": "data_n\n_symmetry_space_group_name_H-M Fd-3m:1\n"
     + _cell(5.43, 5.43, 5.43) + "loop_\n_atom_site_label\n" + _XYZ + "Si1 0 0 0\n",
     "hexagonal setting": "data_n\n_space_group_name_H-M_alt 'R -3 m :H'\n"
     + _cell(2.82, 2.82, 14.05, 90, 90, 120)
-    + "loop_\n_atom_site_label\n_atom_site_type_symbol\n" + _XYZ + "Li1 Li 0 0 .5\nCo1 Co 0 0 0\nO1 O 0 0 0.2395\n",
+    + "loop_\n_atom_site_label\n"
+        "_atom_site_type_symbol\n" + _XYZ + "Li1 Li 0 0 .5\nCo1 Co 0 0 0\nO1 O 0 0 0.2395\n",
     "rhombohedral setting": "data_n\n_space_group_name_H-M_alt R-3m:R\n_space_group_crystal_system trigonal\n"
     + _cell(4.96, 4.96, 4.96, 32.99, 32.99, 32.99)
     + "loop_\n_atom_site_label\n" + _XYZ + "Co1 0 0 0\nO1 0.2395 0.2395 0.2395\n",
@@ -560,10 +570,12 @@ Mn1 3.2 0.0 0.0 mx,my,mz
     + "loop_\n_atom_site_label\n" + _XYZ + "Po 0 0 0\n",
     "no symmetry at all": "data_n\n" + _cell(3, 4, 5, 80, 85, 95)
     + "loop_\n_atom_site_label\n" + _XYZ + "H1 0 0 0\nHe2 0.5 0.5 0.5\n",
-    "unknown symmetry": "data_n\n_symmetry_space_group_name_H-M ?\n_symmetry_Int_Tables_number .\n" + _cell(3, 4, 5)
+    "unknown symmetry": "data_n\n_symmetry_space_group_name_H-M ?\n"
+        "_symmetry_Int_Tables_number .\n" + _cell(3, 4, 5)
     + "loop_\n_atom_site_label\n" + _XYZ + "H1 0 0 0\nHe2 0.5 0.5 0.5\n",
     "operations of both dictionaries": "data_n\n" + _cell(4, 4, 4)
-    + "loop_\n_space_group_symop_operation_xyz\nx,y,z\n-x,-y,-z\nloop_\n_symmetry_equiv_pos_as_xyz\nx,y,z\n'-x, y, z'\n"
+    + "loop_\n_space_group_symop_operation_xyz\nx,y,z\n-x,-y,-z\nloop_\n_symmetry_equiv_pos_as_xyz\nx,y,z\n"
+        "'-x, y, z'\n"
     "loop_\n_atom_site_label\n" + _XYZ + "Fe 0.1 0.2 0.3\n",
     "decimal operations": "data_n\n" + _cell(4, 4, 4)
     + "loop_\n_symmetry_equiv_pos_as_xyz\nX,Y,Z\n'+X+0.5, -Y+.5, Z'\n'1/2 - x, y - 1/2, +z'\n"
@@ -571,21 +583,27 @@ Mn1 3.2 0.0 0.0 mx,my,mz
     "CIF 2 and text in triple quotes": "#\\#CIF_2.0\ndata_n\n_note '''a'''\n" + _cell(4, 4, 4)
     + "loop_\n_atom_site_label\n" + _XYZ + "Fe 0.1 0.2 0.3\n",
     "dots in names": "data_n\n_cell.length_a 4\n_cell.length_b 4\n_cell.length_c 4\n_cell.angle_alpha 90\n",
-    "macromolecule": "data_1ABC\n#\n_entry.id 1ABC\n#\n_cell.length_a 50.1\nloop_\n_atom_site.group_PDB\n_atom_site.id\n"
+    "macromolecule": "data_1ABC\n#\n_entry.id 1ABC\n#\n_cell.length_a 50.1\nloop_\n_atom_site.group_PDB\n"
+        "_atom_site.id\n"
     "_atom_site.Cartn_x\nATOM 1 11.1\n",
-    "two structures and an empty block": "data_global\n_publ_contact_author 'A. N. Other'\n\ndata_one\n" + _cell(3, 3, 3)
+    "two structures and an empty "
+    "block": "data_global\n_publ_contact_author 'A. N. Other'\n\ndata_one\n" + _cell(3, 3, 3)
     + "loop_\n_atom_site_label\n" + _XYZ + "Po1 0 0 0\n\ndata_two\n" + _cell(4, 4, 4)
     + "loop_\n_atom_site_label\n" + _XYZ + "Ar1 0 0 0\n",
-    "powder pattern behind the phase": "data_phase\n" + _cell(3, 3, 3) + "loop_\n_atom_site_label\n" + _XYZ + "Po1 0 0 0\n\n"
+    "powder pattern behind the "
+    "phase": "data_phase\n" + _cell(3, 3, 3) + "loop_\n_atom_site_label\n" + _XYZ + "Po1 0 0 0\n\n"
     "data_powder_pattern\nloop_\n_pd_meas_2theta\n_pd_meas_counts\n10.0 12 10.1 13\n10.2\n",
     "quoted labels": "data_n\n" + _cell(4, 4, 4) + "loop_\n_atom_site_label\n" + _XYZ
     + "'Fe 1' 0 0 0\n\"O'\" 0.5 0.5 0.5\n'O''' 0.5 0 0\n'C#' '0.25' \"0.25\" 0.25\n",
     "odd labels": "data_n\n" + _cell(6, 6, 6) + "loop_\n_atom_site_label\n" + _XYZ
-    + "Fe(1) 0 0 0\nO* 0.5 0.5 0.5\n2C 0.5 0 0\nH_1 0.2 0.2 0.2\nCl-1 0.3 0 0.1\nc12 0.7 0.7 0.7\nCA 0.8 0.1 0.1\nHW1 .1 .1 .9\n",
+    + "Fe(1) 0 0 0\nO* 0.5 0.5 0.5\n2C 0.5 0 0\nH_1 0.2 0.2 0.2\nCl-1 0.3 0 0.1\nc12 0.7 0.7 0.7\nCA 0.8 0.1 "
+        "0.1\nHW1 .1 .1 .9\n",
     "deuterium": "data_n\n" + _cell(6, 6, 6) + "loop_\n_atom_site_label\n_atom_site_type_symbol\n" + _XYZ
     + "D1 D 0 0 0\nH1 H 0.5 0.5 0.5\nT1 T 0.5 0 0\n",
-    "vacancies and unknown species": "data_n\n" + _cell(6, 6, 6) + "loop_\n_atom_site_label\n_atom_site_type_symbol\n" + _XYZ
-    + "_atom_site_occupancy\nVac1 Vac 0 0 0 1\nM1 M 0.5 0.5 0.5 0.5\nX1 ? 0.5 0 0 1\nLa1 La3+ 0.1 0.1 0.2 0.95\n",
+    "vacancies and unknown "
+    "species": "data_n\n" + _cell(6, 6, 6) + "loop_\n_atom_site_label\n_atom_site_type_symbol\n" + _XYZ
+    + "_atom_site_occupancy\nVac1 Vac 0 0 0 1\nM1 M 0.5 0.5 0.5 0.5\nX1 ? 0.5 0 0 1\nLa1 La3+ 0.1 0.1 0.2 "
+        "0.95\n",
     "calculated positions left out": "data_n\n" + _cell(6, 6, 6) + "loop_\n_atom_site_label\n" + _XYZ
     + "_atom_site_calc_flag\nC1 0.1 0.2 0.3 d\nH1 ? ? ? dum\n",
     "Cartesian only": "data_n\n" + _cell(6, 6, 6)
@@ -600,41 +618,55 @@ Mn1 3.2 0.0 0.0 mx,my,mz
     + "C1 0.1\n0.2\n   0.3 N1 0.5 0.5 0.5 O1\n0.7 0.7 0.7\n",
     "comments everywhere": "# a\ndata_n # b\n" + _cell(4, 4, 4).replace("\n", " # Angstrom\n")
     + "loop_ # c\n_atom_site_label # d\n" + _XYZ + "#C0 0 0 0\nC1 0.1 0.2 0.3 # e\nC#2 0.5 0.5 0.5 #f\n",
-    "text fields of every kind": "data_n\n_a\n;\n;\n_b\n; one line\n;\n_c\n;two\nlines; 'here'\n; _d 1\n" + _cell(4, 4, 4)
+    "text fields of every "
+    "kind": "data_n\n_a\n;\n;\n_b\n; one line\n;\n_c\n;two\nlines; 'here'\n; _d 1\n" + _cell(4, 4, 4)
     + "loop_\n_atom_site_label\n" + _XYZ + "C1 0.1 0.2\n;0.3\n;\n",
     "reserved words": "data_n\nsave_frame\nglobal_\nstop_\n" + _cell(4, 4, 4)
     + "loop_\n_atom_site_label\n" + _XYZ + "C1 0.1 0.2 0.3\nstop_ 0 0 0\n",
     "keys without values": "data_n\n_chemical_name_mineral\n" + _cell(4, 4, 4) + "loop_\n_atom_site_label\n" + _XYZ
     + "C1 0.1 0.2 0.3\n",
     "upper-case keys": "data_n\n_Cell_Length_A 4\n" + _cell(4, 4, 4) + "LOOP_\n_atom_site_label\n" + _XYZ + "C1 0 0 0\n",
-    "refined cell in other units": "data_n\n" + _cell("4.0(5)e0", "4,0", "4.0") + "loop_\n_atom_site_label\n" + _XYZ + "C 0 0 0\n",
+    "refined cell in other "
+    "units": "data_n\n" + _cell("4.0(5)e0", "4,0", "4.0") + "loop_\n_atom_site_label\n" + _XYZ + "C 0 0 0\n",
     "occupancies by uncertainty": "data_n\n" + _cell(4, 4, 4) + "loop_\n_atom_site_label\n" + _XYZ
-    + "_atom_site_occupancy\nFe1 0 0 0 0.5(1)\nCo1 0 0 0 0.5000(1)\nO1 .5 .5 .5 1.00(2)\nN1 .5 0 0 .\nF1 0 .5 0 -0.1\n",
+    + "_atom_site_occupancy\nFe1 0 0 0 0.5(1)\nCo1 0 0 0 0.5000(1)\nO1 .5 .5 .5 1.00(2)\nN1 .5 0 0 .\nF1 0 "
+        ".5 0 -0.1\n",
     "sites in two loops": "data_n\n" + _cell(4, 4, 4) + "loop_\n_atom_site_label\n" + _XYZ + "Fe1 0 0 0\n"
     "loop_\n_atom_site_label\n" + _XYZ + "Co1 0.5 0.5 0.5\nO1 0.5 0 0\n",
-    "symmetric copies written out": "data_n\n_symmetry_space_group_name_H-M 'I m -3 m'\n" + _cell(2.87, 2.87, 2.87)
+    "symmetric copies written out": "data_n\n_symmetry_space_group_name_H-M 'I m -3 "
+        "m'\n" + _cell(2.87, 2.87, 2.87)
     + "loop_\n_atom_site_label\n" + _XYZ + "Fe1 0 0 0\nFe2 0.5 0.5 0.5\n",
     "aniso loop before the sites": "data_n\n" + _cell(4, 4, 4)
-    + "loop_\n_atom_site_aniso_label\n_atom_site_aniso_U_11\nFe1 0.01(1)\nloop_\n_atom_site_label\n" + _XYZ + "Fe1 0 0 0\n",
-    "OQMD": "data_OQMD\n_chemical_formula_sum 'Al1 Ni3'\n_symmetry_int_tables_number 221\n" + _cell(3.56, 3.56, 3.56)
+    + "loop_\n_atom_site_aniso_label\n_atom_site_aniso_U_11\nFe1 0.01(1)\nloop_\n"
+        "_atom_site_label\n" + _XYZ + "Fe1 0 0 0\n",
+    "OQMD": "data_OQMD\n_chemical_formula_sum 'Al1 Ni3'\n_symmetry_int_tables_number "
+        "221\n" + _cell(3.56, 3.56, 3.56)
     + "loop_\n_symmetry_equiv_pos_as_xyz\n'+x,+y,+z'\n'-y,+x,+z'\n'+z,+x,+y'\nloop_\n_atom_site_label\n"
     "_atom_site_type_symbol\n" + _XYZ + "Al1 Al 0.0 0.0 0.0\nNi1 Ni 0.5 0.5 0.0\n",
     "AFLOW": "# AFLOW.org Repositories\ndata_AB_cF8_225_a_b\n_pd_phase_name AB_cF8_225_a_b\n"
     + _cell("5.63931", "5.63931", "5.63931", "90.00000", "90.00000", "90.00000")
-    + "_symmetry_space_group_name_H-M \"F m -3 m\"\n_symmetry_Int_Tables_Number 225\nloop_\n_space_group_symop_id\n"
-    "_space_group_symop_operation_xyz\n1 x,y,z\n2 x,-y,-z\n3 x+0,y+1/2,z+1/2\nloop_\n_atom_site_label\n_atom_site_occupancy\n"
-    + _XYZ + "_atom_site_thermal_displace_type\nCl1 1.0 0.00000 0.00000 0.00000 Uiso\nNa1 1.0 0.50000 0.50000 0.50000 Uiso\n",
-    "OVITO and atomsk": "# Crystallographic information file for Al\n# Generated by Atomsk\ndata_Al\n_pd_phase_name 'Al'\n"
+    + "_symmetry_space_group_name_H-M \"F m -3 m\"\n_symmetry_Int_Tables_Number 225\nloop_\n"
+        "_space_group_symop_id\n"
+    "_space_group_symop_operation_xyz\n1 x,y,z\n2 x,-y,-z\n3 x+0,y+1/2,z+1/2\nloop_\n_atom_site_label\n"
+    "_atom_site_occupancy\n"
+    + _XYZ + "_atom_site_thermal_displace_type\nCl1 1.0 0.00000 0.00000 0.00000 Uiso\nNa1 1.0 0.50000 "
+        "0.50000 0.50000 Uiso\n",
+    "OVITO and atomsk": "# Crystallographic information file for Al\n# Generated by Atomsk\ndata_Al\n"
+        "_pd_phase_name 'Al'\n"
     + _cell("4.04600000", "4.04600000", "4.04600000")
-    + "_symmetry_space_group_name_H-M 'P 1'\n_symmetry_Int_Tables_number 1\nloop_\n_symmetry_equiv_pos_as_xyz\n   'x, y, z'\n"
+    + "_symmetry_space_group_name_H-M 'P 1'\n_symmetry_Int_Tables_number 1\nloop_\n"
+        "_symmetry_equiv_pos_as_xyz\n   'x, y, z'\n"
     "loop_\n   _atom_site_label\n   _atom_site_occupancy\n   " + _XYZ.replace("\n", "\n   ")
     + "_atom_site_thermal_displace_type\n   _atom_site_B_iso_or_equiv\n   _atom_site_type_symbol\n"
     "   Al1   1.0   0.00000000  0.00000000  0.00000000   Biso   1.000000   Al\n"
     "   Al2   1.0   0.50000000  0.50000000  0.00000000   Biso   1.000000   Al\n",
-    "zeolite database": "data_SOD\n_cell_length_a 8.9650(0)\n_cell_length_b 8.9650(0)\n_cell_length_c 8.9650(0)\n"
+    "zeolite database": "data_SOD\n_cell_length_a 8.9650(0)\n_cell_length_b 8.9650(0)\n_cell_length_c "
+        "8.9650(0)\n"
     "_cell_angle_alpha 90.0000(0)\n_cell_angle_beta 90.0000(0)\n_cell_angle_gamma 90.0000(0)\n"
-    "_symmetry_space_group_name_H-M 'I m -3 m'\n_symmetry_Int_Tables_number 229\n_symmetry_cell_setting cubic\n"
-    "loop_\n_symmetry_equiv_pos_as_xyz\n'+x,+y,+z'\n'1/2+x,1/2+y,1/2+z'\n'-x,+y,+z'\n'+y,+z,+x'\nloop_\n_atom_site_label\n"
+    "_symmetry_space_group_name_H-M 'I m -3 m'\n_symmetry_Int_Tables_number 229\n_symmetry_cell_setting "
+    "cubic\n"
+    "loop_\n_symmetry_equiv_pos_as_xyz\n'+x,+y,+z'\n'1/2+x,1/2+y,1/2+z'\n'-x,+y,+z'\n'+y,+z,+x'\nloop_\n"
+    "_atom_site_label\n"
     "_atom_site_type_symbol\n" + _XYZ + "O1 O 0.3540 0.3540 0.0000\nT1 Si 0.2500 0.5000 0.0000\n",
 }  # fmt: skip
 

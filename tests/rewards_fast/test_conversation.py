@@ -36,30 +36,38 @@ CONVERSATIONS: dict[str, tuple[Any, str, str]] = {
     ),
     "a tool has the last word": ([say("assistant", OTHER), say("tool", SLAB)], OTHER, OTHER),
     "a call has the last word": ([say("assistant", SLAB), say("tool", "ok"), CALLING], "", SLAB),
-    "a remark has the last word": ([say("assistant", SLAB), say("tool", "ok"), say("assistant", "Done.")], "Done.", SLAB),
+    "a remark has the last "
+    "word": ([say("assistant", SLAB), say("tool", "ok"), say("assistant", "Done.")], "Done.", SLAB),
     "mended after criticism": ([say("assistant", OTHER), say("user", "Wrong metal."), say("assistant", SLAB)], SLAB, SLAB),
     "only tools": ([say("tool", SLAB)], "", ""),
     "nothing": ([], "", ""),
     "chatml": (f"I ask.<|im_end|>\n<|im_start|>tool\n{SLAB}{ASSISTANT}No idea.", "No idea.", "No idea."),
     "chatml, a remark at the end": (
-        f"{SLAB}<|im_end|>\n<|im_start|>user\n<tool_response>\nok</tool_response>{ASSISTANT}Done.", "Done.", f"{SLAB}<|im_end|>\n",
+        f"{SLAB}<|im_end|>\n<|im_start|>user\n<tool_response>\n"
+        f"ok</tool_response>{ASSISTANT}Done.", "Done.", f"{SLAB}<|im_end|>\n",
     ),
     "chatml, tokens skipped": (
-        f"I ask.\n{CALL}\nuser\n<tool_response>\n{SLAB}\n</tool_response>\nassistant\nNo idea.", "No idea.", "No idea.",
+        f"I ask.\n{CALL}\nuser\n<tool_response>\n{SLAB}\n</tool_response>\nassistant\nNo "
+        "idea.", "No idea.", "No idea.",
     ),
-    "ends with a tool": (f"{OTHER}\nuser\n<tool_response>\n{SLAB}\n</tool_response>\n", OTHER + "\n", OTHER + "\n"),
+    "ends with a tool": (f"{OTHER}\nuser\n<tool_response>\n{SLAB}\n"
+        "</tool_response>\n", OTHER + "\n", OTHER + "\n"),
     "llama": (
-        f"I ask.<|eot_id|><|start_header_id|>ipython<|end_header_id|>\n\n{SLAB}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nNo idea.",
+        "I ask.<|eot_id|><|start_header_id|>ipython<|end_header_id|>\n\n"
+        f"{SLAB}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nNo idea.",
         "\n\nNo idea.", "\n\nNo idea.",
     ),
-    "llama, tokens skipped": ('{"name": "relax"}ipython\n\n"{' + SLAB + '}"assistant\n\nNo idea.', "No idea.", "No idea."),
+    "llama, tokens skipped": ('{"name": "relax"}ipython\n'
+        '\n"{' + SLAB + '}"assistant\n\nNo idea.', "No idea.", "No idea."),
     "gemma": (
-        f"I ask.<end_of_turn>\n<start_of_turn>user\n{SLAB}<end_of_turn>\n<start_of_turn>model\nNo idea.", "\nNo idea.", "\nNo idea.",
+        f"I ask.<end_of_turn>\n<start_of_turn>user\n{SLAB}<end_of_turn>\n<start_of_turn>model\nNo "
+        "idea.", "\nNo idea.", "\nNo idea.",
     ),
     "glm": (f"I ask.<|observation|>\n{SLAB}<|assistant|>\nNo idea.", "\nNo idea.", "\nNo idea."),
     "mistral": (f"I ask.[TOOL_RESULTS]{SLAB}[/TOOL_RESULTS]No idea.", "No idea.", "No idea."),
     "tags of a search": (f"{OTHER}<information>{SLAB}</information>No idea.", "No idea.", OTHER),
-    "tags of an interpreter": (f"I run.<interpreter>\n{SLAB}</interpreter>\nNo idea.", "\nNo idea.", "\nNo idea."),
+    "tags of an interpreter": (f"I run.<interpreter>\n{SLAB}</interpreter>\nNo "
+        "idea.", "\nNo idea.", "\nNo idea."),
     "a result without an end": (f"{OTHER}<tool_response>\n{SLAB}", OTHER, OTHER),
     "a call without an end": (f'I call.<tool_call>{{"cif": "{SLAB}', "I call.", "I call."),
     "a tag in a thought": (THOUGHT, THOUGHT, THOUGHT),

@@ -30,8 +30,10 @@ PT = [("Pt", 0.1, 0.2, 0.3)]
 
 def with_symmetry(lines: str, sites: str = "Pt Pt0 0.1 0.2 0.3\nO O1 0.6 0.7 0.8\n") -> str:
     return (
-        "data_x\n_cell_length_a 4\n_cell_length_b 4\n_cell_length_c 4\n_cell_angle_alpha 90\n_cell_angle_beta 90\n"
-        f"_cell_angle_gamma 90\n{lines}\nloop_\n_atom_site_type_symbol\n_atom_site_label\n_atom_site_fract_x\n"
+        "data_x\n_cell_length_a 4\n_cell_length_b 4\n_cell_length_c 4\n_cell_angle_alpha 90\n"
+        "_cell_angle_beta 90\n"
+        f"_cell_angle_gamma 90\n{lines}\nloop_\n_atom_site_type_symbol\n_atom_site_label\n"
+        "_atom_site_fract_x\n"
         f"_atom_site_fract_y\n_atom_site_fract_z\n{sites}"
     )
 
@@ -155,11 +157,13 @@ RULES = {
         ("x,y,z", "2/3-y,1/3+x-y,1/3+z", "2/3-y,1/3-x,1/3+z"),
     ),
     "magnetic operations": with_symmetry(
-        "loop_\n_space_group_symop_magn_operation.xyz\nx,y,z,+1\n-x,-y,-z,-1\nloop_\n_space_group_symop_magn_centering.xyz\n"
+        "loop_\n_space_group_symop_magn_operation.xyz\nx,y,z,+1\n-x,-y,-z,-1\nloop_\n"
+        "_space_group_symop_magn_centering.xyz\n"
         "x,y,z,+1\nx+1/2,y,z,-1"
     ),
     "repeated column": with_symmetry("loop_\n_cell_length_q\n_cell_length_q\n1 2\n"),
-    "scalars as sites": "data_x\n_symmetry_cell_setting cubic\n_cell_length_a 4\n_atom_site_label Pt\n_atom_site_fract_x 01\n"
+    "scalars as sites": "data_x\n_symmetry_cell_setting cubic\n_cell_length_a 4\n_atom_site_label Pt\n"
+    "_atom_site_fract_x 01\n"
     "_atom_site_fract_y 02\n_atom_site_fract_z 03\n",
 }
 

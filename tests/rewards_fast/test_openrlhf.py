@@ -45,7 +45,8 @@ def test_the_file_itself_is_a_function_file() -> None:
 def test_own_settings_make_an_own_file(tmp_path: Path) -> None:
     path = tmp_path / "my_reward.py"
     path.write_text(
-        "from rewards_fast.integrations.openrlhf import make_reward_func\nreward_func = make_reward_func(comp=0, parse=1)\n"
+        "from rewards_fast.integrations.openrlhf import make_reward_func\nreward_func = "
+        "make_reward_func(comp=0, parse=1)\n"
     )
     assert load(path)(["x"], ["x"], [""])["rewards"] == [-22.0]
     with pytest.raises(ValueError, match="did you mean `near`"):

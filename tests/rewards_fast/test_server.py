@@ -522,7 +522,8 @@ def test_a_small_body_of_giant_cells_blocks_nobody() -> None:
         f"_cell_length_{a} 99\n_cell_angle_{b} 90\n" for a, b in zip("abc", ("alpha", "beta", "gamma"))
     )
     giant = (
-        f"data_x\n_symmetry_space_group_name_H-M 'F m -3 m'\n{cell}loop_\n_atom_site_label\n_atom_site_fract_x\n"
+        f"data_x\n_symmetry_space_group_name_H-M 'F m -3 m'\n{cell}loop_\n_atom_site_label\n"
+        "_atom_site_fract_x\n"
         f"_atom_site_fract_y\n_atom_site_fract_z\n{sites}"
     )
     assert PVCP().score([giant]).n_sites[0] > 100_000

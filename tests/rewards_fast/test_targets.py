@@ -111,8 +111,11 @@ PROMPTS = {
     "example first": f"As NH</s>Fe4 (1 1 0) was done, now do {TARGET}.",
     "chatml": chatml(("system", SYSTEM), ("user", TARGET)) + "<|im_start|>assistant\n",
     "chatml, tokens skipped": f"system\n{SYSTEM}\nuser\n{TARGET}\nassistant\n",
-    "llama": f"<|start_header_id|>system<|end_header_id|>\n\n{SYSTEM}<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n{TARGET}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
-    "gemma": f"<start_of_turn>user\nNH</s>Fe4 (1 1 0)<end_of_turn>\n<start_of_turn>model\nno<end_of_turn>\n<start_of_turn>user\n{TARGET}<end_of_turn>\n<start_of_turn>model\n",
+    "llama": "<|start_header_id|>system<|end_header_id|>\n\n"
+        f"{SYSTEM}<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n"
+        f"{TARGET}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+    "gemma": "<start_of_turn>user\nNH</s>Fe4 (1 1 0)<end_of_turn>\n<start_of_turn>model\nno<end_of_turn>\n"
+        f"<start_of_turn>user\n{TARGET}<end_of_turn>\n<start_of_turn>model\n",
     "mistral": f"<s>[INST] OH</s>Ni9 (1 0 0) [/INST] Hello</s>[INST] {TARGET} Please [/INST]",
     "glm": f"<|system|>\n{SYSTEM}<|user|>\n{TARGET}<|assistant|>\n",
     "deepseek": f"{SYSTEM}<｜User｜>{TARGET}<｜Assistant｜>",

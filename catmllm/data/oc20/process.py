@@ -380,7 +380,8 @@ def _plan(
         changed = "files" if before["input"] != wanted["input"] else "rules"
         if {k: before[k] for k in wanted} != wanted:
             raise DataError(
-                f"{folder} was begun with other {changed}; give the same command as then, another --out, or remove it"
+                f"{folder} was begun with other {changed}; give the same command as then, another --out, or "
+                "remove it"
             )
         works = [Work(Unit(tuple(u[0]), *u[1:4]), u[4]) for u in before["units"]]
         return works, [Problem(*p) for p in before["problems"]]
@@ -430,8 +431,8 @@ def _run(
         raise DataError(f"{error}; finished shards are kept: the same command goes on") from error
     except BrokenProcessPool as error:
         raise DataError(
-            f"a worker process died ({error}), perhaps for want of memory; finished shards are kept: give the same "
-            "command again, with fewer --workers, to go on"
+            f"a worker process died ({error}), perhaps for want of memory; finished shards are kept: give "
+            "the same command again, with fewer --workers, to go on"
         ) from error
 
 
