@@ -425,10 +425,11 @@ class Config:
     optimizer: Literal["torch", "apex"] = key(
         "torch", "AdamW in one kernel: torch's own, or apex's FusedAdam (on GPUs, where apex is installed)"
     )
-    tensorboard: bool = key(True, "write every number to <out>/tensorboard too")
+    tensorboard: bool = key(True, "write every number to the folder tensorboard of out too")
     wandb: str | None = key(None, "project on Weights & Biases; null: off")
     profile: bool = key(
-        False, "of each stage's first steps: a Chrome trace and a table by phase in <stage>/profile"
+        False,
+        "of each stage's first steps: a Chrome trace and a table by phase, in profile of the stage's folder",
     )
     threads: int = key(1, "threads of torch per rank on a CPU", gt=0)
     stages: tuple[Stage, ...] = key(STAGES, "what is trained, in this order")
