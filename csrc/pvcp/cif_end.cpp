@@ -237,6 +237,7 @@ class Reader {
     // column's first value tells whether it holds numbers, or names that begin with a letter.)
     bool fits(std::size_t at) const {
         bool evidence = false;
+        bool comma = false;  // of an operation, in this word or the one before: `x, y, z` may be three
         std::string_view symbol;
         for (const Word& word : words_) {
             switch (kinds_[at]) {
@@ -257,7 +258,8 @@ class Reader {
                     evidence = true;
                     break;
                 case Kind::kOperation:
-                    if (!is_operation(word.text)) return false;
+                    if (!is_operation(word.text) || !(comma || word.text.find(',') != kNowhere)) return false;
+                    comma = word.text.find(',') != kNowhere;
                     evidence = true;
                     break;
                 case Kind::kName:

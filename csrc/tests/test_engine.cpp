@@ -182,7 +182,7 @@ void test_extraction() {
     CHECK(found("<|im_start|>assistant\n" + cif + "<|im_end|>\n" + draft) == cif);
     CHECK(found(cif + "</s>\n") == cif && found(cif + "I hope this helps") == cif && found(cif + "Done.") == cif);
     CHECK(found(draft + "Better:\n" + cif) == cif && found(cif + "Again:\n" + half) == cif);
-    CHECK(found(half + "Better:\n" + cif) == cif && found(half + cif) == cif && found(half) == half);
+    CHECK(found(half + "Better it is:\n" + cif) == cif && found(half + cif) == cif && found(half) == half);
     CHECK(found("").empty() && found("<think>").empty() && found("no block") == "no block");
     CHECK(found("{\"cif\": \"" + [&] {
               std::string escaped;
