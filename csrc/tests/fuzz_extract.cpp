@@ -20,7 +20,7 @@ const std::string kSites =
 const std::string kCifs[] = {
     kCell + kSites,
     kCell + "_x\n;\n<think>\n```\n</answer> done\n;\n_y '<|im_end|>'\n" + kSites,
-    kSites.substr(0, 0) + "data_x\n" + kSites + kCell.substr(7),
+    "data_x\n" + kSites + kCell.substr(7),
     kCell + kSites + "loop_\n_symmetry_equiv_pos_as_xyz\nx,y,z\n'-x, -y, z'\n",
 };
 
@@ -52,6 +52,7 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
     const std::string before(reinterpret_cast<const char*>(data) + 2, split - 2);
     const std::string behind(reinterpret_cast<const char*>(data) + split, size - split);
     if (is_excluded(before, true) || is_excluded(behind, false)) return 0;
+    if (&cif == &kCifs[3] && behind.find(',') != std::string::npos) return 0;  // may be another operation
 
     static cif::Parser parser;
     static pvcp::Extraction memory;
