@@ -32,6 +32,7 @@ from catmllm.data.loader import Loader, Windows
 from catmllm.data.open import open_data
 from catmllm.models.build import new_model
 from catmllm.models.catalytic_mllm import CatalyticMLLM
+from catmllm.seeds import Stream
 from catmllm.stages.joint import Joint
 from catmllm.stages.supervised import Mixture, property_with_dropout
 from catmllm.train.sharding import shard
@@ -86,7 +87,14 @@ def large(config: Config, collate: Collator, turns: int, quick: bool) -> dict[st
     systems = [made_slab(rng) for _ in range(50 if quick else 200)]
     o = config.joint
     mixture = Mixture(
-        systems, data, 1, 0.5, lambda s, r: property_with_dropout(s, r, 0.1, 0.1, 0.05), 0.5, o.exemplar_noise
+        systems,
+        data,
+        Stream.JOINT_ORDER.key(0),
+        Stream.JOINT_SAMPLES.key(0),
+        0.5,
+        lambda s, r: property_with_dropout(s, r, 0.1, 0.1, 0.05),
+        0.5,
+        o.exemplar_noise,
     )
     windows = Windows(mixture, replace(collate, data=data), budget=4096 if quick else 16384)
     found: dict[str, list[float]] = {
@@ -115,7 +123,8 @@ def main() -> None:
     mixture = Mixture(
         systems,
         config.data,
-        1,
+        Stream.JOINT_ORDER.key(0),
+        Stream.JOINT_SAMPLES.key(0),
         o.property_share,
         lambda s, r: property_with_dropout(s, r, o.drop_text, o.drop_graph, o.position_noise),
         0.5,

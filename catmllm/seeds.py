@@ -1,14 +1,59 @@
-"""Seeds of a run's random streams."""
+"""Random numbers of a run by named streams, from one table, so that no two of its draws share theirs.
+
+What is drawn is a function of a key: the stream, the run's seed, and the place in the stream (a step, a rank, a position).
+So no state of a generator has to be saved, and neither ranks nor workers nor passes change what is drawn.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from enum import IntEnum, unique
 
 import numpy as np
 
+Key = tuple[int, ...]
+
+
+@unique
+class Stream(IntEnum):
+    """What draws, and in brackets the places in it. A number is never used again for something else."""
+
+    WEIGHTS = 1  # random weights of a new model
+    ADAPTERS = 2  # ... of adapters
+    DROPOUT = 3  # whatever a pass draws [step, rank]
+    ALIGN_ORDER = 4  # which system comes when [epoch]
+    JOINT_ORDER = 5  # [epoch]
+    JOINT_SAMPLES = 6  # task, symmetry, noise, words of a sample [position]
+    INSTRUCT_ORDER = 7  # [epoch]
+    INSTRUCT_SAMPLES = 8  # [position]
+    GRPO_ORDER = 9  # [epoch]
+    GRPO_PROMPTS = 10  # [step, place in the batch of all ranks]
+    GRPO_ANSWERS = 11  # [step, rank]
+    REPLAY_ORDER = 12  # [epoch]
+    REPLAY_SAMPLES = 13  # [step, place in the batch of all ranks]
+    GA_GRPO_TASKS = 14  # [epoch]
+    GA_GRPO_SEARCH = 15  # answers [wave, rank, iteration], exemplars [wave, rank, iteration, task]
+    GENERATION = 16  # answers of the evaluation [rank]
+    DESIGN_TASKS = 17  # of the evaluation
+    DESIGN_SEARCH = 18  # of the evaluation; as GA_GRPO_SEARCH [rank, ...]
+    COMMAND_SEARCH = 19  # `catmllm design` [...]
+    BOOTSTRAP = 20  # rows of an interval
+
+    def key(self, seed: int, *place: int) -> Key:
+        """What a draw is a function of; further places may be appended to it."""
+        return (int(self), seed, *place)
+
 
 def hash_seed(parts: Sequence[int]) -> int:
-    """One 63-bit seed from several integers, well mixed."""
+    """A key, or any integers, as one 63-bit seed, well mixed."""
+    return int(np.random.SeedSequence(_entropy(parts)).generate_state(1, np.uint64)[0] >> 1)
+
+
+def generator(key: Sequence[int]) -> np.random.Generator:
+    """NumPy's generator of a key."""
+    return np.random.default_rng(_entropy(key))
+
+
+def _entropy(parts: Sequence[int]) -> list[int]:
     # With their number in front: to NumPy [3] and [3, 0] are one seed.
-    entropy = [len(parts), *(p & 0xFFFFFFFF for p in parts)]
-    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1)
+    return [len(parts), *(p & 0xFFFFFFFF for p in parts)]

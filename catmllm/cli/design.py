@@ -50,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
         save_designs,
         write_design_report,
     )
+    from catmllm.seeds import Stream
 
     if (args.targets is None) == (args.identity is None) or (args.identity is None) != (args.energy is None):
         raise ValueError("give a SYSTEM and its --energy, or --targets FILE")
@@ -58,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     changes = {k: v for k, v in (("iterations", args.iterations), ("pool", args.pool)) if v is not None}
     config.ga_grpo = replace(config.ga_grpo, **changes)
     config.ga_grpo.sampling.grammar |= args.grammar
-    states = search(model, collate, config, tasks, [args.seed], progress=True)
+    states = search(model, collate, config, tasks, Stream.COMMAND_SEARCH.key(args.seed), progress=True)
     records = save_designs(states, args.out)
     if args.judge == "sevennet":
         judge_designs(records)

@@ -18,6 +18,7 @@ import torch
 from catmllm.config import ConfigError, DataConfig
 from catmllm.data.images import IMAGE_PAD, TOKENS, VISION_END, VISION_START, mrope_positions, render
 from catmllm.data.prompts import ENERGY, GRAPH, Sample
+from catmllm.seeds import Key, generator
 from catmllm.structure.elements import SYMBOLS
 from catmllm.structure.graph import neighbour_graphs
 from catmllm.structure.system import System
@@ -301,22 +302,22 @@ class Collator:
 
 
 @functools.lru_cache(maxsize=4)
-def _epoch(n: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng([seed, 7, epoch]).permutation(n)
+def _epoch(n: int, order: Key, epoch: int) -> np.ndarray:
+    return generator((*order, epoch)).permutation(n)
 
 
-def shuffled(position: int, n: int, seed: int) -> int:
+def shuffled(position: int, n: int, order: Key) -> int:
     """Which of n samples stands at a position of an endless sequence,
     whose every n are a permutation of their own."""
     epoch, place = divmod(position, n)
-    return int(_epoch(n, seed, epoch)[place])
+    return int(_epoch(n, order, epoch)[place])
 
 
-def draw(n: int, count: int, seed: int, step: int, rank: int, world: int) -> np.ndarray:
+def draw(n: int, count: int, order: Key, step: int, rank: int, world: int) -> np.ndarray:
     """Indices of this rank's samples at a step: shuffled epochs without repetition inside an epoch.
 
     Every rank cuts the same endless sequence of permutations,
     so that no two ranks share a sample of an epoch.
     """
     start = (step * world + rank) * count
-    return np.array([shuffled(p, n, seed) for p in range(start, start + count)])
+    return np.array([shuffled(p, n, order) for p in range(start, start + count)])

@@ -25,6 +25,7 @@ from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.sample.answers import Rollout
 from catmllm.sample.engine import RolloutEngine
 from catmllm.sample.grammar import Pattern, answer_pattern
+from catmllm.seeds import generator
 from catmllm.structure.cif import read_cif, system_from_crystal
 from catmllm.structure.formula import parse_identity
 from catmllm.structure.system import System
@@ -120,7 +121,7 @@ class ClosedLoop:
         """
         samples = []
         for k, state in enumerate(states):
-            exemplar = state.pool.draw(np.random.default_rng([*seed, iteration, k]))
+            exemplar = state.pool.draw(generator((*seed, iteration, k)))
             shown = None if exemplar is None else self._exemplar(state.task, exemplar)
             samples.append(
                 Sample(design_prompt(state.task.identity, state.task.energy, shown is not None), "", shown)

@@ -18,6 +18,7 @@ from catmllm.design.search import ClosedLoop, Task, TaskState, summary
 from catmllm.evaluate import metrics
 from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.sample.engine import RolloutEngine
+from catmllm.seeds import Stream, generator
 from catmllm.structure.cif import read_cif
 from catmllm.structure.system import System
 from catmllm.world import DTYPES, World
@@ -26,7 +27,7 @@ from rewards_fast import extract_cif
 
 def design_tasks(systems: Sequence[System], n: int, seed: int) -> list[Task]:
     """n tasks from different systems in a seeded order, as spread over identities as can be."""
-    order = np.random.default_rng([seed, 13]).permutation(len(systems))
+    order = generator(Stream.DESIGN_TASKS.key(seed)).permutation(len(systems))
     seen: dict[str, int] = {}
     rank: list[tuple[int, int, int]] = []
     for i in order:
@@ -81,7 +82,9 @@ def evaluate_design(
     e = config.evaluate
     tasks = design_tasks(test, e.design_tasks, config.seed)
     mine = tasks[world.rank :: world.size]
-    states = search(model, collate, config, mine, [config.seed, 17, world.rank], progress=world.main)
+    states = search(
+        model, collate, config, mine, Stream.DESIGN_SEARCH.key(config.seed, world.rank), progress=world.main
+    )
     items = [summary(s) for s in states]
     systems = [best_system(i) for i in items]
     if e.judge == "sevennet":

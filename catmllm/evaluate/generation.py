@@ -16,6 +16,7 @@ from catmllm.evaluate.metrics import generation_rates
 from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.sample.engine import RolloutEngine
 from catmllm.sample.grammar import answer_pattern
+from catmllm.seeds import Stream
 from catmllm.structure.system import System
 from catmllm.world import World
 
@@ -54,7 +55,7 @@ def evaluate_generation(
             for k, (_, s) in enumerate(mine)
         ]
     rollouts = RolloutEngine(model, collate, dtype).generate(
-        [p for p, _ in mine], sampling, [seed, world.rank], patterns=patterns
+        [p for p, _ in mine], sampling, Stream.GENERATION.key(seed, world.rank), patterns=patterns
     )
     texts, targets = [], []
     for part in world.gather([(r.text, mine[r.prompt][1].target) for r in rollouts]):

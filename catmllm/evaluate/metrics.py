@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from catmllm.design.constraints import MIN_DISTANCE, parsed, sane_volume
+from catmllm.seeds import Stream, generator
 from rewards_fast import Crystal, Scores
 from rewards_fast.pvcp import Thresholds
 
@@ -68,7 +69,7 @@ def bootstrap_interval(
         raise ValueError(
             f"samples of lengths {[len(array) for array in arrays]}: give at least one row, one length"
         )
-    rng = np.random.default_rng(seed)
+    rng = generator(Stream.BOOTSTRAP.key(seed))
     values = [statistic(*(array[rows] for array in arrays)) for rows in rng.integers(n, size=(draws, n))]
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)

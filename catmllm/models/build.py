@@ -20,6 +20,7 @@ from catmllm.models.equiformer_v2 import EquiformerV2, EquiformerV2Config
 from catmllm.models.fairchem_checkpoint import load_fairchem_checkpoint
 from catmllm.models.projector import Projector
 from catmllm.models.qwen import outline_llm, pretrained_llm, random_llm
+from catmllm.seeds import Stream, hash_seed
 from catmllm.structure.system import System
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def build_model(
     A pretrained LLM brings its own tokenizer, extended here; the given one serves the random LLM. A checkpoint that
     does not fit is an error, never a warning.
     """
-    torch.manual_seed(config.seed)
+    torch.manual_seed(hash_seed(Stream.WEIGHTS.key(config.seed)))
     encoder = build_encoder(config.model.encoder, config.data.cutoff)
     if config.model.llm.pretrained:
         llm, tokenizer = pretrained_llm(config.model.llm, config.data.decimals)

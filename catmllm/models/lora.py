@@ -16,6 +16,7 @@ from torch import nn
 
 from catmllm.config import LoRAConfig
 from catmllm.models.catalytic_mllm import CatalyticMLLM
+from catmllm.seeds import Stream, hash_seed
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 NAME = "default"
@@ -36,7 +37,7 @@ def add_lora(model: CatalyticMLLM, config: LoRAConfig, seed: int) -> None:
         lora_dropout=config.dropout,
         target_modules=rf"model\.language_model\.layers\.\d+\.\w+\.({'|'.join(LINEARS)})",
     )
-    torch.manual_seed(seed)
+    torch.manual_seed(hash_seed(Stream.ADAPTERS.key(seed)))
     inject_adapter_in_model(adapters, model.llm, adapter_name=NAME)
 
 

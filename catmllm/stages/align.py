@@ -9,6 +9,7 @@ from catmllm.data.batches import Batch, shuffled
 from catmllm.data.prompts import Sample
 from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.models.losses import info_nce
+from catmllm.seeds import Stream
 from catmllm.stages.supervised import FromLoader, validation_systems
 from catmllm.structure.text import three_part_text
 from catmllm.train.stage import Context, MicroBatch, Step
@@ -23,10 +24,10 @@ class Align(FromLoader):
 
     def __init__(self, context: Context) -> None:
         self.context, self.config = context, context.config.align
-        systems, seed = context.data["train"], context.config.seed
+        systems, order = context.data["train"], Stream.ALIGN_ORDER.key(context.config.seed)
 
         def example(position: int) -> Sample:
-            system = systems[shuffled(position, len(systems), seed)]
+            system = systems[shuffled(position, len(systems), order)]
             return Sample(three_part_text(system), "", system)
 
         self.load(example, self.config)

@@ -20,6 +20,7 @@ from catmllm.design.search import ClosedLoop, Task, TaskState, summary
 from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.sample.answers import Rollout
 from catmllm.sample.engine import RolloutEngine
+from catmllm.seeds import Stream
 from catmllm.stages.advantages import group_advantages, policy_loss
 from catmllm.train.sharding import unsharded
 from catmllm.train.stage import Context, MicroBatch, Plain, Step
@@ -57,7 +58,7 @@ class GAGRPO(Plain):
     def step(self, step: int) -> Step:
         c, o = self.context, self.config
         wave, iteration = divmod(step, o.iterations)
-        seed = [c.config.seed, 11, wave, c.world.rank]
+        seed = Stream.GA_GRPO_SEARCH.key(c.config.seed, wave, c.world.rank)
         before = dict(self.loop.seconds)
         with unsharded(c.model):
             engine = RolloutEngine(c.model, c.collate, DTYPES[c.config.precision])
@@ -86,7 +87,8 @@ class GAGRPO(Plain):
     def _tasks(self, wave: int) -> list[Task]:
         """This rank's tasks of a wave: identity and energy of training systems, none twice before all were used."""
         c, o = self.context, self.config
-        picks = draw(len(self.systems), o.batch_size, c.config.seed + 5, wave, c.world.rank, c.world.size)
+        order = Stream.GA_GRPO_TASKS.key(c.config.seed)
+        picks = draw(len(self.systems), o.batch_size, order, wave, c.world.rank, c.world.size)
         return [Task(s.identity, s.target, s.known_energy) for s in (self.systems[i] for i in picks)]
 
     def add_policy(

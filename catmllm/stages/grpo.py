@@ -26,6 +26,7 @@ from catmllm.sample.answers import Rollout
 from catmllm.sample.engine import RolloutEngine
 from catmllm.sample.grammar import answer_pattern
 from catmllm.sample.vllm_engine import VLLMEngine
+from catmllm.seeds import Stream
 from catmllm.stages.advantages import group_advantages, per_answer, policy_loss
 from catmllm.stages.scoring import Reward, Scored, Scoring, load_reward
 from catmllm.stages.supervised import VISUAL, chosen, property_with_dropout, relatives, sample_losses
@@ -87,9 +88,17 @@ class GRPO(Plain):
         self.add_replay(work, step)
         return work
 
+    def _chosen(
+        self, order: Stream, samples: Stream, count: int, step: int
+    ) -> list[tuple[int, np.random.Generator]]:
+        """This rank's systems of a step by two streams; see `chosen`."""
+        world, seed = self.context.world, self.context.config.seed
+        keys = order.key(seed), samples.key(seed)
+        return chosen(len(self.systems), count, *keys, step, world.rank, world.size)
+
     def _roll(self, step: int) -> Rolled:
         c, o = self.context, self.config
-        picks = chosen(len(self.systems), o.batch_size, c.config.seed + 3, step, c.world.rank, c.world.size)
+        picks = self._chosen(Stream.GRPO_ORDER, Stream.GRPO_PROMPTS, o.batch_size, step)
         prompts = [self.prompt(i, k, rng) for k, (i, rng) in enumerate(picks)]
         patterns = None
         if o.sampling.grammar:
@@ -100,7 +109,7 @@ class GRPO(Plain):
             ]
         targets = [self.systems[i].target for i, _ in picks for _ in range(o.group_size)]
         scoring = Scoring(self.reward, targets, o.reward_timeout)
-        seed = [c.config.seed, step, c.world.rank]
+        seed = Stream.GRPO_ANSWERS.key(c.config.seed, step, c.world.rank)
 
         def take(i: int, r: Rollout) -> None:
             scoring.take(i, r.text)
@@ -210,9 +219,7 @@ class GRPO(Plain):
             return
         samples = [
             property_with_dropout(self.systems[i], rng, 0.2, 0.2, 0.0)
-            for i, rng in chosen(
-                len(self.systems), count, c.config.seed + 4, step, c.world.rank, c.world.size
-            )
+            for i, rng in self._chosen(Stream.REPLAY_ORDER, Stream.REPLAY_SAMPLES, count, step)
         ]
         batch = c.collate(samples).to(c.world.device)
 

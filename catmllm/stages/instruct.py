@@ -7,6 +7,7 @@ the head would drift otherwise.
 from __future__ import annotations
 
 from catmllm.config import InstructConfig
+from catmllm.seeds import Stream
 from catmllm.stages.supervised import (
     VISUAL,
     FromLoader,
@@ -29,7 +30,8 @@ class Instruct(FromLoader):
         mixture = Mixture(
             context.data["train"],
             c.data,
-            c.seed + 2,
+            Stream.INSTRUCT_ORDER.key(c.seed),
+            Stream.INSTRUCT_SAMPLES.key(c.seed),
             o.property_share,
             lambda s, rng: property_with_dropout(s, rng, o.drop_text, o.drop_graph, 0.0, c.data.phrasings),
             design_share=o.design_share / max(1e-9, 1 - o.property_share),

@@ -6,6 +6,7 @@ import torch
 
 from catmllm.config import JointConfig
 from catmllm.models.losses import mmtg_loss
+from catmllm.seeds import Stream
 from catmllm.stages.supervised import (
     VISUAL,
     FromLoader,
@@ -28,7 +29,8 @@ class Joint(FromLoader):
         mixture = Mixture(
             context.data["train"],
             c.data,
-            c.seed + 1,
+            Stream.JOINT_ORDER.key(c.seed),
+            Stream.JOINT_SAMPLES.key(c.seed),
             o.property_share,
             lambda s, rng: property_with_dropout(
                 s, rng, o.drop_text, o.drop_graph, o.position_noise, c.data.phrasings

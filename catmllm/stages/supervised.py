@@ -16,6 +16,7 @@ from catmllm.data.batches import Batch, draw, shuffled
 from catmllm.data.loader import Loader, Windows
 from catmllm.data.prompts import Sample, cif_sample, design_sample, draw_words, jitter, property_sample
 from catmllm.models.catalytic_mllm import CatalyticMLLM
+from catmllm.seeds import Key, generator
 from catmllm.structure.system import System
 from catmllm.train.stage import Context, MicroBatch, Plain, Step, Validation
 from catmllm.train.stop import TrainingError
@@ -50,15 +51,15 @@ def property_with_dropout(
 
 
 def chosen(
-    n: int, batch: int, seed: int, step: int, rank: int, world: int
+    n: int, batch: int, order: Key, samples: Key, step: int, rank: int, world: int
 ) -> list[tuple[int, np.random.Generator]]:
     """This rank's systems at a step, each with its own generator.
 
-    A generator is a function of seed, step and place in the batch of all ranks: two ranks together draw what one with
+    A generator is a function of the key `samples`, step and place in the batch of all ranks: two ranks together draw what one with
     twice the batch does.
     """
-    indices = draw(n, batch, seed, step, rank, world)
-    return [(int(i), np.random.default_rng([seed, step, rank * batch + k])) for k, i in enumerate(indices)]
+    indices = draw(n, batch, order, step, rank, world)
+    return [(int(i), generator((*samples, step, rank * batch + k))) for k, i in enumerate(indices)]
 
 
 def task_sample(
@@ -130,12 +131,13 @@ class Mixture:
     """Position in the sequence of samples -> the sample: property samples evenly among CIF and design samples.
 
     `property_of` makes a property sample, `design_share` is of the rest. A sample's random numbers are a function of
-    seed and position, so that neither ranks nor passes nor workers change it.
+    key and position, so that neither ranks nor passes nor workers change it.
     """
 
     systems: Sequence[System]
     data: DataConfig
-    seed: int
+    order: Key
+    samples: Key
     property_share: float
     property_of: Callable[[System, np.random.Generator], Sample]
     design_share: float
@@ -145,8 +147,8 @@ class Mixture:
         self.kin = relatives(self.systems)
 
     def __call__(self, position: int) -> Sample:
-        i = shuffled(position, len(self.systems), self.seed)
-        rng = np.random.default_rng([self.seed, position])
+        i = shuffled(position, len(self.systems), self.order)
+        rng = generator((*self.samples, position))
         system = self.systems[i]
         if self.data.augment:
             system = symmetric_copy(system, rng)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from catmllm.models.lora import merged
-from catmllm.seeds import hash_seed
+from catmllm.seeds import Stream, hash_seed
 from catmllm.train.checkpoint import CheckpointError, Checkpoints
 from catmllm.train.metrics import StageLog
 from catmllm.train.progress import describe, shown
@@ -110,7 +110,7 @@ class _Run:
         optim = stage.config
         began = time.perf_counter()
         # All that a pass draws (dropout) is a function of seed, step and rank, so that no generator has to be saved.
-        torch.manual_seed(hash_seed([self.context.config.seed, 23, self.step, world.rank]))
+        torch.manual_seed(hash_seed(Stream.DROPOUT.key(self.context.config.seed, self.step, world.rank)))
         scale = lr_factor(self.step, optim)
         for group in ready.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * scale

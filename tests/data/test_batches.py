@@ -160,7 +160,7 @@ def test_to_moves_everything(collate: Collator, train_systems: list[System]) -> 
 def test_an_epoch_shows_every_sample_once_over_all_ranks(n: int, count: int, world: int, seed: int) -> None:
     steps = -(-3 * n // (count * world))  # three epochs at least
     drawn = np.concatenate(
-        [draw(n, count, seed, step, rank, world) for step in range(steps) for rank in range(world)]
+        [draw(n, count, (seed,), step, rank, world) for step in range(steps) for rank in range(world)]
     )
     for epoch in range(3):
         assert sorted(drawn[epoch * n : (epoch + 1) * n]) == list(range(n))
@@ -169,12 +169,12 @@ def test_an_epoch_shows_every_sample_once_over_all_ranks(n: int, count: int, wor
 
 
 def test_the_draw_is_a_function_of_its_arguments() -> None:
-    one = draw(100, 8, 0, 5, 1, 2)
+    one = draw(100, 8, (0,), 5, 1, 2)
     np.random.seed(3)  # noqa: NPY002  the global generator must not matter
-    np.testing.assert_array_equal(one, draw(100, 8, 0, 5, 1, 2))
-    assert not np.array_equal(one, draw(100, 8, 1, 5, 1, 2))
+    np.testing.assert_array_equal(one, draw(100, 8, (0,), 5, 1, 2))
+    assert not np.array_equal(one, draw(100, 8, (1,), 5, 1, 2))
     # one rank of 16 sees what two ranks of 8 see together
-    both = np.concatenate([draw(100, 8, 0, 5, r, 2) for r in range(2)])
-    np.testing.assert_array_equal(both, draw(100, 16, 0, 5, 0, 1))
-    epochs = [draw(50, 50, 0, e, 0, 1) for e in range(2)]
+    both = np.concatenate([draw(100, 8, (0,), 5, r, 2) for r in range(2)])
+    np.testing.assert_array_equal(both, draw(100, 16, (0,), 5, 0, 1))
+    epochs = [draw(50, 50, (0,), e, 0, 1) for e in range(2)]
     assert not np.array_equal(epochs[0], epochs[1])
