@@ -46,9 +46,10 @@ def forward(
     """As `cpu.forward`, but for the logsumexp, which the backward pass below does not need: zeros. Nothing is kept."""
     with torch.no_grad():
         lp, spread = linear_logprob(hidden, weight, targets, temperature)
-        nothing = lp.new_empty(0)
-        other = nothing if reference is None else linear_logprob(hidden, reference, targets, temperature)[0]
-    return lp, torch.zeros_like(lp), spread if entropy else nothing, other, hidden.new_empty(0)
+        other = None if reference is None else linear_logprob(hidden, reference, targets, temperature)[0]
+    # each a tensor of its own: outputs of an operator must not share storage
+    spread, other = (x if x is not None else lp.new_empty(0) for x in (spread if entropy else None, other))
+    return lp, torch.zeros_like(lp), spread, other, hidden.new_empty(0)
 
 
 def backward(
