@@ -28,9 +28,9 @@ from catmllm.models.build import new_model
 from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.models.state import load_model, save_model
 from catmllm.report.run import summary_table, write_report
+from catmllm.report.summary import MODES
 from catmllm.sample.vllm_engine import VLLMError
 from catmllm.stages import STAGES
-from catmllm.stages.refit import refit_energy_head
 from catmllm.structure.cif import write_cif
 from catmllm.structure.system import System
 from catmllm.train.checkpoint import CheckpointError
@@ -190,9 +190,6 @@ def _train(
     if not record.has("parameters"):
         record.put(_sizes(model), "parameters")
         record.put(_data_facts(config, collate, data), "data")
-    if name == "ga_grpo":
-        model.to(world.device)
-        record.put(refit_energy_head(model.eval(), collate, data["train"], data["val"], world), "refit")
     folder.mkdir(parents=True, exist_ok=True)
     state, _ = train(STAGES[name], Context(config, model, collate, data, world, folder))
     if world.main:
@@ -228,12 +225,9 @@ def _evaluate(
             f"{name}: reward {found['reward']:.2f} ± {found['reward_se']:.2f}, PF {found['PF']:.1%}, "
             f"VF {found['VF']:.1%}, CM {found['CM']:.1%}, PV {found['PV']:.1%} of {found['n']} samples",
         )
-    measured = evaluate_property(model, collate, test, world)
-    _say(
-        world,
-        f"{name}: test MAE {measured['both']['mae']:.3f} eV (graph alone {measured['graph']['mae']:.3f}, "
-        f"text alone {measured['text']['mae']:.3f}, written {measured['generated']['mae']:.3f})",
-    )
+    measured = evaluate_property(model, collate, test, world, llm=name != "encoder")
+    shown = ", ".join(f"{MODES[mode]} {measured[mode]['mae']:.3f}" for mode in MODES if mode in measured)
+    _say(world, f"{name}: test MAE in eV: {shown}")
     record.put(measured, "property", name)
 
 

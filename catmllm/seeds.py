@@ -38,6 +38,8 @@ class Stream(IntEnum):
     DESIGN_SEARCH = 18  # of the evaluation; as GA_GRPO_SEARCH [rank, ...]
     COMMAND_SEARCH = 19  # `catmllm design` [...]
     BOOTSTRAP = 20  # rows of an interval
+    ENCODER_ORDER = 21  # [epoch]
+    ENCODER_SAMPLES = 22  # frame, symmetry and noise of a sample [position]
 
     def key(self, seed: int, *place: int) -> Key:
         """What a draw is a function of; further places may be appended to it."""

@@ -88,6 +88,8 @@ def small_model(small_config: Config, train_systems: list[System]) -> tuple[Cata
         for name, parameter in model.named_parameters():
             if parameter.ndim == 2 and name.startswith(("llm.", "projector.", "energy_head.")):
                 parameter.mul_(25 if "lm_head" in name else 5)
+        # zero in a new model, so that nothing would hang on it
+        model.energy_head.correction.weight.copy_(model.energy_head.text.weight.flip(1))
         model.energy_mean.fill_(-1.25)
         model.energy_std.fill_(1.5)
     return model.eval(), collate

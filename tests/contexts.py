@@ -22,7 +22,7 @@ def small() -> Config:
     config.model.llm = dataclasses.replace(
         config.model.llm, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96
     )
-    for stage in (config.align, config.joint, config.instruct, config.grpo, config.ga_grpo):
+    for stage in (config.encoder, config.align, config.joint, config.instruct, config.grpo, config.ga_grpo):
         stage.steps, stage.warmup, stage.log_every = 2, 1, 1
     for rl in (config.grpo, config.ga_grpo):
         rl.batch_size, rl.group_size, rl.micro_batch = 3, 3, 4

@@ -20,6 +20,7 @@ data: {{path: {data}, max_neighbours: 8, cutoff: 4.0}}
 model:
   llm: {{hidden_size: 64, num_hidden_layers: 2, num_attention_heads: 4, num_key_value_heads: 2, intermediate_size: 96}}
   encoder: {{num_layers: 1, sphere_channels: 16, attn_hidden_channels: 16, num_heads: 2, ffn_hidden_channels: 16}}
+encoder: {{steps: 4, batch_size: 6, checkpoint_every: 2, log_every: 1}}
 align: {{steps: 4, batch_size: 6, checkpoint_every: 2, log_every: 1}}
 joint: {{steps: 6, batch_size: 6, checkpoint_every: 2, log_every: 1}}
 instruct: {{steps: 6, batch_size: 6, checkpoint_every: 2, log_every: 1}}

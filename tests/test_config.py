@@ -167,7 +167,7 @@ def test_whatever_is_written_gives_a_configuration_or_a_configuration_error(text
         ("stages=align", "`stages` must be a list"),
         (
             "stages=[align, grppo]",
-            "`stages[1]` must be one of align, joint, instruct, grpo, ga_grpo, got 'grppo'",
+            "`stages[1]` must be one of encoder, align, joint, instruct, grpo, ga_grpo, got 'grppo'",
         ),
         ("stages=[align, grppo]", "did you mean grpo"),
         ("grpo.betas=[0.9, 1.0]", "`grpo.betas` must be from 0 to below 1, got [0.9, 1.0]"),
@@ -186,7 +186,7 @@ def test_whatever_is_written_gives_a_configuration_or_a_configuration_error(text
         ("model.encoder.mmax=3", "`model.encoder.mmax` must be at most `model.encoder.lmax` (2), got 3"),
         ("model.llm.num_key_value_heads=4", "multiple of `model.llm.num_key_value_heads`, got 6 and 4"),
         ("temperature=1", "there is `align.temperature`, `grpo.sampling.temperature`"),
-        ("lr.x=1", "unknown key `lr`; there is `align.lr`"),
+        ("lr.x=1", "unknown key `lr`; there is `encoder.lr`"),
         ("grpo.betas=[0.9]", "`grpo.betas` must have 2 entries"),
         ("precision=fp8", "one of fp32, bf16, fp16"),
         ("model.projector=invarant", "did you mean invariant"),

@@ -14,7 +14,7 @@ from pydantic import model_validator
 from catmllm.config.section import section
 from rewards_fast.settings import RewardSettings, key
 
-Stage = Literal["align", "joint", "instruct", "grpo", "ga_grpo"]
+Stage = Literal["encoder", "align", "joint", "instruct", "grpo", "ga_grpo"]
 STAGES: tuple[str, ...] = get_args(Stage)
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -216,6 +216,28 @@ class SupervisedConfig(OptimConfig):
 
 
 @section
+class EncoderStageConfig(SupervisedConfig):
+    """Stage 0: encoder, projector and the graph part of the energy head on energies, without the LLM. For want of an
+    encoder trained on OC20; leave it out of `stages` where `model.encoder.checkpoint` names one."""
+
+    steps: int = 800
+    batch_size: int = 16
+    lr: float = 1e-3
+    warmup: int = 30
+    min_lr_ratio: float = 0.02
+    frames: float = key(
+        0.4, "share of samples that stand between the start of their relaxation and its end", ge=0, le=1
+    )
+    position_noise: float = key(0.02, "Gaussian noise on the atoms", unit="Å", ge=0)
+
+    @model_validator(mode="after")
+    def _samples_are_structures(self) -> EncoderStageConfig:
+        if self.batch_tokens is not None:
+            raise ValueError("`.batch_tokens` must be null: these samples have no text; set `.batch_size`")
+        return self
+
+
+@section
 class AlignConfig(SupervisedConfig):
     """Stage 1a: symmetric InfoNCE between graph token and frozen text encoding."""
 
@@ -223,6 +245,9 @@ class AlignConfig(SupervisedConfig):
     batch_size: int = 32
     lr: float = 2e-3
     temperature: float = key(0.07, "what similarities are divided by", gt=0)
+    train_encoder: bool = key(
+        False, "the encoder trains too, as in the paper; false: it keeps what it has learned of energies"
+    )
 
     @model_validator(mode="after")
     def _one_pass_of_equal_size(self) -> AlignConfig:
@@ -251,6 +276,15 @@ class JointConfig(SupervisedConfig):
     )
     drop_text: float = key(0.1, "share of property prompts with the graph only", ge=0, le=1)
     drop_graph: float = key(0.1, "share of property prompts with the text only", ge=0, le=1)
+    frames: float = key(
+        0.4,
+        "share of property samples that stand between the start of their relaxation and its end",
+        ge=0,
+        le=1,
+    )
+    train_encoder: bool = key(
+        False, "the encoder and the graph part of the energy head train on; encoder_lr is their rate"
+    )
     position_noise: float = key(0.05, "Gaussian noise on the graph's atoms", unit="Å", ge=0)
     exemplar_noise: float = key(
         0.05, "Gaussian noise where a design prompt shows the sample's own structure", unit="Å", ge=0
@@ -270,6 +304,12 @@ class InstructConfig(SupervisedConfig):
     )
     drop_text: float = key(0.2, "share of property prompts with the graph only", ge=0, le=1)
     drop_graph: float = key(0.2, "share of property prompts with the text only", ge=0, le=1)
+    frames: float = key(
+        0.4,
+        "share of property samples that stand between the start of their relaxation and its end",
+        ge=0,
+        le=1,
+    )
     exemplar_noise: float = key(
         0.05, "Gaussian noise where a design prompt shows the sample's own structure", unit="Å", ge=0
     )
@@ -436,6 +476,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
+    encoder: EncoderStageConfig = field(default_factory=EncoderStageConfig)
     align: AlignConfig = field(default_factory=AlignConfig)
     joint: JointConfig = field(default_factory=JointConfig)
     instruct: InstructConfig = field(default_factory=InstructConfig)

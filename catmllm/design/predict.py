@@ -24,6 +24,20 @@ def question(system: System, mode: Mode = "both") -> Sample:
 
 
 @torch.no_grad()
+def encoder_energies(
+    model: CatalyticMLLM, collate: Collator, systems: Sequence[System], batch_size: int = 64
+) -> np.ndarray:
+    """Adsorption energies [n] in eV by encoder, projector and the head's graph part only."""
+    parts = []
+    for i in range(0, len(systems), batch_size):
+        graph = collate.graphs(systems[i : i + batch_size])
+        assert graph is not None
+        (value,) = model.graph_energy(graph.to(model.energy_mean.device))
+        parts.append((value * model.energy_std + model.energy_mean).float().cpu().numpy())
+    return np.concatenate(parts) if parts else np.zeros(0)
+
+
+@torch.no_grad()
 def predict_energies(
     model: CatalyticMLLM, collate: Collator, questions: Sequence[Sample], batch_size: int = 64
 ) -> np.ndarray:

@@ -10,7 +10,7 @@ import numpy as np
 from catmllm.config import SamplingConfig
 from catmllm.data.batches import Collator
 from catmllm.data.prompts import Sample, read_energy
-from catmllm.design.predict import MODES, predict_energies, question
+from catmllm.design.predict import MODES, encoder_energies, predict_energies, question
 from catmllm.evaluate.metrics import mae, r2
 from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.sample.engine import RolloutEngine
@@ -28,16 +28,29 @@ def written_energies(model: CatalyticMLLM, collate: Collator, samples: Sequence[
 
 
 def evaluate_property(
-    model: CatalyticMLLM, collate: Collator, systems: Sequence[System], world: World
+    model: CatalyticMLLM,
+    collate: Collator,
+    systems: Sequence[System],
+    world: World,
+    llm: bool = True,
 ) -> dict[str, Any]:
-    """MAE and R² on labelled systems, by head in every mode and by the written answer; ranks share the work.
+    """MAE and R² on labelled systems; ranks share the work.
 
-    No outlier is dropped; a written answer without a number is counted in `unread`, and left out of its MAE alone.
+    By the head in every mode (`both`, `graph`, `text`), by the `encoder` only, by the written answer (`generated`), and,
+    where every system has a start, from unrelaxed structures (`start`, `encoder_start`); without `llm` by the encoder
+    only. No outlier is dropped; a written answer without a number is counted in `unread`, and left out of its MAE only.
     """
     mine = list(systems[world.rank :: world.size])
-    samples = {mode: [question(s, mode) for s in mine] for mode in MODES}
-    values: dict[str, np.ndarray] = {mode: predict_energies(model, collate, samples[mode]) for mode in MODES}
-    values["generated"] = written_energies(model, collate, samples["both"])
+    starts = [s.frame(0.0) for s in mine] if all(s.start is not None for s in systems) else []
+    values: dict[str, np.ndarray] = {"encoder": encoder_energies(model, collate, mine)}
+    if starts:
+        values["encoder_start"] = encoder_energies(model, collate, starts)
+    if llm:
+        samples = {mode: [question(s, mode) for s in mine] for mode in MODES}
+        values |= {mode: predict_energies(model, collate, samples[mode]) for mode in MODES}
+        values["generated"] = written_energies(model, collate, samples["both"])
+        if starts:
+            values["start"] = predict_energies(model, collate, [question(s) for s in starts])
     gathered = world.gather(values)
     truth = np.array([s.known_energy for s in systems])
     out: dict[str, Any] = {}
@@ -50,7 +63,7 @@ def evaluate_property(
         out[name] |= {"n": int(read.sum())}
         if name == "generated":
             out[name]["unread"] = int((~read).sum())
-        if name == "both":
+        if name == ("both" if llm else "encoder"):
             out["parity"] = {
                 "energy": truth.round(4).tolist(),
                 "predicted": merged.round(4).tolist(),

@@ -16,6 +16,7 @@ from torch import nn
 from catmllm.data.batches import Batch, GraphBatch
 from catmllm.data.images import MERGE, PATCH, patches
 from catmllm.models.attention import no_mask, shares_prompts
+from catmllm.models.energy_head import EnergyHead
 from catmllm.models.equiformer_v2 import EquiformerV2
 from catmllm.models.projector import Projector
 from catmllm_kernels.linear_logprob import linear_logprobs
@@ -58,7 +59,7 @@ class CatalyticMLLM(nn.Module):
     ) -> None:
         super().__init__()
         self.llm, self.encoder, self.projector = llm, encoder, projector
-        self.energy_head = nn.Linear(llm.config.get_text_config().hidden_size, 1)
+        self.energy_head = EnergyHead(llm.config.get_text_config().hidden_size, projector.linear.in_features)
         self.graph_id, self.energy_id = graph_id, energy_id
         # Set when sharded: ranks then run every unit in every pass, or one would gather what another does not.
         self.lockstep = False
@@ -71,22 +72,29 @@ class CatalyticMLLM(nn.Module):
         """The text tower without its LM head."""
         return self.llm.model.language_model
 
-    def graph_tokens(self, graph: GraphBatch) -> torch.Tensor:
-        """Vectors that stand for structures: [n_systems, H], or [N, H] with the `atoms` projector."""
+    def features(self, graph: GraphBatch) -> torch.Tensor:
+        """What the encoder pools for the projector: [n_systems, F], or [N, F] with the `atoms` projector."""
         g = graph
-        features = self.encoder(
+        return self.encoder(
             g.numbers, g.edge_index, g.edge_vec, g.batch, g.n_systems, pool=self.projector.mode
         )
-        return self.projector(features)
+
+    def graph_tokens(self, graph: GraphBatch) -> torch.Tensor:
+        """Vectors that stand for structures: [n_systems, H], or [N, H] with the `atoms` projector."""
+        return self.projector(self.features(graph))
+
+    def vectors(self, batch: Batch) -> torch.Tensor | None:
+        """The graph tokens of a batch's structures, None where it has none."""
+        return None if batch.graph is None else self.graph_tokens(batch.graph)
 
     def embed(self, batch: Batch) -> torch.Tensor:
         """Token embeddings [T, H] with structures and pictures in their places."""
-        return self.insert(self.text.embed_tokens(batch.input_ids), batch)
+        return self.insert(self.text.embed_tokens(batch.input_ids), batch, self.vectors(batch))
 
-    def insert(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """Embeddings x [T, H] of the batch's tokens with the graph vectors in the places of their markers, in order, and
-        pictures in theirs."""
-        x = self._place(x, batch.graph_at, batch.graph)
+    def insert(self, x: torch.Tensor, batch: Batch, vectors: torch.Tensor | None) -> torch.Tensor:
+        """Embeddings x [T, H] of the batch's tokens with its graph tokens, `vectors`, in the places of their markers, in
+        order, and pictures in theirs."""
+        x = self._place(x, batch.graph_at, vectors)
         if batch.pictures is not None and batch.picture_at is not None:
             return x.index_copy(0, batch.picture_at, self.picture_tokens(batch.pictures).to(x.dtype))
         if self.picture_lockstep:
@@ -100,9 +108,8 @@ class CatalyticMLLM(nn.Module):
         pixels, grid = patches(pictures)
         return self.llm.model.visual(pixels, grid_thw=grid).pooler_output
 
-    def _place(self, x: torch.Tensor, at: torch.Tensor, graph: GraphBatch | None) -> torch.Tensor:
+    def _place(self, x: torch.Tensor, at: torch.Tensor, vectors: torch.Tensor | None) -> torch.Tensor:
         """x [T, H] with the rows `at` [V] replaced by the V vectors of the structures."""
-        vectors = None if graph is None else self.graph_tokens(graph)
         if len(at) != (0 if vectors is None else len(vectors)):
             raise ValueError(
                 f"{len(at)} graph markers in the text, {0 if vectors is None else len(vectors)} vectors"
@@ -125,15 +132,36 @@ class CatalyticMLLM(nn.Module):
         """Final hidden states [T, H] of samples end to end; `batch.padded` changes the speed, not the result."""
         return self._tower(self.embed(batch), batch)
 
+    def read(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Final hidden states [T, H] and standardised energies [S]; the encoder runs once for both."""
+        features = None if batch.graph is None else self.features(batch.graph)
+        vectors = None if features is None else self.projector(features)
+        x = self.insert(self.text.embed_tokens(batch.input_ids), batch, vectors)
+        hidden = self._tower(x, batch)
+        return hidden, self.energy(hidden, batch, features)
+
     def query_states(self, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
         """What the energy head reads [S, H]; a row without `<energy>` token holds that of some other place."""
         return hidden[batch.energy_at.clamp_min(0)]
 
-    def energy(self, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """Standardised energies [S] float32 at each sample's `<energy>` token; NaN for a sample without one."""
-        query = self.query_states(hidden, batch)
-        value = self.energy_head(query.to(self.energy_head.weight.dtype)).squeeze(1).float()
+    def energy(self, hidden: torch.Tensor, batch: Batch, features: torch.Tensor | None) -> torch.Tensor:
+        """Standardised energies [S] float32 of the samples' `<energy>` tokens, with what the features of their structures
+        say; NaN for a sample without `<energy>`."""
+        head = self.energy_head
+        query = self.query_states(hidden, batch).to(head.text.weight.dtype)
+        if features is None or batch.graph is None:
+            read, sample = query.new_zeros(0, self.projector.linear.in_features), batch.sample.new_zeros(0)
+        else:
+            read, sample = self._by_system(features, batch.graph), batch.sample[batch.graph_at]
+            if self.projector.mode == "atoms":
+                first = torch.arange(len(read), device=sample.device)
+                sample = sample[torch.searchsorted(batch.graph.batch, first)]
+        value = head(read.to(query.dtype), query, sample)
         return torch.where(batch.energy_at >= 0, value, torch.nan)
+
+    def _by_system(self, rows: torch.Tensor, graph: GraphBatch) -> torch.Tensor:
+        """One row [n_systems, F] per structure of what is per atom with the `atoms` projector."""
+        return segment_mean(rows, graph.batch, graph.n_systems) if self.projector.mode == "atoms" else rows
 
     def forward(
         self, task: Callable[Concatenate[CatalyticMLLM, P], R], *args: P.args, **options: P.kwargs
@@ -154,12 +182,17 @@ class CatalyticMLLM(nn.Module):
     def answer(self, batch: Batch, temperature: float = 1.0, entropy: bool = False) -> Answer:
         """Log-probabilities of `batch.targets`, and the energies of the property prompts; `entropy` adds that of the
         distributions that those tokens were drawn from."""
-        hidden = self.hidden(batch)
+        hidden, energy = self.read(batch)
         found = linear_logprobs(
             hidden[batch.answer_at], self.llm.lm_head.weight, batch.targets, temperature, entropy
         )
         spread = None if found.entropy is None else found.entropy.detach()
-        return Answer(found.logprob, self.energy(hidden, batch), spread)
+        return Answer(found.logprob, energy, spread)
+
+    def graph_energy(self, graph: GraphBatch) -> tuple[torch.Tensor]:
+        """Standardised energies [n_systems] by the encoder and the head's graph part; the LLM does not run."""
+        features = self._by_system(self.features(graph), graph)
+        return (self.energy_head(features.to(self.energy_head.text.weight.dtype)),)
 
     def head(
         self, hidden: torch.Tensor, targets: torch.Tensor, temperature: float, reference: torch.Tensor
@@ -177,9 +210,7 @@ class CatalyticMLLM(nn.Module):
         """Graph tokens, and the mean-pooled encodings of the texts."""
         if batch.graph is None:
             raise ValueError("contrastive batches need a structure for every sample")
-        vectors = self.graph_tokens(batch.graph)
-        if self.projector.mode == "atoms":
-            vectors = segment_mean(vectors, batch.graph.batch, batch.graph.n_systems)
+        vectors = self._by_system(self.graph_tokens(batch.graph), batch.graph)
         with torch.no_grad():
             x = self._tower(self.text.embed_tokens(batch.input_ids), batch)
             text = segment_mean(x.float(), batch.sample, len(batch)).to(x.dtype)
@@ -187,7 +218,7 @@ class CatalyticMLLM(nn.Module):
 
     def predict(self, batch: Batch) -> torch.Tensor:
         """Energies [S] in eV of property prompts."""
-        return self.energy(self.hidden(batch), batch) * self.energy_std + self.energy_mean
+        return self.read(batch)[1] * self.energy_std + self.energy_mean
 
     def _tower(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Embeddings [T, H] to final hidden states [T, H], each sample for itself."""

@@ -14,6 +14,7 @@ from catmllm.data.batches import Collator
 from catmllm.models.attention import by_part
 from catmllm.models.build import assemble, build_encoder, collator, on_meta
 from catmllm.models.catalytic_mllm import CatalyticMLLM
+from catmllm.models.energy_head import EnergyHead
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -61,5 +62,22 @@ def load_model(folder: str | Path, attention: str | None = None) -> tuple[Cataly
         encoder = build_encoder(replace(config.model.encoder, checkpoint=None), config.data.cutoff)
         model = assemble(llm, encoder, config, tokenizer)
     # The file's own pages become the weights: ranks of one machine share them until they are sharded.
-    model.load_state_dict(load_file(folder / "model.safetensors"), strict=True, assign=True)
+    state = load_file(folder / "model.safetensors")
+    if "energy_head.weight" in state:
+        state |= _parted_head(
+            state.pop("energy_head.weight"), state.pop("energy_head.bias"), model.projector.linear.in_features
+        )
+    model.load_state_dict(state, strict=True, assign=True)
     return model.eval(), collator(model, tokenizer, config), config
+
+
+def _parted_head(weight: torch.Tensor, bias: torch.Tensor, features: int) -> dict[str, torch.Tensor]:
+    """The energy head of an export from before it read graph tokens: the one read-out serves with and without them."""
+    head = EnergyHead(weight.shape[1], features)
+    with torch.no_grad():
+        for part in (head.text, head.correction):
+            part.weight.copy_(weight)
+            part.bias.copy_(bias)
+        for parameter in head.graph.parameters():
+            parameter.zero_()
+    return {f"energy_head.{name}": tensor for name, tensor in head.state_dict().items()}

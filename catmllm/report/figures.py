@@ -40,6 +40,7 @@ Floats = NDArray[np.float64]
 
 # Okabe and Ito's colours, told apart by every kind of eye; a stage has the same one in all figures.
 STAGE_COLOURS = {
+    "encoder": "#b3a100",
     "align": "#8c8c8c",
     "joint": "#56b4e9",
     "instruct": "#0072b2",
@@ -72,6 +73,7 @@ _STYLE: dict[Any, Any] = {
     "text.parse_math": False,  # names come from data: a `$` in one is no formula
 }
 _LOSSES = {
+    "encoder": "|error|/σ",
     "align": "InfoNCE (nats)",
     "joint": "MMTG loss",
     "instruct": "CE + |error|/σ",
@@ -79,6 +81,7 @@ _LOSSES = {
     "ga_grpo": "policy loss",
 }
 _PROGRESS = {
+    "encoder": ("energy_mae", "MAE, training batch (eV)"),
     "align": ("retrieval", "pairs matched in a batch"),
     "joint": ("energy_mae", "MAE, training batch (eV)"),
     "instruct": ("energy_mae", "MAE, training batch (eV)"),
@@ -116,7 +119,7 @@ def draw_parity(axes: Axes, result: Metrics, title: str) -> None:
         )
     axes.set(xlim=ends, ylim=ends, xlabel="label (eV)", ylabel="predicted (eV)", title=title)
     axes.set_aspect("equal")
-    both = result.get("both", {})
+    both = result.get("both") or result.get("encoder") or {}
     lost = f", {int((~known).sum())} not a number" if not known.all() else ""
     axes.text(
         0.03,

@@ -363,12 +363,6 @@ def _training(metrics: Metrics, logs: dict[str, list[dict[str, Any]]]) -> str:
             html.table(time_table(metrics)),
             html.figure("seconds", caption, size, lambda f: draw_seconds(f.subplots(), seconds)),
         ]
-    refit = metrics.get("refit") or {}
-    if refit:
-        parts.append(
-            f"<p>Before GA-GRPO the energy head was refitted on the frozen backbone: validation MAE "
-            f"{number(refit.get('val_mae_before'))} → {number(refit.get('val_mae_after'))} eV.</p>"
-        )
     return html.section("Training", *parts) if parts else ""
 
 

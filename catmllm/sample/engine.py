@@ -113,7 +113,9 @@ class RolloutEngine:
         their positions [3, B, T] if there are pictures. Padding holds what follows: nobody looks there."""
         batch = self.collate.join([Encoded(p, [], None, s.graph) for p, s in zip(prompts, samples)])
         batch = batch.to(self.tower.embedding.device)
-        x = self.model.insert(F.embedding(batch.input_ids, self.tower.embedding), batch)
+        x = self.model.insert(
+            F.embedding(batch.input_ids, self.tower.embedding), batch, self.model.vectors(batch)
+        )
         column = torch.arange(batch.max_length, device=x.device)
         place = (batch.cu_seqlens[:-1, None] + column).clamp_max(len(x) - 1)
         mrope = None if batch.mrope is None else batch.mrope[:, place]

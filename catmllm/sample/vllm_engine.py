@@ -187,7 +187,7 @@ class VLLMEngine:
                 "vLLM counts one position a token, and a picture's tokens have three: sample without `vllm`"
             )
         x = torch.nn.functional.embedding(batch.input_ids, weight.to(self.dtype))
-        return self.model.insert(x, batch)
+        return self.model.insert(x, batch, self.model.vectors(batch))
 
     def _ask(self, request: dict[str, Any], blocks: Sequence[bytes] = ()) -> dict[str, Any]:
         try:

@@ -1,4 +1,4 @@
-"""Stage 1a, graph-text alignment (paper §7.2): encoder and projector learn the frozen LLM's view of the text."""
+"""Stage 1a, graph-text alignment (paper §7.2): projector, and encoder if asked, learn the frozen LLM's view of the text."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ class Align(FromLoader):
         self.load(example, self.config)
 
     def trains(self, parameter: str) -> bool:
-        return parameter.startswith(("encoder.", "projector."))
+        encoder = self.config.train_encoder and parameter.startswith("encoder.")
+        return encoder or parameter.startswith("projector.")
 
     def step(self, step: int) -> Step:
         (batch,) = self.batches(1)

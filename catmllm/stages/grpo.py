@@ -30,6 +30,7 @@ from catmllm.seeds import Stream
 from catmllm.stages.advantages import group_advantages, per_answer, policy_loss
 from catmllm.stages.scoring import Reward, Scored, Scoring, load_reward
 from catmllm.stages.supervised import VISUAL, chosen, property_with_dropout, relatives, sample_losses
+from catmllm.train.setup import READS_GRAPHS
 from catmllm.train.sharding import shard, unsharded
 from catmllm.train.stage import Context, MicroBatch, Plain, Step
 from catmllm.train.stop import TrainingError
@@ -76,7 +77,9 @@ class GRPO(Plain):
         return VLLMEngine(python, c.model, c.collate, o.sampling, dtype, log, memory=o.vllm_memory)
 
     def trains(self, parameter: str) -> bool:
-        return parameter.startswith(("llm.", "energy_head.")) and not parameter.startswith(VISUAL)
+        return parameter.startswith(("llm.", "energy_head.")) and not parameter.startswith(
+            (VISUAL, *READS_GRAPHS)
+        )
 
     def step(self, step: int) -> Step:
         """New rollouts every `updates_per_rollout` steps; the steps between go over the same ones again."""
@@ -218,7 +221,7 @@ class GRPO(Plain):
         if not count:
             return
         samples = [
-            property_with_dropout(self.systems[i], rng, 0.2, 0.2, 0.0)
+            property_with_dropout(self.systems[i], rng, 0.2, 0.2, 0.0, frames=0.4)
             for i, rng in self._chosen(Stream.REPLAY_ORDER, Stream.REPLAY_SAMPLES, count, step)
         ]
         batch = c.collate(samples).to(c.world.device)

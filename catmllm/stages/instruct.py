@@ -15,6 +15,7 @@ from catmllm.stages.supervised import (
     property_with_dropout,
     supervised_step,
 )
+from catmllm.train.setup import READS_GRAPHS
 from catmllm.train.stage import Context, Step
 
 
@@ -33,7 +34,9 @@ class Instruct(FromLoader):
             Stream.INSTRUCT_ORDER.key(c.seed),
             Stream.INSTRUCT_SAMPLES.key(c.seed),
             o.property_share,
-            lambda s, rng: property_with_dropout(s, rng, o.drop_text, o.drop_graph, 0.0, c.data.phrasings),
+            lambda s, rng: property_with_dropout(
+                s, rng, o.drop_text, o.drop_graph, 0.0, c.data.phrasings, o.frames
+            ),
             design_share=o.design_share / max(1e-9, 1 - o.property_share),
             noise=o.exemplar_noise,
         )
@@ -42,7 +45,7 @@ class Instruct(FromLoader):
     def trains(self, parameter: str) -> bool:
         if parameter.startswith(VISUAL):
             return self.context.config.model.llm.train_images
-        return parameter.startswith(("llm.", "energy_head."))
+        return parameter.startswith(("llm.", "energy_head.")) and not parameter.startswith(READS_GRAPHS)
 
     def step(self, step: int) -> Step:
         return supervised_step(self, self.config, lambda ce, mae, labelled: ce + mae)

@@ -12,8 +12,10 @@ from catmllm.stages.supervised import (
     FromLoader,
     Mixture,
     property_with_dropout,
+    standardise,
     supervised_step,
 )
+from catmllm.train.setup import READS_ENERGY
 from catmllm.train.stage import Context, Step
 
 
@@ -33,18 +35,18 @@ class Joint(FromLoader):
             Stream.JOINT_SAMPLES.key(c.seed),
             o.property_share,
             lambda s, rng: property_with_dropout(
-                s, rng, o.drop_text, o.drop_graph, o.position_noise, c.data.phrasings
+                s, rng, o.drop_text, o.drop_graph, o.position_noise, c.data.phrasings, o.frames
             ),
             design_share=0.5,
             noise=o.exemplar_noise,
         )
         self.load(mixture, o)
-        energies = torch.tensor([s.known_energy for s in context.data["train"]])
-        context.model.energy_mean.copy_(energies.mean())
-        context.model.energy_std.copy_(energies.std())
+        standardise(context)
 
     def trains(self, parameter: str) -> bool:
-        return not parameter.startswith(VISUAL) or self.context.config.model.llm.train_images
+        if parameter.startswith(VISUAL):
+            return self.context.config.model.llm.train_images
+        return self.config.train_encoder or not parameter.startswith(READS_ENERGY)
 
     def step(self, step: int) -> Step:
         o = self.config

@@ -33,6 +33,23 @@ def relatives(systems: Sequence[System]) -> list[list[int]]:
     return [[j for j in group if j != i] for i, group in enumerate(mine)]
 
 
+def standardise(context: Context) -> None:
+    """Take mean and deviation of the training energies as the scale of energies, where the model has none yet. One that
+    has been trained on energies keeps its own, or its predictions would jump."""
+    model = context.model
+    energies = torch.tensor([s.known_energy for s in context.data["train"]])
+    new = (model.energy_std == 1) & (model.energy_mean == 0)
+    model.energy_mean.copy_(torch.where(new, energies.mean(), model.energy_mean))
+    model.energy_std.copy_(torch.where(new, energies.std(), model.energy_std))
+
+
+def some_frame(system: System, rng: np.random.Generator, share: float) -> System:
+    """With the chance `share` the system somewhere between its start and its relaxed structure."""
+    if share == 0.0 or system.start is None or rng.random() >= share:
+        return system
+    return system.frame(rng.random())
+
+
 def property_with_dropout(
     system: System,
     rng: np.random.Generator,
@@ -40,8 +57,11 @@ def property_with_dropout(
     drop_graph: float,
     noise: float,
     phrasings: str = "paper",
+    frames: float = 0.0,
 ) -> Sample:
-    """A property sample, sometimes without its text or without its graph, never without both."""
+    """A property sample, sometimes without its text or without its graph, never without both; a share `frames` of them
+    shows an unrelaxed structure, in graph and text alike."""
+    system = some_frame(system, rng, frames)
     u = rng.random()
     mode: Literal["both", "graph", "text"] = (
         "graph" if u < drop_text else "text" if u < drop_text + drop_graph else "both"
@@ -204,6 +224,24 @@ def validation_systems(context: Context, config: SupervisedConfig) -> list[Syste
     if not len(val):
         raise TrainingError("`validate_every` is set, but the validation split has no system")
     return [val[i] for i in range(0, len(val), -(-len(val) // config.validate_systems))]
+
+
+def over_ranks(
+    context: Context, systems: list[System], batch_size: int, values: Callable[[list[System]], torch.Tensor]
+) -> float:
+    """Mean of `values` of systems ([n] each), which the ranks share. All make equally many passes, since the sharded
+    model's are collective."""
+    world = context.world
+    size = min(batch_size, -(-len(systems) // world.size))
+    sums = dict.fromkeys(("value", "n"), 0.0)
+    for start in range(0, len(systems), size * world.size):
+        mine = systems[start : start + size * world.size][world.rank :: world.size]
+        found = values(mine or systems[:1])
+        if mine:
+            sums["value"] += float(found.sum())
+            sums["n"] += len(mine)
+    total = world.mean(sums)
+    return total["value"] / total["n"]
 
 
 def validation_error(context: Context, config: SupervisedConfig) -> dict[str, float]:

@@ -23,6 +23,8 @@ from catmllm.train.stage import Context, Stage
 from catmllm.train.stop import TrainingError
 from catmllm.train.throughput import ModelFlops
 
+READS_ENERGY = ("encoder.", "energy_head.graph.")  # what says energies of structures without the LLM
+READS_GRAPHS = (*READS_ENERGY, "projector.")
 # A stage that trains it may train adapters instead.
 ADAPTED = "llm.model.language_model.layers.0.self_attn.q_proj.weight"
 
@@ -78,7 +80,7 @@ def adamw(model: CatalyticMLLM, optim: OptimConfig, kind: str = "torch") -> torc
     groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            graph = name.startswith(("encoder.", "projector."))
+            graph = name.startswith(READS_GRAPHS)
             groups.setdefault((graph, parameter.dim() > 1), []).append(parameter)
     rated = [
         {

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from torch import nn
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from catmllm.config import Config, ConfigError, load_config
@@ -30,6 +29,7 @@ from catmllm.data.prompts import (
 from catmllm.data.tokenizer import tiny_tokenizer
 from catmllm.models.build import build_encoder, build_model, collator
 from catmllm.models.catalytic_mllm import CatalyticMLLM, segment_mean
+from catmllm.models.energy_head import EnergyHead
 from catmllm.models.state import load_model, save_model
 from catmllm.structure.cif import write_cif
 from catmllm.structure.system import System
@@ -46,8 +46,8 @@ def samples(train_systems: list[System]) -> list[Sample]:
 @torch.no_grad()
 def logits_and_energy(model: CatalyticMLLM, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """[T, V] and [S]."""
-    hidden = model.hidden(batch)
-    return hidden @ model.llm.lm_head.weight.T, model.energy(hidden, batch)
+    hidden, energy = model.read(batch)
+    return hidden @ model.llm.lm_head.weight.T, energy
 
 
 def rectangle(batch: Batch, values: torch.Tensor, fill: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -92,7 +92,8 @@ def test_the_gradient_of_the_energy_reaches_the_encoder(
     without = [n for n, p in model.encoder.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     # what feeds only rows that the last block or the pooling never uses may stay zero, most may not
     assert len(without) < 0.2 * len(list(model.encoder.parameters())), without
-    for p in (model.projector.linear.weight, model.energy_head.weight):
+    head = model.energy_head
+    for p in (model.projector.linear.weight, head.correction.weight, *head.graph.parameters()):
         assert p.grad is not None and p.grad.abs().sum() > 0
     assert model.llm.lm_head.weight.grad is None
 
@@ -136,8 +137,11 @@ def test_packed_gradients_are_those_of_transformers_on_padded_rows(
     batch = collate(samples)
 
     def losses(model: CatalyticMLLM, hidden: torch.Tensor) -> torch.Tensor:
-        query = hidden[batch.energy_at[batch.energy_at >= 0]]
-        return (model.energy_head(query) - 0.3).abs().sum()
+        """The first sample has structure and text, the last its text only."""
+        shown, text = hidden[batch.energy_at[batch.energy_at >= 0]]
+        head = model.energy_head
+        first = head.correction(shown) + head.graph(model.features(batch.graph)[:1])[0]
+        return (first - 0.3).abs().sum() + (head.text(text) - 0.3).abs().sum()
 
     out = ours(CatalyticMLLM.answer, batch)
     labelled = ~out.energy.isnan()
@@ -211,14 +215,60 @@ def test_energies_come_from_the_query_token(small_model: Model, samples: list[Sa
     model, collate = small_model
     batch = collate(samples)
     with torch.no_grad():
-        hidden = model.hidden(batch)
-        energy = model.energy(hidden, batch)
+        hidden, energy = model.read(batch)
         eV = model.predict(batch)
-    assert energy.isnan().tolist() == [False, True, True, False]
-    at = batch.input_ids.tolist().index(collate.energy_id)
-    expected = model.energy_head(hidden[at]).item()
-    assert float(energy[0]) == pytest.approx(expected, rel=1e-5)
-    assert float(eV[0]) == pytest.approx(expected * 1.5 - 1.25, abs=1e-4)
+        assert energy.isnan().tolist() == [False, True, True, False]
+        first, last = (i for i, token in enumerate(batch.input_ids.tolist()) if token == collate.energy_id)
+        assert batch.graph is not None
+        head, features = model.energy_head, model.features(batch.graph)
+        # with a structure its features and the correction, from text only a read-out of its own
+        expected = [head.graph(features[0]) + head.correction(hidden[first]), head.text(hidden[last])]
+    torch.testing.assert_close(energy[[0, 3]], torch.cat(expected), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(eV[[0, 3]], torch.cat(expected) * 1.5 - 1.25, rtol=1e-4, atol=1e-4)
+
+
+def test_the_encoder_speaks_for_itself(small_model: Model, train_systems: list[System]) -> None:
+    """What encoder and head say without the LLM is what a model without correction says with it, in every mode that
+    shows the structure."""
+    model, collate = copy.deepcopy(small_model[0]), small_model[1]
+    systems = train_systems[:4]
+    graph = collate.graphs(systems)
+    assert graph is not None
+    with torch.no_grad():
+        (alone,) = model(CatalyticMLLM.graph_energy, graph)
+        model.energy_head.correction.weight.zero_()
+        model.energy_head.correction.bias.zero_()
+        for mode in ("both", "graph"):
+            energy = model(CatalyticMLLM.answer, collate([property_sample(s, mode) for s in systems])).energy
+            torch.testing.assert_close(energy, alone, rtol=1e-5, atol=1e-5)
+
+
+def test_a_graph_token_counts_for_its_own_sample(small_model: Model, train_systems: list[System]) -> None:
+    """Structures in some samples only, an exemplar among them: energies as of each sample in a batch of its own."""
+    model, collate = small_model
+    a, b, c = train_systems[:3]
+    some = [property_sample(a, "text"), property_sample(b), design_sample(c, a), property_sample(c, "graph")]
+    with torch.no_grad():
+        together = model.predict(collate(some))
+        alone = torch.cat([model.predict(collate([s])) for s in some])
+    torch.testing.assert_close(together, alone, equal_nan=True, rtol=1e-4, atol=1e-4)
+
+
+def test_a_head_of_one_read_out_is_still_read(
+    small_config: Config, small_model: Model, samples: list[Sample], tmp_path: Path
+) -> None:
+    """Exports from before the head read graph tokens predict as they did."""
+    model, collate = small_model
+    state = {k: v for k, v in model.state_dict().items() if not k.startswith("energy_head.")}
+    weight, bias = model.energy_head.text.weight.detach(), model.energy_head.text.bias.detach()
+    old = state | {"energy_head.weight": weight.clone(), "energy_head.bias": bias.clone()}
+    save_model(tmp_path, model, old, small_config, collate.tokenizer)
+    loaded, its_collate, _ = load_model(tmp_path)
+    batch = its_collate(samples)
+    with torch.no_grad():
+        hidden, energy = loaded.read(batch)
+        expected = (hidden[batch.energy_at.clamp_min(0)] @ weight.T + bias)[:, 0]
+    torch.testing.assert_close(energy[[0, 3]], expected[[0, 3]], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("markers", [0, 2])
@@ -314,9 +364,9 @@ def test_an_unfinished_or_torn_export_is_an_error(
     with pytest.raises(FileNotFoundError, match=r"no model\.safetensors"):
         load_model(tmp_path)
     state = model.state_dict()
-    missing = {k: v for k, v in state.items() if k != "energy_head.weight"}
+    missing = {k: v for k, v in state.items() if k != "energy_head.text.weight"}
     save_model(tmp_path / "a", model, missing, small_config, collate.tokenizer)
-    with pytest.raises(RuntimeError, match=r"Missing key.*energy_head\.weight"):
+    with pytest.raises(RuntimeError, match=r"Missing key.*energy_head\.text\.weight"):
         load_model(tmp_path / "a")
     other = state | {"projector.linear.weight": torch.zeros(3, 3)}
     save_model(tmp_path / "b", model, other, small_config, collate.tokenizer)
@@ -494,7 +544,7 @@ def test_the_default_tokenizer_and_model_fit(train_systems: list[System], small_
     tokenizer = tiny_tokenizer([], merges=0)
     model, _ = build_model(small_config, tokenizer)
     assert model.text.embed_tokens.num_embeddings == len(tokenizer)
-    assert isinstance(model.energy_head, nn.Linear)
+    assert isinstance(model.energy_head, EnergyHead)
     with torch.no_grad():
         energies = model.predict(
             collator(model, tokenizer, small_config)([property_sample(train_systems[0])])

@@ -90,12 +90,12 @@ def test_switches_save_what_they_promise(data: dict[str, list[System]]) -> None:
     assert all(0 < p.mfu_bound <= 1 for p in (none, selective, full))
 
 
-@pytest.mark.parametrize("stage", ["align", "grpo", "ga_grpo"])
+@pytest.mark.parametrize("stage", ["encoder", "align", "grpo", "ga_grpo"])
 def test_every_other_stage_has_a_plan(data: dict[str, list[System]], stage: str) -> None:
     c = config("grpo.batch_size=2", "grpo.micro_batch=4", "ga_grpo.tasks=4", "ga_grpo.batch_size=2")
     plan = trace(c, stage, 2, data=data)
     assert plan.tokens > 0 and plan.flops["forward"] > 0 and plan.flops["backward"] > 0
-    assert ("sampling" in plan.phases) == (stage != "align")
+    assert ("sampling" in plan.phases) == (stage not in ("encoder", "align"))
     assert ("reference model" in plan.parts) == (stage == "grpo")
     if stage == "grpo":
         assert plan.parts["reference model"] == pytest.approx(plan.parts["parameters"], rel=0.01)
@@ -187,7 +187,7 @@ def test_the_command_prints_json_and_says_whether_it_fits(
     assert main([*arguments[:-1], "--limit", "0.001"]) == 1
     assert "DOES NOT FIT" in capsys.readouterr().out
     assert main(["plan", str(path), "--stage", "jiont"]) == 1
-    assert "choose one of align" in capsys.readouterr().err
+    assert "choose one of encoder" in capsys.readouterr().err
 
 
 def test_a_folder_of_shards_is_planned_as_it_would_be_trained(

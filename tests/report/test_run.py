@@ -46,6 +46,8 @@ def made_metrics(systems: list[System]) -> dict[str, Any]:
         "both": mode,
         "graph": {"mae": 0.4132, "r2": 0.81, "n": 200},
         "text": {"mae": 0.4649, "r2": 0.77, "n": 200},
+        "encoder": {"mae": 0.3517, "r2": 0.84, "n": 200},
+        "start": {"mae": 0.6128, "r2": 0.69, "n": 200},
         "generated": {"mae": 0.5523, "r2": 0.71, "n": 193, "unread": 7},
         "parity": {"energy": energy.tolist(), "predicted": predicted.tolist(), "adsorbate": names},
     }
@@ -158,6 +160,7 @@ def made_run(folder: Path, metrics: dict[str, Any], stages: tuple[str, ...] = ST
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.json").write_text(json.dumps(metrics))
     extra = {
+        "encoder": "energy_mae",
         "align": "retrieval",
         "joint": "energy_mae",
         "instruct": "energy_mae",

@@ -62,7 +62,7 @@ def test_grpo_moves_the_llm_and_nothing_frozen(
     assert "llm.lm_head.weight" in moved
     assert any(k.startswith("llm.model.language_model.layers.1.") for k in moved)
     assert not [k for k in moved if k.startswith(("encoder.", "projector.", "llm.model.visual."))]
-    assert ("energy_head.weight" in moved) == (replay > 0)
+    assert ("energy_head.correction.weight" in moved) == (replay > 0)
     assert len(seen) == 2
 
 
