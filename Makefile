@@ -39,7 +39,7 @@ constraints:  ## write constraints.txt anew: the newest versions that pyproject.
 	mv build/constraints.txt $@.txt
 
 run: setup  ## all stages on the shipped data; metrics, plots and report.html in runs/tiny
-	$(BIN)/torchrun --nproc-per-node $(RANKS) catmllm/train.py out=$(RUN)
+	$(BIN)/torchrun --nproc-per-node $(RANKS) catmllm/train.py configs/tiny/pipeline.yaml out=$(RUN)
 
 test: setup  ## the tests, without those that take minutes; TESTS=tests/kernels for a part
 	$(BIN)/python -m pytest -q --durations 40 $(TESTS)
