@@ -138,11 +138,11 @@ def test_a_folder_of_shards_trains_as_the_file_does(unbroken: Path, run_config: 
     systems = sorted(load_slabs(settings["data"]["path"]), key=lambda s: s.sid)
     folder = unbroken.parent / "shards"
     write_shards(folder, systems, shard_size=50)
-    settings["data"]["path"], settings["stages"] = str(folder), ["align"]
+    settings["data"]["path"], settings["stages"] = str(folder), ["encoder"]
     config, out = unbroken.parent / "shards.yaml", unbroken.parent / "from_shards"
     config.write_text(yaml.safe_dump(settings))
     finish(config, out)
-    assert [r["loss"] for r in rows(out, "align")] == [r["loss"] for r in rows(unbroken, "align")]
+    assert [r["loss"] for r in rows(out, "encoder")] == [r["loss"] for r in rows(unbroken, "encoder")]
     mine, theirs = (json.loads((p / "metrics.json").read_text()) for p in (out, unbroken))
     assert mine["baselines"] == theirs["baselines"]
-    assert mine["property"]["align"] == theirs["property"]["align"]
+    assert mine["property"]["encoder"] == theirs["property"]["encoder"]
