@@ -36,6 +36,7 @@ from tests.conftest import SMALL_MODEL
 
 BASE = (
     *SMALL_MODEL,
+    "joint.train_encoder=true",  # every part of the model trains
     "tensorboard=false",
     "precision=fp32",
     "joint.steps=12",

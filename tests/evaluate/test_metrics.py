@@ -14,6 +14,7 @@ from pymatgen.core import Lattice, Structure
 from scipy.stats import bootstrap, pearsonr
 
 from catmllm.data.slabs import load_slabs
+from catmllm.design.constraints import hard_constraints
 from catmllm.evaluate import metrics
 from catmllm.structure.cif import write_cif
 from catmllm.structure.system import System, make_system
@@ -136,7 +137,7 @@ def test_no_texts_have_no_rates() -> None:
 
 def test_hard_constraints(scored: tuple[Scores, list[str]]) -> None:
     scores, names = scored
-    assert {name for name, fine in zip(names, metrics.hard_constraints(scores)) if fine} == {"good", "OH"}
+    assert {name for name, fine in zip(names, hard_constraints(scores)) if fine} == {"good", "OH"}
 
 
 # --------------------------------------------------------------------------- design
