@@ -2,9 +2,9 @@
 
     python bench/seeds.py before=runs/old0,runs/old1,runs/old2 after=runs/new0,runs/new1,runs/new2
 
-Each group is a name and folders of finished runs (or their metrics.json); without any, the bench has nothing to compare. The
-last group is ours. Nothing is dropped: `each` in the record has the value of every run, `value` and `peer` their means, `deviation` the
-sample standard deviation.
+Each group is a name and folders of finished runs (or their metrics.json); without any, the bench has nothing
+to compare. The last group is ours. Nothing is dropped: `each` in the record has the value of every run,
+`value` and `peer` their means, `deviation` the sample standard deviation.
 """
 
 from __future__ import annotations

@@ -66,7 +66,8 @@ else:
 assert round(reply["rewards"][0], 6) == 10 and round(reply["scores"][0], 6) == 1, reply
 """
 
-# Ray and NeMo-RL as far as an environment of one's own touches them; registering one scores with it, as its rollouts do.
+# Ray and NeMo-RL as far as an environment of one's own touches them; registering one scores with it,
+# as its rollouts do.
 RAY = """
 class Remote:
     def __init__(self, cls):

@@ -100,8 +100,8 @@ def pre(content: Any) -> str:
 
 
 def views(read: Callable[[], System]) -> str:
-    """A structure from the top and from the side with its legend; why there is none, where `read` or the drawing raises
-    ValueError."""
+    """A structure from the top and from the side with its legend; why there is none,
+    where `read` or the drawing raises ValueError."""
     try:
         system = read()
         pictures = structure_svg(system, "top", 150) + structure_svg(system, "side", 118)

@@ -260,8 +260,8 @@ def property_table(metrics: Metrics) -> Table | None:
     notes = [
         f"Mean absolute error in eV / R² (1 is perfect, 0 is no better than the mean) on n = {n} test "
         "systems whose pair of bulk metal and facet does not occur in training. No outlier is dropped.",
-        "Baselines: the mean training energy of the adsorbate, a ridge regression on the words of the text, and "
-        "a kernel ridge regression on descriptors of the surface around the adsorbate.",
+        "Baselines: the mean training energy of the adsorbate, a ridge regression on the words of the "
+        "text, and a kernel ridge regression on descriptors of the surface around the adsorbate.",
         "Encoder: the head on its features, without the LLM. At start: text and graph of "
         "structures as their relaxation began.",
         "Written answer: the energy read from the text that the model writes; the other columns are its "

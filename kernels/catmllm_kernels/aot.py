@@ -118,7 +118,8 @@ def specialised(
 
 
 def unspecialised(kernel: Any) -> tuple[str, ...]:
-    """The arguments whose value makes no difference to the binary (of a kernel to compile, or to interpret)."""
+    """The arguments whose value makes no difference to the binary
+    (of a kernel to compile, or to interpret)."""
     given = vars(kernel).get("do_not_specialize") or vars(kernel).get("kwargs", {}).get("do_not_specialize")
     return tuple(given or ())
 

@@ -1,4 +1,5 @@
-"""Pages agree with the records in bench/results, and records say what they must. No test here measures anything."""
+"""Pages agree with the records in bench/results, and records say what they must.
+No test here measures anything."""
 
 import json
 import re
@@ -101,7 +102,7 @@ def test_no_page_names_a_file_that_went() -> None:
         assert not re.search(r"bench/results/\w+\.txt", page.read_text(encoding="utf-8")), page
 
 
-# The format itself -------------------------------------------------------------------------------------------------
+# The format itself ------------------------------------------------------------------------------------------
 
 
 def test_a_claim_from_samples() -> None:

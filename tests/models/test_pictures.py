@@ -1,5 +1,5 @@
-"""A picture in a prompt, through a Qwen2.5-VL that was read from a folder: everything against transformers' own forward
-pass, its image processor and its `generate`, given the same picture."""
+"""A picture in a prompt, through a Qwen2.5-VL that was read from a folder: everything against transformers'
+own forward pass, its image processor and its `generate`, given the same picture."""
 
 from __future__ import annotations
 
@@ -58,7 +58,8 @@ def samples(train_systems: list[System]) -> list[Sample]:
 
 @contextmanager
 def structures(model: CatalyticMLLM, collate: Collator, batch: Batch) -> Iterator[Any]:
-    """transformers' own model, whose embedding gives the graph vectors for their markers in the order of reading."""
+    """transformers' own model, whose embedding gives the graph vectors
+    for their markers in the order of reading."""
     theirs = copy.deepcopy(model.llm)
     theirs.set_attn_implementation({"text_config": "eager", "vision_config": "eager"})
     vectors = None if batch.graph is None else model.graph_tokens(batch.graph)
@@ -136,7 +137,8 @@ def test_only_questions_for_an_energy_show_a_picture(seeing: Model, samples: lis
 
 
 def test_the_picture_matters(seeing: Model, train_systems: list[System]) -> None:
-    """Other pixels alone change the energy, in training's batch and by `predict`; what is asked stays the same."""
+    """Other pixels alone change the energy, in training's batch and by `predict`;
+    what is asked stays the same."""
     model, collate = seeing
     sample = property_sample(train_systems[0])
     batch = collate([sample])

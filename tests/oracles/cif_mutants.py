@@ -1,5 +1,5 @@
-"""Breaks CIF texts the way models and people do, knowing the grammar: numbers, headers, loops, quotes, Unicode, symmetry,
-cells, species, prose, and truncation at every kind of place. Deterministic for a seed.
+"""Breaks CIF texts the way models and people do, knowing the grammar: numbers, headers, loops, quotes,
+Unicode, symmetry, cells, species, prose, and truncation at every kind of place. Deterministic for a seed.
 """
 # ruff: noqa: SIM905  (word lists read better unquoted)
 
@@ -404,7 +404,8 @@ def mutants(originals: Sequence[str], n: int, seed: int = 0) -> Iterator[str]:
         yield text
 
 
-# Kinds of their own, each a text made from nothing and broken now and then: what the general changes seldom hit.
+# Kinds of their own, each a text made from nothing and broken now and then:
+# what the general changes seldom hit.
 
 TRIGONAL = ("x,y,z", "-y,x-y,z", "y-x,-x,z", "-y,-x,z", "y-x,y,z", "x,x-y,z", "-x,-y,-z", "y,y-x,-z", "x-y,x,-z", "y,x,-z", "x-y,-y,-z", "-x,y-x,-z")  # fmt: skip
 CENTRING = ("", "2/3 1/3 1/3", "1/3 2/3 2/3")

@@ -1,7 +1,8 @@
 """The GRPO step against TRL's GRPOTrainer: the same samples and advantages give the same loss and gradients.
 
-TRL gets the text tower as a Qwen2ForCausalLM (the very weights under other names), since it trains text models. Its
-weighting of the KL by the probability ratio, on by default since 1.16, is off: the paper's Eq. 51 has none.
+TRL gets the text tower as a Qwen2ForCausalLM (the very weights under other names), since it trains text
+models. Its weighting of the KL by the probability ratio, on by default since 1.16, is off: the paper's Eq. 51
+has none.
 """
 
 from __future__ import annotations
@@ -140,8 +141,8 @@ def test_loss_and_gradients_are_trls(
     normalise: str,
     shared: bool,
 ) -> None:
-    """`drift` moves the sampling policy's log-probabilities away, as after several updates: the clip then acts.
-    `shared`: each prompt is there once for all its answers, as in training."""
+    """`drift` moves the sampling policy's log-probabilities away, as after several updates: the clip then
+    acts. `shared`: each prompt is there once for all its answers, as in training."""
     collate = small_model[1]
     prompts, rollouts, advantage = sampled
     noise = [drift * torch.randn(len(r.ids), generator=torch.Generator().manual_seed(9)) for r in rollouts]

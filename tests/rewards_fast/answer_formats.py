@@ -1,7 +1,7 @@
 """The ways in which models wrap a CIF: reasoning, tags, chat templates, fences, JSON, prose before and after.
 
-`FORMATS` maps a name to a function from a CIF to an answer whose CIF it is. `DRAFT` is another whole CIF, of another
-composition: a format that lets it win is seen by its score.
+`FORMATS` maps a name to a function from a CIF to an answer whose CIF it is. `DRAFT` is another whole CIF, of
+another composition: a format that lets it win is seen by its score.
 """
 
 import json

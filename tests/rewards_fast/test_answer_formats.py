@@ -116,8 +116,8 @@ def test_reasoning_alone_is_no_answer() -> None:
         assert FOUND.score([answer], [TARGET]).reason == ["no_block"]
 
 
-# What may stand around a CIF: anything that is no CIF, opens no reasoning and is no chat. Words and marks that matter
-# to the finder come often.
+# What may stand around a CIF: anything that is no CIF, opens no reasoning and is no chat.
+# Words and marks that matter to the finder come often.
 PIECES = st.one_of(
     st.text(max_size=40),
     st.sampled_from(
@@ -143,9 +143,8 @@ def test_whatever_surrounds_a_cif(before: str, after: str, odd: str) -> None:
     cif = ODD.get(odd, SLAB)
     assume(not ROW.match(after))  # the begin of a further row: the CIF is cut off
     assume(not CIF_LINE.search(after) and "data_" not in before + after)
-    before = before.replace("<|im_end|>", "").replace(
-        "<|endoftext|>", ""
-    )  # nothing behind these is the answer
+    # nothing behind these is the answer
+    before = before.replace("<|im_end|>", "").replace("<|endoftext|>", "")
     answer = f"{before}\n{cif}\n{after}"
     assert same_scores([answer], [cif]).all(), extract_cif(answer)
 

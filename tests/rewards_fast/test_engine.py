@@ -216,7 +216,8 @@ print(sum(a != b and not (np.isnan(a) and np.isnan(b)) for a, b in zip(ours, the
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="kernels of x86-64")
 @pytest.mark.parametrize("kernels", ["Haswell", "SkylakeX", "Zen"])
 def test_the_order_of_sums_is_that_of_openblas_with_avx2(kernels: str) -> None:
-    """Images on the tolerance depend on the last digit of a sum, and so pymatgen's answer on the BLAS that NumPy carries."""
+    """Images on the tolerance depend on the last digit of a sum,
+    and so pymatgen's answer on the BLAS that NumPy carries."""
     environment = {**os.environ, "OPENBLAS_CORETYPE": kernels, "OPENBLAS_NUM_THREADS": "1"}
     environment.pop("OPENBLAS_L2_SIZE", None)
     run = [sys.executable, "-c", ORDER_OF_SUMS]

@@ -1,4 +1,5 @@
-"""Norm and pooling in Triton: three numbers an atom, then maxima over the atoms of a system straight from the embeddings.
+"""Norm and pooling in Triton: three numbers an atom, then maxima over
+the atoms of a system straight from the embeddings.
 
 stats      mean and 1/deviation of l = 0, 1/RMS of the rows l > 0 (or of all, `joint`), one atom a program
 pool       the largest normalised value (or degree norm) of a system and the first atom that has it
@@ -156,7 +157,8 @@ def pool_grad_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """grad_x [N, S, C] of the program's atoms in turn; partial [programs, S, C] of the scales, by row, and of the bias."""
+    """grad_x [N, S, C] of the program's atoms in turn; partial [programs, S, C] of the scales, by row,
+    and of the bias."""
     S: tl.constexpr = (L + 1) * (L + 1)
     s, c = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_C)
     l = degree_of(s)
