@@ -159,8 +159,8 @@ def made_lmdb(folder: Path, n: int) -> None:
 
 
 def anonymous_pages() -> float:
-    """MiB of this process and all below it that no file backs (an
-    LMDB's pages are the page cache's, not ours)."""
+    """MiB of this process and all below it that no file backs
+    (an LMDB's pages are the page cache's, not ours)."""
     parents: dict[int, int] = {}
     sizes: dict[int, int] = {}
     for status in Path("/proc").glob("[0-9]*/status"):

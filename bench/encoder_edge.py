@@ -2,8 +2,8 @@
 in turn in one process, and what is kept for backward.
 
     pip install --no-deps --target DIR fairchem-core==1.10.0
-    FAIRCHEM_1_10=DIR python bench/encoder_edge.py [--part attention …]
-    [--threads 1] [--quick] [--json] [--base COMMIT]
+    FAIRCHEM_1_10=DIR python bench/encoder_edge.py [--part attention …] \\
+        [--threads 1] [--quick] [--json] [--base COMMIT]
 
 Parts: `attention` (one layer's, L4M2, L6M2 and L6M3), `model` (the whole 31M encoder), `memory` (bytes that a
 layer keeps for backward), `traffic` (bytes that the Triton kernels move per edge, counted in the interpreter,

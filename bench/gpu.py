@@ -37,7 +37,8 @@ from catmllm_kernels.escn.layout import n_half, n_rows, wigner_offset
 from catmllm_kernels.registry import OPS, Case, cases
 
 # dense half-precision FLOP/s and bytes/s as the makers state them, by a part of the device's name
-PEAKS = {"A100-SXM4-80": (312e12, 2039e9), "A100": (312e12, 1555e9), "H100": (989e12, 3350e9), "H200": (989e12, 4800e9)}  # fmt: skip
+PEAKS = {"A100-SXM4-80": (312e12, 2039e9), "A100": (312e12, 1555e9), "H100": (989e12, 3350e9),
+         "H200": (989e12, 4800e9)}  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -206,7 +207,11 @@ def timings(op: str, device: torch.device, quick: bool, say: Callable[..., None]
                 if flops:
                     row["TFLOP/s"] = factor * flops / times["ours"] / 1e12
                     row["GB/s"] = factor * traffic / times["ours"] / 1e9
-                    peak = next((v for k, v in PEAKS.items() if k in torch.cuda.get_device_name()), None) if device.type == "cuda" else None  # fmt: skip
+                    peak = (
+                        next((v for k, v in PEAKS.items() if k in torch.cuda.get_device_name()), None)
+                        if device.type == "cuda"
+                        else None
+                    )
                     if peak:
                         row["of_peak"] = [row["TFLOP/s"] * 1e12 / peak[0], row["GB/s"] * 1e9 / peak[1]]
                 rows.append(row)
@@ -308,11 +313,15 @@ def fairchem_attention(
     rotation = so3.SO3_Rotation(s.lmax)
     grid = lists.ModuleListInfo("grid")
     for l in range(s.lmax + 1):
-        grid.append(torch.nn.ModuleList([so3.SO3_Grid(l, m, resolution=18, normalization="component") for m in range(s.lmax + 1)]))  # fmt: skip
+        grid.append(
+            torch.nn.ModuleList(
+                [so3.SO3_Grid(l, m, resolution=18, normalization="component") for m in range(s.lmax + 1)]
+            )
+        )
     module = block.SO2EquivariantGraphAttention(
-        s.channels, s.hidden, s.heads, s.alpha, s.value, s.channels, [s.lmax], [s.mmax], torch.nn.ModuleList([rotation]),
-        so3.CoefficientMappingModule([s.lmax], [s.mmax]), grid, 90, [600, 128, 128], True, False, "silu", False, True,
-        s.act == "gate", s.act == "s2", 0.0,
+        s.channels, s.hidden, s.heads, s.alpha, s.value, s.channels, [s.lmax], [s.mmax],
+        torch.nn.ModuleList([rotation]), so3.CoefficientMappingModule([s.lmax], [s.mmax]), grid, 90,
+        [600, 128, 128], True, False, "silu", False, True, s.act == "gate", s.act == "s2", 0.0,
     ).to(device)  # fmt: skip
     x, graph = args[0].x, args[0].graph
     n_edges = len(graph.source)

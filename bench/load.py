@@ -37,7 +37,10 @@ class Connection:
 
 def run(host: str, port: int, path: str, clients: int, seconds: float, bodies: list[bytes]) -> dict[str, Any]:
     """Latencies (ms) and statuses (0: the connection broke) of `clients` connections over `seconds`."""
-    start = f"POST {path} HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n".encode()
+    start = (
+        f"POST {path} HTTP/1.1\r\nhost: {host}\r\n"
+        "content-type: application/json\r\ncontent-length: %d\r\n\r\n"
+    ).encode()
     requests = cycle([start % len(body) + body for body in bodies])
     latencies: list[float] = []
     statuses: dict[bytes, int] = {}

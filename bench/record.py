@@ -42,9 +42,9 @@ sys.path[:] = [
 
 SKIPPED = 77  # exit status of a bench that cannot run here: `make bench` prints its reason and goes on
 VERSIONS = {
-    "torch": "torch", "triton": "triton", "numpy": "numpy", "transformers": "transformers", "trl": "trl", "ase": "ase",
-    "pymatgen": "pymatgen", "gemmi": "gemmi", "fairchem.core": "fairchem-core", "numba": "numba", "uvicorn": "uvicorn",
-    "fastapi": "fastapi",
+    "torch": "torch", "triton": "triton", "numpy": "numpy", "transformers": "transformers", "trl": "trl",
+    "ase": "ase", "pymatgen": "pymatgen", "gemmi": "gemmi", "fairchem.core": "fairchem-core",
+    "numba": "numba", "uvicorn": "uvicorn", "fastapi": "fastapi",
 }  # fmt: skip
 
 
@@ -236,8 +236,12 @@ def processor() -> dict[str, Any]:
         "family": family,
         "model": model,
         "cores": cores,
-        "sets": [s for s in ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "asimd", "sve") if s in flags],
-    }  # fmt: skip
+        "sets": [
+            s
+            for s in ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "asimd", "sve")
+            if s in flags
+        ],
+    }
 
 
 def kind(vendor: str, family: int | None, model: int | None) -> str | None:
@@ -374,12 +378,16 @@ def compare(args: argparse.Namespace) -> None:
         print(json.dumps(rows, ensure_ascii=False))
         return
     print(
-        f"base {trees['base'].name[:10]}, this tree {commit(ROOT)['commit']}; {len(found['base'])} runs of each, in turn"
+        f"base {trees['base'].name[:10]}, this tree {commit(ROOT)['commit']}; "
+        f"{len(found['base'])} runs of each, in turn"
     )
     for row in rows:
         low, high = row["each"]
-        print(f"{row['claim']:24s} {row['case']:40s} base {row['base']:>10,}  this tree {row['this tree']:>10,}  "
-              f"{row['unit']}: {row['ratio']:.2f}x ({low:.2f} to {high:.2f}) {row['better']} is better")  # fmt: skip
+        print(
+            f"{row['claim']:24s} {row['case']:40s} base {row['base']:>10,}  "
+            f"this tree {row['this tree']:>10,}  "
+            f"{row['unit']}: {row['ratio']:.2f}x ({low:.2f} to {high:.2f}) {row['better']} is better"
+        )
 
 
 def compared(base: list[dict[str, Any]], ours: list[dict[str, Any]]) -> Any:

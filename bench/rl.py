@@ -226,9 +226,9 @@ def trl_steps(
         output_dir=str(folder / "trl"), max_steps=size.repeats + 1, learning_rate=o.lr, beta=o.beta,
         per_device_train_batch_size=size.prompts * size.group, num_generations=size.group, loss_type="grpo",
         max_completion_length=size.tokens, temperature=1.0, top_p=o.sampling.top_p, top_k=0,
-        generation_kwargs={"min_new_tokens": size.tokens}, use_cpu=True, bf16=config.precision == "bf16", fp16=False, report_to=[],
-        save_strategy="no", logging_strategy="no", disable_tqdm=True, use_bias_correction_kl=False,
-        activation_checkpointing=False,
+        generation_kwargs={"min_new_tokens": size.tokens}, use_cpu=True, bf16=config.precision == "bf16",
+        fp16=False, report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True,
+        use_bias_correction_kl=False, activation_checkpointing=False,
     )  # fmt: skip
     rows = [{"prompt": cif_prompt(s.identity), "target": dict(s.target)} for s in systems[: 8 * size.prompts]]
     for row in rows:
@@ -271,8 +271,8 @@ def text_model(model: Any, attention: str) -> Any:
 
 
 def rollout(model: Any, collate: Any, systems: list, size: Size) -> list[dict[str, Any]]:
-    """Tokens per second compared with `generate`; long prompts carry
-    their configuration text many times over."""
+    """Tokens per second compared with `generate`;
+    long prompts carry their configuration text many times over."""
     short = [Sample(cif_prompt(s.identity)) for s in systems[: size.prompts]]
     long = []
     for s in systems[: size.prompts]:
@@ -320,8 +320,9 @@ def hugging_face(llm: Any, collate: Any, prompts: list[Sample], params: Sampling
     ids = torch.tensor([[collate.pad_id] * (width - len(r)) + r for r in rows])
     mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows])
     llm.generate(
-        input_ids=ids, attention_mask=mask, do_sample=True, temperature=params.temperature, top_p=params.top_p, top_k=0,
-        min_new_tokens=params.max_new_tokens, max_new_tokens=params.max_new_tokens, pad_token_id=collate.pad_id,
+        input_ids=ids, attention_mask=mask, do_sample=True, temperature=params.temperature,
+        top_p=params.top_p, top_k=0, min_new_tokens=params.max_new_tokens,
+        max_new_tokens=params.max_new_tokens, pad_token_id=collate.pad_id,
     )  # fmt: skip
 
 

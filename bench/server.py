@@ -1,5 +1,5 @@
-"""The reward over HTTP on loopback: `rewards-fast serve` compared with
-a server that scores the same texts with pymatgen.
+"""The reward over HTTP on loopback: `rewards-fast serve`
+compared with a server that scores the same texts with pymatgen.
 
 Both run in processes of their own and are asked in turn by the same closed-loop clients (`load.py`, one more
 process), with 1, 8 and 64 connections, each request carrying a batch of answers of 68 atoms. The peer is
@@ -311,7 +311,11 @@ def claims_of(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "scoring": [group["scoring"]],
                 "JSON": [group["json"]],
             }
-    conditions = {"text": "slab, 68 atoms", "cores": "shared by servers and clients", "turns": [len(g["rows"][0]["ours"]) for g in batches]}  # fmt: skip
+    conditions = {
+        "text": "slab, 68 atoms",
+        "cores": "shared by servers and clients",
+        "turns": [len(g["rows"][0]["ours"]) for g in batches],
+    }
     says = "reward over HTTP on loopback"
     return [
         record.claim("server", says, "texts per second", speed, conditions, less_is_better=False),

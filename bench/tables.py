@@ -1,7 +1,7 @@
 """The figures in README.md and docs/, made from the records in bench/results: one source for every number.
 
     python bench/tables.py            # `make tables`: write them into the pages
-    python bench/tables.py --check    # exit status 1, and the names of the pages, where a page differs from its records
+    python bench/tables.py --check    # exit status 1 and the pages' names, where one differs from its records
 
 In a page a figure stands between `<!-- figures: NAME -->` and `<!-- /figures -->`;
 NAME is a function of this file.
@@ -252,9 +252,8 @@ def reward_sentence() -> str:
     r = one["ratio"]["slab, 68 atoms"]
     return (
         f"A 68-atom slab takes {micro(one['value']['slab, 68 atoms'])} of processor time, text to score: "
-        f"{times(r['pymatgen parse'])} faster than "
-        f"pymatgen's parse, {times(r['pymatgen'])} with density and distances, and {times(r['gemmi'])} "
-        f"faster than gemmi's parse to sites.\n\n{source(one)}"
+        f"{times(r['pymatgen parse'])} faster than pymatgen's parse, {times(r['pymatgen'])} with density "
+        f"and distances, and {times(r['gemmi'])} faster than gemmi's parse to sites.\n\n{source(one)}"
     )
 
 
@@ -265,10 +264,12 @@ def reward() -> str:
     one = newest("reward")
     rows = [
         [case, micro(value)]
-        + [f"{micro(one['peer'][case][p])} "
-            f"({times(one['ratio'][case][p])})" for p in ("pymatgen parse", "pymatgen", "gemmi")]
+        + [
+            f"{micro(one['peer'][case][p])} ({times(one['ratio'][case][p])})"
+            for p in ("pymatgen parse", "pymatgen", "gemmi")
+        ]
         for case, value in one["value"].items()
-    ]  # fmt: skip
+    ]
     head = ["text", "ours", "pymatgen parse", "pymatgen reward", "gemmi parse to sites"]
     return table(head, rows) + f"\n\n{source(one)}"
 
@@ -327,23 +328,25 @@ def encoder_counts() -> str:
         "edge** for its backward pass (fairchem 1.10 in float32: "
         f"{number(kept['peer'][case]['fairchem, float32'])}), and its forward pass moves "
         f"**{moved['value'][model]} KiB per edge** (eager: {number(moved['peer'][model]['eager'])}; "
-        "counted by hand for two fused kernels around "
-        f"plain products: {number(moved['peer'][model]['two fused kernels'])}).\n\n{source(kept, moved)}"
+        "counted by hand for two fused kernels around plain products: "
+        f"{number(moved['peer'][model]['two fused kernels'])}).\n\n{source(kept, moved)}"
     )
 
 
 def data_text() -> str:
     one = newest("data_text_graph")
     of = [f"{times(one['ratio'][c]['ASE'])} ({c.split(',')[0]}, {micro(x)})" for c, x in one["value"].items()]
-    return f"Text and graph of a system are {' and '.join(of)} faster than by ASE, one thread each.\n\n{source(one)}"
+    return (
+        f"Text and graph of a system are {' and '.join(of)} faster than by ASE, one thread each.\n\n"
+        f"{source(one)}"
+    )
 
 
 def data_pictures() -> str:
     one, case = newest("data_pictures"), "70 atoms, made"
     return (
         f"A picture of 70 atoms takes {micro(one['value'][case])} of processor time, "
-        f"{times(one['ratio'][case]['ASE'])} faster than by ASE "
-        f"and matplotlib.\n\n{source(one)}"
+        f"{times(one['ratio'][case]['ASE'])} faster than by ASE and matplotlib.\n\n{source(one)}"
     )
 
 
@@ -376,9 +379,9 @@ def loader() -> str:
 def rl() -> str:
     step, rollout, update, grammar = (newest(n) for n in ("grpo_step", "rollout", "head_update", "grammar"))
     rows = [
-        [f"a GRPO step, {p}", "TRL's GRPOTrainer, its faster "
-            "attention", times(best_peer(step, p)), step] for p in step["ratio"]
-    ]  # fmt: skip
+        [f"a GRPO step, {p}", "TRL's GRPOTrainer, its faster attention", times(best_peer(step, p)), step]
+        for p in step["ratio"]
+    ]
     rows += [
         [f"sampling, {c}", "`generate`", times(best_peer(rollout, c)), rollout] for c in rollout["ratio"]
     ]
@@ -400,10 +403,18 @@ def rl() -> str:
 def rl_scaling() -> str:
     seconds, memory = newest("rl_scaling"), newest("rl_scaling_memory")
     rows = [
-        [case, *(f"{number(x)} s, {number(m)} MiB" for x, m in ((seconds["peer"][case]["whole model"], memory["peer"][case]["whole model"]),
-                                                              (seconds["value"][case], memory["value"][case])))]
+        [
+            case,
+            *(
+                f"{number(x)} s, {number(m)} MiB"
+                for x, m in (
+                    (seconds["peer"][case]["whole model"], memory["peer"][case]["whole model"]),
+                    (seconds["value"][case], memory["value"][case]),
+                )
+            ),
+        ]
         for case in seconds["value"]
-    ]  # fmt: skip
+    ]
     return table(["answers of 2 prompts", "whole model", "head"], rows) + f"\n\n{source(seconds)}"
 
 
@@ -431,9 +442,11 @@ def server() -> str:
         ours = ", ".join(number(latency["value"][f"{case}, {q}"]) for q in ("p50", "p99"))
         theirs = ", ".join(number(latency["peer"][f"{case}, {q}"]["pymatgen"]) for q in ("p50", "p99"))
         share = 100 * (1 - spent["peer"][case]["scoring"] / cpu)
-        rows.append([case, number(value), ours, number(peer["pymatgen"]), theirs, times(speed["ratio"][case]["pymatgen"]),
-                     f"{share:.0f} %", number(peer["nothing"] / batch)])  # fmt: skip
-    head = ["", "texts/s", "p50, p99 ms", "pymatgen texts/s", "p50, p99 ms", "ratio", "HTTP + JSON, of processor time", '"nothing", requests/s']  # fmt: skip
+        rows.append([case, number(value), ours, number(peer["pymatgen"]), theirs,
+                     times(speed["ratio"][case]["pymatgen"]), f"{share:.0f} %",
+                     number(peer["nothing"] / batch)])  # fmt: skip
+    head = ["", "texts/s", "p50, p99 ms", "pymatgen texts/s", "p50, p99 ms", "ratio",
+            "HTTP + JSON, of processor time", '"nothing", requests/s']  # fmt: skip
     return table(head, rows) + f"\n\n{source(speed)}"
 
 
@@ -453,7 +466,8 @@ def server_soak() -> str:
 def plan() -> str:
     one = newest("plan")
     rows = [
-        [case, f"{one['value'][case]:,.0f}", f"{one['peer'][case]['measured']:,.0f}", f"{one['ratio'][case]['measured']:.3f}"]
+        [case, f"{one['value'][case]:,.0f}", f"{one['peer'][case]['measured']:,.0f}",
+         f"{one['ratio'][case]['measured']:.3f}"]
         for case in one["value"]
     ]  # fmt: skip
     return table(["MiB per rank", "planned", "measured", "ratio"], rows) + f"\n\n{source(one)}"
@@ -518,8 +532,9 @@ def tiny_designs() -> str:
 
 FIGURES: dict[str, Callable[[], str]] = {
     made.__name__: made
-    for made in (peers, reward_sentence, reward, reward_threads, encoder_speed, encoder_kept, encoder_counts, data_text, data_pictures, data_command, loader, rl, rl_scaling,
-                 rl_seeds, server, server_soak, plan, tiny_run, tiny_energies, tiny_cifs, tiny_designs)
+    for made in (peers, reward_sentence, reward, reward_threads, encoder_speed, encoder_kept, encoder_counts,
+                 data_text, data_pictures, data_command, loader, rl, rl_scaling, rl_seeds, server,
+                 server_soak, plan, tiny_run, tiny_energies, tiny_cifs, tiny_designs)
 }  # fmt: skip
 
 

@@ -1,11 +1,10 @@
 """Train CatalyticMLLM.
 
-    torchrun --nproc-per-node 2 catmllm/train.py                      the tiny pipeline: all stages, measured
+    torchrun --nproc-per-node 2 catmllm/train.py                  the tiny pipeline: all stages, measured
     torchrun --nproc-per-node 8 catmllm/train.py a100x8/7b.yaml a100x8/grpo.yaml key=value ...
-                                                                      files from left to right,
-                                                                      then single keys
-    python catmllm/train.py --help                                    the sections of a configuration
-    python catmllm/train.py --help joint                              a section: every key with default, bounds, unit
+                                                                  files from left to right, then single keys
+    python catmllm/train.py --help                                the sections of a configuration
+    python catmllm/train.py --help joint                          a section: keys, defaults, bounds, units
     python catmllm/train.py --help all
 
 The same command again resumes a run that was stopped: finished stages are kept,

@@ -38,8 +38,7 @@ class Thresholds:
     """Where penalties begin. `near` 1.0 is Eq. 41 and hits correct O-H bonds (0.98 Å); training uses 0.7.
 
     own_images: a site's own images count for the least distance too. Eq. 41 takes different sites alone,
-    so that a cell
-    0.6 Å wide with one atom across scores in full.
+    so that a cell 0.6 Å wide with one atom across scores in full.
     """
 
     close: float = 0.5

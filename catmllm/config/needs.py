@@ -45,10 +45,16 @@ def _missing(config: Config) -> Iterator[str]:
     if "grpo" in stages and config.grpo.vllm is not None:
         yield from _missing_vllm(config.grpo.vllm)
     if config.data.path is not None and not Path(config.data.path).exists():
-        yield f"`data.path: {config.data.path}` is not there: catmllm data oc20 SOURCES --out {config.data.path}"
+        yield (
+            f"`data.path: {config.data.path}` is not there: "
+            f"catmllm data oc20 SOURCES --out {config.data.path}"
+        )
     begun = bool(stages) and (Path(config.out) / stages[0] / "model.safetensors").is_file()
     if encoder.checkpoint and config.init is None and not begun and not Path(encoder.checkpoint).is_file():
-        yield f"`model.encoder.checkpoint: {encoder.checkpoint}` is not there; docs/exporting.md has its address"
+        yield (
+            f"`model.encoder.checkpoint: {encoder.checkpoint}` is not there; "
+            "docs/exporting.md has its address"
+        )
 
 
 def _installed(*names: str) -> bool:

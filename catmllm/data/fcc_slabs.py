@@ -6,8 +6,8 @@ relaxes from a random top, bridge or hollow start (BFGS, 0.05 eV/Å). Energy: E(
 E_ref, with E_ref from H2, H2O, N2 and CO (`oracle.py`). Å and eV throughout. Any ASE calculator will do; the
 shipped labels are SevenNet-0's, not DFT.
 
-The order of the random draws is part of the protocol: `make.py
---check` repeats the first shipped systems by it.
+The order of the random draws is part of the protocol:
+`make.py --check` repeats the first shipped systems by it.
 """
 
 from __future__ import annotations

@@ -149,8 +149,8 @@ class KernelRidge:
 
     @classmethod
     def fit(cls, train: Sequence[System], val: Sequence[System], frames: Sequence[float] = ()) -> KernelRidge:
-        """Fitted on `train`; length scale and strength are those of the
-        least MAE on `val` (without it: the middle ones).
+        """Fitted on `train`; length scale and strength are those of the least MAE on `val`
+        (without it: the middle ones).
 
         frames: points between start (0) and relaxed (1) at which each training system that has a start also
         counts, so that unrelaxed structures are not strangers. Test MAE on the shipped systems, relaxed and

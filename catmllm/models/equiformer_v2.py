@@ -1,5 +1,5 @@
-"""EquiformerV2 (Liao et al., arXiv 2306.12059): the encoder that
-turns an atomistic graph into node embeddings.
+"""EquiformerV2 (Liao et al., arXiv 2306.12059): the encoder
+that turns an atomistic graph into node embeddings.
 
 Parameters carry fairchem 1.x's names, so that OC20 checkpoints load key for key; the arithmetic is our own. A
 node is x [N, (lmax+1)², C]. A message between two nodes is computed in the frame of its edge, where a

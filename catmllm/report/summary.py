@@ -383,7 +383,10 @@ def time_table(metrics: Metrics) -> Table | None:
     rows.append(["all", f"{sum(seconds.get(s, 0.0) for s in staged) / 60:.1f}", ""])
     rows[-1][2] = f"{sum(seconds.values()) / 60 - sum(seconds.get(s, 0.0) for s in staged) / 60:.1f}"
     machine = metrics.get("machine", {})
-    title = f"Minutes on {machine.get('cores', '?')} cores ({machine.get('processor') or 'processor not recorded'})"
+    title = (
+        f"Minutes on {machine.get('cores', '?')} cores "
+        f"({machine.get('processor') or 'processor not recorded'})"
+    )
     return Table(title, ["", "training", "evaluation"], rows, [])
 
 

@@ -1,5 +1,5 @@
-"""Stage 3, GA-GRPO (paper §5.2.3, Algorithm 3): the closed loop of
-design and refinement trains the AR head alone.
+"""Stage 3, GA-GRPO (paper §5.2.3, Algorithm 3): the closed loop
+of design and refinement trains the AR head alone.
 
 Encoder, projector, backbone and energy head are frozen, so the hidden states kept from decoding serve the
 policy and the reference alike: they differ in the last matrix, and an update never touches the backbone.

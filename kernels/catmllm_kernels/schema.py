@@ -7,7 +7,8 @@ from typing import Any, get_type_hints
 
 from torch import Tensor
 
-KINDS: dict[Any, str] = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "SymInt", float: "float", bool: "bool"}  # fmt: skip
+KINDS: dict[Any, str] = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "SymInt", float: "float",
+                         bool: "bool"}  # fmt: skip
 
 
 def arguments_of(bundle: type[tuple[Any, ...]]) -> str:

@@ -24,7 +24,10 @@ def _lines(cif: str, prefix: str) -> str:
 
 
 CHATML = "<|im_start|>system\nYou write CIFs.<|im_end|>\n<|im_start|>user\nCO on Pt, like\n"
-LLAMA = "<|start_header_id|>user<|end_header_id|>\n\nplease<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+LLAMA = (
+    "<|start_header_id|>user<|end_header_id|>\n\n"
+    "please<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+)
 
 FORMATS: dict[str, Format] = {
     # reasoning

@@ -1,6 +1,7 @@
 """The public ops: EquiformerV2's edge path as one differentiable operation, and its last step alone.
 
-    edge_attention    gather, rotate, scale -> SO(2) product + activation -> SO(2) product -> attention, rotate back, sum
+    edge_attention    gather, rotate, scale -> SO(2) product + activation -> SO(2) product -> attention,
+                      rotate back, sum
     rotate_back_sum   the last step, for the edge-degree embedding
 
 Registered with torch.library (`catmllm::edge_attention`, …): compile, FSDP2, activation checkpointing and
@@ -17,8 +18,9 @@ autocast. Softmax, norms and the sums over edges are in float32 whatever the dty
 An implementation (`triton`, `cpu`, `reference`; see backend.py) is a module with
 
     edge_attention_forward(inputs: EdgeAttention, save: bool) -> (sum, extra, hidden, active, alpha)
-    edge_attention_backward(grad, inputs, extra, hidden, active, alpha) -> list of gradients, in order of
-    `gradients_of` rotate_back_sum_forward(values, alpha, wigner, graph, n_nodes, lmax, mmax) -> sum [N, S, V]
+    edge_attention_backward(grad, inputs, extra, hidden, active, alpha) -> list of gradients,
+        in the order of `gradients_of`
+    rotate_back_sum_forward(values, alpha, wigner, graph, n_nodes, lmax, mmax) -> sum [N, S, V]
     rotate_back_sum_backward(grad, values, alpha, wigner, graph, lmax, mmax) -> (grad_values, grad_alpha)
 
 without autograd of their own, whose outputs own their memory.

@@ -8,7 +8,7 @@ Forward    gather.py       producer: gather both ends, rotate, cut to |m| <= mma
 Backward   scatter.py      value_grad: of the consumer, to values and attention
            activation.py   activation_grad
            softmax.py      softmax_grad
-           gather.py       again, for the rows and the gradient of the radial weights in one pass over the nodes
+           gather.py       again, for the rows, and the radial weights' gradient in one pass over the nodes
            scatter.py      again, over the edges at both ends of a node
 
 message.py calls them in this order; each file holds a kernel beside the function that launches it. What has

@@ -136,8 +136,9 @@ def product_kernel(
         few = tl.program_id(1).to(tl.int64) * BLOCK_E + step + tl.arange(0, STEP)
         tile_at = few[:, None] * (R * HIDDEN) + c[None, :]
         activate(
-            gates + few[:, None] * gates_edge + c[None, :], hidden + tile_at, active + tile_at, to_lat, from_lat, lon,
-            (few < n_edges)[:, None] & c_mask[None, :], HIDDEN, L, M, SPHERE, LAT, LON, STEP, BLOCK_C,
+            gates + few[:, None] * gates_edge + c[None, :], hidden + tile_at, active + tile_at, to_lat,
+            from_lat, lon, (few < n_edges)[:, None] & c_mask[None, :], HIDDEN, L, M, SPHERE, LAT, LON, STEP,
+            BLOCK_C,
         )  # fmt: skip
 
 
