@@ -130,6 +130,8 @@ def _made(
 
 
 def pretrained_llm(config: LLMConfig, decimals: int) -> tuple[Any, PreTrainedTokenizerBase]:
+    """The LLM of `config.pretrained` with its own tokenizer, extended by our markers and the tokens of
+    CIFs."""
     from transformers import (
         AutoConfig,
         AutoTokenizer,
@@ -137,7 +139,6 @@ def pretrained_llm(config: LLMConfig, decimals: int) -> tuple[Any, PreTrainedTok
         Qwen2_5_VLForConditionalGeneration,
     )
 
-    """The LLM of `config.pretrained` with its own tokenizer, extended by our markers and the tokens of CIFs."""
     name = str(config.pretrained)
     kind = AutoConfig.from_pretrained(name).model_type
     if kind != Qwen2_5_VLConfig.model_type:
