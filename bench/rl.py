@@ -172,7 +172,9 @@ def step(
     def make(c: Context) -> GRPO:
         stage = GRPO(c)
         stage.reward = reward_of_noise
-        stage.prompt = lambda i, k, rng: Sample(cif_prompt(stage.systems[i].identity))  # type: ignore[method-assign]
+        stage.prompt = lambda i, k, rng: Sample(  # type: ignore[method-assign]
+            cif_prompt(stage.systems[i].identity)
+        )
         return stage
 
     train(make, context)

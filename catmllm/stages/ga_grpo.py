@@ -108,7 +108,9 @@ class GAGRPO(Plain):
             advantage = torch.tensor(advantages[rows], dtype=torch.float32, device=c.world.device)
             work.passes.append(
                 MicroBatch(
-                    lambda r=chosen, a=advantage, w=weight: self._loss(r, a, w, work.metrics),  # type: ignore[misc]
+                    lambda r=chosen, a=advantage, w=weight: self._loss(  # type: ignore[misc]
+                        r, a, w, work.metrics
+                    ),
                     sum(len(r.ids) for r in chosen),
                     len(chosen),
                 )

@@ -262,7 +262,9 @@ def test_torchs_attention_is_called_as_its_release_wants(
 
     given: dict[str, object] = {}
 
-    def before(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):  # type: ignore[no-untyped-def]
+    def before(  # type: ignore[no-untyped-def]
+        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)
+    ):
         given.update(scale=scale, window_size=window_size)
         return query
 

@@ -128,7 +128,10 @@ def test_only_questions_for_an_energy_show_a_picture(seeing: Model, samples: lis
     assert batch.pictures is not None and batch.picture_at is not None and batch.mrope is not None
     assert batch.sample[batch.picture_at].tolist() == [1] * TOKENS + [3] * TOKENS
     assert (batch.pictures[1].numpy() == render(samples[3].graph)).all()  # type: ignore[arg-type]
-    other = [cif_sample(samples[1].graph), design_sample(samples[1].graph, samples[1].graph)]  # type: ignore[arg-type]
+    other = [
+        cif_sample(samples[1].graph),  # type: ignore[arg-type]
+        design_sample(samples[1].graph, samples[1].graph),  # type: ignore[arg-type]
+    ]
     assert collate(other).pictures is None
     prompt = collate.tokenizer.decode(collate.prompt_ids(samples[1]))
     assert prompt.startswith(
@@ -156,7 +159,12 @@ def test_gradients_are_those_of_transformers(seeing: Model, samples: list[Sample
     model, collate = copy.deepcopy(seeing[0]), seeing[1]
     batch = collate(samples)
     with structures(model, collate, batch) as theirs:
-        given = inputs(collate, in_rows(batch), [samples[i].graph for i in (1, 3)], left=False)  # type: ignore[misc]
+        given = inputs(
+            collate,
+            in_rows(batch),
+            [samples[i].graph for i in (1, 3)],  # type: ignore[misc]
+            left=False,
+        )
         logits = theirs(**given).logits[given["attention_mask"].bool()]
         (-logits.log_softmax(-1)[batch.answer_at, batch.targets].mean()).backward()
     (-model(CatalyticMLLM.answer, batch).logprob.mean()).backward()
