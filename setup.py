@@ -1,7 +1,7 @@
 """Build hook of the one distribution: its C++ libraries. Everything declarative is in pyproject.toml.
 
-CATMLLM_BUILD=reward in the environment builds the reward's engine alone: the libraries of the model's ops, which need
-torch to be of use, take four times as long.
+CATMLLM_BUILD=reward in the environment builds the reward's engine alone: the libraries of the model's ops,
+which need torch to be of use, take four times as long.
 """
 
 import os
@@ -16,7 +16,8 @@ from setuptools.command.build_ext import build_ext
 HERE = Path(__file__).parent
 # No -march: hot loops choose the vector unit at run time, so a wheel runs on any machine of its architecture.
 FLAGS = ["-std=c++17", "-O3", "-fvisibility=hidden", "-Wno-psabi"]
-# The engine holds its arithmetic against NumPy's to the bit, which fused products would change: GCC makes them on ARM unasked.
+# The engine holds its arithmetic against NumPy's to the bit, which fused products would change:
+# GCC makes them on ARM unasked.
 EXACT = ["-ffp-contract=off"]
 OPENMP = ["-fopenmp"] if sys.platform == "linux" else []
 CHOICES = ("", "all", "reward")
@@ -42,8 +43,8 @@ def engine() -> Extension:
 
 
 def library(name: str, digest: str) -> Extension:
-    """A plain shared library of csrc/<name> and csrc/vector, which catmllm_kernels loads by ctypes. It needs neither Python nor
-    torch; its OpenMP is the runtime that torch has loaded."""
+    """A plain shared library of csrc/<name> and csrc/vector, which catmllm_kernels loads by ctypes. It needs
+    neither Python nor torch; its OpenMP is the runtime that torch has loaded."""
     return Extension(
         f"catmllm_kernels._{name}",
         paths(f"{name}/*.cpp", "vector/*.cpp"),
@@ -56,7 +57,8 @@ def library(name: str, digest: str) -> Extension:
 
 
 class Build(build_ext):
-    """Objects of each extension in a folder of their own: csrc/vector is compiled for several, each time otherwise."""
+    """Objects of each extension in a folder of their own: csrc/vector is compiled for several,
+    each time otherwise."""
 
     def build_extension(self, ext: Extension) -> None:
         shared, self.build_temp = self.build_temp, str(Path(self.build_temp) / ext.name)

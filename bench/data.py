@@ -1,13 +1,16 @@
-"""How fast OC20 becomes training data: texts, graphs and pictures compared with ASE's, and the whole command on a made data set.
+"""How fast OC20 becomes training data: texts, graphs and pictures compared with ASE's,
+and the whole command on a made data set.
 
     python bench/data.py [--part text …] [--quick] [--json] [--base COMMIT]
 
-- `text`: three-part text and neighbour graph (12 Å, 20 nearest, strict) of a system, ours and ASE's in turn in one process on one
-  thread: shipped 14-atom slabs, and made slabs of 70 atoms with OC20's vacuum. The text by ASE is CatBERTa's route
-  (NeighborList over natural cutoffs, connectivity matrix), the graph ase.neighborlist.neighbor_list and one sort.
+- `text`: three-part text and neighbour graph (12 Å, 20 nearest, strict) of a system, ours and ASE's in turn
+  in one process on one thread: shipped 14-atom slabs, and made slabs of 70 atoms with OC20's vacuum. The text
+  by ASE is CatBERTa's route (NeighborList over natural cutoffs, connectivity matrix), the graph
+  ase.neighborlist.neighbor_list and one sort.
 - `pictures` (`data.images`) on one thread, ours and by ASE's plot_atoms with matplotlib.
-- `command`: `catmllm data oc20` on an IS2RE LMDB of 100,000 made systems of 70 atoms on 2 processes: records per second, and the
-  resident memory of all processes (anonymous pages) in the first half and in the last quarter.
+- `command`: `catmllm data oc20` on an IS2RE LMDB of 100,000 made systems of 70 atoms on 2 processes: records
+  per second, and the resident memory of all processes (anonymous pages) in the first half and in the last
+  quarter.
 
 Text and pictures count processor time, the command wall time.
 """
@@ -25,9 +28,8 @@ from typing import Any
 
 import numpy as np
 
-sys.path.insert(
-    0, str(Path(__file__).parents[1])
-)  # for the tests' ASE route and writers of OC20's layouts, too
+# for the tests' ASE route and writers of OC20's layouts, too
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench import record  # first: it decides whose packages are measured
 from catmllm.data.oc20.process import process
 from catmllm.data.slabs import load_slabs
@@ -99,7 +101,8 @@ def pictures(systems: list[System], turns: int) -> dict[str, list[float]]:
 def by_system(
     routes: dict[str, Callable[[System], Any]], systems: list[System], turns: int, repeats: int
 ) -> dict[str, list[float]]:
-    """Microseconds of processor time per system, in turn; ours, the first, goes through the systems several times a turn."""
+    """Microseconds of processor time per system, in turn; ours, the first,
+    goes through the systems several times a turn."""
     calls, counts = {}, {}
     for name, route in routes.items():
         asked = systems * (repeats if not calls else 1)
@@ -156,7 +159,8 @@ def made_lmdb(folder: Path, n: int) -> None:
 
 
 def anonymous_pages() -> float:
-    """MiB of this process and all below it that no file backs (an LMDB's pages are the page cache's, not ours)."""
+    """MiB of this process and all below it that no file backs
+    (an LMDB's pages are the page cache's, not ours)."""
     parents: dict[int, int] = {}
     sizes: dict[int, int] = {}
     for status in Path("/proc").glob("[0-9]*/status"):

@@ -1,15 +1,19 @@
-"""The encoder's edge path on a CPU compared with fairchem 1.10 in eager mode: times, in turn in one process, and what is kept for backward.
+"""The encoder's edge path on a CPU compared with fairchem 1.10 in eager mode: times,
+in turn in one process, and what is kept for backward.
 
     pip install --no-deps --target DIR fairchem-core==1.10.0
-    FAIRCHEM_1_10=DIR python bench/encoder_edge.py [--part attention …] [--threads 1] [--quick] [--json] [--base COMMIT]
+    FAIRCHEM_1_10=DIR python bench/encoder_edge.py [--part attention …] \\
+        [--threads 1] [--quick] [--json] [--base COMMIT]
 
-Parts: `attention` (one layer's, L4M2, L6M2 and L6M3), `model` (the whole 31M encoder), `memory` (bytes that a layer keeps for backward),
-`traffic` (bytes that the Triton kernels move per edge, counted in the interpreter, compared with two fused kernels and with eager code,
-both counted by hand). Only `traffic` runs without fairchem.
+Parts: `attention` (one layer's, L4M2, L6M2 and L6M3), `model` (the whole 31M encoder), `memory` (bytes that a
+layer keeps for backward), `traffic` (bytes that the Triton kernels move per edge, counted in the interpreter,
+compared with two fused kernels and with eager code, both counted by hand). Only `traffic` runs without
+fairchem.
 
-The graph is a Pt(111) slab, every atom with its 20 nearest neighbours; weights are fairchem's own at its usual start, loaded into our
-model through the checkpoint reader. Both get the same frames, and outputs are compared before anything is timed. One thread counts processor time,
-which other work on the machine disturbs least; several count wall time.
+The graph is a Pt(111) slab, every atom with its 20 nearest neighbours; weights are fairchem's own at its
+usual start, loaded into our model through the checkpoint reader. Both get the same frames, and outputs are
+compared before anything is timed. One thread counts processor time, which other work on the machine disturbs
+least; several count wall time.
 """
 
 from __future__ import annotations
@@ -70,7 +74,8 @@ SHARED = [
 
 
 def slab(n_atoms: int) -> tuple[Tensor, Tensor, Tensor]:
-    """numbers [N], edge_index [2, 20·N] (sorted by target), edge_vec [20·N, 3] of a rattled Pt(111) slab with one layer of Cu."""
+    """numbers [N], edge_index [2, 20·N] (sorted by target), edge_vec [20·N, 3] of a rattled Pt(111)
+    slab with one layer of Cu."""
     atoms = fcc111("Pt", SLABS[n_atoms], vacuum=8)
     atoms.numbers[: n_atoms // 4] = 29
     atoms.rattle(0.05, seed=0)
@@ -83,7 +88,8 @@ def slab(n_atoms: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def fairchem() -> Any:
-    """The module of fairchem's EquiformerV2. torch_scatter, which it imports but does not call here, is stubbed."""
+    """The module of fairchem's EquiformerV2. torch_scatter, which it imports but does not call here,
+    is stubbed."""
     folder = os.environ.get("FAIRCHEM_1_10")
     if not folder or not os.path.isdir(folder):
         record.skip(f"needs fairchem 1.10: {INSTALL}")
@@ -197,7 +203,8 @@ class Alive(TorchDispatchMode):
 
 
 def kept_bytes(call: Callable[[], Tensor]) -> int:
-    """Bytes that are still there after a forward pass because its backward pass will need them, with its output."""
+    """Bytes that are still there after a forward pass because its backward pass will need them,
+    with its output."""
     with Alive() as alive:
         out = call()
     gc.collect()
@@ -207,7 +214,8 @@ def kept_bytes(call: Callable[[], Tensor]) -> int:
 
 
 def memory(pair: Pair) -> dict[str, float]:
-    """KiB per edge that a layer keeps, its nodes' included: ours in float16 and float32, fairchem's in float32."""
+    """KiB per edge that a layer keeps, its nodes' included: ours in float16 and float32,
+    fairchem's in float32."""
     n_edges, out = pair.edge_index.shape[1], {}
     for dtype in (torch.float16, torch.float32):
         model = EquiformerV2(pair.config).to(dtype)
@@ -223,7 +231,8 @@ def memory(pair: Pair) -> dict[str, float]:
 
 
 def counted_bytes() -> dict[str, Any]:
-    """What `catmllm_kernels.traffic` counts; Triton must be imported with its interpreter switched on, hence elsewhere."""
+    """What `catmllm_kernels.traffic` counts; Triton must be imported with its interpreter switched on,
+    hence elsewhere."""
     done = subprocess.run(
         [sys.executable, "-m", "catmllm_kernels.traffic", "--json"],
         capture_output=True, text=True, check=True, env=os.environ | {"TRITON_INTERPRET": "1"},

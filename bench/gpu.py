@@ -2,15 +2,18 @@
 
     python bench/gpu.py [--quick] [--json] [--base COMMIT] [--tune] [--plot FILE] [--op escn]
 
-1. Every case against its float64 definition, forward and all gradients, twice (equal bits asked of the second run).
-2. Forward and forward + backward of the model-sized cases at 32,000 edges (--quick: 4,000) in float16 and bfloat16, CUDA events, medians
-   after warm-up, L2 flushed in between: our op, the definition in eager torch, the definition under torch.compile, and
-   fairchem 1.10's attention where FAIRCHEM_1_10 names its folder. Beside the time stand achieved FLOP/s and bytes/s, of
-   the counts in `work`, and their share of the card's peak.
+1. Every case against its float64 definition, forward and all gradients,
+   twice (equal bits asked of the second run).
+2. Forward and forward + backward of the model-sized cases at 32,000 edges (--quick: 4,000) in float16 and
+   bfloat16, CUDA events, medians after warm-up, L2 flushed in between: our op, the definition in eager torch,
+   the definition under torch.compile, and fairchem 1.10's attention where FAIRCHEM_1_10 names its folder.
+   Beside the time stand achieved FLOP/s and bytes/s, of the counts in `work`, and their share of the card's
+   peak.
 3. --tune times every candidate tile of the edge path's kernels.
 
-`--device cpu` runs the same script without a GPU (definitions instead of kernels, tiny sizes): it proves that the
-script runs, and its times mean nothing. Without a CUDA device and without that option it ends with one message.
+`--device cpu` runs the same script without a GPU (definitions instead of kernels, tiny sizes): it proves that
+the script runs, and its times mean nothing. Without a CUDA device and without that option it ends with one
+message.
 """
 
 from __future__ import annotations
@@ -34,7 +37,8 @@ from catmllm_kernels.escn.layout import n_half, n_rows, wigner_offset
 from catmllm_kernels.registry import OPS, Case, cases
 
 # dense half-precision FLOP/s and bytes/s as the makers state them, by a part of the device's name
-PEAKS = {"A100-SXM4-80": (312e12, 2039e9), "A100": (312e12, 1555e9), "H100": (989e12, 3350e9), "H200": (989e12, 4800e9)}  # fmt: skip
+PEAKS = {"A100-SXM4-80": (312e12, 2039e9), "A100": (312e12, 1555e9), "H100": (989e12, 3350e9),
+         "H200": (989e12, 4800e9)}  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -127,7 +131,8 @@ def correctness(
             row["ok"] = same and all(e <= b for e, b in zip(errors, bounds))
             found.append(row)
             say(
-                f"{'ok   ' if row['ok'] else 'WRONG'} {case.op:18s} {case.name:24s} {row['dtype']:9s} {error:.1e}"
+                f"{'ok   ' if row['ok'] else 'WRONG'} {case.op:18s} "
+                f"{case.name:24s} {row['dtype']:9s} {error:.1e}"
             )
     return found
 
@@ -202,7 +207,11 @@ def timings(op: str, device: torch.device, quick: bool, say: Callable[..., None]
                 if flops:
                     row["TFLOP/s"] = factor * flops / times["ours"] / 1e12
                     row["GB/s"] = factor * traffic / times["ours"] / 1e9
-                    peak = next((v for k, v in PEAKS.items() if k in torch.cuda.get_device_name()), None) if device.type == "cuda" else None  # fmt: skip
+                    peak = (
+                        next((v for k, v in PEAKS.items() if k in torch.cuda.get_device_name()), None)
+                        if device.type == "cuda"
+                        else None
+                    )
                     if peak:
                         row["of_peak"] = [row["TFLOP/s"] * 1e12 / peak[0], row["GB/s"] * 1e9 / peak[1]]
                 rows.append(row)
@@ -212,7 +221,8 @@ def timings(op: str, device: torch.device, quick: bool, say: Callable[..., None]
                     f" ({row['of_peak'][0]:.0%}, {row['of_peak'][1]:.0%} of peak)" if "of_peak" in row else ""
                 )
                 say(
-                    f"{op:18s} {case.name:15s} {row['dtype']:9s} {'train' if training else 'infer'}  {shown}{rate}"
+                    f"{op:18s} {case.name:15s} {row['dtype']:9s} "
+                    f"{'train' if training else 'infer'}  {shown}{rate}"
                 )
     return rows
 
@@ -228,8 +238,9 @@ def problem(case: Case, dtype: torch.dtype, device: torch.device, quick: bool) -
 
 
 def work(s: escn_cases.Size) -> tuple[float, float]:
-    """(FLOP, bytes) an edge of the forward pass in half precision: products, rotations and the two-stage sphere; what the
-    kernels and the products between them must load and store, with each node gathered at every edge."""
+    """(FLOP, bytes) an edge of the forward pass in half precision: products, rotations and the two-stage
+    sphere; what the kernels and the products between them must load and store, with each node gathered at
+    every edge."""
     n0, rows, half = s.lmax + 1, n_rows(s.lmax, s.mmax), n_half(s.lmax, s.mmax)
     width, extra = s.heads * s.value, s.heads * s.alpha + s.hidden * (1 if s.act == "s2" else s.lmax)
     squares = [(1 if m == 0 else 4) * (n0 - m) ** 2 for m in range(s.mmax + 1)]
@@ -281,7 +292,8 @@ def clock(run: Callable[[], Any], device: torch.device, quick: bool) -> float:
 def fairchem_attention(
     case: Case, args: Any, dtype: torch.dtype, device: torch.device
 ) -> Callable[[bool], Callable[[], Any]] | None:
-    """fairchem 1.10's attention module at the same sizes under autocast, or None where it is not installed."""
+    """fairchem 1.10's attention module at the same sizes under autocast,
+    or None where it is not installed."""
     folder = os.environ.get("FAIRCHEM_1_10")
     if not folder or device.type == "cpu":
         return None
@@ -301,11 +313,15 @@ def fairchem_attention(
     rotation = so3.SO3_Rotation(s.lmax)
     grid = lists.ModuleListInfo("grid")
     for l in range(s.lmax + 1):
-        grid.append(torch.nn.ModuleList([so3.SO3_Grid(l, m, resolution=18, normalization="component") for m in range(s.lmax + 1)]))  # fmt: skip
+        grid.append(
+            torch.nn.ModuleList(
+                [so3.SO3_Grid(l, m, resolution=18, normalization="component") for m in range(s.lmax + 1)]
+            )
+        )
     module = block.SO2EquivariantGraphAttention(
-        s.channels, s.hidden, s.heads, s.alpha, s.value, s.channels, [s.lmax], [s.mmax], torch.nn.ModuleList([rotation]),
-        so3.CoefficientMappingModule([s.lmax], [s.mmax]), grid, 90, [600, 128, 128], True, False, "silu", False, True,
-        s.act == "gate", s.act == "s2", 0.0,
+        s.channels, s.hidden, s.heads, s.alpha, s.value, s.channels, [s.lmax], [s.mmax],
+        torch.nn.ModuleList([rotation]), so3.CoefficientMappingModule([s.lmax], [s.mmax]), grid, 90,
+        [600, 128, 128], True, False, "silu", False, True, s.act == "gate", s.act == "s2", 0.0,
     ).to(device)  # fmt: skip
     x, graph = args[0].x, args[0].graph
     n_edges = len(graph.source)

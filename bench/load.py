@@ -1,9 +1,10 @@
-"""Closed-loop HTTP clients on loopback for `server.py`: each connection sends its next request when the last one is answered.
+"""Closed-loop HTTP clients on loopback for `server.py`:
+each connection sends its next request when the last one is answered.
 
-`python bench/load.py HOST PORT PATH CLIENTS SECONDS` reads the bodies (JSON, one a line) from standard input and prints one
-JSON object: answers by status, percentiles of their latency, seconds, and what an answer cost the clients themselves. Bare
-sockets under one epoll, whole requests made beforehand: an event loop's protocols would cost as much as the server measured.
-It stops by itself; only loopback addresses are taken.
+`python bench/load.py HOST PORT PATH CLIENTS SECONDS` reads the bodies (JSON, one a line) from standard input
+and prints one JSON object: answers by status, percentiles of their latency, seconds, and what an answer cost
+the clients themselves. Bare sockets under one epoll, whole requests made beforehand: an event loop's
+protocols would cost as much as the server measured. It stops by itself; only loopback addresses are taken.
 """
 
 from __future__ import annotations
@@ -36,7 +37,10 @@ class Connection:
 
 def run(host: str, port: int, path: str, clients: int, seconds: float, bodies: list[bytes]) -> dict[str, Any]:
     """Latencies (ms) and statuses (0: the connection broke) of `clients` connections over `seconds`."""
-    start = f"POST {path} HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n".encode()
+    start = (
+        f"POST {path} HTTP/1.1\r\nhost: {host}\r\n"
+        "content-type: application/json\r\ncontent-length: %d\r\n\r\n"
+    ).encode()
     requests = cycle([start % len(body) + body for body in bodies])
     latencies: list[float] = []
     statuses: dict[bytes, int] = {}

@@ -2,10 +2,13 @@
 
     python bench/loader.py [--quick] [--json] [--base COMMIT]
 
-1. A training step of `joint` on the tiny model (sharded as in training, one process, one thread, bf16): samples end to end
-   compared with the same samples padded to the longest, the latter with each attention. Tokens per second, padding not counted.
-2. The loader on the same samples with 0, 1 and 2 workers: tokens per second, compared with what the packed step consumes.
-3. The loader on made 70-atom systems (12 Å, 20 nearest neighbours) in packs of 16,384 tokens, and the room left empty.
+1. A training step of `joint` on the tiny model (sharded as in training, one process, one thread, bf16):
+   samples end to end compared with the same samples padded to the longest, the latter with each attention.
+   Tokens per second, padding not counted.
+2. The loader on the same samples with 0, 1 and 2 workers: tokens per second,
+   compared with what the packed step consumes.
+3. The loader on made 70-atom systems (12 Å, 20 nearest neighbours) in packs of 16,384 tokens,
+   and the room left empty.
 
 Layouts and numbers of workers run in turn in one process; medians over turns. 1, 3 and
 no worker count processor time, workers the clock.
@@ -81,7 +84,8 @@ def loading(windows: Windows, turns: int, count: int) -> dict[str, list[float]]:
 
 
 def large(config: Config, collate: Collator, turns: int, quick: bool) -> dict[str, list[float]]:
-    """Packs of 16,384 tokens of 70-atom systems: tokens and samples per second, share of the room left empty."""
+    """Packs of 16,384 tokens of 70-atom systems: tokens and samples per second,
+    share of the room left empty."""
     data = replace(config.data, cutoff=12.0, max_neighbours=20, strict_neighbours=True)
     rng = np.random.default_rng(0)
     systems = [made_slab(rng) for _ in range(50 if quick else 200)]

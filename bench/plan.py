@@ -1,7 +1,9 @@
-"""`catmllm plan` held to real training runs: peak bytes of live tensors by the allocator's own events, on a CPU.
+"""`catmllm plan` held to real training runs: peak bytes of live tensors by the allocator's own events,
+on a CPU.
 
-Each case trains two steps on one or two ranks under torch.profiler, which sees every allocation and release that passes
-torch's allocator, those inside of operators too. `ratio` is planned over measured; the process is as the system counts it.
+Each case trains two steps on one or two ranks under torch.profiler, which sees every allocation and release
+that passes torch's allocator, those inside of operators too. `ratio` is planned over measured; the process is
+as the system counts it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
-"""One stamp and one format for every benchmark: what was measured, compared with what, how, and of which commit.
+"""One stamp and one format for every benchmark: what was measured, compared with what, how,
+and of which commit.
 
-A bench parses `arguments(__doc__)`, makes claims with `claim`, and hands them to `finish`, which prints them and writes
-`bench/results/<claim>.json`. The tables in README.md and docs/ are made from these files (`tables.py`).
+A bench parses `arguments(__doc__)`, makes claims with `claim`, and hands them to `finish`, which prints them
+and writes `bench/results/<claim>.json`. The tables in README.md and docs/ are made from these files
+(`tables.py`).
 
     python bench/NAME.py --base COMMIT    # the same bench of another commit and of this tree, in turn
 
@@ -29,8 +31,8 @@ from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
-# The packages that are measured: of this tree, or of the commit that `--base` names. This folder itself leaves the path: a script
-# in it would shadow a package of its name.
+# The packages that are measured: of this tree, or of the commit that `--base` names. This folder itself
+# leaves the path: a script in it would shadow a package of its name.
 TREE = Path(os.environ.get("CATMLLM_BENCH_TREE", ROOT))
 sys.path[:] = [
     str(TREE),
@@ -40,13 +42,13 @@ sys.path[:] = [
 
 SKIPPED = 77  # exit status of a bench that cannot run here: `make bench` prints its reason and goes on
 VERSIONS = {
-    "torch": "torch", "triton": "triton", "numpy": "numpy", "transformers": "transformers", "trl": "trl", "ase": "ase",
-    "pymatgen": "pymatgen", "gemmi": "gemmi", "fairchem.core": "fairchem-core", "numba": "numba", "uvicorn": "uvicorn",
-    "fastapi": "fastapi",
+    "torch": "torch", "triton": "triton", "numpy": "numpy", "transformers": "transformers", "trl": "trl",
+    "ase": "ase", "pymatgen": "pymatgen", "gemmi": "gemmi", "fairchem.core": "fairchem-core",
+    "numba": "numba", "uvicorn": "uvicorn", "fastapi": "fastapi",
 }  # fmt: skip
 
 
-# Arguments and ends ------------------------------------------------------------------------------------------------
+# Arguments and ends -----------------------------------------------------------------------------------------
 
 
 class _Parser(argparse.ArgumentParser):
@@ -82,7 +84,7 @@ def finish(args: argparse.Namespace, claims: Sequence[dict[str, Any]]) -> None:
     print(json.dumps(stamped, ensure_ascii=False) if args.json else "\n\n".join(map(as_text, stamped)))
 
 
-# Claims ------------------------------------------------------------------------------------------------------------
+# Claims -----------------------------------------------------------------------------------------------------
 
 
 def in_turn(
@@ -113,7 +115,8 @@ def claim(
 ) -> dict[str, Any]:
     """A claim from samples: case -> who -> values, the first of them ours, turn by turn.
 
-    `value` and `peer` are medians, `ratio` by how much ours is better, `spread` the quartiles of the ratio over the turns.
+    `value` and `peer` are medians, `ratio` by how much ours is better,
+    `spread` the quartiles of the ratio over the turns.
     """
     value, peer, ratio, spread = {}, {}, {}, {}
     for case, samples in cases.items():
@@ -160,7 +163,7 @@ def rounded(part: Any, digits: int = 4) -> Any:
     return [rounded(v, digits) for v in part] if isinstance(part, list | tuple) else part
 
 
-# The stamp ---------------------------------------------------------------------------------------------------------
+# The stamp --------------------------------------------------------------------------------------------------
 
 
 def stamp(quick: bool, device: str | None = None) -> dict[str, Any]:
@@ -214,7 +217,8 @@ def versions() -> dict[str, str]:
 
 
 def processor() -> dict[str, Any]:
-    """Kind (the core's name where it is known), maker's name, family, model, cores that may be used, vector instruction sets."""
+    """Kind (the core's name where it is known), maker's name, family, model, cores that may be used,
+    vector instruction sets."""
     fields: dict[str, str] = {}
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0].splitlines():
@@ -232,8 +236,12 @@ def processor() -> dict[str, Any]:
         "family": family,
         "model": model,
         "cores": cores,
-        "sets": [s for s in ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "asimd", "sve") if s in flags],
-    }  # fmt: skip
+        "sets": [
+            s
+            for s in ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "asimd", "sve")
+            if s in flags
+        ],
+    }
 
 
 def kind(vendor: str, family: int | None, model: int | None) -> str | None:
@@ -250,7 +258,7 @@ def kind(vendor: str, family: int | None, model: int | None) -> str | None:
     return {23: "Zen 2", 26: "Zen 5"}.get(family or 0) if vendor == "AuthenticAMD" else None
 
 
-# Files -------------------------------------------------------------------------------------------------------------
+# Files ------------------------------------------------------------------------------------------------------
 
 
 def write(folder: Path, record: dict[str, Any]) -> None:
@@ -291,7 +299,7 @@ def read(name: str, folder: Path = RESULTS) -> list[dict[str, Any]]:
     return [json.loads(p.read_text(encoding="utf-8")) for p in paths if p.exists()]
 
 
-# Text --------------------------------------------------------------------------------------------------------------
+# Text -------------------------------------------------------------------------------------------------------
 
 
 def as_text(record: Mapping[str, Any]) -> str:
@@ -311,7 +319,7 @@ def as_text(record: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-# Another commit ----------------------------------------------------------------------------------------------------
+# Another commit ---------------------------------------------------------------------------------------------
 
 
 def base_tree(name: str) -> Path:
@@ -370,12 +378,16 @@ def compare(args: argparse.Namespace) -> None:
         print(json.dumps(rows, ensure_ascii=False))
         return
     print(
-        f"base {trees['base'].name[:10]}, this tree {commit(ROOT)['commit']}; {len(found['base'])} runs of each, in turn"
+        f"base {trees['base'].name[:10]}, this tree {commit(ROOT)['commit']}; "
+        f"{len(found['base'])} runs of each, in turn"
     )
     for row in rows:
         low, high = row["each"]
-        print(f"{row['claim']:24s} {row['case']:40s} base {row['base']:>10,}  this tree {row['this tree']:>10,}  "
-              f"{row['unit']}: {row['ratio']:.2f}x ({low:.2f} to {high:.2f}) {row['better']} is better")  # fmt: skip
+        print(
+            f"{row['claim']:24s} {row['case']:40s} base {row['base']:>10,}  "
+            f"this tree {row['this tree']:>10,}  "
+            f"{row['unit']}: {row['ratio']:.2f}x ({low:.2f} to {high:.2f}) {row['better']} is better"
+        )
 
 
 def compared(base: list[dict[str, Any]], ours: list[dict[str, Any]]) -> Any:

@@ -1,14 +1,15 @@
-"""Time from Python strings to finished scores: rewards_fast compared with pymatgen and gemmi, in turn in one process.
+"""Time from Python strings to finished scores: rewards_fast compared with pymatgen and gemmi,
+in turn in one process.
 
     python bench/rewards.py [--quick] [--json] [--base COMMIT]
 
-Kinds of text: what a model under training writes (`mix`: half short CIFs as LLMs write them, a fifth slabs, three tenths broken),
-each kind by itself, and three texts of fixed size. `pymatgen parse` and `gemmi` only parse (to a Structure, to the sites
-of the cell); `pymatgen` adds the density and the distance matrix that the reward needs. A text that a peer refuses counts
-with the time to its exception.
+Kinds of text: what a model under training writes (`mix`: half short CIFs as LLMs write them, a fifth slabs,
+three tenths broken), each kind by itself, and three texts of fixed size. `pymatgen parse` and `gemmi` only
+parse (to a Structure, to the sites of the cell); `pymatgen` adds the density and the distance matrix that the
+reward needs. A text that a peer refuses counts with the time to its exception.
 
-Times are processor time of the whole process on one thread, so that other processes do not count; two threads compared with one is
-wall time.
+Times are processor time of the whole process on one thread, so that other processes do not count;
+two threads compared with one is wall time.
 """
 
 from __future__ import annotations
@@ -92,9 +93,9 @@ def broken(text: str, rng: np.random.Generator) -> str:
     return "\n".join(lines)
 
 
-RUTILE = ["x,y,z", "-x,-y,z", "-y+1/2,x+1/2,z+1/2", "y+1/2,-x+1/2,z+1/2", "-x+1/2,y+1/2,-z+1/2", "x+1/2,-y+1/2,-z+1/2",
-          "y,x,-z", "-y,-x,-z", "-x,-y,-z", "x,y,-z", "y+1/2,-x+1/2,-z+1/2", "-y+1/2,x+1/2,-z+1/2", "x+1/2,-y+1/2,z+1/2",
-          "-x+1/2,y+1/2,z+1/2", "-y,-x,z", "y,x,z"]  # fmt: skip
+RUTILE = ["x,y,z", "-x,-y,z", "-y+1/2,x+1/2,z+1/2", "y+1/2,-x+1/2,z+1/2", "-x+1/2,y+1/2,-z+1/2",
+          "x+1/2,-y+1/2,-z+1/2", "y,x,-z", "-y,-x,-z", "-x,-y,-z", "x,y,-z", "y+1/2,-x+1/2,-z+1/2",
+          "-y+1/2,x+1/2,-z+1/2", "x+1/2,-y+1/2,z+1/2", "-x+1/2,y+1/2,z+1/2", "-y,-x,z", "y,x,z"]  # fmt: skip
 
 
 def texts() -> dict[str, list[str]]:

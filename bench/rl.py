@@ -1,16 +1,19 @@
-"""The RL stages compared with TRL and Hugging Face: one process, same tiny model, prompts, K, lengths and reward.
+"""The RL stages compared with TRL and Hugging Face: one process, same tiny model, prompts, K,
+lengths and reward.
 
     python bench/rl.py [--part step …] [--precision fp32] [--plot FILE.png] [--quick] [--json] [--base COMMIT]
 
-Five parts, each in turn with its peer, on one thread and in processor time (steps: each trainer's own clock), in float32 unless it says
-otherwise:
+Five parts, each in turn with its peer, on one thread and in processor time (steps:
+each trainer's own clock), in float32 unless it says otherwise:
 - step: a GRPO step (sampling, reward, update) compared with TRL's GRPOTrainer, and the reward's share of it;
-- rollout: tokens per second compared with `generate`, for single samples and for 16 per prompt, with short and with long prompts;
-- update: the third stage's update of the head, from hidden states kept or recomputed, compared with a full-model update;
+- rollout: tokens per second compared with `generate`, for single samples and for 16 per prompt,
+  with short and with long prompts;
+- update: the third stage's update of the head, from hidden states kept or recomputed,
+  compared with a full-model update;
 - grammar: tokens per second with and without the CIF-aware mask;
 - scaling: seconds and peak memory of an update against answer length and group size.
-Every answer has exactly the given length (the end token is disabled on both sides); under the grammar, at most. The peers
-run with eager attention and with SDPA, and the faster one counts.
+Every answer has exactly the given length (the end token is disabled on both sides); under the grammar, at
+most. The peers run with eager attention and with SDPA, and the faster one counts.
 """
 
 from __future__ import annotations
@@ -160,7 +163,8 @@ def steps(
 def step(
     config: Config, model: Any, collate: Any, systems: list, size: Size, world: Any, folder: Path
 ) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """Seconds of each whole GRPO step, ours and TRL's, by each one's own clock, the first left out; ours in parts."""
+    """Seconds of each whole GRPO step, ours and TRL's, by each one's own clock, the first left out;
+    ours in parts."""
     folder.mkdir()
     data = {"train": systems[: 8 * size.prompts]}
     context = Context(config, copy.deepcopy(model), collate, data, world, folder)
@@ -168,7 +172,9 @@ def step(
     def make(c: Context) -> GRPO:
         stage = GRPO(c)
         stage.reward = reward_of_noise
-        stage.prompt = lambda i, k, rng: Sample(cif_prompt(stage.systems[i].identity))  # type: ignore[method-assign]
+        stage.prompt = lambda i, k, rng: Sample(  # type: ignore[method-assign]
+            cif_prompt(stage.systems[i].identity)
+        )
         return stage
 
     train(make, context)
@@ -186,8 +192,8 @@ def step(
 
 
 def reward_of_noise(texts: list[str], targets: list) -> list[float]:
-    """PVCP plus a trifle for every `e`: random weights write nothing that parses, and a group of equal rewards would
-    cost ours no update at all."""
+    """PVCP plus a trifle for every `e`: random weights write nothing that parses, and a group of equal
+    rewards would cost ours no update at all."""
     total = PVCP(threads=1).score(texts, targets).total
     return [float(r) + 1e-3 * t.count("e") for r, t in zip(total, texts)]
 
@@ -222,9 +228,9 @@ def trl_steps(
         output_dir=str(folder / "trl"), max_steps=size.repeats + 1, learning_rate=o.lr, beta=o.beta,
         per_device_train_batch_size=size.prompts * size.group, num_generations=size.group, loss_type="grpo",
         max_completion_length=size.tokens, temperature=1.0, top_p=o.sampling.top_p, top_k=0,
-        generation_kwargs={"min_new_tokens": size.tokens}, use_cpu=True, bf16=config.precision == "bf16", fp16=False, report_to=[],
-        save_strategy="no", logging_strategy="no", disable_tqdm=True, use_bias_correction_kl=False,
-        activation_checkpointing=False,
+        generation_kwargs={"min_new_tokens": size.tokens}, use_cpu=True, bf16=config.precision == "bf16",
+        fp16=False, report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True,
+        use_bias_correction_kl=False, activation_checkpointing=False,
     )  # fmt: skip
     rows = [{"prompt": cif_prompt(s.identity), "target": dict(s.target)} for s in systems[: 8 * size.prompts]]
     for row in rows:
@@ -267,7 +273,8 @@ def text_model(model: Any, attention: str) -> Any:
 
 
 def rollout(model: Any, collate: Any, systems: list, size: Size) -> list[dict[str, Any]]:
-    """Tokens per second compared with `generate`; long prompts carry their configuration text many times over."""
+    """Tokens per second compared with `generate`;
+    long prompts carry their configuration text many times over."""
     short = [Sample(cif_prompt(s.identity)) for s in systems[: size.prompts]]
     long = []
     for s in systems[: size.prompts]:
@@ -315,8 +322,9 @@ def hugging_face(llm: Any, collate: Any, prompts: list[Sample], params: Sampling
     ids = torch.tensor([[collate.pad_id] * (width - len(r)) + r for r in rows])
     mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows])
     llm.generate(
-        input_ids=ids, attention_mask=mask, do_sample=True, temperature=params.temperature, top_p=params.top_p, top_k=0,
-        min_new_tokens=params.max_new_tokens, max_new_tokens=params.max_new_tokens, pad_token_id=collate.pad_id,
+        input_ids=ids, attention_mask=mask, do_sample=True, temperature=params.temperature,
+        top_p=params.top_p, top_k=0, min_new_tokens=params.max_new_tokens,
+        max_new_tokens=params.max_new_tokens, pad_token_id=collate.pad_id,
     )  # fmt: skip
 
 
@@ -403,7 +411,8 @@ def update(model: Any, collate: Any, systems: list, size: Size) -> list[dict[str
 def grammar(model: Any, collate: Any, systems: list, size: Size, end: int) -> list[dict[str, Any]]:
     """Sampling speed without and with the mask, which builds its tables at first and finds them later.
 
-    The mask needs the end token, so an answer may be shorter than the rest of this bench's; rates count what was sampled.
+    The mask needs the end token, so an answer may be shorter than the rest of this bench's;
+    rates count what was sampled.
     """
     asked = systems[: size.prompts]
     prompts = [Sample(cif_prompt(s.identity)) for s in asked]
@@ -455,7 +464,8 @@ def scaling(model: Any, collate: Any, systems: list, size: Size) -> list[dict[st
 
 
 def peak_bytes(run: Callable[[], None]) -> int:
-    """The most bytes of tensors that a call has alive beyond those that it found, from the profiler's records."""
+    """The most bytes of tensors that a call has alive beyond those that it found,
+    from the profiler's records."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p:

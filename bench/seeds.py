@@ -2,9 +2,9 @@
 
     python bench/seeds.py before=runs/old0,runs/old1,runs/old2 after=runs/new0,runs/new1,runs/new2
 
-Each group is a name and folders of finished runs (or their metrics.json); without any, the bench has nothing to compare. The
-last group is ours. Nothing is dropped: `each` in the record has the value of every run, `value` and `peer` their means, `deviation` the
-sample standard deviation.
+Each group is a name and folders of finished runs (or their metrics.json); without any, the bench has nothing
+to compare. The last group is ours. Nothing is dropped: `each` in the record has the value of every run,
+`value` and `peer` their means, `deviation` the sample standard deviation.
 """
 
 from __future__ import annotations
@@ -27,11 +27,21 @@ def rows() -> list[tuple[str, Value]]:
     out: list[tuple[str, Value]] = []
     for stage in ("grpo", "ga_grpo"):
         for key in ("reward", "PF", "VF", "CM", "PV"):
-            out.append((f"after {stage}: {key}", lambda m, s=stage, k=key: m["generation"][s][k]))  # type: ignore[misc]
+            out.append(
+                (
+                    f"after {stage}: {key}",
+                    lambda m, s=stage, k=key: m["generation"][s][k],  # type: ignore[misc]
+                )
+            )
     out.append(("after ga_grpo: test MAE (eV)", lambda m: m["property"]["ga_grpo"]["both"]["mae"]))
     for judge in ("own", "sevennet"):
         for key in ("success", "shuffled", "shuffled_same_adsorbate", "retrieval"):
-            out.append((f"design, {judge}: {key}", lambda m, j=judge, k=key: m["design"][j][k]))  # type: ignore[misc]
+            out.append(
+                (
+                    f"design, {judge}: {key}",
+                    lambda m, j=judge, k=key: m["design"][j][k],  # type: ignore[misc]
+                )
+            )
     out.append(("design: feasible", lambda m: m["design"]["feasible"]))
     for part in ("grpo", "ga_grpo", "design"):
         out.append((f"seconds: {part}", lambda m, p=part: m["seconds"][p]))  # type: ignore[misc]

@@ -1,11 +1,13 @@
-"""The reward over HTTP on loopback: `rewards-fast serve` compared with a server that scores the same texts with pymatgen.
+"""The reward over HTTP on loopback: `rewards-fast serve`
+compared with a server that scores the same texts with pymatgen.
 
-Both run in processes of their own and are asked in turn by the same closed-loop clients (`load.py`, one more process), with 1, 8
-and 64 connections, each request carrying a batch of answers of 68 atoms. The peer is FastAPI on uvicorn (uvloop, httptools)
-with a warm process for every core; its scores are checked to be equal. A third server, uvicorn with an application that reads
-the request and says the same to all, shows what HTTP alone allows (`nothing`). The share of HTTP and JSON is processor time: that of
-the server's process for a text, less that of `PVCP.score` on the same texts. `--soak SECONDS` asks our server alone, with
-right, broken and wrong requests, and watches its memory. Everything is bounded and stays on 127.0.0.1.
+Both run in processes of their own and are asked in turn by the same closed-loop clients (`load.py`, one more
+process), with 1, 8 and 64 connections, each request carrying a batch of answers of 68 atoms. The peer is
+FastAPI on uvicorn (uvloop, httptools) with a warm process for every core; its scores are checked to be equal.
+A third server, uvicorn with an application that reads the request and says the same to all, shows what HTTP
+alone allows (`nothing`). The share of HTTP and JSON is processor time: that of the server's process for a
+text, less that of `PVCP.score` on the same texts. `--soak SECONDS` asks our server alone, with right, broken
+and wrong requests, and watches its memory. Everything is bounded and stays on 127.0.0.1.
 """
 
 from __future__ import annotations
@@ -45,11 +47,12 @@ CLIENTS = (1, 8, 64)
 WHO = ("ours", "pymatgen", "nothing")
 
 
-# The peer ----------------------------------------------------------------------------------------------------------
+# The peer ---------------------------------------------------------------------------------------------------
 
 
 def pymatgen_score(text: str, target: str) -> dict[str, float]:
-    """The terms of one text by pymatgen: parse, composition, volume, density, distance matrix, then the same formulas."""
+    """The terms of one text by pymatgen: parse, composition, volume, density, distance matrix,
+    then the same formulas."""
     from pymatgen.core import Structure
 
     with warnings.catch_warnings():
@@ -101,7 +104,8 @@ def serve_pymatgen(port: int) -> None:
 
 
 def serve_nothing(port: int) -> None:
-    """The floor of the framework: an ASGI function on the same uvicorn that reads a request and says the same thing to all."""
+    """The floor of the framework: an ASGI function on the same uvicorn that
+    reads a request and says the same thing to all."""
     import uvicorn
 
     said = json.dumps(
@@ -118,7 +122,7 @@ def serve_nothing(port: int) -> None:
     uvicorn.run(app, host="127.0.0.1", port=port, log_level="warning", access_log=False, lifespan="off")
 
 
-# Asking ------------------------------------------------------------------------------------------------------------
+# Asking -----------------------------------------------------------------------------------------------------
 
 
 def ask(port: int, path: str, body: bytes | None = None) -> Any:
@@ -307,7 +311,11 @@ def claims_of(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "scoring": [group["scoring"]],
                 "JSON": [group["json"]],
             }
-    conditions = {"text": "slab, 68 atoms", "cores": "shared by servers and clients", "turns": [len(g["rows"][0]["ours"]) for g in batches]}  # fmt: skip
+    conditions = {
+        "text": "slab, 68 atoms",
+        "cores": "shared by servers and clients",
+        "turns": [len(g["rows"][0]["ours"]) for g in batches],
+    }
     says = "reward over HTTP on loopback"
     return [
         record.claim("server", says, "texts per second", speed, conditions, less_is_better=False),

@@ -1,9 +1,10 @@
 """The figures in README.md and docs/, made from the records in bench/results: one source for every number.
 
     python bench/tables.py            # `make tables`: write them into the pages
-    python bench/tables.py --check    # exit status 1, and the names of the pages, where a page differs from its records
+    python bench/tables.py --check    # exit status 1 and the pages' names, where one differs from its records
 
-In a page a figure stands between `<!-- figures: NAME -->` and `<!-- /figures -->`; NAME is a function of this file.
+In a page a figure stands between `<!-- figures: NAME -->` and `<!-- /figures -->`;
+NAME is a function of this file.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- /figures -->)", re.DOTA
 Record = dict[str, Any]
 
 
-# Pages -------------------------------------------------------------------------------------------------------------
+# Pages ------------------------------------------------------------------------------------------------------
 
 
 def pages(root: Path = record.ROOT) -> Iterator[Path]:
@@ -65,7 +66,7 @@ def main() -> int:
     return int(check and bool(stale))
 
 
-# Numbers as people read them ---------------------------------------------------------------------------------------
+# Numbers as people read them --------------------------------------------------------------------------------
 
 
 class Missing(Exception):
@@ -132,7 +133,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
 
 
-# README ------------------------------------------------------------------------------------------------------------
+# README -----------------------------------------------------------------------------------------------------
 
 
 def peers() -> str:
@@ -250,21 +251,25 @@ def reward_sentence() -> str:
     one = newest("reward")
     r = one["ratio"]["slab, 68 atoms"]
     return (
-        f"A 68-atom slab takes {micro(one['value']['slab, 68 atoms'])} of processor time, text to score: {times(r['pymatgen parse'])} faster than "
-        f"pymatgen's parse, {times(r['pymatgen'])} with density and distances, and {times(r['gemmi'])} faster than gemmi's parse to sites.\n\n{source(one)}"
+        f"A 68-atom slab takes {micro(one['value']['slab, 68 atoms'])} of processor time, text to score: "
+        f"{times(r['pymatgen parse'])} faster than pymatgen's parse, {times(r['pymatgen'])} with density "
+        f"and distances, and {times(r['gemmi'])} faster than gemmi's parse to sites.\n\n{source(one)}"
     )
 
 
-# docs --------------------------------------------------------------------------------------------------------------
+# docs -------------------------------------------------------------------------------------------------------
 
 
 def reward() -> str:
     one = newest("reward")
     rows = [
         [case, micro(value)]
-        + [f"{micro(one['peer'][case][p])} ({times(one['ratio'][case][p])})" for p in ("pymatgen parse", "pymatgen", "gemmi")]
+        + [
+            f"{micro(one['peer'][case][p])} ({times(one['ratio'][case][p])})"
+            for p in ("pymatgen parse", "pymatgen", "gemmi")
+        ]
         for case, value in one["value"].items()
-    ]  # fmt: skip
+    ]
     head = ["text", "ours", "pymatgen parse", "pymatgen reward", "gemmi parse to sites"]
     return table(head, rows) + f"\n\n{source(one)}"
 
@@ -319,24 +324,29 @@ def encoder_counts() -> str:
     kept, moved = newest("encoder_kept"), newest("encoder_traffic")
     case, model = "L4M2, attention, float16", "L4M2 s2 31M"
     return (
-        f"An attention layer of the 31M model (L4 M2, float16) keeps **{number(kept['value'][case])} KiB per edge** for its backward pass "
-        f"(fairchem 1.10 in float32: {number(kept['peer'][case]['fairchem, float32'])}), and its forward pass moves "
-        f"**{moved['value'][model]} KiB per edge** (eager: {number(moved['peer'][model]['eager'])}; counted by hand for two fused kernels around "
-        f"plain products: {number(moved['peer'][model]['two fused kernels'])}).\n\n{source(kept, moved)}"
+        f"An attention layer of the 31M model (L4 M2, float16) keeps **{number(kept['value'][case])} KiB per "
+        "edge** for its backward pass (fairchem 1.10 in float32: "
+        f"{number(kept['peer'][case]['fairchem, float32'])}), and its forward pass moves "
+        f"**{moved['value'][model]} KiB per edge** (eager: {number(moved['peer'][model]['eager'])}; "
+        "counted by hand for two fused kernels around plain products: "
+        f"{number(moved['peer'][model]['two fused kernels'])}).\n\n{source(kept, moved)}"
     )
 
 
 def data_text() -> str:
     one = newest("data_text_graph")
     of = [f"{times(one['ratio'][c]['ASE'])} ({c.split(',')[0]}, {micro(x)})" for c, x in one["value"].items()]
-    return f"Text and graph of a system are {' and '.join(of)} faster than by ASE, one thread each.\n\n{source(one)}"
+    return (
+        f"Text and graph of a system are {' and '.join(of)} faster than by ASE, one thread each.\n\n"
+        f"{source(one)}"
+    )
 
 
 def data_pictures() -> str:
     one, case = newest("data_pictures"), "70 atoms, made"
     return (
-        f"A picture of 70 atoms takes {micro(one['value'][case])} of processor time, {times(one['ratio'][case]['ASE'])} faster than by ASE "
-        f"and matplotlib.\n\n{source(one)}"
+        f"A picture of 70 atoms takes {micro(one['value'][case])} of processor time, "
+        f"{times(one['ratio'][case]['ASE'])} faster than by ASE and matplotlib.\n\n{source(one)}"
     )
 
 
@@ -345,8 +355,9 @@ def data_command() -> str:
     v, rate = one["value"], one["value"]["systems per second"]
     n, processes = one["conditions"]["systems"], one["conditions"]["processes"]
     return (
-        f"{n:,} made systems of 70 atoms take {n / rate:.0f} s on {processes} processes ({rate:,.0f} per second; 460,000: {460_000 / rate / 60:.0f} "
-        f"minutes) with at most {v['MiB, most in the first half']:,.0f} MiB in all processes in the first half and "
+        f"{n:,} made systems of 70 atoms take {n / rate:.0f} s on {processes} processes ({rate:,.0f} per "
+        f"second; 460,000: {460_000 / rate / 60:.0f} minutes) with at most "
+        f"{v['MiB, most in the first half']:,.0f} MiB in all processes in the first half and "
         f"{v['MiB, most in the last quarter']:,.0f} in the last quarter.\n\n{source(one)}"
     )
 
@@ -356,9 +367,11 @@ def loader() -> str:
     s, v = step["peer"]["step"], large["value"]
     by = ", ".join(f"{number(x)} with {case}" for case, x in rate["value"].items())
     return (
-        f"On one core, tiny model, `joint` in bf16: {number(step['value']['step'])} tokens/s end to end, {number(s['padded, eager'])} padded with eager "
-        f"attention, {number(s['padded, sdpa'])} with SDPA. The loader makes {by}: without workers {times(rate['ratio']['0 workers']['step'])} what "
-        f"that step reads. Of 70-atom systems with their 12 Å graphs {number(v['samples per second'])} samples/s a core, "
+        f"On one core, tiny model, `joint` in bf16: {number(step['value']['step'])} tokens/s end to end, "
+        f"{number(s['padded, eager'])} padded with eager attention, {number(s['padded, sdpa'])} with SDPA. "
+        f"The loader makes {by}: without workers {times(rate['ratio']['0 workers']['step'])} what that step "
+        "reads. Of 70-atom systems with their 12 Å graphs "
+        f"{number(v['samples per second'])} samples/s a core, "
         f"{v['room left empty, %']:.1f} % of the room left empty.\n\n{source(step)}"
     )
 
@@ -366,8 +379,9 @@ def loader() -> str:
 def rl() -> str:
     step, rollout, update, grammar = (newest(n) for n in ("grpo_step", "rollout", "head_update", "grammar"))
     rows = [
-        [f"a GRPO step, {p}", "TRL's GRPOTrainer, its faster attention", times(best_peer(step, p)), step] for p in step["ratio"]
-    ]  # fmt: skip
+        [f"a GRPO step, {p}", "TRL's GRPOTrainer, its faster attention", times(best_peer(step, p)), step]
+        for p in step["ratio"]
+    ]
     rows += [
         [f"sampling, {c}", "`generate`", times(best_peer(rollout, c)), rollout] for c in rollout["ratio"]
     ]
@@ -389,10 +403,18 @@ def rl() -> str:
 def rl_scaling() -> str:
     seconds, memory = newest("rl_scaling"), newest("rl_scaling_memory")
     rows = [
-        [case, *(f"{number(x)} s, {number(m)} MiB" for x, m in ((seconds["peer"][case]["whole model"], memory["peer"][case]["whole model"]),
-                                                              (seconds["value"][case], memory["value"][case])))]
+        [
+            case,
+            *(
+                f"{number(x)} s, {number(m)} MiB"
+                for x, m in (
+                    (seconds["peer"][case]["whole model"], memory["peer"][case]["whole model"]),
+                    (seconds["value"][case], memory["value"][case]),
+                )
+            ),
+        ]
         for case in seconds["value"]
-    ]  # fmt: skip
+    ]
     return table(["answers of 2 prompts", "whole model", "head"], rows) + f"\n\n{source(seconds)}"
 
 
@@ -420,9 +442,11 @@ def server() -> str:
         ours = ", ".join(number(latency["value"][f"{case}, {q}"]) for q in ("p50", "p99"))
         theirs = ", ".join(number(latency["peer"][f"{case}, {q}"]["pymatgen"]) for q in ("p50", "p99"))
         share = 100 * (1 - spent["peer"][case]["scoring"] / cpu)
-        rows.append([case, number(value), ours, number(peer["pymatgen"]), theirs, times(speed["ratio"][case]["pymatgen"]),
-                     f"{share:.0f} %", number(peer["nothing"] / batch)])  # fmt: skip
-    head = ["", "texts/s", "p50, p99 ms", "pymatgen texts/s", "p50, p99 ms", "ratio", "HTTP + JSON, of processor time", '"nothing", requests/s']  # fmt: skip
+        rows.append([case, number(value), ours, number(peer["pymatgen"]), theirs,
+                     times(speed["ratio"][case]["pymatgen"]), f"{share:.0f} %",
+                     number(peer["nothing"] / batch)])  # fmt: skip
+    head = ["", "texts/s", "p50, p99 ms", "pymatgen texts/s", "p50, p99 ms", "ratio",
+            "HTTP + JSON, of processor time", '"nothing", requests/s']  # fmt: skip
     return table(head, rows) + f"\n\n{source(speed)}"
 
 
@@ -431,22 +455,25 @@ def server_soak() -> str:
     v = one["value"]
     statuses = ", ".join(s.removeprefix("status ") for s in v if s.startswith("status "))
     return (
-        f"{one['conditions']['seconds'] / 60:.0f} minutes of right, broken and wrong requests from {one['conditions']['clients']} clients: "
-        f"{v['answers']:,} answers, {v['texts']:,} texts, only the statuses meant ({statuses}); resident memory {v['MiB after a tenth']:.1f} MiB "
-        f"after a tenth, {v['MiB at half-time']:.1f} at half-time, {v['MiB at the end']:.1f} at the end, {v['MiB at most']:.1f} at most.\n\n{source(one)}"
+        f"{one['conditions']['seconds'] / 60:.0f} minutes of right, broken and wrong requests from "
+        f"{one['conditions']['clients']} clients: {v['answers']:,} answers, {v['texts']:,} texts, only the "
+        f"statuses meant ({statuses}); resident memory {v['MiB after a tenth']:.1f} MiB "
+        f"after a tenth, {v['MiB at half-time']:.1f} at half-time, {v['MiB at the end']:.1f} at the end, "
+        f"{v['MiB at most']:.1f} at most.\n\n{source(one)}"
     )
 
 
 def plan() -> str:
     one = newest("plan")
     rows = [
-        [case, f"{one['value'][case]:,.0f}", f"{one['peer'][case]['measured']:,.0f}", f"{one['ratio'][case]['measured']:.3f}"]
+        [case, f"{one['value'][case]:,.0f}", f"{one['peer'][case]['measured']:,.0f}",
+         f"{one['ratio'][case]['measured']:.3f}"]
         for case in one["value"]
     ]  # fmt: skip
     return table(["MiB per rank", "planned", "measured", "ratio"], rows) + f"\n\n{source(one)}"
 
 
-# The recorded run of all stages ------------------------------------------------------------------------------------
+# The recorded run of all stages -----------------------------------------------------------------------------
 
 
 def _run() -> Record:
@@ -457,9 +484,10 @@ def tiny_run() -> str:
     run = _run()
     about, minutes = run["machine"], sum(run["seconds"].values()) / 60
     return (
-        f"`make run` on {about['cores']} cores ({about['processor']}, no GPU, {minutes:.0f} minutes of stages, evaluation and design), {about['date']}, "
-        f"commit `{about['commit']}`: a {run['parameters']['total'] / 1e6:.1f}M-parameter model from random weights on {run['data']['train']:,} "
-        f"training systems."
+        f"`make run` on {about['cores']} cores ({about['processor']}, no GPU, {minutes:.0f} minutes of "
+        f"stages, evaluation and design), {about['date']}, commit `{about['commit']}`: a "
+        f"{run['parameters']['total'] / 1e6:.1f}M-parameter model from random weights on "
+        f"{run['data']['train']:,} training systems."
     )
 
 
@@ -504,8 +532,9 @@ def tiny_designs() -> str:
 
 FIGURES: dict[str, Callable[[], str]] = {
     made.__name__: made
-    for made in (peers, reward_sentence, reward, reward_threads, encoder_speed, encoder_kept, encoder_counts, data_text, data_pictures, data_command, loader, rl, rl_scaling,
-                 rl_seeds, server, server_soak, plan, tiny_run, tiny_energies, tiny_cifs, tiny_designs)
+    for made in (peers, reward_sentence, reward, reward_threads, encoder_speed, encoder_kept, encoder_counts,
+                 data_text, data_pictures, data_command, loader, rl, rl_scaling, rl_seeds, server,
+                 server_soak, plan, tiny_run, tiny_energies, tiny_cifs, tiny_designs)
 }  # fmt: skip
 
 

@@ -1,12 +1,12 @@
 """Training throughput of the text part against Hugging Face's Trainer and TRL's SFTTrainer, in one process.
 
-Same sizes of the LLM, same samples (the three tasks as text alone, prompts masked), AdamW, bf16 products with float32
-weights, same samples a step. The peers at their settings: Trainer with group_by_length and dynamic padding; SFTTrainer
-with packing and with padding; both with the fused AdamW, and with sdpa and eager attention; Trainer's fastest
-also with torch_compile, whose first steps, which compile, are not counted. Ours: packed with the fused loss, padded, and
-padded with every logit in memory. Runs take turns; tokens are counted without padding; the first steps of a run are not.
-`--part` compares ours, packed, with only these; parts may be given again. `compiled` is only run when asked
-for: it takes minutes.
+Same sizes of the LLM, same samples (the three tasks as text alone, prompts masked), AdamW, bf16 products with
+float32 weights, same samples a step. The peers at their settings: Trainer with group_by_length and dynamic
+padding; SFTTrainer with packing and with padding; both with the fused AdamW, and with sdpa and eager
+attention; Trainer's fastest also with torch_compile, whose first steps, which compile, are not counted. Ours:
+packed with the fused loss, padded, and padded with every logit in memory. Runs take turns; tokens are counted
+without padding; the first steps of a run are not. `--part` compares ours, packed, with only these; parts may
+be given again. `compiled` is only run when asked for: it takes minutes.
 """
 
 from __future__ import annotations
@@ -295,7 +295,8 @@ def main() -> None:
         [
             record.claim(
                 name,
-                "supervised training of the tiny LLM, samples end to end, compared with HF Trainer and TRL's SFTTrainer",
+                "supervised training of the tiny LLM, samples end to end, "
+                "compared with HF Trainer and TRL's SFTTrainer",
                 "tokens per second, padding not counted",
                 {OURS: rates},
                 conditions,

@@ -142,7 +142,8 @@ def _run(config: Config, world: World) -> int:
 
 
 def _open(config: Config, out: Path, world: World) -> Record:
-    """The run's folder and record; refuses to go on with another configuration than the run was begun with."""
+    """The run's folder and record; refuses to go on with another
+    configuration than the run was begun with."""
     problem = None
     record_path = out / "metrics.json"
     if world.main:
@@ -288,8 +289,8 @@ def _banner(config: Config, world: World, data: Mapping[str, Sequence[System]]) 
     where = f"{world.size} x {world.device.type}"
     counts = ", ".join(f"{len(v)} {k}" for k, v in data.items())
     return (
-        f"catmllm: {' > '.join(config.stages)} on {where}, {config.precision} (encoder {config.encoder_precision}); "
-        f"systems: {counts}; out: {config.out}"
+        f"catmllm: {' > '.join(config.stages)} on {where}, {config.precision} (encoder "
+        f"{config.encoder_precision}); systems: {counts}; out: {config.out}"
     )
 
 

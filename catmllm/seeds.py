@@ -1,7 +1,8 @@
 """Random numbers of a run by named streams, from one table, so that no two of its draws share theirs.
 
-What is drawn is a function of a key: the stream, the run's seed, and the place in the stream (a step, a rank, a position).
-So no state of a generator has to be saved, and neither ranks nor workers nor passes change what is drawn.
+What is drawn is a function of a key: the stream, the run's seed, and the place in the stream (a step, a rank,
+a position). So no state of a generator has to be saved, and neither ranks nor workers nor passes change what
+is drawn.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
 """Train CatalyticMLLM.
 
-    torchrun --nproc-per-node 2 catmllm/train.py                      the tiny pipeline: all stages, measured
+    torchrun --nproc-per-node 2 catmllm/train.py                  the tiny pipeline: all stages, measured
     torchrun --nproc-per-node 8 catmllm/train.py a100x8/7b.yaml a100x8/grpo.yaml key=value ...
-                                                                      files from left to right, then single keys
-    python catmllm/train.py --help                                    the sections of a configuration
-    python catmllm/train.py --help joint                              a section: every key with default, bounds, unit
+                                                                  files from left to right, then single keys
+    python catmllm/train.py --help                                the sections of a configuration
+    python catmllm/train.py --help joint                          a section: keys, defaults, bounds, units
     python catmllm/train.py --help all
 
-The same command again resumes a run that was stopped: finished stages are kept, an unfinished one goes on from its
-newest checkpoint.
+The same command again resumes a run that was stopped: finished stages are kept,
+an unfinished one goes on from its newest checkpoint.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from __future__ import annotations
 import os
 import sys
 
-# As a script this file's folder is the first place where modules are looked for, and `data` and `evaluate` in it would
-# shadow Hugging Face's packages of these names.
+# As a script this file's folder is the first place where modules are looked for, and `data` and `evaluate` in
+# it would shadow Hugging Face's packages of these names.
 _HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:] = [p for p in sys.path if os.path.abspath(p or os.getcwd()) != _HERE]
 

@@ -1,7 +1,7 @@
 """The PVCP reward: weights, thresholds, result types and the score formulas (paper Eqs. 12-44).
 
-A text is parsed once, into a `Crystal` and the few numbers the formulas need (`Measurement`); everything below works
-on those numbers, so the pymatgen reference and any faster parser are scored by the same rules.
+A text is parsed once, into a `Crystal` and the few numbers the formulas need (`Measurement`); everything
+below works on those numbers, so the pymatgen reference and any faster parser are scored by the same rules.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Weights:
 class Thresholds:
     """Where penalties begin. `near` 1.0 is Eq. 41 and hits correct O-H bonds (0.98 Å); training uses 0.7.
 
-    own_images: a site's own images count for the least distance too. Eq. 41 takes different sites alone, so that a cell
-    0.6 Å wide with one atom across scores in full.
+    own_images: a site's own images count for the least distance too. Eq. 41 takes different sites alone,
+    so that a cell 0.6 Å wide with one atom across scores in full.
     """
 
     close: float = 0.5
@@ -73,7 +73,8 @@ TERM_NAMES = (
 
 @dataclass(frozen=True)
 class Measurement:
-    """What the formulas read of one parsed text. Undefined numbers are nan; `min_distance` is inf for one site."""
+    """What the formulas read of one parsed text. Undefined numbers are nan;
+    `min_distance` is inf for one site."""
 
     crystal: Crystal
     composition: Mapping[str, float]
@@ -92,8 +93,8 @@ def _crystal(parsed: tuple[Any, ...]) -> Crystal:
 
 
 class Crystals(Sequence["Crystal | None"]):
-    """The crystals of a batch, None where a text does not parse. Texts are parsed again when one is asked for: that takes
-    microseconds, while most callers want the scores alone."""
+    """The crystals of a batch, None where a text does not parse. Texts are parsed again when one is asked
+    for: that takes microseconds, while most callers want the scores alone."""
 
     def __init__(self, texts: list[str], extract: bool) -> None:
         self._texts, self._extract = texts, extract
@@ -127,10 +128,11 @@ _FIELD_BITS = np.array([[1 << i] for i in range(len(FIELD_NAMES))], dtype=np.uin
 class Scores:
     """Rewards of a batch; every array is float64 [n]. Numbers of a text that does not parse are nan.
 
-    reason: None or the code of what was wrong. terms: the sub-terms by name (`TERM_NAMES`). fields: completeness of
-    the text's key fields by name (bool [n], all False where nothing parsed; `duplicate_labels` is a fault).
-    rows: all numbers as they came, [n, 19], the columns `SCORE_NAMES` and then `TERM_NAMES`; the arrays are views of it, made
-    when they are first asked for: all of them would take longer than scoring one text.
+    reason: None or the code of what was wrong. terms: the sub-terms by name (`TERM_NAMES`). fields:
+    completeness of the text's key fields by name (bool [n], all False where nothing parsed;
+    `duplicate_labels` is a fault). rows: all numbers as they came, [n, 19], the columns `SCORE_NAMES` and
+    then `TERM_NAMES`; the arrays are views of it, made when they are first asked for: all of them would take
+    longer than scoring one text.
     """
 
     total: NDArray[np.float64]
@@ -177,7 +179,8 @@ class Scores:
 def composition_score(
     composition: Mapping[str, float], target: Mapping[str, float]
 ) -> tuple[float, int, int, float]:
-    """R_comp (Eqs. 17-24) with the numbers of missing and extra elements and the mean relative count error."""
+    """R_comp (Eqs. 17-24) with the numbers of missing and extra
+    elements and the mean relative count error."""
     present = {symbol for symbol, amount in composition.items() if not amount <= COUNT_TOLERANCE}
     missing = sum(symbol not in present for symbol in target)
     extra = sum(symbol not in target for symbol in present)
@@ -245,8 +248,8 @@ def score_measurement(
 
 
 def shortest_vector(lattice: ArrayLike) -> float:
-    """How far a site is from its own nearest image (Å): the shortest vector of the lattice, rows in Å [3, 3], any skew.
-    nan for non-finite input or a cell without volume."""
+    """How far a site is from its own nearest image (Å): the shortest vector of the lattice, rows in Å [3, 3],
+    any skew. nan for non-finite input or a cell without volume."""
     from rewards_fast import _core
 
     return float(_core.shortest_vector(np.ascontiguousarray(lattice, dtype=np.float64).reshape(3, 3)))
@@ -260,7 +263,8 @@ def floor_scores(weights: Weights) -> dict[str, float]:
 
 
 def parse_cif(text: str) -> Crystal:
-    """The first structure of a CIF text, accepted and read as pymatgen does. Raises CIFError with `.reason`."""
+    """The first structure of a CIF text, accepted and read as pymatgen does.
+    Raises CIFError with `.reason`."""
     from rewards_fast import _core
 
     if not isinstance(text, str):
@@ -274,8 +278,8 @@ def parse_cif(text: str) -> Crystal:
 def min_distance(lattice: ArrayLike, frac: ArrayLike) -> float:
     """Least distance (Å) between two different sites with all periodic images, a site's own images left out.
 
-    lattice: [3, 3], rows in Å, any skew. frac: [N, 3]. Fewer than two sites give inf; non-finite input or a cell
-    without volume gives nan.
+    lattice: [3, 3], rows in Å, any skew. frac: [N, 3]. Fewer than two sites give inf;
+    non-finite input or a cell without volume gives nan.
     """
     from rewards_fast import _core
 
@@ -286,9 +290,9 @@ def min_distance(lattice: ArrayLike, frac: ArrayLike) -> float:
 class PVCP:
     """The reward of texts against target compositions; immutable after it is made.
 
-    weights: `Weights`, a mapping of its names or four numbers (comp, parse, valid, phys). thresholds: `Thresholds` or
-    a mapping of names to change. threads: at most this many (None: all cores). extract: find the CIF inside the
-    answer first; False scores the text as it stands.
+    weights: `Weights`, a mapping of its names or four numbers (comp, parse, valid, phys). thresholds:
+    `Thresholds` or a mapping of names to change. threads: at most this many (None: all cores). extract: find
+    the CIF inside the answer first; False scores the text as it stands.
     """
 
     def __init__(
@@ -317,8 +321,8 @@ class PVCP:
     def score(self, texts: Sequence[str], targets: Sequence[Target] | Target = None) -> Scores:
         """Scores of n texts. targets: one per text, or a single one for all; see `parse_target`.
 
-        No text raises: what cannot be parsed has the floor (-15 with the default weights) and a reason. A wrong
-        target raises ValueError, wrong types TypeError.
+        No text raises: what cannot be parsed has the floor (-15 with the default weights) and a reason. A
+        wrong target raises ValueError, wrong types TypeError.
         """
         from rewards_fast import _core
 

@@ -18,9 +18,8 @@ from numpy.typing import NDArray
 from rewards_fast.crystal import ATOMIC_NUMBER, ELEMENTS, CIFError, Crystal
 from rewards_fast.pvcp import FIELD_NAMES, Measurement
 
-MAX_CHARS = (
-    2_000_000  # pymatgen is quadratic in the rows; a cell of 10,000 sites has about 600,000 characters
-)
+# pymatgen is quadratic in the rows; a cell of 10,000 sites has about 600,000 characters
+MAX_CHARS = 2_000_000
 SITE_TOLERANCE = 1e-4  # fractional; pymatgen's `site_tolerance`
 
 _CELL_KEYS = (

@@ -88,8 +88,12 @@ class LoopSettings(RewardSettings):
     """`RewardSettings`, and how the conversations of other people's RL code are read: what its bridges and
     the server take."""
 
-    answer: Answer = key("last", "the assistant message that is scored: the last, or the last with a `data_`")  # noqa: RUF009
-    missing_target: Missing = key("warn", "an answer without a target composition: warn once, error, ignore")  # noqa: RUF009
+    answer: Answer = key(  # noqa: RUF009
+        "last", "the assistant message that is scored: the last, or the last with a `data_`"
+    )
+    missing_target: Missing = key(  # noqa: RUF009
+        "warn", "an answer without a target composition: warn once, error, ignore"
+    )
 
 
 _NAMES = tuple(f.name for f in fields(RewardSettings))

@@ -28,7 +28,8 @@ settings.load_profile("catmllm")
 
 
 def shared_folder() -> Path:
-    """The folder that `CATMLLM_SHARED` names (relative to the repository, default ../shared); it need not exist."""
+    """The folder that `CATMLLM_SHARED` names (relative to the repository, default ../shared);
+    it need not exist."""
     return (REPOSITORY / os.environ.get("CATMLLM_SHARED", "../shared")).resolve()
 
 
@@ -76,8 +77,8 @@ def small_config() -> Config:
 def small_model(small_config: Config, train_systems: list[System]) -> tuple[CatalyticMLLM, Collator]:
     """A small random model, in eval mode, not to be changed: `copy.deepcopy` it first.
 
-    Its weights are larger than usual (x 5, LM head x 25), so that what differs in the input shows in the output and
-    some tokens are likelier than others.
+    Its weights are larger than usual (x 5, LM head x 25), so that what differs in the input shows in the
+    output and some tokens are likelier than others.
     """
     import torch
 

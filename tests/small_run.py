@@ -18,8 +18,11 @@ SMALL = """
 tensorboard: false
 data: {{path: {data}, max_neighbours: 8, cutoff: 4.0}}
 model:
-  llm: {{hidden_size: 64, num_hidden_layers: 2, num_attention_heads: 4, num_key_value_heads: 2, intermediate_size: 96}}
-  encoder: {{num_layers: 1, sphere_channels: 16, attn_hidden_channels: 16, num_heads: 2, ffn_hidden_channels: 16}}
+  llm:
+    {{hidden_size: 64, num_hidden_layers: 2, num_attention_heads: 4, num_key_value_heads: 2,
+     intermediate_size: 96}}
+  encoder:
+    {{num_layers: 1, sphere_channels: 16, attn_hidden_channels: 16, num_heads: 2, ffn_hidden_channels: 16}}
 encoder: {{steps: 4, batch_size: 6, checkpoint_every: 2, log_every: 1}}
 align: {{steps: 4, batch_size: 6, checkpoint_every: 2, log_every: 1}}
 joint: {{steps: 6, batch_size: 6, checkpoint_every: 2, log_every: 1}}
@@ -28,8 +31,8 @@ grpo:
   {{steps: 4, batch_size: 2, group_size: 3, micro_batch: 4, checkpoint_every: 2, log_every: 1,
    updates_per_rollout: 2, property_share: 0.5, sampling: {{max_new_tokens: 24}}}}
 ga_grpo:
-  {{tasks: 4, batch_size: 1, initial: 3, pool: 2, iterations: 2, group_size: 3, checkpoint_every: 1, log_every: 1,
-   sampling: {{max_new_tokens: 24}}}}
+  {{tasks: 4, batch_size: 1, initial: 3, pool: 2, iterations: 2, group_size: 3, checkpoint_every: 1,
+   log_every: 1, sampling: {{max_new_tokens: 24}}}}
 evaluate: {{generation_samples: 8, design_tasks: 4, judge: none, sampling: {{max_new_tokens: 24}}}}
 """
 

@@ -1,4 +1,5 @@
-"""The schema: what is accepted, what the errors name, how files compose, and that a saved configuration comes back."""
+"""The schema: what is accepted, what the errors name, how files compose,
+and that a saved configuration comes back."""
 
 from __future__ import annotations
 
@@ -55,7 +56,8 @@ def test_no_argument_gives_the_defaults() -> None:
 
 
 def test_what_the_schema_says_of_a_key_is_what_a_configuration_has() -> None:
-    """Help and page read defaults from the classes: a section made with other values would be told wrongly."""
+    """Help and page read defaults from the classes: a section made
+    with other values would be told wrongly."""
     assert {k.name: k.default for k in KEYS} == {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in leaves(to_dict(Config())).items()

@@ -1,4 +1,5 @@
-"""Every shipped configuration is valid under the schema, alone and in the combinations that it is made for."""
+"""Every shipped configuration is valid under the schema,
+alone and in the combinations that it is made for."""
 
 import itertools
 from pathlib import Path

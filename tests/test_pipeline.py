@@ -1,4 +1,5 @@
-"""The whole pipeline under torchrun on two ranks, small: what trains moves, what is frozen does not, kills lose nothing."""
+"""The whole pipeline under torchrun on two ranks, small: what trains moves, what is frozen does not,
+kills lose nothing."""
 
 import itertools
 import json

@@ -27,7 +27,9 @@ model = data = None
 
 def GRPOTrainer(model, reward_funcs, train_dataset):
     for function in reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]:
-        found = function(prompts=["?", "?"], completions=[SLAB, "x"], target=["Pt3CuCO", ""], completion_ids=None)
+        found = function(
+            prompts=["?", "?"], completions=[SLAB, "x"], target=["Pt3CuCO", ""], completion_ids=None
+        )
         found = asyncio.run(found) if inspect.isawaitable(found) else found
         assert [round(r, 6) for r in found] == [10, -15]
 """
@@ -62,11 +64,13 @@ if url.endswith(".py"):
     reply = module.reward_func(*job)
 else:
     body = json.dumps(dict(zip(("query", "prompts", "labels"), job))).encode()
-    reply = json.load(urllib.request.urlopen(urllib.request.Request(url, body, {"content-type": "application/json"})))
+    request = urllib.request.Request(url, body, {"content-type": "application/json"})
+    reply = json.load(urllib.request.urlopen(request))
 assert round(reply["rewards"][0], 6) == 10 and round(reply["scores"][0], 6) == 1, reply
 """
 
-# Ray and NeMo-RL as far as an environment of one's own touches them; registering one scores with it, as its rollouts do.
+# Ray and NeMo-RL as far as an environment of one's own touches them; registering one scores with it,
+# as its rollouts do.
 RAY = """
 class Remote:
     def __init__(self, cls):
@@ -106,14 +110,18 @@ from tests.rewards_fast.cif_texts import SLAB, TARGET
 
 def register_env(name, path):
     module, _, cls = path.rpartition(".")
-    environment = getattr(importlib.import_module(module), cls).options(runtime_env={}).remote({"reward": {"near": 0.7}})
+    made = getattr(importlib.import_module(module), cls).options(runtime_env={})
+    environment = made.remote({"reward": {"near": 0.7}})
     near = SLAB.replace("0.500 1\\n", "0.473 1\\n")
     user, tool = {"role": "user", "content": TARGET}, {"role": "environment", "content": SLAB}
-    logs = [[user, {"role": "assistant", "content": near}], [user, {"role": "assistant", "content": "no"}, tool],
+    logs = [[user, {"role": "assistant", "content": near}],
+            [user, {"role": "assistant", "content": "no"}, tool],
             [{"role": "user", "content": "?"}, {"role": "assistant", "content": SLAB}]]
-    observations, metadata, stops, rewards, ended, answers = environment.step(logs, [None, {}, {"ground_truth": "Pt3CuCO"}])
+    given = [None, {}, {"ground_truth": "Pt3CuCO"}]
+    observations, metadata, stops, rewards, ended, answers = environment.step(logs, given)
     assert torch.allclose(rewards, torch.tensor([10.0, -15, 10])) and rewards.dtype == torch.float32, rewards
-    assert ended.bool().all() and len(observations) == len(stops) == 3 and metadata[2] == {"ground_truth": "Pt3CuCO"}
+    assert ended.bool().all() and len(observations) == len(stops) == 3
+    assert metadata[2] == {"ground_truth": "Pt3CuCO"}
     assert set(observations[0]) == {"role", "content"} and answers is None
     batch, metrics = environment.global_post_process_and_metrics({"rewards": rewards})
     assert abs(metrics["cif_reward"] - 5 / 3) < 1e-6

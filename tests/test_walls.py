@@ -1,4 +1,5 @@
-"""Which part of the tree may import which (arrows go down only), read from the sources and tried in a fresh interpreter."""
+"""Which part of the tree may import which (arrows go down only),
+read from the sources and tried in a fresh interpreter."""
 
 from __future__ import annotations
 
@@ -127,7 +128,8 @@ def test_rooms_keep_their_order(module: str) -> None:
 
 
 def private_names(path: Path) -> Iterator[str]:
-    """Private names of other modules of ours in a file: `from a import _b`, and `a._b` of an imported module a."""
+    """Private names of other modules of ours in a file: `from a import _b`,
+    and `a._b` of an imported module a."""
     nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
     ours = {a.asname for n in nodes if isinstance(n, ast.Import) for a in n.names if a.name in MODULES}
     for node in nodes:
@@ -213,7 +215,8 @@ def test_the_configuration_and_the_command_line_are_quick_to_load() -> None:
 
 
 def test_train_as_a_script_does_not_shadow_other_packages(tmp_path: Path) -> None:
-    """Run as `python catmllm/train.py`, its folder would be the first place for `import evaluate` and `import data`."""
+    """Run as `python catmllm/train.py`, its folder would be the first
+    place for `import evaluate` and `import data`."""
     code = (
         "import runpy, sys, contextlib, io, importlib.util\n"
         f"script = {str(ROOT / 'catmllm' / 'train.py')!r}\n"

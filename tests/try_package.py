@@ -52,7 +52,9 @@ print(json.dumps({{
     "verl": compute_score(solution_str=text, ground_truth="NaCl")["score"],
     "openrlhf": reward_func([text], [""], ["NaCl"])["rewards"][0],
     "trl": cif_reward(completions=[text], target=["NaCl"])[0],
-    "loaded": sorted(set(name.partition(".")[0] for name in sys.modules) & {{"torch", "pymatgen", "catmllm", "fastapi"}}),
+    "loaded": sorted(
+        set(name.partition(".")[0] for name in sys.modules) & {{"torch", "pymatgen", "catmllm", "fastapi"}}
+    ),
     "typed": (folder / "py.typed").exists() and (folder / "_core.pyi").exists(),
     "version": importlib.metadata.version("catmllm"),
 }}))

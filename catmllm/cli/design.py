@@ -64,7 +64,10 @@ def run(args: argparse.Namespace) -> int:
     if args.judge == "sevennet":
         judge_designs(records)
     o = config.ga_grpo
-    conditions = f"{args.model}, {o.initial} candidates then {o.iterations} refinements of {o.group_size}, seed {args.seed}"
+    conditions = (
+        f"{args.model}, {o.initial} candidates then {o.iterations} refinements of {o.group_size}, "
+        f"seed {args.seed}"
+    )
     report = write_design_report(records, args.out, conditions)
     for record in records:
         print(f"{record['identity']} at {record['energy']:.2f} eV")

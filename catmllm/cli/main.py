@@ -1,4 +1,5 @@
-"""The `catmllm` command, a file a subcommand: plan | predict | design | evaluate | export | data make, oc20, inspect.
+"""The `catmllm` command, a file a subcommand: plan | predict | design | evaluate | export | data make,
+oc20, inspect.
 
 Each subcommand has a line of help, its `options`, and `run`, which loads only what it needs.
 """

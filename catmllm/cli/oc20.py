@@ -33,7 +33,8 @@ def options(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="FILE.pkl",
         type=Path,
-        help="oc20_data_mapping.pkl, oc20dense_{mapping,targets,ref_energies,tags}.pkl, oc20_ref.pkl: any of them",
+        help="oc20_data_mapping.pkl, oc20dense_{mapping,targets,ref_energies,tags}.pkl, oc20_ref.pkl: "
+        "any of them",
     )
     parser.add_argument("--out", required=True, metavar="DIR", type=Path, help="folder of the dataset")
     parser.add_argument("--workers", type=int, help="processes (default: all cores)")

@@ -1,7 +1,7 @@
 """The configuration of a run: its schema, how it is read, and its help.
 
-`schema.py` has a class per section and a line per key. `load_config(files, overrides)` reads YAML files over the defaults.
-`python -m catmllm.config` prints docs/configuration.md.
+`schema.py` has a class per section and a line per key. `load_config(files, overrides)` reads YAML files over
+the defaults. `python -m catmllm.config` prints docs/configuration.md.
 """
 
 from catmllm.config.load import from_arguments, from_dict, load_config, to_dict

@@ -78,16 +78,20 @@ def markdown() -> str:
 _INTRODUCTION = """# Configuration
 
 Every key of a run, for looking up. This page is made from `catmllm/config/schema.py` by
-`python -m catmllm.config > docs/configuration.md`; `python catmllm/train.py --help SECTION` prints the same in a terminal.
+`python -m catmllm.config > docs/configuration.md`; `python catmllm/train.py --help SECTION` prints the same
+in a terminal.
 
 ```
 torchrun --nproc-per-node 8 catmllm/train.py a100x8/7b.yaml a100x8/joint.yaml joint.lr=5e-6 name=mine
 ```
 
-- Files are YAML, read from left to right over the defaults below: a later file changes single keys of an earlier one,
-  a list is replaced whole. A file that is not there is looked for in the repository's `configs/` too.
-- `key=value` comes after the files, wherever it stands; the value is YAML (`grpo.lr=1e-6`, `stages=[align, joint]`, `init=null`).
-- Everything is checked before anything runs: an unknown key names the nearest one, a wrong value its file and line.
+- Files are YAML, read from left to right over the defaults below: a later file changes single keys of an
+  earlier one, a list is replaced whole. A file that is not there is looked for in the repository's `configs/`
+  too.
+- `key=value` comes after the files, wherever it stands; the value is YAML (`grpo.lr=1e-6`,
+  `stages=[align, joint]`, `init=null`).
+- Everything is checked before anything runs: an unknown key names the nearest one, a wrong value its file and
+  line.
 - A run keeps its configuration in `metrics.json`, and every model folder in `catmllm.json`.
 """
 

@@ -1,7 +1,8 @@
-"""How a configuration is read: YAML files from left to right over the defaults, then `key.sub=value` overrides.
+"""How a configuration is read: YAML files from left to right over the defaults,
+then `key.sub=value` overrides.
 
-A fault is one line of a `ConfigError`: file and line (or the command line), the key, what is wrong with it and what
-would be valid.
+A fault is one line of a `ConfigError`: file and line (or the command line), the key,
+what is wrong with it and what would be valid.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ _VALIDATOR: Any = Config.__pydantic_validator__  # type: ignore[attr-defined]  #
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as everybody expects it: 1e-4 is a number (YAML 1.1 wants 1.0e-4), and a key that is given twice an error."""
+    """YAML as everybody expects it: 1e-4 is a number (YAML 1.1 wants 1.0e-4),
+    and a key that is given twice an error."""
 
 
 _Loader.add_implicit_resolver(
@@ -41,9 +43,9 @@ def load_config(
 ) -> Config:
     """The defaults, changed by each file in turn and then by each override.
 
-    A file that is not there is looked for in the repository's `configs/` too. `{name}` in `out` and `init` becomes the
-    key `name`. Raises `ConfigError` for a file that cannot be read, an unknown key (naming the nearest), a wrong type, a
-    value out of bounds, and keys that do not fit each other.
+    A file that is not there is looked for in the repository's `configs/` too. `{name}` in `out` and `init`
+    becomes the key `name`. Raises `ConfigError` for a file that cannot be read, an unknown key (naming the
+    nearest), a wrong type, a value out of bounds, and keys that do not fit each other.
     """
     tree: dict[str, Any] = {}
     where: Where = {}
@@ -128,7 +130,8 @@ def _mapping(
         line = name.start_mark.line + 1
         if isinstance(name, yaml.ScalarNode) and lines.setdefault(name.value, line) != line:
             raise ConfigError(
-                f"{file}:{line}: `{'.'.join((*prefix, name.value))}` was given in line {lines[name.value]} already"
+                f"{file}:{line}: `{'.'.join((*prefix, name.value))}` was given in "
+                f"line {lines[name.value]} already"
             )
     loader.flatten_mapping(node)
     tree = {}

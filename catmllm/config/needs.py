@@ -1,7 +1,8 @@
 """What a configuration needs that may not be there: packages, a Python with vLLM, files.
 
-`check_needs` looks before anything is loaded, so that what is missing is one line with the command that brings it, and not a
-traceback after hours of training. Reading a configuration does not look: a run can be reported and planned elsewhere.
+`check_needs` looks before anything is loaded, so that what is missing is one line with the command that
+brings it, and not a traceback after hours of training. Reading a configuration does not look: a run can be
+reported and planned elsewhere.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from catmllm.config.section import ConfigError
 
 APEX = (
     "it is built from a clone of github.com/NVIDIA/apex by `APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install -v "
-    "--no-build-isolation .` (the `apex` of PyPI is another package); or leave the default, `optimizer: torch`"
+    "--no-build-isolation .` (the `apex` of PyPI is another package); or leave the default, `optimizer: "
+    "torch`"
 )
 
 
@@ -31,8 +33,8 @@ def _missing(config: Config) -> Iterator[str]:
     stages, llm, encoder = config.stages, config.model.llm, config.model.encoder
     if llm.attention == "flash_attention_2" and not _installed("flash_attn"):
         yield (
-            "`model.llm.attention: flash_attention_2` needs flash-attn: pip install --no-build-isolation flash-attn; or "
-            "leave the default, `varlen`"
+            "`model.llm.attention: flash_attention_2` needs flash-attn: "
+            "pip install --no-build-isolation flash-attn; or leave the default, `varlen`"
         )
     if config.optimizer == "apex" and not _installed("apex", "apex.optimizers"):
         yield f"`optimizer: apex` needs NVIDIA's apex: {APEX}"
@@ -43,10 +45,16 @@ def _missing(config: Config) -> Iterator[str]:
     if "grpo" in stages and config.grpo.vllm is not None:
         yield from _missing_vllm(config.grpo.vllm)
     if config.data.path is not None and not Path(config.data.path).exists():
-        yield f"`data.path: {config.data.path}` is not there: catmllm data oc20 SOURCES --out {config.data.path}"
+        yield (
+            f"`data.path: {config.data.path}` is not there: "
+            f"catmllm data oc20 SOURCES --out {config.data.path}"
+        )
     begun = bool(stages) and (Path(config.out) / stages[0] / "model.safetensors").is_file()
     if encoder.checkpoint and config.init is None and not begun and not Path(encoder.checkpoint).is_file():
-        yield f"`model.encoder.checkpoint: {encoder.checkpoint}` is not there; docs/exporting.md has its address"
+        yield (
+            f"`model.encoder.checkpoint: {encoder.checkpoint}` is not there; "
+            "docs/exporting.md has its address"
+        )
 
 
 def _installed(*names: str) -> bool:
@@ -61,8 +69,8 @@ def _missing_vllm(python: str) -> Iterator[str]:
     found = shutil.which(python)
     if found is None:
         yield (
-            f"`grpo.vllm: {python}` is no program; it is the Python of an environment with vLLM: python -m venv vllm && "
-            "vllm/bin/pip install vllm, then grpo.vllm=vllm/bin/python"
+            f"`grpo.vllm: {python}` is no program; it is the Python of an environment with vLLM: python -m "
+            "venv vllm && vllm/bin/pip install vllm, then grpo.vllm=vllm/bin/python"
         )
         return
     look = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"

@@ -1,7 +1,7 @@
 """Every key of a configuration: type, default, help, unit and bounds in one line, a class per section.
 
-The defaults are the tiny pipeline that `torchrun catmllm/train.py` runs without arguments. Rules over several keys are
-methods of the lowest section that has all of them.
+The defaults are the tiny pipeline that `torchrun catmllm/train.py` runs without arguments. Rules over several
+keys are methods of the lowest section that has all of them.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class DataConfig:
 
     path: str | None = key(
         None,
-        "folder made by `catmllm data oc20`, or JSONL(.gz) of adsorption systems; null: the slabs shipped with the "
-        "package",
+        "folder made by `catmllm data oc20`, or JSONL(.gz) of adsorption systems; null: "
+        "the slabs shipped with the package",
     )
     split_seed: int = key(0, "seed of the split into training, validation and test systems", ge=0)
     decimals: int = key(3, "digits after the point of every number in a CIF", ge=1)
@@ -61,7 +61,8 @@ class LLMConfig:
     max_position_embeddings: int = key(2048, "longest sequence", unit="tokens", gt=0)
     attention: Literal["varlen", "eager", "sdpa", "flash_attention_2"] = key(
         "varlen",
-        "varlen: ours, inside each sample only; torch's FlashAttention on CUDA. The others are those of transformers",
+        "varlen: ours, inside each sample only; torch's FlashAttention on CUDA. "
+        "The others are those of transformers",
     )
     train_images: bool = key(
         False, "the image tower trains in joint and instruct; false: it keeps its weights"
@@ -75,7 +76,8 @@ class LLMConfig:
         ):
             if getattr(self, size) % getattr(self, heads):
                 raise ValueError(
-                    f"`.{size}` must be a multiple of `.{heads}`, got {getattr(self, size)} and {getattr(self, heads)}"
+                    f"`.{size}` must be a multiple of `.{heads}`, "
+                    f"got {getattr(self, size)} and {getattr(self, heads)}"
                 )
         return self
 
@@ -127,7 +129,8 @@ PRESET_CUTOFF, PRESET_NEIGHBOURS = 12.0, 20  # Å
 
 @section
 class EncoderConfig(EncoderSizes):
-    """EquiformerV2: a published size by `preset`, or the sizes given here; with weights from a file, or random ones."""
+    """EquiformerV2: a published size by `preset`, or the sizes given here; with weights from a file,
+    or random ones."""
 
     checkpoint: str | None = key(None, "file of fairchem 1.x with the weights; null: random weights")
     preset: Preset | None = key(
@@ -137,7 +140,8 @@ class EncoderConfig(EncoderSizes):
 
 @section
 class LoRAConfig:
-    """Low-rank adapters (peft) on the seven linear maps of every LLM block; merged into the weights on export."""
+    """Low-rank adapters (peft) on the seven linear maps of every LLM block;
+    merged into the weights on export."""
 
     r: int = key(0, "rank; 0: the LLM's own weights train", ge=0)
     alpha: float = key(16.0, "an adapter's output is multiplied by alpha / r", gt=0)
@@ -152,8 +156,8 @@ class ModelConfig:
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     projector: Literal["max", "invariant", "atoms"] = key(
         "max",
-        "from encoder to LLM: one token per system, the largest of each channel (max: the paper's) or of rotation "
-        "invariants, or a token per atom",
+        "from encoder to LLM: one token per system, the largest of each channel (max: the paper's) "
+        "or of rotation invariants, or a token per atom",
     )
 
 
@@ -174,13 +178,13 @@ class OptimConfig:
     log_every: int = key(10, "steps between lines of the log", gt=0)
     reshard: Literal["trained", "all", "none"] = key(
         "trained",
-        "which gathered weights are freed after a forward pass: those of the trained parts (frozen ones never change "
-        "and stay whole), all (least memory), none (a gather less per step, ZeRO-2)",
+        "which gathered weights are freed after a forward pass: those of the trained parts (frozen ones "
+        "never change and stay whole), all (least memory), none (a gather less per step, ZeRO-2)",
     )
     sync_every_pass: bool = key(
         False,
-        "reduce gradients after every pass of a step: more is sent, but none wait unsharded (4 bytes per parameter "
-        "and rank)",
+        "reduce gradients after every pass of a step: more is sent, "
+        "but none wait unsharded (4 bytes per parameter and rank)",
     )
 
     @model_validator(mode="after")
@@ -217,8 +221,9 @@ class SupervisedConfig(OptimConfig):
 
 @section
 class EncoderStageConfig(SupervisedConfig):
-    """Stage 0: encoder, projector and the graph part of the energy head on energies, without the LLM. For want of an
-    encoder trained on OC20; leave it out of `stages` where `model.encoder.checkpoint` names one."""
+    """Stage 0: encoder, projector and the graph part of the energy head on energies, without the LLM. For
+    want of an encoder trained on OC20; leave it out of `stages` where `model.encoder.checkpoint` names
+    one."""
 
     steps: int = 800
     batch_size: int = 16
@@ -253,11 +258,13 @@ class AlignConfig(SupervisedConfig):
     def _one_pass_of_equal_size(self) -> AlignConfig:
         if self.accumulate != 1:
             raise ValueError(
-                "`.accumulate` must be 1: the negatives of a sample are those of its pass; raise `.batch_size`"
+                "`.accumulate` must be 1: the negatives of a sample are those of its pass; "
+                "raise `.batch_size`"
             )
         if self.batch_tokens is not None:
             raise ValueError(
-                "`.batch_tokens` must be null: every rank needs equally many samples in a pass; set `.batch_size`"
+                "`.batch_tokens` must be null: every rank needs equally many samples in a pass; "
+                "set `.batch_size`"
             )
         return self
 
@@ -328,9 +335,9 @@ class SamplingConfig:
 
 @section
 class RewardConfig(RewardSettings):
-    """PVCP weights and thresholds, every key of `rewards_fast.RewardSettings`. Two differ from Eq. 41: its upper distance
-    (1.0 Å) punishes every O-H bond, so `near` is 0.7 Å here; and it looks at different sites only, which lets a cell
-    thinner than an atom pass, so `own_images` is on."""
+    """PVCP weights and thresholds, every key of `rewards_fast.RewardSettings`. Two differ from Eq. 41: its
+    upper distance (1.0 Å) punishes every O-H bond, so `near` is 0.7 Å here; and it looks at different sites
+    only, which lets a cell thinner than an atom pass, so `own_images` is on."""
 
     near: float = 0.7
     own_images: bool = True
@@ -394,8 +401,8 @@ class GRPOConfig(OptimConfig):
 
 @section
 class GAGRPOConfig(OptimConfig):
-    """Stage 3: GA-GRPO, the closed loop of design and refinement; only the LM head trains. `steps` follows from `tasks`,
-    `batch_size` and `iterations`."""
+    """Stage 3: GA-GRPO, the closed loop of design and refinement; only the LM head trains. `steps` follows
+    from `tasks`, `batch_size` and `iterations`."""
 
     lr: float = 2e-4
     warmup: int = 2
@@ -456,7 +463,8 @@ class Config:
     )
     checkpointing: Literal["none", "selective", "full"] = key(
         "none",
-        "what a block keeps for its backward pass: everything, matrix products and attention, or its input only",
+        "what a block keeps for its backward pass: everything, matrix products and attention, "
+        "or its input only",
     )
     compile: bool = key(False, "each block of LLM and encoder by torch.compile")
     cpu_offload: bool = key(
@@ -488,8 +496,8 @@ class Config:
     def _pictures_have_a_tower(self) -> Config:
         if self.data.images and self.model.llm.pretrained is None:
             raise ValueError(
-                "`data.images` needs the image tower of a pretrained Qwen2.5-VL (`model.llm.pretrained`): the LLM of "
-                "random weights has none"
+                "`data.images` needs the image tower of a pretrained Qwen2.5-VL (`model.llm.pretrained`): "
+                "the LLM of random weights has none"
             )
         if self.model.llm.train_images and not self.data.images:
             raise ValueError("`model.llm.train_images` trains nothing without `data.images`")
@@ -500,8 +508,9 @@ class Config:
         preset, seen = self.model.encoder.preset, (self.data.cutoff, self.data.max_neighbours)
         if preset and seen != (PRESET_CUTOFF, PRESET_NEIGHBOURS):
             raise ValueError(
-                f"`model.encoder.preset` {preset} reads graphs of {PRESET_CUTOFF:g} Å and {PRESET_NEIGHBOURS} neighbours; "
-                f"set `data.cutoff: {PRESET_CUTOFF:g}` and `data.max_neighbours: {PRESET_NEIGHBOURS}`"
+                f"`model.encoder.preset` {preset} reads graphs of {PRESET_CUTOFF:g} Å and "
+                f"{PRESET_NEIGHBOURS} neighbours; set `data.cutoff: "
+                f"{PRESET_CUTOFF:g}` and `data.max_neighbours: {PRESET_NEIGHBOURS}`"
             )
         return self
 

@@ -1,9 +1,10 @@
-"""What a section of the configuration is: a dataclass whose keys carry help, unit and bounds, and which checks itself.
+"""What a section of the configuration is: a dataclass whose keys carry help, unit and bounds,
+and which checks itself.
 
-A key is a dataclass field with metadata (`rewards_fast.settings.key`). Pydantic reads the bounds from there, `--help` and
-docs/configuration.md the rest, so each is written once. A section is checked when it is made, when a key is assigned
-and by `dataclasses.replace`; rules over several keys are `@model_validator(mode="after")` methods of the section, and
-name its own keys as `.key` in backticks.
+A key is a dataclass field with metadata (`rewards_fast.settings.key`). Pydantic reads the bounds from there,
+`--help` and docs/configuration.md the rest, so each is written once. A section is checked when it is made,
+when a key is assigned and by `dataclasses.replace`; rules over several keys are
+`@model_validator(mode="after")` methods of the section, and name its own keys as `.key` in backticks.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ _CHECKED = ConfigDict(strict=True, extra="forbid", validate_assignment=True, all
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be used; a line for each fault says which key, why, and what would be valid."""
+    """A configuration that cannot be used; a line for each fault says which key, why,
+    and what would be valid."""
 
 
 @dataclass_transform(field_specifiers=(dataclasses.field,))
@@ -111,7 +113,8 @@ def explain(
 ) -> ConfigError:
     """Pydantic's findings about a value of `kind` in our words, a line each.
 
-    `where` says in which file and line (or on the command line) a key was given; `source` stands for the others.
+    `where` says in which file and line (or on the command line) a key was given;
+    `source` stands for the others.
     """
     lines = []
     for found in error.errors(include_url=False):
@@ -164,7 +167,8 @@ def _describe(found: Any, kind: type) -> tuple[tuple[str, ...], str]:
 
 
 def _unknown(key: str, section: type, prefix: str, root: type) -> str:
-    """What to say of a key that a section does not have: the nearest one, or where there is one of this name."""
+    """What to say of a key that a section does not have: the nearest one,
+    or where there is one of this name."""
     dot = f"{prefix}." if prefix else ""
     own = [f.name for f in dataclasses.fields(section)]
     near = difflib.get_close_matches(key, own, n=1, cutoff=0.4)

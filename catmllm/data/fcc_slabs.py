@@ -1,11 +1,13 @@
 """Random fcc slabs with adsorbates and their energies: the protocol by which the shipped systems were made.
 
-A 2x2 slab of three layers, fcc (111) or (100), of one metal or of an A3B or AB alloy with the arrangement random in each
-layer, is relaxed with its two lower layers fixed. It is then held rigid, while each adsorbate relaxes from a random top,
-bridge or hollow start (BFGS, 0.05 eV/Å). Energy: E(slab + adsorbate) - E(slab) - E_ref, with E_ref from H2, H2O, N2 and
-CO (`oracle.py`). Å and eV throughout. Any ASE calculator will do; the shipped labels are SevenNet-0's, not DFT.
+A 2x2 slab of three layers, fcc (111) or (100), of one metal or of an A3B or AB alloy with the arrangement
+random in each layer, is relaxed with its two lower layers fixed. It is then held rigid, while each adsorbate
+relaxes from a random top, bridge or hollow start (BFGS, 0.05 eV/Å). Energy: E(slab + adsorbate) - E(slab) -
+E_ref, with E_ref from H2, H2O, N2 and CO (`oracle.py`). Å and eV throughout. Any ASE calculator will do; the
+shipped labels are SevenNet-0's, not DFT.
 
-The order of the random draws is part of the protocol: `make.py --check` repeats the first shipped systems by it.
+The order of the random draws is part of the protocol:
+`make.py --check` repeats the first shipped systems by it.
 """
 
 from __future__ import annotations
@@ -105,7 +107,8 @@ def build_slab(facet: str, host: str, guest: str, share: float, rng: Random) -> 
 
 
 def relax_slab(slab: Slab, calculator: Calculator) -> None:
-    """Relax the top layer in place and fill in `energy` and `relaxed`; a slab that blows up stays as it was built."""
+    """Relax the top layer in place and fill in `energy` and `relaxed`;
+    a slab that blows up stays as it was built."""
     from ase.constraints import FixAtoms
     from ase.optimize import BFGS
 
@@ -122,8 +125,9 @@ def relax_slab(slab: Slab, calculator: Calculator) -> None:
 def draw_site(slab: Slab, rng: Random) -> tuple[str, int, NDArray[np.float64]]:
     """A random adsorption site: its name, the index of its start height, its centre [3] in the top layer.
 
-    Neighbours are sorted by distance, and those at the same distance are told apart by the last bits. A rewrite of
-    the distance would reorder them, and the shipped systems would come out on other (equivalent) sites.
+    Neighbours are sorted by distance, and those at the same distance are told apart by the last bits. A
+    rewrite of the distance would reorder them, and the shipped systems would come out on other (equivalent)
+    sites.
     """
     top = slab.atoms.positions[TOP_LAYER]
     a, b = slab.atoms.cell[0], slab.atoms.cell[1]
@@ -180,7 +184,8 @@ def place_adsorbate(slab: Slab, name: str, rng: Random) -> tuple[str, str, Atoms
 
 
 def relax_adsorbate(system: Atoms, calculator: Calculator) -> tuple[bool, float, int]:
-    """Relax the adsorbate on the rigid slab, in place: converged?, total energy (eV, nan if it blew up), steps."""
+    """Relax the adsorbate on the rigid slab, in place: converged?,
+    total energy (eV, nan if it blew up), steps."""
     from ase.constraints import FixAtoms
     from ase.optimize import BFGS
 

@@ -1,8 +1,9 @@
 """SevenNet-0 and its gas-phase references: the zero of every adsorption energy in this project.
 
-SevenNet-0 (Park et al., J. Chem. Theory Comput. 20, 4857 (2024); `sevenn`, MIT) is a machine-learned interatomic
-potential. What it says is not DFT: it labels the shipped slabs and judges designs, offline and on one core, because
-its weights come with the wheel. The data and the judge share this file, so that their energies have one zero.
+SevenNet-0 (Park et al., J. Chem. Theory Comput. 20, 4857 (2024); `sevenn`, MIT) is a machine-learned
+interatomic potential. What it says is not DFT: it labels the shipped slabs and judges designs, offline and on
+one core, because its weights come with the wheel. The data and the judge share this file, so that their
+energies have one zero.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ def require_sevennet() -> None:
         import sevenn.calculator  # noqa: F401
     except ImportError as error:
         raise OracleMissing(
-            f"SevenNet-0 makes these energies, and it cannot be imported ({error}). Install it with: {INSTALL}"
+            f"SevenNet-0 makes these energies, and it cannot be imported ({error}). Install it with: "
+            f"{INSTALL}"
         ) from error
 
 

@@ -7,9 +7,10 @@
     systems = Shards("DIR")          # a Sequence[System]: len, [i], [-1], [10:20], [an index array]
     parts = systems.split(seed=0)    # {"train": Shards, "val": Shards, "test": Shards}
 
-Opening reads nothing but headers, `[i]` copies one system out of the page cache (about 10 µs), and a Shards pickles as
-its path and its rows, so each worker maps the files for itself. Arrays over all systems, in order and without touching
-a structure: `n_atoms`, `energies`, `pairs`, `sources`. Neighbour graphs are not stored: they depend on cutoff and noise.
+Opening reads nothing but headers, `[i]` copies one system out of the page cache (about 10 µs), and a Shards
+pickles as its path and its rows, so each worker maps the files for itself. Arrays over all systems, in order
+and without touching a structure: `n_atoms`, `energies`, `pairs`, `sources`. Neighbour graphs are not stored:
+they depend on cutoff and noise.
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ Arrays = dict[str, NDArray[Any]]
 class Shards(Sequence[System]):
     """The systems of a folder written by `catmllm data oc20` or `write_shards`, or some of them (`rows`).
 
-    n_atoms int32 [n], energies float64 [n] (eV), sources int8 [n] (position in `source_names`), pairs int32 [n]
-    (position in `pair_names`, each `bulk (h, k, l)`, by which the split is made). Raises ValueError for a folder that
-    holds no finished dataset.
+    n_atoms int32 [n], energies float64 [n] (eV), sources int8 [n] (position in `source_names`), pairs int32
+    [n] (position in `pair_names`, each `bulk (h, k, l)`, by which the split is made). Raises ValueError for a
+    folder that holds no finished dataset.
     """
 
     def __init__(self, folder: str | Path, rows: NDArray[np.int64] | None = None) -> None:
@@ -51,8 +52,8 @@ class Shards(Sequence[System]):
             index = map_arrays(self.folder / INDEX)
         except FileNotFoundError as error:
             raise ValueError(
-                f"{self.folder} is no dataset: it lacks {Path(error.filename).name}; `catmllm data oc20 ... --out "
-                f"{self.folder}` makes one, and goes on where it was stopped"
+                f"{self.folder} is no dataset: it lacks {Path(error.filename).name}; `catmllm data oc20 ... "
+                f"--out {self.folder}` makes one, and goes on where it was stopped"
             ) from None
         if facts.get("version") != VERSION:
             raise ValueError(
@@ -126,8 +127,8 @@ class Shards(Sequence[System]):
         return _words(shard, "text", row)
 
     def split(self, seed: int = 0) -> dict[SplitName, Shards]:
-        """About 80 / 10 / 10 % as train / val / test, whole (bulk, Miller index) pairs at a time, as `slabs.split`;
-        inside a part the order of the dataset is kept."""
+        """About 80 / 10 / 10 % as train / val / test, whole (bulk, Miller index) pairs at a time, as
+        `slabs.split`; inside a part the order of the dataset is kept."""
         names = self.pair_names
         used, position = np.unique(self.pairs, return_inverse=True)
         counts = np.bincount(position, minlength=len(used))
@@ -216,8 +217,8 @@ def write_index(
     sources: Sequence[str],
     facts: dict[str, Any] | None = None,
 ) -> None:
-    """Finish a dataset: for each shard in `order` the rows that it contributes, in this order; `sources` names where
-    systems are from. `facts` go into dataset.json."""
+    """Finish a dataset: for each shard in `order` the rows that it contributes, in this order; `sources`
+    names where systems are from. `facts` go into dataset.json."""
     columns: dict[str, list[NDArray[Any]]] = {name: [] for name in _INDEX_COLUMNS}
     pair_names: dict[str, int] = {}
     for number, rows in order:
@@ -288,7 +289,8 @@ def write_arrays(path: Path, arrays: Arrays, facts: dict[str, Any] | None = None
 
 
 def map_arrays(path: Path) -> Arrays:
-    """The arrays of a safetensors file, mapped read-only. Raises FileNotFoundError, ValueError for a damaged file."""
+    """The arrays of a safetensors file, mapped read-only. Raises FileNotFoundError,
+    ValueError for a damaged file."""
     header, begin, size = _header(path)
     data = np.memmap(path, dtype=np.uint8, mode="r")[begin:] if size > begin else np.empty(0, np.uint8)
     arrays: Arrays = {}

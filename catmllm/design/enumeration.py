@@ -1,8 +1,9 @@
 """Ideal slabs of an asked composition with the adsorbate at a random site: designs without any model.
 
-The protocol of the shipped systems before anything relaxes (`data/fcc_slabs.py`): the lattice constant between those of
-the metals, the arrangement random in each layer, a random top, bridge or hollow site. A single one of them meets half of
-the paper's design tasks on the shipped data, so no success rate means anything without it.
+The protocol of the shipped systems before anything relaxes (`data/fcc_slabs.py`): the lattice constant
+between those of the metals, the arrangement random in each layer, a random top, bridge or hollow site. A
+single one of them meets half of the paper's design tasks on the shipped data, so no success rate means
+anything without it.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ def enumerable(identity: str) -> str | None:
 
 
 def ideal_system(identity: str, rng: Random, sid: str = "") -> System:
-    """A random unrelaxed system of `CO</s>Pt9Cu3 (1 1 1)`. Raises ValueError where `enumerable` says why not."""
+    """A random unrelaxed system of `CO</s>Pt9Cu3 (1 1 1)`.
+    Raises ValueError where `enumerable` says why not."""
     problem = enumerable(identity)
     if problem:
         raise ValueError(f"{identity!r}: {problem}")

@@ -1,4 +1,5 @@
-"""Energies of structures by the model's own head: for the search, the evaluation and `catmllm predict` alike."""
+"""Energies of structures by the model's own head: for the search,
+the evaluation and `catmllm predict` alike."""
 
 from __future__ import annotations
 

@@ -1,7 +1,9 @@
-"""The closed loop of design and refinement (paper Algorithm 3), for training, evaluation and `catmllm design` alike.
+"""The closed loop of design and refinement (paper Algorithm 3), for training,
+evaluation and `catmllm design` alike.
 
-All tasks advance together: one sampling pass, one scoring pass and one prediction pass an iteration, whatever their
-number. Training makes a policy update of what each iteration returns; evaluation and design only search.
+All tasks advance together: one sampling pass, one scoring pass and one prediction pass an iteration, whatever
+their number. Training makes a policy update of what each iteration returns; evaluation and design only
+search.
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ from rewards_fast import CIFError, Crystal, Scores, extract_cif
 
 @dataclass(frozen=True)
 class Task:
-    """What is wanted: a system named by its identity line, the counts of its whole cell, and an energy in eV."""
+    """What is wanted: a system named by its identity line, the counts of its whole cell,
+    and an energy in eV."""
 
     identity: str
     target: dict[str, int]
@@ -70,7 +73,8 @@ def summary(state: TaskState) -> dict[str, Any]:
 class ClosedLoop:
     """Scores and predicts candidates for tasks, and runs the iterations.
 
-    `model` must be whole on this rank (unsharded); only this rank's tasks are worked on, without any collective.
+    `model` must be whole on this rank (unsharded); only this rank's tasks are worked on,
+    without any collective.
     """
 
     def __init__(self, model: CatalyticMLLM, collate: Collator, config: GAGRPOConfig) -> None:
@@ -117,7 +121,8 @@ class ClosedLoop:
     ) -> tuple[list[Rollout], np.ndarray, dict[str, float]]:
         """One iteration over all tasks: draw an exemplar each, sample G, score, update the pools.
 
-        Returns the rollouts (task-major, with hidden states if `keep`), their rewards [tasks, G] and what to log.
+        Returns the rollouts (task-major, with hidden states if `keep`),
+        their rewards [tasks, G] and what to log.
         """
         samples = []
         for k, state in enumerate(states):

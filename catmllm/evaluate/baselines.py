@@ -1,8 +1,9 @@
 """Property predictors without a network: what a model must beat before its error means anything.
 
-The mean of the adsorbate says how much the adsorbate's name alone tells; ridge regression on words, how much is in the
-text without any order beyond pairs; kernel ridge regression on local descriptors, what seconds of classical machine
-learning make of the structure. On the shipped systems, split by (bulk, Miller index): MAE 0.76, 0.34 and 0.12 eV.
+The mean of the adsorbate says how much the adsorbate's name alone tells; ridge regression on words, how much
+is in the text without any order beyond pairs; kernel ridge regression on local descriptors, what seconds of
+classical machine learning make of the structure. On the shipped systems, split by (bulk, Miller index): MAE
+0.76, 0.34 and 0.12 eV.
 """
 
 from __future__ import annotations
@@ -123,7 +124,8 @@ def _matrix(counted: Sequence[Mapping[Hashable, int]], vocabulary: Mapping[Hasha
     return matrix
 
 
-SHARED = 0.6  # kernel of two different adsorbates: of 0.1, 0.3, 0.6, 0.9 the best on validation, split seeds 0 and 1
+# kernel of two different adsorbates: of 0.1, 0.3, 0.6, 0.9 the best on validation, split seeds 0 and 1
+SHARED = 0.6
 RATES = (0.025, 0.05, 0.1)  # of the squared distance over the number of descriptors
 STRENGTHS = (1e-4, 1e-3, 1e-2)
 _SMALLEST = 0.05  # scales below this share of the largest do not blow up what hardly varies
@@ -133,8 +135,8 @@ _SMALLEST = 0.05  # scales below this share of the largest do not blow up what h
 class KernelRidge:
     """Kernel ridge regression on `local_descriptor`, of what the mean of the adsorbate leaves.
 
-    The kernel is Matérn 3/2 of the scaled descriptors times one of the adsorbates: what a surface does to one tells
-    something of another.
+    The kernel is Matérn 3/2 of the scaled descriptors times one of the adsorbates:
+    what a surface does to one tells something of another.
     """
 
     descriptors: Floats  # [n, D] of the training systems, scaled
@@ -147,11 +149,13 @@ class KernelRidge:
 
     @classmethod
     def fit(cls, train: Sequence[System], val: Sequence[System], frames: Sequence[float] = ()) -> KernelRidge:
-        """Fitted on `train`; length scale and strength are those of the least MAE on `val` (without it: the middle ones).
+        """Fitted on `train`; length scale and strength are those of the least MAE on `val`
+        (without it: the middle ones).
 
-        frames: points between start (0) and relaxed (1) at which each training system that has a start also counts, so
-        that unrelaxed structures are not strangers. Test MAE on the shipped systems, relaxed and as they started: 0.12
-        and 0.62 eV without, 0.18 and 0.33 eV with frames (0, 0.5). 2,300 structures take 5 s of one core, 7,000 take 40.
+        frames: points between start (0) and relaxed (1) at which each training system that has a start also
+        counts, so that unrelaxed structures are not strangers. Test MAE on the shipped systems, relaxed and
+        as they started: 0.12 and 0.62 eV without, 0.18 and 0.33 eV with frames (0, 0.5). 2,300 structures
+        take 5 s of one core, 7,000 take 40.
         """
         from scipy.linalg import cho_factor, cho_solve
 

@@ -36,9 +36,10 @@ def evaluate_property(
 ) -> dict[str, Any]:
     """MAE and R² on labelled systems; ranks share the work.
 
-    By the head in every mode (`both`, `graph`, `text`), by the `encoder` only, by the written answer (`generated`), and,
-    where every system has a start, from unrelaxed structures (`start`, `encoder_start`); without `llm` by the encoder
-    only. No outlier is dropped; a written answer without a number is counted in `unread`, and left out of its MAE only.
+    By the head in every mode (`both`, `graph`, `text`), by the `encoder` only, by the written answer
+    (`generated`), and, where every system has a start, from unrelaxed structures (`start`, `encoder_start`);
+    without `llm` by the encoder only. No outlier is dropped; a written answer without a number is counted in
+    `unread`, and left out of its MAE only.
     """
     mine = list(systems[world.rank :: world.size])
     starts = [s.frame(0.0) for s in mine] if all(s.start is not None for s in systems) else []

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 
 def new_model(config: Config, train_systems: Sequence[System]) -> tuple[CatalyticMLLM, Collator]:
-    """A model by the configuration, with a tokenizer learned from the training texts where the LLM is random."""
+    """A model by the configuration, with a tokenizer learned from the
+    training texts where the LLM is random."""
     tokenizer = None
     if config.model.llm.pretrained is None:
         d = config.data.decimals
@@ -53,8 +54,8 @@ def build_model(
 ) -> tuple[CatalyticMLLM, PreTrainedTokenizerBase]:
     """A model by its configuration: pretrained parts where they are named, seeded random weights elsewhere.
 
-    A pretrained LLM brings its own tokenizer, extended here; the given one serves the random LLM. A checkpoint that
-    does not fit is an error, never a warning.
+    A pretrained LLM brings its own tokenizer, extended here; the given one serves the random LLM. A
+    checkpoint that does not fit is an error, never a warning.
     """
     torch.manual_seed(hash_seed(Stream.WEIGHTS.key(config.seed)))
     encoder = build_encoder(config.model.encoder, config.data.cutoff)
@@ -68,8 +69,8 @@ def build_model(
 
 
 def outline_model(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[CatalyticMLLM, Collator]:
-    """The shapes of a pretrained LLM and of an encoder, without reading any file of weights. To be made where tensors have
-    no storage; `tokenizer` cuts CIFs as the LLM's own would."""
+    """The shapes of a pretrained LLM and of an encoder, without reading any file of weights. To be made where
+    tensors have no storage; `tokenizer` cuts CIFs as the LLM's own would."""
     encoder = build_encoder(replace(config.model.encoder, checkpoint=None), config.data.cutoff)
     if config.data.images:
         tokenizer.add_tokens([VISION_START, IMAGE_PAD, VISION_END])
@@ -115,7 +116,8 @@ def collator(model: CatalyticMLLM, tokenizer: PreTrainedTokenizerBase, config: C
 
 @contextmanager
 def on_meta() -> Iterator[None]:
-    """Modules made inside have parameters without storage, to be replaced by loaded ones; buffers are as ever.
+    """Modules made inside have parameters without storage, to be replaced by loaded ones;
+    buffers are as ever.
 
     A 7B model is then made in a second, and no memory is filled with random numbers that nobody reads.
     """

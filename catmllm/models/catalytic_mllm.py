@@ -1,8 +1,8 @@
 """CatalyticMLLM: EquiformerV2, a projector and Qwen2.5-VL with an energy head (paper Fig. 3, §6.7, §7).
 
-A structure enters as the vector(s) that replace the embedding of its `<graph>` marker; the energy is read from the
-final hidden state of the `<energy>` query token; text comes from the LM head, which is never tied to the embedding
-(stage 3 trains it alone).
+A structure enters as the vector(s) that replace the embedding of its `<graph>` marker; the energy is read
+from the final hidden state of the `<energy>` query token; text comes from the LM head, which is never tied to
+the embedding (stage 3 trains it alone).
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ class Contrast(NamedTuple):
 
 
 class CatalyticMLLM(nn.Module):
-    """The whole model. Parameters: `encoder`, `projector`, `llm` (transformers' Qwen2.5-VL), `energy_head`."""
+    """The whole model. Parameters: `encoder`, `projector`,
+    `llm` (transformers' Qwen2.5-VL), `energy_head`."""
 
     energy_mean: torch.Tensor
     energy_std: torch.Tensor
@@ -61,7 +62,8 @@ class CatalyticMLLM(nn.Module):
         self.llm, self.encoder, self.projector = llm, encoder, projector
         self.energy_head = EnergyHead(llm.config.get_text_config().hidden_size, projector.linear.in_features)
         self.graph_id, self.energy_id = graph_id, energy_id
-        # Set when sharded: ranks then run every unit in every pass, or one would gather what another does not.
+        # Set when sharded: ranks then run every unit in every pass,
+        # or one would gather what another does not.
         self.lockstep = False
         self.picture_lockstep = False  # the same of the image tower, which is sharded where it trains
         self.register_buffer("energy_mean", torch.zeros(()))
@@ -92,8 +94,8 @@ class CatalyticMLLM(nn.Module):
         return self.insert(self.text.embed_tokens(batch.input_ids), batch, self.vectors(batch))
 
     def insert(self, x: torch.Tensor, batch: Batch, vectors: torch.Tensor | None) -> torch.Tensor:
-        """Embeddings x [T, H] of the batch's tokens with its graph tokens, `vectors`, in the places of their markers, in
-        order, and pictures in theirs."""
+        """Embeddings x [T, H] of the batch's tokens with its graph tokens, `vectors`, in the places of their
+        markers, in order, and pictures in theirs."""
         x = self._place(x, batch.graph_at, vectors)
         if batch.pictures is not None and batch.picture_at is not None:
             return x.index_copy(0, batch.picture_at, self.picture_tokens(batch.pictures).to(x.dtype))
@@ -104,7 +106,8 @@ class CatalyticMLLM(nn.Module):
         return x
 
     def picture_tokens(self, pictures: torch.Tensor) -> torch.Tensor:
-        """Vectors [P·tokens of one, H] of pictures uint8 [P, height, width, 3], by Qwen2.5-VL's image tower."""
+        """Vectors [P·tokens of one, H] of pictures uint8 [P, height, width, 3],
+        by Qwen2.5-VL's image tower."""
         pixels, grid = patches(pictures)
         return self.llm.model.visual(pixels, grid_thw=grid).pooler_output
 
@@ -119,7 +122,8 @@ class CatalyticMLLM(nn.Module):
         return x.index_copy(0, at, vectors.to(x.dtype))
 
     def _lone_atom(self) -> torch.Tensor:
-        """The sum of one atom's graph token: a pass through encoder and projector for its collectives' sake."""
+        """The sum of one atom's graph token: a pass through encoder
+        and projector for its collectives' sake."""
         device = self.energy_mean.device
         numbers, batch = (
             torch.ones(1, dtype=torch.int64, device=device),
@@ -129,7 +133,8 @@ class CatalyticMLLM(nn.Module):
         return self.graph_tokens(GraphBatch(numbers, edges, torch.zeros(0, 3, device=device), batch, 1)).sum()
 
     def hidden(self, batch: Batch) -> torch.Tensor:
-        """Final hidden states [T, H] of samples end to end; `batch.padded` changes the speed, not the result."""
+        """Final hidden states [T, H] of samples end to end; `batch.padded` changes the speed,
+        not the result."""
         return self._tower(self.embed(batch), batch)
 
     def read(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -141,12 +146,13 @@ class CatalyticMLLM(nn.Module):
         return hidden, self.energy(hidden, batch, features)
 
     def query_states(self, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """What the energy head reads [S, H]; a row without `<energy>` token holds that of some other place."""
+        """What the energy head reads [S, H]; a row without `<energy>`
+        token holds that of some other place."""
         return hidden[batch.energy_at.clamp_min(0)]
 
     def energy(self, hidden: torch.Tensor, batch: Batch, features: torch.Tensor | None) -> torch.Tensor:
-        """Standardised energies [S] float32 of the samples' `<energy>` tokens, with what the features of their structures
-        say; NaN for a sample without `<energy>`."""
+        """Standardised energies [S] float32 of the samples' `<energy>` tokens, with what the features of
+        their structures say; NaN for a sample without `<energy>`."""
         head = self.energy_head
         query = self.query_states(hidden, batch).to(head.text.weight.dtype)
         if features is None or batch.graph is None:
@@ -166,8 +172,8 @@ class CatalyticMLLM(nn.Module):
     def forward(
         self, task: Callable[Concatenate[CatalyticMLLM, P], R], *args: P.args, **options: P.kwargs
     ) -> R:
-        """The one entry of training, so that sharding hooks see every use of a parameter: `model(task, ...)` runs
-        `task(model, ...)`, one of `CatalyticMLLM.answer`, `.contrast` and `.head`.
+        """The one entry of training, so that sharding hooks see every use of a parameter: `model(task, ...)`
+        runs `task(model, ...)`, one of `CatalyticMLLM.answer`, `.contrast` and `.head`.
 
         A task returns a tuple of tensors, in which FSDP finds those that have gradients.
         """
@@ -180,8 +186,8 @@ class CatalyticMLLM(nn.Module):
         ) -> R: ...
 
     def answer(self, batch: Batch, temperature: float = 1.0, entropy: bool = False) -> Answer:
-        """Log-probabilities of `batch.targets`, and the energies of the property prompts; `entropy` adds that of the
-        distributions that those tokens were drawn from."""
+        """Log-probabilities of `batch.targets`, and the energies of the property prompts; `entropy` adds that
+        of the distributions that those tokens were drawn from."""
         hidden, energy = self.read(batch)
         found = linear_logprobs(
             hidden[batch.answer_at], self.llm.lm_head.weight, batch.targets, temperature, entropy
@@ -190,15 +196,16 @@ class CatalyticMLLM(nn.Module):
         return Answer(found.logprob, energy, spread)
 
     def graph_energy(self, graph: GraphBatch) -> tuple[torch.Tensor]:
-        """Standardised energies [n_systems] by the encoder and the head's graph part; the LLM does not run."""
+        """Standardised energies [n_systems] by the encoder and the head's graph part;
+        the LLM does not run."""
         features = self._by_system(self.features(graph), graph)
         return (self.energy_head(features.to(self.energy_head.text.weight.dtype)),)
 
     def head(
         self, hidden: torch.Tensor, targets: torch.Tensor, temperature: float, reference: torch.Tensor
     ) -> Head:
-        """Log-probabilities of targets [M] from kept hidden states [M, H]: the LM head alone, and in the same pass a
-        frozen one, `reference` [V, H]."""
+        """Log-probabilities of targets [M] from kept hidden states [M, H]: the LM head alone, and in the same
+        pass a frozen one, `reference` [V, H]."""
         weight = self.llm.lm_head.weight
         found = linear_logprobs(
             hidden.to(weight.dtype), weight, targets, temperature, reference=reference.to(weight.dtype)
@@ -231,8 +238,8 @@ class CatalyticMLLM(nn.Module):
                 inputs_embeds=x[place], position_ids=positions, use_cache=False
             ).last_hidden_state
             return wide.flatten(0, 1)[batch.sample * batch.max_length + batch.position_ids]
-        # transformers' convention for samples without padding: the text's positions before the three of M-RoPE (all
-        # equal where there is no image), and the bounds of the samples for attention.
+        # transformers' convention for samples without padding: the text's positions before the three of
+        # M-RoPE (all equal where there is no image), and the bounds of the samples for attention.
         positions = batch.position_ids.expand(4, -1)
         if batch.mrope is not None:
             positions = torch.cat([positions[:1], batch.mrope])

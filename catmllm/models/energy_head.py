@@ -1,8 +1,9 @@
-"""h_reg: the energy of a system from what the LLM read, and from the features that its graph token is made of.
+"""h_reg: the energy of a system from what the LLM read,
+and from the features that its graph token is made of.
 
-A linear read-out of the LLM loses what an encoder trained on energies knows. So where a structure is shown, its features
-speak first and the LLM corrects them; from text only the LLM has a read-out of its own, which the other's training does
-not touch.
+A linear read-out of the LLM loses what an encoder trained on energies knows. So where a structure is shown,
+its features speak first and the LLM corrects them; from text only the LLM has a read-out of its own, which
+the other's training does not touch.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ WIDTH = 128  # between the two layers that read the features
 
 
 class EnergyHead(nn.Module):
-    """Standardised energies. `text`: linear on the `<energy>` query's final hidden state, of prompts without a structure.
-    `graph`: two layers on a structure's features. `correction`: linear on the query where there is a structure, zero at
-    first, added to `graph`."""
+    """Standardised energies. `text`: linear on the `<energy>` query's final hidden state, of prompts without
+    a structure. `graph`: two layers on a structure's features. `correction`: linear on the query where there
+    is a structure, zero at first, added to `graph`."""
 
     def __init__(self, width: int, features: int) -> None:
         super().__init__()
@@ -29,8 +30,8 @@ class EnergyHead(nn.Module):
     def forward(
         self, features: torch.Tensor, query: torch.Tensor | None = None, sample: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Energies float32: [n] of features [n, F] only; [S] of queries [S, H], `sample` [n] saying whose features each
-        row holds."""
+        """Energies float32: [n] of features [n, F] only; [S] of queries [S, H],
+        `sample` [n] saying whose features each row holds."""
         seen = self.graph(features).squeeze(1)
         if query is None or sample is None:
             return seen.float()

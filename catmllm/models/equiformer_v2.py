@@ -1,10 +1,12 @@
-"""EquiformerV2 (Liao et al., arXiv 2306.12059): the encoder that turns an atomistic graph into node embeddings.
+"""EquiformerV2 (Liao et al., arXiv 2306.12059): the encoder
+that turns an atomistic graph into node embeddings.
 
-Parameters carry fairchem 1.x's names, so that OC20 checkpoints load key for key; the arithmetic is our own. A node is
-x [N, (lmax+1)², C]. A message between two nodes is computed in the frame of its edge, where a rotation about the edge
-mixes only +m with -m: there an equivariant linear map is one complex matrix per order m (eSCN, arXiv 2302.03655), and
-few orders (|m| <= mmax) suffice. What happens along an edge is one fused operation, `catmllm_kernels.escn`, whose
-reference.py is its definition; here are the weights and everything that happens on nodes.
+Parameters carry fairchem 1.x's names, so that OC20 checkpoints load key for key; the arithmetic is our own. A
+node is x [N, (lmax+1)², C]. A message between two nodes is computed in the frame of its edge, where a
+rotation about the edge mixes only +m with -m: there an equivariant linear map is one complex matrix per order
+m (eSCN, arXiv 2302.03655), and few orders (|m| <= mmax) suffice. What happens along an edge is one fused
+operation, `catmllm_kernels.escn`, whose reference.py is its definition; here are the weights and everything
+that happens on nodes.
 """
 
 from __future__ import annotations
@@ -45,7 +47,8 @@ __all__ = ["EquiformerV2", "EquiformerV2Config", "load_fairchem_checkpoint"]
 
 @section
 class EquiformerV2Config(EncoderSizes):
-    """Sizes and choices, named as in fairchem's configs. `EquiformerV2Config.preset("31M")` gives the OC20 ones."""
+    """Sizes and choices, named as in fairchem's configs.
+    `EquiformerV2Config.preset("31M")` gives the OC20 ones."""
 
     max_radius: float = 6.0  # Å, the end of the distance basis; the graph is made elsewhere
     max_num_elements: int = 90
@@ -73,7 +76,8 @@ class EquiformerV2Config(EncoderSizes):
 
 @dataclass(frozen=True)
 class Geometry:
-    """What every block reads of a batch: its edges, their frames, and the constant tables in the model's dtype."""
+    """What every block reads of a batch: its edges, their frames,
+    and the constant tables in the model's dtype."""
 
     graph: EdgeGraph  # edges sorted by target
     source_number: Tensor  # [E] atomic numbers
@@ -87,10 +91,11 @@ class Geometry:
 
 
 def recomputed(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
-    """`function(*inputs)`, of which autograd keeps the inputs alone; for what is cheap beside an edge's products.
+    """`function(*inputs)`, of which autograd keeps the inputs alone;
+    for what is cheap beside an edge's products.
 
-    The norms, the radial function and the feed-forward network are 17 % of a layer's arithmetic and would be three quarters
-    of what it keeps for the backward pass.
+    The norms, the radial function and the feed-forward network are 17 % of a layer's arithmetic and would be
+    three quarters of what it keeps for the backward pass.
     """
     if not torch.is_grad_enabled():
         return function(*inputs)
@@ -100,8 +105,8 @@ def recomputed(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
 class RadialFunction(nn.Module):
     """Distance basis and the two elements of an edge -> MLP -> `c_out` weights.
 
-    The first layer acts on (basis, source embedding, target embedding). It is linear, so that the embeddings go through it
-    once per element, not once per edge.
+    The first layer acts on (basis, source embedding, target embedding). It is linear, so that the embeddings
+    go through it once per element, not once per edge.
     """
 
     def __init__(self, basis: int, channels: int, c_out: int) -> None:
@@ -138,7 +143,8 @@ class RadialFunction(nn.Module):
 
 
 class EdgeDegreeEmbedding(nn.Module):
-    """Start of the node rows l >= 0: the m = 0 rows of every incoming edge, rotated back, summed, / avg_degree."""
+    """Start of the node rows l >= 0: the m = 0 rows of every incoming edge, rotated back, summed,
+    / avg_degree."""
 
     def __init__(self, config: EquiformerV2Config) -> None:
         super().__init__()
@@ -166,7 +172,8 @@ class SO2Linear(nn.Module):
 
 
 class SO2Convolution(nn.Module):
-    """The weights of a linear map of an edge's rows that commutes with rotations about it. m = 0 also gives `extra` scalars."""
+    """The weights of a linear map of an edge's rows that commutes with rotations about it.
+    m = 0 also gives `extra` scalars."""
 
     def __init__(self, lmax: int, mmax: int, c_in: int, c_out: int, extra: int = 0) -> None:
         super().__init__()
@@ -181,7 +188,8 @@ class SO2Convolution(nn.Module):
 
 
 class RadialSO2Convolution(SO2Convolution):
-    """The first convolution of a message, whose input is scaled by a function of the edge's length and elements."""
+    """The first convolution of a message, whose input is scaled by a
+    function of the edge's length and elements."""
 
     def __init__(self, config: EquiformerV2Config, c_in: int, c_out: int, extra: int) -> None:
         super().__init__(config.lmax, config.mmax, c_in, c_out, extra)
@@ -190,7 +198,8 @@ class RadialSO2Convolution(SO2Convolution):
 
 
 class GraphAttention(nn.Module):
-    """Messages by two SO(2) convolutions with a nonlinearity between, weighted by attention over each target."""
+    """Messages by two SO(2) convolutions with a nonlinearity between,
+    weighted by attention over each target."""
 
     def __init__(self, config: EquiformerV2Config, c_out: int) -> None:
         super().__init__()
@@ -256,7 +265,8 @@ class FeedForward(nn.Module):
         self.so3_linear_2 = SphericalLinear(c.lmax, hidden, c_out)
 
     def forward(self, x: Tensor, geometry: Geometry) -> Tensor:
-        """Nodes [N, S, C] -> [N, S, c_out]. Inside, rows come first, so that the grid is one product for all nodes."""
+        """Nodes [N, S, C] -> [N, S, c_out]. Inside, rows come first,
+        so that the grid is one product for all nodes."""
         c, degree = self.config, geometry.degree
         y = self.so3_linear_1(x.transpose(0, 1), degree)
         if not c.use_grid_mlp and c.use_gate_act:
@@ -357,11 +367,13 @@ class EquiformerV2(nn.Module):
         edge_rot_mat: Tensor | None = None,
         pool: str | None = None,
     ) -> Tensor:
-        """Node embedding [N, (lmax+1)², C] after the final norm, or with `pool` its features by system or atom (`so3_pool`).
+        """Node embedding [N, (lmax+1)², C] after the final norm,
+        or with `pool` its features by system or atom (`so3_pool`).
 
-        numbers [N] int64 atomic numbers below max_num_elements; edge_index [2, E] int64 (source, target); edge_vec
-        [E, 3] float32 or float64 Å, source minus target; batch [N] int64, system of each atom (stochastic depth and pooling read it);
-        edge_rot_mat [E, 3, 3] fixes the edge frames, for comparison with fairchem, whose frames are random.
+        numbers [N] int64 atomic numbers below max_num_elements; edge_index [2, E] int64 (source, target);
+        edge_vec [E, 3] float32 or float64 Å, source minus target; batch [N] int64, system of each atom
+        (stochastic depth and pooling read it); edge_rot_mat [E, 3, 3] fixes the edge frames, for comparison
+        with fairchem, whose frames are random.
         """
         geometry = self.geometry(numbers, edge_index, edge_vec, batch, edge_rot_mat)
         x = self._embed(numbers, geometry)
@@ -381,8 +393,8 @@ class EquiformerV2(nn.Module):
     ) -> dict[str, Tensor]:
         """`forward`'s embedding through the heads that exist: {"energy" [n_systems], "forces" [N, 3]}.
 
-        In the units that the heads were trained in (fairchem's are normalised). Under FSDP2, register this name with
-        `register_fsdp_forward_method`.
+        In the units that the heads were trained in (fairchem's are normalised). Under FSDP2, register this
+        name with `register_fsdp_forward_method`.
         """
         geometry = self.geometry(numbers, edge_index, edge_vec, batch, edge_rot_mat)
         x = self.norm(self._embed(numbers, geometry), geometry.degree)
@@ -414,7 +426,8 @@ class EquiformerV2(nn.Module):
         batch: Tensor | None = None,
         edge_rot_mat: Tensor | None = None,
     ) -> Geometry:
-        """Everything that depends on positions, once per forward pass; calculated in float64, whose cost is not seen here."""
+        """Everything that depends on positions, once per forward pass; calculated in float64,
+        whose cost is not seen here."""
         if edge_vec.dtype not in (torch.float32, torch.float64):
             raise TypeError(
                 f"edge_vec is {edge_vec.dtype}: distances need float32 or float64. "
@@ -454,6 +467,5 @@ class EquiformerV2(nn.Module):
         centres = torch.linspace(0, end, n, dtype=distance.dtype, device=distance.device)
         scale = (n - 1) / (2 * end)
         exponent = -0.5 * ((distance[:, None] - centres) * scale).square()
-        return torch.exp(
-            exponent.to(dtype).clamp_min(-80)
-        )  # below, float32 is subnormal: 5 times slower on a CPU
+        # below, float32 is subnormal: 5 times slower on a CPU
+        return torch.exp(exponent.to(dtype).clamp_min(-80))

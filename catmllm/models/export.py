@@ -1,8 +1,9 @@
 """A trained stage in the layouts of other programs: transformers, vLLM, fairchem.
 
-`hf` is the LLM as transformers' Qwen2.5-VL with our tokenizer, and beside it graph.safetensors with encoder, projector and
-energy head: together the whole model. `text` is the text tower as Qwen2ForCausalLM, which vLLM serves; with text alone
-its positions make it equal Qwen2.5-VL's. `fairchem` is the encoder as a checkpoint of fairchem 1.x.
+`hf` is the LLM as transformers' Qwen2.5-VL with our tokenizer, and beside it graph.safetensors with encoder,
+projector and energy head: together the whole model. `text` is the text tower as Qwen2ForCausalLM, which vLLM
+serves; with text alone its positions make it equal Qwen2.5-VL's. `fairchem` is the encoder as a checkpoint of
+fairchem 1.x.
 """
 
 from __future__ import annotations
@@ -34,9 +35,10 @@ def export(
 ) -> Path:
     """Write the model of `source` (a stage's folder) to `out` in one of `LAYOUTS`; returns what was written.
 
-    dtype: of the LLM's weights (`fp32`, `bf16`, `fp16`); what belongs to the encoder stays float32. `template`: a
-    fairchem file of the same model, whose constant tables, heads and configuration the export takes over (default: the one
-    that training began from). Raises ValueError for an unknown layout and a template that does not fit.
+    dtype: of the LLM's weights (`fp32`, `bf16`, `fp16`); what belongs to the encoder stays float32.
+    `template`: a fairchem file of the same model, whose constant tables, heads and configuration the export
+    takes over (default: the one that training began from). Raises ValueError for an unknown layout and a
+    template that does not fit.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"unknown layout {layout!r}; choose one of {', '.join(LAYOUTS)}")
@@ -57,10 +59,11 @@ def export(
 
 
 def save_tokenizer(tokenizer: Any, out: Path) -> None:
-    """Into the model's folder; into its subfolder `tokenizer` where transformers would read it there as another one.
+    """Into the model's folder; into its subfolder `tokenizer` where
+    transformers would read it there as another one.
 
-    Beside a config.json of Qwen2 transformers makes every tokenizer a Qwen2Tokenizer, with Qwen's own way of cutting text:
-    right for one that was Qwen's, silently wrong for one that was not.
+    Beside a config.json of Qwen2 transformers makes every tokenizer a Qwen2Tokenizer, with Qwen's own way of
+    cutting text: right for one that was Qwen's, silently wrong for one that was not.
     """
     from transformers import AutoTokenizer
 
@@ -111,7 +114,8 @@ def text_tower(model: CatalyticMLLM) -> Any:
 def export_encoder(encoder: EquiformerV2, out: Path, template: str | Path | None) -> Path:
     """Write an encoder as fairchem 1.x's checkpoint file.
 
-    fairchem keeps constant tables with the weights and misses them on a strict load: they come from `template`.
+    fairchem keeps constant tables with the weights and misses them on a strict load:
+    they come from `template`.
     """
     weights = {k: v.detach().clone() for k, v in encoder.state_dict().items()}
     saved: dict[str, Any] = {"state_dict": {f"module.{k}": v for k, v in weights.items()}}
@@ -123,7 +127,8 @@ def export_encoder(encoder: EquiformerV2, out: Path, template: str | Path | None
         wrong = [k for k, n in names.items() if n in weights and old[k].shape != weights[n].shape]
         if missing or wrong:
             raise ValueError(
-                f"{template}: not a file of this encoder; it lacks {sorted(missing)[:3]}, other shapes: {wrong[:3]}"
+                f"{template}: not a file of this encoder; it lacks {sorted(missing)[:3]}, other shapes: "
+                f"{wrong[:3]}"
             )
         rest = (
             {k: v for k, v in loaded.items() if k not in (*RESTARTS, "state_dict")}

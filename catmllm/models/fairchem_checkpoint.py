@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 _WRAPPERS = re.compile(r"^(module\.)*(backbone\.|output_heads\.\w+\.(?=(energy|force)_block\.))?")
 _CONSTANTS = re.compile(
-    r"(^|\.)((SO3_grid|SO3_rotation|mappingReduced)\.|(expand_index|balance_degree_weight|distance_expansion\.offset)$)"
+    r"(^|\.)((SO3_grid|SO3_rotation|mappingReduced)\.|"
+    r"(expand_index|balance_degree_weight|distance_expansion\.offset)$)"
 )
 _HEADS = ("energy_block", "force_block")
 

@@ -1,7 +1,7 @@
 """Low-rank adapters on the LLM through peft: put in, switched off, and merged into plain weights.
 
-An adapted linear computes W x + (alpha / r) B A x; W is frozen. Exports hold W + (alpha / r) B A under W's own name, so
-that nothing that reads an export knows of adapters.
+An adapted linear computes W x + (alpha / r) B A x; W is frozen. Exports hold W + (alpha / r) B A under W's
+own name, so that nothing that reads an export knows of adapters.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ NAME = "default"
 
 
 def add_lora(model: CatalyticMLLM, config: LoRAConfig, seed: int) -> None:
-    """Put adapters on the seven linears of every LLM block, in place. B starts at zero: the model computes what it did.
+    """Put adapters on the seven linears of every LLM block, in place. B starts at zero:
+    the model computes what it did.
 
     Raises ModuleNotFoundError where peft is missing.
     """
@@ -59,7 +60,8 @@ def without_lora(model: nn.Module) -> Iterator[None]:
 
 
 def effective_weight(linear: Any) -> torch.Tensor:
-    """The weight [out, in] that a linear applies, its adapter included; whole parameters only, no gradient."""
+    """The weight [out, in] that a linear applies, its adapter included; whole parameters only,
+    no gradient."""
     weight = linear.weight.detach()
     if not hasattr(linear, "lora_A"):
         return weight

@@ -1,4 +1,5 @@
-"""Qwen2.5-VL by a configuration: random and small, pretrained with our tokens added, or an outline of published sizes."""
+"""Qwen2.5-VL by a configuration: random and small, pretrained with our tokens added,
+or an outline of published sizes."""
 
 from __future__ import annotations
 
@@ -72,17 +73,17 @@ def random_llm(config: LLMConfig, tokenizer: PreTrainedTokenizerBase) -> Any:
 
 
 def outline_llm(config: LLMConfig, tokenizer: PreTrainedTokenizerBase, images: bool) -> Any:
-    """The shapes of `config.pretrained`, its head untied: of a local folder's config.json, or by the size in a published
-    name. To be made where tensors have no storage.
+    """The shapes of `config.pretrained`, its head untied: of a local folder's config.json, or by the size in
+    a published name. To be made where tensors have no storage.
 
-    Without `images` the image tower is as small as it can be: a run leaves the real one on the CPU. Raises ConfigError
-    for a name of unknown size.
+    Without `images` the image tower is as small as it can be: a run leaves the real one on the CPU.
+    Raises ConfigError for a name of unknown size.
     """
     text, vision = _published(str(config.pretrained))
     if not images:
         vision = NO_VISION | {"out_hidden_size": text["hidden_size"]}
-    # flash-attn may be missing where shapes are all that is asked for; torch's fused attention keeps the same: the
-    # output and a row of sums.
+    # flash-attn may be missing where shapes are all that is asked for;
+    # torch's fused attention keeps the same: the output and a row of sums.
     attention = "sdpa" if config.attention == "flash_attention_2" else config.attention
     llm = _made(text, vision, tokenizer, attention)
     llm.model.visual.to(torch.bfloat16)  # as published
@@ -129,6 +130,8 @@ def _made(
 
 
 def pretrained_llm(config: LLMConfig, decimals: int) -> tuple[Any, PreTrainedTokenizerBase]:
+    """The LLM of `config.pretrained` with its own tokenizer, extended by our markers and the tokens of
+    CIFs."""
     from transformers import (
         AutoConfig,
         AutoTokenizer,
@@ -136,7 +139,6 @@ def pretrained_llm(config: LLMConfig, decimals: int) -> tuple[Any, PreTrainedTok
         Qwen2_5_VLForConditionalGeneration,
     )
 
-    """The LLM of `config.pretrained` with its own tokenizer, extended by our markers and the tokens of CIFs."""
     name = str(config.pretrained)
     kind = AutoConfig.from_pretrained(name).model_type
     if kind != Qwen2_5_VLConfig.model_type:

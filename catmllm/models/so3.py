@@ -1,9 +1,9 @@
 """Constant tables of the rotation group: real spherical harmonics, Wigner matrices and sphere grids.
 
-The conventions are e3nn's, which fairchem's checkpoints rely on: real harmonics with **y** as the polar axis, rows
-of a degree l ordered m = -l … l, so that degree 1 is the vector (x, y, z) itself and D¹(R) = R. "l-primary" rows run
-over l, then m; an edge's rows are "m-primary", in the order of `catmllm_kernels.escn.layout`. Everything is computed in
-float64 with NumPy; no e3nn at run time.
+The conventions are e3nn's, which fairchem's checkpoints rely on: real harmonics with **y** as the polar axis,
+rows of a degree l ordered m = -l … l, so that degree 1 is the vector (x, y, z) itself and D¹(R) = R.
+"l-primary" rows run over l, then m; an edge's rows are "m-primary", in the order of
+`catmllm_kernels.escn.layout`. Everything is computed in float64 with NumPy; no e3nn at run time.
 """
 
 import math
@@ -51,8 +51,9 @@ def real_spherical_harmonics(lmax: int, directions: np.ndarray) -> np.ndarray:
 def axis_swap(lmax: int) -> np.ndarray:
     """J [(lmax+1)², (lmax+1)²]: the half turn about x + y, which exchanges the x and y axes; J² = 1.
 
-    It turns a rotation about y, which is sparse in this basis, into one about x: D(R_x(β)) = J·X(β)·J. From its
-    definition Y(Pv) = J·Y(v) and the orthonormality of Y, by a quadrature that is exact for these degrees.
+    It turns a rotation about y, which is sparse in this basis, into one about x: D(R_x(β)) = J·X(β)·J. From
+    its definition Y(Pv) = J·Y(v) and the orthonormality of Y, by a quadrature that is exact for these
+    degrees.
     """
     nodes, weights = np.polynomial.legendre.leggauss(lmax + 1)
     azimuth = 2 * np.pi * np.arange(2 * lmax + 1) / (2 * lmax + 1)
@@ -67,7 +68,8 @@ def axis_swap(lmax: int) -> np.ndarray:
 
 
 def packed_entries(lmax: int, mmax: int) -> np.ndarray:
-    """l, m and column of every entry of an edge's packed matrices, int64 [3, P], in the order that the kernels read."""
+    """l, m and column of every entry of an edge's packed matrices, int64 [3, P],
+    in the order that the kernels read."""
     return np.array(layout.packed_entries(lmax, mmax)).T
 
 
@@ -75,8 +77,8 @@ def packed_entries(lmax: int, mmax: int) -> np.ndarray:
 def wigner_table(lmax: int, mmax: int) -> np.ndarray:
     """The packed entries of D(R_x(β)·R_y(γ)) = J·X(β)·J·X(γ) as a table [(2·lmax+1)², P].
 
-    They are bilinear in (1, cos β … cos lmax·β, sin β … sin lmax·β) and the same of γ; the table's first axis runs over those
-    products, γ fastest.
+    They are bilinear in (1, cos β … cos lmax·β, sin β … sin lmax·β) and the same of γ;
+    the table's first axis runs over those products, γ fastest.
     """
     l, m = degrees_and_orders(lmax)
     J, mirror = axis_swap(lmax), l * l + l - m
@@ -121,7 +123,8 @@ def sphere_grid(lmax: int, mmax: int, resolution: int | None) -> tuple[np.ndarra
 def edge_sphere(lmax: int, mmax: int, resolution: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """`sphere_grid` of an edge's rows in two factors: a harmonic is latitude(l, |m|) · longitude(m).
 
-    To and from the latitudes, both [latitudes, H] by m-primary rows m >= 0, and [longitudes, 2·mmax+1] by 1, cos φ, sin φ, cos 2φ, ….
+    To and from the latitudes, both [latitudes, H] by m-primary rows m >= 0,
+    and [longitudes, 2·mmax+1] by 1, cos φ, sin φ, cos 2φ, ….
     """
     to_grid, from_grid = sphere_grid(lmax, mmax, resolution)
     n_lat = resolution or 2 * (lmax + 1)
@@ -148,8 +151,8 @@ def harmonics(cosine: Tensor, sine: Tensor, n: int) -> Tensor:
 class SphereTables(nn.Module):
     """The tables above as non-persistent float64 buffers that stay exact.
 
-    `.half()`, `.to(device)` and `to_empty` of the model move them but never round or lose them: they are filled
-    again from NumPy. What runs in a lower precision is cast once per forward pass.
+    `.half()`, `.to(device)` and `to_empty` of the model move them but never round or lose them: they are
+    filled again from NumPy. What runs in a lower precision is cast once per forward pass.
     """
 
     degree: Tensor  # [S] l of every l-primary row
@@ -200,12 +203,12 @@ class SphereTables(nn.Module):
     def rotation(self, edge_vec: Tensor, edge_rot_mat: Tensor | None = None) -> Tensor:
         """Packed Wigner matrices [E, P] float64 that turn every edge onto +y.
 
-        Float64 whatever `edge_vec` is: in float32 they err by 6e-7 at l = 6, and a layer's gradients by 2.9e-6 for it; calculated once a
-        forward pass, they cost nothing that could be measured.
+        Float64 whatever `edge_vec` is: in float32 they err by 6e-7 at l = 6, and a layer's gradients by
+        2.9e-6 for it; calculated once a forward pass, they cost nothing that could be measured.
 
-        `edge_vec` [E, 3] needs no length. The remaining angle about the edge is free; it is 0 here, so that equal
-        edges have equal frames, unless `edge_rot_mat` [E, 3, 3] fixes the whole frame (its second row is then the
-        edge). Detached, as fairchem's are. An edge of length 0 gets the identity's frame.
+        `edge_vec` [E, 3] needs no length. The remaining angle about the edge is free; it is 0 here, so that
+        equal edges have equal frames, unless `edge_rot_mat` [E, 3, 3] fixes the whole frame (its second row
+        is then the edge). Detached, as fairchem's are. An edge of length 0 gets the identity's frame.
         """
         if edge_rot_mat is not None:
             edge_rot_mat = edge_rot_mat.double()

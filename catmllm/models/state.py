@@ -27,9 +27,11 @@ def save_model(
     config: Config,
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    """An export that `load_model` reads: model.safetensors, catmllm.json, tokenizer, and Qwen's own config in llm/.
+    """An export that `load_model` reads: model.safetensors, catmllm.json, tokenizer,
+    and Qwen's own config in llm/.
 
-    `state` is the whole state dict of `model`, gathered from its shards; the weights file appears last, at once.
+    `state` is the whole state dict of `model`, gathered from its shards; the weights file appears last,
+    at once.
     """
     from safetensors.torch import save_file
 
@@ -43,7 +45,8 @@ def save_model(
 
 
 def load_model(folder: str | Path, attention: str | None = None) -> tuple[CatalyticMLLM, Collator, Config]:
-    """Read an export: the model in float32, what makes its batches, and the configuration it was trained with.
+    """Read an export: the model in float32, what makes its batches,
+    and the configuration it was trained with.
 
     `attention`: how this one computes it (`model.llm.attention`); None: as when it was trained.
     """
@@ -72,7 +75,8 @@ def load_model(folder: str | Path, attention: str | None = None) -> tuple[Cataly
 
 
 def _parted_head(weight: torch.Tensor, bias: torch.Tensor, features: int) -> dict[str, torch.Tensor]:
-    """The energy head of an export from before it read graph tokens: the one read-out serves with and without them."""
+    """The energy head of an export from before it read graph tokens:
+    the one read-out serves with and without them."""
     head = EnergyHead(weight.shape[1], features)
     with torch.no_grad():
         for part in (head.text, head.correction):

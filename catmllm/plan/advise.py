@@ -24,8 +24,8 @@ def with_micro_batch(config: Config, stage: str, size: int) -> Config:
 def largest_micro_batch(
     plan: Plan, of: Callable[[int], Plan], limit: float, highest: int = 4096
 ) -> tuple[int, float]:
-    """(micro-batch, its peak): the largest that fits, from a plan and a function that plans another size; (0, peak of 1)
-    if none does. Memory is close to a straight line in it, so a few plans do."""
+    """(micro-batch, its peak): the largest that fits, from a plan and a function that plans another size; (0,
+    peak of 1) if none does. Memory is close to a straight line in it, so a few plans do."""
     known = {plan.micro_batch: plan.peak}
     while len(known) < 7:
         good = max((b for b, p in known.items() if p <= limit), default=0)
@@ -67,7 +67,8 @@ def _turned_on(config: Config, stage: str, key: str, value: Any) -> Config | Non
 
 @dataclass
 class Advice:
-    """What `advise` found: the plan, the largest micro-batch that fits with it, and what to turn on where none does."""
+    """What `advise` found: the plan, the largest micro-batch that fits with it,
+    and what to turn on where none does."""
 
     plan: Plan
     largest: int = 0
@@ -85,8 +86,8 @@ def advise(
     say: Callable[[str], None] = lambda text: None,
     **options: Any,
 ) -> Advice:
-    """Plan a stage; with `search` also find the largest micro-batch that fits in `limit` GiB, turning on what saves
-    memory, one switch after the other, only where not even one sample fits. `options` go to `trace`."""
+    """Plan a stage; with `search` also find the largest micro-batch that fits in `limit` GiB, turning on what
+    saves memory, one switch after the other, only where not even one sample fits. `options` go to `trace`."""
 
     def plan(c: Config) -> Plan:
         say(f"{stage}: tracing {micro_batch_of(c, stage)} a pass")

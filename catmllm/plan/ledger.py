@@ -204,7 +204,8 @@ class Ledger(TorchDispatchMode):
             # What is made of torch's operators on the way counts too;
             # a kernel keeps it in registers or its own scratch.
             self._inside = True
-            # (Of the log-probability the chunks, which are torch's products: its definition holds all logits.)
+            # (Of the log-probability the chunks, which are torch's
+            # products: its definition holds all logits.)
             role, way = ("logits", "cpu") if "linear_logprob" in func.name() else (self.role, "reference")
             with self, backend_forced(way), self.making(role):
                 out = OPDEFS[func._name.partition(".")[0]]._init_fn(*args, **kwargs)

@@ -1,4 +1,5 @@
-"""Systems and a tokenizer for plans where neither data nor a model's files are there: their shapes are as real ones'."""
+"""Systems and a tokenizer for plans where neither data nor a model's files are there:
+their shapes are as real ones'."""
 
 from __future__ import annotations
 
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
 
 
 def planned_systems(config: Config, atoms: int) -> dict[str, Sequence[System]]:
-    """The systems that a run would open; made-up ones of `atoms` atoms where `data.path` is not there yet, or where the
-    shipped ones would not be what a pretrained LLM is trained on."""
+    """The systems that a run would open; made-up ones of `atoms` atoms where `data.path` is not there yet, or
+    where the shipped ones would not be what a pretrained LLM is trained on."""
     path, pretrained = config.data.path, config.model.llm.pretrained is not None
     if Path(path).exists() if path is not None else not pretrained:
         return open_data(config.data)
@@ -29,7 +30,8 @@ def planned_systems(config: Config, atoms: int) -> dict[str, Sequence[System]]:
 
 
 def synthetic_systems(atoms: int, count: int = 512) -> list[System]:
-    """CO on fcc slabs of Pt and Ni with `atoms` atoms each (OC20's mean is 78): shapes for plans, not chemistry."""
+    """CO on fcc slabs of Pt and Ni with `atoms` atoms each (OC20's mean is 78): shapes for plans,
+    not chemistry."""
     rng = np.random.default_rng(0)
     slab = atoms - 2
     side = max(1, round((slab / 4) ** 0.5))
@@ -53,7 +55,8 @@ def synthetic_systems(atoms: int, count: int = 512) -> list[System]:
 
 
 def qwen_like_tokenizer(systems: Sequence[System], decimals: int) -> PreTrainedTokenizerBase:
-    """One that cuts CIFs as the extended Qwen tokenizer does: a token for the decimals of a number, fixed lines whole."""
+    """One that cuts CIFs as the extended Qwen tokenizer does: a token for the decimals of a number,
+    fixed lines whole."""
     texts = (
         sample.prompt + sample.answer
         for s in systems[:40]

@@ -1,7 +1,9 @@
-"""What a configuration needs, before any GPU is asked for it: memory of a rank, FLOPs, bytes sent, and what would fit.
+"""What a configuration needs, before any GPU is asked for it: memory of a rank, FLOPs, bytes sent,
+and what would fit.
 
-`trace` runs one training step of a stage by the trainer's own code on fake tensors, as rank 0 of a fake process group
-(see `ledger`). Sampling is not traced but added up: its weights, caches and logits have sizes that are plain products.
+`trace` runs one training step of a stage by the trainer's own code on fake tensors, as rank 0 of a fake
+process group (see `ledger`). Sampling is not traced but added up: its weights, caches and logits have sizes
+that are plain products.
 """
 
 from __future__ import annotations
@@ -37,14 +39,15 @@ from catmllm.world import DTYPES, World
 
 GIB = 2**30
 SAMPLING = ("grpo", "ga_grpo")  # stages that sample answers
-# A100-SXM4-80GB, by its data sheet: FLOP/s of tensor cores in half precision and of float32, bytes/s of HBM, bytes/s that
-# NVLink 3 carries in one direction.
+# A100-SXM4-80GB, by its data sheet: FLOP/s of tensor cores in half precision and of float32, bytes/s of HBM,
+# bytes/s that NVLink 3 carries in one direction.
 HALF_FLOPS, WIDE_FLOPS, HBM, NVLINK = 312e12, 19.5e12, 2.0e12, 300e9
 
 
 @dataclass
 class Plan:
-    """One stage of one configuration on `ranks` ranks. Memory in GiB a rank, the rest of one optimizer step and rank."""
+    """One stage of one configuration on `ranks` ranks. Memory in GiB a rank,
+    the rest of one optimizer step and rank."""
 
     stage: str
     ranks: int
@@ -77,10 +80,10 @@ def trace(
 ) -> Plan:
     """The plan of one stage. `cuda`: with the workspaces that the ops take on a GPU; False: those on a CPU.
 
-    `data`: systems by split; None: those that `data.path` names where they exist, or synthetic ones of `atoms` atoms
-    where the LLM is a pretrained one, or the shipped ones. The step planned is that of the first `steps` which has most
-    tokens. Leaves no process group behind; raises RuntimeError inside
-    of one, ConfigError for a pretrained LLM whose sizes are unknown.
+    `data`: systems by split; None: those that `data.path` names where they exist, or synthetic ones of
+    `atoms` atoms where the LLM is a pretrained one, or the shipped ones. The step planned is that of the
+    first `steps` which has most tokens. Leaves no process group behind; raises RuntimeError inside of one,
+    ConfigError for a pretrained LLM whose sizes are unknown.
     """
     if dist.is_initialized():
         raise RuntimeError("a plan makes a process group of its own; this process has one already")
@@ -171,7 +174,8 @@ def _plan(
 
 
 def _model(config: Config, systems: Sequence[System]) -> tuple[CatalyticMLLM, Collator]:
-    """The model by its configuration, without any file: a pretrained LLM by its published sizes, its head untied."""
+    """The model by its configuration, without any file: a pretrained LLM by its published sizes,
+    its head untied."""
     if config.model.llm.pretrained is not None:
         return outline_model(config, qwen_like_tokenizer(systems, config.data.decimals))
     encoder = replace(config.model.encoder, checkpoint=None)
@@ -246,7 +250,8 @@ def _step(stage: Stage, context: Context, step: int) -> Step:
 
 
 def sampling_bytes(stage: Stage, context: Context) -> dict[str, int]:
-    """What a rank holds while it samples, beside its shards: weights gathered and laid out for decoding, KV caches."""
+    """What a rank holds while it samples, beside its shards: weights gathered and laid out for decoding,
+    KV caches."""
     config, model, collate = context.config, context.model, context.collate
     o: Any = stage.config
     prompt_tokens = max(

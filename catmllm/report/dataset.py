@@ -180,7 +180,10 @@ def _page(
 
     def picture(data: bytes, words: str) -> str:
         source = base64.b64encode(data).decode()
-        return f'<figure><img style="max-width:100%" width="640" alt="{words}" src="data:image/png;base64,{source}"></figure>'
+        return (
+            f'<figure><img style="max-width:100%" width="640" alt="{words}" '
+            f'src="data:image/png;base64,{source}"></figure>'
+        )
 
     body = [
         f"<h1>{html.text(title)}</h1>",

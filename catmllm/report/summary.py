@@ -260,8 +260,8 @@ def property_table(metrics: Metrics) -> Table | None:
     notes = [
         f"Mean absolute error in eV / R² (1 is perfect, 0 is no better than the mean) on n = {n} test "
         "systems whose pair of bulk metal and facet does not occur in training. No outlier is dropped.",
-        "Baselines: the mean training energy of the adsorbate, a ridge regression on the words of the text, and "
-        "a kernel ridge regression on descriptors of the surface around the adsorbate.",
+        "Baselines: the mean training energy of the adsorbate, a ridge regression on the words of the "
+        "text, and a kernel ridge regression on descriptors of the surface around the adsorbate.",
         "Encoder: the head on its features, without the LLM. At start: text and graph of "
         "structures as their relaxation began.",
         "Written answer: the energy read from the text that the model writes; the other columns are its "
@@ -383,7 +383,10 @@ def time_table(metrics: Metrics) -> Table | None:
     rows.append(["all", f"{sum(seconds.get(s, 0.0) for s in staged) / 60:.1f}", ""])
     rows[-1][2] = f"{sum(seconds.values()) / 60 - sum(seconds.get(s, 0.0) for s in staged) / 60:.1f}"
     machine = metrics.get("machine", {})
-    title = f"Minutes on {machine.get('cores', '?')} cores ({machine.get('processor') or 'processor not recorded'})"
+    title = (
+        f"Minutes on {machine.get('cores', '?')} cores "
+        f"({machine.get('processor') or 'processor not recorded'})"
+    )
     return Table(title, ["", "training", "evaluation"], rows, [])
 
 

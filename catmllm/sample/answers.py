@@ -18,9 +18,9 @@ class Rollout:
     """One sampled answer.
 
     `prompt` indexes the prompts given; ids [T] are the sampled tokens, the end token included where it came;
-    logprob [T] float32 are their log-probabilities under logits / T, before the top-p cut, the ban on markers and the
-    grammar; hidden [T, H] the final hidden states that they were sampled from (None unless asked for); `finished` says
-    whether the end token or a stop string came.
+    logprob [T] float32 are their log-probabilities under logits / T, before the top-p cut, the ban on markers
+    and the grammar; hidden [T, H] the final hidden states that they were sampled from (None unless asked
+    for); `finished` says whether the end token or a stop string came.
     """
 
     prompt: int
@@ -98,7 +98,8 @@ def ended(
     hidden: torch.Tensor | None,
     stop: Sequence[str],
 ) -> Rollout:
-    """The answer of tokens ids [T] to the prompt of that number; its text ends before the first of the `stop` strings."""
+    """The answer of tokens ids [T] to the prompt of that number;
+    its text ends before the first of the `stop` strings."""
     text = decode(collate.tokenizer, ids.tolist())
     stopped = [at for s in stop if (at := text.find(s)) >= 0]
     finished = bool(stopped) or bool(ids[-1] == collate.end_id)

@@ -1,7 +1,7 @@
 """Sampling CIFs: a lean KV-cache loop over the weights of Qwen's text tower.
 
-Per token only what decoding needs is computed: no position bookkeeping, no copies of a prompt's keys and values (see
-`rows`), few products (see `tower`). A test holds the loop equal to transformers' own forward.
+Per token only what decoding needs is computed: no position bookkeeping, no copies of a prompt's keys and
+values (see `rows`), few products (see `tower`). A test holds the loop equal to transformers' own forward.
 """
 
 from __future__ import annotations
@@ -48,12 +48,13 @@ class RolloutEngine:
         patterns: Sequence[Pattern] | None = None,
         on_answer: Callable[[int, Rollout], None] | None = None,
     ) -> list[Rollout]:
-        """`group_size` answers to each prompt, in order; a graph marker takes the vectors of its sample's structure.
+        """`group_size` answers to each prompt, in order;
+        a graph marker takes the vectors of its sample's structure.
 
-        Every draw is a function of `seed`, the answer's number and the token's, so that equal arguments give equal
-        answers whatever else is decoded with them. `on_answer(i, rollout)` is called as soon as answer i has ended, while
-        the others go on. With `patterns`, one a prompt, only tokens are drawn by which the answer can still fit its
-        pattern.
+        Every draw is a function of `seed`, the answer's number and the token's, so that equal arguments give
+        equal answers whatever else is decoded with them. `on_answer(i, rollout)` is called as soon as answer
+        i has ended, while the others go on. With `patterns`, one a prompt, only tokens are drawn by which the
+        answer can still fit its pattern.
         """
         prompts = [self.collate.prompt_ids(s) for s in samples]
         rows = Rows(self.tower, max(map(len, prompts), default=0))
@@ -109,8 +110,9 @@ class RolloutEngine:
     def _embed(
         self, prompts: list[list[int]], samples: Sequence[Sample]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Right-padded prompt embeddings [B, T, H] with structures and pictures in place, the prompts' lengths [B], and
-        their positions [3, B, T] if there are pictures. Padding holds what follows: nobody looks there."""
+        """Right-padded prompt embeddings [B, T, H] with structures and pictures in place, the prompts'
+        lengths [B], and their positions [3, B, T] if there are pictures. Padding holds what follows: nobody
+        looks there."""
         batch = self.collate.join([Encoded(p, [], None, s.graph) for p, s in zip(prompts, samples)])
         batch = batch.to(self.tower.embedding.device)
         x = self.model.insert(

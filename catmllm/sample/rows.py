@@ -1,7 +1,7 @@
 """The answers being decoded: a row each, with its keys and values, in groups that share a prompt's.
 
-Each prompt is read once for all its samples and its keys and values are never copied: the samples of a group attend to
-them in one matrix product. Rows that have ended leave, and waiting prompts enter in their place.
+Each prompt is read once for all its samples and its keys and values are never copied: the samples of a group
+attend to them in one matrix product. Rows that have ended leave, and waiting prompts enter in their place.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ CACHE_STEP = 64  # slots by which the caches of sampled tokens grow
 class Rows:
     """The rows being decoded, and the groups of rows that share a prompt.
 
-    Rows of a group are adjacent. Per layer, `prompt` holds keys and values [G, kv, P, dim] a group and `own` those
-    [R, kv, slots, dim] of sampled tokens a row; `bias` [R, P + slots] is 0 where a row may look and -inf elsewhere.
+    Rows of a group are adjacent. Per layer, `prompt` holds keys and values [G, kv, P, dim] a group and `own`
+    those [R, kv, slots, dim] of sampled tokens a row; `bias` [R, P + slots] is 0 where a row may look and
+    -inf elsewhere.
     """
 
     def __init__(self, tower: Tower, prompt_slots: int) -> None:
@@ -41,8 +42,8 @@ class Rows:
         mrope: torch.Tensor | None,
         group_size: int,
     ) -> None:
-        """Read prompts x [B, T, H] of these lengths [B], with positions mrope [3, B, T] where some show pictures; their
-        rows get the ids first, first + 1, …"""
+        """Read prompts x [B, T, H] of these lengths [B], with positions mrope [3, B, T] where some show
+        pictures; their rows get the ids first, first + 1, …"""
         b, t, _ = x.shape
         device, slots = x.device, self.own[0][0].shape[2]
         hidden, cache = self.tower.prefill(x, mrope)
@@ -73,7 +74,8 @@ class Rows:
         self._seats()
 
     def leave(self) -> torch.Tensor:
-        """Drop the rows that have ended, and the prompts that no row needs any more; the places [R] that stay."""
+        """Drop the rows that have ended, and the prompts that no row needs any more;
+        the places [R] that stay."""
         keep = (~self.ended).nonzero()[:, 0]
         self.row, self.steps, self.begin = self.row[keep], self.steps[keep], self.begin[keep]
         self.hidden, self.ended, self.bias = self.hidden[keep], self.ended[keep], self.bias[keep]
@@ -127,7 +129,8 @@ class Rows:
         values: torch.Tensor,
         bias: torch.Tensor,
     ) -> torch.Tensor:
-        """Grouped-query attention of q [R, heads, dim] to the prompt of its group and to the row's own tokens.
+        """Grouped-query attention of q [R, heads, dim] to the prompt
+        of its group and to the row's own tokens.
 
         The query heads that share a key head, and the rows that share a prompt, become rows of one product.
         """

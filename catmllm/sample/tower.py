@@ -1,7 +1,8 @@
-"""The text tower's weights laid out for decoding: one product for q, k and v, one for the two halves of the MLP.
+"""The text tower's weights laid out for decoding: one product for q, k and v,
+one for the two halves of the MLP.
 
-Of text Qwen2.5-VL's three rotary sections coincide, so plain rotary embedding is exact; only a prompt with a picture has
-three positions a token.
+Of text Qwen2.5-VL's three rotary sections coincide, so plain rotary embedding is exact;
+only a prompt with a picture has three positions a token.
 """
 
 from __future__ import annotations
@@ -67,7 +68,8 @@ class Tower:
         ]
 
     def rotary(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin [..., dim] of positions [..., 1], or [..., dim/2] where frequencies have positions of their own."""
+        """cos and sin [..., dim] of positions [..., 1],
+        or [..., dim/2] where frequencies have positions of their own."""
         angle = positions.float() * self.inv_freq
         angle = torch.cat([angle, angle], -1)
         return angle.cos().to(self.dtype), angle.sin().to(self.dtype)
@@ -101,8 +103,8 @@ class Tower:
     def prefill(
         self, x: torch.Tensor, mrope: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
-        """Right-padded prompts x [B, T, H], positions mrope [3, B, T] where some show pictures: final hidden states
-        [B, T, H], keys and values [B, kv, T, dim] a layer."""
+        """Right-padded prompts x [B, T, H], positions mrope [3, B, T] where some show pictures: final hidden
+        states [B, T, H], keys and values [B, kv, T, dim] a layer."""
         b, t, width = x.shape
         text = torch.arange(t, device=x.device)[:, None]
         cos, sin = self.rotary(text if mrope is None else mrope.movedim(0, -1)[..., self.axis])

@@ -51,7 +51,8 @@ class Model:
         self.version = request["version"]
 
     def generate(self, request: dict[str, Any], blocks: list[bytes]) -> list[dict[str, Any]]:
-        """Tokens and log-probabilities of an answer to each prompt, which is token ids or a block of embeddings."""
+        """Tokens and log-probabilities of an answer to each prompt,
+        which is token ids or a block of embeddings."""
         import torch
         from vllm import SamplingParams
 

@@ -1,4 +1,5 @@
-"""Stage 1a, graph-text alignment (paper §7.2): projector, and encoder if asked, learn the frozen LLM's view of the text."""
+"""Stage 1a, graph-text alignment (paper §7.2): projector, and encoder if asked,
+learn the frozen LLM's view of the text."""
 
 from __future__ import annotations
 
@@ -55,7 +56,8 @@ class Align(FromLoader):
         return loss
 
     def validate(self) -> dict[str, float]:
-        """The same loss on validation systems, in batches of all ranks as in training; "val" is what is minimised."""
+        """The same loss on validation systems, in batches of all ranks as in training;
+        "val" is what is minimised."""
         world = self.context.world
         systems = validation_systems(self.context, self.config)
         size = min(self.config.batch_size, len(systems) // world.size)

@@ -1,8 +1,9 @@
 """Stage 0: the encoder and the graph part of the energy head learn energies; the LLM does not run.
 
-The paper starts from an encoder that was trained on OC20's energies. Where no such checkpoint is given, this stage takes
-its place. Some of the structures stand between the start of their relaxation and its end: a design shows the predictor
-nothing else. What it leaves is a predictor by itself, "encoder only" in every report.
+The paper starts from an encoder that was trained on OC20's energies. Where no such checkpoint is given, this
+stage takes its place. Some of the structures stand between the start of their relaxation and its end: a
+design shows the predictor nothing else. What it leaves is a predictor by itself, "encoder only" in every
+report.
 """
 
 from __future__ import annotations
@@ -73,7 +74,8 @@ class Encoder(FromLoader):
         return (energy - (batch.energy - model.energy_mean) / model.energy_std).abs()
 
     def validate(self) -> dict[str, float]:
-        """MAE (eV) on validation systems, from relaxed structures and from starts; their mean is what is minimised."""
+        """MAE (eV) on validation systems, from relaxed structures and from starts;
+        their mean is what is minimised."""
         o, std = self.config, float(self.context.model.energy_std)
         systems = validation_systems(self.context, o)
 

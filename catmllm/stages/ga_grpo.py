@@ -1,8 +1,9 @@
-"""Stage 3, GA-GRPO (paper §5.2.3, Algorithm 3): the closed loop of design and refinement trains the AR head alone.
+"""Stage 3, GA-GRPO (paper §5.2.3, Algorithm 3): the closed loop
+of design and refinement trains the AR head alone.
 
-Encoder, projector, backbone and energy head are frozen, so the hidden states kept from decoding serve the policy and
-the reference alike: they differ in the last matrix, and an update never touches the backbone. `batch_size` tasks run
-at a time on each rank; one optimizer step is one iteration of all of them.
+Encoder, projector, backbone and energy head are frozen, so the hidden states kept from decoding serve the
+policy and the reference alike: they differ in the last matrix, and an update never touches the backbone.
+`batch_size` tasks run at a time on each rank; one optimizer step is one iteration of all of them.
 """
 
 from __future__ import annotations
@@ -85,7 +86,8 @@ class GAGRPO(Plain):
         return work
 
     def _tasks(self, wave: int) -> list[Task]:
-        """This rank's tasks of a wave: identity and energy of training systems, none twice before all were used."""
+        """This rank's tasks of a wave: identity and energy of training systems,
+        none twice before all were used."""
         c, o = self.context, self.config
         order = Stream.GA_GRPO_TASKS.key(c.config.seed)
         picks = draw(len(self.systems), o.batch_size, order, wave, c.world.rank, c.world.size)
@@ -106,7 +108,9 @@ class GAGRPO(Plain):
             advantage = torch.tensor(advantages[rows], dtype=torch.float32, device=c.world.device)
             work.passes.append(
                 MicroBatch(
-                    lambda r=chosen, a=advantage, w=weight: self._loss(r, a, w, work.metrics),  # type: ignore[misc]
+                    lambda r=chosen, a=advantage, w=weight: self._loss(  # type: ignore[misc]
+                        r, a, w, work.metrics
+                    ),
                     sum(len(r.ids) for r in chosen),
                     len(chosen),
                 )

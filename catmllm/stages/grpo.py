@@ -1,8 +1,8 @@
 """Stage 2, GRPO on the PVCP reward (paper §6.4-6.6): the LLM learns to write CIFs that hold together.
 
 Each step samples K answers to every prompt, scores them, and takes the policy gradient of the group-relative
-advantages with a KL term to the stage's starting point. A tenth of each batch replays property samples, so that the
-energy head keeps up with the backbone that moves under it.
+advantages with a KL term to the stage's starting point. A tenth of each batch replays property samples, so
+that the energy head keeps up with the backbone that moves under it.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ class GRPO(Plain):
         self.systems = context.data["train"]
         o = self.config
         self.reward: Reward = load_reward(o.reward_function) if o.reward_function else o.reward.scorer().score
-        # The stage's starting point, without its weights until `begin`. With adapters it is the model without them.
+        # The stage's starting point, without its weights until `begin`.
+        # With adapters it is the model without them.
         self.reference = None if context.config.lora.r else frozen_outline(context.model)
         self.kin = relatives(self.systems)
         self.skipped = self.unrewarded = 0
@@ -172,8 +173,8 @@ class GRPO(Plain):
         kept = np.flatnonzero(informative)
         n = c.world.maximum(-(-len(kept) // o.micro_batch))
         shared = shares_prompts(c.model.text) and c.config.data.packed
-        # Ranks keep different numbers of answers and gradients are averaged over ranks: with the mean number in the
-        # denominator the step is that of all answers in one batch.
+        # Ranks keep different numbers of answers and gradients are averaged over ranks: with the mean number
+        # in the denominator the step is that of all answers in one batch.
         count = {"rows": float(len(kept)), "tokens": float(sum(len(rollouts[i].ids) for i in kept))}
         count = c.world.mean(count)
         whole = count["rows" if o.normalise == "sample" else "tokens"]
@@ -234,7 +235,8 @@ class GRPO(Plain):
         work.passes.append(MicroBatch(loss, batch.tokens, len(samples), batch))
 
     def _report(self, step: int, prompts: list[Sample], rollouts: list[Rollout], scored: Scored) -> None:
-        """Answers for people to read: one a step in samples.jsonl, every one without a reward in unrewarded.jsonl."""
+        """Answers for people to read: one a step in samples.jsonl,
+        every one without a reward in unrewarded.jsonl."""
         c = self.context
         row = {"step": step, "prompt": prompts[0].prompt, "answer": rollouts[0].text}
         if c.world.main:
@@ -263,8 +265,8 @@ class GRPO(Plain):
 
 
 def frozen_outline(model: CatalyticMLLM) -> CatalyticMLLM:
-    """A model of the same make whose parameters have no storage yet: a copy would be the whole model on every rank. It
-    has no image tower, since answers are asked for without pictures."""
+    """A model of the same make whose parameters have no storage yet: a copy would be the whole model on every
+    rank. It has no image tower, since answers are asked for without pictures."""
     memo: dict[int, Any] = {
         id(p): torch.nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
         for p in model.parameters()
@@ -278,8 +280,8 @@ def rollout_batch(
 ) -> Batch:
     """Prompts and the very tokens that were sampled, as a batch whose labels are those tokens.
 
-    rollouts[i] answers prompts[rollouts[i].prompt]. `shared`: the tokens of a prompt are there once for all its answers,
-    which costs a group of K a prompt instead of K (the same numbers, see docs/rl.md).
+    rollouts[i] answers prompts[rollouts[i].prompt]. `shared`: the tokens of a prompt are there once for all
+    its answers, which costs a group of K a prompt instead of K (the same numbers, see docs/rl.md).
     """
 
     def encoded(prompt: int, answer: list[int]) -> Encoded:

@@ -1,7 +1,7 @@
 """Stage 1c, instruction tuning (paper §7.4): the LLM alone, three tasks, modalities dropped at random.
 
-Property samples keep training the energy head (MAE beside their cross-entropy): with the backbone moving underneath,
-the head would drift otherwise.
+Property samples keep training the energy head (MAE beside their cross-entropy): with the backbone moving
+underneath, the head would drift otherwise.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Stage 1b, joint multimodal training (paper §7.3): everything trains, energy and answer joined by the MMTG loss."""
+"""Stage 1b, joint multimodal training (paper §7.3): everything trains,
+energy and answer joined by the MMTG loss."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ from catmllm.train.stage import Context, Step
 
 
 class Joint(FromLoader):
-    """Property samples under MMTG(|energy error|, cross-entropy); CIF and design samples under cross-entropy."""
+    """Property samples under MMTG(|energy error|, cross-entropy);
+    CIF and design samples under cross-entropy."""
 
     name = "joint"
     config: JointConfig

@@ -34,8 +34,8 @@ def relatives(systems: Sequence[System]) -> list[list[int]]:
 
 
 def standardise(context: Context) -> None:
-    """Take mean and deviation of the training energies as the scale of energies, where the model has none yet. One that
-    has been trained on energies keeps its own, or its predictions would jump."""
+    """Take mean and deviation of the training energies as the scale of energies, where the model has none
+    yet. One that has been trained on energies keeps its own, or its predictions would jump."""
     model = context.model
     energies = torch.tensor([s.known_energy for s in context.data["train"]])
     new = (model.energy_std == 1) & (model.energy_mean == 0)
@@ -59,8 +59,8 @@ def property_with_dropout(
     phrasings: str = "paper",
     frames: float = 0.0,
 ) -> Sample:
-    """A property sample, sometimes without its text or without its graph, never without both; a share `frames` of them
-    shows an unrelaxed structure, in graph and text alike."""
+    """A property sample, sometimes without its text or without its graph, never without both; a share
+    `frames` of them shows an unrelaxed structure, in graph and text alike."""
     system = some_frame(system, rng, frames)
     u = rng.random()
     mode: Literal["both", "graph", "text"] = (
@@ -75,8 +75,8 @@ def chosen(
 ) -> list[tuple[int, np.random.Generator]]:
     """This rank's systems at a step, each with its own generator.
 
-    A generator is a function of the key `samples`, step and place in the batch of all ranks: two ranks together draw what one with
-    twice the batch does.
+    A generator is a function of the key `samples`, step and place in the batch of all ranks: two ranks
+    together draw what one with twice the batch does.
     """
     indices = draw(n, batch, order, step, rank, world)
     return [(int(i), generator((*samples, step, rank * batch + k))) for k, i in enumerate(indices)]
@@ -93,8 +93,8 @@ def task_sample(
 ) -> Sample:
     """A design sample with the chance `design_share`, else a CIF sample.
 
-    Half of the design samples show an exemplar: a relative (same composition and adsorbate), else the own structure
-    with noise.
+    Half of the design samples show an exemplar: a relative (same composition and adsorbate),
+    else the own structure with noise.
     """
     if rng.random() >= design_share:
         return cif_sample(system, decimals, draw_words(rng, phrasings))
@@ -105,7 +105,8 @@ def task_sample(
 
 
 def is_property(position: int, share: float) -> bool:
-    """Whether the sample at this position of the sequence is a property sample: evenly spread, `share` of all."""
+    """Whether the sample at this position of the sequence is a property sample: evenly spread,
+    `share` of all."""
     return int((position + 1) * share + 1e-9) > int(position * share + 1e-9)
 
 
@@ -148,10 +149,11 @@ class FromLoader(Plain):
 
 @dataclass
 class Mixture:
-    """Position in the sequence of samples -> the sample: property samples evenly among CIF and design samples.
+    """Position in the sequence of samples -> the sample:
+    property samples evenly among CIF and design samples.
 
-    `property_of` makes a property sample, `design_share` is of the rest. A sample's random numbers are a function of
-    key and position, so that neither ranks nor passes nor workers change it.
+    `property_of` makes a property sample, `design_share` is of the rest. A sample's random numbers are a
+    function of key and position, so that neither ranks nor passes nor workers change it.
     """
 
     systems: Sequence[System]
@@ -186,16 +188,16 @@ def supervised_step(
 ) -> Step:
     """The passes of a step; `loss_of` (cross-entropy, |energy error|, labelled), all [S], gives [S].
 
-    The loss is the mean over the samples of all ranks and passes, so that how they are cut and packed changes nothing.
-    Logs both losses, the energy's in eV, and where there is any, the share of a pass that holds no token.
+    The loss is the mean over the samples of all ranks and passes, so that how they are cut and packed changes
+    nothing. Logs both losses, the energy's in eV, and where there is any, the share of a pass that holds no
+    token.
     """
     world, model = stage.context.world, stage.context.model
     batches = stage.batches(config.accumulate)
     total: float = sum(len(b) for b in batches)
     n_labelled: float = sum(int(b.labelled.sum()) for b in batches)
-    if (
-        config.batch_tokens is not None
-    ):  # packs differ in samples; ranks are averaged, so that this is their mean
+    # packs differ in samples; ranks are averaged, so that this is their mean
+    if config.batch_tokens is not None:
         counts = np.array(world.gather((total, n_labelled)))
         total, n_labelled = counts.mean(0).tolist()
     metrics = {"cross_entropy": 0.0, "energy_mae": 0.0 if n_labelled else float("nan")}
@@ -229,8 +231,8 @@ def validation_systems(context: Context, config: SupervisedConfig) -> list[Syste
 def over_ranks(
     context: Context, systems: list[System], batch_size: int, values: Callable[[list[System]], torch.Tensor]
 ) -> float:
-    """Mean of `values` of systems ([n] each), which the ranks share. All make equally many passes, since the sharded
-    model's are collective."""
+    """Mean of `values` of systems ([n] each), which the ranks share. All make equally many passes,
+    since the sharded model's are collective."""
     world = context.world
     size = min(batch_size, -(-len(systems) // world.size))
     sums = dict.fromkeys(("value", "n"), 0.0)
@@ -245,9 +247,11 @@ def over_ranks(
 
 
 def validation_error(context: Context, config: SupervisedConfig) -> dict[str, float]:
-    """Mean absolute error of the energy head (eV) and cross-entropy on validation systems, structure and text given.
+    """Mean absolute error of the energy head (eV) and cross-entropy on validation systems,
+    structure and text given.
 
-    Every rank makes equally many passes, since the sharded model's are collective. "val" is what is minimised.
+    Every rank makes equally many passes, since the sharded model's are collective.
+    "val" is what is minimised.
     """
     world, model = context.world, context.model
     systems = validation_systems(context, config)
@@ -266,8 +270,8 @@ def validation_error(context: Context, config: SupervisedConfig) -> dict[str, fl
 
 
 def sample_losses(model: CatalyticMLLM, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Per sample: cross-entropy of the answer (mean over its tokens), |error| of the standardised energy (0 where
-    there is no label), and whether there is one. All [S]."""
+    """Per sample: cross-entropy of the answer (mean over its tokens), |error| of the standardised energy (0
+    where there is no label), and whether there is one. All [S]."""
     out = model(CatalyticMLLM.answer, batch)
     count = torch.bincount(batch.answer_sample, minlength=len(batch)).clamp_min(1)
     ce = out.logprob.new_zeros(len(batch)).index_add(0, batch.answer_sample, -out.logprob) / count

@@ -1,9 +1,10 @@
-"""What the surface around an adsorbate looks like, as numbers for small regressors (kernel ridge, `evaluate/`).
+"""What the surface around an adsorbate looks like, as numbers for
+small regressors (kernel ridge, `evaluate/`).
 
-Per adsorbate atom: the slab atoms around it by radial shells, in distances scaled by the covalent radii, and in each
-shell the properties of their elements (electronegativity, radii, group, period). So an element that training lacks
-still has a place. Of the nearest slab atoms also what stands around them: their coordination and their neighbours'
-properties. The structure counts as it is given; nothing is relaxed here.
+Per adsorbate atom: the slab atoms around it by radial shells, in distances scaled by the covalent radii, and
+in each shell the properties of their elements (electronegativity, radii, group, period). So an element that
+training lacks still has a place. Of the nearest slab atoms also what stands around them: their coordination
+and their neighbours' properties. The structure counts as it is given; nothing is relaxed here.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ def _group_and_period(z: int) -> tuple[float, float]:
 
 
 def _properties() -> Floats:
-    """Element properties [119, 6], about unit scale; what is unknown of an element counts as the mean of all."""
+    """Element properties [119, 6], about unit scale; what is unknown
+    of an element counts as the mean of all."""
     group, period = np.array([(np.nan, np.nan), *(_group_and_period(z) for z in range(1, 119))]).T
     table = np.column_stack(
         [
@@ -61,9 +63,11 @@ PROPERTIES = _properties()
 
 
 def local_descriptor(system: System) -> Floats:
-    """The descriptor [D] of a system with one adsorbate: of its lowest atom, of the mean over the others, of its pose.
+    """The descriptor [D] of a system with one adsorbate: of its lowest atom, of the mean over the others,
+    of its pose.
 
-    Of the same length for every system. An adsorbate of one atom has zeros where others have their upper atoms.
+    Of the same length for every system. An adsorbate of one atom has
+    zeros where others have their upper atoms.
     """
     edges = neighbour_graph(system.lattice, system.positions, CUTOFF, 400)
     source, target = edges.edge_index

@@ -41,7 +41,10 @@ def table_text(rows: list[list[Any]]) -> str:
     """The JSON file, a line an element."""
     source = f"pymatgen {version('pymatgen')}, ase {version('ase')}"
     lines = ",\n".join("    " + json.dumps(row) for row in rows)
-    return f'{{\n  "source": {json.dumps(source)},\n  "columns": {json.dumps(COLUMNS)},\n  "elements": [\n{lines}\n  ]\n}}\n'
+    return (
+        f'{{\n  "source": {json.dumps(source)},\n  "columns": {json.dumps(COLUMNS)},\n  "elements": [\n'
+        f"{lines}\n  ]\n}}\n"
+    )
 
 
 if __name__ == "__main__":

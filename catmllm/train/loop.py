@@ -26,9 +26,9 @@ from catmllm.train.throughput import Clock, Profile, memory_gib, peak_flops
 def train(make_stage: Callable[[Context], Stage], context: Context) -> tuple[dict[str, torch.Tensor], Stage]:
     """Run one stage to its end, from its newest checkpoint where there is one.
 
-    Shards `context.model` in place. Returns the whole state dict, float32, on the main rank (empty on the others), and
-    the stage. Raises `Stopped` after a signal, when the state is saved, and `TrainingError` where the loss is not
-    finite or jumps; the batch is then saved, and the weights are from before it.
+    Shards `context.model` in place. Returns the whole state dict, float32, on the main rank (empty on the
+    others), and the stage. Raises `Stopped` after a signal, when the state is saved, and `TrainingError`
+    where the loss is not finite or jumps; the batch is then saved, and the weights are from before it.
     """
     stage = make_stage(context)
     ready = prepare(stage, context)
@@ -109,7 +109,8 @@ class _Run:
         stage, ready, world, clock = self.stage, self.ready, self.context.world, self.clock
         optim = stage.config
         began = time.perf_counter()
-        # All that a pass draws (dropout) is a function of seed, step and rank, so that no generator has to be saved.
+        # All that a pass draws (dropout) is a function of seed, step and rank,
+        # so that no generator has to be saved.
         torch.manual_seed(hash_seed(Stream.DROPOUT.key(self.context.config.seed, self.step, world.rank)))
         scale = lr_factor(self.step, optim)
         for group in ready.optimizer.param_groups:
@@ -209,9 +210,10 @@ class _Run:
         worst = max(range(world.size), key=lambda r: math.inf if math.isnan(losses[r]) else losses[r])
         half = " (float16 may have overflowed: try precision=bf16)" if self.ready.scaler.is_enabled() else ""
         return (
-            f"{stage.name}: {problem} at step {self.step}{half}; no weight was changed by it. The batches are in "
-            f"{folder / f'bad-step-{self.step:07d}-rank-*.pt'} (rank {worst} has the highest loss), the checkpoints in "
-            f"{folder / 'checkpoints'} are from before. Look at the data, or lower {stage.name}.lr and start again."
+            f"{stage.name}: {problem} at step {self.step}{half}; no weight was changed by it. The batches "
+            f"are in {folder / f'bad-step-{self.step:07d}-rank-*.pt'} (rank {worst} has the highest loss), "
+            f"the checkpoints in {folder / 'checkpoints'} are from before. Look at the data, "
+            f"or lower {stage.name}.lr and start again."
         )
 
 

@@ -29,8 +29,8 @@ def describe(context: Context, stage: str) -> str:
     kernels = forced or ("Triton" if world.device.type == "cuda" else "CPU")
     seen = f", {part('image tower', model.llm.model.visual.parameters())}" if config.data.images else ""
     return (
-        f"{stage}: {part('LLM', llm)}, {part('encoder', graph)}{seen} on {world.size} x {device} ({mesh}); LLM in "
-        f"{config.precision}, encoder in {config.encoder_precision}, master weights fp32; attention "
+        f"{stage}: {part('LLM', llm)}, {part('encoder', graph)}{seen} on {world.size} x {device} ({mesh}); "
+        f"LLM in {config.precision}, encoder in {config.encoder_precision}, master weights fp32; attention "
         f"{config.model.llm.attention}, kernels {kernels}, checkpointing {config.checkpointing}"
         + (", compiled blocks" if config.compile else "")
         + (f", LoRA r {config.lora.r}" if config.lora.r else "")

@@ -54,8 +54,8 @@ def prepare(stage: Stage, context: Context) -> Ready:
     prepare_blocks(model, config)
     flops = ModelFlops(model, stage.name != "align")
     sharded = cast(FSDPModule, shard(model, config, context.world, optim.reshard))
-    # From 2^16, the default, the first steps of every run overflow and are skipped: the MLP's scale takes 2^4 of
-    # the range. At 2^8 gradients differ from float32's by 0.1 %, as at 2^10; growth finds the rest.
+    # From 2^16, the default, the first steps of every run overflow and are skipped: the MLP's scale takes 2^4
+    # of the range. At 2^8 gradients differ from float32's by 0.1 %, as at 2^10; growth finds the rest.
     scaler = torch.amp.GradScaler(
         context.world.device.type,
         init_scale=2.0**8,
@@ -96,8 +96,8 @@ def adamw(model: CatalyticMLLM, optim: OptimConfig, kind: str = "torch") -> torc
 
 
 def update(ready: Ready, grad_clip: float) -> tuple[float, bool]:
-    """One clipped optimizer step on the accumulated gradients; returns their norm before clipping, and whether the step
-    was skipped because float16 gradients overflowed."""
+    """One clipped optimizer step on the accumulated gradients; returns their norm before clipping, and
+    whether the step was skipped because float16 gradients overflowed."""
     optimizer, scaler = ready.optimizer, ready.scaler
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(ready.trained, grad_clip, foreach=True)

@@ -84,7 +84,8 @@ def shard(
     else:
         eyes, whole = [], set(visual.to(world.device if config.data.images else "cpu").parameters())
     unit(model, llm, whole)
-    model.set_reshard_after_forward(False, recurse=False)  # type: ignore[operator]  # its backward pass comes next
+    # its backward pass comes next
+    model.set_reshard_after_forward(False, recurse=False)  # type: ignore[operator]
     model.frees = False  # type: ignore[assignment]
     for tower in (blocks, layers, eyes):
         for this, following in itertools.pairwise(tower):

@@ -1,4 +1,5 @@
-"""What a stage is to the loop: what trains, and how a step becomes losses. A new stage is one class that fits `Stage`."""
+"""What a stage is to the loop: what trains, and how a step becomes losses.
+A new stage is one class that fits `Stage`."""
 
 from __future__ import annotations
 
@@ -51,8 +52,8 @@ class Step:
 
 @dataclass
 class Validation:
-    """How a stage is judged while it trains. `run` returns what to log, the same on every rank up to the mean that the
-    loop takes; its "val" is what is minimised: the best weights seen are the stage's result."""
+    """How a stage is judged while it trains. `run` returns what to log, the same on every rank up to the mean
+    that the loop takes; its "val" is what is minimised: the best weights seen are the stage's result."""
 
     run: Callable[[], dict[str, float]]
     every: int  # steps
@@ -101,7 +102,8 @@ class Stage(Protocol):
 
 
 class Plain:
-    """Base of stages: nothing to begin, end, keep or validate, and steps that are functions of the step number alone."""
+    """Base of stages: nothing to begin, end, keep or validate,
+    and steps that are functions of the step number alone."""
 
     any_ranks = True
 

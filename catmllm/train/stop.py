@@ -66,6 +66,9 @@ class LossWatch:
             spread = statistics.median(abs(x - middle) for x in self.recent)
             limit = middle + self.spike * max(spread, 0.05 * abs(middle))
             if loss > limit:
-                return f"the loss jumped to {loss:.4g}, the median of the last {len(self.recent)} is {middle:.4g}"
+                return (
+                    f"the loss jumped to {loss:.4g}, the median of the last "
+                    f"{len(self.recent)} is {middle:.4g}"
+                )
         self.recent = [*self.recent[-(WINDOW - 1) :], loss]
         return None

@@ -56,8 +56,8 @@ NO_ELECTRONEGATIVITY = 99.0  # above all others, as pymatgen sorts those without
 
 
 def magnetic_tables() -> str:
-    """The 1,651 magnetic groups by number and name: their operations without time reversal, which moves no site, and the
-    vectors of their lattices, as MagneticSpaceGroup reads them."""
+    """The 1,651 magnetic groups by number and name: their operations without time reversal, which moves no
+    site, and the vectors of their lattices, as MagneticSpaceGroup reads them."""
     database = sqlite3.connect(MAGSYMM_DATA)
     matrices = {
         (index, bool(hexagonal)): tuple(int(x) for x in matrix.split(","))

@@ -1,6 +1,7 @@
 """Compile every registered Triton kernel for a GPU that need not be there, and check what it uses.
 
-    python -m catmllm_kernels.aot [--arch sm_80] [--op escn] [--dtype fp16] [--match REGEX] [--json | --table FILE]
+    python -m catmllm_kernels.aot [--arch sm_80] [--op escn] [--dtype fp16] [--match REGEX] \\
+        [--json | --table FILE]
 
 The launches of each model-sized case, with every candidate tile that tuning may choose, are recorded on meta
 tensors and compiled for `--arch`; Triton's wheel carries ptxas, cuobjdump and nvdisasm. One row per kernel
@@ -118,7 +119,8 @@ def specialised(
 
 
 def unspecialised(kernel: Any) -> tuple[str, ...]:
-    """The arguments whose value makes no difference to the binary (of a kernel to compile, or to interpret)."""
+    """The arguments whose value makes no difference to the binary
+    (of a kernel to compile, or to interpret)."""
     given = vars(kernel).get("do_not_specialize") or vars(kernel).get("kwargs", {}).get("do_not_specialize")
     return tuple(given or ())
 

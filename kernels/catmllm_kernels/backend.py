@@ -1,11 +1,13 @@
 """Which implementation of an op runs: Triton on CUDA, csrc on a CPU where it exists, else the reference.
 
-An op's folder has `op.py` (what callers import), `reference.py` and, where they exist, `triton` and `cpu.py`. CATMLLM_KERNELS=triton|cpu|reference
-asks for one in every op, for tests and timing; an op that has no such implementation runs its reference. Triton on CPU
-tensors needs TRITON_INTERPRET=1 in the environment before Python starts.
+An op's folder has `op.py` (what callers import), `reference.py` and, where they exist, `triton` and `cpu.py`.
+CATMLLM_KERNELS=triton|cpu|reference asks for one in every op, for tests and timing; an op that has no such
+implementation runs its reference. Triton on CPU tensors needs TRITON_INTERPRET=1 in the environment before
+Python starts.
 
-An implementation names the dtypes that it takes in `DTYPES`, and may say in `unfit(x)` why it cannot run at all. Other dtypes
-are the reference's by design. A kernel that should run and cannot is said once, as a warning.
+An implementation names the dtypes that it takes in `DTYPES`, and may say in `unfit(x)` why it cannot run at
+all. Other dtypes are the reference's by design. A kernel that should run and cannot is said once, as a
+warning.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ NAMES = ("triton", "cpu", "reference")
 
 
 def forced() -> str:
-    """The implementation that CATMLLM_KERNELS asks for, or nothing. Raises ValueError for a name that does not exist."""
+    """The implementation that CATMLLM_KERNELS asks for, or nothing.
+    Raises ValueError for a name that does not exist."""
     name = os.environ.get("CATMLLM_KERNELS", "")
     if name not in ("", *NAMES):
         raise ValueError(f"CATMLLM_KERNELS={name!r}; choose one of {', '.join(NAMES)}")
@@ -47,7 +50,8 @@ def implementation(op: str, x: Tensor) -> ModuleType:
 
 
 def has_kernel(op: str, x: Tensor) -> bool:
-    """Whether something faster than the reference runs tensors like `x`. Raises ValueError for a forced name that does not exist."""
+    """Whether something faster than the reference runs tensors like `x`.
+    Raises ValueError for a forced name that does not exist."""
     module, why = _choice(op, x)
     return module is not None and not why and module is not _module(op, "reference")
 
@@ -89,7 +93,8 @@ def _unfit(name: str, module: ModuleType, x: Tensor) -> str:
 
 @contextmanager
 def autograd_again() -> Iterator[None]:
-    """Inside a custom op, whose body torch runs beneath autograd: record again, to differentiate a reference."""
+    """Inside a custom op, whose body torch runs beneath autograd: record again,
+    to differentiate a reference."""
     excluded = torch._C._dispatch_tls_local_exclude_set()
     for key in (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.AutogradOther):
         excluded = excluded.remove(key)

@@ -4,9 +4,9 @@ or are written down for the ahead-of-time compiler.
 `recorded()` collects what an op would launch. The arguments may then be meta tensors, so that the shapes of a
 full model cost nothing and need no GPU.
 
-Triton compiles a kernel anew for an integer that is 1, a multiple of 16 or neither. What changes from batch to
-batch must not be one of these: `SIZES` names it, and every kernel is told by `do_not_specialize`. What is left
-(strides, the vocabulary) is fixed in a model, so a kernel is compiled once for its constants.
+Triton compiles a kernel anew for an integer that is 1, a multiple of 16 or neither. What changes from batch
+to batch must not be one of these: `SIZES` names it, and every kernel is told by `do_not_specialize`. What is
+left (strides, the vocabulary) is fixed in a model, so a kernel is compiled once for its constants.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The C++ libraries behind the ops on a CPU: found, held against their sources, opened once.
 
-A library that an edit of its sources left behind may lay out its arguments otherwise, and would read and write wild
-memory. So each carries the digest of the sources that it was built from, and one of other sources is not run.
+A library that an edit of its sources left behind may lay out its arguments otherwise, and would read and
+write wild memory. So each carries the digest of the sources that it was built from, and one of other sources
+is not run.
 
 `setup.py` takes LIBRARIES and `digest` from here; this file imports nothing but Python's own modules.
 """
@@ -34,7 +35,8 @@ def digest(name: str, sources: Path) -> str:
 
 @cache
 def library(name: str) -> ctypes.CDLL | str:
-    """The library that the package was built with, or why there is none to run and the command that mends it."""
+    """The library that the package was built with, or why there is
+    none to run and the command that mends it."""
     for suffix in EXTENSION_SUFFIXES:
         path = _PACKAGE / f"_{name}{suffix}"
         if path.exists():
@@ -84,7 +86,8 @@ def _raise(message: bytes | None, function: Any, _: tuple[Any, ...]) -> None:
 
 
 def instruction_set() -> str:
-    """`avx512`, `avx2` or `portable`: what the libraries run on this machine, as far as CATMLLM_ISA allows."""
+    """`avx512`, `avx2` or `portable`: what the libraries run on this machine,
+    as far as CATMLLM_ISA allows."""
     found = library("so2")
     if isinstance(found, str):
         raise RuntimeError(found)

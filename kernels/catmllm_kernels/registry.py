@@ -1,4 +1,5 @@
-"""Every op with its cases, once: tests, benches, traffic counts and the ahead-of-time compiler all read this list.
+"""Every op with its cases, once: tests, benches, traffic counts and
+the ahead-of-time compiler all read this list.
 
 An op's folder has a `cases.py` with `CASES`, a list of `Case`.
 """
@@ -22,10 +23,11 @@ OPS = ("escn", "so3_pool_project", "linear_logprob", "varlen_attention", "decode
 class Case:
     """One op at one size.
 
-    `arguments(dtype, device, seed)` makes the arguments; `function` and `reference` take them and return one tensor.
-    Floating arguments that require a gradient are compared by it. `compile(dtype)` calls the Triton implementation on meta
-    tensors, forward and backward, for launch.recorded(). A size is one of "test" (tiny, any device), "slow" (the same, a
-    wider sweep) or "model" (as trained: compiled, timed and counted, never interpreted).
+    `arguments(dtype, device, seed)` makes the arguments; `function` and `reference` take them and return one
+    tensor. Floating arguments that require a gradient are compared by it. `compile(dtype)` calls the Triton
+    implementation on meta tensors, forward and backward, for launch.recorded(). A size is one of "test"
+    (tiny, any device), "slow" (the same, a wider sweep) or "model" (as trained: compiled, timed and counted,
+    never interpreted).
     """
 
     op: str
@@ -44,8 +46,8 @@ class Case:
     def bounds(self, dtype: torch.dtype, args: Any) -> list[float]:
         """What max |a - b| / max |b| may be of the value and of each gradient, against float64.
 
-        Calculated from the condition of these very sums in float32, unless `tolerance` has it; half precision rounds
-        what it stores, a fixed number of times, much more coarsely than its float32 sums.
+        Calculated from the condition of these very sums in float32, unless `tolerance` has it; half precision
+        rounds what it stores, a fixed number of times, much more coarsely than its float32 sums.
         """
         double = as_double(args)
         if dtype in self.tolerance:
@@ -71,7 +73,8 @@ def as_double(part: Any) -> Any:
 
 
 def value_and_gradients(function: Callable[..., Tensor], args: Any, seed: int = 1) -> list[Tensor]:
-    """function(*args), and the gradients of a random weighting of it, the same in every dtype and on every device."""
+    """function(*args), and the gradients of a random weighting of it,
+    the same in every dtype and on every device."""
     out = function(*args)
     leaves = [t for t in tensors_of(args) if t.requires_grad]
     cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

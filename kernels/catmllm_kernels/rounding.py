@@ -1,10 +1,12 @@
-"""How far a result in lower precision may be from float64: the condition of a calculation, found by disturbing it.
+"""How far a result in lower precision may be from float64: the condition of a calculation,
+found by disturbing it.
 
-A sum that cancels errs by the size of its terms, not of its result, so a bound relative to the result must know
-both. Here a float64 calculation is run again with an error in every operation, drawn at random within one unit
-roundoff: of each element, and of a sum's or product's terms where there are several (Σ|aᵢ|·u, Σ|aᵢbᵢ|·u, which
-is also what a float32 sum over terms of random sign errs by, whatever their number and order). The result is off
-by what an implementation that rounds everywhere is off by. (Vignes' stochastic arithmetic, by torch's operators.)
+A sum that cancels errs by the size of its terms, not of its result, so a bound relative to the result must
+know both. Here a float64 calculation is run again with an error in every operation, drawn at random within
+one unit roundoff: of each element, and of a sum's or product's terms where there are several (Σ|aᵢ|·u,
+Σ|aᵢbᵢ|·u, which is also what a float32 sum over terms of random sign errs by, whatever their number and
+order). The result is off by what an implementation that rounds everywhere is off by. (Vignes' stochastic
+arithmetic, by torch's operators.)
 """
 
 from __future__ import annotations
@@ -32,13 +34,14 @@ SUMS = {
     aten.index_add_, aten.index_put, aten.index_put_, aten.mean, aten.mm, aten.sum,
 }  # fmt: skip
 RUNS = 8
-# An implementation is one more draw of the same errors, in operations of its own. Beside fairchem's float64 (20 runs
-# of 28 tensors) its largest error was 1.4 times the largest of the eight draws.
+# An implementation is one more draw of the same errors, in operations of its own. Beside fairchem's float64
+# (20 runs of 28 tensors) its largest error was 1.4 times the largest of the eight draws.
 MARGIN = 4
 
 
 class Disturbed(TorchDispatchMode):
-    """Every operator's floating results are off by up to `unit` of their terms, by random numbers of `seed`."""
+    """Every operator's floating results are off by up to `unit` of their terms,
+    by random numbers of `seed`."""
 
     def __init__(self, unit: float, seed: int) -> None:
         super().__init__()
@@ -63,10 +66,12 @@ class Disturbed(TorchDispatchMode):
 
 
 def error_bounds(calculate: Callable[[], Sequence[Tensor]], unit: float, runs: int = RUNS) -> list[float]:
-    """For each of the float64 tensors of `calculate()`, what max |a - b| / max |b| may be at this unit roundoff.
+    """For each of the float64 tensors of `calculate()`,
+    what max |a - b| / max |b| may be at this unit roundoff.
 
-    unit: half the gap above one, 2⁻²⁴ in float32. `calculate` must run torch's operators (a reference, no custom op) and make the
-    same every time. Of tensors of thousands of elements one of the `runs` says as much as eight.
+    unit: half the gap above one, 2⁻²⁴ in float32. `calculate` must run torch's operators (a reference, no
+    custom op) and make the same every time. Of tensors of thousands of elements one of the `runs` says as
+    much as eight.
 
     >>> x = torch.tensor([1.0, -1.0, 1e-3], dtype=torch.float64)
     >>> (bound,) = error_bounds(lambda: [x.sum()], 2.0**-24)

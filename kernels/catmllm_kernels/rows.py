@@ -1,8 +1,9 @@
-"""csrc/rows: the log-softmax of logits, RMSNorm, rotary embedding and SwiGLU on a CPU, each one pass over memory.
+"""csrc/rows: the log-softmax of logits, RMSNorm, rotary embedding and SwiGLU on a CPU,
+each one pass over memory.
 
-AVX-512, AVX2 or portable, chosen at run time; float32 and bfloat16, which is computed in float32 and rounded once, where
-torch's separate operators round after each. Results do not depend on the number of threads. What takes gradients of
-these is in `linear_logprob` and `decoder`.
+AVX-512, AVX2 or portable, chosen at run time; float32 and bfloat16, which is computed in float32 and rounded
+once, where torch's separate operators round after each. Results do not depend on the number of threads. What
+takes gradients of these is in `linear_logprob` and `decoder`.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ def unfit(x: Tensor) -> str:
 
 
 def call(name: str, dtype: torch.dtype, *arguments: Tensor | float | None) -> None:
-    """Run `rows_<name>`: contiguous tensors by their address, numbers as they are. Raises RuntimeError by its message.
+    """Run `rows_<name>`: contiguous tensors by their address, numbers as they are.
+    Raises RuntimeError by its message.
 
     Nothing is done where tensors are fake, as in plans: no values, and no memory beside the arguments.
     """

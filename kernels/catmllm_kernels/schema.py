@@ -1,4 +1,5 @@
-"""An op's arguments written once: the fields of a NamedTuple become the schema that torch.library registers."""
+"""An op's arguments written once: the fields of a NamedTuple
+become the schema that torch.library registers."""
 
 from __future__ import annotations
 
@@ -6,12 +7,14 @@ from typing import Any, get_type_hints
 
 from torch import Tensor
 
-KINDS: dict[Any, str] = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "SymInt", float: "float", bool: "bool"}  # fmt: skip
+KINDS: dict[Any, str] = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "SymInt", float: "float",
+                         bool: "bool"}  # fmt: skip
 
 
 def arguments_of(bundle: type[tuple[Any, ...]]) -> str:
-    """`Tensor x, SymInt lmax, …` of the fields in their order; a field of any other type is a list of tensors.
-    Without defaults: torch's tracer drops an argument that equals its default, and then misses its gradient.
+    """`Tensor x, SymInt lmax, …` of the fields in their order; a field of any other type is a list of
+    tensors. Without defaults: torch's tracer drops an argument that equals its default, and then misses its
+    gradient.
 
     >>> from typing import NamedTuple
     >>> class Scaled(NamedTuple):

@@ -72,7 +72,8 @@ def read_query(query: bytes, base: LoopSettings) -> tuple[LoopSettings, bool]:
     Refusal 422 names what is wrong."""
     try:
         pairs = parse_qsl(
-            query.decode("ascii"), keep_blank_values=True, strict_parsing=bool(query), errors="strict", max_num_fields=50
+            query.decode("ascii"), keep_blank_values=True, strict_parsing=bool(query), errors="strict",
+            max_num_fields=50
         )  # fmt: skip
     except ValueError:
         raise Refusal(422, "the query string cannot be read; write ?near=0.7&diagnostics=true") from None

@@ -18,7 +18,8 @@ SCRIPT = """for (const form of document.forms) form.onsubmit = async event => {
   if (form.body) { request.body = form.body.value; headers["content-type"] = "application/json"; }
   if (form.token?.value) headers.authorization = "Bearer " + form.token.value;
   try {
-    const answer = await fetch(form.dataset.path + (form.query?.value ? "?" + form.query.value : ""), request);
+    const answer = await fetch(
+      form.dataset.path + (form.query?.value ? "?" + form.query.value : ""), request);
     out.textContent = answer.status + "\\n" + await answer.text();
   } catch (error) { out.textContent = error; }
 };"""
@@ -47,8 +48,13 @@ def docs_page(schema: dict[str, Any]) -> str:
                     for name, kind in keys
                 ]
                 heads = row(["key of the query", "type", "least", "most", "default"], "th")
-                parts.append(f"<details><summary>Query</summary><table>{heads}{''.join(map(row, rows))}</table></details>")  # fmt: skip
-                inputs.append("<p>query <input name=query size=40 placeholder='near=0.7&amp;diagnostics=true'></p>")  # fmt: skip
+                parts.append(
+                    f"<details><summary>Query</summary><table>{heads}{''.join(map(row, rows))}"
+                    "</table></details>"
+                )
+                inputs.append(
+                    "<p>query <input name=query size=40 placeholder='near=0.7&amp;diagnostics=true'></p>"
+                )
             if "requestBody" in about:
                 body = about["requestBody"]["content"]["application/json"]["schema"]
                 parts.append(f"<details><summary>Body</summary>{block(body)}</details>")
@@ -57,11 +63,15 @@ def docs_page(schema: dict[str, Any]) -> str:
                 inputs.append("<p>token <input name=token type=password></p>")
             answers = [[status, answer["description"]] for status, answer in about["responses"].items()]
             parts.append(f"<table>{row(['status', 'answer'], 'th')}{''.join(map(row, answers))}</table>")
-            parts.append(f"<form data-method={method.upper()} data-path={path}>{''.join(inputs)}<p><button>Send</button></p><pre></pre></form>")  # fmt: skip
+            parts.append(
+                f"<form data-method={method.upper()} data-path={path}>{''.join(inputs)}"
+                "<p><button>Send</button></p><pre></pre></form>"
+            )
     return (
         f"<!doctype html><html lang=en><meta charset=utf-8><title>rewards-fast</title><style>{STYLE}</style>"
         f"<h1>{escape(schema['info']['title'])} {escape(schema['info']['version'])}</h1>"
-        f"<p>{escape(schema['info']['description'])} For programs: <a "
-        "href=/openapi.json>openapi.json</a>.</p>"
-        f"{''.join(parts)}<h2>Types</h2>{block(schema['components']['schemas'])}<script>{SCRIPT}</script></html>"
+        f"<p>{escape(schema['info']['description'])} For programs: "
+        "<a href=/openapi.json>openapi.json</a>.</p>"
+        f"{''.join(parts)}<h2>Types</h2>{block(schema['components']['schemas'])}"
+        f"<script>{SCRIPT}</script></html>"
     )

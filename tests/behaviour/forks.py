@@ -1,7 +1,8 @@
-"""Training runs as forked processes: Python and torch are imported once, so that a run of many ranks starts at once.
+"""Training runs as forked processes: Python and torch are imported once,
+so that a run of many ranks starts at once.
 
-A file of its own, run as `python -m tests.behaviour.forks CASE FOLDER`: after autograd has run in a process its forks
-cannot run it, and pytest's process has. The case `agent` is one rank under torchrun.
+A file of its own, run as `python -m tests.behaviour.forks CASE FOLDER`: after autograd has run in a process
+its forks cannot run it, and pytest's process has. The case `agent` is one rank under torchrun.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Two ranks of which one has no structure and no picture in its batch: the sharded model must neither hang nor mix up its
-collectives."""
+"""Two ranks of which one has no structure and no picture in its batch:
+the sharded model must neither hang nor mix up its collectives."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,5 @@
-"""Adapters: exactly what a stage names changes, gradients reach the encoder, and merging changes no answer."""
+"""Adapters: exactly what a stage names changes, gradients reach the encoder,
+and merging changes no answer."""
 
 import copy
 import re
@@ -66,7 +67,8 @@ def test_stages_that_leave_the_llm_alone_get_no_adapters(make_context: MakeConte
 
 
 def test_merged_weights_answer_as_the_adapters_do(make_context: MakeContext) -> None:
-    """The trained, sharded model against one without adapters that loads its export; also against peft's own merge."""
+    """The trained, sharded model against one without adapters that loads its export;
+    also against peft's own merge."""
     from catmllm.data.prompts import property_sample
 
     context = make_context(config_of("joint"))

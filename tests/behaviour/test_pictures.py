@@ -73,7 +73,9 @@ def test_grpo_replays_pictures_and_leaves_the_tower(make_context: MakeContext, t
     before = {k: v.clone() for k, v in context.model.state_dict().items() if "visual" in k}
     seen = []
     tokens = context.model.picture_tokens
-    context.model.picture_tokens = lambda p: seen.append(len(p)) or tokens(p)  # type: ignore[method-assign, func-returns-value]
+    context.model.picture_tokens = lambda p: (  # type: ignore[method-assign]
+        seen.append(len(p)) or tokens(p)  # type: ignore[func-returns-value]
+    )
     state, _ = train(GRPO, context)
     assert sum(seen) > 0
     assert all(torch.equal(state[k], v) for k, v in before.items())

@@ -1,4 +1,5 @@
-"""Training that begins from files: a sharded Qwen2.5-VL folder in bf16 and a fairchem encoder, by configuration alone."""
+"""Training that begins from files: a sharded Qwen2.5-VL folder in bf16 and a fairchem encoder,
+by configuration alone."""
 
 import dataclasses
 import json

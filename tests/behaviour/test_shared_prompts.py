@@ -1,5 +1,5 @@
-"""GRPO's passes over answers that share their prompts: two ranks give the loss and the gradients of one, and of prompts
-repeated for every answer."""
+"""GRPO's passes over answers that share their prompts: two ranks give the loss and the gradients of one, and
+of prompts repeated for every answer."""
 
 import os
 import socket
@@ -26,7 +26,8 @@ from catmllm.world import World, start
 from tests.contexts import MakeContext, small
 
 LENGTHS = [[9, 1, 14], [5, 30, 2], [11, 3, 7], [8, 8, 20]]  # tokens of the answers to each prompt
-# One group without a signal, and a hole in another: rank 1 keeps 2 answers where rank 0 keeps 5, and has one pass less.
+# One group without a signal, and a hole in another: rank 1 keeps 2 answers where rank 0 keeps 5,
+# and has one pass less.
 INFORMATIVE = [[1, 1, 1], [1, 1, 0], [0, 0, 0], [1, 0, 1]]
 
 
@@ -38,7 +39,8 @@ def configured(ranks: int) -> Config:
 
 
 def one_step(context: Context, shared: bool) -> dict[str, Any]:
-    """All passes of this rank's part of the answers: the loss of the step, the gradients, the tokens that were read."""
+    """All passes of this rank's part of the answers: the loss of the step, the gradients,
+    the tokens that were read."""
     stage = grpo.GRPO(context)
     world, model = context.world, context.model
     freeze(model, stage, False)

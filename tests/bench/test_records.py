@@ -1,4 +1,5 @@
-"""Pages agree with the records in bench/results, and records say what they must. No test here measures anything."""
+"""Pages agree with the records in bench/results, and records say what they must.
+No test here measures anything."""
 
 import json
 import re
@@ -101,7 +102,7 @@ def test_no_page_names_a_file_that_went() -> None:
         assert not re.search(r"bench/results/\w+\.txt", page.read_text(encoding="utf-8")), page
 
 
-# The format itself -------------------------------------------------------------------------------------------------
+# The format itself ------------------------------------------------------------------------------------------
 
 
 def test_a_claim_from_samples() -> None:
@@ -153,7 +154,10 @@ def test_what_cannot_run_says_why(script: str, reason: str) -> None:
 def test_a_bench_shadows_no_package(tmp_path: Path) -> None:
     """Once `bench.record` is imported, the folder of the scripts is off the path."""
     script = ROOT / "bench" / "seeds.py"
-    code = f"import runpy, sys, pathlib; sys.path.insert(0, {str(script.parent)!r}); import bench.record; print(sys.path)"
+    code = (
+        f"import runpy, sys, pathlib; sys.path.insert(0, {str(script.parent)!r}); import bench.record; "
+        "print(sys.path)"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert str(script.parent) not in done.stdout
 

@@ -1,4 +1,5 @@
-"""Making more data: the protocol against ASE and the shipped file, and runs that are cut, spread and hindered."""
+"""Making more data: the protocol against ASE and the shipped file, and runs that are cut,
+spread and hindered."""
 
 from __future__ import annotations
 
@@ -151,7 +152,8 @@ def test_adsorbates_start_whole_and_over_the_slab() -> None:
 
 @pytest.mark.parametrize("seed", [101, 202])
 def test_the_shipped_file_is_drawn_again(seed: int) -> None:
-    """All random choices of the shipped systems, on their slabs as relaxed then; only the relaxing is left out."""
+    """All random choices of the shipped systems, on their slabs as relaxed then;
+    only the relaxing is left out."""
     with gzip.open(SHIPPED, "rt") as file:
         records = [r for r in map(json.loads, file) if r["slab"].startswith(f"{seed}-")][: 8 * 50]
     rng, same = Random(seed), 0

@@ -1,4 +1,5 @@
-"""The closed loop: judging real and broken CIFs, and the iterations with an engine that says what it is told."""
+"""The closed loop: judging real and broken CIFs, and the iterations
+with an engine that says what it is told."""
 
 from __future__ import annotations
 

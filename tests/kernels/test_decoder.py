@@ -1,5 +1,5 @@
-"""RMSNorm, rotary embedding and SwiGLU of csrc/rows against their definitions in float64 and transformers' own modules, in
-every instruction set; and the log-softmax pass of linear_logprob beside torch's operators."""
+"""RMSNorm, rotary embedding and SwiGLU of csrc/rows against their definitions in float64 and transformers'
+own modules, in every instruction set; and the log-softmax pass of linear_logprob beside torch's operators."""
 
 from __future__ import annotations
 
@@ -45,7 +45,8 @@ def problems(
 
 
 def results(function: Callable[..., Any], arguments: list[Any], count: int, dtype: torch.dtype) -> list[Any]:
-    """Outputs and the gradients of the first `count` arguments, for output gradients that do not depend on dtype."""
+    """Outputs and the gradients of the first `count` arguments,
+    for output gradients that do not depend on dtype."""
     made = [x.to(dtype) if isinstance(x, torch.Tensor) else x for x in arguments]
     leaves = [x.detach().requires_grad_() for x in made[:count]]
     out = function(*leaves, *made[count:])

@@ -1,4 +1,5 @@
-"""The edge path as an op: what torch's own tools, compilers and planners see of it, and what it keeps in memory."""
+"""The edge path as an op: what torch's own tools, compilers and planners see of it,
+and what it keeps in memory."""
 
 from __future__ import annotations
 

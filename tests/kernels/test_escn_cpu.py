@@ -1,7 +1,8 @@
-"""The CPU library behind csrc/so2 against fairchem's float64 runs and the plain definition, for every instruction set.
+"""The CPU library behind csrc/so2 against fairchem's float64 runs and the plain definition,
+for every instruction set.
 
-CATMLLM_ESCN_REFERENCES (default ../shared/reference/escn) is a folder with runs of fairchem 1.10; one is in tests/fixtures. Without
-Python the same kernels are tested by `make test-so2`, under both sanitizers.
+CATMLLM_ESCN_REFERENCES (default ../shared/reference/escn) is a folder with runs of fairchem 1.10; one is in
+tests/fixtures. Without Python the same kernels are tested by `make test-so2`, under both sanitizers.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def cast(a: EdgeAttention, dtype: torch.dtype) -> EdgeAttention:
     return of(a)
 
 
-# ------------------------------------------------------------------------------------------ fairchem's float64 runs
+# ------------------------------------------------------------------------------------ fairchem's float64 runs
 
 
 class Attention(torch.nn.Module):
@@ -252,7 +253,7 @@ def test_triton_interpreted_equals_fairchem_too(name, monkeypatch):
         compare_with_fairchem(name, torch.float32)
 
 
-# ------------------------------------------------------------------------------------------ the plain definition
+# --------------------------------------------------------------------------------------- the plain definition
 
 SIZES = {
     "unequal degrees, a lone atom": Size(2, 2, "s2", (3, 0, 1, 5)),

@@ -1,4 +1,5 @@
-"""Every registered case through its Triton kernels in the interpreter, against float64: values and all gradients.
+"""Every registered case through its Triton kernels in the interpreter, against float64:
+values and all gradients.
 
 Memory starts as NaN, and the programs of a launch run in two shuffled orders that must give the same bits.
 """

@@ -70,7 +70,9 @@ def test_a_size_is_no_constant_and_a_stride_is() -> None:
         pass
 
     def of(n_edges: int, stride: int) -> tuple[dict[str, str], ...]:
-        return specialised(Launch(kernel, (1,), (torch.ones(2), n_edges, stride)))  # type: ignore[return-value]
+        return specialised(  # type: ignore[return-value]
+            Launch(kernel, (1,), (torch.ones(2), n_edges, stride))
+        )
 
     assert of(1, 8) == of(16, 8) == of(7, 8)
     assert of(7, 1)[0]["stride"] == "constexpr" and len({repr(of(7, s)) for s in (1, 2, 16)}) == 3

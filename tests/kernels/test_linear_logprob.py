@@ -1,4 +1,5 @@
-"""Log-probabilities of target tokens against log_softmax in float64: values, gradients, chunks, the Triton kernels."""
+"""Log-probabilities of target tokens against log_softmax in float64: values, gradients, chunks,
+the Triton kernels."""
 
 from __future__ import annotations
 
@@ -287,7 +288,8 @@ def test_never_more_logits_at_a_time_than_allowed(monkeypatch: pytest.MonkeyPatc
 
 
 def run_alone(script: str, **environment: str) -> Any:
-    """The JSON that a script of this folder prints, from a process of its own: Triton reads its switches on import."""
+    """The JSON that a script of this folder prints, from a process of its own:
+    Triton reads its switches on import."""
     done = subprocess.run(
         [sys.executable, str(ROOT / "tests" / "kernels" / script)],
         capture_output=True,
@@ -300,7 +302,8 @@ def run_alone(script: str, **environment: str) -> Any:
 
 
 def test_triton_kernels_equal_float64_in_the_interpreter() -> None:
-    """Odd shapes, memory poisoned with NaN, programs in shuffled order; the errors over the size of the values."""
+    """Odd shapes, memory poisoned with NaN, programs in shuffled order;
+    the errors over the size of the values."""
     cases = run_alone("linear_logprob_interpreted.py", TRITON_INTERPRET="1", CATMLLM_KERNELS="triton")
     assert len(cases) >= 12
     for case in cases:

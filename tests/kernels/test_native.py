@@ -1,4 +1,5 @@
-"""The loader of the CPU libraries: one that is missing, old or of other sources is refused with the command that mends it."""
+"""The loader of the CPU libraries: one that is missing,
+old or of other sources is refused with the command that mends it."""
 
 import ctypes
 import shutil

@@ -252,7 +252,8 @@ def test_opcheck(mode: str) -> None:
     torch.library.opcheck(torch.ops.catmllm.so3_pool.default, arguments)
     with torch.no_grad():
         features, arg, stats = op._pool(*arguments)
-    back = (torch.randn_like(features), features, arg, stats, x.detach(), batch, [scale.detach(), shift.detach()], 3, mode, joint)  # fmt: skip
+    back = (torch.randn_like(features), features, arg, stats, x.detach(), batch,
+            [scale.detach(), shift.detach()], 3, mode, joint)  # fmt: skip
     torch.library.opcheck(torch.ops.catmllm.so3_pool_backward.default, back)
 
 

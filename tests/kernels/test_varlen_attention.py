@@ -1,5 +1,5 @@
-"""Attention over samples end to end: the dense definition in float64, torch's own SDPA sample by sample, magnitudes that
-overflow float16, and what compile, planning and FLOP counting see of the op."""
+"""Attention over samples end to end: the dense definition in float64, torch's own SDPA sample by sample,
+magnitudes that overflow float16, and what compile, planning and FLOP counting see of the op."""
 
 from __future__ import annotations
 
@@ -132,7 +132,8 @@ OWNERS = [
 def test_a_sample_that_continues_another_sees_it(
     device: str, path: str, isa: str, dtype: torch.dtype, bound: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Output and gradients, those that a prompt gets from its answers included, are the dense definition's."""
+    """Output and gradients, those that a prompt gets from its answers included,
+    are the dense definition's."""
     if path == "reference" or dtype != torch.float64:
         monkeypatch.setenv("CATMLLM_KERNELS", path)
     monkeypatch.setenv("CATMLLM_ISA", isa)
@@ -261,7 +262,9 @@ def test_torchs_attention_is_called_as_its_release_wants(
 
     given: dict[str, object] = {}
 
-    def before(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):  # type: ignore[no-untyped-def]
+    def before(  # type: ignore[no-untyped-def]
+        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)
+    ):
         given.update(scale=scale, window_size=window_size)
         return query
 

@@ -1,4 +1,5 @@
-"""The joined model: what reaches what, that it is Qwen's own text tower, and that what is saved is what is loaded."""
+"""The joined model: what reaches what, that it is Qwen's own text tower,
+and that what is saved is what is loaded."""
 
 from __future__ import annotations
 
@@ -51,14 +52,16 @@ def logits_and_energy(model: CatalyticMLLM, batch: Batch) -> tuple[torch.Tensor,
 
 
 def rectangle(batch: Batch, values: torch.Tensor, fill: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values [T, ...] of samples end to end as transformers has them: rows padded on the right, and the mask."""
+    """Values [T, ...] of samples end to end as transformers has them: rows padded on the right,
+    and the mask."""
     parts = values.split(batch.cu_seqlens.diff().tolist())
     mask = torch.arange(batch.max_length) < batch.cu_seqlens.diff()[:, None]
     return torch.nn.utils.rnn.pad_sequence(list(parts), batch_first=True, padding_value=fill), mask
 
 
 def test_another_graph_changes_logits_and_energy(small_model: Model, train_systems: list[System]) -> None:
-    """Text alone being equal. Another structure of the same words, another crystal, the same crystal moved a little."""
+    """Text alone being equal. Another structure of the same words, another crystal,
+    the same crystal moved a little."""
     model, collate = small_model
     sample = property_sample(train_systems[0])
     others = [train_systems[800], replace(train_systems[0], frac=train_systems[0].frac * [1, 1, 0.98])]
@@ -129,8 +132,9 @@ def test_samples_do_not_see_each_other(
 def test_packed_gradients_are_those_of_transformers_on_padded_rows(
     small_model: Model, samples: list[Sample]
 ) -> None:
-    """Loss of answers and energies, every parameter's gradient: ours end to end, transformers' forward with eager
-    attention, rows padded on the right and a padding mask. Weights are float64, Qwen's norms and softmax float32."""
+    """Loss of answers and energies, every parameter's gradient: ours end to end, transformers' forward with
+    eager attention, rows padded on the right and a padding mask. Weights are float64, Qwen's norms and
+    softmax float32."""
     collate = small_model[1]
     ours, theirs = (copy.deepcopy(small_model[0]).double() for _ in range(2))
     theirs.text.set_attn_implementation("eager")
@@ -228,8 +232,8 @@ def test_energies_come_from_the_query_token(small_model: Model, samples: list[Sa
 
 
 def test_the_encoder_speaks_for_itself(small_model: Model, train_systems: list[System]) -> None:
-    """What encoder and head say without the LLM is what a model without correction says with it, in every mode that
-    shows the structure."""
+    """What encoder and head say without the LLM is what a model without correction says with it,
+    in every mode that shows the structure."""
     model, collate = copy.deepcopy(small_model[0]), small_model[1]
     systems = train_systems[:4]
     graph = collate.graphs(systems)
@@ -244,7 +248,8 @@ def test_the_encoder_speaks_for_itself(small_model: Model, train_systems: list[S
 
 
 def test_a_graph_token_counts_for_its_own_sample(small_model: Model, train_systems: list[System]) -> None:
-    """Structures in some samples only, an exemplar among them: energies as of each sample in a batch of its own."""
+    """Structures in some samples only, an exemplar among them:
+    energies as of each sample in a batch of its own."""
     model, collate = small_model
     a, b, c = train_systems[:3]
     some = [property_sample(a, "text"), property_sample(b), design_sample(c, a), property_sample(c, "graph")]
@@ -455,7 +460,8 @@ def qwen_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def save_pretrained_qwen(folder: Path, tied: bool, spare_rows: int) -> Qwen2_5_VLForConditionalGeneration:
-    """A tiny random Qwen2.5-VL in the hub's layout; its embedding may have more rows than tokens, as Qwen's has."""
+    """A tiny random Qwen2.5-VL in the hub's layout; its embedding may have more rows than tokens,
+    as Qwen's has."""
     tokenizer = qwen_tokenizer()
     text: dict[str, Any] = {
         "hidden_size": 48,

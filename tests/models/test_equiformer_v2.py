@@ -1,7 +1,8 @@
 """The encoder against float64 runs of fairchem 1.10, e3nn's tables, its own symmetries and plain definitions.
 
 `tests/fixtures/ref_L2M2_s2_layer_norm_sh.npz` is one of fairchem's runs; CATMLLM_ESCN_REFERENCES (default
-../shared/reference/escn) is a folder with more. The whole model is compared in tests/oracles/test_fairchem_encoder.py.
+../shared/reference/escn) is a folder with more. The whole model is compared in
+tests/oracles/test_fairchem_encoder.py.
 """
 
 import os
@@ -37,7 +38,8 @@ def node_rows(lmax: int, mmax: int) -> list[int]:
 
 
 def make_model(config, dtype=torch.float64, seed=0):
-    """A model whose every weight is random: at the usual start, biases and element embeddings would hide errors."""
+    """A model whose every weight is random: at the usual start,
+    biases and element embeddings would hide errors."""
     torch.manual_seed(seed)
     model = EquiformerV2(config)
     with torch.no_grad():
@@ -78,7 +80,7 @@ def dense_grid(sphere, lmax, mmax):
     return to, back.T
 
 
-# ------------------------------------------------------------------------------------------ fairchem's float64 runs
+# ------------------------------------------------------------------------------------ fairchem's float64 runs
 
 
 @pytest.fixture(params=sorted(FILES), scope="module")
@@ -190,7 +192,7 @@ def test_float32_geometry_is_float64_rounded_once():
     assert torch.equal(narrow.wigner, exact.wigner.float())
 
 
-# ------------------------------------------------------------------------------------------ tables, against e3nn
+# --------------------------------------------------------------------------------------- tables, against e3nn
 
 
 def test_harmonics_equal_e3nn():
@@ -357,7 +359,7 @@ def graph_vectors(seed=0):
     return numbers, edge_index, positions[edge_index[0]] - positions[edge_index[1]]
 
 
-# ------------------------------------------------------------------------------------------ edges of the input
+# ----------------------------------------------------------------------------------------- edges of the input
 
 
 @pytest.mark.parametrize("config", [SMALL, GATES])
@@ -394,7 +396,7 @@ def test_errors_say_what_to_do():
         make_model(SMALL)(numbers, edge_index, vectors.bfloat16())
 
 
-# ------------------------------------------------------------------------------------------ precision and placement
+# ------------------------------------------------------------------------------------ precision and placement
 
 
 @pytest.mark.parametrize("config", [SMALL, GATES, replace(SMALL, norm_type="rms_norm_sh")])
@@ -519,8 +521,8 @@ def two_ranks(rank, folder):
 
 
 def test_two_ranks(tmp_path):
-    """FSDP2 on every block and the root, two ranks with graphs of their own: the embeddings of one process, and the mean of its
-    two gradients."""
+    """FSDP2 on every block and the root, two ranks with graphs of their own:
+    the embeddings of one process, and the mean of its two gradients."""
     torch.multiprocessing.spawn(two_ranks, args=(str(tmp_path),), nprocs=2)
     found = torch.load(tmp_path / "sharded.pt", weights_only=True)
     model = make_model(SMALL, torch.float32)
@@ -533,7 +535,7 @@ def test_two_ranks(tmp_path):
         torch.testing.assert_close(found["gradients"][name], parameter.grad, rtol=1e-4, atol=1e-4, msg=name)
 
 
-# ------------------------------------------------------------------------------------------ sizes and checkpoints
+# -------------------------------------------------------------------------------------- sizes and checkpoints
 
 
 @pytest.mark.parametrize(("name", "millions"), [("31M", 31.059), ("153M", 153.603)])

@@ -1,4 +1,5 @@
-"""Exports read back by the programs that they are for: transformers' classes, our own loader, fairchem's layout."""
+"""Exports read back by the programs that they are for: transformers' classes, our own loader,
+fairchem's layout."""
 
 import copy
 import json

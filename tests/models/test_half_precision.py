@@ -116,7 +116,8 @@ def test_ordinary_magnitudes_lose_nothing(small_model, train_systems) -> None:
 
 
 def test_sampling_keeps_a_stream_beyond_float16(small_model) -> None:
-    """The decoding loop has its own forward pass: prompts read in float16 give the hidden states of float64."""
+    """The decoding loop has its own forward pass: prompts read in
+    float16 give the hidden states of float64."""
     from catmllm.sample.tower import Tower
 
     model, collate = copy.deepcopy(small_model[0]), small_model[1]

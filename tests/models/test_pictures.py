@@ -1,5 +1,5 @@
-"""A picture in a prompt, through a Qwen2.5-VL that was read from a folder: everything against transformers' own forward
-pass, its image processor and its `generate`, given the same picture."""
+"""A picture in a prompt, through a Qwen2.5-VL that was read from a folder: everything against transformers'
+own forward pass, its image processor and its `generate`, given the same picture."""
 
 from __future__ import annotations
 
@@ -58,7 +58,8 @@ def samples(train_systems: list[System]) -> list[Sample]:
 
 @contextmanager
 def structures(model: CatalyticMLLM, collate: Collator, batch: Batch) -> Iterator[Any]:
-    """transformers' own model, whose embedding gives the graph vectors for their markers in the order of reading."""
+    """transformers' own model, whose embedding gives the graph vectors
+    for their markers in the order of reading."""
     theirs = copy.deepcopy(model.llm)
     theirs.set_attn_implementation({"text_config": "eager", "vision_config": "eager"})
     vectors = None if batch.graph is None else model.graph_tokens(batch.graph)
@@ -127,7 +128,10 @@ def test_only_questions_for_an_energy_show_a_picture(seeing: Model, samples: lis
     assert batch.pictures is not None and batch.picture_at is not None and batch.mrope is not None
     assert batch.sample[batch.picture_at].tolist() == [1] * TOKENS + [3] * TOKENS
     assert (batch.pictures[1].numpy() == render(samples[3].graph)).all()  # type: ignore[arg-type]
-    other = [cif_sample(samples[1].graph), design_sample(samples[1].graph, samples[1].graph)]  # type: ignore[arg-type]
+    other = [
+        cif_sample(samples[1].graph),  # type: ignore[arg-type]
+        design_sample(samples[1].graph, samples[1].graph),  # type: ignore[arg-type]
+    ]
     assert collate(other).pictures is None
     prompt = collate.tokenizer.decode(collate.prompt_ids(samples[1]))
     assert prompt.startswith(
@@ -136,7 +140,8 @@ def test_only_questions_for_an_energy_show_a_picture(seeing: Model, samples: lis
 
 
 def test_the_picture_matters(seeing: Model, train_systems: list[System]) -> None:
-    """Other pixels alone change the energy, in training's batch and by `predict`; what is asked stays the same."""
+    """Other pixels alone change the energy, in training's batch and by `predict`;
+    what is asked stays the same."""
     model, collate = seeing
     sample = property_sample(train_systems[0])
     batch = collate([sample])
@@ -154,7 +159,12 @@ def test_gradients_are_those_of_transformers(seeing: Model, samples: list[Sample
     model, collate = copy.deepcopy(seeing[0]), seeing[1]
     batch = collate(samples)
     with structures(model, collate, batch) as theirs:
-        given = inputs(collate, in_rows(batch), [samples[i].graph for i in (1, 3)], left=False)  # type: ignore[misc]
+        given = inputs(
+            collate,
+            in_rows(batch),
+            [samples[i].graph for i in (1, 3)],  # type: ignore[misc]
+            left=False,
+        )
         logits = theirs(**given).logits[given["attention_mask"].bool()]
         (-logits.log_softmax(-1)[batch.answer_at, batch.targets].mean()).backward()
     (-model(CatalyticMLLM.answer, batch).logprob.mean()).backward()

@@ -1,5 +1,5 @@
-"""Breaks CIF texts the way models and people do, knowing the grammar: numbers, headers, loops, quotes, Unicode, symmetry,
-cells, species, prose, and truncation at every kind of place. Deterministic for a seed.
+"""Breaks CIF texts the way models and people do, knowing the grammar: numbers, headers, loops, quotes,
+Unicode, symmetry, cells, species, prose, and truncation at every kind of place. Deterministic for a seed.
 """
 # ruff: noqa: SIM905  (word lists read better unquoted)
 
@@ -10,26 +10,32 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 
 NUMBERS = (
-    "0 1 -1 0.5 0.3333 0.6667 0.33333 1.3333 -0.3333 .5 5. 1e-3 1E2 1e400 -1e400 0e-400 nan inf -inf Infinity 1_0.5 _1 "
-    "0.2(3) 0.2(3)e5 0.5(3 4.( (5) . ? - + +.5 --1 0x10 1,5 0.10001 0.0001 0.00011 0.9999 0.99995 1.0 2.0 -0.1 -0.11 1.1 "
-    "1.10001 90.000 120 60 180 181 0.0 1e-6 1e9 123456789.123456789 0.1234567890123456789012345 00012.5 1.2.3 ½ −0.5 "
-    "0,5 1e 1e+ e5 1__0 1_ nan(3) 0.25Å 1e12 3.9E+00 0.66670(10) '' '0.5' \" 0.5\" 1/2 0.5; infinity NaN 1e-5"
+    "0 1 -1 0.5 0.3333 0.6667 0.33333 1.3333 -0.3333 .5 5. 1e-3 1E2 1e400 -1e400 0e-400 nan inf -inf "
+    "Infinity 1_0.5 _1 0.2(3) 0.2(3)e5 0.5(3 4.( (5) . ? - + +.5 --1 0x10 1,5 0.10001 0.0001 0.00011 0.9999 "
+    "0.99995 1.0 2.0 -0.1 -0.11 1.1 1.10001 90.000 120 60 180 181 0.0 1e-6 1e9 123456789.123456789 "
+    "0.1234567890123456789012345 00012.5 1.2.3 ½ −0.5 0,5 1e 1e+ e5 1__0 1_ nan(3) 0.25Å 1e12 3.9E+00 "
+    "0.66670(10) '' '0.5' \" 0.5\" 1/2 0.5; infinity NaN 1e-5"
 ).split(" ")
-CELLS = "0 1e-3 0.01 0.011 1 3.9 25 1e5 1e7 1e4 -4 -90 200 359 0.009 1e-30 nan inf ? 89.9999 90 179.99 60 120 30 5".split()
+CELLS = (
+    "0 1e-3 0.01 0.011 1 3.9 25 1e5 1e7 1e4 -4 -90 200 359 0.009 1e-30 nan inf ? 89.9999 90 179.99 60 120 30 "
+    "5"
+).split()
 SYMBOLS = (
-    "Pt pt PT P Pt1 Pt2+ Fe3+ O2- D T D1 H1 HO1 CO CU2 Foo Uue Du Va X Xx Q J M R L E A G Z Xa3+ Hw Ow Wat wat OH OH2 NO3 "
-    "O-H O-H1 ? . 1 - x1 *Na Na* (Na) Na+ W w wX wa nA Cl Cl1- LI li Si4+ 0+ H+ H- Tc Te Es Zz Jj '' \"Pt 1\" Nb,Zr "
-    "'0.8Nb + 0.2Zr' 'Nb + Zr' '0.5Pt(2) + 0.5Cu' '.5Fe + .5<sup>Ni' 'a + b' Ø Ptα _Pt loop_ ;Pt #Pt"
+    "Pt pt PT P Pt1 Pt2+ Fe3+ O2- D T D1 H1 HO1 CO CU2 Foo Uue Du Va X Xx Q J M R L E A G Z Xa3+ Hw Ow Wat "
+    "wat OH OH2 NO3 O-H O-H1 ? . 1 - x1 *Na Na* (Na) Na+ W w wX wa nA Cl Cl1- LI li Si4+ 0+ H+ H- Tc Te Es "
+    "Zz Jj '' \"Pt 1\" Nb,Zr '0.8Nb + 0.2Zr' 'Nb + Zr' '0.5Pt(2) + 0.5Cu' '.5Fe + .5<sup>Ni' 'a + b' Ø Ptα "
+    "_Pt loop_ ;Pt #Pt"
 ).split(" ")
 OPERATIONS = (
-    "x,y,z|x, y, z|-x,-y,-z|-x,-y,z|y,x,z|x+1/2,y,z|x,y+1/2,z+1/2|1/2+x,1/2-y,-z|-y,x-y,z|x-y,-y,1/3-z|z,x,y|X,Y,Z|x,y|x|foo|"
-    "x,y,z,1|x,y,z,t|x,y,z,x|2*x,y,z|2x,y,z|x/2,y,z|1/2x,y,z|x+1/0,y,z|x+1..2,y,z|x+.,y,z|x+0.5,y+.25,z|-2y+1/2,3x+1/2,z-y|"
-    "x+12y,y,z|x+y,y,z|1/2,1/2,1/2|0,0,0|x;y;z|x y z|+x,+y,+z|x,-y+3/4,z|-x+2/3,y,z+1/3|x+1,y-1,z+2|x,y,z+1/2/3|--x,y,z|xx,yy,zz|"
-    "x,y,z+1e3|x,  y ,z|x\ty,z|/2x,y,z|x,y,z,"
+    "x,y,z|x, y, z|-x,-y,-z|-x,-y,z|y,x,z|x+1/2,y,z|x,y+1/2,z+1/2|1/2+x,1/2-y,-z|-y,x-y,z|x-y,-y,1/3-z|z,x,y|"
+    "X,Y,Z|x,y|x|foo|x,y,z,1|x,y,z,t|x,y,z,x|2*x,y,z|2x,y,z|x/2,y,z|1/2x,y,z|x+1/0,y,z|x+1..2,y,z|x+.,y,z|"
+    "x+0.5,y+.25,z|-2y+1/2,3x+1/2,z-y|x+12y,y,z|x+y,y,z|1/2,1/2,1/2|0,0,0|x;y;z|x y z|+x,+y,+z|x,-y+3/4,z|"
+    "-x+2/3,y,z+1/3|x+1,y-1,z+2|x,y,z+1/2/3|--x,y,z|xx,yy,zz|x,y,z+1e3|x,  y ,z|x\ty,z|/2x,y,z|x,y,z,"
 ).split("|")
 NAMES = (
-    "P1|P 1|P-1|P m m m|F m -3 m|Fm-3m|F_m_-_3_m|Pm-3m|P6_3/mmc|P 63/m m c|R-3m|R-3m:H|R-3m:R|R -3 m|I4/mmm|P21/c|P 1 21/c 1|P2_1/c|C2/c|"
-    "Fd-3m|Fd-3mS|F d -3 m :1|Ia-3d|p1|pm-3m|Pnma|Pbnm|Cmcm|C m c 21|foo|?|.|225|P63/mmc|I41/amd:2|A 1 2 1|Pmn2_1|''"
+    "P1|P 1|P-1|P m m m|F m -3 m|Fm-3m|F_m_-_3_m|Pm-3m|P6_3/mmc|P 63/m m c|R-3m|R-3m:H|R-3m:R|R -3 m|I4/mmm|"
+    "P21/c|P 1 21/c 1|P2_1/c|C2/c|Fd-3m|Fd-3mS|F d -3 m :1|Ia-3d|p1|pm-3m|Pnma|Pbnm|Cmcm|C m c 21|foo|?|.|"
+    "225|P63/mmc|I41/amd:2|A 1 2 1|Pmn2_1|''"
 ).split("|")
 HEADERS = (
     "data_|data_x|DATA_x|Data_y| data_z|\tdata_|data_x powder_pattern|data_"
@@ -37,19 +43,25 @@ HEADERS = (
     + "|\ufeffdata_x|xdata_|# data_c|;data_s|'data_q'|data_é|\xa0data_n"
 ).split("|")
 WORDS = (
-    "_eof|loop_|_|data_|save_|stop_|global_|#|;|'|\"|''|\"\"|_x|_x y|Here is the CIF:|```|```cif|<think>|</s>|\\|,|\x00|\x0b|\x0c|\x1c|\x1f|"
-    "\r|\x85|\u2028|\xa0|\u2009|\u2212|é|\ud800|\U0001f600|\n|\n\n|\r\n|;\n|\n;|\n;\n|\n; text\n;|'a b'|\"c 'd\"|it's|'un closed|#\n|x#y| #z"
+    "_eof|loop_|_|data_|save_|stop_|global_|#|;|'|\"|''|\"\"|_x|_x y|Here is the CIF:|```|```cif|<think>|"
+    "</s>|\\|,|\x00|\x0b|\x0c|\x1c|\x1f|\r|\x85|\u2028|\xa0|\u2009|\u2212|é|\ud800|\U0001f600|\n|\n\n|\r\n|"
+    ";\n|\n;|\n;\n|\n; text\n;|'a b'|\"c 'd\"|it's|'un closed|#\n|x#y| #z"
 ).split("|")
 KEYS = (
-    "_cell_length_a|_cell_length_b|_cell_length_c|_cell_angle_alpha|_cell_angle_beta|_cell_angle_gamma|_symmetry_cell_setting|"
-    "_space_group_crystal_system|_symmetry_equiv_pos_as_xyz|_symmetry_equiv_pos_as_xyz_|_space_group_symop_operation_xyz|"
-    "_space_group_symop_operation_xyz_|_symmetry_space_group_name_H-M|_symmetry_space_group_name_H_M|_space_group_name_Hall|"
+    "_cell_length_a|_cell_length_b|_cell_length_c|_cell_angle_alpha|_cell_angle_beta|_cell_angle_gamma|"
+    "_symmetry_cell_setting|_space_group_crystal_system|_symmetry_equiv_pos_as_xyz|"
+    "_symmetry_equiv_pos_as_xyz_|_space_group_symop_operation_xyz|_space_group_symop_operation_xyz_|"
+    "_symmetry_space_group_name_H-M|_symmetry_space_group_name_H_M|_space_group_name_Hall|"
     "_space_group_name_H-M_alt|_symmetry_space_group_name_h-m|_space_group_IT_number|_space_group_IT_number_|"
-    "_symmetry_Int_Tables_number|_atom_site_label|_atom_site_type_symbol|_atom_site_fract_x|_atom_site_fract_y|"
-    "_atom_site_fract_z|_atom_site_occupancy|_atom_site_attached_hydrogens|_atom_type_symbol|_atom_type_oxidation_number|"
-    "_atom_site_moment_label|_atom_site_moment_crystalaxis_x|_atom_site_u_iso|_chemical_formula_sum|_Cell_length_a|_x"
+    "_symmetry_Int_Tables_number|_atom_site_label|_atom_site_type_symbol|_atom_site_fract_x|"
+    "_atom_site_fract_y|_atom_site_fract_z|_atom_site_occupancy|_atom_site_attached_hydrogens|"
+    "_atom_type_symbol|_atom_type_oxidation_number|_atom_site_moment_label|_atom_site_moment_crystalaxis_x|"
+    "_atom_site_u_iso|_chemical_formula_sum|_Cell_length_a|_x"
 ).split("|")
-SETTINGS = "cubic tetragonal orthorhombic monoclinic hexagonal rhombohedral Cubic triclinic trigonal volume from_dict copy ? '' matrix abc".split()
+SETTINGS = (
+    "cubic tetragonal orthorhombic monoclinic hexagonal rhombohedral Cubic triclinic trigonal volume "
+    "from_dict copy ? '' matrix abc"
+).split()
 
 NUMBER = re.compile(r"(?<![\w.+-])[-+]?\d+\.?\d*(?:\(\d+\))?(?![\w.])")
 SITE_ROW = re.compile(r"^[ \t]*[A-Z][a-z]?\d*[+-]?[ \t]+\S+[ \t]+.*\d+\.\d+.*$", re.MULTILINE)
@@ -377,8 +389,9 @@ def character(text: str, r: random.Random) -> str:
 
 
 CHANGES: tuple[Change, ...] = (
-    number, number, number, cell, cell, symbol, symbol, rows, rows, occupancy, symmetry, symmetry, symmetry, header,
-    two_blocks, word, word, prose, truncated, key, key, loop, quoting, quoting, whitespace, character, character,
+    number, number, number, cell, cell, symbol, symbol, rows, rows, occupancy, symmetry, symmetry, symmetry,
+    header, two_blocks, word, word, prose, truncated, key, key, loop, quoting, quoting, whitespace, character,
+    character,
 )  # fmt: skip
 
 
@@ -404,14 +417,30 @@ def mutants(originals: Sequence[str], n: int, seed: int = 0) -> Iterator[str]:
         yield text
 
 
-# Kinds of their own, each a text made from nothing and broken now and then: what the general changes seldom hit.
+# Kinds of their own, each a text made from nothing and broken now and then:
+# what the general changes seldom hit.
 
-TRIGONAL = ("x,y,z", "-y,x-y,z", "y-x,-x,z", "-y,-x,z", "y-x,y,z", "x,x-y,z", "-x,-y,-z", "y,y-x,-z", "x-y,x,-z", "y,x,-z", "x-y,-y,-z", "-x,y-x,-z")  # fmt: skip
+TRIGONAL = ("x,y,z", "-y,x-y,z", "y-x,-x,z", "-y,-x,z", "y-x,y,z", "x,x-y,z", "-x,-y,-z", "y,y-x,-z",
+            "x-y,x,-z", "y,x,-z", "x-y,-y,-z", "-x,y-x,-z")  # fmt: skip
 CENTRING = ("", "2/3 1/3 1/3", "1/3 2/3 2/3")
-RHOMBOHEDRAL = "R-3m R3 R-3 R3m R3c R-3c R32 R-3m:H R-3c:H R3m:H R-3m:R 'R -3 m' 'R -3 m :H' 'R -3 c' 'R 3' 166 167 148 160 155".split(" ")  # fmt: skip
-MAGNETIC_NUMBERS = "2.6 5.17 14.79 15.90 62.448 63.463 65.486 74.559 123.345 127.395 129.416 140.550 148.19 152.35 161.69 166.101 166.97 167.106 185.201 194.270 205.33 221.97 224.113 225.116 227.131 229.143 230.148 1.1 1.3 230.149 0.0 62 1.2.3 a.b".split()  # fmt: skip
-MAGNETIC_NAMES = "Pn'ma'|P4/m'b'm'|P 4/m' b' m'|R-3m|R-3m'|R-3'm|R_I-3c|Fd-3m'|P_S-1|C2/m'|I4/m'm'm'|Cmc'm'|P6_3/m'm'c|P63/m'm'c|foo|P1|P1.1'|Pnma1'|Pnma.1'|C_a2/m|P_C2_1/m|Ia-3d'|R_I3".split("|")  # fmt: skip
-TRANSFORMS = "a,b,c;0,0,0|a,b,c;0,0,0|a,b,c;0,0,0|b,c,a;0,0,0|c,a,b;1/4,0,1/2|a,-c,b;0,0,1/2|2/3a+1/3b+1/3c,-1/3a+1/3b+1/3c,-1/3a-2/3b+1/3c;0,0,0|-b+c,a+c,-a+b+c;0,0,0|a/2,b,c;0,0,0|2a,b,c;0,0,0|a+b,-a+b,c;1/8,1/8,1/8|a,b;0,0,0|a,a,c;0,0,0|a,b,c|(a+b)/2,(b-a)/2,c;0,0,0|?|-a,-b,c;0.25,0,0".split("|")  # fmt: skip
+RHOMBOHEDRAL = (
+    "R-3m R3 R-3 R3m R3c R-3c R32 R-3m:H R-3c:H R3m:H R-3m:R 'R -3 m' 'R -3 m :H' 'R -3 c' 'R 3' 166 167 148 "
+    "160 155"
+).split(" ")
+MAGNETIC_NUMBERS = (
+    "2.6 5.17 14.79 15.90 62.448 63.463 65.486 74.559 123.345 127.395 129.416 140.550 148.19 152.35 161.69 "
+    "166.101 166.97 167.106 185.201 194.270 205.33 221.97 224.113 225.116 227.131 229.143 230.148 1.1 1.3 "
+    "230.149 0.0 62 1.2.3 a.b"
+).split()
+MAGNETIC_NAMES = (
+    "Pn'ma'|P4/m'b'm'|P 4/m' b' m'|R-3m|R-3m'|R-3'm|R_I-3c|Fd-3m'|P_S-1|C2/m'|I4/m'm'm'|Cmc'm'|P6_3/m'm'c|"
+    "P63/m'm'c|foo|P1|P1.1'|Pnma1'|Pnma.1'|C_a2/m|P_C2_1/m|Ia-3d'|R_I3"
+).split("|")
+TRANSFORMS = (
+    "a,b,c;0,0,0|a,b,c;0,0,0|a,b,c;0,0,0|b,c,a;0,0,0|c,a,b;1/4,0,1/2|a,-c,b;0,0,1/2|"
+    "2/3a+1/3b+1/3c,-1/3a+1/3b+1/3c,-1/3a-2/3b+1/3c;0,0,0|-b+c,a+c,-a+b+c;0,0,0|a/2,b,c;0,0,0|2a,b,c;0,0,0|"
+    "a+b,-a+b,c;1/8,1/8,1/8|a,b;0,0,0|a,a,c;0,0,0|a,b,c|(a+b)/2,(b-a)/2,c;0,0,0|?|-a,-b,c;0.25,0,0"
+).split("|")
 
 
 def _quoted(text: str) -> str:
@@ -435,7 +464,8 @@ def _special(r: random.Random, digits: int) -> tuple[float, float, float]:
     """A place on or near the special positions of a trigonal cell, as written with few digits."""
     x, z = r.random(), r.choice([r.random(), 0.0, 0.5, 0.25, 1 / 3, 1 / 6, 0.125])
     kind = r.randrange(7)
-    place = [(x, 2 * x, z), (x, x / 2, z), (x, -x, z), (0.0, 0.0, z), (1 / 3, 2 / 3, z), (x, 0.0, z), (x, r.random(), z)][kind]  # fmt: skip
+    place = [(x, 2 * x, z), (x, x / 2, z), (x, -x, z), (0.0, 0.0, z), (1 / 3, 2 / 3, z), (x, 0.0, z),
+             (x, r.random(), z)][kind]  # fmt: skip
     shift = r.choice([0.0, 0.0, 0.0, 1.0, -1.0])
     off = r.choice([0.0, 0.0, 10.0**-digits, 2e-4, 9e-5])
     return (round(place[0], digits), round(place[1] + shift + off, digits), round(place[2], digits))
@@ -456,7 +486,11 @@ def rhombohedral(r: random.Random) -> str:
     kind = r.random()
     if kind < 0.45:
         name = r.choice(RHOMBOHEDRAL).strip("'")
-        key = "_space_group_IT_number" if name.isdigit() else r.choice(["_symmetry_space_group_name_H-M", "_space_group_name_H-M_alt"])  # fmt: skip
+        key = (
+            "_space_group_IT_number"
+            if name.isdigit()
+            else r.choice(["_symmetry_space_group_name_H-M", "_space_group_name_H-M_alt"])
+        )
         head = f"{key} '{name}'"
     else:
         operations = r.sample(TRIGONAL, r.choice([2, 3, 6, 12])) if kind < 0.8 else list(TRIGONAL)
@@ -476,7 +510,10 @@ def rhombohedral(r: random.Random) -> str:
 
 def tiny_occupancy(r: random.Random) -> str:
     """Occupancies about pymatgen's tolerance of 1e-8 among full, partial and too full ones."""
-    amounts = "1e-9 0.000000001 1e-8 2e-8 1.5e-8 9.99e-9 1e-300 1 1 1 1.0 0.5 0.25 5 1.00000001 1.00000002 0.99999999 0.50000001 0".split()  # fmt: skip
+    amounts = (
+        "1e-9 0.000000001 1e-8 2e-8 1.5e-8 9.99e-9 1e-300 1 1 1 1.0 0.5 0.25 5 1.00000001 1.00000002 "
+        "0.99999999 0.50000001 0"
+    ).split()
     symbols = "H C O Pt Fe Fe2+ Fe3+ Co Na Cl Xe He X D T Va Xx 0.5Pt Wat O-H K Og".split()
     states = r.random() < 0.25
     head = "loop_\n_symmetry_equiv_pos_as_xyz\n" + "\n".join(
@@ -514,7 +551,10 @@ def magnetic(r: random.Random) -> str:
         lines.append("loop_\n_space_group_symop_magn_centering.xyz\nx,y,z,+1\nx+1/2,y+1/2,z,-1")
     if r.random() < 0.5:
         moments = r.choice(["A0 0 0 3.0", "A0 0 0 ?", "A9 1 1 1", "A0 0 0 3.0\nA1 0.0 1.2(3) 0"])
-        names = [f"_atom_site_moment{r.choice('._')}{end}" for end in ("label", "crystalaxis_x", "crystalaxis_y", "crystalaxis_z")]  # fmt: skip
+        names = [
+            f"_atom_site_moment{r.choice('._')}{end}"
+            for end in ("label", "crystalaxis_x", "crystalaxis_y", "crystalaxis_z")
+        ]
         lines.append("loop_\n" + "\n".join(names) + "\n" + moments)
     rows = []
     digits = r.choice([3, 4, 5])

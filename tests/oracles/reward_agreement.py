@@ -1,7 +1,7 @@
 """Holds the engine against the pymatgen reference on many texts, with the reference's verdicts kept on disk.
 
-A verdict of pymatgen costs milliseconds, so each text is judged once and remembered by its hash:
-`python tests/oracles/reward_agreement.py --mutants 200000 --cache /tmp/verdicts.sqlite` prints every difference.
+A verdict of pymatgen costs milliseconds, so each text is judged once and remembered by its hash: `python
+tests/oracles/reward_agreement.py --mutants 200000 --cache /tmp/verdicts.sqlite` prints every difference.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ SECONDS = 5  # for pymatgen on one text
 
 
 class Slow(BaseException):
-    """pymatgen took longer than SECONDS; no Exception, or pymatgen and the reference would take it for a bad file."""
+    """pymatgen took longer than SECONDS; no Exception, or pymatgen and
+    the reference would take it for a bad file."""
 
 
 def _alarm(*_: object) -> None:
@@ -43,7 +44,8 @@ def _alarm(*_: object) -> None:
 
 
 def judge(text: str) -> dict[str, Any] | None:
-    """The reference's measurements of a text as plain arrays, None where it refuses, {} where it takes too long."""
+    """The reference's measurements of a text as plain arrays, None where it refuses,
+    {} where it takes too long."""
     signal.signal(signal.SIGALRM, _alarm)
     signal.alarm(SECONDS)
     try:
@@ -132,7 +134,8 @@ def differences(text: str, verdict: dict[str, Any] | None, scores: Any, i: int) 
     found = []
     for name in SCALARS:
         a, b = float(getattr(scores, name)[i]), float(verdict[name])
-        # a distance is as exact as the coordinates it comes from: two sites 1e-4 apart carry 1e-12 of noise each
+        # a distance is as exact as the coordinates it comes from:
+        # two sites 1e-4 apart carry 1e-12 of noise each
         if not _close(a, b) and not (name == "min_distance" and abs(a - b) < 1e-9):
             found.append(f"{name} {a!r} != {b!r}")
     for name in ("total", "comp", "valid", "phys"):
@@ -224,7 +227,8 @@ def main() -> int:
         shown += 1
         if shown <= arguments.show:
             print(
-                f"--- {hashlib.md5(text.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}: {'; '.join(found)[:400]}"
+                f"--- {hashlib.md5(text.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}: "
+                f"{'; '.join(found)[:400]}"
             )
         if arguments.dump:
             folder = Path(arguments.dump)

@@ -1,7 +1,8 @@
 """The GRPO step against TRL's GRPOTrainer: the same samples and advantages give the same loss and gradients.
 
-TRL gets the text tower as a Qwen2ForCausalLM (the very weights under other names), since it trains text models. Its
-weighting of the KL by the probability ratio, on by default since 1.16, is off: the paper's Eq. 51 has none.
+TRL gets the text tower as a Qwen2ForCausalLM (the very weights under other names), since it trains text
+models. Its weighting of the KL by the probability ratio, on by default since 1.16, is off: the paper's Eq. 51
+has none.
 """
 
 from __future__ import annotations
@@ -38,8 +39,9 @@ def text_model(model: CatalyticMLLM) -> Qwen2ForCausalLM:
         vocab_size=c.vocab_size, hidden_size=c.hidden_size, intermediate_size=c.intermediate_size,
         num_hidden_layers=c.num_hidden_layers, num_attention_heads=c.num_attention_heads,
         num_key_value_heads=c.num_key_value_heads, rms_norm_eps=c.rms_norm_eps, tie_word_embeddings=False,
-        max_position_embeddings=c.max_position_embeddings, rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        bos_token_id=None, eos_token_id=c.eos_token_id, pad_token_id=c.pad_token_id,
+        max_position_embeddings=c.max_position_embeddings,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, bos_token_id=None,
+        eos_token_id=c.eos_token_id, pad_token_id=c.pad_token_id,
     )  # fmt: skip
     out = Qwen2ForCausalLM._from_config(config, attn_implementation="eager")
     state = {
@@ -97,8 +99,8 @@ def trainer_of(
     model.config._name_or_path = str(folder / "reference")
     arguments = trl.GRPOConfig(
         output_dir=str(folder), per_device_train_batch_size=2, num_generations=2, max_completion_length=20,
-        beta=BETA, epsilon=CLIP, temperature=TEMPERATURE, loss_type=loss_type, report_to=[], use_cpu=True, bf16=False,
-        fp16=False, save_strategy="no", disable_tqdm=True, use_bias_correction_kl=False,
+        beta=BETA, epsilon=CLIP, temperature=TEMPERATURE, loss_type=loss_type, report_to=[], use_cpu=True,
+        bf16=False, fp16=False, save_strategy="no", disable_tqdm=True, use_bias_correction_kl=False,
     )  # fmt: skip
     return trl.GRPOTrainer(
         model=model,
@@ -140,8 +142,8 @@ def test_loss_and_gradients_are_trls(
     normalise: str,
     shared: bool,
 ) -> None:
-    """`drift` moves the sampling policy's log-probabilities away, as after several updates: the clip then acts.
-    `shared`: each prompt is there once for all its answers, as in training."""
+    """`drift` moves the sampling policy's log-probabilities away, as after several updates: the clip then
+    acts. `shared`: each prompt is there once for all its answers, as in training."""
     collate = small_model[1]
     prompts, rollouts, advantage = sampled
     noise = [drift * torch.randn(len(r.ids), generator=torch.Generator().manual_seed(9)) for r in rollouts]

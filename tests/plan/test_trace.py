@@ -1,4 +1,5 @@
-"""Plans against what they plan: torch's FLOP counter, parameter counts, and (slow) the allocator's view of real runs."""
+"""Plans against what they plan: torch's FLOP counter, parameter counts, and (slow)
+the allocator's view of real runs."""
 
 from __future__ import annotations
 
@@ -61,7 +62,8 @@ def test_flops_equal_torchs_counter_on_a_real_pass(
 
 
 def test_sharded_state_is_a_share_of_the_parameters(data: dict[str, list[System]]) -> None:
-    """On n ranks: float32 weights and two moments of every trained parameter, an n-th each; what is sent follows n."""
+    """On n ranks: float32 weights and two moments of every trained parameter, an n-th each;
+    what is sent follows n."""
     model, _ = new_model(config(), data["train"])
     size = sum(p.numel() for n, p in model.named_parameters() if "visual" not in n)
     plans = {n: trace(config("precision=fp32"), "joint", n, data=data) for n in (1, 2, 4)}
@@ -121,7 +123,8 @@ def test_a_plan_for_a_gpu_takes_its_attention_and_keeps_no_logits(data: dict[str
 
 
 def test_pictures_and_their_tower_are_planned(data: dict[str, list[System]], tmp_path: Path) -> None:
-    """A tower that trains has gradients and moments; one that does not is whole on every rank; unused it takes nothing."""
+    """A tower that trains has gradients and moments; one that does not is whole on every rank;
+    unused it takes nothing."""
     save_qwen(tmp_path, data["train"])
     options = {"off": ["data.images=false"], "frozen": [], "trained": ["model.llm.train_images=true"]}
     plans = {k: trace(seeing_config(tmp_path, *o), "joint", 2, data=data) for k, o in options.items()}
@@ -229,7 +232,8 @@ def test_synthetic_systems_have_the_atoms_asked_for() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("size", "parameters"), [("3B", 3.40e9), ("7B", 7.62e9)])
 def test_published_sizes(size: str, parameters: float) -> None:
-    """The text towers as published (7.62e9; 3.09e9 with tied embeddings, 3.40e9 with a head of its own), on 8 ranks."""
+    """The text towers as published (7.62e9; 3.09e9 with tied embeddings, 3.40e9 with a head of its own),
+    on 8 ranks."""
     c = load_config(None, [f"model.llm.pretrained=Qwen/Qwen2.5-VL-{size}-Instruct", "joint.batch_size=2"])
     plan = trace(replace(c, checkpointing="full"), "joint", 8, steps=1)
     assert plan.parts["parameters"] * GIB * 8 / 4 == pytest.approx(parameters, rel=0.01)

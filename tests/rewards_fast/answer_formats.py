@@ -1,7 +1,7 @@
 """The ways in which models wrap a CIF: reasoning, tags, chat templates, fences, JSON, prose before and after.
 
-`FORMATS` maps a name to a function from a CIF to an answer whose CIF it is. `DRAFT` is another whole CIF, of another
-composition: a format that lets it win is seen by its score.
+`FORMATS` maps a name to a function from a CIF to an answer whose CIF it is. `DRAFT` is another whole CIF, of
+another composition: a format that lets it win is seen by its score.
 """
 
 import json
@@ -24,7 +24,10 @@ def _lines(cif: str, prefix: str) -> str:
 
 
 CHATML = "<|im_start|>system\nYou write CIFs.<|im_end|>\n<|im_start|>user\nCO on Pt, like\n"
-LLAMA = "<|start_header_id|>user<|end_header_id|>\n\nplease<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+LLAMA = (
+    "<|start_header_id|>user<|end_header_id|>\n\n"
+    "please<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+)
 
 FORMATS: dict[str, Format] = {
     # reasoning

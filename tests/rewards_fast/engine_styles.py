@@ -103,7 +103,8 @@ O1 0.76580 0.09186 0.25000 ? 0.00557
 O2 0.22012 0.44779 0.25000 ? 0.00595
 O3 0.27810 0.16346 0.03431 ? 0.00621
 """,
-    "ICSD": """#(C) 2019 by FIZ Karlsruhe - Leibniz Institute for Information Infrastructure.  All rights reserved.
+    "ICSD": """#(C) 2019 by FIZ Karlsruhe - Leibniz Institute for Information Infrastructure.  \
+All rights reserved.
 data_9008-ICSD
 _database_code_ICSD 9008
 _chemical_name_common 'Titanium oxide'
@@ -612,8 +613,8 @@ Mn1 3.2 0.0 0.0 mx,my,mz
     + "C1 -0.25 1.25 0.5\nN1 12.5 -3.4 +0.75\nO1 -0 -0.0 1.\n",
     "Pauling file": "data_n\n" + _cell(4, 4, 4) + "loop_\n_atom_site_label\n_atom_site_type_symbol\n" + _XYZ
     + "_atom_site_occupancy\nM1 '0.8Nb + 0.2Zr' 0 0 0 1\nO1 O 0.5 0.5 0.5 1\n",
-    "one long line": "data_n " + _cell(4, 4, 4).replace("\n", " ") + "loop_ _atom_site_label " + _XYZ.replace("\n", " ")
-    + " ".join(f"C{i} 0.{i:02d} 0.5 0.25" for i in range(90)) + " # the end",
+    "one long line": "data_n " + _cell(4, 4, 4).replace("\n", " ") + "loop_ _atom_site_label "
+    + _XYZ.replace("\n", " ") + " ".join(f"C{i} 0.{i:02d} 0.5 0.25" for i in range(90)) + " # the end",
     "rows over several lines": "data_n\n" + _cell(4, 4, 4) + "loop_\n_atom_site_label\n" + _XYZ
     + "C1 0.1\n0.2\n   0.3 N1 0.5 0.5 0.5 O1\n0.7 0.7 0.7\n",
     "comments everywhere": "# a\ndata_n # b\n" + _cell(4, 4, 4).replace("\n", " # Angstrom\n")
@@ -623,9 +624,10 @@ Mn1 3.2 0.0 0.0 mx,my,mz
     + "loop_\n_atom_site_label\n" + _XYZ + "C1 0.1 0.2\n;0.3\n;\n",
     "reserved words": "data_n\nsave_frame\nglobal_\nstop_\n" + _cell(4, 4, 4)
     + "loop_\n_atom_site_label\n" + _XYZ + "C1 0.1 0.2 0.3\nstop_ 0 0 0\n",
-    "keys without values": "data_n\n_chemical_name_mineral\n" + _cell(4, 4, 4) + "loop_\n_atom_site_label\n" + _XYZ
-    + "C1 0.1 0.2 0.3\n",
-    "upper-case keys": "data_n\n_Cell_Length_A 4\n" + _cell(4, 4, 4) + "LOOP_\n_atom_site_label\n" + _XYZ + "C1 0 0 0\n",
+    "keys without values": "data_n\n_chemical_name_mineral\n" + _cell(4, 4, 4)
+    + "loop_\n_atom_site_label\n" + _XYZ + "C1 0.1 0.2 0.3\n",
+    "upper-case keys": "data_n\n_Cell_Length_A 4\n" + _cell(4, 4, 4)
+    + "LOOP_\n_atom_site_label\n" + _XYZ + "C1 0 0 0\n",
     "refined cell in other "
     "units": "data_n\n" + _cell("4.0(5)e0", "4,0", "4.0") + "loop_\n_atom_site_label\n" + _XYZ + "C 0 0 0\n",
     "occupancies by uncertainty": "data_n\n" + _cell(4, 4, 4) + "loop_\n_atom_site_label\n" + _XYZ
@@ -707,7 +709,9 @@ TREATMENTS: dict[str, Callable[[str], str]] = {
     "double quotes": lambda s: s.replace("'", '"'),
     "without quotes": lambda s: s.replace("'", ""),
     "an appended remark": lambda s: s + "\nThis file was checked by hand.\n",
-    "wrapped at 40": lambda s: "\n".join(line[i : i + 40] for line in s.split("\n") for i in range(0, max(1, len(line)), 40)),
+    "wrapped at 40": lambda s: "\n".join(
+        line[i : i + 40] for line in s.split("\n") for i in range(0, max(1, len(line)), 40)
+    ),
 }  # fmt: skip
 
 

@@ -45,10 +45,11 @@ ODD = {
         "loop_\n_symmetry_equiv_pos_as_xyz\n'x, y, z'\n", ""
     )
     + "loop_\n_symmetry_equiv_pos_as_xyz\nx,y,z\n'-x, -y, -z'\n",
-    "labels alone": SLAB.replace("_atom_site_type_symbol\n", "").replace("\nPt Pt", "\nPt").replace("\nCu Cu", "\nCu")
-    .replace("\nC C", "\nC").replace("\nO O", "\nO"),
+    "labels alone": SLAB.replace("_atom_site_type_symbol\n", "").replace("\nPt Pt", "\nPt")
+    .replace("\nCu Cu", "\nCu").replace("\nC C", "\nC").replace("\nO O", "\nO"),
     "a row over two lines": SLAB.replace("Pt Pt3 1 0.500", "Pt Pt3 1\n0.500"),
-    "comments": SLAB.replace("loop_\n_atom_site", "# sites\nloop_\n_atom_site").replace("0.500 1\n", "0.500 1 # O\n"),
+    "comments": SLAB.replace("loop_\n_atom_site", "# sites\nloop_\n_atom_site")
+    .replace("0.500 1\n", "0.500 1 # O\n"),
 }  # fmt: skip
 
 
@@ -105,8 +106,10 @@ def test_prose_between_a_loop_and_a_key_stands_inside() -> None:
 
 def test_the_last_whole_cif_counts() -> None:
     half = SLAB[: SLAB.index("Pt Pt2")] + "Pt Pt2 1 0.0\n"
-    for answer in (f"{DRAFT}\nBetter:\n{SLAB}", f"{SLAB}\nOnce more:\n{half}", f"```\n{SLAB}```\nor\n```\n{half}```",
-                   f"```\n{DRAFT}```\nor\n{SLAB}", f"{half}\nNo.\n{SLAB}", f"{half}{SLAB}", f"{SLAB}data_ is the begin of it.\n"):  # fmt: skip
+    for answer in (f"{DRAFT}\nBetter:\n{SLAB}", f"{SLAB}\nOnce more:\n{half}",
+                   f"```\n{SLAB}```\nor\n```\n{half}```", f"```\n{DRAFT}```\nor\n{SLAB}",
+                   f"{half}\nNo.\n{SLAB}", f"{half}{SLAB}",
+                   f"{SLAB}data_ is the begin of it.\n"):  # fmt: skip
         assert FOUND.score([answer], [TARGET]).total[0] == pytest.approx(10.0)
 
 
@@ -116,15 +119,16 @@ def test_reasoning_alone_is_no_answer() -> None:
         assert FOUND.score([answer], [TARGET]).reason == ["no_block"]
 
 
-# What may stand around a CIF: anything that is no CIF, opens no reasoning and is no chat. Words and marks that matter
-# to the finder come often.
+# What may stand around a CIF: anything that is no CIF, opens no reasoning and is no chat.
+# Words and marks that matter to the finder come often.
 PIECES = st.one_of(
     st.text(max_size=40),
     st.sampled_from(
-        ["Sure!", "Done.", "END", "---", "***", "**x**", "- a", "1. b", "> q", "I hope", "6 atoms", "5.5 5.5 15.0", "it's",
-         "'q", '"', "```", "```cif", "~~~", "<answer>", "</answer>", "<cif>", "</cif>", "[CIF]", "[/CIF]", "<pre>", "</s>",
-         "<|im_end|>", "<|endoftext|>", "<pad>", "{", "}", '{"cif": ', "_Note_", "_x", "#", "\u8be5\u7ed3\u6784", "\u042d\u0442\u043e", "\\n",
-         "<b>", "<0.1", "<", "[", "|---|", "\t", "\r", "\xa0", "data", "loop"]
+        ["Sure!", "Done.", "END", "---", "***", "**x**", "- a", "1. b", "> q", "I hope", "6 atoms",
+         "5.5 5.5 15.0", "it's", "'q", '"', "```", "```cif", "~~~", "<answer>", "</answer>", "<cif>",
+         "</cif>", "[CIF]", "[/CIF]", "<pre>", "</s>", "<|im_end|>", "<|endoftext|>", "<pad>", "{", "}",
+         '{"cif": ', "_Note_", "_x", "#", "\u8be5\u7ed3\u6784", "\u042d\u0442\u043e", "\\n", "<b>", "<0.1",
+         "<", "[", "|---|", "\t", "\r", "\xa0", "data", "loop"]
     ),
 )  # fmt: skip
 SURROUNDINGS = st.lists(st.tuples(PIECES, st.sampled_from([" ", "\n", "\n\n", "\n    "])), max_size=8).map(
@@ -143,9 +147,8 @@ def test_whatever_surrounds_a_cif(before: str, after: str, odd: str) -> None:
     cif = ODD.get(odd, SLAB)
     assume(not ROW.match(after))  # the begin of a further row: the CIF is cut off
     assume(not CIF_LINE.search(after) and "data_" not in before + after)
-    before = before.replace("<|im_end|>", "").replace(
-        "<|endoftext|>", ""
-    )  # nothing behind these is the answer
+    # nothing behind these is the answer
+    before = before.replace("<|im_end|>", "").replace("<|endoftext|>", "")
     answer = f"{before}\n{cif}\n{after}"
     assert same_scores([answer], [cif]).all(), extract_cif(answer)
 

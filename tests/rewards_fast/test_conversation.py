@@ -28,7 +28,8 @@ ASSISTANT = "<|im_end|>\n<|im_start|>assistant\n"
 CONVERSATIONS: dict[str, tuple[Any, str, str]] = {
     "plain": (SLAB, SLAB, SLAB),
     "one message": ([say("assistant", SLAB)], SLAB, SLAB),
-    "parts": ([say("assistant", [{"type": "reasoning", "text": OTHER}, {"type": "text", "text": SLAB}])], SLAB, SLAB),
+    "parts": ([say("assistant", [{"type": "reasoning", "text": OTHER}, {"type": "text", "text": SLAB}])],
+              SLAB, SLAB),
     "an object": ([SimpleNamespace(role="assistant", content=SLAB, tool_calls=None)], SLAB, SLAB),
     "no role": ([{"content": SLAB}], SLAB, SLAB),
     "a tool's structure": (
@@ -38,7 +39,8 @@ CONVERSATIONS: dict[str, tuple[Any, str, str]] = {
     "a call has the last word": ([say("assistant", SLAB), say("tool", "ok"), CALLING], "", SLAB),
     "a remark has the last "
     "word": ([say("assistant", SLAB), say("tool", "ok"), say("assistant", "Done.")], "Done.", SLAB),
-    "mended after criticism": ([say("assistant", OTHER), say("user", "Wrong metal."), say("assistant", SLAB)], SLAB, SLAB),
+    "mended after criticism": ([say("assistant", OTHER), say("user", "Wrong metal."), say("assistant", SLAB)],
+                               SLAB, SLAB),
     "only tools": ([say("tool", SLAB)], "", ""),
     "nothing": ([], "", ""),
     "chatml": (f"I ask.<|im_end|>\n<|im_start|>tool\n{SLAB}{ASSISTANT}No idea.", "No idea.", "No idea."),
@@ -99,7 +101,8 @@ def test_strict_mode_leaves_a_text_as_it_stands() -> None:
 
 
 def test_hostile_texts_take_linear_time() -> None:
-    for piece, end in (("<tool_call>", "</think>"), ("<tool_response>", ""), ("<|im_start|>user", ""), ("assistant\n", ""), ("<information></information>", "")):  # fmt: skip
+    for piece, end in (("<tool_call>", "</think>"), ("<tool_response>", ""), ("<|im_start|>user", ""),
+                       ("assistant\n", ""), ("<information></information>", "")):  # fmt: skip
         begin = time.process_time()
         answer_text(piece * (1_000_000 // len(piece)) + end)
         assert time.process_time() - begin < 3.0, piece

@@ -116,20 +116,27 @@ RULES = {
         f"magnetic group, {name}": with_symmetry(lines, "Mn Mn0 0.1 0.2 0.25\nO O1 0 0 0.5\n")
         for name, lines in {
             "by name": "_space_group_magn.name_BNS \"P n' m a'\"",
-            "by number": "_space_group_magn.number_BNS 62.448\n_space_group_magn.transform_BNS_Pp_abc 'a,b,c;0,0,0'",
+            "by number": "_space_group_magn.number_BNS 62.448\n"
+            "_space_group_magn.transform_BNS_Pp_abc 'a,b,c;0,0,0'",
             "hexagonal, centred": "_space_group_magn_number_BNS 166.97",
             "with an antitranslation": "_space_group_magn.name_BNS R_I-3c",
-            "in another setting": "_space_group_magn.number_BNS 62.448\n_space_group_magn.transform_BNS_Pp_abc 'c,a,b;1/4,0,1/2'",
-            "rhombohedral setting": "_space_group_magn.number_BNS 166.97\n_space_group_magn.transform_BNS_Pp_abc "
+            "in another setting": "_space_group_magn.number_BNS 62.448\n"
+            "_space_group_magn.transform_BNS_Pp_abc 'c,a,b;1/4,0,1/2'",
+            "rhombohedral setting": "_space_group_magn.number_BNS 166.97\n"
+            "_space_group_magn.transform_BNS_Pp_abc "
             "'2/3a+1/3b+1/3c,-1/3a+1/3b+1/3c,-1/3a-2/3b+1/3c;0,0,0'",
-            "brackets": "_space_group_magn.number_BNS 14.79\n_space_group_magn.transform_BNS_Pp_abc '(a+b)/2,(b-a)/2,2c;0.25,0,0'",
+            "brackets": "_space_group_magn.number_BNS 14.79\n"
+            "_space_group_magn.transform_BNS_Pp_abc '(a+b)/2,(b-a)/2,2c;0.25,0,0'",
             "unknown name": "_space_group_magn.name_BNS foo",
             "unknown number": "_space_group_magn.number_BNS 62.999",
             "number without a point": "_space_group_magn.number_BNS 62",
             "no number": "_space_group_magn.number_BNS a.b",
-            "no setting": "_space_group_magn.number_BNS 62.448\n_space_group_magn.transform_BNS_Pp_abc 'a,b;0,0,0'",
-            "flat setting": "_space_group_magn.number_BNS 62.448\n_space_group_magn.transform_BNS_Pp_abc 'a,a,c;0,0,0'",
-            "two settings": "_space_group_magn.number_BNS 62.448\n_space_group_magn.transform_BNS_Pp_abc 'a,b,c;0,0,0'\n"
+            "no setting": "_space_group_magn.number_BNS 62.448\n"
+            "_space_group_magn.transform_BNS_Pp_abc 'a,b;0,0,0'",
+            "flat setting": "_space_group_magn.number_BNS 62.448\n"
+            "_space_group_magn.transform_BNS_Pp_abc 'a,a,c;0,0,0'",
+            "two settings": "_space_group_magn.number_BNS 62.448\n"
+            "_space_group_magn.transform_BNS_Pp_abc 'a,b,c;0,0,0'\n"
             "_space_group_magn.transform_BNS_Pp 'a,b,c;0,0,0'",
         }.items()
     },
@@ -216,7 +223,8 @@ print(sum(a != b and not (np.isnan(a) and np.isnan(b)) for a, b in zip(ours, the
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="kernels of x86-64")
 @pytest.mark.parametrize("kernels", ["Haswell", "SkylakeX", "Zen"])
 def test_the_order_of_sums_is_that_of_openblas_with_avx2(kernels: str) -> None:
-    """Images on the tolerance depend on the last digit of a sum, and so pymatgen's answer on the BLAS that NumPy carries."""
+    """Images on the tolerance depend on the last digit of a sum,
+    and so pymatgen's answer on the BLAS that NumPy carries."""
     environment = {**os.environ, "OPENBLAS_CORETYPE": kernels, "OPENBLAS_NUM_THREADS": "1"}
     environment.pop("OPENBLAS_L2_SIZE", None)
     run = [sys.executable, "-c", ORDER_OF_SUMS]
@@ -326,7 +334,9 @@ def test_asyncio_and_pickle() -> None:
 ENORMOUS = {
     "100 MB of words": lambda: "data_x\n" + "word " * 20_000_000,
     "a million rows": lambda: cell_cif(CUBE, []) + "Pt Pt 0.1 0.2 0.3 1\n" * 800_000,
-    "many different rows": lambda: cell_cif(CUBE, [("Pt", i % 97 / 97, i // 97 % 89 / 89, i / 90_000) for i in range(90_000)]),
+    "many different rows": lambda: cell_cif(
+        CUBE, [("Pt", i % 97 / 97, i // 97 % 89 / 89, i / 90_000) for i in range(90_000)]
+    ),
     "a million images": lambda: cell_cif(
         CUBE, [("Pt", i / 1500, 0.1, 0.2) for i in range(1500)], [f"x+0.{i:04d},y,z" for i in range(900)]
     ),
@@ -336,9 +346,18 @@ ENORMOUS = {
     "blocks": lambda: "data_x\n" * 500_000,
     "columns": lambda: "data_x\nloop_\n" + "_atom_site_label\n" * 300_000 + "x " * 300_000,
     "operation of digits": lambda: with_symmetry("_symmetry_equiv_pos_as_xyz '" + "1" * 2_000_000 + "x,y,z'"),
-    "one place": lambda: cell_cif((900, 900, 900, 90, 90, 90), [("Pt", 0.5 + i % 40 / 5e3, i // 40 % 40 / 5e3, i // 1600 / 5e3) for i in range(40_000)]),
+    "one place": lambda: cell_cif(
+        (900, 900, 900, 90, 90, 90),
+        [("Pt", 0.5 + i % 40 / 5e3, i // 40 % 40 / 5e3, i // 1600 / 5e3) for i in range(40_000)],
+    ),
     "white space": lambda: "data_x\n" + " \n" * 2_000_000 + SLAB,
-    "dummies": lambda: cell_cif(CUBE, [("X" + chr(97 + i % 26) + chr(97 + i // 26 % 26) + "q" * (i // 676), i / 5e4, 0, 0) for i in range(20_000)]),
+    "dummies": lambda: cell_cif(
+        CUBE,
+        [
+            ("X" + chr(97 + i % 26) + chr(97 + i // 26 % 26) + "q" * (i // 676), i / 5e4, 0, 0)
+            for i in range(20_000)
+        ],
+    ),
 }  # fmt: skip
 
 

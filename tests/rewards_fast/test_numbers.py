@@ -35,7 +35,8 @@ int main() {
 def numbers() -> list[str]:
     """Right and wrong numbers; doubles of every size, shortest and longer than they need to be."""
     chance = random.Random(1)
-    found = ["0", "-0.0", "1e400", "-1e400", "1e-400", "4.9e-324", "2.4e-324", "1.7976931348623159e308", "inf", "-Infinity"]  # fmt: skip
+    found = ["0", "-0.0", "1e400", "-1e400", "1e-400", "4.9e-324", "2.4e-324", "1.7976931348623159e308",
+             "inf", "-Infinity"]  # fmt: skip
     found += [
         "nan",
         "",
@@ -80,6 +81,8 @@ def test_numbers_are_those_of_python(flags: list[str], tmp_path: Path) -> None:
         except ValueError:
             expected = None
         found = None if answer == "no" else float("nan") if "nan" in answer else float.fromhex(answer)
-        same = found == expected or (expected is not None and found is not None and math.isnan(found) and math.isnan(expected))  # fmt: skip
+        same = found == expected or (
+            expected is not None and found is not None and math.isnan(found) and math.isnan(expected)
+        )
         assert same, (text, answer)
         assert found != 0 or math.copysign(1, found) == math.copysign(1, float(text)), text

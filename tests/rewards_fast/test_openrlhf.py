@@ -64,16 +64,18 @@ def test_the_prompt_is_no_part_of_the_answer() -> None:
 @pytest.mark.parametrize("label", ["", None, {}])
 def test_without_a_label_the_prompt_names_the_composition(label: Any) -> None:
     assert reward_func([PROMPT + SLAB], [PROMPT], [label])["rewards"] == pytest.approx([10.0])
-    mistral = (
-        f"<s>[INST] Hi [/INST] Hello</s>[INST] {TARGET} Please [/INST]"  # </s> is also its end of a turn
-    )
+    # </s> is also its end of a turn
+    mistral = f"<s>[INST] Hi [/INST] Hello</s>[INST] {TARGET} Please [/INST]"
     assert reward_func([mistral + SLAB], [mistral], [label])["rewards"] == pytest.approx([10.0])
     plain = "Write a CIF."
     assert reward_func([plain + SLAB], [plain], [label])["rewards"] == pytest.approx([4.0])
 
 
 def test_an_agent_loop_and_a_missing_target() -> None:
-    tool = f"<|im_end|>\n<|im_start|>user\n<tool_response>\n{SLAB}\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
+    tool = (
+        f"<|im_end|>\n<|im_start|>user\n<tool_response>\n{SLAB}\n</tool_response><|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
     assert reward_func([PROMPT + "I ask." + tool + "No idea."], [PROMPT], [""])["rewards"] == [-15.0]
     assert reward_func([PROMPT + "I ask." + tool + SLAB], [PROMPT], [""])["rewards"] == pytest.approx([10.0])
     anywhere = make_reward_func(answer="any")

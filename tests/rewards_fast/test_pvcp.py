@@ -183,7 +183,10 @@ def test_undefined_numbers_take_the_penalty_and_rewards_stay_finite() -> None:
         (4, 4, 4, "nan", 90, 90),
         (1e200, 1e200, 1e200, 90, 90, 90),
     ):
-        result = score(cell_cif(cell, [("Pt", 0, 0, 0), ("Pt", 0.5, 0.5, 0.5)]), "Pt2")  # type: ignore[arg-type]
+        result = score(
+            cell_cif(cell, [("Pt", 0, 0, 0), ("Pt", 0.5, 0.5, 0.5)]),  # type: ignore[arg-type]
+            "Pt2",
+        )
         assert np.isfinite(result.total[0])
 
 

@@ -30,11 +30,12 @@ def pymatgen_counts(formula: str) -> dict[str, float] | None:
 
 
 FORMULAS = [
-    "Pt3Cu", "Pt3 Cu", "Pt 3 Cu 1", "Pt3CuCO", "Pt0.5Cu1.5", "Pt.5", "Pt3.", "Pt1e2", "Pt(OH)2", "[Pt(OH)2]3", "{Pt3}2",
-    "Pt@C", "D2O", "T2O", "CO", "Co", "NaN", "CuSO4.5H2O", "Pt 3 4", "Pt3 4", "P t3", "P T3", "Pt3Cu*2", "Pt3**Cu", "Pt-3",
-    "Pt3-Cu", "Pt1.5.2", "pt3cu", "Qq", "Pt3Cu4X", "Vac2Pt", "Fe3+", "Pt+", "Pt\u2083Cu", "CoO2\u00b7H2O", "Li(3)", "()Pt",
-    "(Pt3", "Pt3)", "Pt:3", "composition", "Pt3Cu (1 1 1)", "Pt(OH", "a Pt3Cu", "Pt3Cu alloy", "1", "*", " Pt3Cu ", "Pt1e",
-    "Pt,Cu", "Pt3Cu.", "Pt/Cu", "Pt3Cu1;", "Pt\n3", "Ac2Lr", "C60H0",
+    "Pt3Cu", "Pt3 Cu", "Pt 3 Cu 1", "Pt3CuCO", "Pt0.5Cu1.5", "Pt.5", "Pt3.", "Pt1e2", "Pt(OH)2", "[Pt(OH)2]3",
+    "{Pt3}2", "Pt@C", "D2O", "T2O", "CO", "Co", "NaN", "CuSO4.5H2O", "Pt 3 4", "Pt3 4", "P t3", "P T3",
+    "Pt3Cu*2", "Pt3**Cu", "Pt-3", "Pt3-Cu", "Pt1.5.2", "pt3cu", "Qq", "Pt3Cu4X", "Vac2Pt", "Fe3+", "Pt+",
+    "Pt\u2083Cu", "CoO2\u00b7H2O", "Li(3)", "()Pt", "(Pt3", "Pt3)", "Pt:3", "composition", "Pt3Cu (1 1 1)",
+    "Pt(OH", "a Pt3Cu", "Pt3Cu alloy", "1", "*", " Pt3Cu ", "Pt1e", "Pt,Cu", "Pt3Cu.", "Pt/Cu", "Pt3Cu1;",
+    "Pt\n3", "Ac2Lr", "C60H0",
 ]  # fmt: skip
 
 
@@ -48,7 +49,8 @@ def test_a_formula_is_what_pymatgen_reads(formula: str) -> None:
         assert parse_target(formula) == pytest.approx(expected)
 
 
-PIECES = ["Pt", "Cu", "C", "O", "H", "N", "D", "Co", "2", "12", "0.5", ".5", "e1", "(", ")", "[", "]", " ", "*", "-", "x", "@", "1.5.2", "X"]  # fmt: skip
+PIECES = ["Pt", "Cu", "C", "O", "H", "N", "D", "Co", "2", "12", "0.5", ".5", "e1", "(", ")", "[", "]", " ",
+          "*", "-", "x", "@", "1.5.2", "X"]  # fmt: skip
 
 
 @settings(max_examples=400, deadline=None)
@@ -90,7 +92,8 @@ def test_targets_kept_as_json(text: str, expected: dict[str, float]) -> None:
     assert parse_target(text) == expected
 
 
-@pytest.mark.parametrize("text", ['{"Pt": "3"}', '{"Pt": [3]}', '{"Qq": 1}', '{"Pt": 3', "[1]", '["Pt"]', '"pt"', '{"Pt": NaN}', '{"Pt": true}x'])  # fmt: skip
+@pytest.mark.parametrize("text", ['{"Pt": "3"}', '{"Pt": [3]}', '{"Qq": 1}', '{"Pt": 3', "[1]", '["Pt"]',
+                                  '"pt"', '{"Pt": NaN}', '{"Pt": true}x'])  # fmt: skip
 def test_json_that_is_not_a_target_is_an_error(text: str) -> None:
     with pytest.raises((ValueError, TypeError)):
         parse_target(text)
@@ -105,7 +108,8 @@ PROMPTS = {
     "text": f"{TARGET} Please generate the CIF.",
     "chat": [{"role": "system", "content": SYSTEM}, {"role": "user", "content": TARGET}],
     "few shots": [
-        {"role": "user", "content": "NH</s>Fe4 (1 1 0)"}, {"role": "assistant", "content": "NO</s>Co4 (1 1 0)"},
+        {"role": "user", "content": "NH</s>Fe4 (1 1 0)"},
+        {"role": "assistant", "content": "NO</s>Co4 (1 1 0)"},
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": TARGET}]},
     ],
     "example first": f"As NH</s>Fe4 (1 1 0) was done, now do {TARGET}.",
@@ -134,7 +138,8 @@ def test_the_target_of_a_prompt_is_the_last_that_the_user_names(case: str) -> No
     [
         "Please make a slab of platinum and copper.",
         [{"role": "system", "content": SYSTEM}, {"role": "user", "content": "A slab of Pt3Cu, please."}],
-        [{"role": "user", "content": TARGET}, {"role": "assistant", "content": SLAB}, {"role": "user", "content": "Again."}],
+        [{"role": "user", "content": TARGET}, {"role": "assistant", "content": SLAB},
+         {"role": "user", "content": "Again."}],
         chatml(("system", SYSTEM), ("user", "A slab, please.")),
         [{"role": "assistant", "content": TARGET}],
         [],

@@ -117,15 +117,20 @@ def test_two_steps_of_a_real_trainer(kind: str, tmp_path: Path) -> None:
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=raw, unk_token="<unk>", pad_token="<pad>", eos_token="<eos>", padding_side="left"
     )
-    tokenizer.chat_template = "{% for m in messages %}{{ m.role + ' ' + m.content + ' ' }}{% endfor %}{% if add_generation_prompt %}assistant {% endif %}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role + ' ' + m.content + ' ' }}{% endfor %}{% if add_generation_prompt "
+        "%}assistant {% endif %}"
+    )
     config = transformers.Qwen2Config(
-        vocab_size=len(words), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=128, eos_token_id=2, pad_token_id=1, bos_token_id=None,
+        vocab_size=len(words), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=128, eos_token_id=2,
+        pad_token_id=1, bos_token_id=None,
     )  # fmt: skip
     prompt: Any = TARGET if kind != "chat" else [{"role": "user", "content": TARGET}]
     arguments = trl.GRPOConfig(
-        output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=2, num_generations=2, max_completion_length=8,
-        report_to=[], use_cpu=True, bf16=False, fp16=False, logging_steps=1, save_strategy="no", disable_tqdm=True,
+        output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=2, num_generations=2,
+        max_completion_length=8, report_to=[], use_cpu=True, bf16=False, fp16=False, logging_steps=1,
+        save_strategy="no", disable_tqdm=True,
     )  # fmt: skip
     trainer = trl.GRPOTrainer(
         model=transformers.Qwen2ForCausalLM(config),

@@ -1,4 +1,5 @@
-"""The decode loop against transformers: greedy tokens, log-probabilities, the top-p distribution, and what seeds fix."""
+"""The decode loop against transformers: greedy tokens, log-probabilities, the top-p distribution,
+and what seeds fix."""
 
 from __future__ import annotations
 
@@ -43,7 +44,8 @@ def prompts(train_systems: list[System]) -> list[Sample]:
 
 @pytest.fixture(scope="module")
 def ending_model(small_model: Model, prompts: list[Sample]) -> Model:
-    """The model with another end token: one that it writes often, so that answers end at times that differ."""
+    """The model with another end token: one that it writes often,
+    so that answers end at times that differ."""
     model, collate = small_model
     params = SamplingConfig(top_p=1.0, max_new_tokens=12)
     rollouts = RolloutEngine(model, collate).generate(prompts, params, [8], group_size=16)

@@ -1,6 +1,8 @@
-"""vLLM as the sampler: the same greedy tokens as transformers, log-probabilities of the model, weights that follow.
+"""vLLM as the sampler: the same greedy tokens as transformers, log-probabilities of the model,
+weights that follow.
 
-`VLLM_PYTHON` names the Python of an environment with vLLM (`make vllm`); what needs none of it runs everywhere.
+`VLLM_PYTHON` names the Python of an environment with vLLM (`make vllm`);
+what needs none of it runs everywhere.
 """
 
 from __future__ import annotations
@@ -50,7 +52,8 @@ needs_vllm = pytest.mark.skipif(not PYTHON, reason="VLLM_PYTHON names no Python 
 
 @pytest.fixture(scope="module")
 def wide_model(train_systems: list[System]) -> Model:
-    """The small model with heads of 32, the fewest that vLLM's CPU attention takes, and weights that tell inputs apart."""
+    """The small model with heads of 32, the fewest that vLLM's CPU attention takes,
+    and weights that tell inputs apart."""
     model, collate = new_model(load_config(None, WIDE), train_systems[::40])
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -129,7 +132,8 @@ def test_greedy_tokens_and_log_probabilities_follow_the_weights(
 def test_samples_are_seeded_and_of_the_models_distribution(
     wide_model: Model, prompts: list[Sample], tmp_path: Path
 ) -> None:
-    """Log-probabilities at another temperature are the model's; the first tokens' frequencies are its probabilities."""
+    """Log-probabilities at another temperature are the model's;
+    the first tokens' frequencies are its probabilities."""
     params = SamplingConfig(temperature=1.6, top_p=0.9, max_new_tokens=8)
     model, collate = wide_model
     engine = VLLMEngine(PYTHON, model, collate, params, torch.float32, tmp_path / "log", rows=64, memory=0.1)
@@ -179,7 +183,8 @@ def test_grpo_trains_from_its_samples(make_context: MakeContext) -> None:
 @needs_vllm
 @pytest.mark.slow
 def test_the_text_export_is_served(wide_model: Model, tmp_path: Path, prompts: list[Sample]) -> None:
-    """`vllm serve` on `catmllm export text`: greedy completions are transformers', from text and from embeddings."""
+    """`vllm serve` on `catmllm export text`: greedy completions are transformers',
+    from text and from embeddings."""
     model, collate = wide_model
     save_model(tmp_path / "stage", model, model.state_dict(), load_config(None, WIDE), collate.tokenizer)
     folder = export(tmp_path / "stage", "text", tmp_path / "text", "fp32")

@@ -185,8 +185,8 @@ def test_a_longer_answer_does_not_weigh_more() -> None:
     for length in (1, 10):
         logprob = torch.full((length,), -1.0, requires_grad=True)
         loss, _ = policy_loss(
-            logprob, logprob.detach(), logprob.detach(), torch.ones(1), torch.zeros(length, dtype=torch.int64), 1,
-            0.0, "k3", 0.2,
+            logprob, logprob.detach(), logprob.detach(), torch.ones(1),
+            torch.zeros(length, dtype=torch.int64), 1, 0.0, "k3", 0.2,
         )  # fmt: skip
         loss.sum().backward()
         assert logprob.grad is not None

@@ -1,7 +1,8 @@
-"""The RL stages in one process with a made-up reward: weights move, the right ones, on the very tokens that were scored.
+"""The RL stages in one process with a made-up reward: weights move, the right ones,
+on the very tokens that were scored.
 
-A model of a few steps writes nothing that parses, so that every group would be degenerate; the reward here counts
-tokens instead.
+A model of a few steps writes nothing that parses, so that every group would be degenerate;
+the reward here counts tokens instead.
 """
 
 import itertools

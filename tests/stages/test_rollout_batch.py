@@ -1,4 +1,5 @@
-"""Answers that share their prompt's tokens: the same log-probabilities, loss and gradients as with a prompt for each."""
+"""Answers that share their prompt's tokens: the same log-probabilities,
+loss and gradients as with a prompt for each."""
 
 from __future__ import annotations
 
@@ -60,7 +61,8 @@ def test_loss_and_every_gradient_are_those_of_a_prompt_for_each_answer(
     bound: float,
     cuts: list[int],
 ) -> None:
-    """Also where passes split a group, and into encoder and projector through the graph tokens of shared prompts.
+    """Also where passes split a group, and into encoder and projector
+    through the graph tokens of shared prompts.
 
     In float64 to 1e-6: transformers computes norms in float32 there too.
     """

@@ -36,7 +36,8 @@ def on_platinum(name: str, height: float = 1.9) -> System:
 # of the molecules that OC20 puts on its slabs
 @pytest.mark.parametrize(
     "name",
-    ["CO", "N2", "H2O", "NH3", "CH4", "C2H2", "C2H4", "C2H6", "CH3OH", "H2CO", "HCN", "N2H4", "HCOOH", "CH3CHO", "NO2"],
+    ["CO", "N2", "H2O", "NH3", "CH4", "C2H2", "C2H4", "C2H6", "CH3OH", "H2CO", "HCN", "N2H4", "HCOOH",
+     "CH3CHO", "NO2"],
 )  # fmt: skip
 def test_gas_molecules_are_whole(name: str) -> None:
     assert adsorbate_fault(on_platinum(name)) is None

@@ -4,13 +4,12 @@ target and reference energy, tags.
 `oc20_data_mapping.pkl` is a dict of 640,000 dicts, a gigabyte as Python objects: `build` reads it once and
 writes a table of 50 MB, which every worker maps. The kind of a mapping is told by its content:
 
-| file | content |
-|---|---|
-| `oc20_data_mapping.pkl`, OC22's `oc22_metadata.pkl` | sid -> {ads_symbols, bulk_symbols, miller_index, bulk_mpid, shift, top, anomaly} |
-| `oc20dense_mapping.pkl` | sid -> {system_id, config_id, adsorbate, mpid, miller_idx, shift, top} |
-| `oc20dense_targets.pkl` | system_id -> [(config_id, adsorption energy), ...] |
-| `oc20dense_ref_energies.pkl`, `oc20_ref.pkl` | system_id or sid -> reference energy |
-| `oc20dense_tags.pkl` | system_id -> tags of its atoms |
+- `oc20_data_mapping.pkl`, OC22's `oc22_metadata.pkl`:
+  sid -> {ads_symbols, bulk_symbols, miller_index, bulk_mpid, shift, top, anomaly}
+- `oc20dense_mapping.pkl`: sid -> {system_id, config_id, adsorbate, mpid, miller_idx, shift, top}
+- `oc20dense_targets.pkl`: system_id -> [(config_id, adsorption energy), ...]
+- `oc20dense_ref_energies.pkl`, `oc20_ref.pkl`: system_id or sid -> reference energy
+- `oc20dense_tags.pkl`: system_id -> tags of its atoms
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """From files to a dataset: records filtered into systems, all files in parallel, any kill survived.
 
-    catmllm data oc20 is2re/ --mapping oc20_data_mapping.pkl --dense dense/ --mapping oc20dense_mapping.pkl --out DIR
+    catmllm data oc20 is2re/ --mapping oc20_data_mapping.pkl \\
+        --dense dense/ --mapping oc20dense_mapping.pkl --out DIR
 
 The input is cut into pieces (`readers.units`), each becomes one shard, written whole or not at all, with the
 count of what was dropped and why in its header. A run that finds a shard does not make it again. When all are

@@ -1,13 +1,13 @@
 """Records of adsorption systems from every file layout that OC20 users have.
 
-| files | layout |
-|---|---|
-| `*.lmdb` | IS2RE and S2EF: pickled PyG Data, before and since PyG 2.0; or ASE rows, told apart by what is inside |
-| `*.aselmdb` | fairchem's ASE rows, zlib JSON in LMDB |
-| `*.db`, `*.json` | ASE databases |
-| `*.extxyz`, `*.xyz` (also `.xz`, `.gz`) | frames; beside them `NAME.txt` (`sid,frame12,reference` a frame) or `system.txt` (`sid,reference`) |
-| `*.traj` | ASE trajectories; the sid is the name, in OC20-Dense the folder and the name |
-| `*.pkl` | a list of PyG Data |
+- `*.lmdb`: IS2RE and S2EF as pickled PyG Data, before and since PyG 2.0; or ASE rows, told apart by what is
+  inside
+- `*.aselmdb`: fairchem's ASE rows, zlib JSON in LMDB
+- `*.db`, `*.json`: ASE databases
+- `*.extxyz`, `*.xyz` (also `.xz`, `.gz`): frames; beside them `NAME.txt` (`sid,frame12,reference` a frame) or
+  `system.txt` (`sid,reference`)
+- `*.traj`: ASE trajectories; the sid is the name, in OC20-Dense the folder and the name
+- `*.pkl`: a list of PyG Data
 
 `units` cuts files into pieces of some thousand records, `read` yields the records of a piece. What cannot be
 read is yielded too, as a `Problem`, so that nothing is lost without being counted.

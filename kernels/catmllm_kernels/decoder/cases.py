@@ -13,8 +13,8 @@ from catmllm_kernels.decoder import op, reference
 from catmllm_kernels.registry import Case
 
 EPS = 1e-6
-# The result and the gradients are rounded once (the kernels) or twice (a gradient through a definition that rounds
-# its result).
+# The result and the gradients are rounded once (the kernels)
+# or twice (a gradient through a definition that rounds its result).
 TOLERANCE = {torch.bfloat16: 2 * 2.0**-8, torch.float16: 2 * 2.0**-11}
 
 

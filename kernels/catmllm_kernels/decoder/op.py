@@ -1,8 +1,9 @@
 """The public ops: csrc/rows on a CPU, the definition elsewhere.
 
-Of 2,100 tokens with H = 192 in bf16, forward and backward on one thread, they take less than a fifth of the time of
-torch's separate operators. On CUDA, under a compiler, which fuses the separate operators itself, and in float16, whose
-large values want hooks between them, `fits` says no, and a model does better by its own operators.
+Of 2,100 tokens with H = 192 in bf16, forward and backward on one thread, they take less than a fifth of the
+time of torch's separate operators. On CUDA, under a compiler, which fuses the separate operators itself, and
+in float16, whose large values want hooks between them, `fits` says no, and a model does better by its own
+operators.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """The rotary embedding: x · cos + (-x2, x1) · sin of the halves x1, x2 of each head.
 
-    query [T, H, D], key [T, K, D], cos and sin [T, D] -> as query, as key. Differentiable once in query and key.
+    query [T, H, D], key [T, K, D], cos and sin [T, D] -> as query, as key.
+    Differentiable once in query and key.
 
     A quarter turn of one token:
 

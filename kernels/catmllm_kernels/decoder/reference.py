@@ -22,7 +22,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def rotate(
     query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, transposed: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """query [T, H, D] and key [T, K, D] turned by the angles of each token, cos and sin [T, D]; `transposed`: the gradient's way."""
+    """query [T, H, D] and key [T, K, D] turned by the angles of each token, cos and sin [T, D];
+    `transposed`: the gradient's way."""
     c, s = (t[:, None].to(wide(t.dtype)) for t in (cos, sin))
 
     def turned(x: Tensor) -> Tensor:
@@ -42,11 +43,12 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return (torch.nn.functional.silu(g) * u).to(gate.dtype)
 
 
-# ------------------------------------------------------------------------------------------ as an implementation
+# --------------------------------------------------------------------------------------- as an implementation
 
 
 def rms_norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(result, zeros): the backward pass below does not need the inverse roots, the op promises their shape."""
+    """(result, zeros): the backward pass below does not need the inverse roots,
+    the op promises their shape."""
     with torch.no_grad():
         return rms_norm(x, weight, eps), x.new_zeros(x.shape[:-1], dtype=torch.float32)
 
@@ -54,7 +56,8 @@ def rms_norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Ten
 def rms_norm_backward(
     grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """By autograd through the definition, run once more; the weight's in float32 or wider, as `cpu` gives it."""
+    """By autograd through the definition, run once more; the weight's in float32 or wider,
+    as `cpu` gives it."""
     a, w = x.detach().requires_grad_(), weight.detach().to(wide(weight.dtype)).requires_grad_()
     with autograd_again():
         of_x, of_weight = torch.autograd.grad(rms_norm(a, w, eps), (a, w), grad)

@@ -1,4 +1,5 @@
-"""Cases of the edge path: odd little graphs for the tests, the two OC20 models for the compiler and the benches."""
+"""Cases of the edge path: odd little graphs for the tests,
+the two OC20 models for the compiler and the benches."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ class Size:
 
 
 def inputs(size: Size, dtype: torch.dtype, device: torch.device, seed: int = 0) -> EdgeAttention:
-    """Random arguments. Wigner blocks are random rows, not rotations: every op here is linear in them all the same."""
+    """Random arguments. Wigner blocks are random rows, not rotations:
+    every op here is linear in them all the same."""
     s = size
     generator = torch.Generator().manual_seed(seed)
     wide = torch.promote_types(dtype, torch.float32)
@@ -118,8 +120,9 @@ def compile_case(size: Size, dtype: torch.dtype) -> None:
     triton.rotate_back_sum_backward(torch.empty_like(a.x), values, alpha, *rest, size.lmax, size.mmax)
 
 
-# Half precision: the longest chain stores twelve times (radial weights, rows, hidden, active, values, sum; gradients of values,
-# active, hidden, rows, radial weights and the result), each time with an error of at most half a unit in the last place.
+# Half precision: the longest chain stores twelve times (radial weights, rows, hidden, active, values, sum;
+# gradients of values, active, hidden, rows, radial weights and the result), each time with an error of at
+# most half a unit in the last place.
 TOLERANCE = {torch.float16: 12 * 2.0**-11, torch.bfloat16: 12 * 2.0**-8}
 UNEQUAL = (3, 0, 1, 5)  # a lone atom among the others
 SIZES = {

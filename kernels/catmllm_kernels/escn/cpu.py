@@ -1,7 +1,8 @@
 """The edge path on a CPU, by the library behind csrc/so2 (AVX-512, AVX2 or portable, chosen at run time).
 
-float32 and float64 run as they are; float16 and bfloat16 run in float32 and are rounded at the end. As many threads as
-torch has; results do not depend on their number. CATMLLM_ISA=avx2|portable limits the instruction set.
+float32 and float64 run as they are; float16 and bfloat16 run in float32 and are rounded at the end. As many
+threads as torch has; results do not depend on their number. CATMLLM_ISA=avx2|portable limits the instruction
+set.
 """
 
 from __future__ import annotations

@@ -1,14 +1,17 @@
-"""How an edge's numbers lie in memory: row orders, packed Wigner blocks, offsets. Every backend reads this one page.
+"""How an edge's numbers lie in memory: row orders, packed Wigner blocks, offsets.
+Every backend reads this one page.
 
 L = lmax, M = mmax (the largest order kept), S = (L+1)², n_m = L+1-m.
 
 nodes    [N, S, C]    l-major: row l² + l + m, m = -l … l.
-rows     [E, R, C]    an edge's rows, m-primary, R = n_0 + 2·Σ_{m≥1} n_m: first m = 0 (l = 0 … L), then for every
-                      m = 1 … M all +m (l = m … L), then all -m. The rows of one m are one slice of columns of [E, R·C].
-radial   [E, H·C]     one weight per row m >= 0 and channel, H = Σ n_m, in the same order; +m and -m share theirs.
-wigner   [E, P]       the rows |m| <= M of every block D^l, block after block: row k = min(l, M) + m of block l starts
-                      at offset(l) + k·(2l+1) and runs over the 2l+1 components of a node. P is 115 of the 475 entries
-                      of a dense [R, S] matrix at L4 M2, 315 of 1813 at L6 M3.
+rows     [E, R, C]    an edge's rows, m-primary, R = n_0 + 2·Σ_{m≥1} n_m: first m = 0 (l = 0 … L), then
+                      for every m = 1 … M all +m (l = m … L), then all -m.
+                      The rows of one m are one slice of columns of [E, R·C].
+radial   [E, H·C]     one weight per row m >= 0 and channel, H = Σ n_m, in the same order; +m and -m
+                      share theirs.
+wigner   [E, P]       the rows |m| <= M of every block D^l, block after block: row k = min(l, M) + m of
+                      block l starts at offset(l) + k·(2l+1) and runs over the 2l+1 components of a node. P is
+                      115 of the 475 entries of a dense [R, S] matrix at L4 M2, 315 of 1813 at L6 M3.
 source, target [E]    int64, edges sorted by target; ptr [N+1]: the edges of node n are ptr[n] … ptr[n+1]-1.
 source_order [E], source_ptr [N+1]: the same by source, for gradients without atomics.
 """
@@ -36,9 +39,9 @@ class EdgeGraph(NamedTuple):
 class Sphere(NamedTuple):
     """The S2 grid in two factors: a point's harmonic is latitude(l, |m|) · longitude(m).
 
-    `to_lat`, `from_lat` [latitudes, H] by rows m >= 0 in radial order; `lon` [longitudes, 2M+1], columns 1, cos φ, sin φ, cos 2φ,
-    sin 2φ, …; float32, or float64 for float64 inputs. The weights of the quadrature and the scale of cut rows
-    are in `from_lat` and `to_lat`.
+    `to_lat`, `from_lat` [latitudes, H] by rows m >= 0 in radial order; `lon` [longitudes, 2M+1], columns 1,
+    cos φ, sin φ, cos 2φ, sin 2φ, …; float32, or float64 for float64 inputs. The weights of the quadrature and
+    the scale of cut rows are in `from_lat` and `to_lat`.
     """
 
     to_lat: Tensor
@@ -47,8 +50,8 @@ class Sphere(NamedTuple):
 
 
 class EdgeAttention(NamedTuple):
-    """The arguments of `edge_attention`, here and nowhere else. On one device; all of one dtype but for the geometry
-    (wigner, sphere: at least float32), the norm and `alpha_dot`."""
+    """The arguments of `edge_attention`, here and nowhere else. On one device; all of one dtype but for the
+    geometry (wigner, sphere: at least float32), the norm and `alpha_dot`."""
 
     x: Tensor  # [N, S, C] nodes
     radial: Tensor  # [E, K] last hidden layer of the radial function
@@ -74,7 +77,8 @@ class EdgeAttention(NamedTuple):
 
     @property
     def n_extra(self) -> int:
-        """Scalars beside the hidden rows: heads·A for the attention, then C' (S2) or lmax·C' (gates) of the activation."""
+        """Scalars beside the hidden rows: heads·A for the attention, then C' (S2) or lmax·C' (gates)
+        of the activation."""
         return self.conv1[0].shape[0] - (self.lmax + 1) * self.hidden
 
     @property
@@ -84,7 +88,8 @@ class EdgeAttention(NamedTuple):
 
 
 LEARNED = (  # what has a gradient, in the order in which an implementation returns them
-    "x", "radial", "radial_weight", "radial_bias", "conv1", "conv1_bias", "alpha_norm", "alpha_dot", "conv2", "conv2_bias",
+    "x", "radial", "radial_weight", "radial_bias", "conv1", "conv1_bias", "alpha_norm", "alpha_dot", "conv2",
+    "conv2_bias",
 )  # fmt: skip
 
 

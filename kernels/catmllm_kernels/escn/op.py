@@ -1,27 +1,30 @@
 """The public ops: EquiformerV2's edge path as one differentiable operation, and its last step alone.
 
-    edge_attention    gather, rotate, scale -> SO(2) product + activation -> SO(2) product -> attention, rotate back, sum
+    edge_attention    gather, rotate, scale -> SO(2) product + activation -> SO(2) product -> attention,
+                      rotate back, sum
     rotate_back_sum   the last step, for the edge-degree embedding
 
-Registered with torch.library (`catmllm::edge_attention`, …): compile, FSDP2, activation checkpointing and FakeTensor see
-one op with known shapes. First derivatives with respect to everything but the geometry (wigner, graph, sphere).
+Registered with torch.library (`catmllm::edge_attention`, …): compile, FSDP2, activation checkpointing and
+FakeTensor see one op with known shapes. First derivatives with respect to everything but the geometry
+(wigner, graph, sphere).
 
-Memory: per edge and layer autograd keeps `extra`, the hidden rows before and after the activation, `alpha` and the radial
-function's last hidden layer. Rows and radial weights, 4 times as much, are made again in backward: a
-gather and one product with 128 columns.
+Memory: per edge and layer autograd keeps `extra`, the hidden rows before and after the activation, `alpha`
+and the radial function's last hidden layer. Rows and radial weights, 4 times as much, are made again in
+backward: a gather and one product with 128 columns.
 
-Autocast: x, radial and all weights are cast to autocast's dtype, the geometry is not, and the op runs outside autocast.
-Softmax, norms and the sums over edges are in float32 whatever the dtype.
+Autocast: x, radial and all weights are cast to autocast's dtype, the geometry is not, and the op runs outside
+autocast. Softmax, norms and the sums over edges are in float32 whatever the dtype.
 
 An implementation (`triton`, `cpu`, `reference`; see backend.py) is a module with
 
     edge_attention_forward(inputs: EdgeAttention, save: bool) -> (sum, extra, hidden, active, alpha)
-    edge_attention_backward(grad, inputs, extra, hidden, active, alpha) -> list of gradients, in order of `gradients_of`
+    edge_attention_backward(grad, inputs, extra, hidden, active, alpha) -> list of gradients,
+        in the order of `gradients_of`
     rotate_back_sum_forward(values, alpha, wigner, graph, n_nodes, lmax, mmax) -> sum [N, S, V]
     rotate_back_sum_backward(grad, values, alpha, wigner, graph, lmax, mmax) -> (grad_values, grad_alpha)
 
-without autograd of their own, whose outputs own their memory. Without `save` the last four of the forward are not needed
-and may be anything.
+without autograd of their own, whose outputs own their memory.
+Without `save` the last four of the forward are not needed and may be anything.
 """
 
 from __future__ import annotations
@@ -79,8 +82,8 @@ def edge_attention(a: EdgeAttention) -> Tensor:
     n_edges, s, p = len(a.graph.source), (a.lmax + 1) ** 2, wigner_offset(a.lmax + 1, a.mmax)
     if a.x.shape[1] != s or a.wigner.shape != (n_edges, p):
         raise ValueError(
-            f"lmax {a.lmax}, mmax {a.mmax} and {n_edges} edges want nodes [N, {s}, C] and wigner [{n_edges}, {p}], "
-            f"not {list(a.x.shape)} and {list(a.wigner.shape)}"
+            f"lmax {a.lmax}, mmax {a.mmax} and {n_edges} edges want nodes [N, {s}, C] and wigner [{n_edges}, "
+            f"{p}], not {list(a.x.shape)} and {list(a.wigner.shape)}"
         )
     save = torch.is_grad_enabled() and any(t.requires_grad for t in gradients_of(a))
     with torch.autocast(device, enabled=False):
@@ -169,7 +172,8 @@ _attention.register_autograd(_attention_gradient, setup_context=_attention_conte
 def rotate_back_sum(
     values: Tensor, alpha: Tensor, wigner: Tensor, graph: EdgeGraph, n_nodes: int, lmax: int, mmax: int
 ) -> Tensor:
-    """Values [E, R', V] times alpha [E, heads], rotated back, summed over the edges of each target: [N, S, V].
+    """Values [E, R', V] times alpha [E, heads], rotated back, summed over the edges of each target:
+    [N, S, V].
 
     R' is R, or lmax+1 for messages of m = 0 alone. alpha in float32 (float64 for float64 values).
 

@@ -1,9 +1,11 @@
-"""The definition: EquiformerV2's edge path in plain torch, differentiable, in any floating dtype. Layouts: `layout.py`.
+"""The definition: EquiformerV2's edge path in plain torch, differentiable, in any floating dtype.
+Layouts: `layout.py`.
 
-A message is: both end nodes turned into the frame of the edge, cut to |m| <= mmax and scaled by radial weights; one
-complex matrix per m (eSCN, arXiv 2302.03655); a nonlinearity; a second matrix per m; attention over the edges of a
-target; back to the common frame; summed. Names and conventions are fairchem 1.10's. Half precision: products in the
-inputs' dtype (their accumulation is float32), softmax, norms and the sum over edges in float32.
+A message is: both end nodes turned into the frame of the edge, cut to |m| <= mmax and scaled by radial
+weights; one complex matrix per m (eSCN, arXiv 2302.03655); a nonlinearity; a second matrix per m; attention
+over the edges of a target; back to the common frame; summed. Names and conventions are fairchem 1.10's. Half
+precision: products in the inputs' dtype (their accumulation is float32), softmax, norms and the sum over
+edges in float32.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ from catmllm_kernels.escn.layout import (
 
 
 def edge_attention(a: EdgeAttention) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(sum [N, S, V], extra [E, heads·A + gates], hidden before [E, R·C'] and after [E, R·C'] the activation, alpha [E, heads])."""
+    """(sum [N, S, V], extra [E, heads·A + gates], hidden before [E, R·C'] and
+    after [E, R·C'] the activation, alpha [E, heads])."""
     lmax, mmax, n_alpha = a.lmax, a.mmax, a.alpha_dot.numel()
     weights = F.linear(a.radial, a.radial_weight, a.radial_bias)
     rows = gather_rotate(a.x, weights, a.wigner, a.graph, lmax, mmax)
@@ -56,7 +59,8 @@ def edge_attention(a: EdgeAttention) -> tuple[Tensor, Tensor, Tensor, Tensor, Te
 def gather_rotate(
     x: Tensor, weights: Tensor, wigner: Tensor, graph: EdgeGraph, lmax: int, mmax: int
 ) -> Tensor:
-    """Nodes [N, S, C], radial weights [E, H·2C] -> rows [E, R, 2C], channels of the source before the target's."""
+    """Nodes [N, S, C], radial weights [E, H·2C] -> rows [E, R, 2C],
+    channels of the source before the target's."""
     pair = torch.cat([x.index_select(0, graph.source), x.index_select(0, graph.target)], dim=2)
     blocks = [
         block.to(x.dtype) @ pair[:, l * l : (l + 1) ** 2]
@@ -70,7 +74,8 @@ def gather_rotate(
 def so2_product(
     rows: Tensor, weights: Sequence[Tensor], bias: Tensor, n_extra: int, lmax: int, mmax: int
 ) -> tuple[Tensor, Tensor]:
-    """Rows [E, R, C] -> (extra [E, n_extra], rows [E, R, C']): y₊ + i·y₋ = (r + i·s)(x₊ + i·x₋), weights[m] = (r; s).
+    """Rows [E, R, C] -> (extra [E, n_extra], rows [E, R, C']): y₊ + i·y₋ = (r + i·s)(x₊ + i·x₋),
+    weights[m] = (r; s).
 
     weights[0] [n_extra + n_0·C', n_0·C] with `bias` of its length; weights[m] [2·n_m·C', n_m·C].
     """
@@ -88,8 +93,8 @@ def so2_product(
 def by_degree(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Rows [E, n, C] times weight [out, n·C], plus bias: [E, out].
 
-    A degree at a time: float32 sums over C terms and then n err by three quarters of what one over n·C does. In half precision, where a
-    part would be rounded, it is one product.
+    A degree at a time: float32 sums over C terms and then n err by three quarters of what one over n·C does.
+    In half precision, where a part would be rounded, it is one product.
     """
     if rows.dtype in (torch.float16, torch.bfloat16):
         return F.linear(rows.flatten(1), weight, bias)
@@ -115,7 +120,8 @@ def gate_activation(rows: Tensor, gates: Tensor, lmax: int, mmax: int) -> Tensor
 def sphere_activation(rows: Tensor, gates: Tensor, sphere: Sphere, lmax: int, mmax: int) -> Tensor:
     """SiLU at every point of the sphere grid; the l = 0 row is SiLU(gates [E, C']) instead ("separable").
 
-    Latitudes and longitudes in turn: 18 terms a sum, where the matrix [324, R] of the whole grid had 324 and float32 three times the error.
+    Latitudes and longitudes in turn: 18 terms a sum, where the matrix [324, R] of
+    the whole grid had 324 and float32 three times the error.
     """
     radial, order = (index_of(name, lmax, mmax, rows.device) for name in ("radial", "order"))
     to_lat, from_lat, lon = (table.to(rows.dtype) for table in sphere)
@@ -132,8 +138,8 @@ def attention_weights(
 ) -> Tensor:
     """Softmax over the edges of each target: [E, heads·A] -> [E, heads], in at least float32. dot [heads, A].
 
-    float32 is calculated in float64, where there is such a type: the gradient of the norm's bias is a sum over edges that cancels to a
-    tenth of its terms.
+    float32 is calculated in float64, where there is such a type: the gradient of the norm's bias is a sum
+    over edges that cancels to a tenth of its terms.
     """
     narrow = logits.dtype in (torch.float16, torch.bfloat16) or logits.device.type == "mps"
     wide = torch.float32 if narrow else torch.float64
@@ -156,7 +162,8 @@ def rotate_back_sum(
 ) -> Tensor:
     """Values [E, R', V] times alpha [E, heads] (V/heads channels each), rotated back and summed: [N, S, V].
 
-    R' is R, or lmax+1 where a message has m = 0 alone; mmax is the one of `wigner` (and of the scale of cut rows).
+    R' is R, or lmax+1 where a message has m = 0 alone; mmax is the one
+    of `wigner` (and of the scale of cut rows).
     """
     n, width = len(values), values.shape[2]
     only_zero = values.shape[1] == lmax + 1
@@ -187,8 +194,8 @@ def wigner_blocks(wigner: Tensor, lmax: int, mmax: int) -> list[Tensor]:
 
 @lru_cache
 def index_of(what: str, lmax: int, mmax: int, device: torch.device) -> Tensor:
-    """Constant row indices. "by m": rows of the blocks in m-primary order, "by l": its inverse, "degree": l, "radial": the
-    row m >= 0 that shares weights, "order": the column of `Sphere.lon`."""
+    """Constant row indices. "by m": rows of the blocks in m-primary order, "by l": its inverse, "degree": l,
+    "radial": the row m >= 0 that shares weights, "order": the column of `Sphere.lon`."""
     rows, blocks = rows_of(lmax, mmax), kept(lmax, mmax)
     index = {
         "by m": lambda: [blocks.index(lm) for lm in rows],
@@ -201,7 +208,7 @@ def index_of(what: str, lmax: int, mmax: int, device: torch.device) -> Tensor:
         return torch.tensor(index, device=device)
 
 
-# ------------------------------------------------------------------------------------------ as an implementation
+# --------------------------------------------------------------------------------------- as an implementation
 
 
 def edge_attention_forward(a: EdgeAttention, save: bool) -> tuple[Tensor, ...]:

@@ -1,7 +1,7 @@
 """The public op: one function, whatever the device. Triton on CUDA, chunks of torch's own products on a CPU.
 
-Through `torch.library`, so that compile, activation checkpointing and planning without data see one node with a known
-output, a known FLOP count and a known workspace.
+Through `torch.library`, so that compile, activation checkpointing and planning without data see one node with
+a known output, a known FLOP count and a known workspace.
 """
 
 from __future__ import annotations
@@ -30,13 +30,12 @@ class LogProbs(NamedTuple):
 def linear_logprob(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
     """log softmax(hidden @ weight.T / temperature)[targets], the logits never in memory as a whole.
 
-    hidden [T, H] and weight [V, H] in one floating dtype, targets [T] int64 in [0, V), or -100: ignored, a result of 0
-    and no gradient. Returns [T] float32 (float64 of float64 inputs). Sums run in float32; a CPU rounds the logits to the
-    inputs' dtype in between. Differentiable once in hidden and weight; the backward pass recomputes the logits (a CPU
-    keeps them where they are few, see cpu.KEEP). Under
-    autocast the two are cast as for a linear layer.
-    Raises ValueError for shapes or dtypes that do not fit, and on a CPU for a target out of range; on CUDA, where
-    looking would stall the queue, such a target's result is NaN.
+    hidden [T, H] and weight [V, H] in one floating dtype, targets [T] int64 in [0, V), or -100: ignored, a
+    result of 0 and no gradient. Returns [T] float32 (float64 of float64 inputs). Sums run in float32; a CPU
+    rounds the logits to the inputs' dtype in between. Differentiable once in hidden and weight; the backward
+    pass recomputes the logits (a CPU keeps them where they are few, see cpu.KEEP). Under autocast the two are
+    cast as for a linear layer. Raises ValueError for shapes or dtypes that do not fit, and on a CPU for a
+    target out of range; on CUDA, where looking would stall the queue, such a target's result is NaN.
 
     Two words of equal score, and a token that is ignored:
 
@@ -55,8 +54,9 @@ def linear_logprobs(
     entropy: bool = False,
     reference: Tensor | None = None,
 ) -> LogProbs:
-    """`linear_logprob`, and where asked: the entropy of each distribution (differentiable; 0 where ignored), and the
-    log-probabilities of a second head `reference` [V, H] on the same hidden states in the same pass (no gradient).
+    """`linear_logprob`, and where asked: the entropy of each distribution (differentiable; 0 where ignored),
+    and the log-probabilities of a second head `reference` [V, H] on the same hidden states in the same pass
+    (no gradient).
 
     >>> found = linear_logprobs(torch.ones(1, 3), torch.ones(4, 3), torch.tensor([2]), entropy=True)
     >>> found.logprob, found.entropy, found.reference
@@ -256,13 +256,15 @@ def backward_flops(
     *,
     out_shape: Any = None,
 ) -> int:
-    """The logits once more where their gradient was not kept or serves none, and a product for each gradient."""
+    """The logits once more where their gradient was not kept or serves none,
+    and a product for each gradient."""
     again = kept is None or grad_entropy is not None
     return 2 * hidden[0] * weight[0] * weight[1] * (again + need_hidden + need_weight)
 
 
 def workspace(tokens: int, width: int, words: int, element_size: int, backward: bool) -> int:
-    """Bytes that the op allocates on CUDA beside inputs and outputs at its peak, for plans made without running it."""
+    """Bytes that the op allocates on CUDA beside inputs and outputs at its peak,
+    for plans made without running it."""
     if not backward:
         return 0
     from catmllm_kernels.linear_logprob.triton import slice_of

@@ -1,7 +1,8 @@
-"""The definition: log-softmax of a linear layer's output, read at the target token, with every logit in memory.
+"""The definition: log-softmax of a linear layer's output, read at the target token,
+with every logit in memory.
 
-Cross-entropy, GRPO and the closed loop all need this one number a token. `cpu.py` and `triton.py` give the same
-without the logits; the tests hold them to this file in float64.
+Cross-entropy, GRPO and the closed loop all need this one number a token. `cpu.py` and `triton.py` give the
+same without the logits; the tests hold them to this file in float64.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ def linear_logprob(
 ) -> tuple[Tensor, Tensor]:
     """(log softmax(z)[targets], entropy of softmax(z)) with z = hidden @ weight.T / temperature.
 
-    hidden [T, H] and weight [V, H] in one floating dtype, targets [T] int64 in [0, V) or IGNORED. Returns two [T], in
-    float32 or wider, zero where the target is IGNORED.
+    hidden [T, H] and weight [V, H] in one floating dtype, targets [T] int64 in [0, V) or IGNORED. Returns two
+    [T], in float32 or wider, zero where the target is IGNORED.
     """
     kept = targets != IGNORED
     logits = torch.nn.functional.linear(hidden, weight)
@@ -31,7 +32,7 @@ def linear_logprob(
     return at_target.where(kept, 0.0), entropy.where(kept, 0.0)
 
 
-# ------------------------------------------------------------------------------------------ as an implementation
+# --------------------------------------------------------------------------------------- as an implementation
 
 
 def forward(
@@ -43,7 +44,8 @@ def forward(
     reference: Tensor | None,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As `cpu.forward`, but for the logsumexp, which the backward pass below does not need: zeros. Nothing is kept."""
+    """As `cpu.forward`, but for the logsumexp, which the backward pass below does not need: zeros.
+    Nothing is kept."""
     with torch.no_grad():
         lp, spread = linear_logprob(hidden, weight, targets, temperature)
         other = None if reference is None else linear_logprob(hidden, reference, targets, temperature)[0]

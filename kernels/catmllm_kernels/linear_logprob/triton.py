@@ -1,13 +1,13 @@
 """The op on CUDA: logits live in registers, a tile at a time.
 
-Forward: one program takes a block of tokens and a share of the vocabulary ("split") and keeps, per token, the running
-maximum, the sum of exponentials, what the entropy needs, and the target's logit; the splits are merged in a fixed order.
-A second head (the reference policy) shares the load of the hidden states.
-Backward: for a slice of the vocabulary one kernel recomputes the logits and writes d = dL/dlogits in the inputs' dtype
-to a workspace of at most WORKSPACE values; two plain products make the gradients of it. A slice's rows of the weight's
-gradient are complete when written, the hidden states' gradient is summed in float32 over slices in order. A kernel that
-kept that sum itself would hold [BLOCK_T, H] accumulators (1.8 MiB for 128 x 3584) or need atomics. No atomics: equal
-inputs give equal bits.
+Forward: one program takes a block of tokens and a share of the vocabulary ("split") and keeps, per token, the
+running maximum, the sum of exponentials, what the entropy needs, and the target's logit; the splits are
+merged in a fixed order. A second head (the reference policy) shares the load of the hidden states. Backward:
+for a slice of the vocabulary one kernel recomputes the logits and writes d = dL/dlogits in the inputs' dtype
+to a workspace of at most WORKSPACE values; two plain products make the gradients of it. A slice's rows of the
+weight's gradient are complete when written, the hidden states' gradient is summed in float32 over slices in
+order. A kernel that kept that sum itself would hold [BLOCK_T, H] accumulators (1.8 MiB for 128 x 3584) or
+need atomics. No atomics: equal inputs give equal bits.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ WORKSPACE = 1 << 26  # values of dL/dlogits at a time: 128 MiB in half precision
 SPLIT_TARGET = 512  # programs wanted in a forward launch: several waves on the A100's 108 SMs
 LOWEST = tl.constexpr(-1.0e30)  # of words past the end and to start the maximum: -inf minus -inf would be NaN
 
-# (BLOCK_T, BLOCK_V, BLOCK_H, warps, stages) by kernel and bytes of an element, chosen from the compiler's resource
-# reports (no spills, at most 163 KiB shared); no GPU has timed them.
+# (BLOCK_T, BLOCK_V, BLOCK_H, warps, stages) by kernel and bytes of an element, chosen from the compiler's
+# resource reports (no spills, at most 163 KiB shared); no GPU has timed them.
 BLOCKS = {
     ("forward", 2): (128, 128, 64, 8, 3),
     ("forward", 4): (64, 64, 32, 4, 3),
@@ -228,8 +228,8 @@ def forward(
     reference: Tensor | None,
     keep: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(at the target, logsumexp, entropy, reference at the target), each [T] float32; [0] for what was not asked for.
-    Nothing is ever kept for the backward pass: the last is [0]."""
+    """(at the target, logsumexp, entropy, reference at the target), each [T] float32; [0] for what was not
+    asked for. Nothing is ever kept for the backward pass: the last is [0]."""
     (n, width), words = hidden.shape, weight.shape[0]
     options = blocks("forward" if reference is None else "two_heads", hidden.element_size(), width)
     row_blocks, tiles = triton.cdiv(n, options["BLOCK_T"]), triton.cdiv(words, options["BLOCK_V"])
@@ -314,7 +314,8 @@ def backward(
 
 
 def slice_of(tokens: int, words: int) -> int:
-    """Words of a slice whose dL/dlogits stays inside WORKSPACE; a multiple of 128, so that its rows start aligned."""
+    """Words of a slice whose dL/dlogits stays inside WORKSPACE; a multiple of 128,
+    so that its rows start aligned."""
     return min(words, max(128, WORKSPACE // max(1, tokens) // 128 * 128))
 
 

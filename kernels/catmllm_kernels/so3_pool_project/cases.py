@@ -32,7 +32,8 @@ def arguments(
 
 
 def case(
-    name: str, kind: Literal["test", "slow", "model"], counts: tuple[int, ...], lmax: int, channels: int, mode: str, norm: str
+    name: str, kind: Literal["test", "slow", "model"], counts: tuple[int, ...], lmax: int, channels: int,
+    mode: str, norm: str
 ) -> Case:  # fmt: skip
     def compile_case(dtype: torch.dtype) -> None:
         from catmllm_kernels.so3_pool_project import triton

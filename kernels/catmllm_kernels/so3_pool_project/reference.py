@@ -105,8 +105,8 @@ def pool_forward(
 
 
 def pool_backward(
-    grad: Tensor, x: Tensor, batch: Tensor, n_systems: int, mode: str, norm: tuple[Tensor, Tensor, bool] | None,
-    features: Tensor, arg: Tensor, stats: Tensor,
+    grad: Tensor, x: Tensor, batch: Tensor, n_systems: int, mode: str,
+    norm: tuple[Tensor, Tensor, bool] | None, features: Tensor, arg: Tensor, stats: Tensor,
 ) -> list[Tensor]:  # fmt: skip
     """By autograd through the definition, run once more."""
     leaves = [t.detach().requires_grad_() for t in (x, *(norm or ())[:2])]

@@ -1,8 +1,10 @@
-"""Norm and pooling in Triton: three numbers an atom, then maxima over the atoms of a system straight from the embeddings.
+"""Norm and pooling in Triton: three numbers an atom, then maxima over
+the atoms of a system straight from the embeddings.
 
 stats      mean and 1/deviation of l = 0, 1/RMS of the rows l > 0 (or of all, `joint`), one atom a program
 pool       the largest normalised value (or degree norm) of a system and the first atom that has it
-pool_grad  the gradient goes to that atom alone; the norm's backward in the same pass, its parameters' share a program
+pool_grad  the gradient goes to that atom alone; the norm's backward in the same pass, its parameters' share
+           a program
 """
 
 # mypy: disable-error-code="assignment, misc, union-attr"
@@ -50,7 +52,8 @@ def share_of(s, L: tl.constexpr, JOINT: tl.constexpr):
 
 @triton.jit
 def stats_kernel(
-    x, stats, eps, L: tl.constexpr, C: tl.constexpr, JOINT: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr
+    x, stats, eps, L: tl.constexpr, C: tl.constexpr, JOINT: tl.constexpr, BLOCK_S: tl.constexpr,
+    BLOCK_C: tl.constexpr
 ):  # fmt: skip
     """stats [N, 3] of one atom: mean of l = 0, its factor, the factor of the rest."""
     atom = tl.program_id(0).to(tl.int64)
@@ -156,7 +159,8 @@ def pool_grad_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """grad_x [N, S, C] of the program's atoms in turn; partial [programs, S, C] of the scales, by row, and of the bias."""
+    """grad_x [N, S, C] of the program's atoms in turn; partial [programs, S, C] of the scales, by row,
+    and of the bias."""
     S: tl.constexpr = (L + 1) * (L + 1)
     s, c = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_C)
     l = degree_of(s)
@@ -245,8 +249,8 @@ def pool_forward(
 
 
 def pool_backward(
-    grad: Tensor, x: Tensor, batch: Tensor, n_systems: int, mode: str, norm: tuple[Tensor, Tensor, bool] | None,
-    features: Tensor, arg: Tensor, stats: Tensor,
+    grad: Tensor, x: Tensor, batch: Tensor, n_systems: int, mode: str,
+    norm: tuple[Tensor, Tensor, bool] | None, features: Tensor, arg: Tensor, stats: Tensor,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of x and, with a norm, of its scale and bias."""
     n_atoms, rows, channels = x.shape
@@ -256,10 +260,10 @@ def pool_backward(
     partial = x.new_empty(programs, rows, channels, dtype=torch.float32)
     partial_bias = x.new_empty(programs, channels, dtype=torch.float32)
     launch(
-        pool_grad_kernel, (programs,), x, stats, None if norm is None else norm[0], batch, features, arg, grad, grad_x,
-        partial, partial_bias, n_atoms,
-        L=lmax, C=channels, INVARIANT=mode == "invariant", NORM=norm is not None, JOINT=norm is not None and norm[2],
-        **blocks(x), **TILES["pool_grad"][0],
+        pool_grad_kernel, (programs,), x, stats, None if norm is None else norm[0], batch, features, arg,
+        grad, grad_x, partial, partial_bias, n_atoms,
+        L=lmax, C=channels, INVARIANT=mode == "invariant", NORM=norm is not None,
+        JOINT=norm is not None and norm[2], **blocks(x), **TILES["pool_grad"][0],
     )  # fmt: skip
     if norm is None:
         return [grad_x]

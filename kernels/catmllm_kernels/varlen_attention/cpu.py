@@ -1,6 +1,7 @@
-"""Attention on a CPU by the library behind csrc/attention (AVX-512, AVX2 or portable, chosen at run time), in float32
-whatever the inputs' dtype: for 16 samples of 54-173 tokens and 6 heads of 32 in bf16, forward and backward take a
-fifth of the time of torch's products sample by sample. Results do not depend on the number of threads.
+"""Attention on a CPU by the library behind csrc/attention (AVX-512, AVX2 or portable, chosen at run time), in
+float32 whatever the inputs' dtype: for 16 samples of 54-173 tokens and 6 heads of 32 in bf16, forward and
+backward take a fifth of the time of torch's products sample by sample. Results do not depend on the number of
+threads.
 """
 
 from __future__ import annotations

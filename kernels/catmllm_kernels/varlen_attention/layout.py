@@ -1,7 +1,8 @@
-"""How samples lie in memory: end to end, one after the other, in [T, heads, width]. Every implementation reads this page.
+"""How samples lie in memory: end to end, one after the other, in [T, heads, width].
+Every implementation reads this page.
 
-cu_seqlens [S+1] are the bounds of S samples. With owners [S] a sample continues another one (-1: none): its tokens see all
-of that sample's before their own, so that a prompt is there once for all its answers.
+cu_seqlens [S+1] are the bounds of S samples. With owners [S] a sample continues another one (-1: none): its
+tokens see all of that sample's before their own, so that a prompt is there once for all its answers.
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ class Attention(NamedTuple):
 class Prefix:
     """Which sample each one continues; make it by `continued`, once a batch.
 
-    owner [S] int64: the sample whose tokens come before this one's, -1 for none. key_at [N] int64 and cu_seqlens_k [S+1]
-    int32: the tokens that each sample sees, end to end; max_length_k: the most that one sees.
+    owner [S] int64: the sample whose tokens come before this one's, -1 for none. key_at [N] int64 and
+    cu_seqlens_k [S+1] int32: the tokens that each sample sees, end to end; max_length_k: the most that one
+    sees.
     """
 
     owner: Tensor
@@ -79,6 +81,7 @@ def samples(a: Attention) -> tuple[list[int], list[int]]:
         last = i if o < 0 else last
         if o >= 0 and o != last:
             raise ValueError(
-                f"sample {i} continues {o}: it must follow it directly, with at most others that continue it between"
+                f"sample {i} continues {o}: it must follow it directly, "
+                "with at most others that continue it between"
             )
     return lengths, owners

@@ -1,7 +1,8 @@
-"""The public op: torch's FlashAttention on CUDA in half precision, csrc on a CPU, products in blocks elsewhere.
+"""The public op: torch's FlashAttention on CUDA in half precision, csrc on a CPU,
+products in blocks elsewhere.
 
-The latter two through `torch.library`, so that compile, activation checkpointing and planning without data see one node
-with a known output and FLOP count.
+The latter two through `torch.library`, so that compile, activation checkpointing and planning without data
+see one node with a known output and FLOP count.
 """
 
 from __future__ import annotations
@@ -34,10 +35,11 @@ def varlen_attention(
 ) -> Tensor:
     """Causal attention inside each of S samples laid end to end; nothing crosses from one to another.
 
-    query [T, H, D], key and value [T, K, D] with K dividing H (grouped queries), cu_seqlens [S+1] int32 from 0 to T,
-    max_length: the longest sample or more. Returns [T, H, D]. Softmax and sums run in float32 or wider. `scale`
-    defaults to D^-0.5. With `prefix`, a sample that continues another sees all of that one's tokens before its own: a
-    prompt is then there once for all its answers. Differentiable once. Raises ValueError for shapes that do not fit.
+    query [T, H, D], key and value [T, K, D] with K dividing H (grouped queries), cu_seqlens [S+1] int32 from
+    0 to T, max_length: the longest sample or more. Returns [T, H, D]. Softmax and sums run in float32 or
+    wider. `scale` defaults to D^-0.5. With `prefix`, a sample that continues another sees all of that one's
+    tokens before its own: a prompt is then there once for all its answers. Differentiable once. Raises
+    ValueError for shapes that do not fit.
 
     Two samples of two tokens; where all scores are equal a token gets the mean of what it sees:
 
@@ -82,7 +84,8 @@ def flash(query: Tensor) -> bool:
 
 @functools.cache
 def grouped(attention: Callable[..., Any]) -> dict[str, Any]:
-    """How torch's function is told that several query heads share a key head: torch 2.11 takes them unasked."""
+    """How torch's function is told that several query heads share a key head:
+    torch 2.11 takes them unasked."""
     return {"enable_gqa": True} if "enable_gqa" in inspect.signature(attention).parameters else {}
 
 
@@ -128,8 +131,9 @@ _forward.register_autograd(_gradients, setup_context=_keep)
 
 
 def _products(a: Attention, count: int) -> int:
-    """FLOPs of `count` products of all queries with all keys that their samples see; the later half is not subtracted,
-    as torch's counter does not for its own attention. Without data every sample is taken as the longest."""
+    """FLOPs of `count` products of all queries with all keys that their samples see; the later half is not
+    subtracted, as torch's counter does not for its own attention. Without data every sample is taken as the
+    longest."""
     if a.cu_seqlens.device.type == "meta" or isinstance(a.cu_seqlens, torch._subclasses.FakeTensor):
         pairs = (len(a.cu_seqlens) - 1) * a.max_length**2
     else:

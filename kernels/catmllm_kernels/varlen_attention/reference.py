@@ -1,10 +1,12 @@
-"""The definition: softmax attention in which a token sees its own sample up to itself, and all of the sample that its own
-continues, by one dense mask; and the same by torch's own products, which is what runs where no kernel does.
+"""The definition: softmax attention in which a token sees its own sample up to itself, and all of the sample
+that its own continues, by one dense mask; and the same by torch's own products, which is what runs where no
+kernel does.
 
-The products go sample by sample and 64 queries at a time: no score of two samples or of a later token is computed beyond the
-diagonal blocks, and none is kept: the backward pass makes them again. On a CPU (forward and backward, one thread) 11
-samples of 54 tokens and 5 of 173 in bf16 take 13 ms, one SDPA call a sample 25, one dense mask over all 67; in fp32 11, 11
-and 85. 64 queries beat 128, 256 and 512 at those lengths and at 150-1100 tokens of 16 heads of 128.
+The products go sample by sample and 64 queries at a time: no score of two samples or of a later token is
+computed beyond the diagonal blocks, and none is kept: the backward pass makes them again. On a CPU (forward
+and backward, one thread) 11 samples of 54 tokens and 5 of 173 in bf16 take 13 ms, one SDPA call a sample 25,
+one dense mask over all 67; in fp32 11, 11 and 85. 64 queries beat 128, 256 and 512 at those lengths and at
+150-1100 tokens of 16 heads of 128.
 """
 
 from __future__ import annotations
@@ -29,8 +31,8 @@ def varlen_attention(
     scale: float,
     prefix: Tensor | None = None,
 ) -> Tensor:
-    """query [T, H, D], key and value [T, K, D] with K dividing H, cu_seqlens [S+1], prefix [S] the sample that each one
-    continues (-1: none) -> [T, H, D]. Needs T² memory."""
+    """query [T, H, D], key and value [T, K, D] with K dividing H, cu_seqlens [S+1], prefix [S] the sample
+    that each one continues (-1: none) -> [T, H, D]. Needs T² memory."""
     tokens, group = len(query), query.shape[1] // key.shape[1]
     lengths = cu_seqlens.diff().long()
     sample = torch.arange(len(lengths), device=query.device).repeat_interleave(lengths)
@@ -44,7 +46,7 @@ def varlen_attention(
     return (weights @ v).transpose(0, 1).to(query.dtype)
 
 
-# ------------------------------------------------------------------------------------------ as an implementation
+# --------------------------------------------------------------------------------------- as an implementation
 
 
 def forward(a: Attention) -> Tensor:
@@ -121,7 +123,8 @@ def _put(target: Tensor, rows: Tensor) -> None:
 
 def _weights(rows: Tensor, keys: Tensor, begin: int, end: int, scale: float) -> Tensor:
     """Attention weights [K, H/K·n, end] in float32 or wider of the queries begin..end."""
-    # The part of the scale that is a power of two goes on the queries, exactly, so that float16 products stay finite.
+    # The part of the scale that is a power of two goes on the queries, exactly,
+    # so that float16 products stay finite.
     fraction, exponent = math.frexp(scale)
     scores = ((rows * 2.0**exponent) @ keys.transpose(1, 2)).to(
         torch.promote_types(rows.dtype, torch.float32)

@@ -1,4 +1,5 @@
-"""The edge path in Triton: seven kernels around plain matrix products. Layouts: layout.py, meaning: reference.py.
+"""The edge path in Triton: seven kernels around plain matrix products. Layouts: layout.py,
+meaning: reference.py.
 
 Forward    gather.py       producer: gather both ends, rotate, cut to |m| <= mmax, radial scale, pack by m
            product.py      first SO(2) product with the activation (activation.py) as its epilogue
@@ -7,13 +8,14 @@ Forward    gather.py       producer: gather both ends, rotate, cut to |m| <= mma
 Backward   scatter.py      value_grad: of the consumer, to values and attention
            activation.py   activation_grad
            softmax.py      softmax_grad
-           gather.py       again, for the rows and the gradient of the radial weights in one pass over the nodes
+           gather.py       again, for the rows, and the radial weights' gradient in one pass over the nodes
            scatter.py      again, over the edges at both ends of a node
 
-message.py calls them in this order; each file holds a kernel beside the function that launches it. What has no epilogue worth
-fusing (the second product, the attention's scalars, gradients of weights and rows, the last radial layer) is torch's own
-product. Nothing is added by atomics: sums run in the order of the graph, so equal inputs give equal bits. Arithmetic outside
-the products is float32 (the softmax of float32 inputs float64).
+message.py calls them in this order; each file holds a kernel beside the function that launches it. What has
+no epilogue worth fusing (the second product, the attention's scalars, gradients of weights and rows, the last
+radial layer) is torch's own product. Nothing is added by atomics: sums run in the order of the graph, so
+equal inputs give equal bits. Arithmetic outside the products is float32 (the softmax of float32 inputs
+float64).
 """
 
 import torch

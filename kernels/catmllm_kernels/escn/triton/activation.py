@@ -90,8 +90,9 @@ def zero_tiles(N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr):
 
 @triton.jit
 def activate(
-    gates, hidden, active, to_lat, from_lat, lon, mask, HIDDEN: tl.constexpr, L: tl.constexpr, M: tl.constexpr,
-    SPHERE: tl.constexpr, LAT: tl.constexpr, LON: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr,
+    gates, hidden, active, to_lat, from_lat, lon, mask, HIDDEN: tl.constexpr, L: tl.constexpr,
+    M: tl.constexpr, SPHERE: tl.constexpr, LAT: tl.constexpr, LON: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """The activation of one tile; gates, hidden and active point to its first rows.
 

@@ -1,7 +1,8 @@
-"""Where rows lie, as numbers of compile time: the functions of layout.py for kernels, which may call only one another.
+"""Where rows lie, as numbers of compile time: the functions of layout.py for kernels,
+which may call only one another.
 
-Rows of an edge are tuples of tiles that are indexed at compile time, so a block-diagonal rotation or a Legendre transform
-is a few multiplications in registers, and no zero is ever multiplied.
+Rows of an edge are tuples of tiles that are indexed at compile time, so a block-diagonal rotation or a
+Legendre transform is a few multiplications in registers, and no zero is ever multiplied.
 """
 
 # mypy: disable-error-code="assignment, misc"

@@ -1,4 +1,5 @@
-"""The first SO(2) product with the activation as its epilogue, and torch's own products for what has none worth fusing."""
+"""The first SO(2) product with the activation as its epilogue,
+and torch's own products for what has none worth fusing."""
 
 # mypy: disable-error-code="assignment, misc"
 # (tuples of tiles grow in kernels)
@@ -60,11 +61,13 @@ def product_kernel(
     BLOCK_K: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """First SO(2) product of a tile of edges and hidden channels, all rows of it, then their activation STEP edges at a time.
+    """First SO(2) product of a tile of edges and hidden channels, all rows of it,
+    then their activation STEP edges at a time.
 
-    rows [E, R, C]; weights: one matrix after the other, the gates' outputs before those of m = 0; gates [E, .] with row stride
-    gates_edge; hidden and active [E, R, HIDDEN]. The activation reads its tile back: in the layout of the product, four
-    values a thread, input and output of all rows would not fit the registers (255 and 1200 bytes spilled at L4 M2, 8 KiB at L6 M3).
+    rows [E, R, C]; weights: one matrix after the other, the gates' outputs before those of m = 0; gates [E,
+    .] with row stride gates_edge; hidden and active [E, R, HIDDEN]. The activation reads its tile back: in
+    the layout of the product, four values a thread, input and output of all rows would not fit the registers
+    (255 and 1200 bytes spilled at L4 M2, 8 KiB at L6 M3).
     """
     EVEN: tl.constexpr = C % BLOCK_K == 0 and HIDDEN % BLOCK_C == 0
     R: tl.constexpr = n_rows(L, M)
@@ -133,15 +136,17 @@ def product_kernel(
         few = tl.program_id(1).to(tl.int64) * BLOCK_E + step + tl.arange(0, STEP)
         tile_at = few[:, None] * (R * HIDDEN) + c[None, :]
         activate(
-            gates + few[:, None] * gates_edge + c[None, :], hidden + tile_at, active + tile_at, to_lat, from_lat, lon,
-            (few < n_edges)[:, None] & c_mask[None, :], HIDDEN, L, M, SPHERE, LAT, LON, STEP, BLOCK_C,
+            gates + few[:, None] * gates_edge + c[None, :], hidden + tile_at, active + tile_at, to_lat,
+            from_lat, lon, (few < n_edges)[:, None] & c_mask[None, :], HIDDEN, L, M, SPHERE, LAT, LON, STEP,
+            BLOCK_C,
         )  # fmt: skip
 
 
 def product_and_activation(a: EdgeAttention, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(extra [E, heads·A + gates], hidden rows, active rows [E, R·C']).
 
-    One kernel where FUSED; else (float32, whose exact product has no tensor cores) torch's product, then the activation.
+    One kernel where FUSED; else (float32, whose exact product has no tensor cores) torch's product,
+    then the activation.
     """
     n_edges, channels = len(rows), rows.shape[2]
     n_alpha, n_rows = a.alpha_dot.numel(), rows.shape[1]

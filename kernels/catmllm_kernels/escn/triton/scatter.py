@@ -53,8 +53,8 @@ def add_edges(
 ):
     """acc + Dᵀ·(weight·value) of degree l over a list of edges: slots to `end`, through `order` where given.
 
-    `values_at` and `weights_at` are the columns of a tile's channels. A weight per row m >= 0 (WEIGHT_ROW channels
-    apart) or, with WEIGHT_ROW 0, one for all.
+    `values_at` and `weights_at` are the columns of a tile's channels. A weight per row m >= 0 (WEIGHT_ROW
+    channels apart) or, with WEIGHT_ROW 0, one for all.
     """
     K: tl.constexpr = highest(l, M)
     VALUE_EDGE: tl.constexpr = n_rows(L, KEPT) * VALUE_ROW
@@ -110,9 +110,9 @@ def scatter_kernel(
 ):
     """out [N, S, WIDTH] of one node and a tile of channels.
 
-    Without PAIR the consumer: values [E, R', WIDTH] times weights [E, HEADS], over the node's incoming edges. With PAIR the
-    gradient of the producer: values [E, R, 2·WIDTH] times radial weights [E, H, 2·WIDTH], the second half of the channels
-    over the incoming, the first over the outgoing edges.
+    Without PAIR the consumer: values [E, R', WIDTH] times weights [E, HEADS], over the node's incoming edges.
+    With PAIR the gradient of the producer: values [E, R, 2·WIDTH] times radial weights [E, H, 2·WIDTH], the
+    second half of the channels over the incoming, the first over the outgoing edges.
     """
     S: tl.constexpr = (L + 1) * (L + 1)
     node = tl.program_id(0).to(tl.int64)
@@ -168,8 +168,8 @@ def value_grad_kernel(
     BLOCK_H: tl.constexpr,
     HEAD: tl.constexpr,
 ):
-    """Gradients of the consumer for a tile of edges and BLOCK_H heads (HEAD channels each, a power of two): to the values
-    [E, R', WIDTH] and to alpha [E, HEADS], from the one of the sums [N, S, WIDTH]."""
+    """Gradients of the consumer for a tile of edges and BLOCK_H heads (HEAD channels each, a power of two):
+    to the values [E, R', WIDTH] and to alpha [E, HEADS], from the one of the sums [N, S, WIDTH]."""
     S: tl.constexpr = (L + 1) * (L + 1)
     V: tl.constexpr = WIDTH // HEADS
     BLOCK_C: tl.constexpr = BLOCK_H * HEAD

@@ -1,4 +1,5 @@
-"""The attention weights: LayerNorm, SmoothLeakyReLU, dot, softmax over the edges of a target; and their gradient."""
+"""The attention weights: LayerNorm, SmoothLeakyReLU, dot, softmax over the edges of a target;
+and their gradient."""
 
 # mypy: disable-error-code="assignment, misc"
 # (tuples of tiles grow in kernels)
@@ -42,7 +43,8 @@ def softmax_kernel(
 ):
     """alpha [E, HEADS] of one target and head: LayerNorm, SmoothLeakyReLU, dot, softmax over its edges.
 
-    Here and in the gradient float32 is calculated in float64: the gradient of the norm's bias cancels to a tenth of its terms.
+    Here and in the gradient float32 is calculated in float64:
+    the gradient of the norm's bias cancels to a tenth of its terms.
     """
     WIDE: tl.constexpr = tl.float64 if extra.dtype.element_ty == tl.float32 else tl.float32
     node, head = tl.program_id(0), tl.program_id(1)
@@ -99,7 +101,8 @@ def softmax_grad_kernel(
 ):
     """Gradients of the attention weights to `extra`, and this program's share of those to norm and dot.
 
-    Programs take nodes in turn; partial [programs, HEADS, 3, A] (dot, norm weight, norm bias) is summed afterwards.
+    Programs take nodes in turn; partial [programs, HEADS, 3, A] (dot, norm weight, norm bias)
+    is summed afterwards.
     """
     WIDE: tl.constexpr = tl.float64 if extra.dtype.element_ty == tl.float32 else tl.float32
     head = tl.program_id(1)

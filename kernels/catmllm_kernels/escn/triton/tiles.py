@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-# Candidates of every kernel, each compiled and checked by `aot`; the first is used. Chosen by the compiler's resource
-# report for sm_80 (no spill, most threads resident), not by a clock: bench/gpu.py --tune times them all.
+# Candidates of every kernel, each compiled and checked by `aot`; the first is used. Chosen by the compiler's
+# resource report for sm_80 (no spill, most threads resident), not by a clock: bench/gpu.py --tune times them
+# all.
 TILES: dict[str, list[dict[str, int]]] = {
     "gather_rotate": [{"BLOCK_E": 8, "BLOCK_C": 128, "num_warps": 4}],
     "scatter": [{"BLOCK_E": 8, "BLOCK_C": 128, "num_warps": 4}],
