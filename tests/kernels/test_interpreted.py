@@ -30,7 +30,9 @@ def check(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> No
     from catmllm_kernels.interpret import INTERPRETS_BFLOAT16, strict
 
     if dtype == torch.bfloat16 and not INTERPRETS_BFLOAT16:
-        pytest.skip("this Triton's interpreter takes bfloat16's bits for numbers; compiled tables cover the dtype")
+        pytest.skip(
+            "this Triton's interpreter takes bfloat16's bits for numbers; compiled tables cover the dtype"
+        )
     monkeypatch.setenv("CATMLLM_KERNELS", "triton")
     args = case.arguments(dtype, CPU, 0)
     with strict(seed=1):

@@ -66,7 +66,8 @@ def test_sharded_state_is_a_share_of_the_parameters(data: dict[str, list[System]
     what is sent follows n."""
     model, _ = new_model(config(), data["train"])
     size = sum(p.numel() for n, p in model.named_parameters() if "visual" not in n)
-    plans = {n: trace(config("precision=fp32"), "joint", n, data=data) for n in (1, 2, 4)}
+    everything = ("precision=fp32", "joint.train_encoder=true")
+    plans = {n: trace(config(*everything), "joint", n, data=data) for n in (1, 2, 4)}
     for n, plan in plans.items():
         assert plan.parts["parameters"] * GIB == pytest.approx(4 * size / n, rel=0.05)
         assert plan.parts["optimizer states"] * GIB == pytest.approx(8 * size / n, rel=0.05)
