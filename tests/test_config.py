@@ -169,7 +169,7 @@ def test_whatever_is_written_gives_a_configuration_or_a_configuration_error(text
         ("stages=align", "`stages` must be a list"),
         (
             "stages=[align, grppo]",
-            "`stages[1]` must be one of encoder, align, joint, instruct, grpo, ga_grpo, got 'grppo'",
+            f"`stages[1]` must be one of {', '.join(STAGES)}, got 'grppo'",
         ),
         ("stages=[align, grppo]", "did you mean grpo"),
         ("grpo.betas=[0.9, 1.0]", "`grpo.betas` must be from 0 to below 1, got [0.9, 1.0]"),

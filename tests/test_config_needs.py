@@ -95,8 +95,8 @@ def test_missing_files_are_told_with_where_they_come_from(tmp_path: Path) -> Non
     assert f"`model.encoder.checkpoint: {tmp_path}/a.pt` is not there; docs/exporting.md" in lines[1]
     (tmp_path / "oc20").mkdir()
     check_needs(load_config(None, [*options, f"init={tmp_path}/before"]))  # the weights come from there
-    (tmp_path / "run/align").mkdir(parents=True)
-    (tmp_path / "run/align/model.safetensors").touch()
+    (tmp_path / "run/encoder").mkdir(parents=True)
+    (tmp_path / "run/encoder/model.safetensors").touch()
     check_needs(load_config(None, options))
 
 

@@ -33,7 +33,6 @@ ROOMS = (
     "report",
     "plan",
     "pipeline",
-    "studies",
     "cli",
 )
 
@@ -125,6 +124,10 @@ def test_rooms_keep_their_order(module: str) -> None:
     (own,) = rooms_of([module])
     for room in rooms_of(imports_of(module)):
         assert ROOMS.index(room) <= ROOMS.index(own), f"{module} imports from {room}"
+
+
+def test_every_room_is_there() -> None:
+    assert set(rooms_of(MODULES)) == set(ROOMS)
 
 
 def private_names(path: Path) -> Iterator[str]:

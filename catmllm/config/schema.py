@@ -221,9 +221,8 @@ class SupervisedConfig(OptimConfig):
 
 @section
 class EncoderStageConfig(SupervisedConfig):
-    """Stage 0: encoder, projector and the graph part of the energy head on energies, without the LLM. For
-    want of an encoder trained on OC20; leave it out of `stages` where `model.encoder.checkpoint` names
-    one."""
+    """Stage 0: encoder and the graph part of the energy head on energies, without the LLM. For want of an
+    encoder trained on OC20; leave it out of `stages` where `model.encoder.checkpoint` names one."""
 
     steps: int = 800
     batch_size: int = 16

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from catmllm.config import Config, EncoderConfig
+from catmllm.config import Config, EncoderConfig, EncoderSizes
 from catmllm.data.batches import Collator
 from catmllm.data.images import IMAGE_PAD, VISION_END, VISION_START
 from catmllm.data.prompts import ENERGY, GRAPH, cif_sample, design_sample, property_sample
@@ -97,7 +97,7 @@ def build_encoder(config: EncoderConfig, cutoff: float) -> EquiformerV2:
     if config.preset:
         encoder = EquiformerV2(EquiformerV2Config.preset(config.preset))
     else:
-        sizes = {k: v for k, v in asdict(config).items() if k not in ("checkpoint", "preset")}
+        sizes = {f.name: getattr(config, f.name) for f in fields(EncoderSizes)}
         encoder = EquiformerV2(EquiformerV2Config(max_radius=cutoff, **sizes))
     if config.checkpoint:
         load_fairchem_checkpoint(config.checkpoint, encoder)

@@ -20,9 +20,10 @@ from catmllm.evaluate.metrics import TOLERANCE
 
 Metrics = dict[str, Any]
 
-STAGE_NAMES = dict(zip(STAGES, ("encoder", "align", "joint", "instruct", "GRPO", "GA-GRPO")))
+STAGE_NAMES = dict(zip(STAGES, ("encoder", "align", "joint", "instruct", "GRPO", "GA-GRPO"), strict=True))
 STAGE_MEANINGS = (
-    "align: the graph encoder learns the frozen language model's view of a structure's text; no energies yet",
+    "encoder: the graph encoder learns energies by itself; the language model does not run",
+    "align: the projector learns the frozen language model's view of a structure's text",
     "joint: energies and CIF texts (a CIF lists a crystal's cell and atoms) are learned together",
     "instruct: the language model alone learns all tasks, with graph or text left out at random",
     "GRPO: reinforcement learning on a rule-based reward for correct CIFs",

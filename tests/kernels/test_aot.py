@@ -3,6 +3,7 @@ against the rules and against the committed table."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -57,7 +58,9 @@ def test_the_table_holds_every_rule(arch: str) -> None:
     table = TABLES[arch]
     assert not [row for row in table if Row(**row).faults()]
     assert {row["arch"] for row in table} == {arch}
-    assert {row["op"] for row in table} == {"escn", "so3_pool_project", "linear_logprob"}
+    assert {row["op"] for row in table} == {
+        op for op in OPS if importlib.util.find_spec(f"catmllm_kernels.{op}.triton")
+    }
     half = [row for row in table if row["kernel"] in PRODUCTS and row["dtype"] != "fp32"]
     assert half and all(row["mma"] for row in half)
     assert {row["kernel"] for row in table} > set(PRODUCTS)
