@@ -62,8 +62,8 @@ class Encoder(FromLoader):
             work.metrics["energy_mae"] += float(value.detach()) * float(self.context.model.energy_std)
             return value
 
-        for b in batches:
-            work.passes.append(MicroBatch(lambda b=b: loss(b), b.tokens, len(b), b))  # type: ignore[misc]
+        for b in batches:  # no token: the LLM does not run
+            work.passes.append(MicroBatch(lambda b=b: loss(b), 0, len(b), b))  # type: ignore[misc]
         return work
 
     def _errors(self, batch: Batch) -> torch.Tensor:

@@ -21,8 +21,8 @@ from triton.runtime.interpreter import TensorHandle, interpreter_builder
 
 from catmllm_kernels import launch as launching
 
-# Before 3.9 Triton's interpreter calculates with bfloat16's bits in more places than `strict` mends: errors of
-# 1e2 with 3.7.1.
+# Before 3.9 Triton's interpreter calculates with bfloat16's bits in more places than `strict` mends: errors
+# of 1e2 with 3.7.1.
 INTERPRETS_BFLOAT16 = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 9)
 
 
