@@ -111,6 +111,12 @@ def _run(config: Config, world: World) -> int:
     record = _open(config, out, world)
     data = open_data(config.data)
     _say(world, _banner(config, world, data))
+    if _random_encoder(config):
+        _say(
+            world,
+            "note: no stage trains the encoder, which keeps its random weights; put `encoder` into `stages`, "
+            "or set joint.train_encoder=true",
+        )
     if not record.has("baselines"):
         some = {k: v[:: len(v) // BASELINE_SYSTEMS + 1] for k, v in data.items()}
         record.put(baselines(some), "baselines")
@@ -292,6 +298,13 @@ def _banner(config: Config, world: World, data: Mapping[str, Sequence[System]]) 
         f"catmllm: {' > '.join(config.stages)} on {where}, {config.precision} (encoder "
         f"{config.encoder_precision}); systems: {counts}; out: {config.out}"
     )
+
+
+def _random_encoder(config: Config) -> bool:
+    """Whether a run begins and ends with random weights of the encoder."""
+    given = config.init is not None or config.model.encoder.checkpoint is not None
+    trains = {"encoder": True, "align": config.align.train_encoder, "joint": config.joint.train_encoder}
+    return not given and not any(trains.get(stage, False) for stage in config.stages)
 
 
 def _difference(old: Any, new: Any, prefix: str = "") -> list[str]:

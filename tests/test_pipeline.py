@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -147,3 +148,21 @@ def test_a_folder_of_shards_trains_as_the_file_does(unbroken: Path, run_config: 
     mine, theirs = (json.loads((p / "metrics.json").read_text()) for p in (out, unbroken))
     assert mine["baselines"] == theirs["baselines"]
     assert mine["property"]["encoder"] == theirs["property"]["encoder"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "noted"),
+    [
+        ([], False),
+        (["stages=[align, joint]"], True),
+        (["stages=[align, joint]", "joint.train_encoder=true"], False),
+        (["stages=[align, joint]", "align.train_encoder=true"], False),
+        (["stages=[joint]", "align.train_encoder=true"], True),
+        (["stages=[joint]", "init=runs/other/align"], False),
+    ],
+)
+def test_a_run_whose_encoder_stays_random_is_told(overrides: list[str], noted: bool) -> None:
+    from catmllm.config import load_config
+    from catmllm.pipeline import _random_encoder
+
+    assert _random_encoder(load_config(None, overrides)) == noted
