@@ -32,7 +32,7 @@ class EnergyHead(nn.Module):
     ) -> torch.Tensor:
         """Energies float32: [n] of features [n, F] only; [S] of queries [S, H],
         `sample` [n] saying whose features each row holds."""
-        seen = self.graph(features).squeeze(1)
+        seen = self.graph(features).sum(1)  # of one column; a view would make FSDP warn
         if query is None or sample is None:
             return seen.float()
         shown = torch.zeros(len(query), dtype=torch.bool, device=query.device)
