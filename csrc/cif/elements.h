@@ -9,8 +9,8 @@ namespace catmllm::cif {
 struct Element {
     char symbol[3];
     std::uint8_t number;
-    std::uint8_t isotope;  // 1 for D and T, which are elements of their own with the symbol H
-    double mass;           // amu
+    std::uint8_t isotope;      // 1 for D and T, which are elements of their own with the symbol H
+    double mass;               // amu
     double electronegativity;  // Pauling's; above all others where there is none
 };
 

@@ -17,7 +17,8 @@ bool same_amounts(const Compositions& all, const Composition& a, const Compositi
     return a.size == b.size;
 }
 
-// list.sort() of Python 3.11 for a short list: the run that it begins with, then every later one inserted by bisection.
+// list.sort() of Python 3.11 for a short list: the run that it begins with, then every later one inserted by
+// bisection.
 void python_sort(std::vector<std::uint32_t>& order, const Compositions& all, const SiteRows& rows) {
     const auto less = [&](std::uint32_t a, std::uint32_t b) {
         return all.less(rows.rows[a].composition, rows.rows[b].composition);
@@ -46,7 +47,8 @@ void python_sort(std::vector<std::uint32_t>& order, const Compositions& all, con
                 low = middle + 1;
             }
         }
-        std::copy_backward(order.begin() + static_cast<std::ptrdiff_t>(low), order.begin() + static_cast<std::ptrdiff_t>(i),
+        std::copy_backward(order.begin() + static_cast<std::ptrdiff_t>(low),
+                           order.begin() + static_cast<std::ptrdiff_t>(i),
                            order.begin() + static_cast<std::ptrdiff_t>(i) + 1);
         order[low] = pivot;
     }

@@ -1,5 +1,5 @@
-// Magnetic space groups by name or number, in another setting where the file says so: pymatgen's MagneticSpaceGroup and
-// JonesFaithfulTransformation. Time reversal moves no site and is left out.
+// Magnetic space groups by name or number, in another setting where the file says so: pymatgen's MagneticSpaceGroup
+// and JonesFaithfulTransformation. Time reversal moves no site and is left out.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -108,13 +108,15 @@ class Axis {
             value.vector = true;
             value.x[c - 'a'] = 1;
             // `a2` and `ab` are other names
-            if (at_ < s_.size() && (is_digit(static_cast<unsigned char>(s_[at_])) || is_lower(static_cast<unsigned char>(s_[at_]))))
+            if (at_ < s_.size() &&
+                (is_digit(static_cast<unsigned char>(s_[at_])) || is_lower(static_cast<unsigned char>(s_[at_]))))
                 return false;
         } else {
             const std::size_t start = at_;
             while (at_ < s_.size() && (is_digit(static_cast<unsigned char>(s_[at_])) || s_[at_] == '.')) ++at_;
             const std::string_view digits = s_.substr(start, at_ - start);
-            const bool leading_zero = digits.size() > 1 && digits[0] == '0' && digits.find('.') == std::string_view::npos &&
+            const bool leading_zero = digits.size() > 1 && digits[0] == '0' &&
+                                      digits.find('.') == std::string_view::npos &&
                                       digits.find_first_not_of('0') != std::string_view::npos;
             if (digits.empty() || leading_zero || !python_float(digits, value.x[0])) return false;
         }
@@ -131,7 +133,9 @@ class Axis {
 // The text of an axis as it is handed to sympy: `*` where it is left out, other characters gone.
 std::string axis_text(std::string_view text) {
     std::string out;
-    const auto is_word = [](char c) { return is_alpha(static_cast<unsigned char>(c)) || is_digit(static_cast<unsigned char>(c)) || c == '_'; };
+    const auto is_word = [](char c) {
+        return is_alpha(static_cast<unsigned char>(c)) || is_digit(static_cast<unsigned char>(c)) || c == '_';
+    };
     const auto is_axis = [](char c) { return c >= 'a' && c <= 'c'; };
     for (std::size_t i = 0; i < text.size(); ++i) {
         const char c = text[i];
@@ -155,9 +159,11 @@ bool fraction(std::string_view text, double& value) {
         return plain && python_float(s, value);
     }
     const std::string_view below = s.substr(slash + 1);
-    if (below.empty() || !is_digit(static_cast<unsigned char>(below[0])) || is_space(static_cast<unsigned char>(s[slash - (slash > 0)])))
+    if (below.empty() || !is_digit(static_cast<unsigned char>(below[0])) ||
+        is_space(static_cast<unsigned char>(s[slash - (slash > 0)])))
         return false;
-    if (!python_int(s.substr(0, slash), numerator) || !python_int(below, denominator) || denominator == 0) return false;
+    if (!python_int(s.substr(0, slash), numerator) || !python_int(below, denominator) || denominator == 0)
+        return false;
     value = static_cast<double>(numerator) / static_cast<double>(denominator);
     return true;
 }
@@ -187,7 +193,8 @@ bool read_setting(std::string_view text, Setting& setting) {
             const std::string axis = axis_text(item);
             Term term;
             if (axis.size() > 1000 || !Axis(axis).read(term)) return false;
-            if (term.x[0] == 0 && term.x[1] == 0 && term.x[2] == 0 && axis.find('0') == std::string::npos) return false;
+            if (term.x[0] == 0 && term.x[1] == 0 && term.x[2] == 0 && axis.find('0') == std::string::npos)
+                return false;
             for (int i = 0; i < 3; ++i) setting.axes[3 * i + k] = term.x[i];
         }
     }
@@ -254,7 +261,8 @@ Status magnetic_group_operations(const Block& block, std::vector<AffineOperation
 
     const auto& lattice = tables::kMagneticLattices[group->lattice];
     for (int v = -1; v < lattice.size; ++v) {
-        for (std::uint32_t i = tables::kMagneticStarts[group->list]; i < tables::kMagneticStarts[group->list + 1]; ++i) {
+        for (std::uint32_t i = tables::kMagneticStarts[group->list]; i < tables::kMagneticStarts[group->list + 1];
+             ++i) {
             const tables::Operation& source = tables::kMagneticOperations[tables::kMagneticMembers[i]];
             AffineOperation operation;
             for (int k = 0; k < 9; ++k) operation.rotation[k] = source.rotation[k];

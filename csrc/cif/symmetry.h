@@ -14,9 +14,10 @@ struct AffineOperation {
     double rotation[9];
     double translation[3];
 
-    // Component k of the image of x; every product is formed, so that 0 * inf is nan as in the matrix product. The sum
-    // is that of the kernels for 4 x 4 matrices in OpenBLAS, which NumPy carries, on processors with AVX2: two lanes,
-    // then one to the other. On a threshold (four digits of a third) another order gives another number of sites.
+    // Component k of the image of x; every product is formed, so that 0 * inf is nan as in the matrix product. The
+    // sum is that of the kernels for 4 x 4 matrices in OpenBLAS, which NumPy carries, on processors with AVX2: two
+    // lanes, then one to the other. On a threshold (four digits of a third) another order gives another number of
+    // sites.
     double component(int k, const double* x) const {
         const double* r = rotation + 3 * k;
         return (r[0] * x[0] + r[2] * x[2]) + (r[1] * x[1] + translation[k]);

@@ -86,8 +86,8 @@ bool has_digit(std::string_view s) {
 bool is_operation(std::string_view s) {
     const auto speaks = [](char c) { return is_digit(byte(c)) || std::string_view("xyzXYZ").find(c) != kNowhere; };
     return std::any_of(s.begin(), s.end(), speaks) && std::all_of(s.begin(), s.end(), [](char c) {
-        return is_digit(byte(c)) || std::string_view("xyzXYZ+-*/., ").find(c) != kNowhere;
-    });
+               return is_digit(byte(c)) || std::string_view("xyzXYZ+-*/., ").find(c) != kNowhere;
+           });
 }
 
 // A name of the CIF dictionaries, `_cell_length_a`: lower case first, several parts. Emphasis (`_Note_`) is none.
@@ -95,8 +95,8 @@ bool is_data_name(std::string_view s) {
     if (s.size() < 4 || !is_lower(byte(s[1]))) return false;
     const std::size_t second = s.find_first_of("_.", 1);
     return second != kNowhere && second + 1 < s.size() && std::all_of(s.begin(), s.end(), [](char c) {
-        return cif::is_alpha(byte(c)) || is_digit(byte(c)) || std::string_view("_.-/%[]").find(c) != kNowhere;
-    });
+               return cif::is_alpha(byte(c)) || is_digit(byte(c)) || std::string_view("_.-/%[]").find(c) != kNowhere;
+           });
 }
 
 enum class Kind : std::uint8_t { kAny, kName, kNumber, kCoordinate, kSymbol, kLabel, kOperation };
@@ -132,8 +132,8 @@ class Reader {
         return true;
     }
 
-    // A row of sites that needs no closer look: `Pt  Pt3  ...`, or `Pt3  Pt  ...`. What follows of it is counted only if
-    // the next line is no such row: it may have been cut, or go on there.
+    // A row of sites that needs no closer look: `Pt  Pt3  ...`, or `Pt3  Pt  ...`. What follows of it is counted only
+    // if the next line is no such row: it may have been cut, or go on there.
     bool passes_as_row(std::string_view line) {
         if (!sites_ || first_row_ || value_wanted_) return false;
         if (filled_ != 0 && counted_.empty()) return false;
@@ -227,7 +227,8 @@ class Reader {
         return element_letters(words_[0].text) != 0 && has_digit(words_[0].text) &&
                std::any_of(words_.begin() + 1, words_.end(), number);
     }
-    // A row of at least as many words as columns: its coordinates must be numbers where it has any, else all must fit.
+    // A row of at least as many words as columns: its coordinates must be numbers where it has any, else all must
+    // fit.
     bool is_row() const {
         for (std::size_t i = 0; i < kinds_.size(); ++i)
             if (kinds_[i] == Kind::kCoordinate && !is_number(words_[i].text)) return false;
@@ -277,11 +278,11 @@ class Reader {
 
     bool value_wanted_ = false;  // a key was the last word
     bool loop_ = false;
-    bool naming_ = false;     // its columns are being named
-    bool sites_ = false;      // it has coordinates
+    bool naming_ = false;       // its columns are being named
+    bool sites_ = false;        // it has coordinates
     std::string_view counted_;  // a row that passed, its values not yet counted
-    bool first_row_ = false;  // not yet read to the end: it shows which columns hold numbers
-    std::size_t filled_ = 0;  // of the row in progress
+    bool first_row_ = false;    // not yet read to the end: it shows which columns hold numbers
+    std::size_t filled_ = 0;    // of the row in progress
     std::vector<Kind> kinds_;
     std::vector<Word> words_;
 };
