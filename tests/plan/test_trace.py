@@ -97,7 +97,8 @@ def test_switches_save_what_they_promise(data: dict[str, list[System]]) -> None:
 def test_every_other_stage_has_a_plan(data: dict[str, list[System]], stage: str) -> None:
     c = config("grpo.batch_size=2", "grpo.micro_batch=4", "ga_grpo.tasks=4", "ga_grpo.batch_size=2")
     plan = trace(c, stage, 2, data=data)
-    assert plan.tokens > 0 and plan.flops["forward"] > 0 and plan.flops["backward"] > 0
+    assert (plan.tokens > 0) == (stage != "encoder")  # which reads graphs alone
+    assert plan.flops["forward"] > 0 and plan.flops["backward"] > 0
     assert ("sampling" in plan.phases) == (stage not in ("encoder", "align"))
     assert ("reference model" in plan.parts) == (stage == "grpo")
     if stage == "grpo":
