@@ -30,13 +30,17 @@ def resolved(report: str) -> list[str]:
 
 
 def oldest() -> list[str]:
-    """The lower bound of each requirement. Raises ValueError where two parts of the project disagree."""
+    """The lower bound of each requirement; the highest where an extra asks for more than the reward alone."""
     pins: dict[str, str] = {}
     for requirement in chain(OWN["dependencies"], *OWN["optional-dependencies"].values()):
         bound = re.match(r"([\w.-]+)(?:\[.*?\])?\s*(?:>=|~=|==)\s*([\w.]+)", requirement)
-        if bound and pins.setdefault(bound[1], bound[2]) != bound[2]:
-            raise ValueError(f"{PROJECT}: {bound[1]} has two lower bounds, {pins[bound[1]]} and {bound[2]}")
+        if bound:
+            pins[bound[1]] = max(pins.get(bound[1], "0"), bound[2], key=numbers)
     return [f"{name}=={version}" for name, version in sorted(pins.items())]
+
+
+def numbers(version: str) -> list[int]:
+    return [int(part) for part in version.split(".")]
 
 
 if __name__ == "__main__":
