@@ -26,7 +26,7 @@ def rows() -> list[tuple[str, Value]]:
     """What is compared: a name and where metrics.json has it."""
     out: list[tuple[str, Value]] = []
     for stage in ("grpo", "ga_grpo"):
-        for key in ("reward", "PF", "VF", "CM", "PV"):
+        for key in ("reward", "PF", "VF", "CM", "PV", "AD"):
             out.append(
                 (
                     f"after {stage}: {key}",

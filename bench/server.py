@@ -40,6 +40,7 @@ from rewards_fast import PVCP, parse_target
 from rewards_fast.pvcp import Crystal, Measurement, Thresholds, Weights, score_measurement
 from rewards_fast.server import Limits
 from rewards_fast.server.bodies import body_types
+from rewards_fast.server.openapi import SCORES
 
 HERE = Path(__file__).parent
 TARGET = "CO</s>Pt49Cu17 (1 1 1)"
@@ -95,8 +96,7 @@ def serve_pymatgen(port: int) -> None:
         loop = asyncio.get_running_loop()
         calls = [loop.run_in_executor(pool, pymatgen_score, t, job["targets"]) for t in job["texts"]]
         rows = await asyncio.gather(*calls)
-        terms = ("total", "comp", "parse", "valid", "phys")
-        columns = {name: [row[name] for row in rows] for name in terms}
+        columns = {name: [row[name] for row in rows] for name in SCORES}
         return JSONResponse({**columns, "reason": [None] * len(rows)})
 
     app.add_route("/v1/score", score, methods=["POST"])
@@ -108,9 +108,7 @@ def serve_nothing(port: int) -> None:
     reads a request and says the same thing to all."""
     import uvicorn
 
-    said = json.dumps(
-        {**{name: [10.0] for name in ("total", "comp", "parse", "valid", "phys")}, "reason": [None]}
-    ).encode()
+    said = json.dumps({**{name: [10.0] for name in SCORES}, "reason": [None]}).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(said))]
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -208,15 +206,14 @@ def measure(batch: int, seconds: float, turns: int) -> dict[str, Any]:
     def as_json() -> None:
         for _ in range(2048 // batch):
             decoder.decode(body)
-            names = ("total", "comp", "parse", "valid", "phys")
-            reply: dict[str, Any] = {name: getattr(scores, name).tolist() for name in names}
+            reply: dict[str, Any] = {name: getattr(scores, name).tolist() for name in SCORES}
             msgspec.json.encode({**reply, "reason": scores.reason})
 
     coding = cpu_of_a_text(as_json, 2048, 15)
     rows = []
     with server(OURS) as ours, server(PEER) as peer, server(FLOOR) as floor:
         left, right = ask(ours, "/v1/score", body), ask(peer, "/v1/score", body)
-        for name in ("total", "comp", "parse", "valid", "phys"):
+        for name in SCORES:
             assert np.allclose(left[name], right[name], atol=1e-9), name
         for clients in CLIENTS:
             rounds: dict[str, list[dict[str, Any]]] = {"ours": [], "pymatgen": [], "nothing": []}

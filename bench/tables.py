@@ -508,10 +508,11 @@ def tiny_energies() -> str:
 def tiny_cifs() -> str:
     run, rows = _run(), []
     for stage, found in run["generation"].items():
-        shares = [f"{100 * found[k]:.1f} %" for k in ("PF", "CM", "PV")]
+        shares = [f"{100 * found[k]:.1f} %" if k in found else "–" for k in ("PF", "CM", "PV", "AD")]
         rows.append([f"after `{stage}`", f"{found['reward']:.2f} ± {found['reward_se']:.2f}", *shares])
     head = f"sampled CIFs (n = {found['n']})"
-    return table([head, "reward", "does not parse", "wrong composition", "atoms too close"], rows)
+    names = ["does not parse", "wrong composition", "atoms too close", "no real adsorbate"]
+    return table([head, "reward", *names], rows)
 
 
 def tiny_designs() -> str:

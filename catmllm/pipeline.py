@@ -230,7 +230,8 @@ def _evaluate(
         _say(
             world,
             f"{name}: reward {found['reward']:.2f} ± {found['reward_se']:.2f}, PF {found['PF']:.1%}, "
-            f"VF {found['VF']:.1%}, CM {found['CM']:.1%}, PV {found['PV']:.1%} of {found['n']} samples",
+            f"VF {found['VF']:.1%}, CM {found['CM']:.1%}, PV {found['PV']:.1%}, AD {found['AD']:.1%} of "
+            f"{found['n']} samples",
         )
     measured = evaluate_property(model, collate, test, world, llm=name != "encoder")
     shown = ", ".join(f"{MODES[mode]} {measured[mode]['mae']:.3f}" for mode in MODES if mode in measured)

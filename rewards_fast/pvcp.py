@@ -20,7 +20,9 @@ from rewards_fast.crystal import ELEMENTS, CIFError, Crystal
 from rewards_fast.targets import COUNT_TOLERANCE, Target, number_targets
 
 ERROR_TOLERANCE = 1e-9  # so that 3/30 lands on 0.10 whatever the order of the sum
+# The terms by name, and what each is for a text that does not parse; 10 is the most of all of them.
 FLOORS = {"comp": -15.0, "parse": -20.0, "valid": -10.0, "phys": -10.0}
+TERMS = tuple(FLOORS)
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Thresholds:
     own_images: bool = False
 
 
-SCORE_NAMES = ("total", "comp", "parse", "valid", "phys", "n_sites", "volume", "density", "min_distance")
+SCORE_NAMES = ("total", *TERMS, "n_sites", "volume", "density", "min_distance")
 FIELD_NAMES = ("lattice", "space_group", "site_loop", "duplicate_labels")
 TERM_NAMES = (
     "missing",
@@ -257,9 +259,13 @@ def shortest_vector(lattice: ArrayLike) -> float:
 
 def floor_scores(weights: Weights) -> dict[str, float]:
     """The terms of a text that does not parse."""
-    w = weights
-    total = -15.0 * w.comp - 20.0 * w.parse - 10.0 * w.valid - 10.0 * w.phys
+    total = sum(floor * getattr(weights, name) for name, floor in FLOORS.items())
     return {"total": total, **FLOORS, **dict.fromkeys(TERM_NAMES, math.nan)}
+
+
+def score_range(weights: Weights) -> tuple[float, float]:
+    """The total of a text that does not parse, and the most that any text gets."""
+    return floor_scores(weights)["total"], sum(10.0 * getattr(weights, name) for name in TERMS)
 
 
 def parse_cif(text: str) -> Crystal:
@@ -290,7 +296,7 @@ def min_distance(lattice: ArrayLike, frac: ArrayLike) -> float:
 class PVCP:
     """The reward of texts against target compositions; immutable after it is made.
 
-    weights: `Weights`, a mapping of its names or four numbers (comp, parse, valid, phys). thresholds:
+    weights: `Weights`, a mapping of its names or four numbers in the order of `TERMS`. thresholds:
     `Thresholds` or a mapping of names to change. threads: at most this many (None: all cores). extract: find
     the CIF inside the answer first; False scores the text as it stands.
     """
@@ -312,7 +318,7 @@ class PVCP:
             thresholds = Thresholds()
         elif isinstance(thresholds, Mapping):
             thresholds = replace(Thresholds(), **thresholds)  # type: ignore[arg-type]
-        if not all(math.isfinite(w) for w in (weights.comp, weights.parse, weights.valid, weights.phys)):
+        if not all(math.isfinite(getattr(weights, name)) for name in TERMS):
             raise ValueError(f"weights must be finite, not {weights}")
         if threads is not None and threads < 1:
             raise ValueError(f"threads must be at least 1, not {threads}")

@@ -44,6 +44,8 @@ def options(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from catmllm.evaluate.design import search
     from catmllm.report.design import (
+        CONSTRAINTS,
+        adsorbate,
         judge_designs,
         make_task,
         read_targets,
@@ -74,10 +76,13 @@ def run(args: argparse.Namespace) -> int:
         if not record["pool"]:
             print("  no candidate parsed into an adsorption system; try more --steps")
         elif not record["feasible"]:
-            print("  no candidate met the hard constraints (exact composition, no overlap): the best others")
+            print(f"  no candidate met the hard constraints ({CONSTRAINTS}): the best others")
         for row in record["pool"]:
             judged = row.get("sevennet", "")
             judged = f"  SevenNet-0 {judged:.3f} eV" if isinstance(judged, float) else f"  {judged}"
-            print(f"  {row['file']}: predicted {row['predicted']:.3f} eV, PVCP {row['pvcp']:.2f}{judged}")
+            print(
+                f"  {row['file']}: predicted {row['predicted']:.3f} eV, PVCP {row['pvcp']:.2f}, "
+                f"{adsorbate(row)}{judged}"
+            )
     print(f"report: {report}")
     return 0 if all(r["pool"] for r in records) else 1

@@ -32,6 +32,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from catmllm.design.predict import predict_energies, question
+    from catmllm.structure.adsorbed import adsorbate_fault
     from catmllm.structure.cif import read_cif
 
     model, collate, _ = load(args.model)
@@ -50,8 +51,10 @@ def run(args: argparse.Namespace) -> int:
             print(f"{name}: {error}", file=sys.stderr)
     energies = predict_energies(model, collate, [question(s, args.mode) for _, s in read])
     for (name, system), energy in zip(read, energies.tolist()):
+        fault = adsorbate_fault(system)
         if args.json:
-            print(json.dumps({"file": name, "system": system.identity, "energy": energy}))
+            print(json.dumps({"file": name, "system": system.identity, "energy": energy, "AD": fault}))
         else:
-            print(f"{energy:9.3f} eV  {system.identity:32s} {name}")
+            warning = f"  AD: {fault}, so no adsorption energy" if fault else ""
+            print(f"{energy:9.3f} eV  {system.identity:32s} {name}{warning}")
     return 1 if failed else 0

@@ -371,7 +371,7 @@ class GRPOConfig(OptimConfig):
     property_share: float = key(0.1, "property samples replayed with the rollouts, per answer", ge=0, le=1)
     micro_batch: int = key(32, "answers of a forward pass", gt=0)
     reward_function: str | None = key(
-        None, "file.py:function of your own, f(texts, targets) -> rewards; null: PVCP"
+        None, "file.py:function of your own, f(texts, targets) -> rewards; null: PVCP and the adsorbate"
     )
     reward_timeout: float = key(60.0, "an answer whose reward takes longer has none", unit="s", gt=0)
     vllm: str | None = key(
@@ -382,6 +382,9 @@ class GRPOConfig(OptimConfig):
     )
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
+    adsorbate_weight: float = key(
+        0.5, "weight, beside PVCP's four, of a term that is 10 for a real adsorbate and -10 for none", ge=0
+    )
 
     @model_validator(mode="after")
     def _checkpoints_between_rollouts(self) -> GRPOConfig:
@@ -419,7 +422,10 @@ class GAGRPOConfig(OptimConfig):
     energy_weight: float = key(0.7, "weight of the energy term of the reward", ge=0)
     pvcp_weight: float = key(0.3, "weight of PVCP in the reward", ge=0)
     energy_lambda: float = key(1.0, "λ of exp(-λ |E - E*|), which is the energy term", unit="1/eV", ge=0)
-    pvcp_scale: Literal["unit", "raw"] = key("unit", "PVCP scaled from [-15, 10] to [0, 1], or as printed")
+    adsorbate_weight: float = key(0.3, "weight of a real adsorbate in the reward: 1, or 0 for none", ge=0)
+    pvcp_scale: Literal["unit", "raw"] = key(
+        "unit", "PVCP scaled to [0, 1] from the floor and the top of its weights, or as printed"
+    )
     micro_batch: int = key(64, "answers of a pass through the LM head", gt=0)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)

@@ -11,16 +11,19 @@ from typing import Any
 
 import numpy as np
 
+from catmllm.structure.adsorbed import Fault
+
 
 @dataclass(frozen=True)
 class Candidate:
-    """One scored text. reward: of the closed loop; predicted: eV or NaN; feasible:
-    meets the hard constraints."""
+    """One scored text. reward: of the closed loop; predicted: eV or NaN; fault: why its adsorbate is none,
+    or None; feasible: meets the hard constraints."""
 
     text: str
     reward: float
     predicted: float
     pvcp: float
+    fault: Fault | None
     feasible: bool
     key: str  # equal keys are equal structures
     iteration: int  # 0: drawn from the text alone

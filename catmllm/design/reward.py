@@ -1,10 +1,54 @@
-"""The rewards of the RL stages: PVCP by `rewards_fast`, and the distance to a wanted energy."""
+"""The rewards of the RL stages: PVCP by `rewards_fast`, a real adsorbate, and the distance to a wanted
+energy."""
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from catmllm.config import GAGRPOConfig
+import numpy as np
+from numpy.typing import NDArray
+
+from catmllm.config import GAGRPOConfig, RewardConfig
+from catmllm.design.constraints import adsorbate_faults, read_systems
+from catmllm.structure.adsorbed import Fault
+from catmllm.structure.system import System
+from rewards_fast.pvcp import TERMS as PVCP_TERMS
+from rewards_fast.pvcp import score_range
+
+Floats = NDArray[np.float64]
+
+# Of an answer's reward by name: those of PVCP, and the adsorbate, of which PVCP knows nothing.
+TERMS = (*PVCP_TERMS, "adsorbate")
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """Rewards of n answers: their total, every one of `TERMS` [n], and why a text does not parse, or None."""
+
+    total: Floats
+    terms: dict[str, Floats]
+    reason: list[str | None]
+
+
+class AnswerReward:
+    """PVCP plus `weight` times the adsorbate's term: 10 for a real one, -10 for any other answer."""
+
+    def __init__(self, config: RewardConfig, weight: float) -> None:
+        self.pvcp, self.weight = config.scorer(), weight
+
+    def __call__(self, texts: Sequence[str], asked: Sequence[System]) -> Rewards:
+        """Rewards of texts [n] that answer for the systems `asked` [n]."""
+        scores = self.pvcp.score(texts, [s.target for s in asked])
+        terms = {name: getattr(scores, name) for name in PVCP_TERMS}
+        faults = adsorbate_faults(read_systems(scores, [(s.adsorbate, s.miller) for s in asked]))
+        terms["adsorbate"] = adsorbate_term(faults)
+        return Rewards(scores.total + self.weight * terms["adsorbate"], terms, scores.reason)
+
+
+def adsorbate_term(faults: Sequence[Fault | None]) -> Floats:
+    """10 where there is no fault, else -10, [n]."""
+    return np.array([10.0 if fault is None else -10.0 for fault in faults])
 
 
 def energy_reward(predicted: np.ndarray, target: np.ndarray, lam: float) -> np.ndarray:
@@ -13,11 +57,20 @@ def energy_reward(predicted: np.ndarray, target: np.ndarray, lam: float) -> np.n
 
 
 def design_reward(
-    pvcp: np.ndarray, predicted: np.ndarray, target: np.ndarray, config: GAGRPOConfig
+    pvcp: np.ndarray,
+    faults: Sequence[Fault | None],
+    predicted: np.ndarray,
+    target: np.ndarray,
+    config: GAGRPOConfig,
 ) -> np.ndarray:
-    """0.7 R_energy + 0.3 R_PVCP (paper Eq. 4); PVCP rescaled from [-15, 10] to [0,
-    1] unless `raw` is asked for."""
-    quality = (pvcp + 15.0) / 25.0 if config.pvcp_scale == "unit" else pvcp
-    return config.energy_weight * energy_reward(predicted, target, config.energy_lambda) + (
-        config.pvcp_weight * quality
-    )
+    """0.7 R_energy + 0.3 R_PVCP (paper Eq. 4) + 0.3 for a real adsorbate, [n].
+
+    PVCP is rescaled to [0, 1] from the floor and the top of its own weights unless `raw` is asked for.
+    """
+    quality = pvcp
+    if config.pvcp_scale == "unit":
+        floor, top = score_range(config.reward.scorer().weights)
+        quality = (pvcp - floor) / (top - floor)
+    real = np.array([fault is None for fault in faults], dtype=np.float64)
+    energy = energy_reward(predicted, target, config.energy_lambda)
+    return config.energy_weight * energy + config.pvcp_weight * quality + config.adsorbate_weight * real

@@ -19,7 +19,7 @@ import numpy as np
 from catmllm.config import GAGRPOConfig
 from catmllm.data.batches import Collator
 from catmllm.data.prompts import Sample, design_prompt
-from catmllm.design.constraints import hard_constraints
+from catmllm.design.constraints import adsorbate_faults, hard_constraints, read_systems
 from catmllm.design.exemplar_pool import Candidate, ExemplarPool
 from catmllm.design.predict import predict_energies, question
 from catmllm.design.reward import design_reward
@@ -28,7 +28,8 @@ from catmllm.sample.answers import Rollout
 from catmllm.sample.engine import RolloutEngine
 from catmllm.sample.grammar import Pattern, answer_pattern
 from catmllm.seeds import generator
-from catmllm.structure.cif import read_cif, system_from_crystal
+from catmllm.structure.adsorbed import Fault
+from catmllm.structure.cif import read_cif
 from catmllm.structure.formula import parse_identity
 from catmllm.structure.system import System
 from catmllm.structure.text import three_part_text
@@ -81,7 +82,7 @@ class ClosedLoop:
         self.model, self.collate, self.config = model, collate, config
         self.pvcp = config.reward.scorer()
         self.seconds = {"reward": 0.0, "predict": 0.0}  # spent so far
-        self._known: dict[str, float] = {}  # energy by structure key
+        self._known: dict[str, tuple[float, Fault | None]] = {}  # energy and fault by structure key
 
     def judge(
         self, task: Sequence[Task], texts: Sequence[str], iteration: int
@@ -90,15 +91,17 @@ class ClosedLoop:
         began = time.perf_counter()
         scores = self.pvcp.score(texts, [t.target for t in task])
         scored = time.perf_counter()
-        predicted, keys = self._predict(task, scores)
+        predicted, faults, keys = self._predict(task, scores)
         self.seconds["reward"] += scored - began
         self.seconds["predict"] += time.perf_counter() - scored
         target = np.array([t.energy for t in task])
-        rewards = design_reward(scores.total, predicted, target, self.config)
-        feasible = hard_constraints(scores) & ~np.isnan(predicted)
+        rewards = design_reward(scores.total, faults, predicted, target, self.config)
+        feasible = hard_constraints(scores, faults) & ~np.isnan(predicted)
         return [
-            Candidate(text, float(r), float(e), float(p), bool(f), key, iteration)
-            for text, r, e, p, f, key in zip(texts, rewards, predicted, scores.total, feasible, keys)
+            Candidate(text, float(r), float(e), float(p), fault, bool(f), key, iteration)
+            for text, r, e, p, fault, f, key in zip(
+                texts, rewards, predicted, scores.total, faults, feasible, keys
+            )
         ], scores
 
     def start(self, tasks: Sequence[Task], engine: RolloutEngine, seed: Sequence[int]) -> list[TaskState]:
@@ -176,33 +179,34 @@ class ClosedLoop:
             "pvcp": float(np.mean(scores.total)),
             "energy_error": float(np.mean(energy)) if energy else float("inf"),
             "feasible": float(np.mean([c.feasible for c in candidates])),
+            "adsorbates": float(np.mean([c.fault is None for c in candidates])),
         }
 
-    def _predict(self, task: Sequence[Task], scores: Scores) -> tuple[np.ndarray, list[str]]:
-        """Energies (NaN where no adsorption system can be read) and structure keys of scored texts."""
-        keys = ["" if c is None else structure_key(c) for c in scores.crystals]
+    def _predict(
+        self, task: Sequence[Task], scores: Scores
+    ) -> tuple[np.ndarray, list[Fault | None], list[str]]:
+        """Energies (NaN where no adsorption system can be read), what is wrong with the adsorbates, and
+        structure keys of scored texts."""
+        identities = [parse_identity(t.identity) for t in task]
+        systems = read_systems(scores, [(i.adsorbate, i.miller) for i in identities])
+        keys = ["" if s is None else f"{t.identity}|{structure_key(s)}" for t, s in zip(task, systems)]
         new: dict[str, System] = {}
-        readable = np.zeros(len(keys), dtype=bool)
-        for i, (t, crystal, key) in enumerate(zip(task, scores.crystals, keys)):
-            if crystal is None:
-                continue
-            key = keys[i] = f"{t.identity}|{key}"
-            if key in self._known:
-                readable[i] = True
+        for key, system in zip(keys, systems):
+            if system is None or key in self._known or key in new:
                 continue
             try:
-                identity = parse_identity(t.identity)
-                system = system_from_crystal(crystal, identity.adsorbate, identity.miller)
                 # A cell that has no graph or no text (too small, or of unknown elements) has no energy.
                 self.collate.graphs([system])
                 three_part_text(system)
             except ValueError:
-                continue
-            new[key], readable[i] = system, True
+                self._known[key] = np.nan, adsorbate_faults([system])[0]
+            else:
+                new[key] = system
         questions = [question(system) for system in new.values()]
         energies = predict_energies(self.model, self.collate, questions, batch_size=128)
-        self._known |= dict(zip(new, energies.tolist()))
-        return np.array([self._known[k] if ok else np.nan for k, ok in zip(keys, readable)]), keys
+        self._known |= zip(new, zip(energies.tolist(), adsorbate_faults(list(new.values()))))
+        known = [self._known.get(key, (np.nan, "no_adsorbate")) for key in keys]
+        return np.array([energy for energy, _ in known]), [fault for _, fault in known], keys
 
     def _exemplar(self, task: Task, candidate: Candidate) -> System | None:
         identity = parse_identity(task.identity)

@@ -1,8 +1,10 @@
-"""How good freely sampled CIFs are: the mean reward and the paper's failure modes PF, VF, CM and PV."""
+"""How good sampled CIFs are: the mean PVCP, the paper's failure modes PF, VF, CM and PV, and AD, no real
+adsorbate."""
 
 from __future__ import annotations
 
 import collections
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +14,8 @@ import torch
 from catmllm.config import RewardConfig, SamplingConfig
 from catmllm.data.batches import Collator
 from catmllm.data.prompts import Sample, cif_prompt, design_prompt
+from catmllm.design.constraints import adsorbate_faults, read_systems
+from catmllm.design.reward import PVCP_TERMS, adsorbate_term
 from catmllm.evaluate.metrics import generation_rates
 from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.sample.engine import RolloutEngine
@@ -57,14 +61,14 @@ def evaluate_generation(
     rollouts = RolloutEngine(model, collate, dtype).generate(
         [p for p, _ in mine], sampling, Stream.GENERATION.key(seed, world.rank), patterns=patterns
     )
-    texts, targets = [], []
-    for part in world.gather([(r.text, mine[r.prompt][1].target) for r in rollouts]):
-        for text, target in part:
-            texts.append(text)
-            targets.append(target)
-    scores = reward.scorer().score(texts, targets)
+    answered = [(r.text, mine[r.prompt][1]) for r in rollouts]
+    rows = [(text, s.target, (s.adsorbate, s.miller)) for text, s in answered]
+    rows = list(itertools.chain(*world.gather(rows)))
+    texts = [text for text, _, _ in rows]
+    scores = reward.scorer().score(texts, [target for _, target, _ in rows])
+    faults = adsorbate_faults(read_systems(scores, [asked for _, _, asked in rows]))
     counts, edges = np.histogram(scores.total, bins=np.arange(-15.0, 10.51, 0.5))
-    rates = generation_rates(scores)
+    rates = generation_rates(scores, faults)
     rates["PV_eq41"] = rates.pop("PV")
     rates["PV"] = rates.pop("PV_0.7")
     return {
@@ -72,8 +76,10 @@ def evaluate_generation(
         "reward": float(scores.total.mean()),
         "reward_se": float(scores.total.std(ddof=1) / np.sqrt(len(texts))) if len(texts) > 1 else 0.0,
         "reward_hist": {"edges": edges.tolist(), "counts": counts.tolist()},
-        "terms": {k: float(getattr(scores, k).mean()) for k in ("comp", "parse", "valid", "phys")},
+        "terms": {k: float(getattr(scores, k).mean()) for k in PVCP_TERMS}
+        | {"adsorbate": float(adsorbate_term(faults).mean())},
         **rates,
         "reasons": dict(collections.Counter(r for r in scores.reason if r)),
+        "faults": dict(collections.Counter(f for f, r in zip(faults, scores.reason) if f and not r)),
         "examples": texts[:3],
     }

@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from catmllm.design.constraints import MIN_DISTANCE, parsed, sane_volume
 from catmllm.seeds import Stream, generator
+from catmllm.structure.adsorbed import Fault
 from rewards_fast import Crystal, Scores
 from rewards_fast.pvcp import Thresholds
 
@@ -86,9 +87,11 @@ def inclusion_ratio(predicted: ArrayLike, low: ArrayLike, high: ArrayLike) -> fl
 # --------------------------------------------------------------------------- generation
 
 
-def generation_rates(scores: Scores, thresholds: Thresholds | None = None) -> dict[str, float]:
+def generation_rates(
+    scores: Scores, faults: Sequence[Fault | None], thresholds: Thresholds | None = None
+) -> dict[str, float]:
     """Failure shares over all texts (Table 3): PF parse, VF any R_valid penalty, CM composition,
-    PV any R_phys penalty.
+    PV any R_phys penalty; and AD no real adsorbate (ours; `faults` by `adsorbate_faults`).
 
     A text that does not parse fails all of them. PV is that of Eq. 41 (`thresholds.near`, 1.0 Å, which every
     correct O-H bond fails) whatever the thresholds the scores were made with; `PV_0.7` allows pairs from 0.7
@@ -97,7 +100,7 @@ def generation_rates(scores: Scores, thresholds: Thresholds | None = None) -> di
     thresholds = thresholds or Thresholds()
     ok = parsed(scores)
     if not len(ok):
-        return dict.fromkeys(("PF", "VF", "CM", "PV", "PV_0.7"), float("nan"))
+        return dict.fromkeys(("PF", "VF", "CM", "PV", "PV_0.7", "AD"), float("nan"))
     roomy = sane_volume(scores, thresholds)
     passed = {
         "PF": ok,
@@ -105,6 +108,7 @@ def generation_rates(scores: Scores, thresholds: Thresholds | None = None) -> di
         "CM": ok & ((scores.comp >= 10.0) | (scores.comp == 0.0)),
         "PV": ok & roomy & (scores.min_distance >= thresholds.near),
         "PV_0.7": ok & roomy & (scores.min_distance >= MIN_DISTANCE),
+        "AD": ok & np.array([fault is None for fault in faults], dtype=bool),
     }
     return {name: float((~fine).mean()) for name, fine in passed.items()}
 

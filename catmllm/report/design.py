@@ -22,6 +22,7 @@ from catmllm.structure.system import System
 from rewards_fast import extract_cif
 
 _CARDS = 6  # structures of a pool that are drawn
+CONSTRAINTS = "exact composition, no overlap, a real adsorbate"
 
 
 def make_task(identity: str, energy: float) -> Task:
@@ -124,10 +125,10 @@ def _overview(records: Sequence[dict[str, Any]]) -> str:
                 number(best.get("predicted"), 3),
                 number(judged, 3) if isinstance(judged, float) else str(judged),
                 str(len(r["pool"])),
-                "yes" if r["feasible"] else "no" if r["pool"] else "nothing readable",
+                met(r),
             ]
         )
-    header = ["system", "wanted (eV)", "predicted (eV)", "SevenNet-0 (eV)", "pool", "hard constraints met"]
+    header = ["system", "wanted (eV)", "predicted (eV)", "SevenNet-0 (eV)", "pool", "constraints met"]
     table = html.table(Table("The best of each pool", header, rows, []))
     if not any(r["trace"] for r in records):
         return html.section("Overview", table)
@@ -139,6 +140,18 @@ def _overview(records: Sequence[dict[str, Any]]) -> str:
         "Distance from the wanted energy by the own predictor; iteration 0 is drawn from the text alone."
     )
     return html.section("Overview", table, html.figure("trace", caption, (6.4, 3.4), draw))
+
+
+def met(record: dict[str, Any]) -> str:
+    """Whether the best of a pool meets the hard constraints, and what is wrong with its adsorbate."""
+    if not record["pool"]:
+        return "nothing readable"
+    return "yes" if record["feasible"] else f"no; {adsorbate(record['pool'][0])}"
+
+
+def adsorbate(entry: dict[str, Any]) -> str:
+    """What is to be said of a candidate's adsorbate."""
+    return f"AD: {entry['fault']}" if entry["fault"] else "a real adsorbate"
 
 
 def _read(text: str, identity: Identity) -> System:
@@ -160,13 +173,13 @@ def _target(record: dict[str, Any]) -> str:
         )
         facts = (
             f"{html.text(Path(entry['file']).name)}: predicted {number(entry['predicted'], 3)} eV, "
-            f"PVCP {number(entry['pvcp'], 2)}, iteration {entry['iteration']}{html.text(judged)}"
+            f"PVCP {number(entry['pvcp'], 2)}, {adsorbate(entry)}, "
+            f"iteration {entry['iteration']}{html.text(judged)}"
         )
         text = html.details("CIF", html.pre(entry["text"]))
         cards.append(f'<div class="design">{picture}<p>{facts}</p>{text}</div>')
     flag = "" if record["feasible"] or not cards else (
-        '<p class="missing">None meets the hard constraints (exact composition, no overlap): these are the '
-        'best others.</p>'
+        f'<p class="missing">None meets the hard constraints ({CONSTRAINTS}): these are the best others.</p>'
     )  # fmt: skip
     body = f'<div class="designs">{"".join(cards)}</div>' if cards else "<p>No candidate could be read.</p>"
     return html.section(f"{record['identity']} at {record['energy']:.2f} eV", flag, body)

@@ -53,6 +53,7 @@ from catmllm.structure.formula import parse_identity
 from catmllm.structure.system import System
 from catmllm.train.metrics import read_log
 from rewards_fast import extract_cif
+from rewards_fast.pvcp import FLOORS
 
 __all__ = ["readme_figure", "summary_table", "write_report"]
 
@@ -166,7 +167,11 @@ def _generation(metrics: Metrics) -> str:
     if any(generation[stage].get("reward_hist") for stage in ordered(generation)):
         caption = "Rewards of single texts; an unreadable one is at the floor of -15."
         parts.append(html.figure("rewards", caption, (8.6, 2.9), lambda f: draw_rewards(f, generation)))
-    parts += [html.table(_terms_table(generation)), html.table(_reasons_table(generation))]
+    parts += [
+        html.table(_terms_table(generation)),
+        html.table(_counts_table(generation, "reasons", "Why texts could not be read as a CIF")),
+        html.table(_counts_table(generation, "faults", "Why the adsorbate of a readable text is none (AD)")),
+    ]
     return html.section("Generated CIFs", *parts)
 
 
@@ -178,13 +183,15 @@ def _terms_table(generation: Metrics) -> Table | None:
     rows = [
         [STAGE_NAMES[s], *(number(generation[s]["terms"].get(name), 2) for name in names)] for s in stages
     ]
-    note = "Each is 10 at best; the floors are -15 (comp), -20 (parse), -10 (valid) and -10 (phys)."
+    floors = ", ".join(f"{floor:g} ({name})" for name, floor in FLOORS.items())
+    note = f"Each is 10 at best; the floors are {floors} and -10 (adsorbate, which is no part of R)."
     return Table("Mean of each reward term", ["after stage", *names], rows, [note])
 
 
-def _reasons_table(generation: Metrics) -> Table | None:
+def _counts_table(generation: Metrics, key: str, title: str) -> Table | None:
+    """How often each code of `reasons` or `faults` came, the most frequent first."""
     stages = ordered(generation)
-    reasons = {stage: generation[stage].get("reasons") or {} for stage in stages}
+    reasons = {stage: generation[stage].get(key) or {} for stage in stages}
     codes = sorted(
         {code for found in reasons.values() for code in found},
         key=lambda c: (-sum(r.get(c, 0) for r in reasons.values()), c),
@@ -193,7 +200,7 @@ def _reasons_table(generation: Metrics) -> Table | None:
         return None
     rows = [[code, *(str(reasons[stage].get(code, 0)) for stage in stages)] for code in codes]
     header = ["reason", *(f"{STAGE_NAMES[stage]} (of {generation[stage].get('n', '?')})" for stage in stages)]
-    return Table("Why texts could not be read as a CIF", header, rows, [])
+    return Table(title, header, rows, [])
 
 
 def _design(metrics: Metrics) -> str:

@@ -50,8 +50,10 @@ RATES = {
     "CM": "the atoms are not exactly those that were asked for",
     "PV": f"two atoms closer than {MIN_DISTANCE} Å, or an absurd volume per atom",
     "PV_eq41": "the same with the paper's limit of 1.0 Å, which every correct O-H bond fails",
+    "AD": "no real adsorbate: not one molecule with its gas-phase bonds (-15 to +20 %), not on the upper "
+    "side of the slab, or out of its reach",
 }
-RATE_NAMES = {"PF": "PF", "VF": "VF", "CM": "CM", "PV": "PV", "PV_eq41": "PV at 1.0 Å"}
+RATE_NAMES = {"PF": "PF", "VF": "VF", "CM": "CM", "PV": "PV", "PV_eq41": "PV at 1.0 Å", "AD": "AD"}
 JUDGES = {"own": "own predictor", "sevennet": "SevenNet-0"}
 CONTROLS = {
     "shuffled": "shuffled targets",

@@ -1,4 +1,5 @@
-"""Stage 2, GRPO on the PVCP reward (paper §6.4-6.6): the LLM learns to write CIFs that hold together.
+"""Stage 2, GRPO on the PVCP reward and a real adsorbate (paper §6.4-6.6): the LLM learns to write CIFs that
+hold together.
 
 Each step samples K answers to every prompt, scores them, and takes the policy gradient of the group-relative
 advantages with a KL term to the stage's starting point. A tenth of each batch replays property samples, so
@@ -19,6 +20,7 @@ import torch
 
 from catmllm.data.batches import Batch, Collator, Encoded
 from catmllm.data.prompts import Sample, cif_prompt, design_prompt
+from catmllm.design.reward import AnswerReward
 from catmllm.models.attention import shares_prompts
 from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.models.lora import without_lora
@@ -49,7 +51,10 @@ class GRPO(Plain):
         self.context, self.config = context, context.config.grpo
         self.systems = context.data["train"]
         o = self.config
-        self.reward: Reward = load_reward(o.reward_function) if o.reward_function else o.reward.scorer().score
+        self.reward: Reward = AnswerReward(o.reward, o.adsorbate_weight)
+        if o.reward_function:
+            own = load_reward(o.reward_function)
+            self.reward = lambda texts, asked: own(texts, [s.target for s in asked])
         # The stage's starting point, without its weights until `begin`.
         # With adapters it is the model without them.
         self.reference = None if context.config.lora.r else frozen_outline(context.model)
@@ -104,15 +109,14 @@ class GRPO(Plain):
         c, o = self.context, self.config
         picks = self._chosen(Stream.GRPO_ORDER, Stream.GRPO_PROMPTS, o.batch_size, step)
         prompts = [self.prompt(i, k, rng) for k, (i, rng) in enumerate(picks)]
+        asked = [self.systems[i] for i, _ in picks]
         patterns = None
         if o.sampling.grammar:
-            asked = [self.systems[i] for i, _ in picks]
             patterns = [
                 answer_pattern(s.identity, s.target, k % 3 > 0, c.config.data.decimals)
                 for k, s in enumerate(asked)
             ]
-        targets = [self.systems[i].target for i, _ in picks for _ in range(o.group_size)]
-        scoring = Scoring(self.reward, targets, o.reward_timeout)
+        scoring = Scoring(self.reward, [s for s in asked for _ in range(o.group_size)], o.reward_timeout)
         seed = Stream.GRPO_ANSWERS.key(c.config.seed, step, c.world.rank)
 
         def take(i: int, r: Rollout) -> None:
@@ -147,6 +151,8 @@ class GRPO(Plain):
         }
         if "comp" in scored.terms:
             metrics["exact_composition"] = float(np.mean(scored.terms["comp"] >= 10.0))
+        if "adsorbate" in scored.terms:
+            metrics["adsorbates"] = float(np.mean(scored.terms["adsorbate"] > 0))
         self._report(step, prompts, rollouts, scored)
         return prompts, rollouts, advantages.reshape(-1), informative.reshape(-1), metrics
 

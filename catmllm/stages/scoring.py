@@ -20,19 +20,19 @@ from typing import Any
 
 import numpy as np
 
-Target = Mapping[str, int]
-# Texts and what each was to hold -> an object with an array `total` (as rewards_fast.Scores),
-# or one number a text.
-Reward = Callable[[list[str], list[Target]], Any]
+from catmllm.design.reward import PVCP_TERMS, Rewards
 
-TERMS = ("comp", "parse", "valid", "phys")
+# Texts and what each was asked for -> `Rewards`, an object with an array `total` (as rewards_fast.Scores),
+# or one number a text.
+Reward = Callable[[list[str], list[Any]], Any]
+
 BATCH = 64  # answers that one call of the reward gets at most
 
 
 @dataclass
 class Scored:
-    """Rewards of n answers. total [n] float64, NaN where the reward failed; `terms` has PVCP's parts,
-    where it is PVCP.
+    """Rewards of n answers. total [n] float64, NaN where the reward failed; `terms` has its parts by name,
+    where it tells them.
 
     `problems` says why an answer has no reward; `busy` are the seconds that the worker spent, `waited` those
     that sampling had already ended when the last reward came.
@@ -49,9 +49,10 @@ class Scored:
 class Scoring:
     """Collects the rewards of one set of answers: give `take` to the rollout engine, then call `finish`."""
 
-    def __init__(self, reward: Reward, targets: Sequence[Target], timeout: float = 60.0) -> None:
-        self.reward, self.targets, self.timeout = reward, targets, timeout
-        n = len(targets)
+    def __init__(self, reward: Reward, asked: Sequence[Any], timeout: float = 60.0) -> None:
+        """asked [n]: what the reward is told of each answer."""
+        self.reward, self.asked, self.timeout = reward, asked, timeout
+        n = len(asked)
         self.out = Scored(np.full(n, np.nan), {}, [None] * n)
         self._lock = threading.Lock()
         self._news = threading.Condition(self._lock)
@@ -70,7 +71,7 @@ class Scoring:
     def finish(self) -> Scored:
         """Wait until every answer taken has its reward, or the reason why it has none."""
         began = time.perf_counter()
-        wanted = len(self.targets)
+        wanted = len(self.asked)
         with self._news:
             while len(self._settled) < wanted and self._worker is not None:
                 left = self.timeout
@@ -134,7 +135,7 @@ class Scoring:
         """Score a batch; where that fails, each of its answers alone, so that one cannot cost the others."""
         where = [i for i, _ in batch]
         try:
-            result = self.reward([text for _, text in batch], [self.targets[i] for i in where])
+            result = self.reward([text for _, text in batch], [self.asked[i] for i in where])
             totals, terms, reasons = read_scores(result, len(batch))
         except Exception as error:  # somebody else's code: anything may come
             if len(batch) > 1:
@@ -150,7 +151,7 @@ class Scoring:
                 self._settle(i, value, None if np.isfinite(value) else f"the reward is {value}")
                 self.out.reason[i] = reasons[k]
             for name, values in terms.items():
-                column = self.out.terms.setdefault(name, np.full(len(self.targets), np.nan))
+                column = self.out.terms.setdefault(name, np.full(len(self.asked), np.nan))
                 column[where] = values
 
     def _settle(self, i: int, value: float, problem: str | None) -> None:
@@ -165,10 +166,12 @@ class Scoring:
 
 
 def read_scores(result: Any, n: int) -> tuple[np.ndarray, dict[str, np.ndarray], list[str | None]]:
-    """Totals, PVCP's terms and reasons of what a reward returned; a number a text may be None (no reward)."""
-    if hasattr(result, "total"):
+    """Totals, terms and reasons of what a reward returned; a number a text may be None (no reward)."""
+    if isinstance(result, Rewards):
+        total, terms, reasons = result.total, result.terms, result.reason
+    elif hasattr(result, "total"):
         total = np.asarray(result.total, dtype=np.float64)
-        terms = {name: np.asarray(getattr(result, name)) for name in TERMS if hasattr(result, name)}
+        terms = {name: np.asarray(getattr(result, name)) for name in PVCP_TERMS if hasattr(result, name)}
         reasons = list(getattr(result, "reason", [None] * n))
     else:
         total = np.array([np.nan if v is None else float(v) for v in result])
@@ -178,7 +181,7 @@ def read_scores(result: Any, n: int) -> tuple[np.ndarray, dict[str, np.ndarray],
     return total, terms, reasons
 
 
-def load_reward(name: str) -> Reward:
+def load_reward(name: str) -> Callable[[list[str], list[Mapping[str, int]]], Any]:
     """The function that `file.py:function` or `package.module:function` names.
 
     It is called as f(texts, targets), targets being counts by element,

@@ -13,10 +13,11 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 import numpy as np
+from numba import njit
 from numpy.typing import NDArray
 
 from catmllm.structure.elements import COVALENT_RADIUS, NUMBER
-from catmllm.structure.graph import neighbour_graph
+from catmllm.structure.periodic import any_image_within, wrap
 from catmllm.structure.system import ADSORBATE, SURFACE, System
 from catmllm.structure.tags import heights
 
@@ -48,7 +49,6 @@ _SLAB_PAIR, _ADSORBATE_PAIR = 0.72, 0.65
 # sums of the covalent radii: an adsorbate without a slab atom this near is not adsorbed (most: 1.36)
 _REACH = 1.45
 _LOWEST = -0.8  # Å over the mean surface atom; an adsorbate whose lowest atom is deeper is inside the slab
-_CUTOFF = 5.0  # Å
 
 
 def _lengths() -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -76,33 +76,45 @@ def adsorbate_fault(system: System) -> Fault | None:
     adsorbate = system.tags == ADSORBATE
     if not adsorbate.any() or adsorbate.all():
         return "no_adsorbate"
-    edges = neighbour_graph(system.lattice, system.positions, _CUTOFF, 10_000)
-    source, target = edges.edge_index
-    distance = np.linalg.norm(edges.edge_vec, axis=1)
     z = system.numbers
-    scaled = distance / (COVALENT_RADIUS[z[source]] + COVALENT_RADIUS[z[target]])
-    inside, beside = adsorbate[source] & adsorbate[target], adsorbate[source] != adsorbate[target]
-    if (scaled[~inside & ~beside] < _SLAB_PAIR).any() or (scaled[beside] < _ADSORBATE_PAIR).any():
+    radii = COVALENT_RADIUS[z]
+    try:
+        wrapped = wrap(system.lattice, system.positions, _REACH * 2 * float(radii.max()))
+    except ValueError:  # so small that its images are too many
         return "overlap"
-    i, j, length = source[inside], target[inside], distance[inside]
-    if (length < _LEAST[z[i], z[j]]).any():
-        return "squeezed"
-    bonded = length <= _MOST[z[i], z[j]]
-    if not _joined(np.flatnonzero(adsorbate), i[bonded], j[bonded]):
-        return "broken"
+    contacts = _contacts(*wrapped, radii, adsorbate, _LEAST[np.ix_(z, z)], _MOST[np.ix_(z, z)])
+    names: tuple[Fault, ...] = ("overlap", "squeezed", "broken")
+    for name, there in zip(names, contacts):
+        if there:
+            return name
     height = heights(system.lattice, system.frac)
     surface = height[system.tags == SURFACE]
     level = float(surface.mean()) if len(surface) else float(height[~adsorbate].max())
     if height[adsorbate].min() < level + _LOWEST:
         return "buried"
-    return None if (scaled[beside] <= _REACH).any() else "detached"
+    return None if contacts[3] else "detached"
 
 
-def _joined(atoms: NDArray[np.int64], i: NDArray[np.int64], j: NDArray[np.int64]) -> bool:
-    """Whether the bonds i-j (each in both directions) join all atoms."""
-    reached = {int(atoms[0])}
-    while True:
-        more = {int(b) for a, b in zip(i, j) if int(a) in reached} - reached
-        if not more:
-            return len(reached) == len(atoms)
-        reached |= more
+@njit(cache=True, nogil=True)
+def _contacts(cell, points, frac, spacings, radii, adsorbate, least, most):
+    """Whether atoms overlap, whether a bond of the adsorbate is squeezed, whether it is in more than one
+    piece, and whether one of its atoms is in reach of the slab. least, most [N, N]: lengths of bonds, Å."""
+    n = len(points)
+    piece = np.arange(n)
+    squeezed = reached = False
+    for i in range(n):
+        for j in range(i, n):
+            pair = radii[i] + radii[j]
+            if adsorbate[i] != adsorbate[j]:
+                if any_image_within(cell, points, frac, spacings, i, j, _ADSORBATE_PAIR * pair):
+                    return True, squeezed, False, reached
+                reached = reached or any_image_within(cell, points, frac, spacings, i, j, _REACH * pair)
+            elif not adsorbate[i]:
+                if any_image_within(cell, points, frac, spacings, i, j, _SLAB_PAIR * pair):
+                    return True, squeezed, False, reached
+            elif any_image_within(cell, points, frac, spacings, i, j, least[i, j]):
+                squeezed = True
+            elif piece[i] != piece[j] and any_image_within(cell, points, frac, spacings, i, j, most[i, j]):
+                piece[piece == piece[j]] = piece[i]
+    first = piece[adsorbate]
+    return False, squeezed, (first != first[0]).any(), reached

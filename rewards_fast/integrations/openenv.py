@@ -17,6 +17,7 @@ from openenv.core.env_server.interfaces import Environment
 from openenv.core.env_server.types import Action, Observation, State
 
 from rewards_fast.integrations.loops import score_answers, with_prompts
+from rewards_fast.pvcp import TERMS
 from rewards_fast.settings import LoopSettings, load_settings
 from rewards_fast.targets import MissingTargets
 
@@ -72,7 +73,7 @@ class CIFEnvironment(Environment[CIFAction, CIFObservation, State]):
         """Scores an answer and ends the episode."""
         self._state.step_count += 1
         scores, _ = score_answers(self.settings, [action.text], [self._target], MISSING, HINT)
-        terms = {name: float(getattr(scores, name)[0]) for name in ("comp", "parse", "valid", "phys")}
+        terms = {name: float(getattr(scores, name)[0]) for name in TERMS}
         return CIFObservation(
             prompt=self._prompt,
             done=True,

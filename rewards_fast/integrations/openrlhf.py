@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from rewards_fast.integrations.loops import score_answers, with_prompts
-from rewards_fast.pvcp import PVCP, Scores, floor_scores
+from rewards_fast.pvcp import PVCP, TERMS, Scores, score_range
 from rewards_fast.settings import LoopSettings, read_settings
 from rewards_fast.targets import MissingTargets, Target
 
@@ -52,17 +52,15 @@ def score_queries(
 def reply(scorer: PVCP, scores: Scores, missing: Sequence[bool]) -> dict[str, Any]:
     """OpenRLHF's answer: `rewards`; `scores`, the same from 0 (does not parse) to 1 (perfect), for dynamic
     filtering; `extra_logs`, the mean of each term, the share that parses and the share without a target."""
-    w = scorer.weights
-    floor = floor_scores(w)["total"]
-    span = 10.0 * (w.comp + w.parse + w.valid + w.phys) - floor
+    floor, top = score_range(scorer.weights)
     n = max(1, len(scores))
-    total, comp, _, valid, phys = scores.rows[:, :5].T.tolist()
-    logs = {"comp": sum(comp) / n, "valid": sum(valid) / n, "phys": sum(phys) / n}
+    total, *terms = scores.rows[:, : 1 + len(TERMS)].T.tolist()
+    logs = {name: sum(values) / n for name, values in zip(TERMS, terms) if name != "parse"}
     logs["parses"] = sum(reason is None for reason in scores.reason) / n
     logs["no_target"] = sum(missing) / n
     return {
         "rewards": total,
-        "scores": [min(1.0, max(0.0, (x - floor) / (span or 1.0))) for x in total],
+        "scores": [min(1.0, max(0.0, (x - floor) / (top - floor or 1.0))) for x in total],
         "extra_logs": logs,
     }
 

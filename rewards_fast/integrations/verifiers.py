@@ -21,7 +21,7 @@ import verifiers.v1 as vf
 
 from rewards_fast.files import UNREADABLE, read_rows
 from rewards_fast.integrations.loops import score_answers, with_prompts
-from rewards_fast.pvcp import Scores
+from rewards_fast.pvcp import TERMS, Scores
 from rewards_fast.settings import LoopSettings, read_settings
 from rewards_fast.targets import MissingTargets
 
@@ -68,7 +68,7 @@ class CIFTask(vf.Task[CIFData, vf.State, CIFTaskConfig]):
     @vf.metric
     async def cif_terms(self, trace: vf.Trace) -> dict[str, float]:
         scores, missing = _score(self.data, trace, self.settings())
-        terms = {name: float(getattr(scores, name)[0]) for name in ("comp", "valid", "phys")}
+        terms = {name: float(getattr(scores, name)[0]) for name in TERMS if name != "parse"}
         return {**terms, "parses": float(scores.reason[0] is None), "no_target": float(missing)}
 
 

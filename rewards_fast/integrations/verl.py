@@ -15,6 +15,7 @@ from typing import Any
 
 from rewards_fast.conversation import Conversation
 from rewards_fast.integrations.loops import score_answers
+from rewards_fast.pvcp import TERMS
 from rewards_fast.settings import LoopSettings, read_settings
 from rewards_fast.targets import MissingTargets, Target
 
@@ -56,16 +57,8 @@ def _score(
 ) -> list[Score]:
     wanted = [None] * len(answers) if targets is None else targets
     scores, missing = score_answers(settings, answers, wanted, MISSING, HINT)
-    terms = zip(scores.total, scores.comp, scores.parse, scores.valid, scores.phys, scores.reason, missing)
+    columns = zip(*(getattr(scores, name).tolist() for name in ("total", *TERMS)))
     return [
-        {
-            "score": float(total),
-            "comp": float(comp),
-            "parse": float(parse),
-            "valid": float(valid),
-            "phys": float(phys),
-            "reason": reason or "",
-            "no_target": float(hole),
-        }
-        for total, comp, parse, valid, phys, reason, hole in terms
+        {**dict(zip(("score", *TERMS), numbers)), "reason": reason or "", "no_target": float(hole)}
+        for numbers, reason, hole in zip(columns, scores.reason, missing)
     ]

@@ -26,7 +26,7 @@ from rewards_fast.server.bodies import body_types, decode, read_body
 from rewards_fast.server.gate import Gate
 from rewards_fast.server.limits import Limits, Load, Refusal
 from rewards_fast.server.metrics import Metrics
-from rewards_fast.server.openapi import DIAGNOSTIC_NUMBERS, TERMS, openapi_schema
+from rewards_fast.server.openapi import DIAGNOSTIC_NUMBERS, SCORES, openapi_schema
 from rewards_fast.server.page import docs_page
 from rewards_fast.settings import LoopSettings, RewardSettings, read_settings
 from rewards_fast.targets import MissingTargets
@@ -55,8 +55,8 @@ def score_reply(
     scores, missing = score_answers(
         settings, request.texts, request.targets, watch, "Send `targets`, one for each text or one for all."
     )
-    columns = scores.rows[:, : len(TERMS)].T.tolist()
-    return scores, missing, {**dict(zip(TERMS, columns)), "reason": scores.reason}
+    columns = scores.rows[:, : len(SCORES)].T.tolist()
+    return scores, missing, {**dict(zip(SCORES, columns)), "reason": scores.reason}
 
 
 def openrlhf_reply(

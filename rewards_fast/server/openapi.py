@@ -9,11 +9,11 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 
-from rewards_fast.pvcp import FIELD_NAMES, REASONS, SCORE_NAMES, TERM_NAMES
+from rewards_fast.pvcp import FIELD_NAMES, REASONS, TERM_NAMES, TERMS
 from rewards_fast.settings import LoopSettings
 
 DIAGNOSTIC_NUMBERS = ("n_sites", "volume", "density", "min_distance")
-TERMS = SCORE_NAMES[:5]
+SCORES = ("total", *TERMS)
 
 
 def openapi_schema(types: tuple[Any, Any], base: LoopSettings, token: bool) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def openapi_schema(types: tuple[Any, Any], base: LoopSettings, token: bool) -> d
         "Diagnostics": details,
         "Scores": record(
             {
-                **dict.fromkeys(TERMS, numbers),
+                **dict.fromkeys(SCORES, numbers),
                 "reason": reasons,
                 "diagnostics": {"$ref": "#/components/schemas/Diagnostics"},
             },
@@ -56,7 +56,9 @@ def openapi_schema(types: tuple[Any, Any], base: LoopSettings, token: bool) -> d
             {
                 "rewards": numbers,
                 "scores": numbers,
-                "extra_logs": record(dict.fromkeys(("comp", "valid", "phys", "parses", "no_target"), number)),
+                "extra_logs": record(
+                    dict.fromkeys((*(t for t in TERMS if t != "parse"), "parses", "no_target"), number)
+                ),
                 "diagnostics": {"$ref": "#/components/schemas/Diagnostics"},
             },
             ("diagnostics",),

@@ -12,7 +12,7 @@ from catmllm.design.exemplar_pool import Candidate, ExemplarPool
 
 
 def candidate(key: str, reward: float, feasible: bool = True, iteration: int = 0) -> Candidate:
-    return Candidate(f"text of {key}", reward, -1.0, 5.0, feasible, key, iteration)
+    return Candidate(f"text of {key}", reward, -1.0, 5.0, None, feasible, key, iteration)
 
 
 candidates = st.builds(

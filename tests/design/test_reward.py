@@ -1,4 +1,4 @@
-"""The closed loop's reward: both parts by their formulas, and PVCP made from the configuration."""
+"""The rewards of the RL stages: their parts by their formulas, and PVCP made from the configuration."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from catmllm.config import GAGRPOConfig, RewardConfig
-from catmllm.design.reward import design_reward, energy_reward
+from catmllm.design.reward import PVCP_TERMS, TERMS, AnswerReward, design_reward, energy_reward
 from catmllm.structure.cif import write_cif
 from catmllm.structure.system import System
 from rewards_fast import min_distance
@@ -37,23 +37,53 @@ def test_the_design_reward_is_eq_4(pvcp: float, predicted: float, target: float,
     config = GAGRPOConfig(pvcp_scale=scale)  # type: ignore[arg-type]
     quality = (pvcp + 15) / 25 if scale == "unit" else pvcp
     expected = 0.7 * math.exp(-abs(predicted - target)) + 0.3 * quality
-    r = design_reward(np.array([pvcp]), np.array([predicted]), np.array([target]), config)
-    assert float(r[0]) == pytest.approx(expected)
-    if scale == "unit":
-        assert 0 <= float(r[0]) <= 1 + 1e-12
+    for fault, more in (("broken", 0.0), (None, 0.3)):
+        r = design_reward(np.array([pvcp]), [fault], np.array([predicted]), np.array([target]), config)
+        assert float(r[0]) == pytest.approx(expected + more)
+        if scale == "unit":
+            assert 0 <= float(r[0]) <= 1.3 + 1e-12
 
 
-def test_the_worst_text_has_reward_0_and_the_perfect_one_1() -> None:
-    r = design_reward(
-        np.array([-15.0, 10.0]), np.array([np.nan, -2.0]), np.array([-2.0, -2.0]), GAGRPOConfig()
-    )
-    np.testing.assert_allclose(r, [0.0, 1.0])
+@pytest.mark.parametrize("weights", [{}, {"comp": 1.0}, {"comp": 0.0, "parse": 2.0}])
+def test_the_worst_text_has_reward_0_and_the_perfect_one_the_sum_of_weights(
+    train_systems: list[System], weights: dict[str, float]
+) -> None:
+    """Whatever PVCP's own weights are."""
+    config = GAGRPOConfig(reward=RewardConfig(**weights))
+    system = train_systems[0]
+    pvcp = config.reward.scorer().score(["", write_cif(system)], system.target).total
+    r = design_reward(pvcp, ["no_adsorbate", None], np.array([np.nan, -2.0]), np.full(2, -2.0), config)
+    np.testing.assert_allclose(r, [0.0, 1.3], atol=1e-12)
+
+
+def test_an_answer_has_pvcp_and_its_adsorbate(train_systems: list[System]) -> None:
+    """PVCP sees nothing wrong with a CO whose atoms are 3 Å apart."""
+    system = next(s for s in train_systems if s.adsorbate == "CO")
+    apart = system.frac.copy()
+    apart[-1] = np.linalg.solve(system.lattice.T, system.positions[-1] + [0, 0, 2.0])
+    texts = [
+        write_cif(system),
+        write_cif(replace(system, frac=apart)),
+        "garbage",
+        write_cif(train_systems[0]),
+    ]
+    pvcp = RewardConfig().scorer().score(texts, system.target)
+    assert pvcp.total[:2].tolist() == [10.0, 10.0]
+    found = AnswerReward(RewardConfig(), 0.5)(texts, [system] * 4)
+    assert found.terms["adsorbate"].tolist()[:3] == [10.0, -10.0, -10.0]
+    np.testing.assert_array_equal(found.total, pvcp.total + 0.5 * found.terms["adsorbate"])
+    assert found.reason == pvcp.reason and set(found.terms) == set(TERMS)
+    for name in PVCP_TERMS:
+        np.testing.assert_array_equal(found.terms[name], getattr(pvcp, name))
+    np.testing.assert_array_equal(AnswerReward(RewardConfig(), 0.0)(texts, [system] * 4).total, pvcp.total)
 
 
 def test_weights_and_lambda_are_settings() -> None:
-    config = replace(GAGRPOConfig(), energy_weight=0.4, pvcp_weight=0.6, energy_lambda=2.0)
-    r = design_reward(np.array([10.0]), np.array([-1.0]), np.array([-1.5]), config)
-    assert float(r[0]) == pytest.approx(0.4 * math.exp(-1.0) + 0.6)
+    config = replace(
+        GAGRPOConfig(), energy_weight=0.4, pvcp_weight=0.6, energy_lambda=2.0, adsorbate_weight=0.1
+    )
+    r = design_reward(np.array([10.0]), [None], np.array([-1.0]), np.array([-1.5]), config)
+    assert float(r[0]) == pytest.approx(0.4 * math.exp(-1.0) + 0.6 + 0.1)
 
 
 def test_pvcp_has_the_configurations_weights_and_distances(train_systems: list[System]) -> None:

@@ -79,7 +79,8 @@ def test_the_energy_of_a_cif_is_the_models_on_the_structure_read_from_it(
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
     for c, s, energy, text in zip(candidates, systems, expected, texts):
         assert c.feasible and c.pvcp == pytest.approx(10.0) and c.iteration == 4 and c.text == text
-        assert c.reward == pytest.approx(0.7 * math.exp(-abs(energy - s.known_energy)) + 0.3, rel=1e-4)
+        assert c.reward == pytest.approx(0.7 * math.exp(-abs(energy - s.known_energy)) + 0.6, rel=1e-4)
+        assert c.fault is None
     assert scores.total.shape == (len(systems),)
     assert predict_energies(model, collate, []).shape == (0,)
 
@@ -92,7 +93,7 @@ def test_a_text_that_does_not_parse_has_reward_zero(loop: ClosedLoop, train_syst
     assert all(r is not None for r in scores.reason)
     for c in candidates:
         assert math.isnan(c.predicted) and not c.feasible and c.key == ""
-        assert c.reward == pytest.approx(0.0) and c.pvcp == -15.0
+        assert c.reward == pytest.approx(0.0) and c.pvcp == -15.0 and c.fault == "no_adsorbate"
 
 
 def test_another_composition_is_not_feasible_but_judged(
@@ -104,6 +105,19 @@ def test_another_composition_is_not_feasible_but_judged(
     (c,), _ = loop.judge([task_of(system)], [write_cif(other)], 0)
     assert math.isfinite(c.predicted) and not c.feasible and c.pvcp < 10
     assert 0 < c.reward < 1
+
+
+def test_what_is_no_molecule_is_not_feasible(loop: ClosedLoop, train_systems: list[System]) -> None:
+    """A perfect PVCP, the right atoms and an energy: with C and O 3 Å apart it is no CO."""
+    system = next(s for s in train_systems if s.adsorbate == "CO")
+    apart = system.frac.copy()
+    apart[-1] = np.linalg.solve(system.lattice.T, system.positions[-1] + [0, 0, 2.0])
+    text = write_cif(replace(system, frac=apart))
+    for _ in range(2):  # the second time from the cache
+        (c,), _ = loop.judge([task_of(system)], [text], 0)
+        assert (c.pvcp, c.fault, c.feasible) == (10.0, "broken", False) and math.isfinite(c.predicted)
+        energy = math.exp(-abs(c.predicted - system.known_energy))
+        assert c.reward == pytest.approx(0.7 * energy + 0.3, rel=1e-6)
 
 
 def test_a_cell_without_the_adsorbates_atoms_has_no_energy(

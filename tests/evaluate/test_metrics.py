@@ -14,8 +14,9 @@ from pymatgen.core import Lattice, Structure
 from scipy.stats import bootstrap, pearsonr
 
 from catmllm.data.slabs import load_slabs
-from catmllm.design.constraints import hard_constraints
+from catmllm.design.constraints import adsorbate_faults, hard_constraints, read_systems
 from catmllm.evaluate import metrics
+from catmllm.structure.adsorbed import Fault
 from catmllm.structure.cif import write_cif
 from catmllm.structure.system import System, make_system
 from rewards_fast import PVCP, Scores, min_distance
@@ -104,6 +105,11 @@ def scored() -> tuple[Scores, list[str]]:
     return PVCP().score([t for t, _ in rows.values()], [t for _, t in rows.values()]), list(rows)
 
 
+def faults_of(scores: Scores, names: list[str]) -> list[Fault | None]:
+    asked = [("OH" if name == "OH" else "C", (1, 1, 1)) for name in names]
+    return adsorbate_faults(read_systems(scores, asked))
+
+
 def test_failures_are_counted_over_all_texts(scored: tuple[Scores, list[str]]) -> None:
     scores, names = scored
     failed = {
@@ -112,8 +118,9 @@ def test_failures_are_counted_over_all_texts(scored: tuple[Scores, list[str]]) -
         "CM": {"unparseable", "composition"},
         "PV": {"unparseable", "overlap", "empty", "OH"},  # Eq. 41 fails every O-H bond
         "PV_0.7": {"unparseable", "overlap", "empty"},
+        "AD": {"unparseable", "overlap", "empty"},  # in a cell 90 times as long nothing is in reach
     }
-    rates = metrics.generation_rates(scores)
+    rates = metrics.generation_rates(scores, faults_of(scores, names))
     assert rates == pytest.approx({name: len(which) / len(names) for name, which in failed.items()})
     assert scores.valid[names.index("empty")] < 10 and scores.phys[names.index("OH")] < 10
 
@@ -126,18 +133,22 @@ def test_rates_are_the_same_whatever_threshold_the_scores_were_made_with() -> No
     texts, targets = [write_cif(s) for s in picks], [s.target for s in picks]
     strict = PVCP().score(texts, targets)
     lenient = PVCP(thresholds={"near": 0.7}).score(texts, targets)
-    assert metrics.generation_rates(strict) == metrics.generation_rates(lenient)
-    assert metrics.generation_rates(strict)["PV"] == np.mean(strict.phys < 10)
-    assert metrics.generation_rates(lenient)["PV_0.7"] == np.mean(lenient.phys < 10) == 0
+    faults = adsorbate_faults(picks)
+    assert metrics.generation_rates(strict, faults) == metrics.generation_rates(lenient, faults)
+    assert metrics.generation_rates(strict, faults)["PV"] == np.mean(strict.phys < 10)
+    assert metrics.generation_rates(lenient, faults)["PV_0.7"] == np.mean(lenient.phys < 10) == 0
+    assert metrics.generation_rates(lenient, faults)["AD"] == 0
 
 
 def test_no_texts_have_no_rates() -> None:
-    assert all(np.isnan(rate) for rate in metrics.generation_rates(PVCP().score([], [])).values())
+    assert all(np.isnan(rate) for rate in metrics.generation_rates(PVCP().score([], []), []).values())
 
 
 def test_hard_constraints(scored: tuple[Scores, list[str]]) -> None:
     scores, names = scored
-    assert {name for name, fine in zip(names, hard_constraints(scores)) if fine} == {"good", "OH"}
+    faults = faults_of(scores, names)
+    assert {name for name, fine in zip(names, hard_constraints(scores, faults)) if fine} == {"good", "OH"}
+    assert not hard_constraints(scores, ["broken"] * len(names)).any()
 
 
 # --------------------------------------------------------------------------- design

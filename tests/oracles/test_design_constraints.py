@@ -145,5 +145,6 @@ def test_no_unflagged_answer_breaks_a_hard_constraint(
     broken = [CHANGES[i % len(CHANGES)](write_cif(s), random.Random(i)) for i, s in enumerate(systems)]
     candidates, _ = loop.judge(tasks, broken, 0)
     verdicts = [obeys(text, s) for text, s in zip(broken, systems)]
-    assert [c.feasible for c in candidates] == verdicts
-    assert {True, False} == set(verdicts)
+    sound = [c.fault is None for c in candidates]
+    assert [c.feasible for c in candidates] == [fine and s for fine, s in zip(verdicts, sound)]
+    assert {True, False} == set(verdicts) == set(sound)

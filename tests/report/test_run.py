@@ -89,15 +89,17 @@ def made_generation(
         "reward": reward,
         "reward_se": error,
         "reward_hist": {"edges": edges.tolist(), "counts": counts.tolist()},
-        "terms": {"comp": 8.8, "parse": 9.1, "valid": 9.2, "phys": 9.3},
+        "terms": {"comp": 8.8, "parse": 9.1, "valid": 9.2, "phys": 9.3, "adsorbate": 4.6},
         **{
             "PF": failed,
             "VF": failed + 0.01,
             "CM": failed + 0.05,
             "PV": failed + 0.07,
             "PV_eq41": failed + 0.17,
+            "AD": failed + 0.23,
         },
         "reasons": reasons,
+        "faults": {"buried": 17},
         "examples": [write_cif(systems[0]), HOSTILE],
     }
 
@@ -111,6 +113,7 @@ def made_design(systems: list[System]) -> dict[str, Any]:
             "reward": 0.9,
             "predicted": target + 0.02 * k,
             "pvcp": 10.0,
+            "fault": None,
             "feasible": True,
             "key": str(k),
             "iteration": 3,
@@ -221,7 +224,7 @@ def test_the_numbers_of_the_run_are_in_the_page(page: str, systems: list[System]
     text = Outline(page).text
     for number in ("0.413 / 0.81", "0.465 / 0.77", "0.552 / 0.71 (7 unread)", "0.761 / 0.41", "0.344 / 0.86"):
         assert number in text
-    for number in ("7.12 ± 0.21", "9.23 ± 0.11", "14.2 %", "2.5 %", "31.2 %"):
+    for number in ("7.12 ± 0.21", "9.23 ± 0.11", "14.2 %", "2.5 %", "31.2 %", "37.2 %", "buried"):
         assert number in text
     for number in ("93.8 %", "37.5 %", "12.2 %", "16.2 %", "5 of the 6 successes"):
         assert number in text

@@ -103,7 +103,7 @@ def test_ga_grpo_moves_the_head_alone(context: Context, monkeypatch: pytest.Monk
     def judge(self, tasks, answers, iteration):
         rewards = [a.count("e") / (len(a) + 1) + 1e-3 * i for i, a in enumerate(answers)]
         found = [
-            Candidate(texts[i % 4], r, -1.0, 5.0, True, f"{iteration}-{i}", iteration)
+            Candidate(texts[i % 4], r, -1.0, 5.0, None, True, f"{iteration}-{i}", iteration)
             for i, r in enumerate(rewards)
         ]
         return found, type("Scores", (), {"total": np.array(rewards)})()

@@ -92,6 +92,15 @@ def test_each_fault_is_found(fault: str, change: Callable[[np.ndarray, np.ndarra
     assert adsorbate_fault(moved(diatomic(), change)) == fault
 
 
+def test_atoms_in_one_place_and_tiny_cells_overlap() -> None:
+    system = diatomic()
+    frac = system.frac.copy()
+    frac[1] = frac[0]
+    assert adsorbate_fault(replace(system, frac=frac)) == "overlap"
+    for size in (0.3, 0.05, 0.001):  # of the last there are more images than may be looked at
+        assert adsorbate_fault(replace(system, lattice=size * system.lattice)) == "overlap"
+
+
 def test_no_adsorbate() -> None:
     system = SYSTEMS[0]
     for tags in (np.zeros_like(system.tags), np.full_like(system.tags, ADSORBATE)):
