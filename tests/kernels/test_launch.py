@@ -10,10 +10,11 @@ import torch
 
 pytest.importorskip("triton.runtime.interpreter")
 
-from catmllm_kernels.aot import config_of, specialised
+from catmllm_kernels.aot import config_of, launches, specialised
 from catmllm_kernels.escn import cases as escn
 from catmllm_kernels.launch import SIZES, Launch, recorded
 from catmllm_kernels.linear_logprob import cases as linear_logprob
+from catmllm_kernels.registry import cases
 from catmllm_kernels.so3_pool_project import cases as pooling
 
 META = torch.device("meta")
@@ -77,3 +78,25 @@ def test_a_size_is_no_constant_and_a_stride_is() -> None:
     assert of(1, 8) == of(16, 8) == of(7, 8)
     assert of(7, 1)[0]["stride"] == "constexpr" and len({repr(of(7, s)) for s in (1, 2, 16)}) == 3
     assert of(2**31, 8)[0]["n_edges"] == "i64"
+
+
+def test_every_branch_that_a_model_compiles_is_run_by_a_test_case() -> None:
+    """A flag, or whether widths are whole tiles, decides what is compiled: a branch that only models take (no
+    masks in the product) would never be interpreted."""
+
+    def branches(size: str) -> set[tuple[str, tuple[tuple[str, bool], ...]]]:
+        found = set()
+        for case in (c for c in cases(size=size) if c.compile):
+            for start in launches(case, torch.float16):
+                given = start.constants
+                flags = [(k, v) for k, v in given.items() if isinstance(v, bool)]
+                for width, block in (("C", "BLOCK_K"), ("HIDDEN", "BLOCK_C")):
+                    if width in given and block in given:
+                        flags.append((f"{width} % {block}", given[width] % given[block] > 0))
+                found.add((start.kernel.__name__, tuple(sorted(flags))))
+        return found
+
+    models = branches("model")
+    whole = (("C % BLOCK_K", False), ("HIDDEN % BLOCK_C", False), ("SPHERE", True))
+    assert ("product_kernel", whole) in models
+    assert models <= branches("test"), models - branches("test")

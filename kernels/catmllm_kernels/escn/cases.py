@@ -158,7 +158,7 @@ def case(name: str, size: Size, kind: Literal["test", "slow", "model"]) -> Case:
         function=op.edge_attention,
         reference=definition,
         tolerance=TOLERANCE,
-        compile=(lambda dtype: compile_case(size, dtype)) if kind == "model" else None,
+        compile=lambda dtype: compile_case(size, dtype),
     )
 
 

@@ -79,7 +79,7 @@ def case(
         function=function,
         reference=definition,
         tolerance=TOLERANCE,
-        compile=compile_case if kind == "model" else None,
+        compile=compile_case,
     )
 
 
@@ -87,6 +87,8 @@ CASES = [
     case("one token, two words", "test", 1, 1, 2, False),
     case("an odd width, three tiles of words", "test", 7, 23, 300, False),
     case("entropy and a second head", "test", 20, 16, 129, True),
+    case("whole tiles of the width, as models", "test", 3, 64, 40, False),
+    case("whole tiles, two heads", "test", 3, 64, 40, True),
     case("two tiles of tokens", "slow", 130, 70, 400, False),
     case("two tiles of tokens, two heads", "slow", 130, 64, 257, True),
     case("7B", "model", 4096, 3584, 152064, False),

@@ -54,7 +54,7 @@ def case(
         # half precision: the normalised value, its norm, the gradient and its result are rounded; with these
         # seeds no rounding moves a maximum to another atom
         tolerance={torch.float16: 4 * 2.0**-11, torch.bfloat16: 4 * 2.0**-8},
-        compile=compile_case if kind == "model" else None,
+        compile=compile_case,
     )
 
 
