@@ -110,6 +110,19 @@ def test_arrows_go_down(package: str) -> None:
     assert not wrong
 
 
+def test_nothing_that_a_training_run_does_without_is_imported_at_a_top() -> None:
+    """A machine with GPUs need not have them: structures come as text, and SevenNet only judges designs."""
+    absent = ("ase", "pymatgen", "lmdb", "sevenn", "fairchem", "liger_kernel", "vllm", "trl", "peft")
+    wrong = [
+        f"{module} imports {name}"
+        for module in MODULES
+        if not inside(module, "rewards_fast.integrations")
+        for name in imports_of(module, top_level=True, types_too=False)
+        if any(inside(name, package) for package in absent)
+    ]
+    assert not wrong
+
+
 def rooms_of(names: Iterable[str]) -> Iterator[str]:
     """The rooms of those dotted names that lie in one."""
     for name in names:

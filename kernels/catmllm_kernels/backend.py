@@ -86,6 +86,8 @@ def _unfit(name: str, module: ModuleType, x: Tensor) -> str:
     """Why an implementation cannot take x, or nothing."""
     if name == "cpu":
         return f"the tensors are on {x.device.type}" if x.device.type != "cpu" else str(module.unfit(x))
+    if x.device.type == "meta" or isinstance(x, torch._subclasses.FakeTensor):
+        return ""  # no data: nothing runs, its starts are counted or written down
     if x.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"the tensors are on {x.device.type}; set TRITON_INTERPRET=1 to interpret the kernels there"
     return ""

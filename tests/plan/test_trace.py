@@ -4,6 +4,7 @@ the allocator's view of real runs."""
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -24,7 +25,7 @@ from catmllm.models.build import new_model
 from catmllm.plan.advise import advise, largest_micro_batch, with_micro_batch
 from catmllm.plan.ledger import Ledger
 from catmllm.plan.made_up import synthetic_systems
-from catmllm.plan.trace import GIB, Plan, trace
+from catmllm.plan.trace import GIB, SAMPLING, Plan, trace
 from catmllm.stages import STAGES
 from catmllm.structure.system import System
 from catmllm.train.setup import freeze
@@ -67,7 +68,7 @@ def test_sharded_state_is_a_share_of_the_parameters(data: dict[str, list[System]
     model, _ = new_model(config(), data["train"])
     size = sum(p.numel() for n, p in model.named_parameters() if "visual" not in n)
     everything = ("precision=fp32", "joint.train_encoder=true")
-    plans = {n: trace(config(*everything), "joint", n, data=data) for n in (1, 2, 4)}
+    plans = {n: trace(config(*everything), "joint", n, data=data) for n in (1, 4)}
     for n, plan in plans.items():
         assert plan.parts["parameters"] * GIB == pytest.approx(4 * size / n, rel=0.05)
         assert plan.parts["optimizer states"] * GIB == pytest.approx(8 * size / n, rel=0.05)
@@ -93,16 +94,43 @@ def test_switches_save_what_they_promise(data: dict[str, list[System]]) -> None:
     assert all(0 < p.mfu_bound <= 1 for p in (none, selective, full))
 
 
-@pytest.mark.parametrize("stage", ["encoder", "align", "grpo", "ga_grpo"])
-def test_every_other_stage_has_a_plan(data: dict[str, list[System]], stage: str) -> None:
-    c = config("grpo.batch_size=2", "grpo.micro_batch=4", "ga_grpo.tasks=4", "ga_grpo.batch_size=2")
-    plan = trace(c, stage, 2, data=data)
-    assert (plan.tokens > 0) == (stage != "encoder")  # which reads graphs alone
-    assert plan.flops["forward"] > 0 and plan.flops["backward"] > 0
-    assert ("sampling" in plan.phases) == (stage not in ("encoder", "align"))
-    assert ("reference model" in plan.parts) == (stage == "grpo")
+@pytest.fixture(scope="module")
+def cuda_steps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A step of every stage as a GPU takes it; in a process without Triton's interpreter, as users have."""
+    out = tmp_path_factory.mktemp("steps") / "steps.json"
+    command = [sys.executable, "-m", "tests.plan.cuda_steps", str(out)]
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    plain = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": paths}
+    done = subprocess.run(command, cwd=ROOT, env=plain, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(out.read_text())
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_has_a_plan(cuda_steps: dict[str, Any], stage: str) -> None:
+    plan = cuda_steps[stage]
+    assert (plan["tokens"] > 0) == (stage != "encoder")  # which reads graphs alone
+    assert plan["flops"]["forward"] > 0 and plan["flops"]["backward"] > 0
+    assert ("sampling" in plan["phases"]) == (stage in SAMPLING)
+    assert ("reference model" in plan["parts"]) == (stage == "grpo")
     if stage == "grpo":
-        assert plan.parts["reference model"] == pytest.approx(plan.parts["parameters"], rel=0.01)
+        assert plan["parts"]["reference model"] == pytest.approx(plan["parts"]["parameters"], rel=0.01)
+
+
+def test_a_step_on_a_gpu_starts_the_kernels_of_its_stage(cuda_steps: dict[str, Any]) -> None:
+    """And each for few keys by which it is compiled: what the edge-degree embedding shares with the edge path
+    has one more, for one head and m = 0 alone."""
+    starts = {stage: set(plan["starts"]) for stage, plan in cuda_steps.items()}
+    reads = {"gather_rotate_kernel", "product_kernel", "softmax_kernel", "scatter_kernel", "pool_kernel"}
+    trains = {"value_grad_kernel", "activation_grad_kernel", "softmax_grad_kernel", "pool_grad_kernel"}
+    words = {"forward_kernel", "gradient_kernel"}
+    assert starts["encoder"] >= reads | trains and not starts["encoder"] & words
+    assert starts["align"] >= reads and not starts["align"] & (trains | words)
+    for stage in ("joint", "instruct", "grpo"):
+        assert starts[stage] >= reads | words
+    assert starts["ga_grpo"] >= {"two_heads_kernel", "gradient_kernel"}
+    keys = [len(keys) for plan in cuda_steps.values() for keys in plan["starts"].values()]
+    assert max(keys) <= 3
 
 
 def test_answers_share_their_prompts_in_a_plan(data: dict[str, list[System]]) -> None:
@@ -181,7 +209,7 @@ def test_what_to_turn_on_is_found() -> None:
 
 
 def test_the_command_prints_json_and_says_whether_it_fits(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("joint: {batch_size: 4}\ntensorboard: false\n")
@@ -189,6 +217,7 @@ def test_the_command_prints_json_and_says_whether_it_fits(
     assert main(arguments) == 0
     (row,) = json.loads(capsys.readouterr().out)
     assert row["fits"] and row["plan"]["ranks"] == 2 and row["plan"]["parts"]["parameters"] > 0
+    monkeypatch.setattr("catmllm.plan.advise.trace", lambda *_, **__: Plan(**row["plan"]))  # the same again
     assert main([*arguments[:-1], "--limit", "0.001"]) == 1
     assert "DOES NOT FIT" in capsys.readouterr().out
     assert main(["plan", str(path), "--stage", "jiont"]) == 1
@@ -214,6 +243,19 @@ def test_a_folder_of_shards_is_planned_as_it_would_be_trained(
     assert row["plan"]["stage"] == "joint" and 0 < row["plan"]["tokens"] <= 2 * 4096
     assert main([*arguments[:-2], f"data.path={ROOT / 'configs'}", "--no-search"]) == 1
     assert "no dataset" in capsys.readouterr().err
+
+
+def test_a_random_llm_may_have_the_rows_of_a_published_one(data: dict[str, list[System]]) -> None:
+    """For costs as they will be; fewer rows than tokens are an error."""
+    few, many = (
+        trace(config(*rows), "joint", 1, data=data, steps=1) for rows in ((), ("model.llm.vocab_size=5000",))
+    )
+    model, collate = new_model(config(), data["train"])
+    rows = 5000 - len(collate.tokenizer)
+    more = 2 * rows * 4 * model.text.config.hidden_size  # embedding and head, float32
+    assert (many.parts["parameters"] - few.parts["parameters"]) * GIB == pytest.approx(more, rel=1e-3)
+    with pytest.raises(ConfigError, match="vocab_size"):
+        new_model(config("model.llm.vocab_size=5"), data["train"])
 
 
 def test_a_pretrained_model_of_unknown_size_is_an_error() -> None:

@@ -101,7 +101,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     asked = targets != IGNORED
     valid = (targets >= 0) & (targets < weight.shape[0])
-    if not hidden.is_cuda and not bool((valid | ~asked).all()):
+    if hidden.device.type == "cpu" and not bool((valid | ~asked).all()):
         wrong = int(targets[asked & ~valid][0])
         raise ValueError(
             f"target {wrong} is outside the vocabulary of {weight.shape[0]} (or {IGNORED} to ignore)"
