@@ -59,6 +59,12 @@ class LLMConfig:
     num_key_value_heads: int = key(2, "key and value heads; divides num_attention_heads", gt=0)
     intermediate_size: int = key(512, "width of the MLP", gt=0)
     max_position_embeddings: int = key(2048, "longest sequence", unit="tokens", gt=0)
+    vocab_size: int | None = key(
+        None,
+        "rows of the embedding and of the LM head, for costs as a published model's; "
+        "null: as many as the tokenizer has tokens",
+        gt=0,
+    )
     attention: Literal["varlen", "eager", "sdpa", "flash_attention_2"] = key(
         "varlen",
         "varlen: ours, inside each sample only; torch's FlashAttention on CUDA. "

@@ -59,14 +59,17 @@ NO_VISION = {
 
 
 def random_llm(config: LLMConfig, tokenizer: PreTrainedTokenizerBase) -> Any:
-    """Random weights of the configuration's sizes."""
+    """Random weights of the configuration's sizes. Raises ConfigError for fewer rows than tokens."""
+    rows = len(tokenizer) if config.vocab_size is None else config.vocab_size
+    if rows < len(tokenizer):
+        raise ConfigError(f"`model.llm.vocab_size`: {rows} rows for a tokenizer of {len(tokenizer)} tokens")
     head = config.hidden_size // config.num_attention_heads
     section = [head // 2 - 2 * (head // 6), head // 6, head // 6]
     text: dict[str, Any] = asdict(config)
     for key in ("pretrained", "attention", "train_images"):
         del text[key]
     text |= {
-        "vocab_size": len(tokenizer),
+        "vocab_size": rows,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": section},
     }
     return _made(text, NO_VISION | {"out_hidden_size": config.hidden_size}, tokenizer, config.attention)
