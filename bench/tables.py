@@ -19,6 +19,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench import record
+from catmllm.report.summary import CONTROLS, sampled_tasks, wilson_interval
 
 PAGES = ("README.md", "docs")
 BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- /figures -->)", re.DOTALL)
@@ -516,19 +517,21 @@ def tiny_cifs() -> str:
 
 
 def tiny_designs() -> str:
-    design, rows = _run()["design"], []
-    for judge, says in (("own", "by the own predictor"), ("sevennet", "by SevenNet-0")):
-        found = design[judge]
-        low, high = (100 * x for x in design["success_ci"])
-        success = f"{100 * found['success']:.1f} %" + (
-            f" ({low:.0f} to {high:.0f} %)" if judge == "sevennet" else ""
-        )
-        others = [f"{100 * found[k]:.1f} %" for k in ("shuffled", "shuffled_same_adsorbate", "retrieval")]
-        rows.append([says, success, *others])
-    head = f"designs within {design['tolerance']} eV (n = {design['n']})"
-    return table(
-        [head, "success", "shuffled targets", "shuffled, same adsorbate", "random training system"], rows
-    )
+    design = _run()["design"]
+    n, rows = design["n"], []
+    for key, name in {"success": "**closed loop**", **CONTROLS}.items():
+        if not any(key in design[judge] for judge in ("own", "sevennet")):
+            continue
+        cells = []
+        for judge in ("own", "sevennet"):
+            share = design[judge].get(key)
+            sampled = n if key == "success" else sampled_tasks(design, key)
+            low, high = wilson_interval(share, sampled) if sampled and share is not None else (None, None)
+            spread = "" if low is None else f" ({100 * low:.0f} to {100 * high:.0f} %)"
+            cells.append("–" if share is None else f"{100 * share:.1f} %{spread}")
+        rows.append([name, *cells])
+    head = f"designs within {design['tolerance']} eV (n = {n})"
+    return table([head, "by the own predictor", "by SevenNet-0"], rows)
 
 
 FIGURES: dict[str, Callable[[], str]] = {

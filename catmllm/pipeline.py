@@ -42,7 +42,6 @@ from catmllm.train.stop import EXIT_SAVED, Stopped, TrainingError, stop_at_once
 from catmllm.world import DTYPES, World, start
 
 MENDABLE = ("name", "tensorboard", "wandb", "profile", "threads", "keep_checkpoints", "replicate")
-BASELINE_SYSTEMS = 4000  # of a part, evenly spaced: the ridge's matrix is dense
 GENERATES = ("instruct", "grpo", "ga_grpo")  # stages after which sampled CIFs are worth measuring
 
 
@@ -118,8 +117,7 @@ def _run(config: Config, world: World) -> int:
             "or set joint.train_encoder=true",
         )
     if not record.has("baselines"):
-        some = {k: v[:: len(v) // BASELINE_SYSTEMS + 1] for k, v in data.items()}
-        record.put(baselines(some), "baselines")
+        record.put(baselines(data), "baselines")
     previous = Path(config.init) if config.init else None
     for name in config.stages:
         folder = out / name
@@ -134,9 +132,7 @@ def _run(config: Config, world: World) -> int:
     if "ga_grpo" in config.stages and not record.has("design"):
         model, collate, _ = load_model(out / config.stages[-1])
         with record.timed("design"):
-            result = evaluate_design(
-                model.to(world.device), collate, config, data["test"], data["train"], world
-            )
+            result = evaluate_design(model.to(world.device), collate, config, data, world)
         record.put(result, "design")
     if world.main:
         report = write_report(out)

@@ -41,6 +41,7 @@ class Stream(IntEnum):
     BOOTSTRAP = 20  # rows of an interval
     ENCODER_ORDER = 21  # [epoch]
     ENCODER_SAMPLES = 22  # frame, symmetry and noise of a sample [position]
+    DESIGN_CONTROLS = 23  # ideal slabs beside a search [task]
 
     def key(self, seed: int, *place: int) -> Key:
         """What a draw is a function of; further places may be appended to it."""

@@ -70,7 +70,7 @@ def test_every_key_has_its_help(key: Key) -> None:
     assert (
         bound_words(key.field.metadata)
         or not {int, float} & {key.type, *typing.get_args(key.type)[:1]}
-        or (key.name.endswith(".betas"))
+        or key.name.endswith((".betas", ".budgets"))  # of every number: a rule says it
     )
 
 
@@ -173,6 +173,7 @@ def test_whatever_is_written_gives_a_configuration_or_a_configuration_error(text
         ),
         ("stages=[align, grppo]", "did you mean grpo"),
         ("grpo.betas=[0.9, 1.0]", "`grpo.betas` must be from 0 to below 1, got [0.9, 1.0]"),
+        ("evaluate.budgets=[4, 0]", "`evaluate.budgets` must be above 0, got [4, 0]"),
         ("grpo.betas=[0.9, x]", "`grpo.betas[1]` must be float, got 'x'"),
         ("grpo.encoder_lr=x", "`grpo.encoder_lr` must be float or null, got 'x'"),
         ("lora.dropout=2", "`lora.dropout` must be between 0 and 1, got 2"),

@@ -42,10 +42,12 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from catmllm.evaluate.controls import budgets, ideal_controls
     from catmllm.evaluate.design import search
     from catmllm.report.design import (
         CONSTRAINTS,
         adsorbate,
+        hits,
         judge_designs,
         make_task,
         read_targets,
@@ -62,7 +64,9 @@ def run(args: argparse.Namespace) -> int:
     config.ga_grpo = replace(config.ga_grpo, **changes)
     config.ga_grpo.sampling.grammar |= args.grammar
     states = search(model, collate, config, tasks, Stream.COMMAND_SEARCH.key(args.seed), progress=True)
-    records = save_designs(states, args.out)
+    predictions = budgets(config)[-1]
+    controls = ideal_controls(model, collate, tasks, predictions, args.seed)
+    records = save_designs(states, controls, args.out)
     if args.judge == "sevennet":
         judge_designs(records)
     o = config.ga_grpo
@@ -70,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
         f"{args.model}, {o.initial} candidates then {o.iterations} refinements of {o.group_size}, "
         f"seed {args.seed}"
     )
-    report = write_design_report(records, args.out, conditions)
+    report = write_design_report(records, args.out, conditions, predictions)
     for record in records:
         print(f"{record['identity']} at {record['energy']:.2f} eV")
         if not record["pool"]:
@@ -84,5 +88,5 @@ def run(args: argparse.Namespace) -> int:
                 f"  {row['file']}: predicted {row['predicted']:.3f} eV, PVCP {row['pvcp']:.2f}, "
                 f"{adsorbate(row)}{judged}"
             )
-    print(f"report: {report}")
+    print(f"{hits(records, predictions)}\nreport: {report}")
     return 0 if all(r["pool"] for r in records) else 1

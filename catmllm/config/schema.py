@@ -452,8 +452,19 @@ class EvaluateConfig:
     generation_samples: int = key(512, "answers sampled per stage to count failures in", ge=0)
     design_tasks: int = key(48, "design tasks after the closed loop", ge=0)
     judge: Literal["sevennet", "none"] = key("sevennet", "MLIP that relaxes the designs, or none")
+    budgets: tuple[int, ...] = key(
+        (4, 16),
+        "numbers of predictions for a task, each above 0, after which its success is told too, besides one "
+        "and all",
+    )
     tolerance: float = key(0.25, "a design this near to the wanted energy is a success", unit="eV", gt=0)
     sampling: EvaluateSamplingConfig = field(default_factory=EvaluateSamplingConfig)
+
+    @model_validator(mode="after")
+    def _budgets_above_zero(self) -> EvaluateConfig:
+        if not all(budget > 0 for budget in self.budgets):
+            raise ValueError(f"`.budgets` must be above 0, got {list(self.budgets)}")
+        return self
 
 
 @section

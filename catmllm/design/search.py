@@ -52,11 +52,19 @@ class Task:
 
 @dataclass
 class TaskState:
-    """A task's pool and the trace of its search: per iteration the best |E_pred - E*| and reward so far."""
+    """A task's pool, the trace of its search (per iteration the best |E_pred - E*| and reward so far), and
+    all candidates in the order in which they came, of which checkpoints know nothing."""
 
     task: Task
     pool: ExemplarPool
     trace: list[dict[str, Any]] = field(default_factory=list)
+    tried: list[Candidate] = field(default_factory=list)
+
+    def best_of(self, n: int) -> Candidate | None:
+        """What the pool's best would be after the first n candidates."""
+        pool = ExemplarPool(1)
+        pool.add([c for c in self.tried[:n] if not np.isnan(c.predicted)])
+        return pool.best
 
 
 def summary(state: TaskState) -> dict[str, Any]:
@@ -160,6 +168,7 @@ class ClosedLoop:
         for k, state in enumerate(states):
             mine = [c for r, c in zip(rollouts, candidates) if r.prompt == k]
             parsed = [c for c in mine if not np.isnan(c.predicted)]
+            state.tried += mine
             state.pool.add(parsed)
             best = state.pool.best
             errors = [abs(c.predicted - state.task.energy) for c in parsed if c.feasible]

@@ -2,24 +2,31 @@
 
 Every task asks for a system that training has not seen (a bulk and Miller index of the test split) at the
 energy of one of its members. Success is judged by the model's own predictor, which the search optimises, and
-by SevenNet-0, which it does not know; beside both stand two controls.
+by SevenNet-0, which it does not know, after one prediction, a few, and all. Beside it stands what needs less:
+ideal slabs screened by the same predictor or by kernel ridge regression, one of them at random, a random
+training system, and the answers to other tasks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from catmllm.config import Config
 from catmllm.data.batches import Collator
-from catmllm.design.search import ClosedLoop, Task, TaskState, summary
+from catmllm.design.exemplar_pool import Candidate
+from catmllm.design.predict import predict_energies, question
+from catmllm.design.search import ClosedLoop, Task, TaskState, structure_key, summary
 from catmllm.evaluate import metrics
+from catmllm.evaluate.baselines import FRAMES, KernelRidge, some
+from catmllm.evaluate.controls import budgets, closest, ideal_candidates
 from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.sample.engine import RolloutEngine
 from catmllm.seeds import Stream, generator
 from catmllm.structure.cif import read_cif
+from catmllm.structure.formula import parse_identity
 from catmllm.structure.system import System
 from catmllm.world import DTYPES, World
 from rewards_fast import extract_cif
@@ -60,79 +67,180 @@ def search(
     return states
 
 
-def best_system(item: dict[str, Any]) -> System | None:
-    """The best structure of a finished task as a System, or None where the pool stayed empty."""
-    from catmllm.structure.formula import parse_identity
+METHODS = ("search", "enumeration", "kernel_ridge")  # the closed loop, and ideal slabs screened by whom
+JUDGES = ("own", "sevennet")
 
-    if item["best"] is None:
-        return None
-    identity = parse_identity(item["identity"])
-    return read_cif(extract_cif(item["best"]["text"]), identity.adsorbate, identity.miller)
+
+def candidate_system(candidate: Candidate, identity: str) -> System:
+    """The structure of a candidate that has an energy."""
+    asked = parse_identity(identity)
+    return read_cif(extract_cif(candidate.text), asked.adsorbate, asked.miller)
 
 
 def evaluate_design(
     model: CatalyticMLLM,
     collate: Collator,
     config: Config,
-    test: Sequence[System],
-    train: Sequence[System],
+    data: Mapping[str, Sequence[System]],
     world: World,
 ) -> dict[str, Any]:
-    """Search for all tasks, judge the answers, and set success beside its controls; ranks share the work."""
+    """Search for tasks of the test systems, judge the answers, and set success beside its controls; ranks
+    share the work. Kernel ridge is fitted to `train` and `val` of data."""
     e = config.evaluate
-    tasks = design_tasks(test, e.design_tasks, config.seed)
-    mine = tasks[world.rank :: world.size]
+    tasks = design_tasks(data["test"], e.design_tasks, config.seed)
+    places = range(len(tasks))[world.rank :: world.size]
+    mine = [tasks[k] for k in places]
     states = search(
         model, collate, config, mine, Stream.DESIGN_SEARCH.key(config.seed, world.rank), progress=world.main
     )
-    items = [summary(s) for s in states]
-    systems = [best_system(i) for i in items]
+    limits = budgets(config)
+    ideal = [ideal_candidates(t, limits[-1], config.seed, k) for k, t in zip(places, mine)]
+    screens = _screened(model, collate, data, ideal)
+    items, systems = [], []
+    for state, slabs, by in zip(states, ideal, zip(*screens)):
+        item, chosen = _answers(state, slabs, by, limits)
+        items.append(item)
+        systems += chosen
     if e.judge == "sevennet":
-        from catmllm.evaluate.judges import SevenNetJudge
-
-        present = [s for s in systems if s is not None]
-        verdicts = iter(SevenNetJudge().judge_many(present, progress=world.main))
-        for item, system in zip(items, systems):
-            verdict = None if system is None else next(verdicts)
-            item["judged"] = (
-                None
-                if verdict is None
-                else {
-                    "energy": verdict.energy,
-                    "ok": verdict.ok,
-                    "reason": verdict.reason,
-                    "steps": verdict.steps,
-                }
-            )
+        _judge(items, systems, world)
     items = [item for part in world.gather(items) for item in part]
-    return design_metrics(items, train, config)
+    return design_metrics(items, limits, data["train"], config)
 
 
-def design_metrics(items: list[dict[str, Any]], train: Sequence[System], config: Config) -> dict[str, Any]:
+def _screened(
+    model: CatalyticMLLM,
+    collate: Collator,
+    data: Mapping[str, Sequence[System]],
+    ideal: Sequence[Sequence[System]],
+) -> list[list[np.ndarray]]:
+    """Energies of every task's ideal slabs by the model and by kernel ridge."""
+    flat = [s for slabs in ideal for s in slabs]
+    own = predict_energies(model, collate, [question(s) for s in flat], batch_size=128)
+    ridge = np.zeros(0)
+    if flat:
+        ridge = KernelRidge.fit(some(data["train"]), some(data["val"]), FRAMES).predict(flat)
+    ends = np.cumsum([len(slabs) for slabs in ideal])[:-1]
+    return [np.split(own, ends), np.split(ridge, ends)]
+
+
+def _answers(
+    state: TaskState, slabs: Sequence[System], by: Sequence[np.ndarray], limits: Sequence[int]
+) -> tuple[dict[str, Any], list[System | None]]:
+    """The record of a task with every method's answer after each number of predictions, and the structures of
+    these answers in turn. A method that cannot be had for the task has no answers."""
+    item, chosen = summary(state), list[System | None]()
+    answers: dict[str, list[dict[str, Any]]] = {"search": []}
+    item["answers"] = answers
+    for limit in limits:
+        best = state.best_of(limit)
+        answers["search"].append(
+            {
+                "predicted": None if best is None else best.predicted,
+                "feasible": best is not None and best.feasible,
+            }
+        )
+        chosen.append(None if best is None else candidate_system(best, state.task.identity))
+    for method, energies in zip(METHODS[1:], by):
+        picks = closest(energies, state.task.energy, limits) if slabs else []
+        # The predictor whose word counts is the model's, whoever chose.
+        answers[method] = [{"predicted": float(by[0][k]), "feasible": True} for k in picks]
+        chosen += [slabs[k] for k in picks]
+    return item, chosen
+
+
+def _judge(items: Sequence[dict[str, Any]], systems: Sequence[System | None], world: World) -> None:
+    """SevenNet-0's word on every answer, each structure judged once."""
+    from catmllm.evaluate.judges import SevenNetJudge
+
+    keys = [None if s is None else structure_key(s) for s in systems]
+    different = {key: s for key, s in zip(keys, systems) if key is not None and s is not None}
+    verdicts = SevenNetJudge().judge_many(list(different.values()), progress=world.main)
+    said = {
+        key: {"energy": v.energy, "ok": v.ok, "reason": v.reason, "steps": v.steps}
+        for key, v in zip(different, verdicts)
+    }
+    for answer, key in zip((a for i in items for method in METHODS for a in i["answers"][method]), keys):
+        answer["judged"] = None if key is None else said[key]
+    for item in items:
+        item["judged"] = item["answers"]["search"][-1]["judged"]
+
+
+def _hits(items: Sequence[dict[str, Any]], method: str, judge: str, tolerance: float) -> np.ndarray:
+    """[items, numbers of predictions] which answers are feasible and within the tolerance of the target."""
+
+    def energy(answer: dict[str, Any]) -> float:
+        if judge == "own":
+            return np.nan if answer["predicted"] is None else float(answer["predicted"])
+        judged = answer["judged"]
+        return float(judged["energy"]) if judged and judged["ok"] else np.nan
+
+    rows = [item["answers"][method] for item in items]
+    target = [[item["energy"]] * len(row) for item, row in zip(items, rows)]
+    energies = [[energy(a) for a in row] for row in rows]
+    return metrics.design_success([[a["feasible"] for a in row] for row in rows], energies, target, tolerance)
+
+
+def design_curves(items: Sequence[dict[str, Any]], judges: Sequence[str], tolerance: float) -> dict[str, Any]:
+    """Success over the numbers of predictions: by method its n tasks and, by judge, the rates with Wilson
+    intervals and (but for the search) what the search has more at the same tasks, with an interval by a
+    bootstrap over (bulk, Miller index)."""
+    curves: dict[str, Any] = {}
+    for method in METHODS:
+        answered = [item for item in items if item["answers"][method]]
+        curves[method] = {"n": len(answered)}
+        pairs = [item["identity"].partition("</s>")[2] for item in answered]
+        for judge in judges if answered else ():
+            hit = _hits(answered, method, judge, tolerance)
+            rates = hit.mean(0).tolist()
+            found = {"success": rates, "interval": [metrics.wilson_interval(r, len(answered)) for r in rates]}
+            if method != "search":
+                more = _hits(answered, "search", judge, tolerance).astype(float) - hit
+                found["search_more"] = more.mean(0).tolist()
+                found["search_more_interval"] = [
+                    metrics.bootstrap_interval(column, groups=pairs) for column in more.T
+                ]
+            curves[method][judge] = found
+    return curves
+
+
+def design_metrics(
+    items: list[dict[str, Any]], limits: Sequence[int], train: Sequence[System], config: Config
+) -> dict[str, Any]:
     """All numbers of the design evaluation from the finished tasks."""
     e, tol = config.evaluate, config.evaluate.tolerance
     target = np.array([i["energy"] for i in items])
     feasible = np.array([i["feasible"] and i["best"] is not None for i in items])
+    judges = JUDGES if e.judge == "sevennet" else JUDGES[:1]
+    curves = design_curves(items, judges, tol)
     adsorbate = [i["identity"].split("</s>")[0] for i in items]
     retrieval = metrics.retrieval_control(
         target, adsorbate, [s.known_energy for s in train], [s.adsorbate for s in train], tol
     )
 
-    def judged_by(energies: np.ndarray) -> tuple[np.ndarray, dict[str, float]]:
+    def judged_by(judge: str, energies: np.ndarray) -> tuple[np.ndarray, dict[str, float]]:
+        controls = {
+            method: curves[method][judge]["success"][-1] for method in METHODS[1:] if curves[method]["n"]
+        }
+        if curves["enumeration"]["n"]:
+            controls["random"] = curves["enumeration"][judge]["success"][0]
         hit = metrics.design_success(feasible, energies, target, tol)
         return hit, {
             "success": float(hit.mean()),
             "shuffled": metrics.shuffled_control(feasible, energies, target, None, tol),
             "shuffled_same_adsorbate": metrics.shuffled_control(feasible, energies, target, adsorbate, tol),
             "retrieval": retrieval,
+            **controls,
         }
 
     own = np.array([np.nan if i["best"] is None else i["best"]["predicted"] for i in items])
-    own_hit, own_rates = judged_by(own)
+    own_hit, own_rates = judged_by("own", own)
     out: dict[str, Any] = {
         "n": len(items),
         "tolerance": tol,
         "feasible": float(feasible.mean()),
+        "AD": float(np.mean([i["best"] is None or i["best"]["fault"] is not None for i in items])),
+        "budgets": list(limits),
+        "curves": curves,
         "own": own_rates,
     }
     out["sevennet"] = None
@@ -140,7 +248,7 @@ def design_metrics(items: list[dict[str, Any]], train: Sequence[System], config:
     if e.judge == "sevennet":
         ok = np.array([bool(i["judged"] and i["judged"]["ok"]) for i in items])
         energy = np.array([i["judged"]["energy"] if k else np.nan for i, k in zip(items, ok)])
-        final, rates = judged_by(energy)
+        final, rates = judged_by("sevennet", energy)
         rates["judged_ok"] = float(ok.mean())
         rates["mae"] = float(np.abs(energy - target)[ok].mean()) if ok.any() else float("nan")
         rates["predictor_mae"] = float(np.abs(energy - own)[ok].mean()) if ok.any() else float("nan")
@@ -162,7 +270,7 @@ def design_metrics(items: list[dict[str, Any]], train: Sequence[System], config:
         ]
     )
     out["iterations_to_success"] = metrics.iterations_to_success(curve)
-    winners = [s for s, hit in zip(map(best_system, items), final) if hit and s is not None]
+    winners = [candidate_system(Candidate(**i["best"]), i["identity"]) for i, hit in zip(items, final) if hit]
     out["diversity"] = metrics.diversity(winners)
     out["items"] = items
     return out

@@ -8,6 +8,7 @@ in [0, 1], energies in eV.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -56,13 +57,14 @@ def bootstrap_interval(
     level: float = 0.95,
     draws: int = 2000,
     seed: int = 0,
+    groups: Sequence[Hashable] | None = None,
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of `statistic(*samples)`,
     drawing rows of all samples ([n] each) together.
 
     `bootstrap_interval(hits)` is that of a rate, `bootstrap_interval(predicted, true, statistic=mae)` that of
-    an MAE. Where systems come in groups (many sites of one slab) rows are not independent, and the interval
-    is too narrow.
+    an MAE. Where systems come in groups (many sites of one slab) rows are not independent: with the label of
+    its group for every row, whole groups are drawn, as many as there are.
     """
     arrays = [np.asarray(sample) for sample in samples]
     n = len(arrays[0])
@@ -70,10 +72,23 @@ def bootstrap_interval(
         raise ValueError(
             f"samples of lengths {[len(array) for array in arrays]}: give at least one row, one length"
         )
+    labels = np.arange(n) if groups is None else _labels(groups, n)
+    members = [np.flatnonzero(labels == label) for label in range(labels.max() + 1)]
     rng = generator(Stream.BOOTSTRAP.key(seed))
-    values = [statistic(*(array[rows] for array in arrays)) for rows in rng.integers(n, size=(draws, n))]
+    drawn = rng.integers(len(members), size=(draws, len(members)))
+    values = [
+        statistic(*(array[rows] for array in arrays))
+        for rows in (np.concatenate([members[g] for g in picks]) for picks in drawn)
+    ]
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def wilson_interval(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
+    """The 95 % Wilson score interval of a share of n independent trials; it is no point at 0 and 1."""
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def inclusion_ratio(predicted: ArrayLike, low: ArrayLike, high: ArrayLike) -> float:

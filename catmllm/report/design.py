@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,11 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from catmllm.design.search import Task, TaskState
+from catmllm.evaluate.metrics import TOLERANCE
 from catmllm.report import page as html
 from catmllm.report.figures import draw_trace
 from catmllm.report.summary import Table, number
-from catmllm.structure.cif import read_cif
+from catmllm.structure.cif import read_cif, write_cif
 from catmllm.structure.formula import Identity, format_identity, parse_formula, parse_identity
 from catmllm.structure.system import System
 from rewards_fast import extract_cif
@@ -64,11 +65,13 @@ def read_targets(path: Path) -> list[Task]:
     return tasks
 
 
-def save_designs(states: Sequence[TaskState], out: Path) -> list[dict[str, Any]]:
-    """Write each pool's CIFs as out/<number>-<adsorbate>/design-<rank>.cif;
-    the records that go into designs.json."""
+def save_designs(
+    states: Sequence[TaskState], controls: Sequence[Mapping[str, tuple[System, float]]], out: Path
+) -> list[dict[str, Any]]:
+    """Write each pool's CIFs as out/<number>-<adsorbate>/design-<rank>.cif, and those of its controls beside
+    them; the records that go into designs.json."""
     records = []
-    for n, state in enumerate(states, 1):
+    for n, (state, ideal) in enumerate(zip(states, controls), 1):
         folder = out / f"{n:03d}-{state.task.adsorbate or 'slab'}"
         folder.mkdir(parents=True, exist_ok=True)
         pool = []
@@ -76,12 +79,18 @@ def save_designs(states: Sequence[TaskState], out: Path) -> list[dict[str, Any]]
             path = folder / f"design-{k}.cif"
             path.write_text(extract_cif(candidate.text) + "\n", encoding="utf-8")
             pool.append({"file": str(path), **candidate.to_json()})
+        beside = {}
+        for name, (system, energy) in ideal.items():
+            path = folder / f"{name}.cif"
+            path.write_text(write_cif(system), encoding="utf-8")
+            beside[name] = {"file": str(path), "predicted": energy}
         records.append(
             {
                 "identity": state.task.identity,
                 "energy": state.task.energy,
                 "feasible": state.pool.feasible,
                 "pool": pool,
+                "controls": beside,
                 "trace": state.trace,
             }
         )
@@ -89,11 +98,11 @@ def save_designs(states: Sequence[TaskState], out: Path) -> list[dict[str, Any]]
 
 
 def judge_designs(records: Sequence[dict[str, Any]], progress: bool = True) -> None:
-    """Relax every structure of every pool with SevenNet-0; its energy, or why there is none,
+    """Relax every structure of every pool and its controls with SevenNet-0; its energy, or why there is none,
     as `sevennet`."""
     from catmllm.evaluate.judges import SevenNetJudge
 
-    entries = [(r, p) for r in records for p in r["pool"]]
+    entries = [(r, p) for r in records for p in (*r["pool"], *r["controls"].values())]
     systems = []
     for record, entry in entries:
         identity = parse_identity(record["identity"])
@@ -102,34 +111,66 @@ def judge_designs(records: Sequence[dict[str, Any]], progress: bool = True) -> N
         entry["sevennet"] = verdict.energy if verdict.ok else verdict.reason
 
 
-def write_design_report(records: Sequence[dict[str, Any]], out: Path, conditions: str) -> Path:
-    """out/designs.json and out/report.html: the search trace over all targets,
-    then every pool with pictures."""
+def hits(records: Sequence[dict[str, Any]], predictions: int, tolerance: float = TOLERANCE) -> str:
+    """How many of the best designs, and of what needs no search, are near the wanted energies: by SevenNet-0
+    where it has judged them, else by the own predictor."""
+    judged = any("sevennet" in p for r in records for p in r["pool"])
+
+    def near(record: dict[str, Any], entry: dict[str, Any]) -> bool:
+        energy = entry["sevennet" if judged else "predicted"]
+        return isinstance(energy, float) and abs(energy - record["energy"]) <= tolerance + 1e-9
+
+    count = sum(r["feasible"] and near(r, r["pool"][0]) for r in records)
+    parts = [f"designs {count} of {len(records)}"]
+    for name, says in _controls(predictions).items():
+        some = [r for r in records if name in r["controls"]]
+        if some:
+            parts.append(f"{says} {sum(near(r, r['controls'][name]) for r in some)} of {len(some)}")
+    if not any(r["controls"] for r in records):
+        parts.append("no ideal slabs of these systems can be made to compare with")
+    judge = "SevenNet-0" if judged else "the own predictor, which chose all but the random one"
+    return f"Within {tolerance:g} eV of the wanted energy, by {judge}: {'; '.join(parts)}"
+
+
+def _controls(predictions: int) -> dict[str, str]:
+    return {"enumeration": f"best of {predictions} ideal slabs", "random": "one random ideal slab"}
+
+
+def write_design_report(
+    records: Sequence[dict[str, Any]], out: Path, conditions: str, predictions: int
+) -> Path:
+    """out/designs.json and out/report.html: the search trace over all targets, beside what `predictions`
+    ideal slabs give, then every pool with pictures."""
     (out / "designs.json").write_text(json.dumps(records, indent=1))
-    sections = [f"<h1>Designs</h1>\n<p class='conditions'>{html.text(conditions)}</p>", _overview(records)]
+    head = f"<h1>Designs</h1>\n<p class='conditions'>{html.text(conditions)}</p>"
+    sections = [head, _overview(records, predictions)]
     sections += [_target(record) for record in records]
     path = out / "report.html"
     path.write_text(html.page("Designs", sections), encoding="utf-8")
     return path
 
 
-def _overview(records: Sequence[dict[str, Any]]) -> str:
-    rows = []
-    for r in records:
-        best = r["pool"][0] if r["pool"] else {}
-        judged = best.get("sevennet", "–")
-        rows.append(
-            [
-                r["identity"],
-                number(r["energy"], 2),
-                number(best.get("predicted"), 3),
-                number(judged, 3) if isinstance(judged, float) else str(judged),
-                str(len(r["pool"])),
-                met(r),
-            ]
-        )
-    header = ["system", "wanted (eV)", "predicted (eV)", "SevenNet-0 (eV)", "pool", "constraints met"]
-    table = html.table(Table("The best of each pool", header, rows, []))
+def _overview(records: Sequence[dict[str, Any]], predictions: int) -> str:
+    controls = _controls(predictions)
+    rows = [
+        [
+            r["identity"],
+            number(r["energy"], 2),
+            _energies(r["pool"][0] if r["pool"] else {}),
+            *(_energies(r["controls"].get(name, {})) for name in controls),
+            str(len(r["pool"])),
+            met(r),
+        ]
+        for r in records
+    ]
+    header = ["system", "wanted", "best of the pool", *controls.values(), "pool", "constraints met"]
+    notes = [
+        "Energies in eV: predicted / by SevenNet-0 (– where it was not asked).",
+        "Ideal slabs are random ones of the asked composition, unrelaxed; the best is chosen by the same "
+        "predictor, from as many as the search has predicted.",
+        hits(records, predictions) + ".",
+    ]
+    table = html.table(Table("The best of each pool, and what needs no search", header, rows, notes))
     if not any(r["trace"] for r in records):
         return html.section("Overview", table)
 
@@ -152,6 +193,12 @@ def met(record: dict[str, Any]) -> str:
 def adsorbate(entry: dict[str, Any]) -> str:
     """What is to be said of a candidate's adsorbate."""
     return f"AD: {entry['fault']}" if entry["fault"] else "a real adsorbate"
+
+
+def _energies(entry: dict[str, Any]) -> str:
+    judged = entry.get("sevennet")
+    judged = number(judged, 3) if isinstance(judged, float) else judged or "–"
+    return f"{number(entry.get('predicted'), 3)} / {judged}" if entry else "–"
 
 
 def _read(text: str, identity: Identity) -> System:

@@ -26,13 +26,16 @@ from catmllm.evaluate.metrics import TOLERANCE
 from catmllm.report.summary import (
     CONTROLS,
     JUDGES,
+    METHOD_NAMES,
     RATE_NAMES,
     STAGE_NAMES,
     Metrics,
     finite,
+    last_judge,
     number,
     ordered,
     provenance,
+    sampled_tasks,
     wilson_interval,
 )
 
@@ -48,7 +51,15 @@ STAGE_COLOURS = {
     "ga_grpo": "#009e73",
 }
 JUDGE_COLOURS = {"own": "#cc79a7", "sevennet": "#d55e00"}
-CONTROL_COLOURS = {"shuffled": "#7a7a7a", "shuffled_same_adsorbate": "#a3a3a3", "retrieval": "#cccccc"}
+METHOD_COLOURS = {"search": "#009e73", "enumeration": "#0072b2", "kernel_ridge": "#e69f00"}
+CONTROL_COLOURS = {
+    "enumeration": "#0072b2",
+    "kernel_ridge": "#e69f00",
+    "random": "#56b4e9",
+    "retrieval": "#cccccc",
+    "shuffled": "#7a7a7a",
+    "shuffled_same_adsorbate": "#a3a3a3",
+}
 _ADSORBATE_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9") + (
     "#5b5b5b",
     "#b3a100",
@@ -242,7 +253,7 @@ def _over_iterations(axes: Axes, steps: int, top: float, legend: Literal["upper 
 
 
 def draw_design(axes: Axes, design: Metrics) -> None:
-    """Success by both judges beside the controls; controls are exact averages and have no interval."""
+    """Success by both judges beside the controls; those that are exact averages have no interval."""
     judges = [judge for judge in JUDGES if design.get(judge)]
     kinds = [
         "success",
@@ -256,9 +267,8 @@ def draw_design(axes: Axes, design: Metrics) -> None:
                 continue
             x = i + (k - (len(kinds) - 1) / 2) * width
             paint = JUDGE_COLOURS[judge] if kind == "success" else CONTROL_COLOURS[kind]
-            top = max(
-                top, _bar(axes, x, value, design["n"] if kind == "success" else None, 0.92 * width, paint)
-            )
+            sampled = design["n"] if kind == "success" else sampled_tasks(design, kind)
+            top = max(top, _bar(axes, x, value, sampled or None, 0.92 * width, paint))
     for kind in kinds[1:]:
         axes.bar(0, 0, color=CONTROL_COLOURS[kind], label=f"control: {CONTROLS[kind]}")
     axes.set_xticks(range(len(judges)), [f"judged by {JUDGES[judge]}" for judge in judges])
@@ -269,7 +279,40 @@ def draw_design(axes: Axes, design: Metrics) -> None:
         "tasks",
     )
     _percent_axis(axes, top)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2, columnspacing=1.2)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=3, columnspacing=1.2)
+
+
+def draw_curve(axes: Axes, design: Metrics) -> None:
+    """Success over the number of predictions with intervals, a line a method, and what ignores the target."""
+    judge, budgets, top = last_judge(design), design["budgets"], 1.0
+    methods = [m for m in METHOD_NAMES if judge in design["curves"].get(m, {})]
+    for k, method in enumerate(methods):
+        curve = design["curves"][method][judge]
+        x = np.array(budgets) * 1.03 ** (k - 1)  # so that intervals stand beside each other
+        low, high = 100 * np.array(curve["interval"]).T
+        axes.plot(
+            x,
+            100 * np.array(curve["success"]),
+            "o-",
+            color=METHOD_COLOURS[method],
+            label=METHOD_NAMES[method],
+        )
+        axes.vlines(x, low, high, color=METHOD_COLOURS[method], linewidth=0.9)
+        top = max(top, float(high.max()))
+    for key, style in (("retrieval", ":"), ("shuffled_same_adsorbate", "--")):
+        share = design[judge].get(key)
+        if finite(share):
+            axes.axhline(100 * share, color="#7a7a7a", linewidth=0.9, linestyle=style, label=CONTROLS[key])
+    axes.set_xscale("log")
+    axes.set_xticks(budgets, [str(b) for b in budgets])
+    axes.minorticks_off()
+    axes.set(
+        xlabel="predictions for a task",
+        ylabel="success (%)",
+        title=f"Designs, judged by {JUDGES[judge]}, n = {design['n']} tasks",
+    )
+    _percent_axis(axes, top)
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
 def draw_rewards(figure: Figure, generation: Metrics) -> None:
@@ -451,8 +494,8 @@ def _inline(svg: str, description: str) -> str:
 
 def readme_figure(run: Path, out: Path) -> None:
     """One figure for the README, PNG or SVG by the suffix of `out`, at most 200 kB: parity after the last
-    stage, failure modes by stage, the closed loop, and design success beside its controls. A part that the
-    run lacks says so.
+    stage, failure modes by stage, design success over the number of predictions, and beside its controls. A
+    part that the run lacks says so.
 
     Raises FileNotFoundError without a metrics.json, ValueError for another suffix.
     """
@@ -476,7 +519,6 @@ def _draw_readme(figure: Figure, metrics: Metrics) -> None:
     panels = figure.subplots(2, 2).ravel()
     stages = [s for s in ordered(metrics.get("property")) if metrics["property"][s].get("parity")]
     generation, design = metrics.get("generation") or {}, metrics.get("design") or {}
-    traced = any(item.get("trace") for item in design.get("items", []))
     drawn: list[tuple[bool, Callable[[Axes], None], str]] = [
         (
             bool(stages),
@@ -488,7 +530,7 @@ def _draw_readme(figure: Figure, metrics: Metrics) -> None:
             "energy prediction",
         ),
         (bool(ordered(generation)), lambda a: draw_failures(a, generation), "sampled CIFs"),
-        (traced, lambda a: draw_trace(a, design), "closed loop"),
+        (bool(design.get("curves")), lambda a: draw_curve(a, design), "success over predictions"),
         (bool(design.get("n")), lambda a: draw_design(a, design), "design evaluation"),
     ]
     for axes, (present, draw, what) in zip(panels, drawn):

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from catmllm.config import STAGES
 from catmllm.report import page as html
 from catmllm.report.figures import (
+    draw_curve,
     draw_design,
     draw_failures,
     draw_parity,
@@ -38,6 +39,7 @@ from catmllm.report.summary import (
     Table,
     claims,
     conditions,
+    curve_table,
     design_table,
     finite,
     generation_table,
@@ -213,11 +215,19 @@ def _design(metrics: Metrics) -> str:
         html.table(table),
         html.figure(
             "design",
-            "Share of tasks with a successful design, 95 % Wilson intervals; controls are exact averages.",
-            (8.6, 3.4),
+            "Share of tasks with a successful design, 95 % Wilson intervals; random training systems and "
+            "shuffled targets are exact averages.",
+            (8.6, 3.8),
             lambda f: draw_design(f.subplots(), design),
         ),
     ]
+    curves = curve_table(metrics)
+    if curves is not None:
+        caption = "Success over the number of predictions; lines: 95 % Wilson intervals."
+        parts += [
+            html.table(curves),
+            html.figure("curve", caption, (6.4, 3.6), lambda f: draw_curve(f.subplots(), design)),
+        ]
     if any(item.get("trace") for item in items):
         parts.append(_trace_figure(design))
     pictures = _pictures(items)
@@ -325,6 +335,7 @@ def _all_tasks(items: list[dict[str, Any]]) -> str:
             str(item["identity"]),
             number(item["energy"], 2),
             number((item.get("best") or {}).get("predicted"), 2),
+            (item.get("best") or {}).get("fault") or "–",
             _judged(item).removeprefix("SevenNet-0 ").removesuffix(" eV"),
             "yes" if item.get("success_own") else "no",
             "yes" if item.get("success_sevennet") else "no" if item.get("judged") else "–",
@@ -335,6 +346,7 @@ def _all_tasks(items: list[dict[str, Any]]) -> str:
         "system",
         "wanted (eV)",
         "predicted (eV)",
+        "AD",
         "SevenNet-0 (eV)",
         "success, own",
         "success, SevenNet-0",

@@ -2,12 +2,15 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from catmllm.cli.main import main
 from catmllm.data.slabs import load_slabs
+from catmllm.report.design import adsorbate
 from catmllm.structure.cif import read_cif, write_cif
 from rewards_fast import parse_cif
 
@@ -25,7 +28,21 @@ def test_predict_prints_an_energy_for_every_file(
     assert main(["predict", str(cif), str(cif), "--model", str(unbroken), "--json"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert len(rows) == 2 and rows[0]["energy"] == pytest.approx(rows[1]["energy"], abs=1e-5)
-    assert rows[0]["system"] == load_slabs()[0].identity
+    assert rows[0]["system"] == load_slabs()[0].identity and rows[0]["AD"] is None
+
+
+def test_predict_says_where_there_is_no_adsorbate(
+    unbroken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A CO 3 Å up has no adsorption energy, whatever the model says."""
+    system = next(s for s in load_slabs() if s.adsorbate == "CO")
+    up = system.positions + [0, 0, 3.0] * (system.tags == 2)[:, None]
+    path = tmp_path / "up.cif"
+    path.write_text(write_cif(replace(system, frac=np.linalg.solve(system.lattice.T, up.T).T)))
+    assert main(["predict", str(path), "--model", str(unbroken)]) == 0
+    assert "AD: detached" in capsys.readouterr().out
+    assert main(["predict", str(path), "--model", str(unbroken), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["AD"] == "detached"
 
 
 def test_predict_tells_of_bad_files_and_goes_on(
@@ -72,11 +89,17 @@ def test_design_of_many_targets_with_the_grammar(
     assert status == (0 if all(r["pool"] for r in records) else 1)
     for record, counts in zip(records, ({"Pt": 9, "Cu": 3, "C": 1, "O": 1}, {"Pd": 12, "H": 1})):
         assert len(record["trace"]) == 2 and len(record["pool"]) <= 2
-        for entry in record["pool"]:
+        assert set(record["controls"]) == {"random", "enumeration"}
+        for entry in (*record["pool"], *record["controls"].values()):
             assert parse_cif(Path(entry["file"]).read_text()).composition == pytest.approx(counts)
     page = (out / "report.html").read_text()
     assert "Pd12 (1 0 0)" in page and "<svg" in page and "<script" not in page
-    assert "report:" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "report:" in said and "ideal slabs" in said and "one random ideal slab" in said
+    for record in records:
+        for entry in record["pool"]:
+            assert (entry["fault"] is None) >= entry["feasible"]
+            assert f"PVCP {entry['pvcp']:.2f}, {adsorbate(entry)}" in said
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,11 @@ from random import Random
 
 import numpy as np
 import pytest
+from pymatgen.analysis.adsorption import AdsorbateSiteFinder
+from pymatgen.core.surface import Slab
+from pymatgen.io.ase import AseAtomsAdaptor
 
+from catmllm.data.fcc_slabs import build_slab, draw_site
 from catmllm.data.slabs import load_slabs
 from catmllm.design.constraints import adsorbate_faults, hard_constraints
 from catmllm.design.enumeration import enumerable, ideal_system
@@ -39,6 +43,40 @@ def test_arrangements_and_sites_differ() -> None:
     made = [ideal_system(identity, rng) for _ in range(20)]
     assert len({s.numbers.tobytes() for s in made}) > 10
     assert len({s.frac.round(3).tobytes() for s in made}) == 20
+
+
+@pytest.mark.parametrize(
+    ("facet", "calls"),
+    [
+        ("111", {"top": "ontop", "bridge": "bridge", "hollow": "hollow"}),
+        # pymatgen triangulates the square of (100), so that its middle lies on an edge: a bridge to it
+        ("100", {"top": "ontop", "bridge": "bridge", "hollow": "bridge"}),
+    ],
+)
+def test_sites_are_those_of_pymatgen(facet: str, calls: dict[str, str]) -> None:
+    """Every site that may be drawn is one of pymatgen's AdsorbateSiteFinder, by name too, and the other way
+    round."""
+    slab = build_slab(facet, "Pt", "Cu", 0.25, Random(0))
+    structure = AseAtomsAdaptor.get_structure(slab.atoms)
+    pymatgen = Slab(
+        structure.lattice, structure.species, structure.frac_coords, (0, 0, 1), structure, 0, np.eye(3)
+    )
+    found = AdsorbateSiteFinder(pymatgen, height=0.9).find_adsorption_sites(
+        distance=0, symm_reduce=0, put_inside=True
+    )
+    plane = np.linalg.inv(slab.atoms.cell[:2, :2])
+    theirs = {kind: [point[:2] @ plane for point in points] for kind, points in found.items()}
+    rng = Random(1)
+    drawn = [draw_site(slab, rng) for _ in range(2000)]
+    ours = [(kind, centre[:2] @ plane) for kind, _, centre in drawn]
+
+    def same(a: np.ndarray, b: np.ndarray) -> bool:
+        return bool(np.abs(a - b - np.round(a - b)).max() < 1e-4)
+
+    for kind, site in ours:
+        assert any(same(site, other) for other in theirs[calls[kind]])
+    for other in theirs["all"]:
+        assert any(same(site, other) for _, site in ours)
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ from scipy.spatial.distance import cdist
 
 from catmllm.data.slabs import load_slabs, split
 from catmllm.evaluate.baselines import (
+    RIDGES,
     SHARED,
-    STRENGTHS,
     AdsorbateMean,
     KernelRidge,
     TextRidge,
@@ -85,6 +85,9 @@ def test_shipped_systems_have_the_known_baselines() -> None:
     assert found["text_ridge"]["r2"] == pytest.approx(0.928, abs=0.005)
     # another kernel ridge on other descriptors gave 0.126
     assert found["kernel_ridge"]["mae"] == pytest.approx(0.124, abs=0.006)
+    # with relaxed, middle and start frames 0.208 and 0.329
+    assert found["kernel_ridge_frames"]["mae"] == pytest.approx(0.188, abs=0.01)
+    assert found["kernel_ridge_frames"]["start"]["mae"] == pytest.approx(0.317, abs=0.015)
 
 
 def test_kernel_ridge_is_that_of_scipy_and_lapack() -> None:
@@ -100,7 +103,7 @@ def test_kernel_ridge_is_that_of_scipy_and_lapack() -> None:
         return (1 + reach) * np.exp(-reach) * same
 
     rest = energies(train) - AdsorbateMean.fit(train).predict(train)
-    weights = np.linalg.solve(kernel(x, x, train, train) + STRENGTHS[1] * np.eye(len(x)), rest)
+    weights = np.linalg.solve(kernel(x, x, train, train) + RIDGES[1] * np.eye(len(x)), rest)
     expected = kernel(y, x, val, train) @ weights + AdsorbateMean.fit(train).predict(val)
     np.testing.assert_allclose(fit.predict(val), expected, atol=1e-6)
 

@@ -142,15 +142,42 @@ def made_design(systems: list[System]) -> dict[str, Any]:
         "success_own": False,
         "success_sevennet": False,
     }
+
+    def curve(success: list[float], more: tuple[float, float] | None = None) -> dict[str, Any]:
+        found = {"success": success, "interval": [[s / 2, (1 + s) / 2] for s in success]}
+        if more is not None:
+            found |= {"search_more": [sum(more) / 2] * 3, "search_more_interval": [list(more)] * 3}
+        return found
+
     return {
         "n": len(items),
         "tolerance": 0.25,
         "feasible": 15 / 16,
-        "own": {"success": 0.9375, "shuffled": 0.1217, "shuffled_same_adsorbate": 0.3, "retrieval": 0.1618},
+        "AD": 0.0417,
+        "budgets": [1, 4, 96],
+        "curves": {
+            "search": {"n": 16, "own": curve([0.4, 0.7, 0.9375]), "sevennet": curve([0.1, 0.2, 0.375])},
+            "enumeration": {
+                "n": 16,
+                "own": curve([0.2, 0.5, 0.8], (0.02, 0.25)),
+                "sevennet": curve([0.18, 0.21, 0.2317], (0.07, 0.2)),
+            },
+            "kernel_ridge": {"n": 0},
+        },
+        "own": {
+            "success": 0.9375,
+            "shuffled": 0.1217,
+            "shuffled_same_adsorbate": 0.3,
+            "retrieval": 0.1618,
+            "random": 0.2,
+            "enumeration": 0.8,
+        },
         "sevennet": {
             "success": 0.375,
             "shuffled": 0.13,
             "retrieval": 0.1618,
+            "random": 0.18,
+            "enumeration": 0.2317,
             "mae": 0.2022,
             "judged_ok": 0.75,
         },
@@ -226,10 +253,12 @@ def test_the_numbers_of_the_run_are_in_the_page(page: str, systems: list[System]
         assert number in text
     for number in ("7.12 ± 0.21", "9.23 ± 0.11", "14.2 %", "2.5 %", "31.2 %", "37.2 %", "buried"):
         assert number in text
-    for number in ("93.8 %", "37.5 %", "12.2 %", "16.2 %", "5 of the 6 successes"):
+    for number in ("93.8 %", "37.5 %", "12.2 %", "16.2 %", "5 of the 6 successes", "23.2 %", "4.2 %"):
         assert number in text
     for words in ("2026-05-17", "abc1234", "2347 training", "labels and judge: SevenNet-0, an MLIP, not DFT"):
         assert words in text
+    assert "one random ideal slab of the asked composition hits 18.0" in text and "that is 48" in text
+    assert "the closed loop has +14 points (+7 to +20) against ideal slabs, same predictor" in text
     assert "dissociated" in text and "loop" in text
     assert systems[4].identity in text and f"{systems[4].known_energy:.2f} eV" in text
     assert "Not in this run" not in text
@@ -245,7 +274,7 @@ def test_figures_are_inline_svg_with_text_and_unique_ids(page: str) -> None:
     outline = Outline(page)
     svgs = [attrs for tag, attrs in outline.tags if tag == "svg"]
     labelled = [a for a in svgs if a.get("class") != "atoms"]
-    assert len(labelled) == 7  # parity, failures, rewards, design, trace, training, seconds
+    assert len(labelled) == 8  # parity, failures, rewards, design, curve, trace, training, seconds
     assert all(a.get("aria-label") for a in svgs)
     assert sum(a.get("class") == "atoms" for a in svgs) == 2 * 6
     for words in ("predicted (eV)", "reward R", "|E_pred - E*| (eV)", "iteration of the closed loop", "step"):
@@ -320,6 +349,8 @@ def test_partial_sections(systems: list[System], tmp_path: Path) -> None:
     metrics = made_metrics(systems[:3])
     metrics["config"]["evaluate"]["judge"] = "none"
     metrics["design"]["sevennet"] = None
+    for curve in metrics["design"]["curves"].values():
+        curve.pop("sevennet", None)
     for item in metrics["design"]["items"]:
         item.pop("judged"), item.pop("success_sevennet")
     del metrics["property"]["ga_grpo"], metrics["generation"]["ga_grpo"]
@@ -402,6 +433,9 @@ def test_verdicts_follow_the_numbers(systems: list[System]) -> None:
     assert verdicts(generation__ga_grpo__reward=8.0)[2] == "no"
     assert verdicts(design__sevennet__success=0.25)[4] == "unclear"
     assert verdicts(design__sevennet__success=0.15)[4] == "no"
+    less = [[-0.1, 0.3]] * 3  # at the same tasks it may be no more than the ideal slabs
+    assert verdicts(design__curves__enumeration__sevennet__search_more_interval=less)[4] == "unclear"
+    assert verdicts(design__sevennet__random=0.4)[4] == "no"
     assert verdicts(design__own__shuffled_same_adsorbate=0.95)[3] == "no"
     assert len(verdicts(design__sevennet=None)) == 4
 

@@ -1,0 +1,193 @@
+"""The design evaluation and its controls: the same predictor, the same number of predictions, what counts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from catmllm.config import Config, GAGRPOConfig
+from catmllm.data.batches import Collator
+from catmllm.data.open import open_data
+from catmllm.design.constraints import adsorbate_faults, hard_constraints
+from catmllm.design.enumeration import enumerable
+from catmllm.design.exemplar_pool import Candidate, ExemplarPool
+from catmllm.design.predict import predict_energies, question
+from catmllm.design.search import Task, TaskState
+from catmllm.evaluate import design, judges
+from catmllm.evaluate.baselines import FRAMES, KernelRidge
+from catmllm.evaluate.controls import budgets, closest, ideal_candidates
+from catmllm.evaluate.metrics import bootstrap_interval, wilson_interval
+from catmllm.models.catalytic_mllm import CatalyticMLLM
+from catmllm.structure.cif import write_cif
+from catmllm.structure.system import System
+from catmllm.world import World
+from rewards_fast import PVCP
+from tests.data.toy_calculator import EggBox
+
+
+class Alone(World):
+    """A world of one without a process group."""
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+
+ONE = Alone(0, 1, torch.device("cpu"))
+FOREIGN = Task("CO</s>Fe12 (1 1 1)", {"Fe": 12, "C": 1, "O": 1}, -1.0)
+
+
+def configured(config: Config, **evaluate: Any) -> Config:
+    loop = replace(config.ga_grpo, initial=2, iterations=1, group_size=3, pool=2)
+    loop.sampling = replace(loop.sampling, max_new_tokens=400, grammar=True)
+    return replace(config, ga_grpo=loop, evaluate=replace(config.evaluate, design_tasks=2, **evaluate))
+
+
+@pytest.fixture(scope="module")
+def parts() -> dict[str, Sequence[System]]:
+    return {name: systems[:160] for name, systems in open_data().items()}
+
+
+def test_predictions_are_counted_up_to_those_of_the_search() -> None:
+    assert budgets(Config()) == [1, 4, 16, 96]
+    config = Config(ga_grpo=GAGRPOConfig(initial=3, iterations=2, group_size=3))
+    assert budgets(config) == [1, 4, 9]
+
+
+def test_ideal_candidates_meet_the_constraints(parts: dict[str, Sequence[System]]) -> None:
+    system = parts["test"][0]
+    task = Task(system.identity, system.target, system.known_energy)
+    found = ideal_candidates(task, 20, 0, 3)
+    scores = PVCP().score([write_cif(s) for s in found], task.target)
+    assert len(found) == 20 and hard_constraints(scores, adsorbate_faults(found)).all()
+    again = ideal_candidates(task, 5, 0, 3)
+    assert all(np.array_equal(a.frac, b.frac) for a, b in zip(again, found))  # fewer are the first of more
+    assert not np.array_equal(ideal_candidates(task, 1, 0, 4)[0].frac, found[0].frac)
+    assert enumerable(FOREIGN.identity) and ideal_candidates(FOREIGN, 3, 0, 0) == []
+
+
+def test_the_closest_of_the_first() -> None:
+    assert closest([3.0, 1.0, -0.9, -1.0], -1.0, [1, 2, 3, 4]) == [0, 1, 2, 3]
+    assert closest([-1.0, 5.0], -1.0, [1, 2]) == [0, 0]
+
+
+def test_the_best_after_n_is_the_pools_after_n() -> None:
+    rng = np.random.default_rng(0)
+    tried = [
+        Candidate(str(k), float(rng.random()), np.nan if k % 5 == 0 else 0.0, 1.0, None, k > 12, str(k), 0)
+        for k in range(30)
+    ]
+    state = TaskState(FOREIGN, ExemplarPool(3), tried=tried)
+    pool = ExemplarPool(3)
+    assert state.best_of(1) is None  # it has no energy
+    for k, candidate in enumerate(tried):
+        pool.add([candidate] if candidate.predicted == 0.0 else [])
+        assert state.best_of(k + 1) == pool.best
+
+
+def test_bootstrap_of_groups() -> None:
+    """Rows that come ten at a time are as uncertain as a tenth of them."""
+    rng = np.random.default_rng(0)
+    few = rng.normal(size=40)
+    many = np.repeat(few, 10)
+    groups = np.repeat(np.arange(40), 10).tolist()
+    low, high = bootstrap_interval(many, groups=groups)
+    assert (low, high) == pytest.approx(bootstrap_interval(few), abs=0.03)
+    narrow = bootstrap_interval(many)
+    assert narrow[1] - narrow[0] < 0.5 * (high - low)
+
+
+def item(energy: float, **answers: list[tuple[float | None, float | None, bool]]) -> dict[str, Any]:
+    """A finished task on Pt(111); an answer is (own energy, judged energy, feasible)."""
+    return {
+        "identity": f"CO</s>Pt{round(12 * energy)} (1 1 1)",
+        "energy": energy,
+        "answers": {
+            method: [
+                {
+                    "predicted": own,
+                    "feasible": fine,
+                    "judged": None if judged is None else {"energy": judged, "ok": np.isfinite(judged)},
+                }
+                for own, judged, fine in answers.get(method, [])
+            ]
+            for method in design.METHODS
+        },
+    }
+
+
+def test_curves_by_hand() -> None:
+    items = [
+        item(1.0, search=[(None, None, False), (1.2, 1.0, True)],
+             enumeration=[(1.1, 3.0, True), (1.0, 1.1, True)]),
+        item(2.0, search=[(2.0, np.nan, True), (2.1, 2.6, True)],
+             enumeration=[(2.0, 2.0, True), (2.0, 2.0, True)]),
+        item(3.0, search=[(3.0, 3.0, False), (3.0, 3.0, True)]),
+    ]  # fmt: skip
+    curves = design.design_curves(items, ("own", "sevennet"), 0.25)
+    assert [curves[m]["n"] for m in design.METHODS] == [3, 2, 0]
+    assert curves["search"]["own"]["success"] == pytest.approx([1 / 3, 1.0])
+    assert curves["search"]["sevennet"]["success"] == pytest.approx([0.0, 2 / 3])
+    assert curves["enumeration"]["sevennet"]["success"] == pytest.approx([0.5, 1.0])
+    assert curves["enumeration"]["sevennet"]["search_more"] == pytest.approx([-0.5, -0.5])
+    assert curves["enumeration"]["own"]["search_more"] == pytest.approx([-0.5, 0.0])
+    assert curves["search"]["own"]["interval"][1] == pytest.approx(wilson_interval(1.0, 3))
+    low, high = curves["enumeration"]["sevennet"]["search_more_interval"][1]
+    assert (low, high) == (-1.0, 0.0)
+    assert set(curves["kernel_ridge"]) == {"n"}
+
+
+def test_evaluation_with_controls(
+    small_model: tuple[CatalyticMLLM, Collator],
+    small_config: Config,
+    parts: dict[str, Sequence[System]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    judge = judges.SevenNetJudge(calculator=EggBox())
+    monkeypatch.setattr(judges, "SevenNetJudge", lambda: judge)
+    config = configured(small_config)
+    found = design.evaluate_design(*small_model, config, parts, ONE)
+    json.dumps(found)
+    assert found["budgets"] == [1, 4, 5] and found["n"] == 2 and 0 <= found["AD"] <= 1
+    tasks = design.design_tasks(parts["test"], 2, config.seed)
+    ridge = KernelRidge.fit(parts["train"], parts["val"], FRAMES)
+    for k, (task, of) in enumerate(zip(tasks, found["items"])):
+        assert of["identity"] == task.identity
+        slabs = ideal_candidates(task, 5, config.seed, k)
+        own = predict_energies(*small_model, [question(s) for s in slabs])
+        for method, energies in (("enumeration", own), ("kernel_ridge", ridge.predict(slabs))):
+            answers = of["answers"][method]
+            picks = [int(np.argmin(np.abs(energies[:b] - task.energy))) for b in (1, 4, 5)]
+            expected = [own[p] for p in picks]
+            np.testing.assert_allclose([a["predicted"] for a in answers], expected, rtol=1e-4, atol=1e-4)
+            word = judge.judge(slabs[picks[-1]])
+            assert answers[-1]["judged"]["ok"] == word.ok
+            assert answers[-1]["judged"]["energy"] == pytest.approx(word.energy, abs=1e-6, nan_ok=True)
+        last = of["answers"]["search"][-1]
+        assert last["judged"] == of["judged"]
+        assert last["predicted"] == (of["best"] or {"predicted": None})["predicted"]
+        assert last["feasible"] == of["feasible"] == (of["best"] is not None and of["best"]["fault"] is None)
+    for name in ("own", "sevennet"):
+        curve = found["curves"]["enumeration"][name]["success"]
+        assert found[name]["random"] == curve[0] and found[name]["enumeration"] == curve[-1]
+        assert found[name]["success"] == found["curves"]["search"][name]["success"][-1]
+        assert found[name]["kernel_ridge"] == found["curves"]["kernel_ridge"][name]["success"][-1]
+    alone = found["curves"]["enumeration"]["own"]["success"]
+    assert alone == sorted(alone)  # more predictions never lose by the predictor that chooses
+
+
+def test_what_cannot_be_enumerated_has_no_such_controls(
+    small_model: tuple[CatalyticMLLM, Collator],
+    small_config: Config,
+    parts: dict[str, Sequence[System]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(design, "ideal_candidates", lambda *_: [])
+    found = design.evaluate_design(*small_model, configured(small_config, judge="none"), parts, ONE)
+    assert [found["curves"][m]["n"] for m in design.METHODS] == [2, 0, 0]
+    assert "random" not in found["own"] and "retrieval" in found["own"] and found["sevennet"] is None
