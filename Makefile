@@ -42,7 +42,7 @@ run: setup  ## all stages on the shipped data; metrics, plots and report.html in
 	$(BIN)/torchrun --nproc-per-node $(RANKS) catmllm/train.py configs/tiny/pipeline.yaml out=$(RUN)
 
 test: setup  ## the tests, without those that take minutes; TESTS=tests/kernels for a part
-	$(BIN)/python -m pytest -q --durations 40 $(TESTS)
+	$(BIN)/python -m pytest -q --durations 40 -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(TESTS)
 
 # The same tests in environments of their own. torch other than that of constraints.txt is a CUDA build of about 5 GB.
 test-newest:  ## the tests with the newest versions that pyproject.toml allows, in .newest

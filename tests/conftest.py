@@ -27,6 +27,11 @@ settings.register_profile("catmllm", deadline=None)
 settings.load_profile("catmllm")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files whose tests start whole runs come first, so that no process ends with one of them."""
+    items.sort(key=lambda item: not (item.path.name == "test_pipeline.py" or item.path.match("behaviour/*")))
+
+
 def shared_folder() -> Path:
     """The folder that `CATMLLM_SHARED` names (relative to the repository, default ../shared);
     it need not exist."""

@@ -1,12 +1,14 @@
 """A small run of the whole pipeline on two ranks, made once for the tests that read it."""
 
 import contextlib
+import fcntl
 import gzip
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -38,12 +40,31 @@ evaluate: {{generation_samples: 8, design_tasks: 4, judge: none, sampling: {{max
 
 
 @pytest.fixture(scope="session")
-def run_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("small")
-    with gzip.open(SHIPPED, "rt") as f:
-        (folder / "slabs.jsonl").write_text("".join(line for line, _ in zip(f, range(240))))
-    (folder / "small.yaml").write_text(SMALL.format(data=folder / "slabs.jsonl"))
-    return folder / "small.yaml"
+def small_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the small run, the same in every process of these tests."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "small"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Who comes first makes what is missing in the folder; the others wait and find it."""
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@pytest.fixture(scope="session")
+def run_config(small_folder: Path) -> Path:
+    path = small_folder / "small.yaml"
+    with alone(small_folder):
+        if not path.exists():
+            with gzip.open(SHIPPED, "rt") as f:
+                (small_folder / "slabs.jsonl").write_text("".join(line for line, _ in zip(f, range(240))))
+            path.write_text(SMALL.format(data=small_folder / "slabs.jsonl"))
+    return path
 
 
 def launch(config: Path, out: Path, ranks: int = 2) -> subprocess.Popen:
@@ -87,7 +108,9 @@ def finish(config: Path, out: Path, ranks: int = 2) -> None:
 
 
 @pytest.fixture(scope="session")
-def unbroken(run_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("run") / "unbroken"
-    finish(run_config, out)
+def unbroken(run_config: Path, small_folder: Path) -> Path:
+    out = small_folder / "unbroken"
+    with alone(small_folder):
+        if not (out / "report.html").exists():
+            finish(run_config, out)
     return out
