@@ -14,7 +14,7 @@ TESTS    ?=
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup constraints run test test-slow test-newest test-oldest test-python frameworks environments vllm wheels bench tables lint format clean \
+.PHONY: help setup constraints run test test-slow test-newest test-oldest test-python frameworks environments vllm wheels bench gpu gpu-prefill tables lint format clean \
 	engine test-engine test-so2 fuzz
 
 help:  ## this list
@@ -100,6 +100,18 @@ BENCHES := $(filter-out bench/__init__.py bench/record.py bench/tables.py,$(wild
 bench: setup  ## every benchmark that can run here; QUICK=--quick makes them short
 	@failed=; for b in $(BENCHES); do echo "== $$b"; $(BIN)/python $$b $(QUICK) --out runs/bench; \
 	  case $$? in 0|77) ;; *) failed="$$failed $$b";; esac; done; test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
+
+# A machine with a GPU brings its own torch: nothing is installed there. What the reward needs is built once, in place:
+# `python setup.py build_ext --inplace`.
+GPU_PYTHON ?= $(or $(wildcard $(BIN)/python),$(PYTHON))
+GPU_OPTIONS ?=
+
+gpu:  ## measure the GPU at hand, 8 to 12 minutes: docs/gpu.md; RANKS=8 adds a node's part
+	$(GPU_PYTHON) bench/gpu.py --out runs/gpu/records $(if $(filter command line,$(origin RANKS)),--ranks $(RANKS)) $(GPU_OPTIONS)
+
+# With the Triton and from the very tree that will run there.
+gpu-prefill:  ## compile the kernels of `make gpu` for sm_80 and sm_90, without a GPU, into build/triton.tar.gz
+	$(GPU_PYTHON) -m bench.gpu_phases.prefill
 
 tables: setup  ## the figures of README.md and docs/ from bench/results
 	$(BIN)/python bench/tables.py

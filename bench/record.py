@@ -209,11 +209,17 @@ def versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for module, distribution in VERSIONS.items():
         if module in sys.modules:
-            try:
-                found[distribution] = importlib.metadata.version(distribution)
-            except importlib.metadata.PackageNotFoundError:
-                found[distribution] = str(getattr(sys.modules[module], "__version__", "unknown"))
+            unknown = str(getattr(sys.modules[module], "__version__", "unknown"))
+            found[distribution] = version_of(distribution) or unknown
     return found
+
+
+def version_of(distribution: str) -> str | None:
+    """Of an installed package, without importing it."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def processor() -> dict[str, Any]:

@@ -1,0 +1,208 @@
+"""Compile the Triton kernels that `bench/gpu.py` starts, on a machine without a GPU, into an archive that
+travels.
+
+    python -m bench.gpu_phases.prefill [--arch sm_90 …] [--jobs N] [--out build/triton.tar.gz]
+
+Triton's key of a compiled kernel holds its own version and the kernels' sources, line numbers too: compile
+with the version that the machine with the GPU has, from the very tree that will run there. A stand-in for
+the driver lets Triton's launcher take its own way up to the binary, so that the keys are those of a run.
+What the launches are is read from the ops' own code on meta tensors (`catmllm_kernels.launch.recorded`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import resource
+import shutil
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bench import record
+
+if TYPE_CHECKING:
+    from catmllm_kernels.launch import Launch
+
+ARCHIVE = record.ROOT / "build" / "triton.tar.gz"
+FOLDER = record.ROOT / "build" / "triton"
+NOTE = "compiled.json"  # in the archive: of what it is
+# What Triton asks the driver beside the target, by the data sheets: shared bytes of a block, multiprocessors.
+DEVICES = {80: (166912, 108), 90: (232448, 132)}
+
+
+def take(archive: Path) -> bool:
+    """Point Triton at compiled kernels: those of TRITON_CACHE_DIR, or those of the archive, unpacked. Returns
+    whether there are some of this very Triton."""
+    folder = Path(os.environ.setdefault("TRITON_CACHE_DIR", str(FOLDER)))
+    if archive.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(archive) as packed:
+            packed.extractall(folder, filter="data")
+        settle(folder)
+    if not (folder / NOTE).is_file():
+        return False
+    return bool(json.loads((folder / NOTE).read_text())["triton"] == record.version_of("triton"))
+
+
+def settle(folder: Path) -> None:
+    """Triton's group files hold absolute paths: make them those of this folder."""
+    for group in folder.glob("*/__grp__*.json"):
+        names = json.loads(group.read_text())["child_paths"]
+        group.write_text(json.dumps({"child_paths": {name: str(group.parent / name) for name in names}}))
+
+
+def count() -> int:
+    """Compiled kernels that are there."""
+    folder = Path(os.environ.get("TRITON_CACHE_DIR", FOLDER))
+    return sum(1 for _ in folder.glob("*/*.cubin"))
+
+
+def launches(large: bool) -> Iterator[Launch]:
+    """Every different launch of the phases; `large`: those of the 153M encoder too."""
+    import torch
+
+    from bench.gpu_phases import correct, models
+    from catmllm.config import load_config
+    from catmllm.models.build import build_encoder
+    from catmllm_kernels.aot import config_of, specialised
+    from catmllm_kernels.escn import cases as escn
+    from catmllm_kernels.launch import recorded
+    from catmllm_kernels.linear_logprob import cases as linear_logprob
+    from catmllm_kernels.so3_pool_project import cases as pooling
+
+    every = (torch.bfloat16, torch.float16, torch.float32)
+    wanted: list[tuple[Any, tuple[torch.dtype, ...]]] = list(correct.problems(False, large))
+    for name in ("tiny", "31M"):
+        graph = [] if name == "tiny" else ["data.cutoff=12", "data.max_neighbours=20"]
+        preset = [] if name == "tiny" else [f"model.encoder.preset={name}", "model.encoder.num_layers=1"]
+        config = load_config(None, [*graph, *preset])
+        with torch.device("meta"):
+            model = build_encoder(config.model.encoder, config.data.cutoff)
+        c, lat, lon = model.config, len(model.tables.edge_to_lat), len(model.tables.edge_lon)
+        size = escn.Size(
+            c.lmax, c.mmax, "s2", (3, 2), c.sphere_channels, c.attn_hidden_channels, c.num_heads,
+            c.attn_alpha_channels, c.attn_value_channels, c.edge_channels, (lat, lon),
+        )  # fmt: skip
+        wanted.append((escn.case(name, size, "model"), every))
+        for mode in ("max", "invariant"):
+            wanted.append(
+                (pooling.case(name, "model", (5, 4), c.lmax, c.sphere_channels, mode, "layer"), every)
+            )
+    for two in (False, True):
+        for words in (models.ROWS, models.ROWS + 1):  # a multiple of 16, and not: the tokenizer's own number
+            wanted.append((linear_logprob.case("head", "model", 8192, 896, words, two), every))
+    seen = set()
+    for case, dtypes in wanted:
+        for dtype in dtypes if case.compile else ():
+            with recorded() as found:
+                case.compile(dtype)
+            for start in found:
+                key = (start.kernel.__name__, config_of(start), repr(specialised(start)))
+                if key not in seen:
+                    seen.add(key)
+                    yield start
+
+
+def stand_in(arch: int) -> None:
+    """A driver without a device."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    shared, multiprocessors = DEVICES[arch]
+
+    class Properties:
+        @staticmethod
+        def get_device_properties(_: int) -> dict[str, int]:
+            return {"max_shared_mem": shared, "multiprocessor_count": multiprocessors, "max_num_regs": 65536,
+                    "warpSize": 32}  # fmt: skip
+
+    class Driver:
+        utils = Properties
+
+        def get_current_target(self) -> Any:
+            return GPUTarget("cuda", arch, 32)
+
+        def get_current_device(self) -> int:
+            return 0
+
+        def get_current_stream(self, _: Any = None) -> int:
+            return 0
+
+        def is_active(self) -> bool:
+            return True
+
+    driver.set_active(Driver())
+
+
+def compile_all(arch: int, starts: list[Any], jobs: int) -> list[int]:
+    """Every start for one architecture, by forks that each take what nobody has taken yet. Exit statuses."""
+    context = multiprocessing.get_context("fork")
+    taken = context.Value("i", 0)
+
+    def work() -> None:
+        stand_in(arch)
+        while True:
+            with taken.get_lock():
+                i, taken.value = taken.value, taken.value + 1
+            if i >= len(starts):
+                return
+            start, began = starts[i], time.monotonic()
+            options = {"num_warps": start.num_warps, "num_stages": start.num_stages}
+            start.kernel.warmup(*start.arguments, grid=start.grid, **start.constants, **options)
+            if (seconds := time.monotonic() - began) > 20:
+                print(f"sm_{arch} {start.kernel.__name__}: {seconds:.0f} s", flush=True)
+
+    processes = [context.Process(target=work) for _ in range(jobs)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    return [process.exitcode or 0 for process in processes]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--arch", action="append", help="sm_80 or sm_90; may be given again (both)")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--out", type=Path, default=ARCHIVE)
+    parser.add_argument(
+        "--without-153m", action="store_true", help="leave out the kernels of L6 M3: minutes less"
+    )
+    args = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="triton-"))
+    # the binary and what a start needs to know of it; not the sources on the way to it
+    os.environ |= {"TRITON_CACHE_DIR": str(folder), "TRITON_STORE_BINARY_ONLY": "1", "TRITON_INTERPRET": "0"}
+    began = time.monotonic()
+    archs = [int(a.removeprefix("sm_")) for a in args.arch or ("sm_80", "sm_90")]
+    try:
+        starts = list(launches(not args.without_153m))
+        if any(status for arch in archs for status in compile_all(arch, starts, args.jobs)):
+            return 1
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        for left in [*folder.glob("*/*.source"), *folder.glob("*/lock")]:
+            left.unlink()
+        about = {"triton": record.version_of("triton"), "archs": archs, **record.commit(record.TREE)}
+        (folder / NOTE).write_text(json.dumps(about))
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(args.out, "w:gz") as packed:
+            packed.add(folder, ".")
+        number = len(list(folder.glob("*/*.cubin")))
+        print(f"{args.out}: {number} kernels of Triton {about['triton']} for {archs}, "
+              f"{args.out.stat().st_size / 2**20:.1f} MiB, {time.monotonic() - began:.0f} s, "
+              f"{used.ru_utime + used.ru_stime:.0f} s of CPU")  # fmt: skip
+    finally:
+        shutil.rmtree(folder)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
