@@ -37,7 +37,7 @@ def engine() -> Extension:
         "rewards_fast._core",
         ["rewards_fast/_core.pyx", *paths(*(f"{folder}/*.cpp" for folder in folders))],
         depends=paths(*(f"{folder}/*.{kind}" for folder in folders for kind in ("h", "inc"))),
-        extra_compile_args=FLAGS,
+        extra_compile_args=[*FLAGS, *EXACT],
         language="c++",
     )
 

@@ -249,6 +249,14 @@ def test_min_distance_is_the_references(
     assert min_distance(lattice, np.array(frac)) == pytest.approx(expected, rel=1e-9, abs=1e-9)
 
 
+def test_products_and_sums_of_a_distance_are_not_fused() -> None:
+    """In the unit cube a distance is x * x + y * y + z * z as NumPy rounds it,
+    whatever the instruction set."""
+    for pair in np.random.default_rng(2).uniform(0, 0.28, (300, 2, 3)):
+        x, y, z = pair[1] - pair[0]
+        assert min_distance(np.eye(3), pair) == np.sqrt(x * x + y * y + z * z)
+
+
 @pytest.mark.parametrize("n", [50, 129, 700, 3000, 5000])
 @pytest.mark.parametrize("shape", ["cube", "needle", "plate", "cluster", "rows"])
 def test_min_distance_of_many_sites(n: int, shape: str) -> None:
