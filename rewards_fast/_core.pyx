@@ -114,6 +114,10 @@ cdef extern from "../csrc/pvcp/batch.h" namespace "catmllm::pvcp":
     Profile c_profile "catmllm::pvcp::profile"(const TextRef&, int) except + nogil
 
 
+cdef extern from "../csrc/pvcp/turns.h" namespace "catmllm::pvcp":
+    cbool c_may_hold_turns "catmllm::pvcp::may_hold_turns"(const TextRef&)
+
+
 SCORE_COLUMNS = (
     "total", "comp", "parse", "valid", "phys", "n_sites", "volume", "density", "min_distance",
     "missing", "extra", "count_error", "volume_penalty", "sites_penalty", "coord_penalty",
@@ -151,6 +155,11 @@ def extract_cif(str text not None):
     found = "".join(pieces)
     forget_giant(ref)
     return found
+
+
+def may_hold_turns(str text not None):
+    """False where nothing in the text is a mark of a turn or a tag of a tool, as conversation.py knows them."""
+    return c_may_hold_turns(_reference(text))
 
 
 def parse(str text not None, cbool extract):

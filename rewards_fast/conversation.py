@@ -11,6 +11,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
+from rewards_fast import _core
+
 Answer = Literal["last", "any"]
 Conversation = str | Sequence[Any]
 
@@ -143,12 +145,9 @@ def answer_text(completion: Conversation, answer: Answer = "last", extract: bool
     as it stands.
     """
     if isinstance(completion, str):
-        if not extract:
+        if not extract or not _core.may_hold_turns(completion):
             return completion
-        marks = _marks(completion)
-        if not marks and ("<" not in completion or _OPENED.search(completion) is None):
-            return completion
-        turns = _turns(completion, marks, "assistant")
+        turns = _turns(completion, _marks(completion), "assistant")
         said = [message for role, text in turns if role in ASSISTANT for message in _messages(text)]
     else:
         own = [m for m in completion if (_of(m, "role") or "assistant") in ASSISTANT]

@@ -1,13 +1,14 @@
 """Which words of an agent loop are scored: those of the last assistant message,
 whatever form the turns come in."""
 
+import random
 import time
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from rewards_fast import PVCP
+from rewards_fast import PVCP, _core, conversation
 from rewards_fast.conversation import answer_text, last_user_message
 from tests.rewards_fast.cif_texts import SLAB, TARGET
 
@@ -98,6 +99,30 @@ def test_strict_mode_leaves_a_text_as_it_stands() -> None:
     text = f"{SLAB}<information>x</information>"
     assert answer_text(text, extract=False) == text
     assert answer_text([say("assistant", text), say("tool", SLAB)], extract=False) == text
+
+
+PIECES = (
+    "<|im_start|>", "<|im_end|>", "assistant", "model", "user", "tool", "ipython", "system",
+    "<|start_header_id|>", "<|end_header_id|>", "<start_of_turn>", "<|", "|>", "<|start|>",
+    "<|channel|>final", "<｜User｜>", "<｜", "[INST]", "[/INST]", "[TOOL_RESULTS]", "[", "<tool_call>",
+    "<function_response>", "<information>", "<interpreter>", "<observation>", "<|observation|>", "\n",
+    "\n\n", " ", "data_x", "é", "中", "😀", ".", "<think>", "</s>",
+)  # fmt: skip
+
+
+def test_no_turn_is_overlooked() -> None:
+    """The engine's quick look passes over a text only where the patterns find nothing in it either."""
+    r = random.Random(1)
+    passed = 0
+    for _ in range(30_000):
+        text = "".join(r.choice(PIECES) for _ in range(r.randint(1, 6)))
+        if not _core.may_hold_turns(text):
+            passed += 1
+            assert not conversation._marks(text) and conversation._OPENED.search(text) is None, text
+    assert passed > 5000
+    assert not _core.may_hold_turns(SLAB) and not _core.may_hold_turns(
+        PROSE.replace("assistant", "model") + "é中"
+    )
 
 
 def test_hostile_texts_take_linear_time() -> None:
