@@ -35,7 +35,7 @@ inline std::string_view strip(std::string_view s) {
 }
 
 inline bool starts_with(std::string_view s, std::string_view prefix) {
-    return s.size() >= prefix.size() && s.compare(0, prefix.size(), prefix) == 0;
+    return s.size() >= prefix.size() && std::memcmp(s.data(), prefix.data(), prefix.size()) == 0;
 }
 
 // Eight bytes as a number, the first in the lowest byte.

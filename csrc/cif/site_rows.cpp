@@ -7,6 +7,7 @@
 #include <limits>
 #include <string_view>
 
+#include "../geometry/lanes.h"
 #include "characters.h"
 #include "decimals.h"
 #include "number.h"
@@ -108,7 +109,10 @@ Status refuse_oxidation(double state) {
 }
 
 // One third and two thirds, written with few digits, become exact.
-bool may_be_third(double x) { return (std::fabs(x - 1.0 / 3.0) < 4e-5) | (std::fabs(x - 2.0 / 3.0) < 8e-5); }
+constexpr double kNearThird = 4e-5;
+bool may_be_third(double x) {
+    return (std::fabs(x - 1.0 / 3.0) < kNearThird) | (std::fabs(x - 2.0 / 3.0) < 2 * kNearThird);
+}
 double ideal_fraction(double x) {
     if (!may_be_third(x)) return x;
     for (const double third : {1.0 / 3.0, 2.0 / 3.0})
@@ -116,26 +120,53 @@ double ideal_fraction(double x) {
     return x;
 }
 
+struct Range {
+    double low, high;
+    bool numbers;  // all of them
+    bool thirds;   // some may be
+};
+
+// Of n numbers with room for a whole vector. (Each lane is chosen between two values; masks kept as such are slow.)
+CATMLLM_CLONES Range range_of(const double* x, std::size_t n) {
+    using geometry::kLanes;
+    using geometry::Lanes;
+    Lanes low = Lanes{} + x[0];
+    Lanes high = low;
+    Lanes nan = {};
+    Lanes from_third = Lanes{} + 1.0;
+    for (std::size_t i = 0; i < n; i += kLanes) {
+        Lanes v = geometry::load(x + i);
+        if (n - i < kLanes) v = geometry::first_lanes(v, static_cast<std::int64_t>(n - i), x[0]);
+        Lanes one = v - 1.0 / 3.0;
+        Lanes two = v - 2.0 / 3.0;
+        one = 2.0 * (one > -one ? one : -one);
+        two = two > -two ? two : -two;
+        from_third = one < from_third ? one : from_third;
+        from_third = two < from_third ? two : from_third;
+        nan = v == v ? nan : v;
+        low = v < low ? v : low;
+        high = v > high ? v : high;
+    }
+    Range range{low[0], high[0], true, false};
+    for (int l = 0; l < kLanes; ++l) {
+        range.low = low[l] < range.low ? low[l] : range.low;
+        range.high = high[l] > range.high ? high[l] : range.high;
+        range.numbers &= nan[l] == nan[l];
+        range.thirds |= from_third[l] < 2 * kNearThird;
+    }
+    return range;
+}
+
 // Keeps the coordinates as they were written, with their range, and makes thirds exact.
 void take_coordinates(SiteRows& rows, Structure& structure) {
     double* x = rows.x.data();
     const std::size_t n = 3 * std::size_t{rows.size};
     structure.raw.assign(x, x + n);
-    double low = n == 0 ? 0 : x[0];
-    double high = low;
-    bool thirds = false;
-    bool numbers = true;
-    for (std::size_t i = 0; i < n; ++i) {
-        const double value = x[i];
-        thirds |= may_be_third(value);
-        numbers &= value == value;
-        low = value < low ? value : low;
-        high = value > high ? value : high;
-    }
-    structure.raw_low = numbers ? low : std::numeric_limits<double>::quiet_NaN();
-    structure.raw_high = high;
-    rows.far_away = !(numbers && low > -kFarthest && high < kFarthest);
-    if (thirds)
+    const Range range = n == 0 ? Range{0, 0, true, false} : range_of(x, n);
+    structure.raw_low = range.numbers ? range.low : std::numeric_limits<double>::quiet_NaN();
+    structure.raw_high = range.high;
+    rows.far_away = !(range.numbers && range.low > -kFarthest && range.high < kFarthest);
+    if (range.thirds)
         for (std::size_t i = 0; i < n; ++i) x[i] = ideal_fraction(x[i]);
 }
 
@@ -148,7 +179,7 @@ Status read_site_rows(const Block& block, const OxidationStates& oxidation, std:
     const std::uint32_t n = labels.size();
     if (std::uint64_t{n} * n_operations > Limits::kImages) return reject_text(Reason::kLimit);
     if (rows.rows.size() < n) rows.rows.resize(n);
-    if (rows.x.size() < 3 * std::size_t{n}) rows.x.resize(3 * std::size_t{n});
+    if (rows.x.size() < 3 * std::size_t{n} + geometry::kLanes) rows.x.resize(3 * std::size_t{n} + geometry::kLanes);
     compositions.amounts.resize(2 * std::size_t{n});  // a species and its hydrogens
 
     const Column names = column_of(types.present() ? types : labels, scratch.name_letters);

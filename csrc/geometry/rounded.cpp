@@ -3,35 +3,16 @@
 #include <cstring>
 #include <limits>
 
+#include "lanes.h"
 #include "search.h"
-
-#if defined(__x86_64__) && defined(__linux__) && !defined(__clang__)
-#define CATMLLM_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define CATMLLM_CLONES
-#endif
-#define CATMLLM_INLINE inline __attribute__((always_inline))
 
 namespace catmllm::geometry {
 namespace {
 
-constexpr int kLanes = static_cast<int>(DistanceScratch::kRoom);
+static_assert(kLanes == DistanceScratch::kRoom);
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
-typedef double Lanes __attribute__((vector_size(8 * kLanes)));
-typedef std::int64_t LaneMask __attribute__((vector_size(8 * kLanes)));
-
-CATMLLM_INLINE Lanes load(const double* p) {
-    Lanes v;
-    std::memcpy(&v, p, sizeof v);
-    return v;
-}
-CATMLLM_INLINE void store(double* p, Lanes v) { std::memcpy(p, &v, sizeof v); }
 CATMLLM_INLINE Lanes lesser(Lanes a, Lanes b) { return a < b ? a : b; }
-CATMLLM_INLINE Lanes first_lanes(Lanes v, std::int64_t n) {  // v in the first n lanes, infinity in the others
-    const LaneMask lane = {0, 1, 2, 3, 4, 5, 6, 7};
-    return lane < n ? v : Lanes{} + kInfinity;
-}
 CATMLLM_INLINE double least_lane(Lanes v) {
     double least = v[0];
     for (int l = 1; l < kLanes; ++l) least = v[l] < least ? v[l] : least;
@@ -70,7 +51,8 @@ CATMLLM_INLINE Lanes nearest_of(const Columns& c, std::size_t from, std::size_t 
                                 const double* basis, Lanes least) {
     std::size_t q = from;
     for (; q + kLanes <= to; q += kLanes) least = lesser(squares(c, q, a, basis), least);
-    if (q < to) least = lesser(first_lanes(squares(c, q, a, basis), static_cast<std::int64_t>(to - q)), least);
+    if (q < to)
+        least = lesser(first_lanes(squares(c, q, a, basis), static_cast<std::int64_t>(to - q), kInfinity), least);
     return least;
 }
 
@@ -134,22 +116,31 @@ CATMLLM_CLONES double search_steps(const double* basis_in, const Columns& c, std
         for (int k = 0; k < 3; ++k) store(steps[k], load(c.f[k] + i + 1) - load(c.f[k] + i));
         const Columns step{{steps[0], steps[1], steps[2]}};
         const Lanes d = squares(step, 0, zero, basis);
-        least = lesser(first_lanes(d, static_cast<std::int64_t>(n - 1 - i)), least);
+        least = lesser(first_lanes(d, static_cast<std::int64_t>(n - 1 - i), kInfinity), least);
     }
     return least_lane(least);
 }
 
 CATMLLM_CLONES double wrap(double* x, std::size_t n) {
-    double most = 0;
-    bool finite = true;
-    for (std::size_t i = 0; i < n; ++i) {
-        const double size = std::fabs(x[i]);
-        finite &= size <= std::numeric_limits<double>::max();
+    constexpr double kMost = std::numeric_limits<double>::max();
+    Lanes most = {};
+    Lanes strange = {};  // a number that is not finite
+    for (std::size_t i = 0; i < n; i += kLanes) {
+        Lanes v = load(x + i);
+        if (n - i < kLanes) v = first_lanes(v, static_cast<std::int64_t>(n - i), 0.0);
+        const Lanes size = v < 0 ? -v : v;
+        strange = size <= kMost ? strange : v;
         most = size > most ? size : most;
-        const double r = rounded(x[i]);
-        x[i] -= r > x[i] ? r - 1.0 : r;
+        const Lanes r = rounded(v);
+        store(x + i, v - (r > v ? r - 1.0 : r));
     }
-    return finite ? most : std::numeric_limits<double>::quiet_NaN();
+    double greatest = 0;
+    bool all_finite = true;
+    for (int l = 0; l < kLanes; ++l) {
+        greatest = most[l] > greatest ? most[l] : greatest;
+        all_finite &= strange[l] == 0;
+    }
+    return all_finite ? greatest : std::numeric_limits<double>::quiet_NaN();
 }
 
 constexpr std::size_t kOneRun = 24;  // up to here every pair is quicker than any order

@@ -82,6 +82,7 @@ inline bool step_beside(const Slices& slices, int neighbour, const int at[3], in
 // root of a bound, says how far to look.
 
 // rounded.cpp. x - floor(x) of n numbers in place, for |x| < 2^51; the largest |x| seen, nan where one is not finite.
+// Up to kRoom numbers behind them are written too.
 double wrap_fractions(double* x, std::size_t n);
 // Between sites that follow each other in the file.
 double nearest_in_order(const Cell& cell, std::size_t n, const DistanceScratch& s);

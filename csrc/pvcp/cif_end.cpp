@@ -1,8 +1,7 @@
 #include "cif_end.h"
 
 #include <algorithm>
-#include <cstdint>
-#include <vector>
+#include <cstring>
 
 #include "../cif/characters.h"
 #include "../cif/elements.h"
@@ -21,10 +20,8 @@ constexpr std::size_t kNowhere = std::string_view::npos;
 
 unsigned char byte(char c) { return static_cast<unsigned char>(c); }
 
-struct Word {
-    std::string_view text;
-    bool quoted;
-};
+// Neither white space nor beyond ASCII.
+bool is_plain(char c) { return byte(c) - 0x21u < 0x5fu; }
 
 // The words of a line, quotes as in CIF; a `#` at the begin of a word ends it.
 class Words {
@@ -46,7 +43,7 @@ class Words {
             return true;
         }
         const std::size_t start = at_;
-        while (at_ < line_.size() && !is_space_or_unicode(byte(line_[at_]))) ++at_;
+        while (at_ < line_.size() && (is_plain(line_[at_]) || !is_space_or_unicode(byte(line_[at_])))) ++at_;
         word = {line_.substr(start, at_ - start), false};
         return true;
     }
@@ -82,6 +79,10 @@ bool has_digit(std::string_view s) {
     return std::any_of(s.begin(), s.end(), [](char c) { return is_digit(byte(c)); });
 }
 
+bool has_letter(std::string_view s) {
+    return std::any_of(s.begin(), s.end(), [](char c) { return cif::is_alpha(byte(c)); });
+}
+
 // Letters of "x, y, z" alone.
 bool is_operation(std::string_view s) {
     const auto speaks = [](char c) { return is_digit(byte(c)) || std::string_view("xyzXYZ").find(c) != kNowhere; };
@@ -99,20 +100,21 @@ bool is_data_name(std::string_view s) {
            });
 }
 
-enum class Kind : std::uint8_t { kAny, kName, kNumber, kCoordinate, kSymbol, kLabel, kOperation };
-
 Kind kind_of(std::string_view name) {
     if (name == "_atom_site_type_symbol") return Kind::kSymbol;
     if (name == "_atom_site_label") return Kind::kLabel;
     if (starts_with(name, "_atom_site_fract_")) return Kind::kCoordinate;
+    if (name.find("xyz") == kNowhere) return Kind::kAny;
     const bool operation = name.find("_as_xyz") != kNowhere || name.find("operation_xyz") != kNowhere ||
                            name.find("operation.xyz") != kNowhere;
     return operation ? Kind::kOperation : Kind::kAny;
 }
 
 // The state between lines: what the next value would be.
-class Reader {
+class Lines {
   public:
+    explicit Lines(LineScratch& scratch) : kinds_(scratch.kinds), words_(scratch.words) { forget(); }
+
     // Can this line, which begins neither with a key nor with `loop_`, follow?
     bool may_follow(std::string_view line) {
         if (value_wanted_) return true;
@@ -146,7 +148,8 @@ class Reader {
         while (second < line.size() && is_digit(byte(line[second]))) ++second;
         const std::size_t gap = second;
         while (second < line.size() && line[second] == ' ') ++second;
-        if (second == gap || line.compare(second, letters, line, i, letters) != 0) return false;
+        if (second == gap || second + letters > line.size() || line[second] != line[i]) return false;
+        if (letters == 2 && line[second + 1] != line[i + 1]) return false;
         second += letters;
         if (second < line.size() && !is_digit(byte(line[second])) && line[second] != ' ') return false;
         counted_ = line;
@@ -200,7 +203,12 @@ class Reader {
         first_row_ = false;
     }
 
-    void forget() { *this = Reader(); }
+    void forget() {
+        value_wanted_ = loop_ = naming_ = sites_ = first_row_ = false;
+        counted_ = {};
+        filled_ = 0;
+        kinds_.clear();
+    }
 
   private:
     // The values of the last row that only passed.
@@ -234,6 +242,7 @@ class Reader {
             if (kinds_[i] == Kind::kCoordinate && !is_number(words_[i].text)) return false;
         return sites_ || fits(0);
     }
+    bool labels_are_symbols() const { return std::find(kinds_.begin(), kinds_.end(), Kind::kSymbol) == kinds_.end(); }
     // The words from column `at` on are of their columns' kinds; words that nothing speaks for hold a digit. (A
     // column's first value tells whether it holds numbers, or names that begin with a letter.)
     bool fits(std::size_t at) const {
@@ -253,9 +262,14 @@ class Reader {
                     evidence = true;
                     break;
                 case Kind::kLabel:
-                    if (symbol.empty() ? element_letters(word.text) == 0 && !has_digit(word.text)
-                                       : !starts_with(word.text, symbol) && !has_digit(word.text))
-                        return false;
+                    if (symbol.empty()) {  // `1` may be a label, but speaks for none, and for no element
+                        const bool letter = has_letter(word.text);
+                        if (!letter && (!has_digit(word.text) || labels_are_symbols())) return false;
+                        if (element_letters(word.text) == 0 && !has_digit(word.text)) return false;
+                        evidence |= letter;
+                        break;
+                    }
+                    if (!starts_with(word.text, symbol) && !has_digit(word.text)) return false;
                     evidence = true;
                     break;
                 case Kind::kOperation:
@@ -276,28 +290,79 @@ class Reader {
         return evidence;
     }
 
-    bool value_wanted_ = false;  // a key was the last word
-    bool loop_ = false;
-    bool naming_ = false;       // its columns are being named
-    bool sites_ = false;        // it has coordinates
+    bool value_wanted_;  // a key was the last word
+    bool loop_;
+    bool naming_;               // its columns are being named
+    bool sites_;                // it has coordinates
     std::string_view counted_;  // a row that passed, its values not yet counted
-    bool first_row_ = false;    // not yet read to the end: it shows which columns hold numbers
-    std::size_t filled_ = 0;    // of the row in progress
-    std::vector<Kind> kinds_;
-    std::vector<Word> words_;
+    bool first_row_;            // not yet read to the end: it shows which columns hold numbers
+    std::size_t filled_;        // of the row in progress
+    std::vector<Kind>& kinds_;
+    std::vector<Word>& words_;
 };
 
 std::size_t end_of_line(std::string_view s, std::size_t from) { return std::min(s.find('\n', from), s.size()); }
 
+// The last `p` before `end`; kNowhere where there is none.
+std::size_t last_p(std::string_view s, std::size_t end) {
+    constexpr std::uint64_t kLow = 0x7F7F7F7F7F7F7F7Full;
+    for (; end >= 8; end -= 8) {
+        const std::uint64_t word = cif::word_at(s.data() + end - 8) ^ 0x7070707070707070ull;
+        const std::uint64_t zeros = ~(((word & kLow) + kLow) | word | kLow);  // 0x80 where a byte is `p`
+        if (zeros != 0) return end - 1 - static_cast<std::size_t>(__builtin_clzll(zeros)) / 8;
+    }
+    while (end > 0 && s[end - 1] != 'p') --end;
+    return end - 1;
+}
+
+// The words of this line surely end a value that was wanted, and want none: `_key 1`, `data_x`, a row.
+bool leaves_nothing_open(std::string_view line) {
+    std::size_t i = 0;
+    const auto skip_word = [&] {
+        while (i < line.size() && is_plain(line[i])) ++i;
+    };
+    const auto skip_blanks = [&] {
+        while (i < line.size() && line[i] == ' ') ++i;
+    };
+    skip_blanks();
+    if (i < line.size() && line[i] == '_') {
+        skip_word();
+        skip_blanks();
+    }
+    if (i == line.size() || !(cif::is_alpha(byte(line[i])) || is_digit(byte(line[i])))) return false;
+    skip_word();
+    return line.find('_', i) == kNowhere;
+}
+
+// Where the last loop begins if all before it is of no account, else 0: `loop_` at the begin of a line forgives
+// strays and wipes out what was read, unless it stands in a text field, in a further block or where a key wants its
+// value.
+std::size_t last_loop(std::string_view s) {
+    if (std::memchr(s.data(), ';', s.size()) != nullptr || s.find("data_", 1) != kNowhere) return 0;
+    for (std::size_t at = s.size(); (at = last_p(s, at)) != kNowhere;) {  // a rare letter
+        if (at < 4 || !starts_with(s.substr(at - 3), "loop_")) continue;
+        std::size_t line = at - 3;
+        while (line > 0 && s[line - 1] == ' ') --line;
+        if (line < 2 || s[line - 1] != '\n') continue;
+        const std::size_t before = s.rfind('\n', line - 2) + 1;
+        return leaves_nothing_open(s.substr(before, line - 1 - before)) ? line : 0;
+    }
+    return 0;
+}
+
 }  // namespace
 
-std::size_t length_of_cif(std::string_view s) {
-    Reader reader;
+std::size_t length_of_cif(std::string_view s, LineScratch& scratch) {
+    Lines reader(scratch);
     std::size_t stray = kNowhere;  // the first line that does not belong
-    for (std::size_t line = 0; line < s.size();) {
+    for (std::size_t line = last_loop(s); line < s.size();) {
         const std::size_t end = end_of_line(s, line);
         const std::string_view text = s.substr(line, end - line);
         std::size_t next = end + 1;
+        if (stray == kNowhere && reader.passes_as_row(text)) {
+            line = next;
+            continue;
+        }
         std::size_t first = 0;
         while (first < text.size() &&
                (is_space_or_unicode(byte(text[first])) || (stray != kNowhere && text[first] == '>')))
@@ -325,7 +390,7 @@ std::size_t length_of_cif(std::string_view s) {
                 stray = kNowhere;
             }
             if (stray == kNowhere) reader.take(text);
-        } else if (stray == kNowhere && !reader.passes_as_row(text)) {
+        } else if (stray == kNowhere) {
             if (!reader.may_follow(text)) {
                 stray = line;
             } else if (const std::size_t row = reader.length_of_row(text); row < text.size()) {

@@ -2,9 +2,25 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <string_view>
+#include <vector>
 
 namespace catmllm::pvcp {
+
+struct Word {
+    std::string_view text;
+    bool quoted;
+};
+
+// What a column of a loop holds.
+enum class Kind : std::uint8_t { kAny, kName, kNumber, kCoordinate, kSymbol, kLabel, kOperation };
+
+// Memory of length_of_cif, reused from text to text.
+struct LineScratch {
+    std::vector<Kind> kinds;
+    std::vector<Word> words;
+};
 
 // The length of the CIF that begins at s[0], a `data_`: up to the first line that cannot belong to it.
 //
@@ -13,7 +29,7 @@ namespace catmllm::pvcp {
 // numbers, an element in the column of symbols). A damaged row, too short or too long but of the right kinds, belongs
 // too: nothing is repaired. A line that does not belong ends the CIF, unless a key or a `loop_` begins a later line:
 // then it stands inside. A `data_` behind such a line begins another CIF; a `data_` behind a row is a further block.
-std::size_t length_of_cif(std::string_view s);
+std::size_t length_of_cif(std::string_view s, LineScratch& scratch);
 
 // Looks like a whole row of a site loop: an element first, then at least three numbers, one of them last.
 bool is_site_row(std::string_view line);

@@ -4,7 +4,6 @@
 #include <cstring>
 
 #include "../cif/characters.h"
-#include "cif_end.h"
 
 namespace catmllm::pvcp {
 namespace {
@@ -197,6 +196,8 @@ std::size_t find_inline_block(std::string_view s, std::size_t from) {
 // Walks over the borders in a text: tags, special tokens, code fences.
 class Borders {
   public:
+    static constexpr char kMarks[4] = {'<', '[', '`', '~'};
+
     explicit Borders(std::string_view s) : s_(s) {
         for (int k = 0; k < 4; ++k) next_[k] = s.find(kMarks[k]);
     }
@@ -224,8 +225,6 @@ class Borders {
     }
 
   private:
-    static constexpr char kMarks[4] = {'<', '[', '`', '~'};
-
     std::size_t mark(std::size_t from) {
         std::size_t nearest = kNowhere;
         for (int k = 0; k < 4; ++k) {
@@ -387,7 +386,15 @@ class Finder {
 
     // Sets the result; true where it reads.
     bool find() {
-        if (bare()) return true;
+        const std::size_t begin = skip_space(s_, 0);
+        if (starts_with(s_.substr(begin), "data_")) {
+            if (bare(begin)) return true;
+            if (alone(begin)) {
+                const std::string_view cif = s_.substr(begin);
+                const std::string_view text = cif.substr(0, length_of_cif(cif, m_.lines));
+                return candidate(text, kNowhere) || keep(text);
+            }
+        }
         find_segments(s_, m_.segments);
         for (std::size_t i = m_.segments.size(); i-- > 0;)
             if (segment(m_.segments[i], false)) return true;
@@ -405,12 +412,19 @@ class Finder {
 
   private:
     // The commonest answer: a CIF alone, its last line a row. It has to read, or the finer ways decide.
-    bool bare() {
-        const std::size_t begin = skip_space(s_, 0);
-        if (!starts_with(s_.substr(begin), "data_")) return false;
+    bool bare(std::size_t begin) {
         const std::string_view body = s_.substr(next_line(s_, begin));
         if (std::memchr(body.data(), '<', body.size()) != nullptr) return false;
         return ends_in_row(s_) && candidate(s_.substr(begin), 1);
+    }
+
+    // Nothing stands before the CIF, and neither a border nor another `data_` behind: all there is to find is its
+    // end.
+    bool alone(std::size_t begin) const {
+        if (begin > 0 && s_[begin - 1] != '\n') return false;
+        for (const char mark : Borders::kMarks)
+            if (std::memchr(s_.data(), mark, s_.size()) != nullptr) return false;
+        return s_.find("data_", begin + 5) == kNowhere;
     }
 
     static bool ends_in_row(std::string_view s) {
@@ -455,7 +469,7 @@ class Finder {
             if (s.find("data_", begin + 5) == kNowhere && ends_in_row(s.substr(begin)) &&
                 candidate(s.substr(begin), 1))
                 return true;
-            const std::size_t end = begin + length_of_cif(s.substr(begin));
+            const std::size_t end = begin + length_of_cif(s.substr(begin), m_.lines);
             found.emplace_back(begin, end);
             at = end;
         }
@@ -507,7 +521,7 @@ class Finder {
             margin_end_ = at = end;
         }
         const std::string_view whole = m_.text;
-        const std::size_t length = length_of_cif(whole);
+        const std::size_t length = length_of_cif(whole, m_.lines);
         if (!candidate(whole.substr(0, length), kNowhere)) return false;
         prefixed_ = true;
         return true;

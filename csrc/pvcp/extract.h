@@ -9,6 +9,8 @@
 #include <utility>
 #include <vector>
 
+#include "cif_end.h"
+
 namespace catmllm::pvcp {
 
 constexpr std::size_t kCharacter = static_cast<std::size_t>(-1);
@@ -25,6 +27,7 @@ struct Extraction {
     std::string text;       // of a CIF whose lines have a prefix, or which stands in a JSON string
     std::string unescaped;  // the JSON string
     std::vector<Span> segments;
+    LineScratch lines;
 };
 
 // The CIF of the answer: the last whole one outside of reasoning, up to what cannot belong to it.

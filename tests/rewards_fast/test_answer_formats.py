@@ -143,6 +143,8 @@ ROW = re.compile(r"\s*[A-Z][a-z]?[-+\d]*(\s|$)")
 @settings(deadline=None, max_examples=150)
 @given(before=SURROUNDINGS, after=SURROUNDINGS, odd=st.sampled_from(["", *ODD]))
 @example(before="'\n", after="\n;\n", odd="")
+@example(before="", after="0 ", odd="labels alone")
+@example(before="", after="1.5 2", odd="labels alone")
 def test_whatever_surrounds_a_cif(before: str, after: str, odd: str) -> None:
     cif = ODD.get(odd, SLAB)
     assume(not ROW.match(after))  # the begin of a further row: the CIF is cut off

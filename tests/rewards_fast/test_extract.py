@@ -1,5 +1,7 @@
 """What `extract_cif` takes out of answers, and what it must leave alone."""
 
+import random
+
 import pytest
 
 from rewards_fast import PVCP, extract_cif
@@ -45,3 +47,30 @@ def test_a_long_run_of_marks_takes_linear_time() -> None:
         "``` data_ " * 30_000,
     ):
         extract_cif(text)
+
+
+STRAYS = (
+    "Done.", "END", "---", "Here is more:", "loop_", " loop_", "\tloop_", "> loop_", "_key",
+    " _cell_note", "text", "_cell_note 5", "_note 'a", "# c", "'x'", "'", "Pt Pt1", "  Pt  Pt3  1",
+    "1 2 3", "_x 1 _y", "x _y", "loop_ _a _b", "_loop_x 3", "_a\tb", "p", "Stop_ here", "1 'x, y, z'",
+    "",
+)  # fmt: skip
+
+
+def test_the_end_of_a_cif_does_not_depend_on_where_reading_begins() -> None:
+    """Only the last loop is read line by line, unless a `;` stands anywhere: here in the block's name."""
+    r = random.Random(3)
+    shorter = 0
+    for _ in range(3000):
+        lines = SLAB.replace("data_CO</s>Pt3Cu (1 1 1)", "data_x").splitlines(keepends=True)
+        for _ in range(r.randint(1, 3)):
+            at = r.randrange(1, len(lines) + 1)
+            if r.random() < 0.7:
+                lines.insert(at, r.choice(STRAYS) + "\n")
+            elif at < len(lines):
+                del lines[at]
+        text = "".join(lines)[: r.randrange(300, 1200)]
+        found = extract_cif(text)
+        assert extract_cif(text.replace("data_x", "data_x;y", 1)) == found.replace("data_x", "data_x;y", 1)
+        shorter += len(found) < len(text)
+    assert 300 < shorter < 2700
