@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from rewards_fast import _core
+from rewards_fast._core import may_hold_turns
 
 Answer = Literal["last", "any"]
 Conversation = str | Sequence[Any]
@@ -145,7 +145,7 @@ def answer_text(completion: Conversation, answer: Answer = "last", extract: bool
     as it stands.
     """
     if isinstance(completion, str):
-        if not extract or not _core.may_hold_turns(completion):
+        if not extract or not may_hold_turns(completion):
             return completion
         turns = _turns(completion, _marks(completion), "assistant")
         said = [message for role, text in turns if role in ASSISTANT for message in _messages(text)]
