@@ -115,8 +115,8 @@ def claim(
 ) -> dict[str, Any]:
     """A claim from samples: case -> who -> values, the first of them ours, turn by turn.
 
-    `value` and `peer` are medians, `ratio` by how much ours is better,
-    `spread` the quartiles of the ratio over the turns.
+    `value` and `peer` are medians. `ratio` says by how much ours is better: the median over the turns of the
+    ratio within a turn, whose two sides saw the same machine; `spread` has its quartiles.
     """
     value, peer, ratio, spread = {}, {}, {}, {}
     for case, samples in cases.items():
@@ -125,10 +125,9 @@ def claim(
         if not others:
             continue
         peer[case] = {who: statistics.median(x) for who, x in others}
-        ratio[case] = {who: _better(value[case], x, less_is_better) for who, x in peer[case].items()}
-        spread[case] = {
-            who: _quartiles([_better(a, b, less_is_better) for a, b in zip(ours, x)]) for who, x in others
-        }
+        turns = {who: [_better(a, b, less_is_better) for a, b in zip(ours, x)] for who, x in others}
+        ratio[case] = {who: statistics.median(x) for who, x in turns.items()}
+        spread[case] = {who: _quartiles(x) for who, x in turns.items()}
     return {
         "claim": name,
         "says": says,

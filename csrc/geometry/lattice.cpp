@@ -143,6 +143,7 @@ bool reduce(const Lattice& lattice, Lattice& reduced) {
     double v[3][3];
     for (int i = 0; i < 3; ++i)
         for (int j = 0; j < 3; ++j) v[i][j] = lattice.rows[3 * i + j] / scale;
+    bool settled = false;  // c is where it was before it was shortened
     for (int round = 0; round < 1000; ++round) {
         // ascending lengths
         for (int i = 0; i < 2; ++i)
@@ -159,9 +160,12 @@ bool reduce(const Lattice& lattice, Lattice& reduced) {
                 continue;
             }
         }
-        if (!shorten(v[0], v[1], v[2])) break;
+        const double before[3] = {v[2][0], v[2][1], v[2][2]};
+        if (shorten(v[0], v[1], v[2])) continue;
+        settled = std::memcmp(before, v[2], sizeof before) == 0;
+        break;
     }
-    shorten(v[0], v[1], v[2]);
+    if (!settled) shorten(v[0], v[1], v[2]);
     for (int i = 0; i < 3; ++i)
         for (int j = 0; j < 3; ++j) reduced.rows[3 * i + j] = v[i][j] * scale;
     return true;

@@ -32,14 +32,16 @@ struct Columns {
 
 Columns columns_of(const DistanceScratch& s) { return {{s.column(0), s.column(1), s.column(2)}}; }
 
-// Squared distances of eight sites beginning at q to the point a, each to the image that rounding gives.
+// Squared distances of eight sites beginning at q to the point a, each to the image that rounding gives. `near`:
+// along the last axis they differ by less than a half, and rounding gives nought.
+template <bool near>
 CATMLLM_INLINE Lanes squares(const Columns& c, std::size_t q, const double* a, const double* basis) {
     Lanes u = load(c.f[0] + q) - a[0];
     Lanes v = load(c.f[1] + q) - a[1];
     Lanes w = load(c.f[2] + q) - a[2];
     u = u - rounded(u);
     v = v - rounded(v);
-    w = w - rounded(w);
+    if (!near) w = w - rounded(w);
     const Lanes x = u * basis[0] + v * basis[3] + w * basis[6];
     const Lanes y = u * basis[1] + v * basis[4] + w * basis[7];
     const Lanes z = u * basis[2] + v * basis[5] + w * basis[8];
@@ -47,12 +49,14 @@ CATMLLM_INLINE Lanes squares(const Columns& c, std::size_t q, const double* a, c
 }
 
 // The lanes' least squared distances from the site at `a` to sites [from, to).
+template <bool near>
 CATMLLM_INLINE Lanes nearest_of(const Columns& c, std::size_t from, std::size_t to, const double* a,
                                 const double* basis, Lanes least) {
     std::size_t q = from;
-    for (; q + kLanes <= to; q += kLanes) least = lesser(squares(c, q, a, basis), least);
+    for (; q + kLanes <= to; q += kLanes) least = lesser(squares<near>(c, q, a, basis), least);
     if (q < to)
-        least = lesser(first_lanes(squares(c, q, a, basis), static_cast<std::int64_t>(to - q), kInfinity), least);
+        least =
+            lesser(first_lanes(squares<near>(c, q, a, basis), static_cast<std::int64_t>(to - q), kInfinity), least);
     return least;
 }
 
@@ -74,12 +78,13 @@ CATMLLM_CLONES double search_runs(const Runs& runs, double best) {
     const int reach = runs.reach;
     Lanes least = Lanes{} + best;
     const int n2 = slices[2];
+    const bool near = 2 * (reach + 1) < n2;
     for (int i = 0; i < slices[0]; ++i) {
         for (int j = 0; j < slices[1]; ++j) {
             const std::uint32_t* own = runs.start + static_cast<std::size_t>(i * slices[1] + j) * n2;
             for (int di = 0; di <= (slices[0] > 1 ? 1 : 0); ++di) {
-                const int first = di == 0 || slices[1] < 3 ? 0 : -1;
-                for (int dj = first; dj <= (slices[1] > 1 ? 1 : 0); ++dj) {
+                const int first_dj = di == 0 || slices[1] < 3 ? 0 : -1;
+                for (int dj = first_dj; dj <= (slices[1] > 1 ? 1 : 0); ++dj) {
                     const bool same = di == 0 && dj == 0;
                     const int i2 = (i + di) % slices[0];
                     const int j2 = (j + dj + slices[1]) % slices[1];
@@ -93,9 +98,11 @@ CATMLLM_CLONES double search_runs(const Runs& runs, double best) {
                         const int under = same ? n2 : std::min(n2, n2 + k - reach);
                         for (std::uint32_t p = own[k]; p < own[k + 1]; ++p) {
                             const double a[3] = {c.f[0][p], c.f[1][p], c.f[2][p]};
-                            least = nearest_of(c, same ? p + 1 : from, to, a, basis, least);
-                            if (over > 0) least = nearest_of(c, other[0], other[over], a, basis, least);
-                            if (under < n2) least = nearest_of(c, other[under], other[n2], a, basis, least);
+                            const std::uint32_t first = same ? p + 1 : from;
+                            least = near ? nearest_of<true>(c, first, to, a, basis, least)
+                                         : nearest_of<false>(c, first, to, a, basis, least);
+                            if (over > 0) least = nearest_of<false>(c, other[0], other[over], a, basis, least);
+                            if (under < n2) least = nearest_of<false>(c, other[under], other[n2], a, basis, least);
                         }
                     }
                 }
@@ -115,7 +122,7 @@ CATMLLM_CLONES double search_steps(const double* basis_in, const Columns& c, std
         double steps[3][kLanes];
         for (int k = 0; k < 3; ++k) store(steps[k], load(c.f[k] + i + 1) - load(c.f[k] + i));
         const Columns step{{steps[0], steps[1], steps[2]}};
-        const Lanes d = squares(step, 0, zero, basis);
+        const Lanes d = squares<false>(step, 0, zero, basis);
         least = lesser(first_lanes(d, static_cast<std::int64_t>(n - 1 - i), kInfinity), least);
     }
     return least_lane(least);

@@ -262,14 +262,13 @@ class Lines {
                     evidence = true;
                     break;
                 case Kind::kLabel:
-                    if (symbol.empty()) {  // `1` may be a label, but speaks for none, and for no element
-                        const bool letter = has_letter(word.text);
-                        if (!letter && (!has_digit(word.text) || labels_are_symbols())) return false;
-                        if (element_letters(word.text) == 0 && !has_digit(word.text)) return false;
-                        evidence |= letter;
-                        break;
+                    if (symbol.empty() ? element_letters(word.text) == 0 && !has_digit(word.text)
+                                       : !starts_with(word.text, symbol) && !has_digit(word.text))
+                        return false;
+                    if (at == 0 && &word == words_.data() && !has_letter(word.text)) {
+                        if (labels_are_symbols()) return false;  // `1` names no element
+                        break;                                   // and speaks for no row
                     }
-                    if (!starts_with(word.text, symbol) && !has_digit(word.text)) return false;
                     evidence = true;
                     break;
                 case Kind::kOperation:

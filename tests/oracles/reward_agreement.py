@@ -31,7 +31,7 @@ SHARED = Path(os.environ.get("CATMLLM_SHARED", Path(__file__).parents[2] / "shar
 SCALARS = ("n_sites", "volume", "density", "min_distance")
 TARGET = {"Pt": 9.0, "O": 1.0}  # any: every text is scored against it by both
 DELIBERATE = ("limit",)  # the engine's limits
-SECONDS = 5  # for pymatgen on one text
+SECONDS = 5  # of processor time for pymatgen on one text
 
 
 class Slow(BaseException):
@@ -46,8 +46,8 @@ def _alarm(*_: object) -> None:
 def judge(text: str) -> dict[str, Any] | None:
     """The reference's measurements of a text as plain arrays, None where it refuses,
     {} where it takes too long."""
-    signal.signal(signal.SIGALRM, _alarm)
-    signal.alarm(SECONDS)
+    signal.signal(signal.SIGVTALRM, _alarm)
+    signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
     try:
         measured = measure(text)
     except CIFError:
@@ -55,7 +55,7 @@ def judge(text: str) -> dict[str, Any] | None:
     except Slow:
         return {}
     finally:
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
     scores = score_measurement(measured, TARGET, Weights(), Thresholds())
     return {
         **{name: getattr(measured, name) for name in SCALARS},
