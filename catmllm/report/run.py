@@ -17,6 +17,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from catmllm.config import STAGES
+from catmllm.evaluate.baselines import TRAINED
 from catmllm.report import page as html
 from catmllm.report.figures import (
     draw_curve,
@@ -57,7 +58,7 @@ from catmllm.train.metrics import read_log
 from rewards_fast import extract_cif
 from rewards_fast.pvcp import FLOORS
 
-__all__ = ["readme_figure", "summary_table", "write_report"]
+__all__ = ["readme_figure", "summary_table", "with_trained_baselines", "write_report"]
 
 _PICTURES = 6  # designs that are drawn
 
@@ -72,6 +73,7 @@ def write_report(run: Path) -> Path:
     if not run.is_dir():
         raise FileNotFoundError(f"{run} is no folder of a run")
     metrics, problem = _read_metrics(run / "metrics.json")
+    metrics = with_trained_baselines(metrics, run)
     logs = {stage: rows for stage in STAGES if (rows := read_log(run / stage / "log.jsonl"))}
     missing = ([problem] if problem else []) + missing_parts(metrics, logs)
     title = f"Run {run.resolve().name}"
@@ -103,6 +105,17 @@ def _read_metrics(path: Path) -> tuple[Metrics, str]:
     return (
         (metrics, "") if isinstance(metrics, dict) else ({}, "a readable metrics.json (it holds no mapping)")
     )
+
+
+def with_trained_baselines(metrics: Metrics, run: Path) -> Metrics:
+    """The record with the graph networks that `make baselines` has measured on the same split, if it has."""
+    path, data = Path(run) / TRAINED, (metrics.get("config") or {}).get("data") or {}
+    if not path.is_file():
+        return metrics
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if any(data.get(key) != value for key, value in found["cell"].items()):
+        return metrics
+    return metrics | {"baselines": (metrics.get("baselines") or {}) | found["baselines"]}
 
 
 # --------------------------------------------------------------------------- sections

@@ -44,7 +44,9 @@ BASELINE_NAMES = {
     "kernel_ridge": "kernel ridge",
     "kernel_ridge_frames": "kernel ridge, with starts",
     "schnet": "SchNet",
+    "schnet_frames": "SchNet, with frames",
     "painn": "PaiNN",
+    "painn_frames": "PaiNN, with frames",
     "chgnet": "CHGNet, zero-shot",
 }
 TEXT_BASELINES = ("adsorbate_mean", "text_ridge")  # what reads text; the others read the structure

@@ -62,7 +62,7 @@ def test_design_writes_cifs_or_says_that_there_are_none(
     command = ["design", "CO</s>Pt9Cu3 (1 1 1)", "--energy", "-1.2", "--model", str(unbroken)]
     status = main([*command, "--out", str(tmp_path / "designs")])
     out = capsys.readouterr().out
-    files = sorted((tmp_path / "designs").glob("*/*.cif"))
+    files = sorted((tmp_path / "designs").glob("*/design-*.cif"))
     if status:  # a model of a few steps writes nothing that parses; then it must say so
         assert not files and "no candidate parsed" in out
     else:

@@ -22,7 +22,7 @@ from catmllm.config import STAGES, Config, to_dict
 from catmllm.data.slabs import load_slabs
 from catmllm.report import figures, summary
 from catmllm.report.drawing import structure_svg
-from catmllm.report.run import readme_figure, summary_table, write_report
+from catmllm.report.run import readme_figure, summary_table, with_trained_baselines, write_report
 from catmllm.structure.cif import write_cif
 from catmllm.structure.system import System, make_system
 
@@ -369,6 +369,21 @@ def test_a_stage_that_was_not_asked_for_is_not_missing(systems: list[System]) ->
     metrics["property"] = {k: metrics["property"][k] for k in ("align", "joint")}
     del metrics["generation"], metrics["design"]
     assert summary.missing_parts(metrics, ["align", "joint"]) == []
+
+
+def test_trained_networks_of_the_same_split_join_the_baselines(systems: list[System], tmp_path: Path) -> None:
+    metrics = made_metrics(systems)
+    run = made_run(tmp_path / "run", metrics)
+    found = {"painn": {"mae": 0.1413, "r2": 0.98, "start": {"mae": 0.5917, "r2": 0.6}}}
+    for cell, there in (({"path": None, "split_seed": 0}, True), ({"path": None, "split_seed": 1}, False)):
+        (run / "baselines.json").write_text(json.dumps({"cell": cell, "baselines": found}))
+        text = Outline(write_report(run).read_text()).text
+        assert ("PaiNN (baseline)" in text) == ("0.141 / 0.98" in text) == ("0.592" in text) == there
+        assert ("0.141 for PaiNN" in text) == there  # the claim is against all
+    (run / "baselines.json").write_text(
+        json.dumps({"cell": {"path": None, "split_seed": 0}, "baselines": found})
+    )
+    assert summary.claims(with_trained_baselines(metrics, run))[0].verdict == "no"  # 0.204 is no better
 
 
 def test_a_torn_record_and_an_absent_one(tmp_path: Path) -> None:

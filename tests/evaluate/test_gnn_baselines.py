@@ -1,0 +1,155 @@
+"""Networks of others as baselines: what stands in for their parts, how they are trained and asked; with
+fairchem 1.10 in FAIRCHEM_1_10 (see tests/oracles/test_fairchem_encoder.py) the networks themselves."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import types
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from catmllm.config import Config, to_dict
+from catmllm.data.open import open_data
+from catmllm.evaluate import gnn_baselines
+from catmllm.evaluate.baselines import AdsorbateMean, energies
+from catmllm.evaluate.gnn_baselines import batch, chgnet, main, network, trained
+from catmllm.evaluate.metrics import mae
+from catmllm.structure.system import System
+
+Parts = dict[str, Sequence[System]]
+
+
+@pytest.fixture(scope="module")
+def parts() -> Parts:
+    return {name: systems[:80] for name, systems in open_data().items()}
+
+
+@pytest.fixture
+def no_modules_left() -> Iterator[None]:
+    before = dict(sys.modules)
+    yield
+    for name in set(sys.modules) - set(before):
+        if name.split(".")[0] in ("fairchem", "torch_scatter", "torch_sparse", "chgnet"):
+            del sys.modules[name]
+
+
+def test_what_stands_in_for_torch_scatter(no_modules_left: None) -> None:
+    gnn_baselines._stand_in_for_torch_scatter()
+    scatter: Any = sys.modules["torch_scatter"]
+    source = torch.tensor([[1.0, 10.0], [2.0, 20.0], [4.0, 40.0]])
+    index = torch.tensor([0, 2, 2])
+    wanted = torch.tensor([[1.0, 10.0], [0.0, 0.0], [6.0, 60.0]])
+    assert torch.equal(scatter.scatter(source, index, dim=0, dim_size=3), wanted)
+    assert torch.equal(scatter.segment_coo(source, index, dim_size=3), wanted)
+    assert torch.equal(scatter.scatter(source.T, index, dim_size=3), wanted.T)
+    largest = scatter.scatter(source, index, dim=0, dim_size=3, reduce="max")
+    assert torch.equal(largest[2], torch.tensor([4.0, 40.0]))
+    assert torch.equal(scatter.segment_csr(source, torch.tensor([0, 1, 1, 3])), wanted)
+
+
+class Counting(torch.nn.Module):
+    """A network that learns a number an element: what counting atoms tells."""
+
+    reduce = "mean"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.each = torch.nn.Embedding(100, 1)
+        torch.nn.init.zeros_(self.each.weight)
+
+    def forward(self, data: Any) -> dict[str, torch.Tensor]:
+        each = self.each(data.atomic_numbers)
+        return {"energy": torch.zeros(len(data.natoms), 1).index_add(0, data.batch, each)}
+
+
+def test_training_learns_and_keeps_the_best(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gnn_baselines, "network", lambda name: Counting())
+    predict = trained("painn", parts, 0.4, argparse.Namespace(seed=0, steps=300))
+    train = parts["train"]
+    mean = AdsorbateMean.fit(train).predict(train)
+    assert mae(predict(train), energies(train)) < 0.95 * mae(mean, energies(train))
+    again = trained("painn", parts, 0.4, argparse.Namespace(seed=0, steps=300))
+    np.testing.assert_array_equal(again(parts["test"]), predict(parts["test"]))
+
+
+def test_chgnet_has_an_offset_for_every_adsorbate(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch, no_modules_left: None
+) -> None:
+    """A potential that is right up to a constant of each adsorbate's atoms is right after the offset."""
+    known = {s.frac.tobytes(): s.known_energy for part in parts.values() for s in part}
+
+    class Right:
+        @staticmethod
+        def load(**_: Any) -> Any:
+            return Right()
+
+        def predict_structure(self, structures: list[Any], **_: Any) -> list[dict[str, float]]:
+            metals = [sum(z for z in s.atomic_numbers if z > 10) for s in structures]
+            light = [sum(3.7 * z for z in s.atomic_numbers if z <= 10) for s in structures]
+            bound = [known.get(np.asarray(s.frac_coords).tobytes(), 0.0) for s in structures]
+            return [{"e": sum(e) / len(s)} for s, *e in zip(structures, metals, light, bound)]
+
+    module: Any = types.ModuleType("chgnet.model")
+    module.CHGNet = Right
+    monkeypatch.setitem(sys.modules, "chgnet", types.ModuleType("chgnet"))
+    monkeypatch.setitem(sys.modules, "chgnet.model", module)
+    names = {s.adsorbate for s in parts["train"]}
+    test = [s for s in parts["test"] if s.adsorbate in names]
+    assert len(test) > 40
+    np.testing.assert_allclose(chgnet(parts["train"])(test), energies(test), atol=1e-6)
+
+
+def test_what_is_there_is_not_trained_again(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[str] = []
+
+    def fake(name: str, *_: Any) -> Any:
+        asked.append(name)
+        return lambda systems: energies(systems) + 0.25
+
+    monkeypatch.setattr(gnn_baselines, "trained", fake)
+    monkeypatch.setattr(gnn_baselines, "open_data", lambda data: parts)
+    (tmp_path / "metrics.json").write_text(json.dumps({"config": to_dict(Config())}))
+    command = [str(tmp_path), "--models", "schnet", "painn"]
+    for _ in range(2):
+        assert main(command) == 0
+    assert asked == ["schnet", "schnet", "painn", "painn"]
+    record = json.loads((tmp_path / "baselines.json").read_text())
+    assert set(record["baselines"]) == {"schnet", "schnet_frames", "painn", "painn_frames"}
+    assert record["baselines"]["painn"]["mae"] == pytest.approx(0.25)
+    assert record["baselines"]["painn"]["start"]["mae"] == pytest.approx(0.25)
+    other = replace(Config().data, split_seed=3)
+    (tmp_path / "metrics.json").write_text(json.dumps({"config": to_dict(replace(Config(), data=other))}))
+    main(command)
+    assert len(asked) == 8  # of another split nothing is there
+    with pytest.raises(SystemExit, match="no metrics"):
+        main([str(tmp_path / "nowhere")])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["schnet", "painn"])
+def test_networks_see_each_system_by_itself(name: str, parts: Parts, no_modules_left: None) -> None:
+    folder = os.environ.get("FAIRCHEM_1_10")
+    if not folder or not os.path.isdir(folder):
+        pytest.skip("fairchem 1.10 is not in FAIRCHEM_1_10")
+    sys.path.insert(0, folder)
+    try:
+        model = network(name).eval()
+    finally:
+        sys.path.remove(folder)
+    systems = parts["train"][:5]
+    with torch.no_grad():
+        together = gnn_baselines._outputs(model, batch(systems))
+        alone = torch.cat([gnn_baselines._outputs(model, batch([s])) for s in systems])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+    assert len(set(together.tolist())) == 5
