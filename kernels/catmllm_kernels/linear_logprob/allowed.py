@@ -1,0 +1,104 @@
+"""The op where a grammar allows few words: log-softmax over each token's own set of them.
+
+Only columns that some token of the call may take are multiplied, and what a token may not take is masked
+before the softmax. A token without a choice has log-probability 0 and is not given to this function at all.
+Plain products of torch: the logits are few, so that keeping them costs less than making them twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from catmllm_kernels.linear_logprob.op import LogProbs
+
+
+class Allowed(NamedTuple):
+    """Sets of words, one a token: columns [U] int64, the words of all sets, ascending; sets [G, U] bool,
+    which of them each of the different sets holds; of [T] int64, the set of each token."""
+
+    columns: Tensor
+    sets: Tensor
+    of: Tensor
+
+    def to(self, device: torch.device) -> Allowed:
+        return Allowed(*(x.to(device) for x in self))
+
+    @classmethod
+    def join(cls, sets: Sequence[Tensor]) -> Allowed:
+        """Of a set of words [n] int64 for each token; sets that are the same object are kept once."""
+        number: dict[int, int] = {}
+        different: list[Tensor] = []
+        of = []
+        for s in sets:
+            k = number.setdefault(id(s), len(different))
+            if k == len(different):
+                different.append(s)
+            of.append(k)
+        words = torch.cat(different) if different else torch.zeros(0, dtype=torch.int64)
+        columns, place = words.unique(return_inverse=True)
+        line = torch.arange(len(different)).repeat_interleave(torch.tensor([len(s) for s in different]))
+        table = torch.zeros(len(different), len(columns), dtype=torch.bool)
+        table[line.to(table.device), place] = True
+        return cls(columns, table, torch.tensor(of, dtype=torch.int64))
+
+
+def masked_logits(hidden: Tensor, weight: Tensor, allowed: Allowed, temperature: float = 1.0) -> Tensor:
+    """hidden [T, H] @ weight [V, H].T / temperature at the columns of `allowed`: [T, U] in float32 or wider,
+    -inf where a token may not take the word."""
+    logits = F.linear(hidden, weight.index_select(0, allowed.columns))
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if temperature != 1.0:
+        logits = logits / temperature
+    return logits.masked_fill(~allowed.sets[allowed.of], -torch.inf)
+
+
+def allowed_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    allowed: Allowed,
+    temperature: float = 1.0,
+    entropy: bool = False,
+    reference: Tensor | None = None,
+) -> LogProbs:
+    """As `linear_logprobs`, with each distribution normalised over the words that its token may take.
+
+    hidden [T, H] and weight [V, H] in one floating dtype, targets [T] int64, each in its token's set; all
+    differentiable in hidden and weight but the reference's. Raises ValueError where sizes do not fit, and on
+    a CPU for a target that is not allowed; on CUDA such a target's log-probability is -inf.
+
+    Three words of equal score, of which the token may take the last two:
+
+    >>> allowed = Allowed.join([torch.tensor([1, 2])])
+    >>> allowed_logprobs(torch.ones(1, 3), torch.ones(3, 3), torch.tensor([2]), allowed).logprob.exp()
+    tensor([0.5000])
+    """
+    if not len(hidden) == len(targets) == len(allowed.of):
+        raise ValueError(
+            f"need a target and a set for each of the {len(hidden)} tokens, not {len(targets)} and "
+            f"{len(allowed.of)}"
+        )
+    place = torch.searchsorted(allowed.columns, targets).clamp_max(max(0, len(allowed.columns) - 1))
+    inside = allowed.sets[allowed.of, place] & (allowed.columns[place] == targets)
+    if not hidden.is_cuda and not bool(inside.all()):
+        wrong = int((~inside).nonzero()[0])
+        raise ValueError(f"target {int(targets[wrong])} of token {wrong} is none of the words allowed there")
+
+    def at_targets(head: Tensor) -> tuple[Tensor, Tensor]:
+        logprob = masked_logits(hidden, head, allowed, temperature).log_softmax(1)
+        own = logprob.gather(1, place[:, None]).squeeze(1)
+        return logprob, own.where(inside, -torch.inf)
+
+    logprob, own = at_targets(weight)
+    spread = other = None
+    if entropy:
+        spread = -(logprob.exp() * logprob.masked_fill(~allowed.sets[allowed.of], 0.0)).sum(1)
+    if reference is not None:
+        with torch.no_grad():
+            other = at_targets(reference)[1]
+    return LogProbs(own, spread, other)
