@@ -21,19 +21,23 @@ def mmtg_loss(mae: torch.Tensor, ce: torch.Tensor, lam: float = 1.0, sign: str =
     return high * (2 + gate if sign == "+" else 2 - gate)
 
 
-def info_nce(graph: torch.Tensor, text: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Symmetric InfoNCE of paired rows, with the rows of every rank as negatives.
+def info_nce(graph: torch.Tensor, text: torch.Tensor, temperature: float, key: torch.Tensor) -> torch.Tensor:
+    """Symmetric InfoNCE of paired rows, with the rows of every rank as negatives but for those of an equal
+    text: nothing tells these apart.
 
-    graph, text [B, H]; row i of one belongs to row i of the other. Gradients flow into the rows of this rank
-    and, through the gathered copies, into those of the others. Returns the mean loss of this rank's rows.
+    graph, text [B, H]; row i of one belongs to row i of the other; key [B] int64 is equal for equal texts.
+    Gradients flow into the rows of this rank and, through the gathered copies, into those of the others.
+    Returns the mean loss of this rank's rows.
     """
     g, t = F.normalize(graph.float(), dim=1), F.normalize(text.float(), dim=1)
     all_g, all_t = _gather(g), _gather(t)
     rank = dist.get_rank() if dist.is_initialized() else 0
     target = torch.arange(len(g), device=g.device) + rank * len(g)
+    same = key[:, None] == _gather(key)
+    same[torch.arange(len(g), device=g.device), target] = False
     return (
-        F.cross_entropy(g @ all_t.T / temperature, target)
-        + F.cross_entropy(t @ all_g.T / temperature, target)
+        F.cross_entropy((g @ all_t.T / temperature).masked_fill(same, -torch.inf), target)
+        + F.cross_entropy((t @ all_g.T / temperature).masked_fill(same, -torch.inf), target)
     ) / 2
 
 

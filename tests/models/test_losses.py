@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,11 @@ import torch.multiprocessing as mp
 from hypothesis import given
 from hypothesis import strategies as st
 
+from catmllm.data.prompts import Sample
 from catmllm.models.losses import info_nce, mmtg_loss
+from catmllm.stages.align import text_keys
+from catmllm.structure.system import System
+from catmllm.structure.text import three_part_text
 
 losses = st.floats(0, 50, allow_subnormal=False)
 lambdas = st.floats(0.01, 1.0)
@@ -93,17 +98,22 @@ def test_mmtg_works_element_by_element() -> None:
     assert float(joined[1, 2]) == pytest.approx(mmtg(float(a[1, 2]), float(b[1, 2]), 0.5), rel=1e-6)
 
 
-def looped_info_nce(graph: np.ndarray, text: np.ndarray, temperature: float) -> float:
+def looped_info_nce(
+    graph: np.ndarray, text: np.ndarray, temperature: float, key: list[int] | None = None
+) -> float:
     """The definition in float64: mean over both directions of -log softmax of the cosine similarities."""
     n, total = len(graph), 0.0
+    key = list(range(n)) if key is None else key
 
     def cosine(u: np.ndarray, v: np.ndarray) -> float:
         return float(u @ v / math.sqrt(u @ u) / math.sqrt(v @ v))
 
     for i in range(n):
-        rows = [math.exp(cosine(graph[i], text[j]) / temperature) for j in range(n)]
-        columns = [math.exp(cosine(graph[j], text[i]) / temperature) for j in range(n)]
-        total -= math.log(rows[i] / sum(rows)) + math.log(columns[i] / sum(columns))
+        others = [j for j in range(n) if j == i or key[j] != key[i]]
+        own = math.exp(cosine(graph[i], text[i]) / temperature)
+        rows = sum(math.exp(cosine(graph[i], text[j]) / temperature) for j in others)
+        columns = sum(math.exp(cosine(graph[j], text[i]) / temperature) for j in others)
+        total -= math.log(own / rows) + math.log(own / columns)
     return total / (2 * n)
 
 
@@ -111,15 +121,28 @@ def looped_info_nce(graph: np.ndarray, text: np.ndarray, temperature: float) -> 
 def test_info_nce_is_the_plain_double_loop(temperature: float) -> None:
     rng = np.random.default_rng(0)
     graph, text = rng.normal(size=(6, 5)), rng.normal(size=(6, 5)) * 3
-    ours = info_nce(torch.tensor(graph), torch.tensor(text), temperature)
-    assert float(ours) == pytest.approx(looped_info_nce(graph, text, temperature), rel=1e-5)
+    for key in (list(range(6)), [0, 1, 0, 3, 1, 0]):  # equal texts are no negatives of each other
+        ours = info_nce(torch.tensor(graph), torch.tensor(text), temperature, torch.tensor(key))
+        assert float(ours) == pytest.approx(looped_info_nce(graph, text, temperature, key), rel=1e-5)
+
+
+def test_equal_texts_have_equal_keys(train_systems: list[System], small_model: Any) -> None:
+    collate = small_model[1]
+    texts = [three_part_text(s) for s in train_systems[:120]]
+    keys = text_keys(collate([Sample(t, "", s) for t, s in zip(texts, train_systems)])).tolist()
+    assert len(set(texts)) == len(set(keys)) < len(texts)
+    assert all((a == b) == (s == t) for a, s in zip(keys, texts) for b, t in zip(keys, texts))
 
 
 def test_info_nce_of_equal_pairs_is_small_and_of_swapped_ones_large() -> None:
-    x = torch.eye(4)
-    assert float(info_nce(x, x * 7, 0.07)) < 1e-4
-    assert float(info_nce(x, x.roll(1, 0), 0.07)) > 10
-    assert float(info_nce(torch.ones(4, 3), torch.ones(4, 3), 0.07)) == pytest.approx(math.log(4), rel=1e-5)
+    x, key = torch.eye(4), torch.arange(4)
+    assert float(info_nce(x, x * 7, 0.07, key)) < 1e-4
+    assert float(info_nce(x, x.roll(1, 0), 0.07, key)) > 10
+    ones = torch.ones(4, 3)
+    assert float(info_nce(ones, ones, 0.07, key)) == pytest.approx(math.log(4), rel=1e-5)
+
+
+KEY = torch.tensor([0, 1, 2, 0, 4, 1])  # equal texts on two ranks
 
 
 def pairs() -> tuple[torch.Tensor, torch.Tensor]:
@@ -130,7 +153,7 @@ def pairs() -> tuple[torch.Tensor, torch.Tensor]:
 def info_nce_rank(rank: int, store: str, out: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     graph, text = (t[rank * 3 : rank * 3 + 3].clone().requires_grad_() for t in pairs())
-    loss = info_nce(graph, text, 0.2)
+    loss = info_nce(graph, text, 0.2, KEY[rank * 3 : rank * 3 + 3])
     loss.backward()
     torch.save({"loss": loss.detach(), "graph": graph.grad, "text": text.grad}, f"{out}{rank}.pt")
     dist.destroy_process_group()
@@ -140,7 +163,7 @@ def test_two_processes_give_the_loss_and_gradient_of_the_whole_batch(tmp_path: P
     mp.spawn(info_nce_rank, (str(tmp_path / "store"), str(tmp_path / "rank")), nprocs=2)
     parts = [torch.load(tmp_path / f"rank{r}.pt") for r in range(2)]
     graph, text = (t.clone().requires_grad_() for t in pairs())
-    loss = info_nce(graph, text, 0.2)
+    loss = info_nce(graph, text, 0.2, KEY)
     loss.backward()
     torch.testing.assert_close((parts[0]["loss"] + parts[1]["loss"]) / 2, loss.detach())
     # Data-parallel training averages the gradients of the ranks' own losses.
