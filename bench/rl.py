@@ -137,7 +137,7 @@ def bench_config(size: Size) -> Config:
     o.batch_size, o.group_size, o.micro_batch = size.prompts, size.group, size.prompts * size.group
     o.steps, o.warmup, o.property_share, o.checkpoint_every = size.repeats + 1, 1, 0.0, 1000
     o.beta, o.lr = 0.02, 1e-6
-    o.sampling = SamplingConfig(temperature=1.0, top_p=0.95, max_new_tokens=size.tokens)
+    o.sampling = SamplingConfig(temperature=1.0, top_p=0.95, max_new_tokens=size.tokens, grammar=False)
     return config
 
 

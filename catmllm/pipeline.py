@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from catmllm.config import Config, to_dict
+from catmllm.config import Config, SamplingConfig, to_dict
 from catmllm.data.batches import Collator
 from catmllm.data.open import open_data
 from catmllm.evaluate.baselines import baselines
@@ -214,24 +214,32 @@ def _evaluate(
 ) -> None:
     if name in GENERATES:
         e = config.evaluate
-        found = evaluate_generation(
-            model,
-            collate,
-            test,
-            e.generation_samples,
-            e.sampling,
-            config.grpo.reward,
-            config.seed,
-            world,
-            DTYPES[config.precision],
-        )
+
+        def generated(sampling: SamplingConfig) -> dict[str, Any]:
+            return evaluate_generation(
+                model,
+                collate,
+                test,
+                e.generation_samples,
+                sampling,
+                config.grpo.reward,
+                config.seed,
+                world,
+                DTYPES[config.precision],
+            )
+
+        found = generated(e.sampling)
+        if e.sampling.grammar:  # beside it what the policy does where nothing holds it
+            found["free"] = generated(replace(e.sampling, grammar=False))
         record.put(found, "generation", name)
-        _say(
-            world,
-            f"{name}: reward {found['reward']:.2f} ± {found['reward_se']:.2f}, PF {found['PF']:.1%}, "
-            f"VF {found['VF']:.1%}, CM {found['CM']:.1%}, PV {found['PV']:.1%}, AD {found['AD']:.1%} of "
-            f"{found['n']} samples",
-        )
+        for way, one in ((name, found), (f"{name}, free", found.get("free"))):
+            if one is not None:
+                _say(
+                    world,
+                    f"{way}: reward {one['reward']:.2f} ± {one['reward_se']:.2f}, PF {one['PF']:.1%}, "
+                    f"VF {one['VF']:.1%}, CM {one['CM']:.1%}, PV {one['PV']:.1%}, AD {one['AD']:.1%} of "
+                    f"{one['n']} samples",
+                )
     measured = evaluate_property(model, collate, test, world, llm=name != "encoder")
     shown = ", ".join(f"{MODES[mode]} {measured[mode]['mae']:.3f}" for mode in MODES if mode in measured)
     _say(world, f"{name}: test MAE in eV: {shown}")

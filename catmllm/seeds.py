@@ -42,6 +42,7 @@ class Stream(IntEnum):
     ENCODER_ORDER = 21  # [epoch]
     ENCODER_SAMPLES = 22  # frame, symmetry and noise of a sample [position]
     DESIGN_CONTROLS = 23  # ideal slabs beside a search [task]
+    VALIDATION = 24  # of an RL stage: answers [rank], or a search as GA_GRPO_SEARCH [rank, ...]
 
     def key(self, seed: int, *place: int) -> Key:
         """What a draw is a function of; further places may be appended to it."""

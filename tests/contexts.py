@@ -26,7 +26,8 @@ def small() -> Config:
         stage.steps, stage.warmup, stage.log_every = 2, 1, 1
     for rl in (config.grpo, config.ga_grpo):
         rl.batch_size, rl.group_size, rl.micro_batch = 3, 3, 4
-        rl.sampling.max_new_tokens = 12
+        rl.sampling.max_new_tokens, rl.sampling.grammar = 12, False
+        rl.validate_every = 0
     config.joint.train_encoder = True  # every part of the model trains
     config.grpo.property_share = 0.0
     config.ga_grpo.tasks, config.ga_grpo.iterations, config.ga_grpo.initial = 3, 2, 2

@@ -31,11 +31,11 @@ joint: {{steps: 6, batch_size: 6, checkpoint_every: 2, log_every: 1}}
 instruct: {{steps: 6, batch_size: 6, checkpoint_every: 2, log_every: 1}}
 grpo:
   {{steps: 4, batch_size: 2, group_size: 3, micro_batch: 4, checkpoint_every: 2, log_every: 1,
-   updates_per_rollout: 2, property_share: 0.5, sampling: {{max_new_tokens: 24}}}}
+   validate_every: 0, updates_per_rollout: 2, property_share: 0.5, sampling: {{max_new_tokens: 40}}}}
 ga_grpo:
   {{tasks: 4, batch_size: 1, initial: 3, pool: 2, iterations: 2, group_size: 3, checkpoint_every: 1,
-   log_every: 1, sampling: {{max_new_tokens: 24}}}}
-evaluate: {{generation_samples: 8, design_tasks: 4, judge: none, sampling: {{max_new_tokens: 24}}}}
+   validate_every: 0, log_every: 1, sampling: {{max_new_tokens: 40}}}}
+evaluate: {{generation_samples: 8, design_tasks: 4, judge: none, sampling: {{max_new_tokens: 40}}}}
 """
 
 

@@ -218,7 +218,7 @@ def test_apex_and_shards_in_the_hosts_memory_exclude_each_other() -> None:
 
 
 def test_vllm_excludes_what_it_cannot_do() -> None:
-    for option in ("grammar=true", "stop=[end]"):
+    for option in ("grammar=true", "stop=[end]", "temperature=1"):
         with pytest.raises(ConfigError, match=r"`grpo\.sampling\.grammar` and .* leave `grpo\.vllm` empty"):
             load_config(None, ["grpo.vllm=python", f"grpo.sampling.{option}"])
 

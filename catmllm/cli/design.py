@@ -34,7 +34,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pool", type=int, help="how many structures to keep (default: the run's)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--grammar", action="store_true", help="only sample CIFs of the right form and composition"
+        "--free", action="store_true", help="let answers break a CIF's form and the composition"
     )
     parser.add_argument(
         "--judge", choices=("none", "sevennet"), default="none", help="also relax each answer with SevenNet-0"
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     model, collate, config = load(args.model)
     changes = {k: v for k, v in (("iterations", args.iterations), ("pool", args.pool)) if v is not None}
     config.ga_grpo = replace(config.ga_grpo, **changes)
-    config.ga_grpo.sampling.grammar |= args.grammar
+    config.ga_grpo.sampling.grammar = not args.free
     states = search(model, collate, config, tasks, Stream.COMMAND_SEARCH.key(args.seed), progress=True)
     predictions = budgets(config)[-1]
     controls = ideal_controls(model, collate, tasks, predictions, args.seed)

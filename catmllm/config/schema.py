@@ -169,7 +169,8 @@ class ModelConfig:
 
 @section
 class OptimConfig:
-    """What every stage shares: AdamW, a linear warm-up and then a cosine schedule, clipping, checkpoints."""
+    """What every stage shares: AdamW, a linear warm-up and then a cosine schedule, clipping, checkpoints,
+    validation."""
 
     steps: int = key(100, "optimizer steps", gt=0)
     batch_size: int = key(16, "samples (in the RL stages: prompts or tasks) per rank and step", gt=0)
@@ -192,6 +193,11 @@ class OptimConfig:
         "reduce gradients after every pass of a step: more is sent, "
         "but none wait unsharded (4 bytes per parameter and rank)",
     )
+    validate_every: int = key(
+        0, "steps between validations; the best weights seen are the stage's result; 0: never", ge=0
+    )
+    validate_systems: int = key(1024, "systems of the validation split, over all ranks", gt=0)
+    patience: int = key(0, "stop after so many validations without a better one; 0: never", ge=0)
 
     @model_validator(mode="after")
     def _betas_below_one(self) -> OptimConfig:
@@ -202,7 +208,7 @@ class OptimConfig:
 
 @section
 class SupervisedConfig(OptimConfig):
-    """What the supervised stages share: passes per step, validation, and when a run is stopped."""
+    """What the supervised stages share: passes per step, and when a run is stopped."""
 
     accumulate: int = key(
         1,
@@ -215,11 +221,6 @@ class SupervisedConfig(OptimConfig):
         unit="tokens",
         gt=0,
     )
-    validate_every: int = key(
-        0, "steps between validations; the best weights seen are the stage's result; 0: never", ge=0
-    )
-    validate_systems: int = key(1024, "systems of the validation split, over all ranks", gt=0)
-    patience: int = key(0, "stop after so many validations without a better one; 0: never", ge=0)
     spike: float = key(
         20.0, "stop where the loss is so many median deviations above its recent median; 0: never", ge=0
     )
@@ -334,7 +335,9 @@ class SamplingConfig:
     temperature: float = key(1.0, "what logits are divided by", gt=0)
     top_p: float = key(0.95, "answers are drawn from the most likely tokens of this probability", ge=0, le=1)
     max_new_tokens: int = key(256, "longest answer", unit="tokens", gt=0)
-    grammar: bool = key(False, "CIF answers keep to the file's form and to the wanted counts of elements")
+    grammar: bool = key(
+        True, "the policy chooses among what keeps to a CIF's form and the wanted counts of elements"
+    )
     stop: tuple[str, ...] = key((), "texts that end an answer once it holds one of them")
 
 
@@ -365,11 +368,15 @@ class GRPOConfig(OptimConfig):
     weight_decay: float = 0.0
     checkpoint_every: int = 20
     log_every: int = 1
+    validate_every: int = 10
+    validate_systems: int = 96
     group_size: int = key(8, "answers per prompt (the paper's K)", gt=0)
     beta: float = key(0.02, "weight of the KL term", ge=0)
     kl: KL = key("k3", KL_HELP)
     delta: float = key(1e-4, "added to a group's standard deviation of rewards", ge=0)
-    updates_per_rollout: int = key(1, "steps that go over the same answers; divides checkpoint_every", gt=0)
+    updates_per_rollout: int = key(
+        1, "steps that go over the same answers; divides checkpoint_every and validate_every", gt=0
+    )
     clip: float = key(0.2, "clip of the probability ratio; acts only with several updates per rollout", ge=0)
     normalise: Literal["sample", "token"] = key(
         "sample", "what counts alike in the loss: every answer, or every token"
@@ -394,15 +401,17 @@ class GRPOConfig(OptimConfig):
 
     @model_validator(mode="after")
     def _checkpoints_between_rollouts(self) -> GRPOConfig:
-        if self.checkpoint_every % self.updates_per_rollout:
-            raise ValueError("`.checkpoint_every` must be a multiple of `.updates_per_rollout`")
+        for name in ("checkpoint_every", "validate_every"):
+            if getattr(self, name) % self.updates_per_rollout:
+                raise ValueError(f"`.{name}` must be a multiple of `.updates_per_rollout`")
         return self
 
     @model_validator(mode="after")
     def _vllm_samples_freely(self) -> GRPOConfig:
         if self.vllm is not None and (self.sampling.grammar or self.sampling.stop):
             raise ValueError(
-                "`.sampling.grammar` and `.sampling.stop` need our own decoding; leave `.vllm` empty"
+                "`.sampling.grammar` and `.sampling.stop` need our own decoding; leave `.vllm` empty, or set "
+                "`.sampling.grammar: false` for a policy that is free"
             )
         return self
 
@@ -417,6 +426,8 @@ class GAGRPOConfig(OptimConfig):
     weight_decay: float = 0.0
     checkpoint_every: int = 5
     log_every: int = 1
+    validate_every: int = 5
+    validate_systems: int = 16
     tasks: int = key(64, "design tasks over all ranks, batch_size of them at a time on each", gt=0)
     initial: int = key(16, "first candidates of a task, from text only (the paper's N0)", gt=0)
     pool: int = key(6, "exemplars kept per task (the paper's K)", gt=0)

@@ -19,22 +19,26 @@ from catmllm.models.attention import no_mask, shares_prompts
 from catmllm.models.energy_head import EnergyHead
 from catmllm.models.equiformer_v2 import EquiformerV2
 from catmllm.models.projector import Projector
-from catmllm_kernels.linear_logprob import linear_logprobs
+from catmllm_kernels.linear_logprob import Allowed, LogProbs, allowed_logprobs, linear_logprobs
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
-class Answer(NamedTuple):
-    """Of a batch with M answer tokens and S samples."""
+# Which of a batch's answer tokens [M] are read, [F] int64, and the words that each may be
+Chosen = tuple[torch.Tensor, Allowed]
 
-    logprob: torch.Tensor  # [M]
+
+class Answer(NamedTuple):
+    """Of a batch with M answer tokens, or F of them that were choices, and S samples."""
+
+    logprob: torch.Tensor  # [M] or [F]
     energy: torch.Tensor  # [S] standardised, NaN without query
-    entropy: torch.Tensor | None  # [M], where it was asked for; without gradient
+    entropy: torch.Tensor | None  # as logprob, where it was asked for; without gradient
 
 
 class Head(NamedTuple):
-    """Log-probabilities [M] by the LM head and by a frozen one."""
+    """Log-probabilities [M], or [F] of choices, by the LM head and by a frozen one."""
 
     logprob: torch.Tensor
     reference: torch.Tensor
@@ -185,15 +189,35 @@ class CatalyticMLLM(nn.Module):
             self, task: Callable[Concatenate[CatalyticMLLM, P], R], *args: P.args, **options: P.kwargs
         ) -> R: ...
 
-    def answer(self, batch: Batch, temperature: float = 1.0, entropy: bool = False) -> Answer:
+    def answer(
+        self,
+        batch: Batch,
+        temperature: float = 1.0,
+        entropy: bool = False,
+        chosen: Chosen | None = None,
+    ) -> Answer:
         """Log-probabilities of `batch.targets`, and the energies of the property prompts; `entropy` adds that
-        of the distributions that those tokens were drawn from."""
+        of the distributions that those tokens were drawn from. With `chosen` only of the answer tokens that
+        were choices, among the words that were allowed."""
         hidden, energy = self.read(batch)
-        found = linear_logprobs(
-            hidden[batch.answer_at], self.llm.lm_head.weight, batch.targets, temperature, entropy
-        )
+        found = self._logprobs(hidden[batch.answer_at], batch.targets, temperature, entropy, chosen)
         spread = None if found.entropy is None else found.entropy.detach()
         return Answer(found.logprob, energy, spread)
+
+    def _logprobs(
+        self,
+        hidden: torch.Tensor,
+        targets: torch.Tensor,
+        temperature: float,
+        entropy: bool,
+        chosen: Chosen | None,
+        reference: torch.Tensor | None = None,
+    ) -> LogProbs:
+        weight = self.llm.lm_head.weight
+        if chosen is None:
+            return linear_logprobs(hidden, weight, targets, temperature, entropy, reference)
+        at, allowed = chosen
+        return allowed_logprobs(hidden[at], weight, targets[at], allowed, temperature, entropy, reference)
 
     def graph_energy(self, graph: GraphBatch) -> tuple[torch.Tensor]:
         """Standardised energies [n_systems] by the encoder and the head's graph part;
@@ -202,14 +226,17 @@ class CatalyticMLLM(nn.Module):
         return (self.energy_head(features.to(self.energy_head.text.weight.dtype)),)
 
     def head(
-        self, hidden: torch.Tensor, targets: torch.Tensor, temperature: float, reference: torch.Tensor
+        self,
+        hidden: torch.Tensor,
+        targets: torch.Tensor,
+        temperature: float,
+        reference: torch.Tensor,
+        chosen: Chosen | None = None,
     ) -> Head:
-        """Log-probabilities of targets [M] from kept hidden states [M, H]: the LM head alone, and in the same
-        pass a frozen one, `reference` [V, H]."""
-        weight = self.llm.lm_head.weight
-        found = linear_logprobs(
-            hidden.to(weight.dtype), weight, targets, temperature, reference=reference.to(weight.dtype)
-        )
+        """Log-probabilities of targets [M], or of those `chosen`, from kept hidden states [M, H]: the LM head
+        alone, and in the same pass a frozen one, `reference` [V, H]."""
+        dtype = self.llm.lm_head.weight.dtype
+        found = self._logprobs(hidden.to(dtype), targets, temperature, False, chosen, reference.to(dtype))
         assert found.reference is not None
         return Head(found.logprob, found.reference)
 

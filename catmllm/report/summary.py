@@ -311,15 +311,15 @@ def generation_table(metrics: Metrics) -> Table | None:
     if not stages:
         return None
     rows = []
-    for stage in stages:
-        g = generation[stage]
+    ways = [(STAGE_NAMES[stage], generation[stage]) for stage in stages]
+    ways += [(f"{STAGE_NAMES[s]}, free", generation[s]["free"]) for s in stages if generation[s].get("free")]
+    for name, g in ways:
         reward = f"{number(g.get('reward'), 2)} ± {number(g.get('reward_se'), 2)}"
-        rows.append(
-            [STAGE_NAMES[stage], str(g.get("n", "?")), reward, *(percent(g.get(rate)) for rate in RATES)]
-        )
+        rows.append([name, str(g.get("n", "?")), reward, *(percent(g.get(rate)) for rate in RATES)])
     notes = [
         "R: mean PVCP reward ± standard error, from -15 (unreadable) to 10 (nothing to object to).",
         *(f"{RATE_NAMES[rate]}: {meaning}." for rate, meaning in RATES.items()),
+        *(["free: the same weights where no grammar holds the answers."] if len(ways) > len(stages) else []),
         f"Shares are of all n texts sampled{_sampling(metrics)}, the same prompts for every stage; an "
         "unreadable text fails every check.",
     ]

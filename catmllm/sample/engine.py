@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +18,12 @@ from catmllm.data.batches import Collator, Encoded
 from catmllm.data.prompts import Sample
 from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.sample.answers import Answers, Rollout
-from catmllm.sample.grammar import Mask, Pattern, grammar_of
+from catmllm.sample.grammar import Pattern, Walk, grammar_of
 from catmllm.sample.nucleus import sample_nucleus, uniforms
 from catmllm.sample.rows import Rows
 from catmllm.sample.tower import Tower
 from catmllm.seeds import hash_seed
+from catmllm_kernels.linear_logprob import Allowed, masked_logits
 
 
 class RolloutEngine:
@@ -53,17 +55,22 @@ class RolloutEngine:
 
         Every draw is a function of `seed`, the answer's number and the token's, so that equal arguments give
         equal answers whatever else is decoded with them. `on_answer(i, rollout)` is called as soon as answer
-        i has ended, while the others go on. With `patterns`, one a prompt, only tokens are drawn by which the
-        answer can still fit its pattern.
+        i has ended, while the others go on. With `patterns`, one a prompt, a token
+        is drawn among those by which the answer can still fit its pattern, and what it forces follows in the
+        same pass.
         """
         prompts = [self.collate.prompt_ids(s) for s in samples]
-        rows = Rows(self.tower, max(map(len, prompts), default=0))
         n, weight = len(samples) * group_size, self.tower.embedding
         answers = Answers(self.collate, weight, n, group_size, params, keep_hidden, on_answer)
-        mask = None
+        begun, walk = [0] * len(samples), None
         if patterns is not None:
             grammar = grammar_of(self.collate.tokenizer, self.collate.end_id)
-            mask = Mask(grammar, [p for p in patterns for _ in range(group_size)])
+            walk = Walk(grammar, [p for p in patterns for _ in range(group_size)], params.max_new_tokens)
+            answers.begin(walk.begun)
+            first = walk.begun[::group_size]
+            prompts = [p + f for p, f in zip(prompts, first)]
+            begun = [len(f) for f in first]
+        rows = Rows(self.tower, max(map(len, prompts), default=0))
         key, waiting = hash_seed(seed), 0  # `waiting`: the first prompt that has not entered
         while waiting < len(samples) or len(rows.row):
             began = time.perf_counter()
@@ -71,41 +78,58 @@ class RolloutEngine:
             # A quarter of the places at a time: reading a prompt alone would stop all the others for it.
             if waiting < len(samples) and (not len(rows.row) or room >= max(1, self.rows // group_size // 4)):
                 part = slice(waiting, min(len(samples), waiting + max(1, room)))
-                rows.admit(waiting * group_size, *self._embed(prompts[part], samples[part]), group_size)
+                known = torch.tensor(begun[part], device=weight.device)
+                x = self._embed(prompts[part], samples[part])
+                rows.admit(waiting * group_size, *x, group_size, known)
                 waiting = part.stop
                 self.seconds["prefill"] -= began - (began := time.perf_counter())
-            token, logprob = self._draw(rows, params, key, mask)
-            rows.ended |= answers.take(rows, token, logprob)
+            if walk is None:
+                token, logprob = self._draw(rows, params, key)
+                count, sets = torch.ones_like(token), None
+            else:
+                token, count, logprob, sets = self._choose(rows, params, key, walk)
+            rows.ended |= answers.take(rows, token, count, logprob, sets)
             if int(rows.ended.sum()) * 8 >= len(rows.row):  # moving the caches costs, idle rows cost too
-                token = token[rows.leave()]
+                stays = (~rows.ended).repeat_interleave(count)
+                token, count = token[stays], count[rows.leave()]
             if len(token):
-                rows.advance(token)
+                rows.advance(token, count)
             self.seconds["decode"] += time.perf_counter() - began
         return answers.done()
 
-    def _draw(
-        self, rows: Rows, params: SamplingConfig, key: int, mask: Mask | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _draw(self, rows: Rows, params: SamplingConfig, key: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The next token [R] of every row and its log-probability [R] under logits / T."""
         logits = F.linear(rows.hidden, self.tower.lm_head).float()
         if params.temperature != 1.0:
             logits /= params.temperature
         # Markers are places for vectors, not text: a sampled one would ask for a structure that is not there.
         markers = [self.collate.graph_id, self.collate.energy_id]
-        if mask is None:
-            banned = logits[:, markers].logsumexp(1)
-            logits[:, markers] = -torch.inf
-        else:
-            whole = logits.logsumexp(1)
-            logits = mask.apply(logits, rows.row.tolist())
+        banned = logits[:, markers].logsumexp(1)
+        logits[:, markers] = -torch.inf
         peak = logits.amax(1, keepdim=True)
         mass = (logits - peak).exp_()
-        if mask is None:
-            whole = torch.logaddexp(mass.sum(1).log() + peak[:, 0], banned)
+        whole = torch.logaddexp(mass.sum(1).log() + peak[:, 0], banned)
         token = sample_nucleus(mass, params.top_p, uniforms(key, rows.row, rows.steps, 5))
-        if mask is not None:
-            mask.take(rows.row.tolist(), rows.ended.tolist(), token.tolist())
         return token, logits.gather(1, token[:, None])[:, 0] - whole
+
+    def _choose(
+        self, rows: Rows, params: SamplingConfig, key: int, walk: Walk
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+        """Under a grammar: the next tokens [N] of every row, `count` [R] of each: one that is drawn, with its
+        log-probability [R] among the tokens of its set, and what it forces. The sets [R]."""
+        row = rows.row.tolist()
+        sets = [walk.allowed(i) for i in row]
+        allowed = Allowed.join(sets).to(rows.hidden.device)
+        logprob = masked_logits(rows.hidden, self.tower.lm_head, allowed, params.temperature).log_softmax(1)
+        drawn = sample_nucleus(logprob.exp(), params.top_p, uniforms(key, rows.row, rows.steps, 5))
+        runs = [
+            [t] if over else walk.take(i, t)
+            for i, t, over in zip(row, allowed.columns[drawn].tolist(), rows.ended.tolist())
+        ]
+        device = rows.hidden.device
+        token = torch.tensor(list(chain.from_iterable(runs)), device=device)
+        count = torch.tensor([len(run) for run in runs], device=device)
+        return token, count, logprob.gather(1, drawn[:, None])[:, 0], sets
 
     def _embed(
         self, prompts: list[list[int]], samples: Sequence[Sample]

@@ -1,17 +1,18 @@
-"""An optional mask on sampling: only tokens by which the answer can still become the CIF that was asked for.
+"""The policy's choices: only tokens by which an answer can still become the CIF that was asked for.
 
 The answer to a CIF or design prompt is fixed text around numbers and site rows: the file's keys, the element
 lines and formulas of the wanted composition, one row a site with the right columns. What stays free is every
-number and the order of the elements over the rows, each element as often as the composition says. The mask
+number and the order of the elements over the rows, each element as often as the composition says. The grammar
 works on characters, so that any tokenizer will do: a token is allowed where its text, character by character,
-keeps to the pattern.
+keeps to the pattern; text that must come is spelled as the tokenizer spells it, so that it is no choice.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,7 +24,8 @@ from catmllm.structure.formula import parse_identity
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-VIEW = 3  # parts of a pattern by which masks are shared: hardly a token spans more
+VIEW = 3  # parts of a pattern by which sets are shared: hardly a token spans more
+AHEAD = 12  # characters behind a choice on which a tokenizer's spelling of what comes before may depend
 
 # A place in a pattern: the part it stands in, what of that part has been written, and how often each element
 # is still to come. Equal places allow equal tokens.
@@ -49,13 +51,19 @@ class Pattern:
     def ended(self, place: Place) -> bool:
         return place[0] == len(self.parts)
 
-    def view(self, place: Place) -> tuple:
-        """What decides on the next characters as far as `VIEW` parts reach."""
+    def view(self, place: Place, reach: int) -> tuple:
+        """What decides on the next characters as far as `reach` parts."""
         part, written, left = place
-        ahead = self.parts[part : part + VIEW]
+        ahead = list(self.parts[part : part + reach])
+        kind, *rest = ahead[0]
+        if kind in ("number", "fraction"):  # of its digits only how many there are
+            whole, point, decimals = written.partition(".")
+            written = (whole if whole == "0" else "9" * len(whole)) + point + "9" * len(decimals)
+        elif kind == "text" or len(rows := self._rows(rest[0], written, left)) == 1:
+            ahead[0], written = ("text", (rest[0] if kind == "text" else rows[0])[len(written) :]), ""
         if any(p[0] == "site" for p in ahead):
-            return ahead, written, tuple(s for s, n in zip(self.symbols, left) if n), self.decimals
-        return ahead, written, self.decimals
+            return *ahead, written, tuple(s for s, n in zip(self.symbols, left) if n), self.decimals
+        return *ahead, written, self.decimals
 
     def step(self, place: Place, char: str) -> Place | None:
         """Where one more character leads, or None where it breaks the pattern."""
@@ -73,6 +81,40 @@ class Pattern:
         if not fits:
             return None
         return (part + 1, "", left) if done else (part, written, left)
+
+    def follow(self, place: Place) -> Iterator[tuple[str, Place]]:
+        """The characters that may come next, and where each leads."""
+        part, written, left = place
+        if part == len(self.parts):
+            return
+        kind, *rest = self.parts[part]
+        chars: Iterable[str] = "0123456789."
+        if kind == "text":
+            chars = rest[0][len(written)]
+        elif kind == "site":
+            chars = dict.fromkeys(row[len(written)] for row in self._rows(rest[0], written, left))
+        for char in chars:
+            there = self.step(place, char)
+            if there is not None:
+                yield char, there
+
+    def forced(self, place: Place, most: int) -> tuple[str, list[tuple[str, Place]]]:
+        """The text that must come next, as far as `most` characters, and then the ways on."""
+        text = ""
+        ahead = list(self.follow(place))
+        while len(ahead) == 1 and len(text) < most:
+            part, written, left = place
+            if part < len(self.parts) and self.parts[part][0] == "text":
+                text, place = text + self.parts[part][1][len(written) :], (part + 1, "", left)
+            else:
+                text, place = text + ahead[0][0], ahead[0][1]
+            ahead = list(self.follow(place))
+        return text, ahead
+
+    def _rows(self, index: int, written: str, left: tuple[int, ...]) -> list[str]:
+        """How a site row may begin, by the elements that are still to come and what of it is written."""
+        rows = [f"{s} {s}{index} 1 " for s, n in zip(self.symbols, left) if n]
+        return [row for row in rows if row.startswith(written)]
 
     def _number(self, written: str, digits: int, fraction: bool) -> tuple[bool, bool]:
         """Whether a text begins a number of these many digits before the point, and whether it is whole."""
@@ -112,20 +154,22 @@ def answer_pattern(identity: str, target: Mapping[str, int], design: bool, decim
 
 @functools.lru_cache(maxsize=2)
 def grammar_of(tokenizer: PreTrainedTokenizerBase, end_id: int) -> Grammar:
-    """The grammar of a tokenizer, kept: its masks are worth more the longer they are collected."""
+    """The grammar of a tokenizer, kept: its sets are worth more the longer they are collected."""
     return Grammar(tokenizer, end_id)
 
 
 class Grammar:
-    """The tokens of one tokenizer as a tree of characters, and the masks that have been asked for so far."""
+    """The tokens of one tokenizer as a tree of characters, and the sets that have been asked for so far."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, end_id: int) -> None:
-        self.end_id = end_id
+        self.tokenizer, self.end_id = tokenizer, end_id
+        self._end = torch.tensor([end_id])
         special = set(tokenizer.all_special_ids)
         self.text = [
             "" if i in special else str(tokenizer.decode([i], clean_up_tokenization_spaces=False))
             for i in range(len(tokenizer))
         ]
+        self._reach = 2 * max(map(len, self.text))
         self._tree: dict = {}
         for token, text in enumerate(self.text):
             if text and "\ufffd" not in text:  # a part of a UTF-8 character has no place in a CIF
@@ -134,24 +178,58 @@ class Grammar:
                     node = node.setdefault(char, {})
                 node.setdefault("", []).append(token)
         self._allowed: dict[tuple, torch.Tensor] = {}
+        self._walked: dict[tuple, torch.Tensor] = {}  # by no more parts than were looked at
+        self._spelled: dict[str, torch.Tensor] = {}  # the token with which a text begins
 
     def allowed(self, pattern: Pattern, place: Place) -> torch.Tensor:
-        """The tokens [n] int64 that may come next, at least one."""
+        """The tokens [n] int64 that may come next, ascending, at least one. Text that must come has one
+        spelling: of the tokens inside it only those with which the tokenizer itself begins to write it."""
         if pattern.ended(place):
-            return torch.tensor([self.end_id])
-        key = pattern.view(place)
+            return self._end
+        key = pattern.view(place, VIEW)
         found = self._allowed.get(key)
         if found is None:
             found = self._allowed.get((pattern, place))
         if found is None:
-            if len(self._allowed) > 20_000:
+            if len(self._allowed) > 50_000:
                 self._allowed.clear()
-            tokens: list[int] = []
-            furthest = self._walk(pattern, place, self._tree, tokens)
+            found, reach = self._find(pattern, place)
             # What no token looks beyond allows the same wherever it stands, in whichever pattern.
-            key = key if furthest < place[0] + VIEW else (pattern, place)
-            found = self._allowed[key] = torch.tensor(tokens)
+            self._allowed[key if reach <= VIEW else (pattern, place)] = found
         return found
+
+    def _find(self, pattern: Pattern, place: Place) -> tuple[torch.Tensor, int]:
+        """The tokens that may come next, and as many parts as decide on them."""
+        text, ahead = pattern.forced(place, self._reach)
+        node, depth, longest = self._tree, 0, -1
+        while depth < len(text) and text[depth] in node:
+            node, depth = node[text[depth]], depth + 1
+            longest = node[""][0] if "" in node else longest
+        if depth < len(text):  # no token reaches a choice
+            more = text[: depth + AHEAD]
+            if len(more) < depth + AHEAD:
+                more += _completions(pattern, ahead[:1])[0]
+            if more not in self._spelled:
+                first = self._first(more)
+                fits = self.text[first] and text.startswith(self.text[first])
+                # One that writes other tokens than it can sample: the longest does as well.
+                self._spelled[more] = torch.tensor([first if fits else longest])
+            return self._spelled[more], 1
+        for reach in range(1, VIEW + 1):
+            if (found := self._walked.get(pattern.view(place, reach))) is not None:
+                return found, reach
+        tokens: list[int] = []
+        reach = self._walk(pattern, place, self._tree, tokens) - place[0] + 1
+        begin = {self._first(text + more) for more in _completions(pattern, ahead)} if text else set()
+        kept = [t for t in tokens if len(self.text[t]) > len(text) or t in begin]
+        found = torch.tensor(sorted(kept or [longest]))
+        if reach <= VIEW:
+            self._walked[pattern.view(place, reach)] = found
+        return found, reach
+
+    def _first(self, text: str) -> int:
+        """The first token of a text as the tokenizer writes it."""
+        return int(self.tokenizer.encode(text, add_special_tokens=False)[0])
 
     def _walk(self, pattern: Pattern, place: Place, node: dict, tokens: list[int]) -> int:
         """Collect the tokens below a node of the tree; returns the last
@@ -177,23 +255,66 @@ class Grammar:
         return place
 
 
-class Mask:
+def _completions(pattern: Pattern, ahead: Sequence[tuple[str, Place]]) -> list[str]:
+    """For each way on a text that may follow, some characters long."""
+    out = []
+    for text, place in ahead:
+        while len(text) < AHEAD and (one := next(pattern.follow(place), None)):
+            text, place = text + one[0], one[1]
+        out.append(text)
+    return out or [""]
+
+
+@dataclass
+class Node:
+    """A place at which answers stand: the tokens [n] that may come next, and by token that was taken the
+    tokens that are then forced and the node behind them."""
+
+    place: Place
+    allowed: torch.Tensor
+    behind: dict[int, Run] = field(default_factory=dict)
+
+
+Run = tuple[list[int], Node]
+
+
+class Walk:
     """Where each answer stands in its pattern."""
 
-    def __init__(self, grammar: Grammar, patterns: Sequence[Pattern]) -> None:
+    def __init__(self, grammar: Grammar, patterns: Sequence[Pattern], longest: int) -> None:
+        """Answers of at most `longest` tokens, each at the first of which there is a choice: `begun` has the
+        tokens before it."""
         self.grammar, self.patterns = grammar, patterns
-        self.places = [p.start for p in patterns]
+        self._runs: dict[int, dict[Place, Run]] = {}  # by pattern and where they begin
+        first = {id(p): self._forced(p, p.start, longest - 1) for p in patterns}
+        self.begun = [first[id(p)][0] for p in patterns]
+        self._at = [first[id(p)][1] for p in patterns]
 
-    def apply(self, logits: torch.Tensor, rows: list[int]) -> torch.Tensor:
-        """Logits [R, V] of the answers `rows` [R] with -inf at what would break their patterns."""
-        allowed = [self.grammar.allowed(self.patterns[i], self.places[i]) for i in rows]
-        columns = torch.cat(allowed).to(logits.device)
-        lines = torch.arange(len(rows)).repeat_interleave(torch.tensor([len(a) for a in allowed]))
-        lines = lines.to(logits.device)
-        return torch.full_like(logits, -torch.inf).index_put_((lines, columns), logits[lines, columns])
+    def _forced(self, pattern: Pattern, place: Place, most: int = sys.maxsize) -> Run:
+        """The tokens, at most so many, that are forced from a place on, and the node behind them."""
+        tokens: list[int] = []
+        allowed = self.grammar.allowed(pattern, place)
+        while len(allowed) == 1 and len(tokens) < most and not pattern.ended(place):
+            tokens.append(int(allowed))
+            place = self.grammar.after(pattern, place, tokens[-1])
+            allowed = self.grammar.allowed(pattern, place)
+        return tokens, Node(place, allowed)
 
-    def take(self, rows: list[int], ended: list[bool], token: list[int]) -> None:
-        """Move each answer that has not ended past its token."""
-        for i, over, t in zip(rows, ended, token):
-            if not over and t != self.grammar.end_id:
-                self.places[i] = self.grammar.after(self.patterns[i], self.places[i], t)
+    def allowed(self, row: int) -> torch.Tensor:
+        """The tokens [n] that may come next in an answer."""
+        return self._at[row].allowed
+
+    def take(self, row: int, token: int) -> list[int]:
+        """Move an answer past a token and what it forces; returns all of these tokens, the end's included."""
+        node, pattern, end = self._at[row], self.patterns[row], self.grammar.end_id
+        if token == end:
+            return [token]
+        if token not in node.behind:
+            place = self.grammar.after(pattern, node.place, token)
+            runs = self._runs.setdefault(id(pattern), {})
+            if place not in runs:
+                run, there = self._forced(pattern, place)
+                runs[place] = run + [end] * pattern.ended(there.place), there
+            node.behind[token] = runs[place]
+        run, self._at[row] = node.behind[token]
+        return [token, *run]

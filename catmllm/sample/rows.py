@@ -27,7 +27,8 @@ class Rows:
         self.tower, self.prompt_slots = tower, prompt_slots
         index = torch.zeros(0, dtype=torch.int64, device=weight.device)
         self.row, self.group, self.steps = index, index, index  # id, group, tokens
-        self.begin = index  # position of a row's first token: the prompt's length, but for pictures
+        self.begun = index  # tokens of the answer that were read with the prompt
+        self.begin = index  # position of the token behind these: the prompt's length, but for pictures
         self.hidden = weight.new_zeros(0, weight.shape[1])
         self.ended = index.bool()
         self.prompt = [(weight.new_zeros(0, kv, prompt_slots, dim),) * 2 for _ in tower.layers]
@@ -41,9 +42,11 @@ class Rows:
         length: torch.Tensor,
         mrope: torch.Tensor | None,
         group_size: int,
+        begun: torch.Tensor,
     ) -> None:
         """Read prompts x [B, T, H] of these lengths [B], with positions mrope [3, B, T] where some show
-        pictures; their rows get the ids first, first + 1, …"""
+        pictures; their rows get the ids first, first + 1, … The last `begun` [B] tokens of a prompt are the
+        first of its answers."""
         b, t, _ = x.shape
         device, slots = x.device, self.own[0][0].shape[2]
         hidden, cache = self.tower.prefill(x, mrope)
@@ -64,7 +67,8 @@ class Rows:
         )
         self.row = torch.cat([self.row, first + new])
         self.group = torch.cat([self.group, groups.repeat_interleave(group_size)])
-        self.steps = torch.cat([self.steps, torch.zeros_like(new)])
+        begun = begun.repeat_interleave(group_size)
+        self.steps, self.begun = torch.cat([self.steps, begun]), torch.cat([self.begun, begun])
         # No token has a higher position than the last of a prompt, which is text.
         begin = length if mrope is None else mrope[0, torch.arange(b, device=device), length - 1] + 1
         self.begin = torch.cat([self.begin, begin.repeat_interleave(group_size)])
@@ -78,6 +82,7 @@ class Rows:
         the places [R] that stay."""
         keep = (~self.ended).nonzero()[:, 0]
         self.row, self.steps, self.begin = self.row[keep], self.steps[keep], self.begin[keep]
+        self.begun = self.begun[keep]
         self.hidden, self.ended, self.bias = self.hidden[keep], self.ended[keep], self.bias[keep]
         self.own = [(k[keep], v[keep]) for k, v in self.own]
         groups, self.group = self.group[keep].unique(return_inverse=True)
@@ -94,32 +99,44 @@ class Rows:
         place = torch.arange(len(self.group), device=self.group.device) - begin[self.group]
         self.seat = self.group * self.places + place
 
-    def advance(self, token: torch.Tensor) -> None:
-        """Append a token [R] to every row and compute its final hidden state."""
-        tower, rows = self.tower, torch.arange(len(token), device=token.device)
+    def advance(self, token: torch.Tensor, count: torch.Tensor) -> None:
+        """Append `count` [R] tokens to every row, token [N] row by row, and compute the final hidden state of
+        its last one."""
+        tower, device = self.tower, token.device
         # Rows that ended and have not left yet go on in place: what they write is never read.
-        at = torch.where(self.ended, 0, self.steps)
-        used = int(at.max()) + 1
-        if used > self.own[0][0].shape[2]:
+        first = torch.where(self.ended, 0, self.steps - self.begun)
+        rows = torch.arange(len(count), device=device).repeat_interleave(count)
+        end = count.cumsum(0)
+        place = torch.arange(len(token), device=device) - (end - count)[rows]  # in the row's run
+        at = first[rows] + place
+        used, longest = int(at.max()) + 1, int(count.max())
+        while used > self.own[0][0].shape[2]:
             self.own = [
                 (F.pad(k, (0, 0, 0, CACHE_STEP)), F.pad(v, (0, 0, 0, CACHE_STEP))) for k, v in self.own
             ]
             self.bias = F.pad(self.bias, (0, CACHE_STEP), value=-torch.inf)
         self.bias[rows, self.prompt_slots + at] = 0.0
-        bias = self.bias[:, None, None, : self.prompt_slots + used]
-        cos, sin = tower.rotary((self.begin + at)[:, None])
+        bias = self.bias[:, None, : self.prompt_slots + used]
+        seat = None
+        if longest > 1:  # a token sees none behind it; queries are padded to the longest run
+            seat = rows * longest + place
+            last = first[:, None] + torch.arange(longest, device=device)
+            behind = torch.arange(used, device=device) > last[..., None]
+            bias = bias.repeat(1, longest, 1)
+            bias[..., self.prompt_slots :].masked_fill_(behind, -torch.inf)
+        cos, sin = tower.rotary((self.begin[rows] + at)[:, None])
         x = F.embedding(token, tower.embedding)
-        together = len(self.steps) > 0 and bool((at == used - 1).all())
+        together = longest == 1 and bool((at == used - 1).all())
         for layer, prompt, (keys, values) in zip(tower.layers, self.prompt, self.own):
             q, k, v = tower.qkv(layer, x, cos, sin)
             if together:
                 keys[:, :, used - 1], values[:, :, used - 1] = k, v
             else:
                 keys[rows, :, at], values[rows, :, at] = k, v
-            attended = self._attend(q, prompt, keys[:, :, :used], values[:, :, :used], bias)
+            attended = self._attend(q, prompt, keys[:, :, :used], values[:, :, :used], bias, seat)
             x = tower.rest(layer, x, attended)
-        self.hidden = tower.normed(x, tower.norm)
-        self.steps = self.steps + 1
+        self.hidden = tower.normed(x[end - 1] if longest > 1 else x, tower.norm)
+        self.steps = self.steps + count
 
     def _attend(
         self,
@@ -128,20 +145,29 @@ class Rows:
         keys: torch.Tensor,
         values: torch.Tensor,
         bias: torch.Tensor,
+        seat: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Grouped-query attention of q [R, heads, dim] to the prompt
-        of its group and to the row's own tokens.
+        """Grouped-query attention of q [N, heads, dim] to the prompt of its row's group and to the row's own
+        tokens; bias [R, L, slots], seat [N] the place of each query in R rows of L (None: one a row).
 
-        The query heads that share a key head, and the rows that share a prompt, become rows of one product.
+        The query heads that share a key head, a row's queries, and the rows that share a prompt, become rows
+        of one product.
         """
-        kv, d, r = self.tower.kv_heads, self.tower.dim, len(q)
-        q = q.reshape(r, kv, -1, d) * d**-0.5
+        kv, d, (r, longest, slots) = self.tower.kv_heads, self.tower.dim, bias.shape
+        q = q.reshape(len(q), kv, -1, d) * d**-0.5
+        heads = q.shape[2]  # that share a key head
+        if seat is not None:
+            q = q.new_zeros(r * longest, kv, heads, d).index_copy_(0, seat, q)
+            q = q.view(r, longest, kv, heads, d).transpose(1, 2).reshape(r, kv, longest * heads, d)
         to_prompt = self._from_groups(self._by_group(q) @ prompt[0].transpose(2, 3))
-        scores = torch.cat([to_prompt, q @ keys.transpose(2, 3)], -1) + bias
+        scores = torch.cat([to_prompt, q @ keys.transpose(2, 3)], -1)
+        scores = (scores.view(r, kv, longest, heads, slots) + bias[:, None, :, None]).view(scores.shape)
         weights = scores.float().softmax(-1).to(q.dtype)
         of_prompt, of_own = weights.split([self.prompt_slots, keys.shape[2]], -1)
         out = self._from_groups(self._by_group(of_prompt) @ prompt[1]) + of_own @ values
-        return out.reshape(r, -1)
+        if seat is None:
+            return out.reshape(r, -1)
+        return out.view(r, kv, longest, heads * d).transpose(1, 2).reshape(r * longest, -1)[seat]
 
     def _by_group(self, x: torch.Tensor) -> torch.Tensor:
         """Rows x [R, kv, g, n] at their groups' places: [G, kv, places·g, n], zeros where no row sits."""

@@ -9,6 +9,7 @@ policy and the reference alike: they differ in the last matrix, and an update ne
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,12 +20,14 @@ from catmllm.data.batches import draw
 from catmllm.design.exemplar_pool import Candidate, ExemplarPool
 from catmllm.design.search import ClosedLoop, Task, TaskState, summary
 from catmllm.models.catalytic_mllm import CatalyticMLLM
-from catmllm.sample.answers import Rollout
+from catmllm.sample.answers import Choices, Rollout
 from catmllm.sample.engine import RolloutEngine
 from catmllm.seeds import Stream
-from catmllm.stages.advantages import group_advantages, policy_loss
+from catmllm.stages.advantages import group_advantages
+from catmllm.stages.policy import Pass, Read, add_policy, on_device, validation
+from catmllm.stages.supervised import validation_systems
 from catmllm.train.sharding import unsharded
-from catmllm.train.stage import Context, MicroBatch, Plain, Step
+from catmllm.train.stage import Context, Plain, Step, Validation
 from catmllm.train.stop import TrainingError
 from catmllm.world import DTYPES
 
@@ -93,45 +96,37 @@ class GAGRPO(Plain):
         picks = draw(len(self.systems), o.batch_size, order, wave, c.world.rank, c.world.size)
         return [Task(s.identity, s.target, s.known_energy) for s in (self.systems[i] for i in picks)]
 
+    @property
+    def validation(self) -> Validation | None:
+        return validation(self.config, self.context.world, self._validation_rewards)
+
+    def _validation_rewards(self) -> np.ndarray:
+        """Of the candidates of one refinement for this rank's validation systems."""
+        c = self.context
+        systems = validation_systems(c, self.config)[c.world.rank :: c.world.size]
+        tasks = [Task(s.identity, s.target, s.known_energy) for s in systems]
+        seed = Stream.VALIDATION.key(c.config.seed, c.world.rank)
+        with unsharded(c.model):
+            engine = RolloutEngine(c.model, c.collate, DTYPES[c.config.precision])
+            states = self.loop.start(tasks, engine, seed)
+            return self.loop.refine(states, engine, 1, seed, keep=False)[1]
+
     def add_policy(
         self, work: Step, rollouts: list[Rollout], advantages: np.ndarray, informative: np.ndarray
     ) -> None:
-        c, o = self.context, self.config
-        kept = np.flatnonzero(informative)
-        n = max(1, c.world.maximum(-(-len(kept) // o.micro_batch)))
-        # Gradients are averaged over ranks, which may keep different numbers of answers.
-        whole = max(1.0, c.world.mean({"rows": float(len(kept))})["rows"])
-        for part in np.array_split(kept, n):
-            rows = part if len(part) else np.array([0])
-            chosen = [rollouts[i] for i in rows]
-            weight = (len(part) > 0) / whole
-            advantage = torch.tensor(advantages[rows], dtype=torch.float32, device=c.world.device)
-            work.passes.append(
-                MicroBatch(
-                    lambda r=chosen, a=advantage, w=weight: self._loss(  # type: ignore[misc]
-                        r, a, w, work.metrics
-                    ),
-                    sum(len(r.ids) for r in chosen),
-                    len(chosen),
-                )
-            )
+        """Passes over the informative rollouts, from their hidden states through the head."""
 
-    def _loss(
-        self, rollouts: list[Rollout], advantage: torch.Tensor, weight: float, metrics: dict[str, float]
-    ) -> torch.Tensor:
-        o, device = self.config, self.context.world.device
+        def prepare(some: list[Rollout]) -> Pass:
+            return Pass(partial(self._read, some), sum(len(r.ids) for r in some))
+
+        add_policy(work, self.context.world, self.config, rollouts, advantages, informative, prepare)
+
+    def _read(self, rollouts: list[Rollout]) -> Read:
         hidden = torch.cat([r.hidden for r in rollouts if r.hidden is not None])
-        targets = torch.cat([r.ids for r in rollouts]).to(device)
-        lengths = torch.tensor([len(r.ids) for r in rollouts], device=device)
-        row = torch.arange(len(rollouts), device=device).repeat_interleave(lengths)
-        t = o.sampling.temperature
-        found = self.context.model(CatalyticMLLM.head, hidden, targets, t, self.reference_head)
-        logprob, reference = found.logprob, found.reference
-        loss, kl = policy_loss(
-            logprob, logprob.detach(), reference, advantage, row, len(rollouts), o.beta, o.kl, clip=1.0
-        )
-        metrics["kl"] += weight * float(kl.detach().sum())
-        return weight * loss.sum()
+        targets = torch.cat([r.ids for r in rollouts]).to(hidden.device)
+        chosen = on_device(Choices.join(rollouts), hidden.device)
+        t = self.config.sampling.temperature
+        return Read(*self.context.model(CatalyticMLLM.head, hidden, targets, t, self.reference_head, chosen))
 
     def state(self) -> dict[str, Any]:
         return {

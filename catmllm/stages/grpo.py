@@ -22,19 +22,28 @@ from catmllm.data.batches import Batch, Collator, Encoded
 from catmllm.data.prompts import Sample, cif_prompt, design_prompt
 from catmllm.design.reward import AnswerReward
 from catmllm.models.attention import shares_prompts
-from catmllm.models.catalytic_mllm import CatalyticMLLM
+from catmllm.models.catalytic_mllm import CatalyticMLLM, Chosen
 from catmllm.models.lora import without_lora
-from catmllm.sample.answers import Rollout
+from catmllm.sample.answers import Choices, Rollout
 from catmllm.sample.engine import RolloutEngine
 from catmllm.sample.grammar import answer_pattern
 from catmllm.sample.vllm_engine import VLLMEngine
 from catmllm.seeds import Stream
-from catmllm.stages.advantages import group_advantages, per_answer, policy_loss
+from catmllm.stages.advantages import group_advantages
+from catmllm.stages.policy import Pass, Read, add_policy, on_device, validation
 from catmllm.stages.scoring import Reward, Scored, Scoring, load_reward
-from catmllm.stages.supervised import VISUAL, chosen, property_with_dropout, relatives, sample_losses
+from catmllm.stages.supervised import (
+    VISUAL,
+    chosen,
+    property_with_dropout,
+    relatives,
+    sample_losses,
+    validation_systems,
+)
+from catmllm.structure.system import System
 from catmllm.train.setup import READS_GRAPHS
 from catmllm.train.sharding import shard, unsharded
-from catmllm.train.stage import Context, MicroBatch, Plain, Step
+from catmllm.train.stage import Context, MicroBatch, Plain, Step, Validation
 from catmllm.train.stop import TrainingError
 from catmllm.world import DTYPES
 
@@ -110,30 +119,9 @@ class GRPO(Plain):
         picks = self._chosen(Stream.GRPO_ORDER, Stream.GRPO_PROMPTS, o.batch_size, step)
         prompts = [self.prompt(i, k, rng) for k, (i, rng) in enumerate(picks)]
         asked = [self.systems[i] for i, _ in picks]
-        patterns = None
-        if o.sampling.grammar:
-            patterns = [
-                answer_pattern(s.identity, s.target, k % 3 > 0, c.config.data.decimals)
-                for k, s in enumerate(asked)
-            ]
-        scoring = Scoring(self.reward, [s for s in asked for _ in range(o.group_size)], o.reward_timeout)
         seed = Stream.GRPO_ANSWERS.key(c.config.seed, step, c.world.rank)
-
-        def take(i: int, r: Rollout) -> None:
-            scoring.take(i, r.text)
-
-        with unsharded(c.model):
-            if self.vllm is not None:
-                seconds = self.vllm.seconds = dict.fromkeys(self.vllm.seconds, 0.0)
-                self.vllm.update()
-                rollouts = self.vllm.generate(prompts, seed, o.group_size, take)
-            else:
-                engine = RolloutEngine(c.model, c.collate, DTYPES[c.config.precision])
-                seconds = engine.seconds
-                rollouts = engine.generate(
-                    prompts, o.sampling, seed, o.group_size, patterns=patterns, on_answer=take
-                )
-        scored = scoring.finish()
+        designs = [k % 3 > 0 for k in range(len(asked))]
+        rollouts, scored, seconds = self._answers(prompts, asked, designs, seed, o.group_size)
         advantages, informative = group_advantages(scored.total.reshape(-1, o.group_size), o.delta)
         self.skipped += int((~informative.any(1)).sum())
         self.old.clear()
@@ -156,6 +144,58 @@ class GRPO(Plain):
         self._report(step, prompts, rollouts, scored)
         return prompts, rollouts, advantages.reshape(-1), informative.reshape(-1), metrics
 
+    def _answers(
+        self,
+        prompts: list[Sample],
+        asked: list[System],
+        designs: list[bool],
+        seed: Sequence[int],
+        group_size: int,
+    ) -> tuple[list[Rollout], Scored, dict[str, float]]:
+        """Answers to prompts, of which some are for designs, that ask for these systems, and their rewards;
+        the seconds of sampling by part."""
+        c, o = self.context, self.config
+        patterns = None
+        if o.sampling.grammar:
+            patterns = [
+                answer_pattern(s.identity, s.target, design, c.config.data.decimals)
+                for s, design in zip(asked, designs)
+            ]
+        scoring = Scoring(self.reward, [s for s in asked for _ in range(group_size)], o.reward_timeout)
+
+        def take(i: int, r: Rollout) -> None:
+            scoring.take(i, r.text)
+
+        with unsharded(c.model):
+            if self.vllm is not None:
+                seconds = self.vllm.seconds = dict.fromkeys(self.vllm.seconds, 0.0)
+                self.vllm.update()
+                rollouts = self.vllm.generate(prompts, seed, group_size, take)
+            else:
+                engine = RolloutEngine(c.model, c.collate, DTYPES[c.config.precision])
+                seconds = engine.seconds
+                rollouts = engine.generate(
+                    prompts, o.sampling, seed, group_size, patterns=patterns, on_answer=take
+                )
+        return rollouts, scoring.finish(), seconds
+
+    @property
+    def validation(self) -> Validation | None:
+        return validation(self.config, self.context.world, self._validation_rewards)
+
+    def _validation_rewards(self) -> np.ndarray:
+        """Of an answer to each of this rank's validation systems, CIF and design prompts in turn."""
+        c = self.context
+        systems = validation_systems(c, self.config)
+        asked = systems[c.world.rank :: c.world.size]
+        designs = [k % 2 == 1 for k in range(len(asked))]
+        prompts = [
+            Sample(design_prompt(s.identity, s.known_energy) if design else cif_prompt(s.identity))
+            for s, design in zip(asked, designs)
+        ]
+        seed = Stream.VALIDATION.key(c.config.seed, c.world.rank)
+        return self._answers(prompts, asked, designs, seed, 1)[1].total
+
     def prompt(self, i: int, k: int, rng: np.random.Generator) -> Sample:
         """CIF prompts, design prompts and design prompts with an exemplar in turn."""
         s = self.systems[i]
@@ -174,52 +214,34 @@ class GRPO(Plain):
         advantages: np.ndarray,
         informative: np.ndarray,
     ) -> None:
-        """Passes over the informative rollouts; every rank makes as many as the one that needs most."""
+        """Passes over the informative rollouts, prompt and answer through the whole model."""
         c, o = self.context, self.config
-        kept = np.flatnonzero(informative)
-        n = c.world.maximum(-(-len(kept) // o.micro_batch))
         shared = shares_prompts(c.model.text) and c.config.data.packed
-        # Ranks keep different numbers of answers and gradients are averaged over ranks: with the mean number
-        # in the denominator the step is that of all answers in one batch.
-        count = {"rows": float(len(kept)), "tokens": float(sum(len(rollouts[i].ids) for i in kept))}
-        count = c.world.mean(count)
-        whole = count["rows" if o.normalise == "sample" else "tokens"]
-        for k, part in enumerate(np.array_split(kept, n) if n else []):
-            # A rank that has run out of rows still takes part in the collectives, with weight zero.
-            rows = part if len(part) else np.array([0])
-            batch = rollout_batch(c.collate, prompts, [rollouts[i] for i in rows], shared).to(c.world.device)
-            advantage = torch.tensor(advantages[rows], dtype=torch.float32, device=c.world.device)
-            weight = (len(part) > 0) / max(whole, 1.0)
-            work.passes.append(
-                MicroBatch(
-                    partial(self._policy_loss, k, batch, advantage, weight, work.metrics),
-                    batch.tokens,
-                    len(rows),
-                    batch,
-                )
-            )
 
-    def _policy_loss(
-        self, k: int, batch: Batch, advantage: torch.Tensor, weight: float, metrics: dict[str, float]
-    ) -> torch.Tensor:
-        o = self.config
-        model, t = self.context.model, o.sampling.temperature
-        with torch.no_grad(), without_lora(model):
-            reference = (self.reference or model)(CatalyticMLLM.answer, batch, temperature=t).logprob
-        policy = model(CatalyticMLLM.answer, batch, temperature=t, entropy=True)
-        logprob = policy.logprob
-        assert policy.entropy is not None
-        old = self.old.setdefault(k, logprob.detach())
-        row = batch.answer_sample
-        loss, kl = policy_loss(
-            logprob, old, reference, advantage, row, len(advantage), o.beta, o.kl, o.clip, o.normalise
+        def prepare(some: list[Rollout]) -> Pass:
+            batch = rollout_batch(c.collate, prompts, some, shared).to(c.world.device)
+            chosen = on_device(Choices.join(some), c.world.device)
+            return Pass(partial(self._read, batch, chosen), batch.tokens, batch)
+
+        add_policy(
+            work,
+            c.world,
+            o,
+            rollouts,
+            advantages,
+            informative,
+            prepare,
+            o.clip,
+            o.normalise,
+            self.old,
         )
-        outside = (((logprob.detach() - old).exp() - 1).abs() > o.clip).float()
-        for name, value in (("kl", kl), ("clipped", outside), ("entropy", policy.entropy)):
-            if name != "kl":
-                value = per_answer(value, row, len(advantage), o.normalise)
-            metrics[name] += weight * float(value.detach().sum())
-        return weight * loss.sum()
+
+    def _read(self, batch: Batch, chosen: Chosen | None) -> Read:
+        model, t = self.context.model, self.config.sampling.temperature
+        with torch.no_grad(), without_lora(model):
+            reference = (self.reference or model)(CatalyticMLLM.answer, batch, t, False, chosen).logprob
+        policy = model(CatalyticMLLM.answer, batch, t, True, chosen)
+        return Read(policy.logprob, reference, policy.entropy)
 
     def add_replay(self, work: Step, step: int) -> None:
         """A pass over property samples, as many as `property_share` of the rollouts."""

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from catmllm.config import DataConfig, SupervisedConfig
+from catmllm.config import DataConfig, OptimConfig, SupervisedConfig
 from catmllm.data.augment import symmetric_copy
 from catmllm.data.batches import Batch, draw, shuffled
 from catmllm.data.loader import Loader, Windows
@@ -220,7 +220,7 @@ def supervised_step(
     return Step(passes, metrics)
 
 
-def validation_systems(context: Context, config: SupervisedConfig) -> list[System]:
+def validation_systems(context: Context, config: OptimConfig) -> list[System]:
     """Evenly spaced systems of the validation split, the same on every rank."""
     val = context.data["val"]
     if not len(val):

@@ -52,6 +52,9 @@ def _steps(context: Context, stage: Stage, ready: Ready) -> None:
         StageLog(folder, stage.name, run.step, optim.steps, config, world.main) as log,
         run.checkpoints,
     ):
+        if stage.validation and stage.validation.first and run.best is None and not run.step:
+            run.validate(stage.validation)
+            run.save()  # where nothing becomes better, the weights stay as they were
         while run.step < optim.steps and not run.enough:
             row = run.one_step(bool(signals))
             if (validation := stage.validation) and validation.due(run.step, optim.steps):

@@ -58,6 +58,7 @@ class Validation:
     run: Callable[[], dict[str, float]]
     every: int  # steps
     patience: int  # the stage ends after so many validations without a better one; 0: never
+    first: bool = False  # whether the weights that the stage begins with are validated too
 
     def due(self, step: int, last: int) -> bool:
         """Whether the weights after `step` of `last` updates are validated."""

@@ -71,7 +71,7 @@ def test_design_writes_cifs_or_says_that_there_are_none(
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "csv"])
-def test_design_of_many_targets_with_the_grammar(
+def test_design_of_many_targets(
     unbroken: Path, tmp_path: Path, suffix: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Every CIF has the composition asked for, whatever the weights; pools, traces and pictures are kept."""
@@ -82,7 +82,7 @@ def test_design_of_many_targets_with_the_grammar(
     else:
         targets.write_text("".join(json.dumps({"system": s, "energy": e}) + "\n" for s, e in wanted))
     out = tmp_path / "designs"
-    model = ["--model", str(unbroken), "--out", str(out), "--grammar", "--steps", "1", "--pool", "2"]
+    model = ["--model", str(unbroken), "--out", str(out), "--steps", "1", "--pool", "2"]
     status = main(["design", "--targets", str(targets), *model])
     records = json.loads((out / "designs.json").read_text())
     assert [(r["identity"], r["energy"]) for r in records] == [("CO</s>Cu3Pt9 (1 1 1)", -1.2), wanted[1]]
