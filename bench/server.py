@@ -37,7 +37,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench import record  # first: it decides whose packages are measured
 from bench.rewards import slab
 from rewards_fast import PVCP, parse_target
-from rewards_fast.pvcp import Crystal, Measurement, Thresholds, Weights, score_measurement
+from rewards_fast.crystal import Crystal
+from rewards_fast.pvcp import Thresholds, Weights
+from rewards_fast.reference import Measurement, score_measurement
 from rewards_fast.server import Limits
 from rewards_fast.server.bodies import body_types
 from rewards_fast.server.openapi import SCORES

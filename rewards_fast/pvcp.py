@@ -1,7 +1,6 @@
-"""The PVCP reward: weights, thresholds, result types and the score formulas (paper Eqs. 12-44).
+"""The PVCP reward: weights, thresholds, result types, and the door to the engine that scores (csrc/pvcp).
 
-A text is parsed once, into a `Crystal` and the few numbers the formulas need (`Measurement`); everything
-below works on those numbers, so the pymatgen reference and any faster parser are scored by the same rules.
+The formulas (paper Eqs. 12-44) stand in plain Python in reference.py, with which the engine is tested.
 """
 
 from __future__ import annotations
@@ -17,9 +16,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from rewards_fast._core import REASONS
 from rewards_fast.crystal import ELEMENTS, CIFError, Crystal
-from rewards_fast.targets import COUNT_TOLERANCE, Target, number_targets
+from rewards_fast.targets import Target, number_targets
 
-ERROR_TOLERANCE = 1e-9  # so that 3/30 lands on 0.10 whatever the order of the sum
 # The terms by name, and what each is for a text that does not parse; 10 is the most of all of them.
 FLOORS = {"comp": -15.0, "parse": -20.0, "valid": -10.0, "phys": -10.0}
 TERMS = tuple(FLOORS)
@@ -71,21 +69,6 @@ TERM_NAMES = (
     "volume_per_atom_penalty",
     "bad_coords",
 )
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """What the formulas read of one parsed text. Undefined numbers are nan;
-    `min_distance` is inf for one site."""
-
-    crystal: Crystal
-    composition: Mapping[str, float]
-    n_sites: int
-    volume: float
-    density: float
-    min_distance: float
-    raw_frac: NDArray[np.float64]  # [R, 3] the coordinates as written, one row a site row of the file
-    fields: Mapping[str, bool]
 
 
 def _crystal(parsed: tuple[Any, ...]) -> Crystal:
@@ -176,77 +159,6 @@ class Scores:
 
     def __repr__(self) -> str:
         return f"Scores(total={self.total!r}, reason={self.reason!r})"
-
-
-def composition_score(
-    composition: Mapping[str, float], target: Mapping[str, float]
-) -> tuple[float, int, int, float]:
-    """R_comp (Eqs. 17-24) with the numbers of missing and extra
-    elements and the mean relative count error."""
-    present = {symbol for symbol, amount in composition.items() if not amount <= COUNT_TOLERANCE}
-    missing = sum(symbol not in present for symbol in target)
-    extra = sum(symbol not in target for symbol in present)
-    if missing:
-        return max(-15.0, -8.0 - 2.0 * missing), missing, extra, math.nan
-    if extra:
-        return max(-15.0, -5.0 - 2.0 * extra), missing, extra, math.nan
-    differences = [(abs(composition[symbol] - wanted), wanted) for symbol, wanted in target.items()]
-    if all(difference <= COUNT_TOLERANCE for difference, _ in differences):
-        return 10.0, 0, 0, 0.0
-    error = sum(d / wanted for d, wanted in differences if d > COUNT_TOLERANCE) / len(differences)
-    for limit, score in ((0.05, 8.0), (0.10, 5.0), (0.20, 2.0), (0.30, -2.0), (0.50, -5.0)):
-        if error < limit - ERROR_TOLERANCE:
-            return score, 0, 0, error
-    return -10.0, 0, 0, error
-
-
-def _outside(value: float, low: float, high: float) -> bool:
-    return not (low <= value <= high)  # nan is outside
-
-
-def score_measurement(
-    measured: Measurement, target: Mapping[str, float], weights: Weights, thresholds: Thresholds
-) -> dict[str, float]:
-    """All terms and sub-terms of one parsed text (Eqs. 12-44). nan takes the heavier penalty of its term."""
-    t, n, volume = thresholds, measured.n_sites, measured.volume
-    comp, missing, extra, error = (
-        composition_score(measured.composition, target) if target else (0.0, 0, 0, math.nan)
-    )
-    raw = measured.raw_frac
-    bad = int(np.count_nonzero(np.any(~((raw >= t.coord_min) & (raw <= t.coord_max)), axis=1)))
-    volume_penalty = 3.0 if _outside(volume, t.volume_min, t.volume_max) else 0.0
-    sites_penalty = 10.0 if n < 1 else 2.0 if n > t.max_sites else 0.0
-    coord_penalty = min(3.0, 0.5 * bad)
-    density_penalty = 2.0 if _outside(measured.density, t.density_min, t.density_max) else 0.0
-    d_min = measured.min_distance
-    if t.own_images and not math.isnan(d_min):
-        own = shortest_vector(measured.crystal.lattice)
-        d_min = own if math.isnan(own) else min(d_min, own)
-    distance_penalty = 0.0 if d_min >= t.near else 3.0 if d_min >= t.close else 8.0
-    per_atom = volume / n if n else math.nan
-    vpa_penalty = (
-        2.0 if per_atom > t.volume_per_atom_max else 0.0 if per_atom >= t.volume_per_atom_min else 4.0
-    )
-    valid = max(-10.0, 10.0 - volume_penalty - sites_penalty - coord_penalty - density_penalty)
-    phys = max(-10.0, 10.0 - distance_penalty - vpa_penalty)
-    total = weights.comp * comp + weights.parse * 10.0 + weights.valid * valid + weights.phys * phys
-    return {
-        "total": total,
-        "comp": comp,
-        "parse": 10.0,
-        "valid": valid,
-        "phys": phys,
-        "missing": missing,
-        "extra": extra,
-        "count_error": error,
-        "volume_penalty": volume_penalty,
-        "sites_penalty": sites_penalty,
-        "coord_penalty": coord_penalty,
-        "density_penalty": density_penalty,
-        "distance_penalty": distance_penalty,
-        "volume_per_atom_penalty": vpa_penalty,
-        "bad_coords": bad,
-    }
 
 
 def shortest_vector(lattice: ArrayLike) -> float:

@@ -1,7 +1,8 @@
-"""The reward's measurements through pymatgen: slow and obvious,
-the definition that every faster path is tested with.
+"""The reward through pymatgen and plain Python: slow and obvious, the definition that every faster path is
+tested with.
 
-"Parses" means that `Structure.from_str(text, fmt="cif")` of
+A text is parsed once, into a `Crystal` and the few numbers that the formulas need (`Measurement`); the
+formulas (paper Eqs. 12-44) work on those. "Parses" means that `Structure.from_str(text, fmt="cif")` of
 pymatgen accepts the text (its defaults throughout).
 """
 
@@ -10,17 +11,21 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rewards_fast.crystal import ATOMIC_NUMBER, ELEMENTS, CIFError, Crystal
-from rewards_fast.pvcp import FIELD_NAMES, Measurement
+from rewards_fast.pvcp import FIELD_NAMES, Thresholds, Weights, shortest_vector
+from rewards_fast.targets import COUNT_TOLERANCE
 
 # pymatgen is quadratic in the rows; a cell of 10,000 sites has about 600,000 characters
 MAX_CHARS = 2_000_000
 SITE_TOLERANCE = 1e-4  # fractional; pymatgen's `site_tolerance`
+ERROR_TOLERANCE = 1e-9  # so that 3/30 lands on 0.10 whatever the order of the sum
 
 _CELL_KEYS = (
     "_cell_length_a",
@@ -40,6 +45,21 @@ _SYMMETRY_KEYS = (
     "_symmetry_Int_Tables_number",
 )
 _SITE_KEYS = tuple(f"_atom_site_fract_{axis}" for axis in "xyz")
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What the formulas read of one parsed text. Undefined numbers are nan;
+    `min_distance` is inf for one site."""
+
+    crystal: Crystal
+    composition: Mapping[str, float]
+    n_sites: int
+    volume: float
+    density: float
+    min_distance: float
+    raw_frac: NDArray[np.float64]  # [R, 3] the coordinates as written, one row a site row of the file
+    fields: Mapping[str, bool]
 
 
 def measure(text: str) -> Measurement:
@@ -252,3 +272,74 @@ def min_distance(lattice: NDArray[np.float64], frac: NDArray[np.float64]) -> flo
         vectors = (offset @ basis)[:, None, :] + images[None, :, :]
         best = min(best, float(np.sqrt((vectors * vectors).sum(axis=2).min())))
     return best * scale
+
+
+def composition_score(
+    composition: Mapping[str, float], target: Mapping[str, float]
+) -> tuple[float, int, int, float]:
+    """R_comp (Eqs. 17-24) with the numbers of missing and extra
+    elements and the mean relative count error."""
+    present = {symbol for symbol, amount in composition.items() if not amount <= COUNT_TOLERANCE}
+    missing = sum(symbol not in present for symbol in target)
+    extra = sum(symbol not in target for symbol in present)
+    if missing:
+        return max(-15.0, -8.0 - 2.0 * missing), missing, extra, math.nan
+    if extra:
+        return max(-15.0, -5.0 - 2.0 * extra), missing, extra, math.nan
+    differences = [(abs(composition[symbol] - wanted), wanted) for symbol, wanted in target.items()]
+    if all(difference <= COUNT_TOLERANCE for difference, _ in differences):
+        return 10.0, 0, 0, 0.0
+    error = sum(d / wanted for d, wanted in differences if d > COUNT_TOLERANCE) / len(differences)
+    for limit, score in ((0.05, 8.0), (0.10, 5.0), (0.20, 2.0), (0.30, -2.0), (0.50, -5.0)):
+        if error < limit - ERROR_TOLERANCE:
+            return score, 0, 0, error
+    return -10.0, 0, 0, error
+
+
+def _outside(value: float, low: float, high: float) -> bool:
+    return not (low <= value <= high)  # nan is outside
+
+
+def score_measurement(
+    measured: Measurement, target: Mapping[str, float], weights: Weights, thresholds: Thresholds
+) -> dict[str, float]:
+    """All terms and sub-terms of one parsed text (Eqs. 12-44). nan takes the heavier penalty of its term."""
+    t, n, volume = thresholds, measured.n_sites, measured.volume
+    comp, missing, extra, error = (
+        composition_score(measured.composition, target) if target else (0.0, 0, 0, math.nan)
+    )
+    raw = measured.raw_frac
+    bad = int(np.count_nonzero(np.any(~((raw >= t.coord_min) & (raw <= t.coord_max)), axis=1)))
+    volume_penalty = 3.0 if _outside(volume, t.volume_min, t.volume_max) else 0.0
+    sites_penalty = 10.0 if n < 1 else 2.0 if n > t.max_sites else 0.0
+    coord_penalty = min(3.0, 0.5 * bad)
+    density_penalty = 2.0 if _outside(measured.density, t.density_min, t.density_max) else 0.0
+    d_min = measured.min_distance
+    if t.own_images and not math.isnan(d_min):
+        own = shortest_vector(measured.crystal.lattice)
+        d_min = own if math.isnan(own) else min(d_min, own)
+    distance_penalty = 0.0 if d_min >= t.near else 3.0 if d_min >= t.close else 8.0
+    per_atom = volume / n if n else math.nan
+    vpa_penalty = (
+        2.0 if per_atom > t.volume_per_atom_max else 0.0 if per_atom >= t.volume_per_atom_min else 4.0
+    )
+    valid = max(-10.0, 10.0 - volume_penalty - sites_penalty - coord_penalty - density_penalty)
+    phys = max(-10.0, 10.0 - distance_penalty - vpa_penalty)
+    total = weights.comp * comp + weights.parse * 10.0 + weights.valid * valid + weights.phys * phys
+    return {
+        "total": total,
+        "comp": comp,
+        "parse": 10.0,
+        "valid": valid,
+        "phys": phys,
+        "missing": missing,
+        "extra": extra,
+        "count_error": error,
+        "volume_penalty": volume_penalty,
+        "sites_penalty": sites_penalty,
+        "coord_penalty": coord_penalty,
+        "density_penalty": density_penalty,
+        "distance_penalty": distance_penalty,
+        "volume_per_atom_penalty": vpa_penalty,
+        "bad_coords": bad,
+    }

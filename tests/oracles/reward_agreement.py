@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 
 from rewards_fast import PVCP, CIFError, Thresholds, Weights
-from rewards_fast.pvcp import TERM_NAMES, score_measurement
-from rewards_fast.reference import measure
+from rewards_fast.pvcp import TERM_NAMES
+from rewards_fast.reference import measure, score_measurement
 
 SHARED = Path(os.environ.get("CATMLLM_SHARED", Path(__file__).parents[2] / "shared"))
 SCALARS = ("n_sites", "volume", "density", "min_distance")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pymatgen.core import Structure
 
 from rewards_fast import PVCP, CIFError, Crystal, Scores, Thresholds, parse_cif, parse_target
-from rewards_fast.pvcp import composition_score
+from rewards_fast.reference import composition_score
 from tests.rewards_fast.cif_texts import SLAB, TARGET, cell_cif
 
 CUBE = (4.0, 4.0, 4.0, 90, 90, 90)
