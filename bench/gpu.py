@@ -65,9 +65,10 @@ def main(arguments: list[str] | None = None) -> int:
     seconds |= {"rollout": SECONDS["rollout"] + VLLM_SECONDS} if os.environ.get("VLLM_PYTHON") else {}
     seconds |= {"ranks": RANKS_SECONDS} if args.ranks else {}
     args.folder.mkdir(parents=True, exist_ok=True)
-    settings = Settings(args.device, args.tiny, args.quick, args.tune, args.ranks, args.folder.resolve())
-    settings.rows.unlink(missing_ok=True)
     filled = prefill.take(args.compiled)
+    how = (args.device, args.tiny, args.quick, args.tune, args.ranks, filled)
+    settings = Settings(*how, args.folder.resolve())
+    settings.rows.unlink(missing_ok=True)
     began = time.monotonic()
     facts = conduct({k: s * (1 if filled else UNFILLED) for k, s in seconds.items()}, settings)
     rows = [json.loads(line) for line in settings.rows.read_text().splitlines()]

@@ -34,6 +34,7 @@ class Settings:
     quick: bool
     tune: bool
     ranks: int
+    filled: bool  # whether the kernels were compiled beforehand
     folder: Path
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import multiprocessing
+import os
 import traceback
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -53,23 +54,23 @@ def some_systems() -> dict[str, Sequence[System]]:
 def planned(
     configs: Mapping[str, Config], data: Mapping[str, Sequence[System]], ranks: int, steps: int, forked: bool
 ) -> dict[str, float]:
-    """GiB a rank that the plan foresees of each joint stage. In a process of its own: a plan's made-up
-    process group leaves sizes in DTensor's caches that a real one would find."""
+    """GiB a rank that the plan foresees of each joint stage; a plan that fails is left out. In processes of
+    their own: a plan's made-up process group leaves sizes in DTensor's caches that a real one would find."""
     context = multiprocessing.get_context("fork" if forked else "spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(peaks, configs, data, ranks, steps).result()
-
-
-def peaks(
-    configs: Mapping[str, Config], data: Mapping[str, Sequence[System]], ranks: int, steps: int
-) -> dict[str, float]:
     found = {}
-    for name, config in configs.items():
-        try:
-            found[name] = trace(config, "joint", ranks, data=data, steps=steps).peak
-        except Exception:  # a run without a plan is still a run
-            traceback.print_exc()
+    with ProcessPoolExecutor(min(len(configs), os.cpu_count() or 1), mp_context=context) as pool:
+        asked = {name: pool.submit(peak, config, data, ranks, steps) for name, config in configs.items()}
+        for name, answer in asked.items():
+            try:
+                found[name] = answer.result()
+            except Exception:  # a run without a plan is still a run
+                traceback.print_exc()
     return found
+
+
+def peak(config: Config, data: Mapping[str, Sequence[System]], ranks: int, steps: int) -> float:
+    alone = replace(config, data=replace(config.data, workers=0))
+    return trace(alone, "joint", ranks, data=data, steps=steps).peak
 
 
 class Maker:

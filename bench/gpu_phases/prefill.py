@@ -21,7 +21,8 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,10 @@ from bench import record
 
 if TYPE_CHECKING:
     from catmllm_kernels.launch import Launch
+
+Compile = tuple[
+    Callable[..., None], Sequence[Any]
+]  # starts kernels on meta tensors of a dtype; for which dtypes
 
 ARCHIVE = record.ROOT / "build" / "triton.tar.gz"
 FOLDER = record.ROOT / "build" / "triton"
@@ -64,50 +69,87 @@ def count() -> int:
     return sum(1 for _ in folder.glob("*/*.cubin"))
 
 
-def launches(large: bool) -> Iterator[Launch]:
-    """Every different launch of the phases; `large`: those of the 153M encoder too."""
+def launches(large: bool) -> list[Launch]:
+    """Every different launch of the phases; `large`: of the cases at the 153M encoder's sizes too."""
+    from bench.gpu_phases import correct
+
+    wanted = [(case.compile, dtypes) for case, dtypes in correct.problems(False, large) if case.compile]
+    return different([*wanted, *of_models("tiny", "31M")])
+
+
+def of_models(*names: str) -> Iterator[Compile]:
+    """What training steps with these encoders start, and with an LLM of any size."""
     import torch
 
-    from bench.gpu_phases import correct, models
+    from bench.gpu_phases import models
     from catmllm.config import load_config
     from catmllm.models.build import build_encoder
-    from catmllm_kernels.aot import config_of, specialised
     from catmllm_kernels.escn import cases as escn
-    from catmllm_kernels.launch import recorded
-    from catmllm_kernels.linear_logprob import cases as linear_logprob
+    from catmllm_kernels.linear_logprob import cases as heads
+    from catmllm_kernels.linear_logprob import triton as logprob
     from catmllm_kernels.so3_pool_project import cases as pooling
+    from catmllm_kernels.so3_pool_project import triton as pool
 
-    every = (torch.bfloat16, torch.float16, torch.float32)
-    wanted: list[tuple[Any, tuple[torch.dtype, ...]]] = list(correct.problems(False, large))
-    for name in ("tiny", "31M"):
+    half, meta = (torch.bfloat16, torch.float16), torch.device("meta")
+    every = (*half, torch.float32)
+    for name in names:
         graph = [] if name == "tiny" else ["data.cutoff=12", "data.max_neighbours=20"]
-        preset = [] if name == "tiny" else [f"model.encoder.preset={name}", "model.encoder.num_layers=1"]
+        preset = [] if name == "tiny" else [f"model.encoder.preset={name}"]
         config = load_config(None, [*graph, *preset])
-        with torch.device("meta"):
+        with meta:
             model = build_encoder(config.model.encoder, config.data.cutoff)
         c, lat, lon = model.config, len(model.tables.edge_to_lat), len(model.tables.edge_lon)
         size = escn.Size(
             c.lmax, c.mmax, "s2", (3, 2), c.sphere_channels, c.attn_hidden_channels, c.num_heads,
             c.attn_alpha_channels, c.attn_value_channels, c.edge_channels, (lat, lon),
         )  # fmt: skip
-        wanted.append((escn.case(name, size, "model"), every))
+        yield partial(escn.compile_case, size), every
+
+        def pooled(dtype: torch.dtype, mode: str, wide: bool, c: Any = c) -> None:
+            given = ((5, 4), c.lmax, c.sphere_channels, mode, "layer", dtype, meta, 0)
+            x, batch, n, _, norm = pooling.arguments(*given)
+            x = x.float() if wide else x  # a sum over edges and layers, under weights in half precision
+            features, arg, stats = pool.pool_forward(x, batch, n, mode, norm)
+            pool.pool_backward(torch.empty_like(features), x, batch, n, mode, norm, features, arg, stats)
+
         for mode in ("max", "invariant"):
-            wanted.append(
-                (pooling.case(name, "model", (5, 4), c.lmax, c.sphere_channels, mode, "layer"), every)
+            yield partial(pooled, mode=mode, wide=False), every
+            yield partial(pooled, mode=mode, wide=True), half
+
+    def head(dtype: torch.dtype, words: int, two: bool, entropy: bool) -> None:
+        hidden, weight, targets, *other = heads.arguments(8192, 896, words, two, dtype, meta, 0)
+        with torch.no_grad():
+            _, lse, spread, *_ = logprob.forward(
+                hidden, weight, targets, 1.0, entropy, other[0] if two else None
             )
-    for two in (False, True):
-        for words in (models.ROWS, models.ROWS + 1):  # a multiple of 16, and not: the tokenizer's own number
-            wanted.append((linear_logprob.case("head", "model", 8192, 896, words, two), every))
-    seen = set()
-    for case, dtypes in wanted:
-        for dtype in dtypes if case.compile else ():
-            with recorded() as found:
-                case.compile(dtype)
-            for start in found:
-                key = (start.kernel.__name__, config_of(start), repr(specialised(start)))
-                if key not in seen:
-                    seen.add(key)
-                    yield start
+            grad = torch.empty_like(lse)
+            of = grad if entropy else None
+            logprob.backward(grad, of, hidden, weight, targets, lse, spread, 1.0, True, True)
+
+    for words in (models.ROWS, models.ROWS + 1):  # a multiple of 16, and not: a tokenizer's own number
+        for two, entropy in ((False, False), (False, True), (True, False), (True, True)):
+            yield partial(head, words=words, two=two, entropy=entropy), every
+
+
+def different(wanted: Iterable[Compile]) -> list[Launch]:
+    """What they launch, each variant once."""
+    from catmllm_kernels.launch import recorded
+
+    found: dict[str, Launch] = {}
+    for compile_for, dtypes in wanted:
+        for dtype in dtypes:
+            with recorded() as made:
+                compile_for(dtype)
+            for start in made:
+                found.setdefault(key_of(start), start)
+    return list(found.values())
+
+
+def key_of(start: Launch) -> str:
+    """By what a launch is compiled."""
+    from catmllm_kernels.aot import config_of, specialised
+
+    return f"{start.kernel.__name__} {config_of(start)} {specialised(start)}"
 
 
 def stand_in(arch: int) -> None:
@@ -184,7 +226,7 @@ def main() -> int:
     began = time.monotonic()
     archs = [int(a.removeprefix("sm_")) for a in args.arch or ("sm_80", "sm_90")]
     try:
-        starts = list(launches(not args.without_153m))
+        starts = launches(not args.without_153m)
         if any(status for arch in archs for status in compile_all(arch, starts, args.jobs)):
             return 1
         used = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -113,7 +113,7 @@ def test_the_phases_fit_their_minutes() -> None:
 
 @pytest.fixture
 def bench(tmp_path: Path) -> Bench:
-    return Bench("correct", Settings("cpu", True, False, False, 0, tmp_path))
+    return Bench("correct", Settings("cpu", True, False, False, 0, False, tmp_path))
 
 
 def rows_of(bench: Bench) -> list[dict[str, Any]]:

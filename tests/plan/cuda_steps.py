@@ -24,15 +24,14 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_map
 
 import catmllm.plan.trace as plan
+from bench.gpu_phases import prefill
 from catmllm.config import STAGES, load_config
 from catmllm.data.open import open_data
 from catmllm.plan.ledger import Ledger
-from catmllm_kernels.aot import config_of, specialised
 from catmllm_kernels.launch import recorded
-from tests.conftest import SMALL_MODEL
 
-BASE = (*SMALL_MODEL, "encoder_precision=fp16", "precision=fp16", "grpo.batch_size=2", "grpo.micro_batch=4",
-        "ga_grpo.tasks=4", "ga_grpo.batch_size=2")  # fmt: skip
+FEW = ("grpo.batch_size=2", "grpo.micro_batch=4", "ga_grpo.tasks=4", "ga_grpo.batch_size=2")
+HALF = ("encoder_precision=fp16", "precision=fp16")
 
 
 class Starting(Ledger):
@@ -46,8 +45,7 @@ class Starting(Ledger):
             with recorded() as found:
                 body._init_fn(*tree_map(_on_meta, args), **tree_map(_on_meta, kwargs or {}))
             for start in found:
-                key = f"{config_of(start)} {specialised(start)}"
-                self.starts.setdefault(start.kernel.__name__, set()).add(key)
+                self.starts.setdefault(start.kernel.__name__, set()).add(prefill.key_of(start))
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
@@ -73,16 +71,18 @@ def main(out: Path) -> None:
     assert os.environ["TRITON_INTERPRET"] == "0", "start it with Triton's interpreter off"
     plan.Ledger = Starting  # type: ignore[misc]
     data = {k: v[:48] for k, v in open_data().items()}
-    found = {}
+    found: dict[str, Any] = {}
+    compiled = {prefill.key_of(start) for start in prefill.different(prefill.of_models("tiny"))}
     for stage in STAGES:
         Starting.starts, began = {}, time.process_time()
-        made = plan.trace(load_config(None, BASE), stage, 2, data=data, steps=1)
+        made = plan.trace(load_config(None, [*FEW, *HALF]), stage, 2, data=data, steps=1)
         found[stage] = {
             "tokens": made.tokens,
             "flops": made.flops,
             "phases": made.phases,
             "parts": made.parts,
             "starts": {k: sorted(v) for k, v in Starting.starts.items()},
+            "not compiled beforehand": sorted(set().union(*Starting.starts.values()) - compiled),
             "seconds": time.process_time() - began,
         }
     out.write_text(json.dumps(found))
