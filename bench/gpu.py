@@ -30,7 +30,16 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench import record  # first: it decides whose packages are measured
-from bench.gpu_phases import CLAIMS, RANKS_SECONDS, READY_SECONDS, SECONDS, UNFILLED, VLLM_SECONDS, prefill
+from bench.gpu_phases import (
+    CLAIMS,
+    DRY,
+    RANKS_SECONDS,
+    READY_SECONDS,
+    SECONDS,
+    UNFILLED,
+    VLLM_SECONDS,
+    prefill,
+)
 from bench.gpu_phases.measure import Settings, serve, write_row
 
 # A dry run on a CPU imports once and forks: with a GPU each phase imports for itself.
@@ -70,7 +79,8 @@ def main(arguments: list[str] | None = None) -> int:
     settings = Settings(*how, args.folder.resolve())
     settings.rows.unlink(missing_ok=True)
     began = time.monotonic()
-    facts = conduct({k: s * (1 if filled else UNFILLED) for k, s in seconds.items()}, settings)
+    factor = DRY if args.device == "cpu" else 1 if filled else UNFILLED
+    facts = conduct({name: factor * s for name, s in seconds.items()}, settings)
     rows = [json.loads(line) for line in settings.rows.read_text().splitlines()]
     made = records(rows, facts, args)
     if args.json:
@@ -116,7 +126,7 @@ def conduct(seconds: dict[str, float], settings: Settings) -> dict[str, Any]:
 def take_turn(process: Any, link: Any, limit: float, name: str, facts: dict[str, Any]) -> dict[str, str]:
     """A phase's turn: {} if it went well, what cut it short, or its error."""
     try:
-        if not link.poll(READY_SECONDS):
+        if not link.poll(max(READY_SECONDS, limit)):
             return {"error": f"was not prepared after {READY_SECONDS} s"}
         facts[name] = link.recv()
         link.send(limit)

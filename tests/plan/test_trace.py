@@ -135,9 +135,7 @@ def test_a_step_on_a_gpu_starts_the_kernels_of_its_stage(cuda_steps: dict[str, A
 
 def test_what_a_step_starts_is_compiled_beforehand(cuda_steps: dict[str, Any]) -> None:
     """By `make gpu-prefill`: nothing that a stage starts is left to the minutes on a GPU."""
-    assert {stage: plan["not compiled beforehand"] for stage, plan in cuda_steps.items()} == dict.fromkeys(
-        STAGES, []
-    )
+    assert not [key for plan in cuda_steps.values() for key in plan["not compiled beforehand"]]
 
 
 def test_answers_share_their_prompts_in_a_plan(data: dict[str, list[System]]) -> None:
