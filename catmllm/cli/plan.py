@@ -16,7 +16,13 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ranks", type=int, default=8, help="GPUs (default: 8)")
     parser.add_argument("--stage", action="append", help="only this stage; may be repeated")
     parser.add_argument(
-        "--limit", type=float, default=76.0, help="GiB a GPU has for tensors (default: 76 of 80)"
+        "--card",
+        choices=("A100", "H100", "H200"),
+        default="A100",
+        help="GPU by its data sheet, of 80, 80 and 141 GB (default: A100)",
+    )
+    parser.add_argument(
+        "--limit", type=float, help="GiB a GPU has for tensors (default: 76 of 80 GB, 128 of 141)"
     )
     parser.add_argument(
         "--atoms",
@@ -37,4 +43,6 @@ def run(args: argparse.Namespace) -> int:
     for stage in stages:
         if stage not in STAGES:
             raise ConfigError(f"--stage {stage}: choose one of {', '.join(STAGES)}")
-    return print_plans(config, stages, args.ranks, args.limit, args.atoms, not args.no_search, args.json)
+    return print_plans(
+        config, stages, args.ranks, args.card, args.limit, args.atoms, not args.no_search, args.json
+    )

@@ -10,9 +10,6 @@ from typing import Any
 from catmllm.config import Config
 from catmllm.plan.trace import Plan, micro_batch_of, trace
 
-# GiB: of an A100's 80 GB (79.2 GiB), less the CUDA context, NCCL's buffers and some fragmentation
-LIMIT = 76.0
-
 
 def with_micro_batch(config: Config, stage: str, size: int) -> Config:
     """The same configuration with passes of another size; a supervised stage then makes one pass a step."""
@@ -80,7 +77,7 @@ def advise(
     config: Config,
     stage: str,
     ranks: int,
-    limit: float = LIMIT,
+    limit: float,
     *,
     search: bool = True,
     say: Callable[[str], None] = lambda text: None,

@@ -29,6 +29,7 @@ import catmllm_kernels.escn.cpu as escn_cpu
 import catmllm_kernels.linear_logprob.op as linear_logprob
 import catmllm_kernels.varlen_attention.cpu as attention_cpu
 import catmllm_kernels.varlen_attention.op as attention
+from catmllm_kernels.launch import recorded
 
 aten = torch.ops.aten
 COLLECTIVES = ("c10d", "fsdp", "_c10d_functional")
@@ -87,8 +88,8 @@ class Ledger(TorchDispatchMode):
     """Within it, floating tensors are made fake and everything is written down; see the module.
 
     `flops` by kind (forward, backward, recomputed, optimizer), `sent` bytes a rank sends by collective on a
-    ring, `moved` bytes that operators read and write when each runs alone. `cuda`: ops go the way that they
-    go on a GPU.
+    ring, `moved` bytes that operators read and write when each runs alone, `launches` an operator each, of an
+    op of ours the operators and kernels in it. `cuda`: ops go the way that they go on a GPU.
     """
 
     def __init__(self, cuda: bool) -> None:
@@ -96,7 +97,9 @@ class Ledger(TorchDispatchMode):
         self.cuda = cuda
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.flops: dict[str, int] = defaultdict(int)
-        self.wide_flops = 0  # of them, in float32: without tensor cores
+        self.wide_flops = 0  # of them, in float32
+        self.attention_flops = 0  # of them, in fused attention over tokens
+        self.launches = 0  # kernels that a GPU would be given, at least
         self.sent: dict[str, float] = defaultdict(float)
         self.moved = 0
         self.role = "other"  # of what is made now, in a forward pass
@@ -210,23 +213,18 @@ class Ledger(TorchDispatchMode):
             with self, backend_forced(way), self.making(role):
                 out = OPDEFS[func._name.partition(".")[0]]._init_fn(*args, **kwargs)
             self._inside = False
-        elif any(isinstance(t, FakeTensor) for t in tensors):
-            if func is aten._local_scalar_dense.default:
-                return _read(tensors[0])
-            if func is aten.index.Tensor:
-                args = (args[0], _positions(args[1]))
-            with self.fake:
-                out = func(*args, **kwargs)
-        elif not tensors and _makes_floats(func, kwargs):
-            with self.fake:
-                out = func(*args, **kwargs)
+        elif func is aten._local_scalar_dense.default and isinstance(tensors[0], FakeTensor):
+            return _read(tensors[0])
         else:
-            out = func(*args, **kwargs)
+            out = _faked(self.fake, func, args, kwargs, tensors)
         self._record(func, args, kwargs, tensors, out)
         return out
 
     def _record(self, func: Any, args: Any, kwargs: Any, tensors: list[torch.Tensor], out: Any) -> None:
         made = [t for t in tree_iter(out) if isinstance(t, torch.Tensor) and t.device.type != "meta"]
+        if not self._inside:
+            ours = self.cuda and func.namespace == "catmllm"
+            self.launches += self._launched(func, args, kwargs) if ours else starts(func)
         inside_backward = torch._C._current_graph_task_id() != -1
         namespace = func.namespace
         label = self.role
@@ -253,6 +251,8 @@ class Ledger(TorchDispatchMode):
             count = flop_registry[packet](*args, **kwargs, out_val=out)
             if min((t.itemsize for t in tensors if t.dtype.is_floating_point), default=0) >= 4:
                 self.wide_flops += count
+            if any(part in func.name() for part in ATTENTION):
+                self.attention_flops += count
             # Recomputed: forward operators inside of backward. Gradients are off in backward itself,
             # and in our ops.
             ours_forward = namespace in ("catmllm", "torch_attn") and "backward" not in func.name()
@@ -265,6 +265,13 @@ class Ledger(TorchDispatchMode):
             self.flops["optimizer" if self._optimizing else kind] += count
         if not func.is_view:
             self.moved += sum(t.nbytes for t in (*tensors, *made))
+
+    def _launched(self, func: Any, args: Any, kwargs: Any) -> int:
+        """Kernels that an op of ours starts on a GPU: its body runs once more, writing down what it would
+        start."""
+        with recorded() as kernels, backend_forced("triton"), _Starts(self.fake) as operators:
+            OPDEFS[func._name.partition(".")[0]]._init_fn(*args, **kwargs)
+        return len(kernels) + operators.count
 
     def _note(self, storage: torch.UntypedStorage, label: str) -> None:
         address, size = storage._cdata, storage.nbytes()
@@ -309,6 +316,46 @@ class Ledger(TorchDispatchMode):
             self.sent["all-gather"] += sum(t.nbytes for t in args[0][0][1:])
         elif name == "allreduce_":
             self.sent["all-reduce"] += 2 * sum(t.nbytes for t in args[0])
+
+
+ATTENTION = ("varlen_att", "scaled_dot_product", "flash_att")
+_STARTING = ("aten", "catmllm", "torch_attn", *COLLECTIVES)  # namespaces; the others ask or mark
+_STARTS_NOTHING = frozenset(
+    ["detach", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"]
+    + ["resize_", "scalar_tensor", "set_", "_unsafe_view"]
+)
+
+
+def starts(func: Any) -> int:
+    """Kernels of a plain operator, at least."""
+    idle = func.is_view or func.namespace not in _STARTING or func._opname in _STARTS_NOTHING
+    return int(not idle)
+
+
+class _Starts(TorchDispatchMode):
+    """Counts the operators that start something."""
+
+    def __init__(self, fake: FakeTensorMode) -> None:
+        super().__init__()
+        self.fake, self.count = fake, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += starts(func)
+        tensors = [t for t in tree_iter((args, kwargs)) if isinstance(t, torch.Tensor)]
+        if func is aten._local_scalar_dense.default and isinstance(tensors[0], FakeTensor):
+            return _read(tensors[0])
+        return _faked(self.fake, func, args, kwargs or {}, tensors)
+
+
+def _faked(fake: FakeTensorMode, func: Any, args: Any, kwargs: Any, tensors: list[torch.Tensor]) -> Any:
+    """What an operator makes: fake of what is fake and of new floats, real of what is real."""
+    if any(isinstance(t, FakeTensor) for t in tensors):
+        if func is aten.index.Tensor:
+            args = (args[0], _positions(args[1]))
+    elif tensors or not _makes_floats(func, kwargs):
+        return func(*args, **kwargs)
+    with fake:
+        return func(*args, **kwargs)
 
 
 def _convert(module: torch.nn.Module, change: Any, recurse: bool = True) -> torch.nn.Module:

@@ -8,6 +8,7 @@ from dataclasses import asdict
 
 from catmllm.config import Config
 from catmllm.plan.advise import Advice, advise
+from catmllm.plan.cards import CARDS
 from catmllm.plan.trace import GIB
 
 
@@ -27,7 +28,10 @@ def table(advice: Advice, limit: float) -> str:
         f"  sent a step and rank{sum(p.sent.values()) / GIB:24.2f} GiB  ("
         + ", ".join(f"{k} {v / GIB:.2f}" for k, v in p.sent.items())
         + ")",
-        "  least seconds on an A100, not timed  " + ", ".join(f"{k} {v:.3f}" for k, v in p.seconds.items()),
+        f"  least seconds on {p.card}, not timed    "
+        + ", ".join(f"{k} {v:.3f}" for k, v in p.seconds.items()),
+        f"  kernels started, at least{p.launches:19d}    (above "
+        f"{p.launch_bound * 1e6:.1f} µs each the host sets the pace)",
         f"  MFU at most{p.mfu_bound:34.0%}  (communication hidden, no operator waits)",
     ]
     if advice.turn_on:
@@ -40,13 +44,21 @@ def table(advice: Advice, limit: float) -> str:
 
 
 def print_plans(
-    config: Config, stages: list[str], ranks: int, limit: float, atoms: int, search: bool, as_json: bool
+    config: Config,
+    stages: list[str],
+    ranks: int,
+    card: str,
+    limit: float | None,
+    atoms: int,
+    search: bool,
+    as_json: bool,
 ) -> int:
     """`catmllm plan`: 0 if every stage fits, else 1."""
     say = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
+    limit = CARDS[card].limit if limit is None else limit
     found = []
     for stage in stages:
-        advice = advise(config, stage, ranks, limit, search=search, say=say, atoms=atoms)
+        advice = advise(config, stage, ranks, limit, search=search, say=say, card=card, atoms=atoms)
         found.append(advice)
         if not as_json:
             print(table(advice, limit), flush=True)

@@ -24,6 +24,7 @@ from catmllm.data.batches import Collator
 from catmllm.data.prompts import design_prompt
 from catmllm.models.build import new_model, outline_model
 from catmllm.models.catalytic_mllm import CatalyticMLLM
+from catmllm.plan.cards import CARDS, Card
 from catmllm.plan.ledger import Ledger, Peak, backend_forced
 from catmllm.plan.made_up import planned_systems, qwen_like_tokenizer
 from catmllm.sample.answers import Rollout
@@ -35,13 +36,10 @@ from catmllm.structure.system import System
 from catmllm.train.setup import Ready, prepare, update
 from catmllm.train.sharding import unsharded
 from catmllm.train.stage import Context, Stage, Step
-from catmllm.world import DTYPES, World
+from catmllm.world import DTYPES, World, encoder_dtype, settled
 
 GIB = 2**30
 SAMPLING = ("grpo", "ga_grpo")  # stages that sample answers
-# A100-SXM4-80GB, by its data sheet: FLOP/s of tensor cores in half precision and of float32, bytes/s of HBM,
-# bytes/s that NVLink 3 carries in one direction.
-HALF_FLOPS, WIDE_FLOPS, HBM, NVLINK = 312e12, 19.5e12, 2.0e12, 300e9
 
 
 @dataclass
@@ -50,6 +48,7 @@ class Plan:
     the rest of one optimizer step and rank."""
 
     stage: str
+    card: str
     ranks: int
     micro_batch: int  # samples (RL: sequences) of a pass
     passes: int
@@ -61,8 +60,14 @@ class Plan:
     wide_flops: float  # of them in float32
     sent: dict[str, float]  # bytes, by collective
     moved: float  # bytes read and written by operators, each alone
-    seconds: dict[str, float]  # least time on an A100 by what bounds it; not timed
+    launches: int  # kernels that the host starts, at least: one of each operator, those of our ops counted
+    seconds: dict[str, float]  # least time on the card by what bounds it; not timed
     mfu_bound: float
+
+    @property
+    def launch_bound(self) -> float:
+        """Seconds of the host a launch, above which it and not the GPU sets the pace of the step."""
+        return max(self.seconds["compute"], self.seconds["NVLink"]) / max(1, self.launches)
 
     def fits(self, limit: float) -> bool:
         return self.peak <= limit
@@ -73,12 +78,14 @@ def trace(
     stage: str,
     ranks: int = 8,
     *,
+    card: str = "A100",
     cuda: bool = True,
     data: Mapping[str, Sequence[System]] | None = None,
     atoms: int = 80,
     steps: int = 16,
 ) -> Plan:
-    """The plan of one stage. `cuda`: with the workspaces that the ops take on a GPU; False: those on a CPU.
+    """The plan of one stage on a `card` of `CARDS`. `cuda`: with the workspaces that the ops take on a GPU;
+    False: those on a CPU.
 
     `data`: systems by split; None: those that `data.path` names where they exist, or synthetic ones of
     `atoms` atoms where the LLM is a pretrained one, or the shipped ones. The step planned is that of the
@@ -90,19 +97,33 @@ def trace(
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     data = planned_systems(config, atoms) if data is None else data
+    precision = settled(config, "cuda" if cuda else "cpu").encoder_precision
     # What neither takes memory nor changes a step's work, and what cannot run here.
     config = replace(
-        config, compile=False, tensorboard=False, optimizer="torch", grpo=replace(config.grpo, vllm=None)
+        config,
+        encoder_precision=precision,
+        compile=False,
+        tensorboard=False,
+        optimizer="torch",
+        data=replace(config.data, workers=0),
+        grpo=replace(config.grpo, vllm=None),
     )
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     try:
-        return _trace(config, stage, World(0, ranks, torch.device("cpu")), cuda, data, steps)
+        world = World(0, ranks, torch.device("cpu"))
+        return _trace(config, stage, world, CARDS[card], cuda, data, steps)
     finally:
         dist.destroy_process_group()
 
 
 def _trace(
-    config: Config, name: str, world: World, cuda: bool, data: Mapping[str, Sequence[System]], steps: int
+    config: Config,
+    name: str,
+    world: World,
+    card: Card,
+    cuda: bool,
+    data: Mapping[str, Sequence[System]],
+    steps: int,
 ) -> Plan:
     # `linear_logprob` keeps few logits on a CPU alone.
     with Ledger(cuda) as ledger, backend_forced("triton") if cuda else nullcontext():
@@ -128,6 +149,7 @@ def _trace(
             works = (_step(stage, context, k) for k in range(1 if name in SAMPLING else steps))
             work = max(works, key=lambda w: sum(p.tokens for p in w.passes))
         ledger.phase("training step")
+        ledger.launches = 0
         _passes(work, ready, ledger, stage.config.sync_every_pass)
         ledger.mark([p.grad for p in ready.trained], "gradients")
         with ledger.optimizing():
@@ -140,23 +162,34 @@ def _trace(
         held = ("parameters", "optimizer states", "reference model")
         persistent = sum(peaks["training step"].parts.get(k, 0) for k in held)
         phases["sampling"] = (persistent + sum(sampling_bytes(stage, context).values())) / GIB
-    return _plan(name, context, work, peaks["training step"], phases, ledger)
+    tf32 = config.encoder_precision == "tf32"
+    return _plan(name, context, work, peaks["training step"], phases, ledger, card, tf32)
 
 
 def _plan(
-    name: str, context: Context, work: Step, peak: Peak, phases: dict[str, float], ledger: Ledger
+    name: str,
+    context: Context,
+    work: Step,
+    peak: Peak,
+    phases: dict[str, float],
+    ledger: Ledger,
+    card: Card,
+    tf32: bool,
 ) -> Plan:
-    """What the ledger counted, and the least seconds that it takes."""
+    """What the ledger counted, and the least seconds that it takes on a card."""
     flops, sent = {k: float(v) for k, v in ledger.flops.items() if v}, dict(ledger.sent)
     half, wide = sum(flops.values()) - ledger.wide_flops, float(ledger.wide_flops)
     seconds = {
-        "compute": half / HALF_FLOPS + wide / WIDE_FLOPS,
-        "NVLink": sum(sent.values()) / NVLINK,
-        "HBM, every operator alone": ledger.moved / HBM,
+        "compute": half / card.half + wide / (card.tf32 if tf32 else card.wide),
+        "NVLink": sum(sent.values()) / card.nvlink,
+        "HBM, every operator alone": ledger.moved / card.hbm,
+        # The count has both halves of every sample's scores; a kernel leaves out those of later tokens.
+        **{k: ledger.attention_flops / 2 / (share * card.half) for k, share in card.attention.items()},
     }
     useful = flops["forward"] + flops["backward"]
     return Plan(
         stage=name,
+        card=card.name,
         ranks=context.world.size,
         micro_batch=micro_batch_of(context.config, name),
         passes=len(work.passes),
@@ -168,8 +201,9 @@ def _plan(
         wide_flops=wide,
         sent=sent,
         moved=float(ledger.moved),
+        launches=ledger.launches,
         seconds=seconds,
-        mfu_bound=useful / HALF_FLOPS / max(seconds["compute"], seconds["NVLink"]),
+        mfu_bound=useful / card.half / max(seconds["compute"], seconds["NVLink"]),
     )
 
 
@@ -192,7 +226,7 @@ def _first_update(ready: Ready, ledger: Ledger) -> None:
     ledger.mark([list(s.values()) for s in ready.optimizer.state.values()], "optimizer states")
     ledger.flops.clear()
     ledger.sent.clear()
-    ledger.moved = ledger.wide_flops = 0
+    ledger.moved = ledger.wide_flops = ledger.attention_flops = 0
 
 
 def _watch(model: CatalyticMLLM, ledger: Ledger) -> None:
@@ -221,6 +255,8 @@ def _passes(work: Step, ready: Ready, ledger: Ledger, sync_every_pass: bool) -> 
             ledger.sent.update({k: v * (n - 1) for k, v in ledger.sent.items()})
             ledger.moved *= n - 1
             ledger.wide_flops *= n - 1
+            ledger.attention_flops *= n - 1
+            ledger.launches *= n - 1
 
 
 def _step(stage: Stage, context: Context, step: int) -> Step:
@@ -268,7 +304,7 @@ def sampling_bytes(stage: Stage, context: Context) -> dict[str, int]:
     slot = 2 * text.num_hidden_layers * text.num_key_value_heads * head * size
     new = o.sampling.max_new_tokens
     return {
-        "gathered weights": llm * size + graph * DTYPES[config.encoder_precision].itemsize,
+        "gathered weights": llm * size + graph * encoder_dtype(config).itemsize,
         "weights laid out for decoding": llm * size,
         "KV caches": (prompts * prompt_tokens + rows * (new + CACHE_STEP)) * slot,
         "logits": 3 * 4 * rows * text.vocab_size,

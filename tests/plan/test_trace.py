@@ -23,7 +23,8 @@ from catmllm.data.open import open_data
 from catmllm.data.shards import write_shards
 from catmllm.models.build import new_model
 from catmllm.plan.advise import advise, largest_micro_batch, with_micro_batch
-from catmllm.plan.ledger import Ledger
+from catmllm.plan.cards import CARDS
+from catmllm.plan.ledger import Ledger, backend_forced
 from catmllm.plan.made_up import synthetic_systems
 from catmllm.plan.trace import GIB, SAMPLING, Plan, trace
 from catmllm.stages import STAGES
@@ -31,6 +32,8 @@ from catmllm.structure.system import System
 from catmllm.train.setup import freeze
 from catmllm.train.stage import Context
 from catmllm.world import World
+from catmllm_kernels.launch import recorded
+from catmllm_kernels.linear_logprob import linear_logprob, triton
 from tests.conftest import SMALL_MODEL
 from tests.seeing import save_qwen, seeing_config
 
@@ -157,6 +160,60 @@ def test_a_plan_for_a_gpu_takes_its_attention_and_keeps_no_logits(data: dict[str
     assert plans[True].parts["logits"] < plans[False].parts["logits"]
 
 
+def test_seconds_are_counts_by_the_data_sheet_of_the_card(data: dict[str, list[System]]) -> None:
+    c = config("joint.batch_size=4", "encoder_precision=bf16")
+    plans = {card: trace(c, "joint", 2, card=card, data=data, steps=1) for card in CARDS}
+    one = plans["A100"]
+    for name, plan in plans.items():
+        card = CARDS[name]
+        half = sum(plan.flops.values()) - plan.wide_flops
+        assert plan.seconds["compute"] == pytest.approx(half / card.half + plan.wide_flops / card.wide)
+        assert plan.seconds["NVLink"] == pytest.approx(sum(plan.sent.values()) / card.nvlink)
+        attention = plan.seconds["FlashAttention-2"] * card.attention["FlashAttention-2"] * card.half
+        assert 0 < attention < sum(plan.flops.values()) / 2
+        assert (plan.flops, plan.moved, plan.launches) == (one.flops, one.moved, one.launches)
+        assert plan.launch_bound == max(plan.seconds["compute"], plan.seconds["NVLink"]) / plan.launches
+    assert "FlashAttention-3" not in one.seconds
+    for name in ("H100", "H200"):
+        assert plans[name].seconds["FlashAttention-3"] < plans[name].seconds["FlashAttention-2"]
+
+
+def test_the_encoders_float32_products_are_by_choice(data: dict[str, list[System]]) -> None:
+    """TF32 where nothing is said: 8 times the rate of float32 on an A100, and the same bytes."""
+
+    def plan(*overrides: str) -> Plan:
+        return trace(config("joint.batch_size=4", *overrides), "joint", 1, data=data, steps=1)
+
+    default, tf32, fp32 = plan(), plan("encoder_precision=tf32"), plan("encoder_precision=fp32")
+    assert default == tf32 and tf32.peak == fp32.peak and tf32.wide_flops == fp32.wide_flops > 0
+    card = CARDS["A100"]
+    saved = fp32.wide_flops * (1 / card.wide - 1 / card.tf32)
+    assert fp32.seconds["compute"] - tf32.seconds["compute"] == pytest.approx(saved)
+
+
+def test_starts_of_kernels_are_counted(data: dict[str, list[System]]) -> None:
+    """A pass more or a layer more adds its own; those inside of our ops are what the compiler is given."""
+
+    def plan(*overrides: str) -> int:
+        some = ("precision=bf16", "joint.property_share=0", "joint.batch_size=4")
+        return trace(config(*some, *overrides), "joint", 1, data=data, steps=1).launches
+
+    one, twice = plan(), plan("joint.accumulate=2")
+    layers = [plan(f"model.llm.num_hidden_layers={n}") for n in (1, 2, 3)]
+    assert layers[2] - layers[1] == layers[1] - layers[0] > 50  # 112 operators a layer, forward and backward
+    assert one < twice < 2.2 * one
+
+    with Ledger(cuda=True) as ledger, backend_forced("triton"):
+        hidden, weight = torch.zeros(8, 16), torch.zeros(64, 16)
+        ledger.launches = 0
+        linear_logprob(hidden, weight, torch.arange(8))
+        counted = ledger.launches
+    meta = torch.empty(8, 16, device="meta"), torch.empty(64, 16, device="meta")
+    with recorded() as starts:
+        triton.forward(*meta, torch.zeros(8, dtype=torch.int64, device="meta"), 1.0, False, None, False)
+    assert 1 <= len(starts) < counted <= len(starts) + 30  # besides them masks and the choice of results
+
+
 def test_pictures_and_their_tower_are_planned(data: dict[str, list[System]], tmp_path: Path) -> None:
     """A tower that trains has gradients and moments; one that does not is whole on every rank;
     unused it takes nothing."""
@@ -194,7 +251,7 @@ def test_the_ledger_sees_what_is_alive() -> None:
 def test_the_largest_micro_batch_is_found() -> None:
     def of(size: int) -> Plan:
         peak = 10 + 1.5 * size + (2.0 if size > 20 else 0.0)  # a line with a step in it
-        return Plan("joint", 8, size, 1, 0, peak, {}, {}, {}, 0.0, {}, 0.0, {}, 0.0)
+        return Plan("joint", "A100", 8, size, 1, 0, peak, {}, {}, {}, 0.0, {}, 0.0, 0, {}, 0.0)
 
     assert largest_micro_batch(of(4), of, 76.0) == (42, of(42).peak)
     assert largest_micro_batch(of(300), of, 76.0) == (42, of(42).peak)
