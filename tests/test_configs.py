@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from catmllm.config import STAGES, ConfigError, load_config
+from catmllm.config import STAGES, ConfigError, load_config, to_dict
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
-A100 = ROOT / "configs" / "a100x8"
+A100, H100, ONE = (ROOT / "configs" / name for name in ("a100x8", "h100x8", "h100x1"))
 SIZES = ("3b", "7b")
 TRAINED = STAGES[1:]  # the encoder comes from a checkpoint
 
@@ -23,12 +23,18 @@ def test_configuration_loads(path: Path) -> None:
 
 def test_there_are_a_base_per_size_and_a_file_per_stage() -> None:
     assert {p.stem for p in A100.iterdir()} == {*SIZES, *TRAINED}
+    assert {p.stem for p in H100.iterdir()} == {*SIZES}  # the stages are a100x8's
+    assert {p.stem for p in ONE.iterdir()} == {"3b", *TRAINED}
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_each_stage_starts_from_the_one_before(size: str) -> None:
+@pytest.mark.parametrize(
+    ("base", "stages"),
+    [(f"{folder}/{size}", "a100x8") for folder in ("a100x8", "h100x8") for size in SIZES]
+    + [("h100x1/3b", "h100x1")],
+)
+def test_each_stage_starts_from_the_one_before(base: str, stages: str) -> None:
     """`init` names the folder that the stage before writes: <its out>/<its name>."""
-    runs = [load_config([f"a100x8/{size}.yaml", f"a100x8/{stage}.yaml"]) for stage in TRAINED]
+    runs = [load_config([f"{base}.yaml", f"{stages}/{stage}.yaml"]) for stage in TRAINED]
     assert [run.stages for run in runs] == [(stage,) for stage in TRAINED]
     assert runs[0].init is None
     for before, run in itertools.pairwise(runs):
@@ -41,6 +47,22 @@ def test_the_sizes_are_the_papers() -> None:
     three, seven = (load_config(f"a100x8/{size}.yaml").model for size in SIZES)
     assert (three.llm.pretrained, three.encoder.preset) == ("Qwen/Qwen2.5-VL-3B-Instruct", "31M")
     assert (seven.llm.pretrained, seven.encoder.preset) == ("Qwen/Qwen2.5-VL-7B-Instruct", "153M")
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_eight_h100s_differ_from_eight_a100s_in_name_and_precision(size: str) -> None:
+    a, h = (to_dict(load_config(f"{folder}/{size}.yaml")) for folder in ("a100x8", "h100x8"))
+    assert {k for k in a if a[k] != h[k]} == {"name", "precision"}
+
+
+def test_one_gpu_takes_the_steps_of_eight() -> None:
+    """As many samples a step, in more passes."""
+    for stage in ("joint", "instruct", "grpo"):
+        eight, one = (
+            getattr(load_config([f"{folder}/3b.yaml", f"{folder}/{stage}.yaml"]), stage)
+            for folder in ("a100x8", "h100x1")
+        )
+        assert (one.batch_size, one.steps) == (8 * eight.batch_size, eight.steps)
 
 
 def test_encoder_files_are_called_what_their_address_calls_them() -> None:
