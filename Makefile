@@ -7,7 +7,7 @@ VERSIONS ?= constraints.txt
 BIN      := $(VENV)/bin
 READY    := $(VENV)/.ready
 RUN      ?= runs/tiny
-RANKS    ?= 2
+RANKS    ?=
 EXTRAS   := train,lora,oracle,trl,server,dev
 TESTS    ?=
 
@@ -38,8 +38,10 @@ constraints:  ## write constraints.txt anew: the newest versions that pyproject.
 	build/constraints/bin/python .ci/versions.py resolved < build/resolved.json > build/constraints.txt
 	mv build/constraints.txt $@.txt
 
-run: setup  ## all stages on the shipped data; metrics, plots and report.html in runs/tiny
-	$(BIN)/torchrun --nproc-per-node $(RANKS) catmllm/train.py configs/tiny/pipeline.yaml out=$(RUN)
+# A rank needs a GPU of its own: as many as there are, two at most; two ranks on the CPU where there is none.
+run: setup  ## all stages on the shipped data, on a GPU where there is one; metrics, plots and report.html in runs/tiny
+	$(BIN)/torchrun --nproc-per-node $(or $(RANKS),$$($(BIN)/python -c "import torch; print(min(2, torch.cuda.device_count()) or 2)")) \
+		catmllm/train.py configs/tiny/pipeline.yaml out=$(RUN)
 
 test: setup  ## the tests, without those that take minutes; TESTS=tests/kernels for a part
 	$(BIN)/python -m pytest -q --durations 40 -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(TESTS)

@@ -39,9 +39,12 @@ from catmllm.train.loop import train
 from catmllm.train.metrics import wandb_module
 from catmllm.train.stage import Context
 from catmllm.train.stop import EXIT_SAVED, Stopped, TrainingError, stop_at_once
-from catmllm.world import DTYPES, World, start
+from catmllm.world import DTYPES, World, loader_workers, settled, start
 
-MENDABLE = ("name", "tensorboard", "wandb", "profile", "threads", "keep_checkpoints", "replicate")
+# What may be another when a run goes on.
+MENDABLE = (
+    "name", "tensorboard", "wandb", "profile", "threads", "keep_checkpoints", "replicate", "data.workers",
+)  # fmt: skip
 GENERATES = ("instruct", "grpo", "ga_grpo")  # stages after which sampled CIFs are worth measuring
 
 
@@ -84,9 +87,10 @@ class Record:
 
 def run(config: Config) -> int:
     """All stages of a configuration, evaluation and report. Returns the exit status."""
-    world = start(config)
-    stop_at_once()
     try:
+        world = start(config)
+        config = settled(config, world.device.type)
+        stop_at_once()
         if config.wandb is not None:
             wandb_module()
         if config.optimizer == "apex":
@@ -102,7 +106,8 @@ def run(config: Config) -> int:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def _run(config: Config, world: World) -> int:
@@ -155,12 +160,13 @@ def _open(config: Config, out: Path, world: World) -> Record:
         out.mkdir(parents=True, exist_ok=True)
         if record_path.is_file():
             # What a finished stage was trained with is fixed; the rest may be mended.
-            open_keys = {*MENDABLE, *(s for s in STAGES if not (out / s / "model.safetensors").is_file())}
-            old, new = (
-                {k: v for k, v in tree.items() if k not in open_keys}
-                for tree in (json.loads(record_path.read_text()).get("config", {}), to_dict(config))
-            )
-            changed = _difference(old, new)
+            open_keys = (*MENDABLE, *(s for s in STAGES if not (out / s / "model.safetensors").is_file()))
+            before = json.loads(record_path.read_text()).get("config", {})
+            changed = [
+                f"{key}: {old} -> {new}"
+                for key, old, new in _differences(before, to_dict(config))
+                if not f"{key}.".startswith(tuple(f"{name}." for name in open_keys))
+            ]
             if changed:
                 problem = (
                     f"{out} was begun with another configuration ({'; '.join(changed[:3])}). "
@@ -302,9 +308,21 @@ def _processor() -> str:
 def _banner(config: Config, world: World, data: Mapping[str, Sequence[System]]) -> str:
     where = f"{world.size} x {world.device.type}"
     counts = ", ".join(f"{len(v)} {k}" for k, v in data.items())
-    return (
+    banner = (
         f"catmllm: {' > '.join(config.stages)} on {where}, {config.precision} (encoder "
         f"{config.encoder_precision}); systems: {counts}; out: {config.out}"
+    )
+    return banner if world.device.type == "cpu" else f"{banner}\n{_on_gpu(config)}"
+
+
+def _on_gpu(config: Config) -> str:
+    """What was chosen for a GPU, and by which key or variable it is chosen otherwise."""
+    allocator = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or "plain"
+    blocks = "compiled" if config.compile else "not compiled"
+    return (
+        f"GPU: encoder_precision {config.encoder_precision}, blocks {blocks} (compile), long products summed "
+        f"in float32, allocator {allocator} (PYTORCH_ALLOC_CONF), {loader_workers(config, 'cuda')} processes "
+        "per rank make batches (data.workers)"
     )
 
 
@@ -315,14 +333,13 @@ def _random_encoder(config: Config) -> bool:
     return not given and not any(trains.get(stage, False) for stage in config.stages)
 
 
-def _difference(old: Any, new: Any, prefix: str = "") -> list[str]:
+def _differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Keys of two configurations whose values differ, with both values."""
     if isinstance(old, dict) and isinstance(new, dict):
-        return [
-            d
-            for k in sorted(old.keys() | new.keys())
-            for d in _difference(old.get(k), new.get(k), f"{prefix}{k}.")
-        ]
-    return [] if old == new else [f"{prefix[:-1]}: {old} -> {new}"]
+        for k in sorted(old.keys() | new.keys()):
+            yield from _differences(old.get(k), new.get(k), f"{prefix}{k}.")
+    elif old != new:
+        yield prefix[:-1], old, new
 
 
 def _say(world: World, text: str) -> None:

@@ -21,6 +21,11 @@ import sys
 _HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:] = [p for p in sys.path if os.path.abspath(p or os.getcwd()) != _HERE]
 
+# Batches differ in size, and so do the pieces that a GPU's allocator hands out: segments that grow leave no
+# holes between them. torch reads this when it is loaded, which is later than here; a setting of yours holds.
+if not os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:
+    os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+
 from catmllm.config import ConfigError, from_arguments  # noqa: E402
 from catmllm.config.needs import check_needs  # noqa: E402
 

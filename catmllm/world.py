@@ -1,11 +1,11 @@
-"""This process among all of a run, and the dtypes by their names in a configuration."""
+"""This process among all of a run, its device, and what a configuration leaves to the device."""
 
 from __future__ import annotations
 
 import os
 import signal
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,14 @@ import torch.distributed as dist
 
 from catmllm.config import Config
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# By their names in a configuration; of tf32 only the products differ from float32.
+DTYPES = {
+    "fp32": torch.float32,
+    "tf32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+WORKERS = 4  # processes of a rank on a GPU that make batches
 
 
 @dataclass(frozen=True)
@@ -63,14 +70,63 @@ def start(config: Config) -> World:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         _die_with_parent()
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        device = torch.device("cuda", local := int(os.environ.get("LOCAL_RANK", "0")))
+        if local >= (found := torch.cuda.device_count()):
+            raise ValueError(
+                f"a rank needs a GPU of its own: this machine shows {found}, so start at most {found} here "
+                f"(torchrun --nproc-per-node {found})"
+            )
         torch.cuda.set_device(device)
+        _set_products(settled(config, "cuda"))
         dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, **alone)
     else:
         device = torch.device("cpu")
         torch.set_num_threads(config.threads)
         dist.init_process_group("cpu:gloo", **alone)
     return World(dist.get_rank(), dist.get_world_size(), device)
+
+
+def settled(config: Config, device: str) -> Config:
+    """The configuration with what it leaves open (null) as it is on a `device`, "cuda" or "cpu".
+
+    How many processes make batches stays open: it changes no batch, and may differ when a run goes on.
+    """
+    gpu = device == "cuda"
+    encoder, compiled = config.encoder_precision, config.compile
+    if encoder is None:
+        encoder = "tf32" if gpu and config.precision != "fp32" else "fp32"
+    if encoder == "tf32" and not gpu:
+        encoder = "fp32"
+    if compiled is None:  # which takes minutes at the start of every stage
+        compiled = gpu and config.model.llm.pretrained is not None
+    return replace(config, encoder_precision=encoder, compile=compiled)
+
+
+def encoder_dtype(config: Config) -> torch.dtype:
+    """What the encoder calculates in; what is left open is float32 on every device."""
+    return DTYPES[config.encoder_precision or "fp32"]
+
+
+def loader_workers(config: Config, device: str) -> int:
+    """Processes that make this rank's batches."""
+    if config.data.workers is not None:
+        return config.data.workers
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(WORKERS, share - 1)) if device == "cuda" else 0
+
+
+def _set_products(config: Config) -> None:
+    """How a GPU multiplies.
+
+    A weight's gradient is a sum over all edges or tokens of a pass, 32,000 and more. cuBLAS cuts such a
+    product into parts and by default may add these up in half precision: in float32 here. TF32 only where
+    it is asked for.
+    """
+    matmul = torch.backends.cuda.matmul
+    matmul.allow_fp16_reduced_precision_reduction = False
+    matmul.allow_bf16_reduced_precision_reduction = False
+    torch.set_float32_matmul_precision("high" if config.encoder_precision == "tf32" else "highest")
 
 
 def _die_with_parent() -> None:

@@ -17,6 +17,7 @@ from rewards_fast.settings import RewardSettings, key
 Stage = Literal["encoder", "align", "joint", "instruct", "grpo", "ga_grpo"]
 STAGES: tuple[str, ...] = get_args(Stage)
 Precision = Literal["fp32", "bf16", "fp16"]
+EncoderPrecision = Literal["fp32", "tf32", "bf16", "fp16"]
 
 
 @section
@@ -43,7 +44,12 @@ class DataConfig:
         False, "exactly max_neighbours edges an atom, as the OC20 checkpoints were trained"
     )
     packed: bool = key(True, "samples end to end; false: each padded to the longest of its batch")
-    workers: int = key(0, "processes per rank that make batches ahead; 0: made between the steps", ge=0)
+    workers: int | None = key(
+        None,
+        "processes per rank that make batches ahead; 0: made between the steps; null: none on a CPU; "
+        "on a GPU 4, or as many as the rank's share of the cores allows",
+        ge=0,
+    )
 
 
 @section
@@ -489,7 +495,11 @@ class Config:
         None, "exported model folder to start from; null: pretrained parts and random weights"
     )
     precision: Precision = key("bf16", "of the LLM; master weights and optimizer states are float32")
-    encoder_precision: Precision = key("fp32", "of the encoder, likewise")
+    encoder_precision: EncoderPrecision | None = key(
+        None,
+        "of the encoder, likewise; tf32: float32, of which a GPU's tensor cores multiply 11 bits, in every "
+        "float32 product of the run; null: tf32 on a GPU (fp32 where precision is fp32), fp32 on a CPU",
+    )
     replicate: int = key(1, "copies of the sharded model (HSDP); on several nodes: their number", gt=0)
     keep_checkpoints: int = key(
         2, "checkpoints kept of a running stage, besides the one with the best validation", gt=0
@@ -499,7 +509,10 @@ class Config:
         "what a block keeps for its backward pass: everything, matrix products and attention, "
         "or its input only",
     )
-    compile: bool = key(False, "each block of LLM and encoder by torch.compile")
+    compile: bool | None = key(
+        None,
+        "each block of LLM and encoder by torch.compile; null: on a GPU where the LLM is a pretrained one",
+    )
     cpu_offload: bool = key(
         False, "a rank's shards of weights, gradients and optimizer states live in the host's memory"
     )

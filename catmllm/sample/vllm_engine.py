@@ -82,7 +82,7 @@ class VLLMEngine:
         }
         ours, theirs = socket.socketpair()
         # The trainer's process group is none of vLLM's business: it would join it.
-        inherited = {k: v for k, v in os.environ.items() if not k.startswith(_RANK_VARIABLES)}
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith(_OURS)}
         if device.type == "cuda":
             inherited["CUDA_VISIBLE_DEVICES"] = str(device.index)
         with log.open("ab") as out, theirs:
@@ -214,4 +214,5 @@ class VLLMEngine:
         self.process.wait()
 
 
-_RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "GROUP_", "ROLE_", "TORCHELASTIC_")
+# vLLM's memory pool, which sleeps and wakes, refuses the trainer's expandable segments.
+_OURS = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "GROUP_", "ROLE_", "TORCHELASTIC_", "PYTORCH_ALLOC_CONF")

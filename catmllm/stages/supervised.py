@@ -20,6 +20,7 @@ from catmllm.seeds import Key, generator
 from catmllm.structure.system import System
 from catmllm.train.stage import Context, MicroBatch, Plain, Step, Validation
 from catmllm.train.stop import TrainingError
+from catmllm.world import loader_workers
 
 VISUAL = "llm.model.visual."  # the image tower's parameters
 
@@ -133,8 +134,9 @@ class FromLoader(Plain):
         """Begin to read; `example`: a position in the sequence of samples -> the sample there."""
         c = self.context
         windows = Windows(example, c.collate, config.batch_size, config.accumulate, config.batch_tokens)
-        pin = c.world.device.type == "cuda"
-        self.loader = Loader(windows, c.world.rank, c.world.size, c.config.data.workers, pin)
+        device = c.world.device.type
+        workers = loader_workers(c.config, device)
+        self.loader = Loader(windows, c.world.rank, c.world.size, workers, pin=device == "cuda")
 
     def batches(self, n: int) -> list[Batch]:
         """The next passes of this rank, on its device."""

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from catmllm.config import Config
 from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.models.half_precision import keep_large_values
-from catmllm.world import DTYPES, World
+from catmllm.world import DTYPES, World, encoder_dtype
 
 
 def mesh_of(config: Config, world: World) -> DeviceMesh:
@@ -63,9 +63,9 @@ def shard(
     """
     mesh = mesh_of(config, world)
     llm = MixedPrecisionPolicy(DTYPES[config.precision], torch.float32, cast_forward_inputs=False)
-    graph = MixedPrecisionPolicy(DTYPES[config.encoder_precision], torch.float32, cast_forward_inputs=False)
+    graph = MixedPrecisionPolicy(encoder_dtype(config), torch.float32, cast_forward_inputs=False)
     offload = CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if config.cpu_offload else None
-    keep_large_values(model, DTYPES[config.precision], DTYPES[config.encoder_precision])
+    keep_large_values(model, DTYPES[config.precision], encoder_dtype(config))
     unit = partial(_unit, mesh, reshard, offload or OffloadPolicy())
     blocks = [unit(block, graph) for block in model.encoder.blocks]
     unit(model.encoder, graph)

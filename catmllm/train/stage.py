@@ -14,12 +14,13 @@ from catmllm.config import Config, OptimConfig
 from catmllm.data.batches import Collator
 from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.structure.system import System
-from catmllm.world import World
+from catmllm.world import World, settled
 
 
 @dataclass
 class Context:
-    """What a stage works with: the model (sharded), its collator, the systems by split, and this process."""
+    """What a stage works with: the model (sharded), its collator, the systems by split, and this process.
+    What the configuration leaves to the device is settled here."""
 
     config: Config
     model: CatalyticMLLM
@@ -27,6 +28,9 @@ class Context:
     data: Mapping[str, Sequence[System]]
     world: World
     folder: Path
+
+    def __post_init__(self) -> None:
+        self.config = settled(self.config, self.world.device.type)
 
 
 @dataclass
