@@ -5,18 +5,14 @@ They want other versions than the trainer, so they have an environment of their 
     ENVIRONMENTS_PYTHON=.environments/bin/python pytest tests/oracles/test_environments.py
 """
 
-import json
-import os
-import subprocess
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from rewards_fast.settings import LoopSettings
+from tests.oracles.elsewhere import called
 from tests.rewards_fast.cif_texts import SLAB, TARGET
 
-ROOT = Path(__file__).parents[2]
 NEAR = SLAB.replace("0.500 1\n", "0.473 1\n")  # C-O at 0.75 Å, allowed by the setting that the job passes
 TOOL = {"role": "tool", "content": SLAB, "tool_call_id": "1"}
 
@@ -40,24 +36,9 @@ TARGETS: list[Any] = [{"Pt": 3, "Cu": 1, "C": 1, "O": 1}, "Pt3CuCO", None, None,
 
 @pytest.mark.slow
 def test_environments_get_the_reward_of_the_last_assistant_message() -> None:
-    python = os.environ.get("ENVIRONMENTS_PYTHON")
-    if not python:
-        pytest.skip(
-            "ENVIRONMENTS_PYTHON names no interpreter that has verifiers; `make environments` makes one"
-        )
     job = {"prompts": PROMPTS, "targets": TARGETS, "conversations": CONVERSATIONS}
-    run = subprocess.run(
-        [python, str(ROOT / "tests" / "oracles" / "environment_calls.py")],
-        input=json.dumps(job),
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},
-        timeout=600,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
-    found = json.loads(run.stdout.rpartition("RESULT ")[2])
+    needs = "verifiers; `make environments` makes one"
+    found = called("environment_calls.py", job, "ENVIRONMENTS_PYTHON", needs)
     wanted = [*TARGETS[:2], TARGET, TARGET, None]
     near = LoopSettings(near=0.7).scorer().score(LAST, wanted)
     plain = LoopSettings().scorer().score(LAST, wanted).total.tolist()

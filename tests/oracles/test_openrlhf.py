@@ -6,20 +6,16 @@ OpenRLHF does not install without CUDA, but its package with what these paths im
     OPENRLHF_PYTHON=.frameworks/bin/python pytest tests/oracles/test_openrlhf.py
 """
 
-import json
-import os
-import subprocess
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from rewards_fast import PVCP
+from tests.oracles.elsewhere import ROOT, called
 from tests.rewards_fast.cif_texts import SLAB, TARGET
 from tests.rewards_fast.test_server import running
 
-ROOT = Path(__file__).parents[2]
 PROMPT = f"<|im_start|>user\n{TARGET} Please generate the CIF.<|im_end|>\n<|im_start|>assistant\n"
 ANSWERS = [SLAB + "<|im_end|>", f"Sure.\n```\n{SLAB}```", SLAB.replace("Cu", "Ni"), "no idea"]
 LABELS = ["", "Pt3CuCO", "Pt3CuCO", ""]
@@ -27,22 +23,9 @@ LABELS = ["", "Pt3CuCO", "Pt3CuCO", ""]
 
 def call_openrlhf(endpoint: str, answers: list[str], labels: list[str]) -> dict[str, Any]:
     """What OpenRLHF makes of an endpoint's rewards; skips where there is no OpenRLHF."""
-    python = os.environ.get("OPENRLHF_PYTHON")
-    if not python:
-        pytest.skip("OPENRLHF_PYTHON names no interpreter that has openrlhf; `make frameworks` makes one")
     job = {"endpoint": endpoint, "prompts": [PROMPT] * len(answers), "labels": labels, "answers": answers}
-    run = subprocess.run(
-        [python, str(ROOT / "tests" / "oracles" / "openrlhf_calls.py")],
-        input=json.dumps(job),
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},
-        timeout=300,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
-    return dict(json.loads(run.stdout.rpartition("RESULT ")[2]))
+    needs = "openrlhf; `make frameworks` makes one"
+    return dict(called("openrlhf_calls.py", job, "OPENRLHF_PYTHON", needs, timeout=300))
 
 
 def check(found: dict[str, Any]) -> None:

@@ -7,18 +7,14 @@ or any interpreter that imports verl 0.9.1 and ray):
     VERL_PYTHON=.frameworks/bin/python pytest tests/oracles/test_verl.py
 """
 
-import json
-import os
-import subprocess
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from rewards_fast import PVCP
+from tests.oracles.elsewhere import ROOT, called
 from tests.rewards_fast.cif_texts import SLAB
 
-ROOT = Path(__file__).parents[2]
 NEAR = SLAB.replace("0.500 1\n", "0.473 1\n")  # C-O at 0.75 Å, allowed by the setting that the job passes
 ANSWERS = [SLAB, f"Sure.\n```\n{SLAB}```\nHope it helps.", NEAR, SLAB.replace("Cu", "Ni"), "no idea"]
 TARGETS: list[Any] = [
@@ -32,25 +28,12 @@ TARGETS: list[Any] = [
 
 @pytest.mark.slow
 def test_every_manager_of_verl_gets_the_reward() -> None:
-    python = os.environ.get("VERL_PYTHON")
-    if not python:
-        pytest.skip("VERL_PYTHON names no interpreter that has verl 0.9.1; `make frameworks` makes one")
     paths = [
         "pkg://rewards_fast.integrations.verl",
         str(ROOT / "rewards_fast" / "integrations" / "verl.py"),
     ]
-    run = subprocess.run(
-        [python, str(ROOT / "tests" / "oracles" / "verl_calls.py")],
-        input=json.dumps({"answers": ANSWERS, "targets": TARGETS, "paths": paths}),
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},
-        timeout=600,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
-    result = json.loads(run.stdout.rpartition("RESULT ")[2])
+    job = {"answers": ANSWERS, "targets": TARGETS, "paths": paths}
+    result = called("verl_calls.py", job, "VERL_PYTHON", "verl 0.9.1; `make frameworks` makes one")
     found = result["verl"]
     assert len(found) == 2 * 4 + 1 and len(result["ray"]) == 2 * 3 + 1
     expected = PVCP(thresholds={"near": 0.7}).score(ANSWERS, TARGETS)

@@ -71,10 +71,10 @@ def left_padded(model: CatalyticMLLM, collate: Collator, samples: list[Sample]) 
     return {"inputs_embeds": embeds, "attention_mask": mask}
 
 
-def check_greedy(model: CatalyticMLLM, collate: Collator, prompts: list[Sample]) -> list[Rollout]:
-    ours = RolloutEngine(model, collate).generate(prompts, GREEDY, [0])
+def generated(model: CatalyticMLLM, collate: Collator, prompts: list[Sample]) -> torch.Tensor:
+    """Greedy tokens by transformers' own `generate`, a row per prompt."""
     llm = copy.deepcopy(model.llm)  # `generate` leaves the positions of its last batch behind in the model
-    theirs = llm.generate(
+    return llm.generate(
         **left_padded(model, collate, prompts),
         do_sample=False,
         max_new_tokens=GREEDY.max_new_tokens,
@@ -82,6 +82,11 @@ def check_greedy(model: CatalyticMLLM, collate: Collator, prompts: list[Sample])
         pad_token_id=collate.pad_id,
         suppress_tokens=[collate.graph_id, collate.energy_id],
     )
+
+
+def check_greedy(model: CatalyticMLLM, collate: Collator, prompts: list[Sample]) -> list[Rollout]:
+    ours = RolloutEngine(model, collate).generate(prompts, GREEDY, [0])
+    theirs = generated(model, collate, prompts)
     for row, r in enumerate(ours):
         expected = theirs[row].tolist()
         if collate.end_id in expected:

@@ -37,7 +37,7 @@ from catmllm.structure.system import System
 from catmllm.train.loop import train
 from tests.conftest import SMALL_MODEL
 from tests.contexts import MakeContext, small
-from tests.sample.test_engine import GREEDY, Model, left_padded, some_prompts
+from tests.sample.test_engine import GREEDY, Model, generated, left_padded, some_prompts
 from tests.stages.test_rl_stages import TokenReward
 
 PYTHON = os.environ.get("VLLM_PYTHON", "")
@@ -107,14 +107,7 @@ def test_greedy_tokens_and_log_probabilities_follow_the_weights(
         engine.update()
         assert engine.version == version
         found = engine.generate(prompts, [0])
-        theirs = copy.deepcopy(model.llm).generate(
-            **left_padded(model, collate, prompts),
-            do_sample=False,
-            max_new_tokens=GREEDY.max_new_tokens,
-            eos_token_id=collate.end_id,
-            pad_token_id=collate.pad_id,
-            suppress_tokens=[collate.graph_id, collate.energy_id],
-        )
+        theirs = generated(model, collate, prompts)
         for row, r in enumerate(found):
             assert r.ids.tolist() == theirs[row].tolist()[: len(r.ids)] and r.prompt == row
         batch = rollout_batch(collate, prompts, found)
