@@ -132,9 +132,9 @@ _OC20: dict[str, Any] = {
     "num_distance_basis": 600,
 }
 Preset = Literal["31M", "153M"]
-PRESETS: dict[Preset, EncoderSizes] = {
-    "31M": EncoderSizes(**_OC20),
-    "153M": EncoderSizes(**_OC20 | {"num_layers": 20, "lmax": 6, "mmax": 3}),
+PRESETS: dict[Preset, dict[str, Any]] = {
+    "31M": _OC20,
+    "153M": _OC20 | {"num_layers": 20, "lmax": 6, "mmax": 3},
 }
 PRESET_CUTOFF, PRESET_NEIGHBOURS = 12.0, 20  # Å
 
@@ -282,14 +282,11 @@ class AlignConfig(SupervisedConfig):
 
 
 @section
-class JointConfig(SupervisedConfig):
-    """Stage 1b: everything trains; MMTG of energy MAE and answer cross-entropy, per sample."""
+class MixedConfig(SupervisedConfig):
+    """What the stages share that train the LLM on all three tasks: how samples are made."""
 
-    steps: int = 600
     lr: float = 2e-3
     warmup: int = 30
-    mmtg_lambda: float = key(1.0, "λ of MMTG's tanh", ge=0)
-    mmtg_sign: Literal["+", "-"] = key("+", "sign of that tanh: Appendix A.4 has +, Eq. 56 prints -")
     property_share: float = key(
         0.7, "share of property samples in a batch; the rest are CIF and design samples", ge=0, le=1
     )
@@ -301,37 +298,35 @@ class JointConfig(SupervisedConfig):
         ge=0,
         le=1,
     )
-    train_encoder: bool = key(
-        False, "the encoder and the graph part of the energy head train on; encoder_lr is their rate"
-    )
-    position_noise: float = key(0.05, "Gaussian noise on the graph's atoms", unit="Å", ge=0)
     exemplar_noise: float = key(
         0.05, "Gaussian noise where a design prompt shows the sample's own structure", unit="Å", ge=0
     )
 
 
 @section
-class InstructConfig(SupervisedConfig):
+class JointConfig(MixedConfig):
+    """Stage 1b: everything trains; MMTG of energy MAE and answer cross-entropy, per sample."""
+
+    steps: int = 600
+    mmtg_lambda: float = key(1.0, "λ of MMTG's tanh", ge=0)
+    mmtg_sign: Literal["+", "-"] = key("+", "sign of that tanh: Appendix A.4 has +, Eq. 56 prints -")
+    train_encoder: bool = key(
+        False, "the encoder and the graph part of the energy head train on; encoder_lr is their rate"
+    )
+    position_noise: float = key(0.05, "Gaussian noise on the graph's atoms", unit="Å", ge=0)
+
+
+@section
+class InstructConfig(MixedConfig):
     """Stage 1c: the LLM only, on all three tasks, with modalities dropped at random."""
 
     steps: int = 400
-    lr: float = 2e-3
-    warmup: int = 30
-    property_share: float = key(0.25, "share of property samples in a batch", ge=0, le=1)
+    property_share: float = 0.25
     design_share: float = key(
-        0.45, "share of design samples in a batch; the rest are CIF samples", ge=0, le=1
+        0.45, "share of design samples in a batch; those left are CIF samples", ge=0, le=1
     )
-    drop_text: float = key(0.2, "share of property prompts with the graph only", ge=0, le=1)
-    drop_graph: float = key(0.2, "share of property prompts with the text only", ge=0, le=1)
-    frames: float = key(
-        0.4,
-        "share of property samples that stand between the start of their relaxation and its end",
-        ge=0,
-        le=1,
-    )
-    exemplar_noise: float = key(
-        0.05, "Gaussian noise where a design prompt shows the sample's own structure", unit="Å", ge=0
-    )
+    drop_text: float = 0.2
+    drop_graph: float = 0.2
 
 
 @section

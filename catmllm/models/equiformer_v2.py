@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -70,7 +70,7 @@ class EquiformerV2Config(EncoderSizes):
         """The configuration of a published OC20 checkpoint with some fields changed."""
         if name not in PRESETS:
             raise ValueError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
-        sizes = asdict(PRESETS[name]) | {"max_radius": PRESET_CUTOFF, "grid_resolution": 18}
+        sizes = PRESETS[name] | {"max_radius": PRESET_CUTOFF, "grid_resolution": 18}
         return EquiformerV2Config(**sizes | changes)
 
 

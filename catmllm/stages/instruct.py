@@ -10,16 +10,14 @@ from catmllm.config import InstructConfig
 from catmllm.seeds import Stream
 from catmllm.stages.supervised import (
     VISUAL,
-    FromLoader,
-    Mixture,
-    property_with_dropout,
+    Mixed,
     supervised_step,
 )
 from catmllm.train.setup import READS_GRAPHS
 from catmllm.train.stage import Context, Step
 
 
-class Instruct(FromLoader):
+class Instruct(Mixed):
     """Cross-entropy of the answers, plus the energy head's MAE on property samples."""
 
     name = "instruct"
@@ -27,20 +25,12 @@ class Instruct(FromLoader):
 
     def __init__(self, context: Context) -> None:
         self.context, self.config = context, context.config.instruct
-        o, c = self.config, context.config
-        mixture = Mixture(
-            context.data["train"],
-            c.data,
-            Stream.INSTRUCT_ORDER.key(c.seed),
-            Stream.INSTRUCT_SAMPLES.key(c.seed),
-            o.property_share,
-            lambda s, rng: property_with_dropout(
-                s, rng, o.drop_text, o.drop_graph, 0.0, c.data.phrasings, o.frames
-            ),
+        o = self.config
+        self.mix(
+            Stream.INSTRUCT_ORDER,
+            Stream.INSTRUCT_SAMPLES,
             design_share=o.design_share / max(1e-9, 1 - o.property_share),
-            noise=o.exemplar_noise,
         )
-        self.load(mixture, o)
 
     def trains(self, parameter: str) -> bool:
         if parameter.startswith(VISUAL):

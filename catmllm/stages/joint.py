@@ -10,9 +10,7 @@ from catmllm.models.losses import mmtg_loss
 from catmllm.seeds import Stream
 from catmllm.stages.supervised import (
     VISUAL,
-    FromLoader,
-    Mixture,
-    property_with_dropout,
+    Mixed,
     standardise,
     supervised_step,
 )
@@ -20,7 +18,7 @@ from catmllm.train.setup import READS_ENERGY
 from catmllm.train.stage import Context, Step
 
 
-class Joint(FromLoader):
+class Joint(Mixed):
     """Property samples under MMTG(|energy error|, cross-entropy);
     CIF and design samples under cross-entropy."""
 
@@ -29,20 +27,12 @@ class Joint(FromLoader):
 
     def __init__(self, context: Context) -> None:
         self.context, self.config = context, context.config.joint
-        o, c = self.config, context.config
-        mixture = Mixture(
-            context.data["train"],
-            c.data,
-            Stream.JOINT_ORDER.key(c.seed),
-            Stream.JOINT_SAMPLES.key(c.seed),
-            o.property_share,
-            lambda s, rng: property_with_dropout(
-                s, rng, o.drop_text, o.drop_graph, o.position_noise, c.data.phrasings, o.frames
-            ),
+        self.mix(
+            Stream.JOINT_ORDER,
+            Stream.JOINT_SAMPLES,
             design_share=0.5,
-            noise=o.exemplar_noise,
+            position_noise=self.config.position_noise,
         )
-        self.load(mixture, o)
         standardise(context)
 
     def trains(self, parameter: str) -> bool:

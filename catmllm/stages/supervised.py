@@ -10,13 +10,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from catmllm.config import DataConfig, OptimConfig, SupervisedConfig
+from catmllm.config import DataConfig, MixedConfig, OptimConfig, SupervisedConfig
 from catmllm.data.augment import symmetric_copy
 from catmllm.data.batches import Batch, draw, shuffled
 from catmllm.data.loader import Loader, Windows
 from catmllm.data.prompts import Sample, cif_sample, design_sample, draw_words, jitter, property_sample
 from catmllm.models.catalytic_mllm import CatalyticMLLM
-from catmllm.seeds import Key, generator
+from catmllm.seeds import Key, Stream, generator
 from catmllm.structure.system import System
 from catmllm.train.stage import Context, MicroBatch, Plain, Step, Validation
 from catmllm.train.stop import TrainingError
@@ -181,6 +181,33 @@ class Mixture:
         kin = [self.systems[j] for j in self.kin[i]]
         d = self.data
         return task_sample(system, kin, rng, self.design_share, self.noise, d.decimals, d.phrasings)
+
+
+class Mixed(FromLoader):
+    """Base of the stages that train the LLM on all three tasks."""
+
+    config: MixedConfig
+
+    def mix(self, order: Stream, samples: Stream, design_share: float, position_noise: float = 0.0) -> None:
+        """Begin to read a mixture; `design_share` is of what is no property sample."""
+        c, o = self.context.config, self.config
+
+        def property_of(system: System, rng: np.random.Generator) -> Sample:
+            return property_with_dropout(
+                system, rng, o.drop_text, o.drop_graph, position_noise, c.data.phrasings, o.frames
+            )
+
+        mixture = Mixture(
+            self.context.data["train"],
+            c.data,
+            order.key(c.seed),
+            samples.key(c.seed),
+            o.property_share,
+            property_of,
+            design_share,
+            o.exemplar_noise,
+        )
+        self.load(mixture, o)
 
 
 def supervised_step(
