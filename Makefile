@@ -187,7 +187,7 @@ $(KERNELS:%=build/test_%): build/test_%: csrc/tests/test_%.cpp csrc/tests/check.
 	mkdir -p build
 	$(CXX) -std=c++17 -O1 -g -fopenmp $(SANITIZERS) -Wno-psabi '-DVECTOR_KERNELS="../$*/kernels.h"' -o $@ $< $(wildcard csrc/$*/*.cpp csrc/vector/*.cpp)
 
-fuzz:  ## libFuzzer, needs clang; starts from what earlier runs found
-	mkdir -p build/fuzz_corpus
-	$(CLANG) -std=c++17 -O1 -g -Wno-psabi $(EXACT) -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=undefined -o build/fuzz_reward csrc/tests/fuzz_reward.cpp $(ENGINE) -lpthread
-	build/fuzz_reward -dict=csrc/tests/cif.dict -timeout=25 -rss_limit_mb=3000 -max_len=6000 -max_total_time=$(FUZZ_SECONDS) build/fuzz_corpus
+fuzz:  ## libFuzzer on the parser and on the extractor, needs clang; starts from what earlier runs found
+	for name in reward extract; do mkdir -p build/fuzz_corpus/$$name; \
+	  $(CLANG) -std=c++17 -O1 -g -Wno-psabi $(EXACT) -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=undefined -o build/fuzz_$$name csrc/tests/fuzz_$$name.cpp $(ENGINE) -lpthread && \
+	  build/fuzz_$$name -dict=csrc/tests/cif.dict -timeout=25 -rss_limit_mb=3000 -max_len=6000 -max_total_time=$(FUZZ_SECONDS) build/fuzz_corpus/$$name || exit 1; done

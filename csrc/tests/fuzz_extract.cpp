@@ -24,7 +24,8 @@ const std::string kCifs[] = {
     kCell + kSites + "loop_\n_symmetry_equiv_pos_as_xyz\nx,y,z\n'-x, -y, z'\n",
 };
 
-// Reasoning, chat turns, CIFs: what stands in them is no surrounding. Letters in lower case.
+// Reasoning, chat turns, CIFs: what stands in them is no surrounding. Letters in lower case. Nor is an element's
+// symbol, which may begin a row that was cut off, also behind quotes: those that do not close are passed over.
 bool is_excluded(const std::string& text, bool before) {
     std::string low = text;
     for (char& c : low)
@@ -37,7 +38,8 @@ bool is_excluded(const std::string& text, bool before) {
             if (low.find(word) != std::string::npos) return true;
     for (std::size_t i = 0; i < text.size(); ++i) {
         const bool line = i == 0 || text[i - 1] == '\n' || static_cast<unsigned char>(text[i - 1]) <= ' ' ||
-                          static_cast<unsigned char>(text[i - 1]) == 0x80 || text[i - 1] == '>';
+                          static_cast<unsigned char>(text[i - 1]) == 0x80 || text[i - 1] == '>' ||
+                          text[i - 1] == '\'' || text[i - 1] == '"';
         if (line && (text[i] == '_' || text[i] == ';' || (text[i] >= 'A' && text[i] <= 'Z'))) return true;
     }
     return false;
