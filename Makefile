@@ -126,7 +126,7 @@ gpu:  ## measure the GPU at hand, 8 to 12 minutes: docs/gpu.md; RANKS=8 adds a n
 	$(GPU_PYTHON) bench/gpu.py --out runs/gpu/records $(if $(filter command line,$(origin RANKS)),--ranks $(RANKS)) $(GPU_OPTIONS)
 
 # With the Triton and from the very tree that will run there.
-gpu-prefill:  ## compile the kernels of `make gpu` for sm_80 and sm_90, without a GPU, into build/triton.tar.gz
+gpu-prefill:  ## compile the kernels of `make gpu` for sm_80 and sm_90, without a GPU, into build/triton.tar.xz
 	$(GPU_PYTHON) -m bench.gpu_phases.prefill
 
 tables: setup  ## the figures of README.md and docs/ from bench/results

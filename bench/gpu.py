@@ -9,7 +9,7 @@ fails, costs its row only. Rows go to FOLDER/rows.jsonl as they come, what a pha
 FOLDER/PHASE.log, records to --out; a table comes last. Exit status 1 if a row is wrong or failed, 77
 without a GPU.
 
-Kernels compiled beforehand (`make gpu-prefill`) are taken from build/triton.tar.gz; without them every phase
+Kernels compiled beforehand (`make gpu-prefill`) are taken from build/triton.tar.xz; without them every phase
 gets half as long again.
 """
 
