@@ -178,6 +178,7 @@ class Grammar:
                     node = node.setdefault(char, {})
                 node.setdefault("", []).append(token)
         self._allowed: dict[tuple, torch.Tensor] = {}
+        self._sets: dict[tuple[int, ...], torch.Tensor] = {}
         self._walked: dict[tuple, torch.Tensor] = {}  # by no more parts than were looked at
         self._spelled: dict[str, torch.Tensor] = {}  # the token with which a text begins
 
@@ -222,7 +223,9 @@ class Grammar:
         reach = self._walk(pattern, place, self._tree, tokens) - place[0] + 1
         begin = {self._first(text + more) for more in _completions(pattern, ahead)} if text else set()
         kept = [t for t in tokens if len(self.text[t]) > len(text) or t in begin]
-        found = torch.tensor(sorted(kept or [longest]))
+        # Equal sets are one object, so that many tokens of a pass share it.
+        words = tuple(sorted(kept or [longest]))
+        found = self._sets.setdefault(words, torch.tensor(words))
         if reach <= VIEW:
             self._walked[pattern.view(place, reach)] = found
         return found, reach
