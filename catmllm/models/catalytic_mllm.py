@@ -16,6 +16,7 @@ from torch import nn
 from catmllm.data.batches import Batch, GraphBatch
 from catmllm.data.images import MERGE, PATCH, patches
 from catmllm.models.attention import no_mask, shares_prompts
+from catmllm.models.encoder_graphs import EncoderGraphs
 from catmllm.models.energy_head import EnergyHead
 from catmllm.models.equiformer_v2 import EquiformerV2
 from catmllm.models.projector import Projector
@@ -65,6 +66,7 @@ class CatalyticMLLM(nn.Module):
         super().__init__()
         self.llm, self.encoder, self.projector = llm, encoder, projector
         self.energy_head = EnergyHead(llm.config.get_text_config().hidden_size, projector.linear.in_features)
+        self._graphs = EncoderGraphs(encoder, projector.mode)
         self.graph_id, self.energy_id = graph_id, energy_id
         # Set when sharded: ranks then run every unit in every pass,
         # or one would gather what another does not.
@@ -80,10 +82,9 @@ class CatalyticMLLM(nn.Module):
 
     def features(self, graph: GraphBatch) -> torch.Tensor:
         """What the encoder pools for the projector: [n_systems, F], or [N, F] with the `atoms` projector."""
-        g = graph
-        return self.encoder(
-            g.numbers, g.edge_index, g.edge_vec, g.batch, g.n_systems, pool=self.projector.mode
-        )
+        if self._graphs.fits(graph):
+            return self._graphs(graph)
+        return self._graphs.read(graph)
 
     def graph_tokens(self, graph: GraphBatch) -> torch.Tensor:
         """Vectors that stand for structures: [n_systems, H], or [N, H] with the `atoms` projector."""
@@ -289,4 +290,10 @@ class CatalyticMLLM(nn.Module):
 def segment_mean(x: torch.Tensor, batch: torch.Tensor, n: int) -> torch.Tensor:
     """Mean over the rows of each segment: x [N, H], batch [N] -> [n, H]."""
     total = x.new_zeros(n, x.shape[1]).index_add(0, batch, x)
-    return total / torch.bincount(batch, minlength=n)[:, None].clamp_min(1)
+    return total / counts(batch, n)[:, None].clamp_min(1)
+
+
+def counts(index: torch.Tensor, n: int) -> torch.Tensor:
+    """How often each of 0 … n-1 is in `index` [N]: [n] int64. `torch.bincount` asks the device for the
+    largest, and waits."""
+    return index.new_zeros(n).index_add(0, index, torch.ones_like(index))
