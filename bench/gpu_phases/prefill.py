@@ -12,6 +12,7 @@ What the launches are is read from the ops' own code on meta tensors (`catmllm_k
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
@@ -137,8 +138,9 @@ def different(wanted: Iterable[Compile]) -> list[Launch]:
 
     found: dict[str, Launch] = {}
     for compile_for, dtypes in wanted:
-        for dtype in dtypes:
-            with recorded() as made:
+        # an architecture has tiles of its own; the other's are compiled for it all the same
+        for dtype, arch in itertools.product(dtypes, (80, 90)):
+            with recorded(arch) as made:
                 compile_for(dtype)
             for start in made:
                 found.setdefault(key_of(start), start)

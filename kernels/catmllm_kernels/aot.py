@@ -6,11 +6,13 @@
 The launches of each model-sized case, with every candidate tile that tuning may choose, are recorded on meta
 tensors and compiled for `--arch`; Triton's wheel carries ptxas, cuobjdump and nvdisasm. One row per kernel
 variant: registers a thread, spilled bytes, local (stack) bytes, shared bytes a block, tensor-core
-instructions (HMMA, HGMMA), 16-byte global loads. A variant that several cases launch is one row, under the
-first one's name. A row is wrong if it spills, wants more shared memory than an A100 gives (163 KiB), has a
-half-precision product without tensor cores, or reads a stream without 16-byte loads. Exit status 1 if any row
-is wrong. `--table` keeps the rows of a file, compiles what it lacks and writes it after each row, so that a
-run of hours may be cut off; to compile everything again, delete the file.
+instructions (HMMA, HGMMA), 16-byte global loads, bytes of code, CPU seconds to compile (next to none where
+Triton's cache has it). A variant that several cases launch is one row, under the first one's name. A row is
+wrong if it spills, wants more shared memory than an A100 gives (163 KiB), has a half-precision product
+without tensor cores, reads a stream without 16-byte loads, or is longer than what an instruction cache is
+likely to hold beside others (48 KiB; Volta's measures 128 KiB, Hopper's nobody has published). Exit status 1
+if any row is wrong. `--table` keeps the rows of a file, compiles what it lacks and writes it after each row,
+so that a run of hours may be cut off; to compile everything again, delete the file.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import argparse
 import importlib
 import json
 import re
+import resource
 import subprocess
 import sys
 import tempfile
@@ -37,6 +40,8 @@ DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 KINDS = {torch.int64: "i64", torch.int32: "i32", torch.float64: "fp64", **DTYPES}
 SHARED_LIMIT = 163 * 1024
 REGISTERS = 65536  # of a multiprocessor
+CODE_LIMIT = 48 * 1024
+INSTRUCTION = 16  # bytes, since Volta
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,8 @@ class Row:
     mma: int
     loads16: int
     warps: int  # resident on a multiprocessor as registers and shared memory allow, of 64
+    code: int  # bytes of instructions
+    seconds: float  # CPU time of the compiler, its processes included; differs between runs and machines
 
     def faults(self) -> list[str]:
         """What is wrong with it."""
@@ -69,20 +76,23 @@ class Row:
             found.append("a product without tensor cores")
         if not self.loads16 and self.kernel not in NARROW:
             found.append("no 16-byte loads")
+        if self.code > CODE_LIMIT:
+            found.append(f"{self.code} B of code")
         return found
 
 
 PRODUCTS = ("product_kernel", "forward_kernel", "two_heads_kernel", "gradient_kernel")
-# Kernels that hold three tiles of every row of an edge in registers, one or two values a thread: their loads
-# are narrow, and they are bound by the exponential of 324 grid points, not by memory.
-NARROW = ("activation_kernel", "activation_grad_kernel")
+# The activations hold three tiles of every row of an edge in registers, one or two values a thread: their
+# loads are narrow, and they are bound by the exponential of 324 grid points, not by memory. The scatter's
+# warp reads the 128 channels of a row at once, 8 bytes a thread in half precision.
+NARROW = ("activation_kernel", "activation_grad_kernel", "scatter_kernel")
 
 
-def launches(case: Case, dtype: torch.dtype) -> list[Launch]:
-    """What the case launches, forward and backward."""
+def launches(case: Case, dtype: torch.dtype, arch: int) -> list[Launch]:
+    """What the case launches on an architecture, forward and backward."""
     if case.compile is None:
         return []
-    with recorded() as found:
+    with recorded(arch) as found:
         case.compile(dtype)
     return found
 
@@ -130,22 +140,29 @@ def compiled(start: Launch, arch: int) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    options = {"num_warps": start.num_warps, "num_stages": start.num_stages}
     source = ASTSource(start.kernel, *specialised(start))
-    return compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    return compile(source, target=GPUTarget("cuda", arch, 32), options=start.options)
+
+
+def cpu_seconds() -> float:
+    """Of this process and of those that it has started and waited for."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(of.ru_utime + of.ru_stime for of in used)
 
 
 def config_of(start: Launch) -> str:
     """Everything that was decided at compile time, as one line."""
     constants = [f"{k}={v}" for k, v in start.constants.items() if v is not False]
-    return " ".join([*constants, f"warps={start.num_warps}", f"stages={start.num_stages}"])
+    return " ".join([*constants, *(f"{k.removeprefix('num_')}={v}" for k, v in start.options.items())])
 
 
 def inspect(case: Case, start: Launch, dtype: torch.dtype, arch: int) -> Row:
     """Compile one launch and read what the binary uses."""
     import triton
 
+    began = cpu_seconds()
     built = compiled(start, arch)
+    seconds = cpu_seconds() - began
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(built.asm["cubin"])
@@ -156,6 +173,7 @@ def inspect(case: Case, start: Launch, dtype: torch.dtype, arch: int) -> Row:
         raise RuntimeError(f"cuobjdump printed no resource usage: {usage[:500]}")
     registers, stack, local = map(int, found.groups())
     shared = built.metadata.shared
+    places = re.findall(r"^\s*/\*([0-9a-f]{4,})\*/", listing, re.MULTILINE)
     by_registers = REGISTERS // (-(-registers * 32 // 256) * 256)
     by_shared = SHARED_LIMIT // shared * start.num_warps if shared else 64
     return Row(
@@ -173,6 +191,8 @@ def inspect(case: Case, start: Launch, dtype: torch.dtype, arch: int) -> Row:
         mma=len(re.findall(r"\bHG?MMA\b", listing)),
         loads16=len(re.findall(r"\b(?:LDG\.E|LDGSTS\.E)(?:\.\w+)*\.128\b|\bUBLKCP\b", listing)),
         warps=min(64, by_registers, by_shared) // start.num_warps * start.num_warps,
+        code=INSTRUCTION * len(places),
+        seconds=round(seconds, 1),
     )
 
 
@@ -193,7 +213,7 @@ def first_tile(op: str, name: str, index: int) -> Iterator[None]:
 
 
 def variants(
-    ops: tuple[str, ...], dtypes: tuple[torch.dtype, ...], match: str = ""
+    ops: tuple[str, ...], dtypes: tuple[torch.dtype, ...], match: str = "", arch: int = 80
 ) -> Iterator[tuple[Case, Launch, torch.dtype]]:
     """Every different launch of the model-sized cases, with every candidate tile.
 
@@ -203,7 +223,7 @@ def variants(
     found: dict[tuple[str, ...], tuple[Case, Launch, torch.dtype]] = {}
     wanted = set()
     for case in (c for op in ops for c in cases(op, "model") if c.compile):
-        for start, dtype in every_launch(case, dtypes):
+        for start, dtype in every_launch(case, dtypes, arch):
             name = start.kernel.__name__
             key = (name, config_of(start), repr(specialised(start)))
             found.setdefault(key, (case, start, dtype))
@@ -212,14 +232,16 @@ def variants(
     yield from (variant for key, variant in found.items() if key in wanted)
 
 
-def every_launch(case: Case, dtypes: tuple[torch.dtype, ...]) -> Iterator[tuple[Launch, torch.dtype]]:
+def every_launch(
+    case: Case, dtypes: tuple[torch.dtype, ...], arch: int
+) -> Iterator[tuple[Launch, torch.dtype]]:
     """Those with the chosen tiles, then each kernel with its other candidates."""
     dtypes = tuple(d for d in dtypes if d in case.dtypes)
-    yield from ((start, d) for d in dtypes for start in launches(case, d))
+    yield from ((start, d) for d in dtypes for start in launches(case, d, arch))
     tiles = getattr(importlib.import_module(f"catmllm_kernels.{case.op}.triton"), "TILES", {})
     for name, index in ((n, i) for n, t in tiles.items() for i in range(1, len(t))):
         with first_tile(case.op, name, index):
-            again = [(start, d) for d in dtypes for start in launches(case, d)]
+            again = [(start, d) for d in dtypes for start in launches(case, d, arch)]
         yield from (s for s in again if s[0].kernel.__name__ == f"{name}_kernel")
 
 
@@ -235,7 +257,7 @@ def table(
     `done` gets all rows after each new one."""
     rows: list[Row] = list(known or [])
     held = {(row.op, row.case, row.kernel, row.config, row.dtype, row.arch) for row in rows}
-    for case, start, dtype in variants(ops, dtypes, match):
+    for case, start, dtype in variants(ops, dtypes, match, arch):
         key = (case.op, case.name, start.kernel.__name__, config_of(start), DTYPES[dtype], f"sm_{arch}")
         if key not in held:
             rows.append(inspect(case, start, dtype, arch))
@@ -246,7 +268,8 @@ def table(
 def print_row(row: Row) -> None:
     print(
         f"{row.kernel:24s} {row.case:13s} {row.dtype:4s} {row.registers:4d} {row.spills:6d} {row.local:5d} "
-        f"{row.shared / 1024:6.1f} {row.mma:5d} {row.loads16:5d} {row.warps:3d}  {row.config}"
+        f"{row.shared / 1024:6.1f} {row.mma:5d} {row.loads16:5d} {row.warps:3d} "
+        f"{row.code / 1024:5.1f} {row.seconds:5.1f}  {row.config}"
         + "".join(f"\n    WRONG: {fault}" for fault in row.faults()),
         flush=True,
     )
@@ -278,7 +301,8 @@ def main(arguments: list[str] | None = None) -> int:
     if not args.json:
         print(
             f"{'kernel':24s} {'case':13s} {'type':4s} {'reg':>4s} {'spills':>6s} {'local':>5s} "
-            f"{'KiB':>6s} {'mma':>5s} {'ld16':>5s} {'wrp':>3s}  config"
+            f"{'KiB':>6s} {'mma':>5s} {'ld16':>5s} {'wrp':>3s} "
+            f"{'code':>5s} {'s':>5s}  config"
         )
     arch = int(args.arch.removeprefix("sm_"))
     known = []

@@ -14,10 +14,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
-SIZES = ("n_edges", "n_nodes", "n_atoms", "n_tokens", "tiles")  # arguments that differ between batches
+import torch
+
+SIZES = ("n_edges", "n_nodes", "n_atoms", "n_tokens", "tiles", "orders")
 _RECORD: list[Launch] | None = None
+_ARCHITECTURE: int | None = None  # that launches are recorded for
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,13 @@ class Launch:
     constants: dict[str, Any] = field(default_factory=dict)
     num_warps: int = 4
     num_stages: int = 2
+    maxnreg: int | None = None  # registers a thread; None: as many as the compiler wants
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What the compiler is told beside the constants."""
+        given = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return given if self.maxnreg is None else given | {"maxnreg": self.maxnreg}
 
 
 def launch(
@@ -38,13 +49,14 @@ def launch(
     *arguments: Any,
     num_warps: int = 4,
     num_stages: int = 2,
+    maxnreg: int | None = None,
     **constants: Any,
 ) -> None:
     """kernel[grid](*arguments, **constants); nothing for an empty grid.
 
     Arguments in the kernel's order: tensors and integers, then constexprs by name.
     """
-    start = Launch(kernel, grid, arguments, constants, num_warps, num_stages)
+    start = Launch(kernel, grid, arguments, constants, num_warps, num_stages, maxnreg)
     if _RECORD is not None:
         _RECORD.append(start)
     elif all(grid):
@@ -53,16 +65,28 @@ def launch(
 
 def run(start: Launch) -> None:
     """Start it for real."""
-    options = {"num_warps": start.num_warps, "num_stages": start.num_stages}
-    start.kernel[start.grid](*start.arguments, **start.constants, **options)
+    start.kernel[start.grid](*start.arguments, **start.constants, **start.options)
 
 
 @contextmanager
-def recorded() -> Iterator[list[Launch]]:
-    """Within, launches are collected and not run."""
-    global _RECORD
-    before, _RECORD = _RECORD, []
+def recorded(for_architecture: int | None = None) -> Iterator[list[Launch]]:
+    """Within, launches are collected and not run; their tiles are those of an architecture, 80 or 90."""
+    global _RECORD, _ARCHITECTURE
+    before, _RECORD, _ARCHITECTURE = (_RECORD, _ARCHITECTURE), [], for_architecture
     try:
         yield _RECORD
     finally:
-        _RECORD = before
+        _RECORD, _ARCHITECTURE = before
+
+
+def architecture() -> int:
+    """80 for an A100, 90 for an H100: of what launches are recorded for, else of the device, else 80."""
+    if _ARCHITECTURE is not None:
+        return _ARCHITECTURE
+    return device_architecture()
+
+
+@cache
+def device_architecture() -> int:
+    major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (8, 0)
+    return 10 * major + minor

@@ -32,7 +32,6 @@ RESIDENT = {
     "bias",
     "to_lat",
     "from_lat",
-    "lon",
     "dot",
     "norm_weight",
     "norm_bias",

@@ -108,7 +108,9 @@ def test_threads_and_layouts_change_no_bit() -> None:
         torch.set_num_threads(threads)
 
 
-def test_they_are_transformers_own() -> None:
+@pytest.mark.parametrize("path", ["cpu", "triton"])
+def test_they_are_transformers_own(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CATMLLM_KERNELS", path)
     from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen
 
     x = random(1, 9, 48).float()
@@ -118,6 +120,8 @@ def test_they_are_transformers_own() -> None:
     q, k = random(1, 3, 9, 16).float(), random(1, 1, 9, 16).float()
     angle = random(1, 9, 8, scale=10).float().repeat(1, 1, 2)
     expected = qwen.apply_rotary_pos_emb(q, k, angle.cos(), angle.sin())
+    gate = random(9, 48).float()
+    torch.testing.assert_close(decoder.swiglu(gate, x[0]), torch.nn.functional.silu(gate) * x[0])
     found = decoder.rotate(q[0].transpose(0, 1), k[0].transpose(0, 1), angle[0].cos(), angle[0].sin())
     for a, b in zip(found, expected):
         torch.testing.assert_close(a.transpose(0, 1), b[0])
@@ -179,12 +183,12 @@ def test_what_they_leave_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.ones(2, 4)
     assert decoder.fits(x) and decoder.fits(x.bfloat16())
     assert not decoder.fits(x.half()) and not decoder.fits(x.double()) and not decoder.fits(x, x.bfloat16())
-    assert not decoder.fits(x.to("meta"))
     with torch.autocast("cpu", torch.bfloat16):
         assert not decoder.fits(x)
-    for forced, taken in (("reference", False), ("triton", False), ("cpu", True)):
+    for forced, taken in (("reference", False), ("triton", True), ("cpu", True)):
         monkeypatch.setenv("CATMLLM_KERNELS", forced)
         assert decoder.fits(x) == taken
+        assert decoder.fits(x.half()) == (forced == "triton")
     monkeypatch.setenv("CATMLLM_KERNELS", "none")
     with pytest.raises(ValueError, match="choose one of"):
         decoder.fits(x)

@@ -122,6 +122,26 @@ def test_compile_sees_one_op(size: Size) -> None:
         torch.testing.assert_close(found, expected)
 
 
+def test_weights_are_laid_out_by_one_launch_each_and_anew_in_every_pass() -> None:
+    """So that whatever changed them (an optimizer, FSDP2's gathering, which leaves a tensor's version alone)
+    is seen."""
+    from catmllm_kernels.escn.triton.product import real_forms
+    from catmllm_kernels.launch import recorded
+
+    weights = [torch.randn(7, 5), torch.randn(12, 9), torch.randn(2, 3)]
+    for _ in range(2):
+        forms = real_forms(weights)
+        assert forms[0] is weights[0]
+        for form, w in zip(forms[1:], weights[1:], strict=True):
+            assert torch.equal(form, reference.real_form(w))
+        with torch.autograd._unsafe_preserve_version_counter(tuple(weights)):
+            for w in weights:
+                w.mul_(-0.5)
+    with recorded() as found:
+        real_forms(weights)
+    assert len(found) == 2
+
+
 def test_checkpointing_gives_the_same_gradients() -> None:
     a = with_gradients(inputs(BOTH[0], torch.float64, CPU))
     plain = torch.autograd.grad(edge_attention(a).square().sum(), gradients_of(a))

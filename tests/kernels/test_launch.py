@@ -11,6 +11,7 @@ import torch
 pytest.importorskip("triton.runtime.interpreter")
 
 from catmllm_kernels.aot import config_of, launches, specialised
+from catmllm_kernels.decoder import cases as decoder
 from catmllm_kernels.escn import cases as escn
 from catmllm_kernels.launch import SIZES, Launch, recorded
 from catmllm_kernels.linear_logprob import cases as linear_logprob
@@ -37,7 +38,14 @@ def log_probability(tokens: int, words: int) -> None:
     linear_logprob.case("", "model", tokens, 64, 4096, True).compile(torch.float16)  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("op", [edge_path, pooled, log_probability])
+def between_products(tokens: int, _: int) -> None:
+    shapes = {"rms_norm": ((tokens, 64), (64,)), "swiglu": ((tokens, 64),) * 2}
+    shapes["rotate"] = ((tokens, 4, 16), (tokens, 2, 16), (tokens, 16), (tokens, 16))
+    for name, of in shapes.items():
+        decoder.compile_case(name, *of)(torch.float16)
+
+
+@pytest.mark.parametrize("op", [edge_path, pooled, log_probability, between_products])
 def test_another_number_of_edges_nodes_or_tokens_compiles_nothing_new(op: Callable[[int, int], None]) -> None:
     draw = random.Random(0)
     sizes = [(1, 1), (16, 160), (1, 16), (16, 17)]
@@ -58,6 +66,7 @@ def test_every_integer_argument_is_a_stride_or_named_as_a_size() -> None:
         edge_path(2, 3)
         pooled(2, 3)
         log_probability(3, 4)
+        between_products(3, 4)
     given = [(name, value) for start in found for name, value in zip(start.kernel.arg_names, start.arguments)]
     names = {name for name, value in given if isinstance(value, int)}
     assert names == fixed | set(SIZES)
@@ -87,7 +96,7 @@ def test_every_branch_that_a_model_compiles_is_run_by_a_test_case() -> None:
     def branches(size: str) -> set[tuple[str, tuple[tuple[str, bool], ...]]]:
         found = set()
         for case in (c for c in cases(size=size) if c.compile):
-            for start in launches(case, torch.float16):
+            for start in launches(case, torch.float16, 90):
                 given = start.constants
                 flags = [(k, v) for k, v in given.items() if isinstance(v, bool)]
                 for width, block in (("C", "BLOCK_K"), ("HIDDEN", "BLOCK_C")):

@@ -122,7 +122,7 @@ def test_every_stage_has_a_plan(cuda_steps: dict[str, Any], stage: str) -> None:
 
 def test_a_step_on_a_gpu_starts_the_kernels_of_its_stage(cuda_steps: dict[str, Any]) -> None:
     """And each for few keys by which it is compiled: what the edge-degree embedding shares with the edge path
-    has one more, for one head and m = 0 alone."""
+    has one more, for one head and m = 0 alone; the real form of a complex matrix is a key a size."""
     starts = {stage: set(plan["starts"]) for stage, plan in cuda_steps.items()}
     reads = {"gather_rotate_kernel", "product_kernel", "softmax_kernel", "scatter_kernel", "pool_kernel"}
     trains = {"value_grad_kernel", "activation_grad_kernel", "softmax_grad_kernel", "pool_grad_kernel"}
@@ -132,8 +132,9 @@ def test_a_step_on_a_gpu_starts_the_kernels_of_its_stage(cuda_steps: dict[str, A
     for stage in ("joint", "instruct", "grpo"):
         assert starts[stage] >= reads | words
     assert starts["ga_grpo"] >= {"two_heads_kernel", "gradient_kernel"}
-    keys = [len(keys) for plan in cuda_steps.values() for keys in plan["starts"].values()]
-    assert max(keys) <= 3
+    keys = {(len(of), name) for plan in cuda_steps.values() for name, of in plan["starts"].items()}
+    assert max(n for n, name in keys if name != "real_form_kernel") <= 3
+    assert max(n for n, name in keys if name == "real_form_kernel") <= 4
 
 
 def test_what_a_step_starts_is_compiled_beforehand(cuda_steps: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Cases of the decoder's ops: one token, odd widths, and the widths of a small model."""
+"""Cases of the decoder's ops: one token, odd widths, and the widths of a small and of a large model."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ def arguments(
 ) -> tuple[Tensor, ...]:
     """Random tensors; the first `n_learned` want gradients."""
     generator = torch.Generator().manual_seed(seed)
+    if device.type == "meta":
+        return tuple(torch.empty(s, dtype=dtype, device=device) for s in shapes)
     made = (torch.randn(s, generator=generator, dtype=torch.float64).to(device, dtype) for s in shapes)
     return tuple(x.requires_grad_(i < n_learned) for i, x in enumerate(made))
 
@@ -40,7 +42,28 @@ def swiglu(of: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     return of(*tensors)
 
 
-def case(size: Literal["test", "slow"], call: Callable[..., Tensor], *shapes: tuple[int, ...]) -> Case:
+def compile_case(name: str, *shapes: tuple[int, ...]) -> Callable[[torch.dtype], None]:
+    """What the op's kernels start forward and backward."""
+
+    def compile(dtype: torch.dtype) -> None:
+        from catmllm_kernels.decoder import triton
+
+        a, b, *rest = arguments(shapes, 0, dtype, torch.device("meta"), 0)
+        if name == "rms_norm":
+            out, inverse = triton.rms_norm_forward(a, b, EPS)
+            triton.rms_norm_backward(out, a, b, inverse, EPS)
+        elif name == "rotate":
+            for transposed in (False, True):
+                triton.rotate(a, b, rest[0], rest[1], transposed)
+        else:
+            triton.swiglu_backward(triton.swiglu_forward(a, b), a, b)
+
+    return compile
+
+
+def case(
+    size: Literal["test", "slow", "model"], call: Callable[..., Tensor], *shapes: tuple[int, ...]
+) -> Case:
     name = call.__name__
     return Case(
         op="decoder",
@@ -50,6 +73,7 @@ def case(size: Literal["test", "slow"], call: Callable[..., Tensor], *shapes: tu
         function=partial(call, getattr(op, name)),
         reference=partial(call, getattr(reference, name)),
         tolerance=TOLERANCE,
+        compile=compile_case(name, *shapes),
     )
 
 
@@ -68,4 +92,8 @@ CASES = [
     case("test", swiglu, (1,), (1,)),
     case("test", swiglu, (5, 37), (5, 37)),
     case("slow", swiglu, (300, 512), (300, 512)),
+    # a layer of the 7B model
+    case("model", rms_norm, (8192, 3584), (3584,)),
+    turned("model", 8192, 28, 4, 128),
+    case("model", swiglu, (8192, 18944), (8192, 18944)),
 ]

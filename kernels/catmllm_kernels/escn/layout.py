@@ -18,6 +18,7 @@ source_order [E], source_ptr [N+1]: the same by source, for gradients without at
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -40,8 +41,8 @@ class Sphere(NamedTuple):
     """The S2 grid in two factors: a point's harmonic is latitude(l, |m|) · longitude(m).
 
     `to_lat`, `from_lat` [latitudes, H] by rows m >= 0 in radial order; `lon` [longitudes, 2M+1], columns 1,
-    cos φ, sin φ, cos 2φ, sin 2φ, …; float32, or float64 for float64 inputs. The weights of the quadrature and
-    the scale of cut rows are in `from_lat` and `to_lat`.
+    cos φ, sin φ, cos 2φ, sin 2φ, … of φ = 2πp/longitudes (`longitude`); float32, or float64 for float64
+    inputs. The weights of the quadrature and the scale of cut rows are in `from_lat` and `to_lat`.
     """
 
     to_lat: Tensor
@@ -143,6 +144,12 @@ def half_of(l: int, m: int, lmax: int) -> int:
 def wave_of(k: int, negative: int) -> int:
     """The column of `Sphere.lon` of order +k or -k."""
     return 2 * k - 1 + negative if k else 0
+
+
+def longitude(i: int, p: int, n: int) -> float:
+    """Entry [p, i] of `Sphere.lon` of n longitudes, in float64."""
+    angle = 2 * math.pi * ((i + 1) // 2 * p % n) / n
+    return math.cos(angle) if i % 2 or i == 0 else math.sin(angle)
 
 
 def kept(lmax: int, mmax: int) -> list[tuple[int, int]]:

@@ -18,6 +18,7 @@ from catmllm_kernels.escn.triton.indices import (
     at_least,
     half_of,
     highest,
+    longitude,
     n_half,
     n_rows,
     row_of,
@@ -27,10 +28,29 @@ from catmllm_kernels.escn.triton.indices import (
 from catmllm_kernels.escn.triton.tiles import cells, tile
 from catmllm_kernels.launch import SIZES, launch
 
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # no assembly there: the definition
+SIGMOID = tl.constexpr("""{
+    .reg .f32 t;
+    mul.f32 t, $1, 0fBFB8AA3B;
+    ex2.approx.ftz.f32 t, t;
+    add.f32 t, t, 0f3F800000;
+    rcp.approx.ftz.f32 $0, t;
+}""")  # -log2 e, 1
+
 
 @triton.jit
 def sigmoid(x):
-    return 1.0 / (1.0 + tl.exp(-x))
+    """1 / (1 + e^-x), in float32 by the special-function units: four instructions, where Triton's own
+    exponential and division take fifteen (they mind subnormal results, which mean nothing beside 1).
+
+    Relative error at most (1 - s)·(1.25·|x|·2⁻²⁴ + 2⁻²²) + 2⁻²⁴ + 2⁻²³: of -x·log2 e with its constant, ex2
+    (two units in the last place), the sum, rcp (one), by the PTX manual's table. Absolute: below 2⁻²².
+    """
+    if INTERPRETED or x.dtype != tl.float32:
+        s = 1.0 / (1.0 + tl.exp(-x))
+    else:
+        s = tl.inline_asm_elementwise(SIGMOID, "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    return s
 
 
 @triton.jit
@@ -63,20 +83,21 @@ def add_latitude(out, waves, table, L: tl.constexpr, M: tl.constexpr):
 
 
 @triton.jit
-def point(waves, lon, M: tl.constexpr):
-    """The value at one longitude."""
+def point(waves, p: tl.constexpr, LON: tl.constexpr, M: tl.constexpr):
+    """The value at longitude p. Its harmonics are numbers of the instructions: loaded, 18 times 2M of them
+    would fill the registers of a thread."""
     g = waves[0]
     for i in tl.static_range(1, 2 * M + 1):
-        g += tl.load(lon + i) * waves[i]
+        g += longitude(i, p, LON) * waves[i]
     return g
 
 
 @triton.jit
-def add_point(waves, g, lon, M: tl.constexpr):
+def add_point(waves, g, p: tl.constexpr, LON: tl.constexpr, M: tl.constexpr):
     """The transpose."""
     new = (waves[0] + g,)
     for i in tl.static_range(1, 2 * M + 1):
-        new = new + (waves[i] + tl.load(lon + i) * g,)
+        new = new + (waves[i] + longitude(i, p, LON) * g,)
     return new
 
 
@@ -90,7 +111,7 @@ def zero_tiles(N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr):
 
 @triton.jit
 def activate(
-    gates, hidden, active, to_lat, from_lat, lon, mask, HIDDEN: tl.constexpr, L: tl.constexpr,
+    gates, hidden, active, to_lat, from_lat, mask, HIDDEN: tl.constexpr, L: tl.constexpr,
     M: tl.constexpr, SPHERE: tl.constexpr, LAT: tl.constexpr, LON: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -108,9 +129,9 @@ def activate(
         for b in range(LAT):
             waves = latitude(ys, to_lat + b * n_half(L, M), L, M, 0)
             back = zero_tiles(2 * M + 1, BLOCK_E, BLOCK_C)
-            for p in range(LON):
-                g = point(waves, lon + p * (2 * M + 1), M)
-                back = add_point(back, g * sigmoid(g), lon + p * (2 * M + 1), M)
+            for p in tl.static_range(LON):
+                g = point(waves, p, LON, M)
+                back = add_point(back, g * sigmoid(g), p, LON, M)
             zs = add_latitude(zs, back, from_lat + b * n_half(L, M), L, M)
         for i in tl.static_range(1, n_rows(L, M)):
             tl.store(active + i * HIDDEN, zs[i].to(active.dtype.element_ty), mask=mask)
@@ -131,7 +152,6 @@ def activation_kernel(
     active,
     to_lat,
     from_lat,
-    lon,
     n_edges,
     gates_edge,
     HIDDEN: tl.constexpr,
@@ -148,7 +168,7 @@ def activation_kernel(
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     at = edge[:, None] * (n_rows(L, M) * HIDDEN) + c[None, :]
     activate(
-        gates + edge[:, None] * gates_edge + c[None, :], hidden + at, active + at, to_lat, from_lat, lon,
+        gates + edge[:, None] * gates_edge + c[None, :], hidden + at, active + at, to_lat, from_lat,
         (edge < n_edges)[:, None] & (c < HIDDEN)[None, :], HIDDEN, L, M, SPHERE, LAT, LON, BLOCK_E, BLOCK_C,
     )  # fmt: skip
 
@@ -160,7 +180,6 @@ def activation_grad_kernel(
     grad_active,
     to_lat,
     from_lat,
-    lon,
     grad_gates,
     grad_hidden,
     n_edges,
@@ -198,11 +217,11 @@ def activation_grad_kernel(
             waves = latitude(ys, to_lat + b * n_half(L, M), L, M, 0)
             dback = latitude(dz, from_lat + b * n_half(L, M), L, M, 1)  # l = 0 does not come from the sphere
             dwaves = zero_tiles(2 * M + 1, BLOCK_E, BLOCK_C)
-            for p in range(LON):
-                g = point(waves, lon + p * (2 * M + 1), M)
+            for p in tl.static_range(LON):
+                g = point(waves, p, LON, M)
                 s = sigmoid(g)
-                dg = point(dback, lon + p * (2 * M + 1), M) * s * (1 + g * (1 - s))
-                dwaves = add_point(dwaves, dg, lon + p * (2 * M + 1), M)
+                dg = point(dback, p, LON, M) * s * (1 + g * (1 - s))
+                dwaves = add_point(dwaves, dg, p, LON, M)
             dy = add_latitude(dy, dwaves, to_lat + b * n_half(L, M), L, M)
         for i in tl.static_range(R):
             tl.store(grad_hidden + out_at + i * HIDDEN, dy[i].to(grad_hidden.dtype.element_ty), mask=mask)
@@ -236,17 +255,21 @@ def grid_of(a: EdgeAttention) -> dict[str, int]:
     return {"SPHERE": True, "LAT": len(a.sphere.to_lat), "LON": len(a.sphere.lon)}
 
 
+def latitudes(a: EdgeAttention) -> tuple[Tensor | None, Tensor | None]:
+    """The tables that the kernels read; longitudes are known when they are compiled."""
+    return (None, None) if a.sphere is None else (a.sphere.to_lat, a.sphere.from_lat)
+
+
 def activation_grad(
     a: EdgeAttention, extra: Tensor, hidden: Tensor, grad_active: Tensor, out: Tensor
 ) -> None:
     """Fills `out` [E, n_extra + R·C'] from column heads·A on: gates, then rows."""
     n_edges, n_alpha = len(extra), a.alpha_dot.numel()
-    tables = [None] * 3 if a.sphere is None else list(a.sphere)
     t = tile("activation_grad", BLOCK_C=a.hidden)
     launch(
         activation_grad_kernel,
         (cells(n_edges, t["BLOCK_E"]), cells(a.hidden, t["BLOCK_C"])),
-        extra[:, n_alpha:], hidden, grad_active, *tables, out[:, n_alpha:], out[:, a.n_extra :],
+        extra[:, n_alpha:], hidden, grad_active, *latitudes(a), out[:, n_alpha:], out[:, a.n_extra :],
         n_edges, extra.shape[1], out.shape[1],
         HIDDEN=a.hidden, L=a.lmax, M=a.mmax, **grid_of(a), **t,
     )  # fmt: skip

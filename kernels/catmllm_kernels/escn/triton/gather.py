@@ -12,7 +12,7 @@ from torch import Tensor
 
 from catmllm_kernels.escn import layout
 from catmllm_kernels.escn.layout import EdgeAttention
-from catmllm_kernels.escn.triton.indices import half_of, highest, n_half, n_rows, row_of, wigner_offset
+from catmllm_kernels.escn.triton.indices import half_at, highest, n_half, n_rows, row_at, wigner_offset
 from catmllm_kernels.escn.triton.tiles import cells, tile
 from catmllm_kernels.launch import SIZES, launch
 
@@ -26,6 +26,18 @@ def turned(wigner, xs, mask, l: tl.constexpr):
     return out
 
 
+@triton.jit
+def send_row(
+    xs, weight, wigner, rows, grad_rows, at, real, mask, l: tl.constexpr, GRAD: tl.constexpr
+):  # fmt: skip
+    """Turn and store one row of an edge; what it adds to the gradient of its radial weight."""
+    z = turned(wigner, xs, real, l)
+    tl.store(rows + at, (z * weight).to(rows.dtype.element_ty), mask=mask)
+    if GRAD:
+        z *= tl.load(grad_rows + at, mask=mask, other=0.0).to(tl.float32)
+    return z
+
+
 @triton.jit(do_not_specialize=SIZES)
 def gather_rotate_kernel(
     x,
@@ -37,6 +49,7 @@ def gather_rotate_kernel(
     rows,
     grad_weights,
     n_edges,
+    orders,
     C: tl.constexpr,
     L: tl.constexpr,
     M: tl.constexpr,
@@ -53,34 +66,31 @@ def gather_rotate_kernel(
     real = edge < n_edges
     mask = real[:, None] & (c < C)[None, :]
     wigner += edge * wigner_offset(L + 1, M)
-    row_at = edge[:, None] * (R * 2 * C) + c[None, :]
-    weight_at = edge[:, None] * (H * 2 * C) + c[None, :]
-    for end in tl.static_range(2):
-        node = tl.load((target if end else source) + edge, mask=real, other=0)
-        x_at = node[:, None] * (S * C) + c[None, :]
+    row_to = edge[:, None] * (R * 2 * C) + c[None, :]
+    weight_to = edge[:, None] * (H * 2 * C) + c[None, :]
+    for end in range(2):
+        node = tl.load(source + edge, mask=real & (end == 0), other=0)
+        node += tl.load(target + edge, mask=real & (end == 1), other=0)
+        x_at = x + node[:, None] * (S * C) + c[None, :]
+        row_end = row_to + end * C
+        weight_end = weight_to + end * C
         for l in tl.static_range(L + 1):
             xs = ()
             for k in tl.static_range(2 * l + 1):
-                xs = xs + (tl.load(x + x_at + (l * l + k) * C, mask=mask, other=0.0).to(tl.float32),)
-            K = highest(l, M)
-            block = wigner + wigner_offset(l, M)
-            for m in tl.static_range(highest(l, M) + 1):
-                at = half_of(l, m, L) * 2 * C + end * C
-                plus = row_of(l, m, L) * 2 * C + end * C
-                weight = tl.load(weights + weight_at + at, mask=mask, other=0.0).to(tl.float32)
-                z = turned(block + (K + m) * (2 * l + 1), xs, real, l)
-                tl.store(rows + row_at + plus, (z * weight).to(rows.dtype.element_ty), mask=mask)
-                if GRAD:
-                    grad = z * tl.load(grad_rows + row_at + plus, mask=mask, other=0.0).to(tl.float32)
+                xs = xs + (tl.load(x_at + (l * l + k) * C, mask=mask, other=0.0).to(tl.float32),)
+            block = wigner + wigner_offset(l, M) + highest(l, M) * (2 * l + 1)
+            for m in range(tl.minimum(l, orders) + 1):
+                at = weight_end + half_at(l, m, L) * (2 * C)
+                plus = row_end + row_at(l, m, L) * (2 * C)
+                weight = tl.load(weights + at, mask=mask, other=0.0).to(tl.float32)
+                D = block + m * (2 * l + 1)
+                grad = send_row(xs, weight, D, rows, grad_rows, plus, real, mask, l, GRAD)
                 if m > 0:
-                    minus = row_of(l, -m, L) * 2 * C + end * C
-                    z = turned(block + (K - m) * (2 * l + 1), xs, real, l)
-                    tl.store(rows + row_at + minus, (z * weight).to(rows.dtype.element_ty), mask=mask)
-                    if GRAD:
-                        grad += z * tl.load(grad_rows + row_at + minus, mask=mask, other=0.0).to(tl.float32)
+                    minus = row_end + row_at(l, -m, L) * (2 * C)
+                    D = block - m * (2 * l + 1)
+                    grad += send_row(xs, weight, D, rows, grad_rows, minus, real, mask, l, GRAD)
                 if GRAD:
-                    out = grad.to(grad_weights.dtype.element_ty)
-                    tl.store(grad_weights + weight_at + at, out, mask=mask)
+                    tl.store(grad_weights + at, grad.to(grad_weights.dtype.element_ty), mask=mask)
 
 
 def gather_rotate(
@@ -95,6 +105,7 @@ def gather_rotate(
         gather_rotate_kernel,
         (cells(n_edges, t["BLOCK_E"]), cells(channels, t["BLOCK_C"])),
         a.x, weights, a.wigner, a.graph.source, a.graph.target, grad_rows, rows, grad_weights, n_edges,
+        a.mmax,
         C=channels, L=a.lmax, M=a.mmax, GRAD=grad_rows is not None, **t,
     )  # fmt: skip
     return rows, grad_weights

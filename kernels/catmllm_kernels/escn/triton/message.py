@@ -7,13 +7,13 @@ from torch import Tensor
 
 from catmllm_kernels.escn import layout
 from catmllm_kernels.escn.layout import EdgeAttention
-from catmllm_kernels.escn.reference import real_form
 from catmllm_kernels.escn.triton.activation import activation_grad
 from catmllm_kernels.escn.triton.gather import gather_rotate
 from catmllm_kernels.escn.triton.product import (
     column_sum,
     product,
     product_and_activation,
+    real_forms,
     slices,
     weight_grad,
 )
@@ -32,7 +32,7 @@ def edge_attention_forward(a: EdgeAttention, save: bool) -> tuple[Tensor, ...]:
     extra, hidden, active = product_and_activation(a, rows)
     del rows
     alpha = attention_weights(a, extra)
-    values = product(rows_of(active, a), a.conv2, a.conv2_bias, a.lmax, a.mmax)
+    values = product(rows_of(active, a), real_forms(a.conv2), a.conv2_bias, a.lmax, a.mmax)
     total = rotate_back_sum_forward(
         values, alpha if a.keep is None else alpha * a.keep, a.wigner, a.graph, len(a.x), a.lmax, a.mmax
     )
@@ -49,7 +49,8 @@ def edge_attention_backward(
     lmax, mmax = a.lmax, a.mmax
     # the consumer and the second product
     z = rows_of(active, a)
-    values = product(z, a.conv2, a.conv2_bias, lmax, mmax)
+    forms = real_forms(a.conv2)
+    values = product(z, forms, a.conv2_bias, lmax, mmax)
     weighted = alpha if a.keep is None else alpha * a.keep
     grad_values, grad_alpha = rotate_back_sum_backward(grad, values, weighted, a.wigner, a.graph, lmax, mmax)
     del values
@@ -59,10 +60,10 @@ def edge_attention_backward(
     conv2 = []
     parts = zip(slices(grad_values, lmax, mmax), slices(z, lmax, mmax), slices(grad_active, lmax, mmax))
     for m, (g, part, into) in enumerate(parts):
-        torch.mm(g, a.conv2[0] if m == 0 else real_form(a.conv2[m]), out=into)
+        torch.mm(g, forms[m], out=into)
         conv2.append(g.T @ part if m == 0 else weight_grad(g, part))
     conv2_bias = column_sum(slices(grad_values, lmax, mmax)[0])
-    del grad_values
+    del grad_values, forms
 
     # what comes out of the first product: extra and hidden rows, side by side
     out = extra.new_empty(len(extra), a.n_extra + hidden.shape[1])
@@ -75,8 +76,8 @@ def edge_attention_backward(
     grads = [first, *out[:, a.n_extra + width :].split(rest, dim=1)]
     channels = 2 * a.x.shape[2]
     grad_rows = a.x.new_empty(len(extra), layout.n_rows(lmax, mmax), channels)
-    for m, (g, into) in enumerate(zip(grads, slices(grad_rows, lmax, mmax))):
-        torch.mm(g, a.conv1[0] if m == 0 else real_form(a.conv1[m]), out=into)
+    for g, form, into in zip(grads, real_forms(a.conv1), slices(grad_rows, lmax, mmax)):
+        torch.mm(g, form, out=into)
 
     # the producer
     weights = torch.addmm(a.radial_bias, a.radial, a.radial_weight.T)

@@ -7,12 +7,13 @@ from __future__ import annotations
 # all.
 TILES: dict[str, list[dict[str, int]]] = {
     "gather_rotate": [{"BLOCK_E": 8, "BLOCK_C": 128, "num_warps": 4}],
-    "scatter": [{"BLOCK_E": 8, "BLOCK_C": 128, "num_warps": 4}],
+    "scatter": [{"BLOCK_C": 128, "num_warps": 1}],
     "value_grad": [{"BLOCK_E": 8, "BLOCK_C": 128, "num_warps": 4}],
     "product": [
         {"BLOCK_E": 128, "BLOCK_C": 16, "BLOCK_K": 32, "STEP": 16, "num_warps": 8, "num_stages": 3},
-        {"BLOCK_E": 64, "BLOCK_C": 16, "BLOCK_K": 64, "STEP": 8, "num_warps": 4, "num_stages": 3},
+        {"BLOCK_E": 128, "BLOCK_C": 16, "BLOCK_K": 32, "STEP": 16, "num_warps": 8, "num_stages": 4},
     ],
+    "real_form": [{"BLOCK": 1024, "num_warps": 2}],
     "activation": [{"BLOCK_E": 4, "BLOCK_C": 64, "num_warps": 4}],
     "activation_grad": [{"BLOCK_E": 2, "BLOCK_C": 64, "num_warps": 4}],
     "softmax": [{"BLOCK_E": 16, "num_warps": 4}],
