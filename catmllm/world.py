@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -44,12 +45,19 @@ class World:
         dist.all_gather_object(out, value)
         return out
 
-    def mean(self, values: dict[str, float]) -> dict[str, float]:
-        """The mean of each value over the ranks where it is not NaN; every rank must bring the same keys."""
+    def mean(self, values: Mapping[str, float | torch.Tensor]) -> dict[str, float]:
+        """The mean of each value over the ranks where it is not NaN; every rank must bring the same keys.
+
+        What the device has calculated comes as a tensor of one number: all are read together, in one wait.
+        """
         if not values:
             return {}
         keys = sorted(values)
-        t = torch.tensor([values[k] for k in keys], dtype=torch.float64, device=self.device)
+        known = [0.0 if isinstance(v, torch.Tensor) else v for v in map(values.__getitem__, keys)]
+        t = torch.tensor(known, dtype=torch.float64, device=self.device)
+        for i, k in enumerate(keys):
+            if isinstance(value := values[k], torch.Tensor):
+                t[i] = value.detach()
         t = torch.stack([t.nan_to_num(0.0, torch.inf, -torch.inf), (~t.isnan()).double()])
         dist.all_reduce(t)
         return dict(zip(keys, (t[0] / t[1]).tolist()))

@@ -33,7 +33,7 @@ from catmllm.stages import STAGES
 from catmllm.stages.ga_grpo import GAGRPO
 from catmllm.stages.grpo import GRPO
 from catmllm.structure.system import System
-from catmllm.train.setup import Ready, prepare, update
+from catmllm.train.setup import Ready, clip, prepare, update
 from catmllm.train.sharding import unsharded
 from catmllm.train.stage import Context, Stage, Step
 from catmllm.world import DTYPES, World, encoder_dtype, settled
@@ -153,7 +153,8 @@ def _trace(
         _passes(work, ready, ledger, stage.config.sync_every_pass)
         ledger.mark([p.grad for p in ready.trained], "gradients")
         with ledger.optimizing():
-            update(ready, stage.config.grad_clip)
+            clip(ready, stage.config.grad_clip)
+            update(ready)
     # Shards in the host's memory; the step that updates them runs there too.
     host = ("parameters", "gradients", "optimizer states") if config.cpu_offload and cuda else ()
     peaks = ledger.peaks(elsewhere=host)

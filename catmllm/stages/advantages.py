@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from catmllm.models.catalytic_mllm import counts
+
 
 def group_advantages(rewards: np.ndarray, delta: float) -> tuple[np.ndarray, np.ndarray]:
     """(r - mean) / (std + delta) inside each group, with the population std.
@@ -49,7 +51,7 @@ def per_answer(x: torch.Tensor, row: torch.Tensor, n_rows: int, normalise: str) 
     total = x.new_zeros(n_rows).index_add(0, row, x)
     if normalise == "token":
         return total
-    return total / torch.bincount(row, minlength=n_rows).clamp_min(1)
+    return total / counts(row, n_rows).clamp_min(1)
 
 
 def policy_loss(

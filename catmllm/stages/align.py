@@ -13,7 +13,7 @@ from catmllm.models.losses import info_nce
 from catmllm.seeds import Stream
 from catmllm.stages.supervised import FromLoader, validation_systems
 from catmllm.structure.text import three_part_text
-from catmllm.train.stage import Context, MicroBatch, Step
+from catmllm.train.stage import Context, Metrics, MicroBatch, Step
 from catmllm.train.stop import TrainingError
 
 
@@ -38,20 +38,20 @@ class Align(FromLoader):
         return encoder or parameter.startswith("projector.")
 
     def step(self, step: int) -> Step:
-        (batch,) = self.batches(1)
+        batch = self.batches(1)[0].to(self.context.world.device)
         work = Step([])
         work.passes.append(
             MicroBatch(lambda: self._loss(batch, work.metrics), batch.tokens, len(batch), batch)
         )
         return work
 
-    def _loss(self, batch: Batch, metrics: dict[str, float]) -> torch.Tensor:
+    def _loss(self, batch: Batch, metrics: Metrics) -> torch.Tensor:
         out = self.context.model(CatalyticMLLM.contrast, batch)
         key = text_keys(batch)
         loss = info_nce(out.graph, out.text, self.config.temperature, key)
         with torch.no_grad():
             g, t = (torch.nn.functional.normalize(x.float(), dim=1) for x in out)
-            metrics["retrieval"] = float((key[(g @ t.T).argmax(1)] == key).float().mean())
+            metrics["retrieval"] = (key[(g @ t.T).argmax(1)] == key).float().mean()
         return loss
 
     def validate(self) -> dict[str, float]:
@@ -68,9 +68,9 @@ class Align(FromLoader):
         for start in range(0, len(systems) - size * world.size + 1, size * world.size):
             some = systems[start + world.rank * size :][:size]
             batch = self.context.collate([Sample(three_part_text(s), "", s) for s in some]).to(world.device)
-            metrics: dict[str, float] = {}
-            metrics["loss"] = float(self._loss(batch, metrics))
-            found.append(metrics)
+            metrics: Metrics = {}
+            metrics["loss"] = self._loss(batch, metrics)
+            found.append({name: float(value) for name, value in metrics.items()})
         mean = {k: sum(m[k] for m in found) / len(found) for k in found[0]}
         return {"val": mean["loss"], "val_retrieval": mean["retrieval"]}
 

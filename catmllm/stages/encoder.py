@@ -54,12 +54,12 @@ class Encoder(FromLoader):
 
     def step(self, step: int) -> Step:
         o, work = self.config, Step([], {"energy_mae": 0.0})
-        batches = self.batches(o.accumulate)
+        batches = [b.to(self.context.world.device) for b in self.batches(o.accumulate)]
         total = sum(len(b) for b in batches)
 
         def loss(batch: Batch) -> torch.Tensor:
             value = self._errors(batch).sum() / total
-            work.metrics["energy_mae"] += float(value.detach()) * float(self.context.model.energy_std)
+            work.metrics["energy_mae"] += value.detach() * self.context.model.energy_std
             return value
 
         for b in batches:  # no token: the LLM does not run

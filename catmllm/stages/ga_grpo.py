@@ -84,7 +84,7 @@ class GAGRPO(Plain):
             "seconds_reward": self.loop.seconds["reward"] - before["reward"],
             "seconds_predict": self.loop.seconds["predict"] - before["predict"],
         }
-        work = Step([], metrics)
+        work = Step([], {**metrics})
         self.add_policy(work, rollouts, advantages.reshape(-1), informative.reshape(-1))
         return work
 

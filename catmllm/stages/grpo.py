@@ -43,12 +43,12 @@ from catmllm.stages.supervised import (
 from catmllm.structure.system import System
 from catmllm.train.setup import READS_GRAPHS
 from catmllm.train.sharding import shard, unsharded
-from catmllm.train.stage import Context, MicroBatch, Plain, Step, Validation
+from catmllm.train.stage import Context, Metrics, MicroBatch, Plain, Step, Validation
 from catmllm.train.stop import TrainingError
 from catmllm.world import DTYPES
 
 # prompts, their rollouts, per rollout its advantage and whether it carries a signal; what to log
-Rolled = tuple[list[Sample], list[Rollout], np.ndarray, np.ndarray, dict[str, float]]
+Rolled = tuple[list[Sample], list[Rollout], np.ndarray, np.ndarray, Metrics]
 
 
 class GRPO(Plain):
@@ -125,7 +125,7 @@ class GRPO(Plain):
         advantages, informative = group_advantages(scored.total.reshape(-1, o.group_size), o.delta)
         self.skipped += int((~informative.any(1)).sum())
         self.old.clear()
-        metrics = {f"reward_{k}": float(np.nanmean(v)) for k, v in scored.terms.items()}
+        metrics: Metrics = {f"reward_{k}": float(np.nanmean(v)) for k, v in scored.terms.items()}
         metrics |= {
             "reward": float(np.nanmean(scored.total)) if np.isfinite(scored.total).any() else float("nan"),
             "unrewarded": float(np.isnan(scored.total).mean()),
@@ -257,7 +257,8 @@ class GRPO(Plain):
 
         def loss() -> torch.Tensor:
             ce, mae, labelled = sample_losses(c.model, batch)
-            work.metrics["energy_mae"] = float(mae[labelled].detach().mean()) * float(c.model.energy_std)
+            mean = mae.detach().sum() / labelled.sum()  # 0 without a label
+            work.metrics["energy_mae"] = mean * c.model.energy_std
             return o.property_share * (ce + mae).mean()
 
         work.passes.append(MicroBatch(loss, batch.tokens, len(samples), batch))

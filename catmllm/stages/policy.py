@@ -68,7 +68,8 @@ def add_policy(
         found = read()
         device = found.logprob.device
         a = torch.tensor(advantages[rows], dtype=torch.float32, device=device)
-        row = torch.arange(len(rows), device=device).repeat_interleave(torch.tensor(lengths, device=device))
+        each = torch.tensor(lengths, device=device)
+        row = torch.arange(len(rows), device=device).repeat_interleave(each, output_size=sum(lengths))
         sampled = found.logprob.detach() if old is None else old.setdefault(k, found.logprob.detach())
         losses, kl = policy_loss(
             found.logprob,
@@ -84,7 +85,7 @@ def add_policy(
         )
 
         def log(name: str, value: torch.Tensor) -> None:
-            work.metrics[name] += weight * float(value.detach().sum())
+            work.metrics[name] += weight * value.detach().sum()
 
         log("kl", kl)
         if old is not None:

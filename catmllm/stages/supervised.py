@@ -15,10 +15,10 @@ from catmllm.data.augment import symmetric_copy
 from catmllm.data.batches import Batch, draw, shuffled
 from catmllm.data.loader import Loader, Windows
 from catmllm.data.prompts import Sample, cif_sample, design_sample, draw_words, jitter, property_sample
-from catmllm.models.catalytic_mllm import CatalyticMLLM
+from catmllm.models.catalytic_mllm import CatalyticMLLM, counts
 from catmllm.seeds import Key, Stream, generator
 from catmllm.structure.system import System
-from catmllm.train.stage import Context, MicroBatch, Plain, Step, Validation
+from catmllm.train.stage import Context, Metrics, MicroBatch, Plain, Step, Validation
 from catmllm.train.stop import TrainingError
 from catmllm.world import loader_workers
 
@@ -139,8 +139,8 @@ class FromLoader(Plain):
         self.loader = Loader(windows, c.world.rank, c.world.size, workers, pin=device == "cuda")
 
     def batches(self, n: int) -> list[Batch]:
-        """The next passes of this rank, on its device."""
-        return [next(self.loader).to(self.context.world.device) for _ in range(n)]
+        """The next passes of this rank, not yet on its device."""
+        return [next(self.loader) for _ in range(n)]
 
     def state(self) -> dict[str, Any]:
         return {"loader": self.loader.state(self.context.world.gather)}
@@ -222,14 +222,15 @@ def supervised_step(
     token.
     """
     world, model = stage.context.world, stage.context.model
-    batches = stage.batches(config.accumulate)
-    total: float = sum(len(b) for b in batches)
-    n_labelled: float = sum(int(b.labelled.sum()) for b in batches)
+    read = stage.batches(config.accumulate)
+    total: float = sum(len(b) for b in read)
+    n_labelled: float = sum(int(b.labelled.sum()) for b in read)
+    batches = [b.to(world.device) for b in read]
     # packs differ in samples; ranks are averaged, so that this is their mean
     if config.batch_tokens is not None:
-        counts = np.array(world.gather((total, n_labelled)))
-        total, n_labelled = counts.mean(0).tolist()
-    metrics = {"cross_entropy": 0.0, "energy_mae": 0.0 if n_labelled else float("nan")}
+        of_ranks = np.array(world.gather((total, n_labelled)))
+        total, n_labelled = of_ranks.mean(0).tolist()
+    metrics: Metrics = {"cross_entropy": 0.0, "energy_mae": 0.0 if n_labelled else float("nan")}
     tokens = sum(b.tokens for b in batches)
     if batches[0].padded:
         metrics["waste"] = 1 - tokens / sum(len(b) * b.max_length for b in batches)
@@ -239,10 +240,9 @@ def supervised_step(
 
     def loss(batch: Batch) -> torch.Tensor:
         ce, mae, labelled = sample_losses(model, batch)
-        metrics["cross_entropy"] += float(ce.detach().sum()) / total
+        metrics["cross_entropy"] += ce.detach().sum() / total
         if n_labelled:
-            in_ev = float(mae.detach().sum()) * float(model.energy_std)
-            metrics["energy_mae"] += in_ev / n_labelled
+            metrics["energy_mae"] += mae.detach().sum() * model.energy_std / n_labelled
         return loss_of(ce, mae, labelled).sum() / total
 
     passes = [MicroBatch(partial(loss, b), b.tokens, len(b.energy), b) for b in batches]
@@ -302,7 +302,7 @@ def sample_losses(model: CatalyticMLLM, batch: Batch) -> tuple[torch.Tensor, tor
     """Per sample: cross-entropy of the answer (mean over its tokens), |error| of the standardised energy (0
     where there is no label), and whether there is one. All [S]."""
     out = model(CatalyticMLLM.answer, batch)
-    count = torch.bincount(batch.answer_sample, minlength=len(batch)).clamp_min(1)
+    count = counts(batch.answer_sample, len(batch)).clamp_min(1)
     ce = out.logprob.new_zeros(len(batch)).index_add(0, batch.answer_sample, -out.logprob) / count
     labelled = batch.labelled
     target = (batch.energy - model.energy_mean) / model.energy_std

@@ -16,7 +16,7 @@ from catmllm.seeds import Stream, hash_seed
 from catmllm.train.checkpoint import CheckpointError, Checkpoints
 from catmllm.train.metrics import StageLog
 from catmllm.train.progress import describe, shown
-from catmllm.train.setup import Ready, lr_factor, prepare, update
+from catmllm.train.setup import Ready, clip, lr_factor, prepare, update
 from catmllm.train.sharding import full_state
 from catmllm.train.stage import Context, Stage, Step, Validation
 from catmllm.train.stop import LossWatch, Stopped, TrainingError, stop_signals
@@ -128,28 +128,33 @@ class _Run:
             with clock.phase("backward"):
                 ready.scaler.scale(value).backward()
             total += value.detach()
-        loss = float(total)
-        row = world.mean({"loss": math.inf if math.isnan(loss) else loss, "stop": signalled, **work.metrics})
-        self.stopping = row.pop("stop") > 0
-        if problem := self.watch.judge(row["loss"]):
-            raise TrainingError(self._bad_batch(problem, loss, work))
-        norm = 0.0
+        # Everything that the device knows of the step is read at once: the only wait for it.
+        found: dict[str, float | torch.Tensor] = {"loss": total.nan_to_num(math.inf), "grad_norm": 0.0}
         if work.passes:
             with clock.phase("optimizer"):
-                norm, skipped = update(ready, optim.grad_clip)
-            self.skipped += skipped
+                found["grad_norm"] = clip(ready, optim.grad_clip).nan_to_num(math.inf)
+        if ready.scaler.is_enabled():
+            found["loss_scale"] = ready.scaler.scale(torch.ones_like(total))
+        row = world.mean({"stop": signalled, **found, **work.metrics})
+        self.stopping = row.pop("stop") > 0
+        if problem := self.watch.judge(row["loss"]):
+            raise TrainingError(self._bad_batch(problem, float(total), work))
+        if work.passes:
+            with clock.phase("optimizer"):
+                update(ready)
+            self.skipped += ready.scaler.is_enabled() and not math.isfinite(row["grad_norm"])
         self.step, self.drawn = self.step + 1, self.drawn + 1
         elapsed = time.perf_counter() - began
         tokens = sum(p.tokens for p in work.passes)
         done = sum(ready.flops.of(p.tokens, p.sequences) for p in work.passes)
         seconds = clock.take()
-        row |= {"lr": optim.lr * scale, "grad_norm": norm, "tokens_per_s": world.size * tokens / elapsed}
+        row |= {"lr": optim.lr * scale, "tokens_per_s": world.size * tokens / elapsed}
         row |= {"tflops": done / elapsed / 1e12, "memory_gib": memory_gib(world.device)}
         if self.peak is not None:
             row["mfu"] = done / elapsed / self.peak
         row |= {"seconds": elapsed, "prepare_seconds": seconds["data"]}
         if ready.scaler.is_enabled():
-            row |= {"loss_scale": ready.scaler.get_scale(), "skipped_steps": self.skipped}
+            row |= {"skipped_steps": self.skipped}
         return row
 
     def validate(self, validation: Validation) -> dict[str, float]:

@@ -95,17 +95,20 @@ def adamw(model: CatalyticMLLM, optim: OptimConfig, kind: str = "torch") -> torc
     return torch.optim.AdamW(rated, lr=optim.lr, betas=optim.betas, fused=True)
 
 
-def update(ready: Ready, grad_clip: float) -> tuple[float, bool]:
-    """One clipped optimizer step on the accumulated gradients; returns their norm before clipping, and
-    whether the step was skipped because float16 gradients overflowed."""
-    optimizer, scaler = ready.optimizer, ready.scaler
-    scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(ready.trained, grad_clip, foreach=True)
-    scale = scaler.get_scale()
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad(set_to_none=True)
-    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm), scaler.get_scale() < scale
+def clip(ready: Ready, most: float) -> torch.Tensor:
+    """Scale the accumulated gradients to a norm of at most `most`; returns the norm that they had, on their
+    device: not finite where float16's overflowed, and `update` then changes nothing."""
+    ready.scaler.unscale_(ready.optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(ready.trained, most, foreach=True)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def update(ready: Ready) -> None:
+    """One optimizer step on gradients that `clip` has seen. It waits for no device: AdamW's fused step looks
+    itself whether float16's gradients overflowed."""
+    ready.scaler.step(ready.optimizer)
+    ready.scaler.update()
+    ready.optimizer.zero_grad(set_to_none=True)
 
 
 def lr_factor(step: int, optim: OptimConfig) -> float:

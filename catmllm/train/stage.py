@@ -16,6 +16,8 @@ from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.structure.system import System
 from catmllm.world import World, settled
 
+Metrics = dict[str, float | torch.Tensor]
+
 
 @dataclass
 class Context:
@@ -48,10 +50,13 @@ class MicroBatch:
 
 @dataclass
 class Step:
-    """All passes of one optimizer step on this rank; `metrics` is read after the last one."""
+    """All passes of one optimizer step on this rank; `metrics` is read after the last one.
+
+    What a pass calculates stays on the device, a tensor of one number: a `float()` would wait for the device
+    in the middle of a step."""
 
     passes: list[MicroBatch]
-    metrics: dict[str, float] = field(default_factory=dict)
+    metrics: Metrics = field(default_factory=dict)
 
 
 @dataclass

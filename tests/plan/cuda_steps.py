@@ -15,6 +15,7 @@ import json
 import os
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -30,6 +31,12 @@ from catmllm.data.open import open_data
 from catmllm.plan.ledger import Ledger
 from catmllm_kernels.launch import recorded
 
+aten = torch.ops.aten
+ASKING = {
+    aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.bincount, aten.equal, aten._unique,
+    aten._unique2, aten.unique_dim, aten.unique_consecutive, aten.item, aten.is_nonzero,
+}  # fmt: skip
+
 FEW = ("grpo.batch_size=2", "grpo.micro_batch=4", "ga_grpo.tasks=4", "ga_grpo.batch_size=2")
 HALF = ("encoder_precision=fp16", "precision=fp16")
 
@@ -38,6 +45,12 @@ class Starting(Ledger):
     """The ledger, and every start of a Triton kernel: name -> keys by which it is compiled."""
 
     starts: ClassVar[dict[str, set[str]]] = {}
+    waits: ClassVar[list[str]] = []  # where a pass or an update would wait for the device
+    passing = False
+
+    def phase(self, name: str) -> None:
+        super().phase(name)
+        self.passing = name == "training step"
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         body = OPDEFS.get(func._name.partition(".")[0])
@@ -46,7 +59,23 @@ class Starting(Ledger):
                 body._init_fn(*tree_map(_on_meta, args), **tree_map(_on_meta, kwargs or {}))
             for start in found:
                 self.starts.setdefault(start.kernel.__name__, set()).add(prefill.key_of(start))
+        if self.passing and not self._silent and waits(func, args, kwargs or {}):
+            ours = [
+                f
+                for f in traceback.extract_stack()
+                if "/catmllm" in f.filename and "/plan/" not in f.filename
+            ]
+            self.waits.append(f"{func} in {ours[-1].filename}:{ours[-1].lineno}" if ours else str(func))
         return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def waits(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether an operator asks the device for a number, for itself or for the size of its result."""
+    if func.overloadpacket is aten.repeat_interleave:
+        return kwargs.get("output_size") is None
+    if func.overloadpacket in (aten.index, aten.index_put, aten.index_put_):
+        return any(i is not None and i.dtype == torch.bool for i in args[1])
+    return func.overloadpacket in ASKING
 
 
 @functools.cache
@@ -74,7 +103,7 @@ def main(out: Path) -> None:
     found: dict[str, Any] = {}
     compiled = {prefill.key_of(start) for start in prefill.different(prefill.of_models("tiny"))}
     for stage in STAGES:
-        Starting.starts, began = {}, time.process_time()
+        Starting.starts, Starting.waits, began = {}, [], time.process_time()
         made = plan.trace(load_config(None, [*FEW, *HALF]), stage, 2, data=data, steps=1)
         found[stage] = {
             "tokens": made.tokens,
@@ -83,6 +112,7 @@ def main(out: Path) -> None:
             "parts": made.parts,
             "starts": {k: sorted(v) for k, v in Starting.starts.items()},
             "not compiled beforehand": sorted(set().union(*Starting.starts.values()) - compiled),
+            "waits": Starting.waits,
             "seconds": time.process_time() - began,
         }
     out.write_text(json.dumps(found))

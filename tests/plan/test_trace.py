@@ -142,6 +142,12 @@ def test_what_a_step_starts_is_compiled_beforehand(cuda_steps: dict[str, Any]) -
     assert not [key for plan in cuda_steps.values() for key in plan["not compiled beforehand"]]
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_no_pass_waits_for_the_device(cuda_steps: dict[str, Any], stage: str) -> None:
+    """Neither for a number nor for the size of a result; the loop reads the losses of a step at once."""
+    assert not cuda_steps[stage]["waits"]
+
+
 def test_answers_share_their_prompts_in_a_plan(data: dict[str, list[System]]) -> None:
     """As the trainer has them: with our attention, and not with another."""
     options = ("grpo.batch_size=2", "grpo.group_size=4", "grpo.micro_batch=4", "grpo.property_share=0")
