@@ -42,7 +42,9 @@ class Stream(IntEnum):
     ENCODER_ORDER = 21  # [epoch]
     ENCODER_SAMPLES = 22  # frame, symmetry and noise of a sample [position]
     DESIGN_CONTROLS = 23  # ideal slabs beside a search [task]
-    VALIDATION = 24  # of an RL stage: answers [rank], or a search as GA_GRPO_SEARCH [rank, ...]
+    GRPO_VALIDATION = 24  # answers [rank]
+    GA_GRPO_VALIDATION = 25  # as GA_GRPO_SEARCH [rank, ...]
+    NETWORK_BASELINES = 26  # first weights, batches and frames
 
     def key(self, seed: int, *place: int) -> Key:
         """What a draw is a function of; further places may be appended to it."""

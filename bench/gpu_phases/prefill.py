@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 from bench import record
 
 if TYPE_CHECKING:
+    from catmllm.config import LLMConfig
     from catmllm_kernels.launch import Launch
 
 Compile = tuple[
@@ -72,14 +73,17 @@ def count() -> int:
 
 def launches(large: bool) -> list[Launch]:
     """Every different launch of the phases; `large`: of the cases at the 153M encoder's sizes too."""
-    from bench.gpu_phases import correct
+    from bench.gpu_phases import correct, models
+    from catmllm.config import load_config
 
     wanted = [(case.compile, dtypes) for case, dtypes in correct.problems(False, large) if case.compile]
-    return different([*wanted, *of_models("tiny", "31M")])
+    sizes = [load_config(None, models.options(size)).model.llm for size in models.SIZES]
+    return different([*wanted, *of_models("tiny", "31M"), *itertools.chain(*map(of_decoder, sizes))])
 
 
 def of_models(*names: str) -> Iterator[Compile]:
-    """What training steps with these encoders start, and with an LLM of any size."""
+    """What training steps with these encoders and the LLM of the defaults start; of the LM head, with an LLM
+    of any size."""
     import torch
 
     from bench.gpu_phases import models
@@ -116,6 +120,7 @@ def of_models(*names: str) -> Iterator[Compile]:
         for mode in ("max", "invariant"):
             yield partial(pooled, mode=mode, wide=False), every
             yield partial(pooled, mode=mode, wide=True), half
+        yield from of_decoder(config.model.llm)
 
     def head(dtype: torch.dtype, words: int, two: bool, entropy: bool) -> None:
         hidden, weight, targets, *other = heads.arguments(8192, 896, words, two, dtype, meta, 0)
@@ -130,6 +135,20 @@ def of_models(*names: str) -> Iterator[Compile]:
     for words in (models.ROWS, models.ROWS + 1):  # a multiple of 16, and not: a tokenizer's own number
         for two, entropy in ((False, False), (False, True), (True, False), (True, True)):
             yield partial(head, words=words, two=two, entropy=entropy), every
+
+
+def of_decoder(llm: LLMConfig) -> Iterator[Compile]:
+    """What a layer of this text tower starts."""
+    import torch
+
+    from catmllm_kernels.decoder.cases import compile_case
+
+    every, tokens = (torch.bfloat16, torch.float16, torch.float32), 8192
+    width = llm.hidden_size // llm.num_attention_heads
+    turned = [(tokens, heads, width) for heads in (llm.num_attention_heads, llm.num_key_value_heads)]
+    yield compile_case("rms_norm", (tokens, llm.hidden_size), (llm.hidden_size,)), every
+    yield compile_case("rotate", *turned, (tokens, width), (tokens, width)), every
+    yield compile_case("swiglu", *[(tokens, llm.intermediate_size)] * 2), every
 
 
 def different(wanted: Iterable[Compile]) -> list[Launch]:

@@ -29,6 +29,10 @@ def enumerable(identity: str) -> str | None:
         return f"no fcc lattice constant of {', '.join(unknown)}"
     if _share(asked) is None:
         return f"{asked.slab} is no slab of {N_SLAB} atoms with one metal, A3B or AB"
+    try:
+        import ase  # noqa: F401
+    except ImportError:
+        return "slabs are built by ase, which is not installed: pip install ase"
     return None
 
 

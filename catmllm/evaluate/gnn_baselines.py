@@ -29,6 +29,7 @@ from catmllm.config import from_dict
 from catmllm.data.open import open_data
 from catmllm.evaluate.baselines import TRAINED, AdsorbateMean, energies, some
 from catmllm.evaluate.metrics import mae, r2
+from catmllm.seeds import Stream, generator, hash_seed
 from catmllm.structure.system import ADSORBATE, System
 
 Floats = np.ndarray
@@ -141,8 +142,9 @@ def trained(
     """A predictor of energies (eV): L1 on standardised energies of what the mean of the adsorbate leaves,
     AdamW with warm-up and cosine, the running mean of the weights; of it the best on validation, looked at
     ten times. share: of samples that stand between start and end of their relaxation."""
-    torch.manual_seed(args.seed)
-    rng = np.random.default_rng(args.seed)
+    key = Stream.NETWORK_BASELINES.key(args.seed)
+    torch.manual_seed(hash_seed(key))
+    rng = generator(key)
     model = network(name)
     train, val = parts["train"], parts["val"]
     mean = AdsorbateMean.fit(train)

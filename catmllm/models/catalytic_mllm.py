@@ -66,7 +66,7 @@ class CatalyticMLLM(nn.Module):
         super().__init__()
         self.llm, self.encoder, self.projector = llm, encoder, projector
         self.energy_head = EnergyHead(llm.config.get_text_config().hidden_size, projector.linear.in_features)
-        self._graphs = EncoderGraphs(encoder, projector.mode)
+        self._graphs = EncoderGraphs(encoder)
         self.graph_id, self.energy_id = graph_id, energy_id
         # Set when sharded: ranks then run every unit in every pass,
         # or one would gather what another does not.
@@ -82,9 +82,8 @@ class CatalyticMLLM(nn.Module):
 
     def features(self, graph: GraphBatch) -> torch.Tensor:
         """What the encoder pools for the projector: [n_systems, F], or [N, F] with the `atoms` projector."""
-        if self._graphs.fits(graph):
-            return self._graphs(graph)
-        return self._graphs.read(graph)
+        read = self._graphs if self._graphs.fits(graph) else self._graphs.read
+        return read(graph, self.projector.mode)
 
     def graph_tokens(self, graph: GraphBatch) -> torch.Tensor:
         """Vectors that stand for structures: [n_systems, H], or [N, H] with the `atoms` projector."""

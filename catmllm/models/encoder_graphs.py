@@ -23,7 +23,7 @@ from catmllm.models.equiformer_v2 import EquiformerV2
 
 SIZES = 8  # to each doubling: at most an eighth of a batch is padding
 MOST = 64  # graphs kept
-Size = tuple[int, int, int]  # atoms, edges, systems
+Size = tuple[str, int, int, int]  # pooling; atoms, edges, systems
 
 
 def bucket(n: int) -> int:
@@ -62,8 +62,8 @@ class EncoderGraphs:
     moved make all graphs void.
     """
 
-    def __init__(self, encoder: EquiformerV2, pool: str) -> None:
-        self.encoder, self.pool = encoder, pool
+    def __init__(self, encoder: EquiformerV2) -> None:
+        self.encoder = encoder
         self.seen: Counter[Size] = Counter()
         self.graphs: dict[Size, Callable[[GraphBatch], torch.Tensor]] = {}
         self.place: list[int] = []
@@ -71,7 +71,7 @@ class EncoderGraphs:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> EncoderGraphs:
         """Of another encoder: without graphs, which read this one's weights."""
-        return EncoderGraphs(copy.deepcopy(self.encoder, memo), self.pool)
+        return EncoderGraphs(copy.deepcopy(self.encoder, memo))
 
     def fits(self, graph: GraphBatch) -> bool:
         """Whether a batch may be read so: on CUDA, without gradient, dropout, autocast or shards."""
@@ -83,11 +83,11 @@ class EncoderGraphs:
             and not (e.training or isinstance(e, FSDPModule))
         )
 
-    def __call__(self, graph: GraphBatch) -> torch.Tensor:
+    def __call__(self, graph: GraphBatch, pool: str) -> torch.Tensor:
         """[n_systems, F], or [N, F] of atoms."""
-        rows = len(graph.numbers) if self.pool == "atoms" else graph.n_systems
+        rows = len(graph.numbers) if pool == "atoms" else graph.n_systems
         whole = padded(graph)
-        size = (len(whole.numbers), len(whole.edge_vec), whole.n_systems)
+        size = (pool, len(whole.numbers), len(whole.edge_vec), whole.n_systems)
         place = [t.data_ptr() for t in (*self.encoder.parameters(), *self.encoder.buffers())]
         if place != self.place:
             self.place, self.memory = place, None
@@ -96,18 +96,19 @@ class EncoderGraphs:
         if size not in self.graphs and self.seen[size] > 1:
             if len(self.graphs) == MOST:
                 del self.graphs[next(iter(self.graphs))]
-            self.graphs[size] = self.captured(whole)
-        return (self.graphs.get(size) or self.read)(whole)[:rows]
+            self.graphs[size] = self.captured(whole, pool)
+        made = self.graphs.get(size)
+        return (self.read(whole, pool) if made is None else made(whole))[:rows]
 
-    def read(self, graph: GraphBatch) -> torch.Tensor:
+    def read(self, graph: GraphBatch, pool: str) -> torch.Tensor:
         g = graph
-        return self.encoder(g.numbers, g.edge_index, g.edge_vec, g.batch, g.n_systems, pool=self.pool)
+        return self.encoder(g.numbers, g.edge_index, g.edge_vec, g.batch, g.n_systems, pool=pool)
 
-    def captured(self, graph: GraphBatch) -> Callable[[GraphBatch], torch.Tensor]:
+    def captured(self, graph: GraphBatch, pool: str) -> Callable[[GraphBatch], torch.Tensor]:
         """A function that reads batches of this one's size by one graph, from tensors of its own."""
         names = ("numbers", "edge_index", "edge_vec", "batch")
         own = replace(graph, **{name: getattr(graph, name).clone() for name in names})
-        start, out = self.record(lambda: self.read(own))
+        start, out = self.record(lambda: self.read(own, pool))
 
         def replay(other: GraphBatch) -> torch.Tensor:
             for name in names:

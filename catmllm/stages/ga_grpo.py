@@ -105,7 +105,7 @@ class GAGRPO(Plain):
         c = self.context
         systems = validation_systems(c, self.config)[c.world.rank :: c.world.size]
         tasks = [Task(s.identity, s.target, s.known_energy) for s in systems]
-        seed = Stream.VALIDATION.key(c.config.seed, c.world.rank)
+        seed = Stream.GA_GRPO_VALIDATION.key(c.config.seed, c.world.rank)
         with unsharded(c.model):
             engine = RolloutEngine(c.model, c.collate, DTYPES[c.config.precision])
             states = self.loop.start(tasks, engine, seed)

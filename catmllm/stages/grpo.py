@@ -193,7 +193,7 @@ class GRPO(Plain):
             Sample(design_prompt(s.identity, s.known_energy) if design else cif_prompt(s.identity))
             for s, design in zip(asked, designs)
         ]
-        seed = Stream.VALIDATION.key(c.config.seed, c.world.rank)
+        seed = Stream.GRPO_VALIDATION.key(c.config.seed, c.world.rank)
         return self._answers(prompts, asked, designs, seed, 1)[1].total
 
     def prompt(self, i: int, k: int, rng: np.random.Generator) -> Sample:

@@ -11,7 +11,14 @@ import torch
 
 from catmllm_kernels.registry import OPS
 
-MODULES = ["rounding", "schema", *(f"{op}.op" for op in OPS), "escn.layout", "varlen_attention.layout"]
+MODULES = [
+    "rounding",
+    "schema",
+    *(f"{op}.op" for op in OPS),
+    "escn.layout",
+    "linear_logprob.allowed",
+    "varlen_attention.layout",
+]
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -35,13 +35,13 @@ def test_sizes_are_few() -> None:
 @pytest.mark.parametrize("pool", ["max", "invariant", "atoms"])
 def test_padding_changes_no_result(pool: str) -> None:
     model = make_model(SMALL)
-    reader = EncoderGraphs(model, pool)
+    reader = EncoderGraphs(model)
     for n in (1, 2, 9, 17):
         g = graph(n, seed=n)
         whole = padded(g)
         assert len(whole.numbers) > n and whole.n_systems > g.n_systems
         with torch.no_grad():
-            found, exact = reader(g), reader.read(g)
+            found, exact = reader(g, pool), reader.read(g, pool)
         assert found.shape == exact.shape
         torch.testing.assert_close(found, exact, rtol=1e-12, atol=1e-12)
 
@@ -62,27 +62,27 @@ def test_a_size_is_captured_at_its_second_time_and_reads_new_batches_and_weights
     monkeypatch.setattr(EncoderGraphs, "record", rerun)
     monkeypatch.setattr(encoder_graphs, "MOST", 2)
     model = make_model(SMALL)
-    reader = EncoderGraphs(model, "max")
+    reader = EncoderGraphs(model)
     some, others = graph(9, seed=1), graph(9, seed=2)
     with torch.no_grad():
         for g in (some, others, some):
-            torch.testing.assert_close(reader(g), reader.read(g), rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(reader(g, "max"), reader.read(g, "max"), rtol=1e-12, atol=1e-12)
         assert len(reader.graphs) == 1
         (one,) = reader.graphs.values()
         next(model.parameters()).mul_(2.0)  # in place, as an optimizer does
-        torch.testing.assert_close(reader(others), reader.read(others), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(reader(others, "max"), reader.read(others, "max"), rtol=1e-12, atol=1e-12)
         assert list(reader.graphs.values()) == [one]
         for n in (30, 30, 40, 40):
-            reader(graph(n))
+            reader(graph(n), "max")
         assert len(reader.graphs) == 2
         model.load_state_dict({k: v + 0.1 for k, v in model.state_dict().items()}, assign=True)
-        torch.testing.assert_close(reader(some), reader.read(some), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(reader(some, "max"), reader.read(some, "max"), rtol=1e-12, atol=1e-12)
         assert one not in reader.graphs.values()
     copied = copy.deepcopy(reader)
     assert copied.encoder is not model and not copied.graphs
 
 
 def test_only_cuda_without_gradients_is_read_so() -> None:
-    reader = EncoderGraphs(make_model(SMALL).eval(), "max")
+    reader = EncoderGraphs(make_model(SMALL).eval())
     with torch.no_grad():
         assert not reader.fits(graph(3))

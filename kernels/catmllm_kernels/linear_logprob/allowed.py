@@ -49,7 +49,13 @@ class Allowed(NamedTuple):
 
 def masked_logits(hidden: Tensor, weight: Tensor, allowed: Allowed, temperature: float = 1.0) -> Tensor:
     """hidden [T, H] @ weight [V, H].T / temperature at the columns of `allowed`: [T, U] in float32 or wider,
-    -inf where a token may not take the word."""
+    -inf where a token may not take the word.
+
+    >>> allowed = Allowed.join([torch.tensor([1, 2]), torch.tensor([2])])
+    >>> masked_logits(torch.ones(2, 3), torch.ones(3, 3), allowed)
+    tensor([[3., 3.],
+            [-inf, 3.]])
+    """
     logits = F.linear(hidden, weight.index_select(0, allowed.columns))
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if temperature != 1.0:
