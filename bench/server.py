@@ -231,7 +231,10 @@ def measure(batch: int, seconds: float, turns: int) -> dict[str, Any]:
                         )
                         found["served_us"] = 1e6 * spent / (batch * found["answers"])
                     rounds[who].append(found)
-            rows.append({"name": f"{batch} texts per request, {clients} clients", **rounds})
+            texts, asking = (
+                f"{n} {what}{'s' * (n > 1)}" for n, what in ((batch, "text"), (clients, "client"))
+            )
+            rows.append({"name": f"{texts} per request, {asking}", **rounds})
     return {"batch": batch, "rows": rows, "scoring": direct, "json": coding}
 
 

@@ -438,11 +438,11 @@ def server() -> str:
     speed, latency, spent = newest("server"), newest("server_latency"), newest("server_cpu")
     rows = []
     for case, value in speed["value"].items():
-        peer, cpu = speed["peer"][case], spent["value"][case]
+        peer, cpu = speed["peer"][case], spent["value"][f"{case}, served"]
         batch = int(case.split()[0])
         ours = ", ".join(number(latency["value"][f"{case}, {q}"]) for q in ("p50", "p99"))
         theirs = ", ".join(number(latency["peer"][f"{case}, {q}"]["pymatgen"]) for q in ("p50", "p99"))
-        share = 100 * (1 - spent["peer"][case]["scoring"] / cpu)
+        share = 100 * (1 - spent["peer"][f"{case}, served"]["scoring"] / cpu)
         rows.append([case, number(value), ours, number(peer["pymatgen"]), theirs,
                      times(speed["ratio"][case]["pymatgen"]), f"{share:.0f} %",
                      number(peer["nothing"] / batch)])  # fmt: skip
