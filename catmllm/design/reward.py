@@ -70,7 +70,7 @@ def design_reward(
     quality = pvcp
     if config.pvcp_scale == "unit":
         floor, top = score_range(config.reward.scorer().weights)
-        quality = (pvcp - floor) / (top - floor)
+        quality = (pvcp - floor) / (top - floor or 1.0)  # 0 where no term counts
     real = np.array([fault is None for fault in faults], dtype=np.float64)
     energy = energy_reward(predicted, target, config.energy_lambda)
     return config.energy_weight * energy + config.pvcp_weight * quality + config.adsorbate_weight * real

@@ -56,6 +56,12 @@ def test_the_worst_text_has_reward_0_and_the_perfect_one_the_sum_of_weights(
     np.testing.assert_allclose(r, [0.0, 1.3], atol=1e-12)
 
 
+def test_without_any_term_of_pvcp_energy_and_adsorbate_are_left() -> None:
+    config = GAGRPOConfig(reward=RewardConfig(comp=0.0, parse=0.0, valid=0.0, phys=0.0))
+    r = design_reward(np.zeros(2), ["broken", None], np.array([np.nan, -2.0]), np.full(2, -2.0), config)
+    np.testing.assert_allclose(r, [0.0, 1.0], atol=1e-12)
+
+
 def test_an_answer_has_pvcp_and_its_adsorbate(train_systems: list[System]) -> None:
     """PVCP sees nothing wrong with a CO whose atoms are 3 Å apart."""
     system = next(s for s in train_systems if s.adsorbate == "CO")
