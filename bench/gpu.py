@@ -75,6 +75,10 @@ def main(arguments: list[str] | None = None) -> int:
     seconds |= {"ranks": RANKS_SECONDS} if args.ranks else {}
     args.folder.mkdir(parents=True, exist_ok=True)
     filled = prefill.take(args.compiled)
+    if args.compiled.is_file() and not filled:
+        print(
+            f"{args.compiled}: of another Triton or Python; kernels are compiled on the way", file=sys.stderr
+        )
     how = (args.device, args.tiny, args.quick, args.tune, args.ranks, filled)
     settings = Settings(*how, args.folder.resolve())
     settings.rows.unlink(missing_ok=True)

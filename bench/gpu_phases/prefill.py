@@ -3,8 +3,9 @@ travels.
 
     python -m bench.gpu_phases.prefill [--arch sm_90 …] [--jobs N] [--out build/triton.tar.xz]
 
-Triton's key of a compiled kernel holds its own version and the kernels' sources, line numbers too: compile
-with the version that the machine with the GPU has, from the very tree that will run there. A stand-in for
+Triton's key of a compiled kernel holds its own files, its library among them, and the kernels' sources, line
+numbers too: compile with the Triton and the Python that the machine with the GPU has (a wheel for another
+Python has another library), from the very tree that will run there. A stand-in for
 the driver lets Triton's launcher take its own way up to the binary, so that the keys are those of a run.
 What the launches are is read from the ops' own code on meta tensors (`catmllm_kernels.launch.recorded`).
 """
@@ -12,7 +13,7 @@ What the launches are is read from the ops' own code on meta tensors (`catmllm_k
 from __future__ import annotations
 
 import argparse
-import itertools
+import hashlib
 import json
 import multiprocessing
 import os
@@ -27,6 +28,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from bench import record
 
 if TYPE_CHECKING:
@@ -39,6 +42,7 @@ Compile = tuple[
 
 ARCHIVE = record.ROOT / "build" / "triton.tar.xz"
 FOLDER = record.ROOT / "build" / "triton"
+HALF = (torch.bfloat16, torch.float16)
 NOTE = "compiled.json"  # in the archive: of what it is
 # What Triton asks the driver beside the target, by the data sheets: shared bytes of a block, multiprocessors.
 DEVICES = {80: (166912, 108), 90: (232448, 132)}
@@ -46,7 +50,7 @@ DEVICES = {80: (166912, 108), 90: (232448, 132)}
 
 def take(archive: Path) -> bool:
     """Point Triton at compiled kernels: those of TRITON_CACHE_DIR, or those of the archive, unpacked. Returns
-    whether there are some of this very Triton."""
+    whether there are some of this very Triton, whose wheel for another Python is another one."""
     folder = Path(os.environ.setdefault("TRITON_CACHE_DIR", str(FOLDER)))
     if archive.is_file():
         folder.mkdir(parents=True, exist_ok=True)
@@ -55,7 +59,14 @@ def take(archive: Path) -> bool:
         settle(folder)
     if not (folder / NOTE).is_file():
         return False
-    return bool(json.loads((folder / NOTE).read_text())["triton"] == record.version_of("triton"))
+    return bool(json.loads((folder / NOTE).read_text())["triton_key"] == own_key())
+
+
+def own_key() -> str:
+    """What Triton's files, as installed here, add to the key of each kernel; two seconds."""
+    from triton.runtime.cache import triton_key
+
+    return hashlib.sha256(triton_key().encode()).hexdigest()
 
 
 def settle(folder: Path) -> None:
@@ -71,21 +82,21 @@ def count() -> int:
     return sum(1 for _ in folder.glob("*/*.cubin"))
 
 
-def launches(large: bool) -> list[Launch]:
-    """Every different launch of the phases; `large`: of the cases at the 153M encoder's sizes too."""
+def launches(large: bool, arch: int) -> list[Launch]:
+    """Every different launch of the phases on an architecture, which has tiles of its own; `large`: of the
+    cases at the 153M encoder's sizes too."""
     from bench.gpu_phases import correct, models
     from catmllm.config import load_config
 
     wanted = [(case.compile, dtypes) for case, dtypes in correct.problems(False, large) if case.compile]
-    sizes = [load_config(None, models.options(size)).model.llm for size in models.SIZES]
-    return different([*wanted, *of_models("tiny", "31M"), *itertools.chain(*map(of_decoder, sizes))])
+    towers = [load_config(None, models.options(size)).model.llm for size in models.SIZES if size != "tiny"]
+    published = [(kernel, HALF) for tower in towers for kernel in of_decoder(tower)]
+    return different([*wanted, *of_models("tiny", "31M"), *published, *of_env(), *of_tiles()], arch)
 
 
 def of_models(*names: str) -> Iterator[Compile]:
     """What training steps with these encoders and the LLM of the defaults start; of the LM head, with an LLM
     of any size."""
-    import torch
-
     from bench.gpu_phases import models
     from catmllm.config import load_config
     from catmllm.models.build import build_encoder
@@ -95,8 +106,7 @@ def of_models(*names: str) -> Iterator[Compile]:
     from catmllm_kernels.so3_pool_project import cases as pooling
     from catmllm_kernels.so3_pool_project import triton as pool
 
-    half, meta = (torch.bfloat16, torch.float16), torch.device("meta")
-    every = (*half, torch.float32)
+    every, meta = (*HALF, torch.float32), torch.device("meta")
     for name in names:
         graph = [] if name == "tiny" else ["data.cutoff=12", "data.max_neighbours=20"]
         preset = [] if name == "tiny" else [f"model.encoder.preset={name}"]
@@ -119,8 +129,8 @@ def of_models(*names: str) -> Iterator[Compile]:
 
         for mode in ("max", "invariant"):
             yield partial(pooled, mode=mode, wide=False), every
-            yield partial(pooled, mode=mode, wide=True), half
-        yield from of_decoder(config.model.llm)
+            yield partial(pooled, mode=mode, wide=True), HALF
+        yield from ((kernel, every) for kernel in of_decoder(config.model.llm))
 
     def head(dtype: torch.dtype, words: int, two: bool, entropy: bool) -> None:
         hidden, weight, targets, *other = heads.arguments(8192, 896, words, two, dtype, meta, 0)
@@ -137,28 +147,46 @@ def of_models(*names: str) -> Iterator[Compile]:
             yield partial(head, words=words, two=two, entropy=entropy), every
 
 
-def of_decoder(llm: LLMConfig) -> Iterator[Compile]:
+def of_decoder(llm: LLMConfig) -> Iterator[Callable[[torch.dtype], None]]:
     """What a layer of this text tower starts."""
-    import torch
-
     from catmllm_kernels.decoder.cases import compile_case
 
-    every, tokens = (torch.bfloat16, torch.float16, torch.float32), 8192
-    width = llm.hidden_size // llm.num_attention_heads
+    tokens, width = 8192, llm.hidden_size // llm.num_attention_heads
     turned = [(tokens, heads, width) for heads in (llm.num_attention_heads, llm.num_key_value_heads)]
-    yield compile_case("rms_norm", (tokens, llm.hidden_size), (llm.hidden_size,)), every
-    yield compile_case("rotate", *turned, (tokens, width), (tokens, width)), every
-    yield compile_case("swiglu", *[(tokens, llm.intermediate_size)] * 2), every
+    yield compile_case("rms_norm", (tokens, llm.hidden_size), (llm.hidden_size,))
+    yield compile_case("rotate", *turned, (tokens, width), (tokens, width))
+    yield compile_case("swiglu", *[(tokens, llm.intermediate_size)] * 2)
 
 
-def different(wanted: Iterable[Compile]) -> list[Launch]:
+def of_env() -> Iterator[Compile]:
+    from bench.gpu_phases import env
+
+    yield lambda _: env.our_start(torch.device("meta"))(), (torch.float32,)
+
+
+def of_tiles() -> Iterator[Compile]:
+    """The tiles that phase logprob tries."""
+    from bench.gpu_phases import logprob
+    from catmllm_kernels.linear_logprob import triton
+
+    def forward(dtype: torch.dtype, tile: tuple[int, ...]) -> None:
+        hidden, weight = (torch.empty(n, 896, dtype=dtype, device="meta") for n in (8192, 151936))
+        with torch.no_grad(), logprob.first_tile(tile):
+            triton.forward(
+                hidden, weight, torch.empty(8192, dtype=torch.int64, device="meta"), 1.0, False, None
+            )
+
+    for tile in logprob.TILES:
+        yield partial(forward, tile=tile), (torch.bfloat16,)
+
+
+def different(wanted: Iterable[Compile], arch: int) -> list[Launch]:
     """What they launch, each variant once."""
     from catmllm_kernels.launch import recorded
 
     found: dict[str, Launch] = {}
     for compile_for, dtypes in wanted:
-        # an architecture has tiles of its own; the other's are compiled for it all the same
-        for dtype, arch in itertools.product(dtypes, (80, 90)):
+        for dtype in dtypes:
             with recorded(arch) as made:
                 compile_for(dtype)
             for start in made:
@@ -217,8 +245,7 @@ def compile_all(arch: int, starts: list[Any], jobs: int) -> list[int]:
             if i >= len(starts):
                 return
             start, began = starts[i], time.monotonic()
-            options = {"num_warps": start.num_warps, "num_stages": start.num_stages}
-            start.kernel.warmup(*start.arguments, grid=start.grid, **start.constants, **options)
+            start.kernel.warmup(*start.arguments, grid=start.grid, **start.constants, **start.options)
             if (seconds := time.monotonic() - began) > 20:
                 print(f"sm_{arch} {start.kernel.__name__}: {seconds:.0f} s", flush=True)
 
@@ -247,13 +274,14 @@ def main() -> int:
     began = time.monotonic()
     archs = [int(a.removeprefix("sm_")) for a in args.arch or ("sm_80", "sm_90")]
     try:
-        starts = launches(not args.without_153m)
-        if any(status for arch in archs for status in compile_all(arch, starts, args.jobs)):
-            return 1
+        for arch in archs:
+            if any(compile_all(arch, launches(not args.without_153m, arch), args.jobs)):
+                return 1
         used = resource.getrusage(resource.RUSAGE_CHILDREN)
         for left in [*folder.glob("*/*.source"), *folder.glob("*/lock")]:
             left.unlink()
-        about = {"triton": record.version_of("triton"), "archs": archs, **record.commit(record.TREE)}
+        about = {"triton": record.version_of("triton"), "triton_key": own_key(), "archs": archs}
+        about |= record.commit(record.TREE)
         (folder / NOTE).write_text(json.dumps(about))
         args.out.parent.mkdir(parents=True, exist_ok=True)
         with tarfile.open(args.out, "w:xz") as packed:

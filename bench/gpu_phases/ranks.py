@@ -1,6 +1,6 @@
-"""Several GPUs of a node: collectives, the joint step of the 8-GPU configurations with FSDP2 (MFU, peak
-beside the plan's, how much of the gathers hides behind compute), and a rank that is killed and a run that
-goes on.
+"""Several GPUs of a node: collectives, the joint step of the configurations for eight of them with FSDP2
+(MFU, peak beside the plan's, how much of the gathers hides behind compute), and a rank that is killed and a
+run that goes on.
 
 Weights are random, of the published sizes; systems are made up, of 80 atoms. A rank is a process of its
 own."""
@@ -23,7 +23,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from bench import record
 from bench.gpu_phases.measure import Bench, Settings
 from bench.gpu_phases.models import Maker, options, planned
 from bench.gpu_phases.train import Ended, Stepping
@@ -33,6 +32,7 @@ from catmllm.stages import STAGES
 from catmllm.train.loop import train
 from catmllm.train.stage import Context
 from catmllm.world import World, start
+from catmllm_kernels.launch import architecture
 
 STEPS = 6
 KILLED_AFTER, RESUMED_STEPS = 4, 8  # logged steps before the kill, and of the whole run
@@ -50,19 +50,19 @@ def systems(tiny: bool) -> dict[str, Any]:
 
 
 def configured(tiny: bool) -> dict[str, Config]:
-    """The joint stage of every configuration for 8 GPUs that the tree has, with random weights."""
+    """The joint stage of the configurations for 8 GPUs of this kind, with random weights."""
     words = ["tensorboard=false", "joint.log_every=1", "joint.validate_every=0", f"joint.steps={STEPS + 1}"]
     if tiny:
         small = ["joint.batch_size=2", "model.encoder.num_layers=1", "data.cutoff=4.0", *options("tiny")]
         return {"tiny": load_config(None, [*words, *small])}
     alone = ["data.path=", "init=", "model.encoder.checkpoint=", "model.llm.pretrained=", "joint.warmup=2"]
-    found = {}
-    for folder in sorted((record.ROOT / "configs").glob("*x8")):
-        for size in ("3b", "7b"):
-            files = [str(folder / f"{size}.yaml"), str(folder / "joint.yaml")]
-            if all(map(os.path.isfile, files)):
-                found[f"{folder.name} {size}"] = load_config(files, [*alone, *words, *options(size.upper())])
-    return found
+    folder = "h100x8" if architecture() >= 90 else "a100x8"
+    return {
+        f"{folder} {size}": load_config(
+            [f"{folder}/{size}.yaml", "a100x8/joint.yaml"], [*alone, *words, *options(size.upper())]
+        )
+        for size in ("3b", "7b")
+    }
 
 
 def run(bench: Bench, foreseen: dict[str, float]) -> None:

@@ -45,6 +45,7 @@ class Starting(Ledger):
     """The ledger, and every start of a Triton kernel: name -> keys by which it is compiled."""
 
     starts: ClassVar[dict[str, set[str]]] = {}
+    arch: ClassVar[int] = 80  # whose tiles they take
     waits: ClassVar[list[str]] = []  # where a pass or an update would wait for the device
     passing = False
 
@@ -55,7 +56,7 @@ class Starting(Ledger):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         body = OPDEFS.get(func._name.partition(".")[0])
         if body is not None and has_triton(body._init_fn.__module__) and not self._silent:
-            with recorded() as found:
+            with recorded(self.arch) as found:
                 body._init_fn(*tree_map(_on_meta, args), **tree_map(_on_meta, kwargs or {}))
             for start in found:
                 self.starts.setdefault(start.kernel.__name__, set()).add(prefill.key_of(start))
@@ -101,7 +102,7 @@ def main(out: Path) -> None:
     plan.Ledger = Starting  # type: ignore[misc]
     data = {k: v[:48] for k, v in open_data().items()}
     found: dict[str, Any] = {}
-    compiled = {prefill.key_of(start) for start in prefill.different(prefill.of_models("tiny"))}
+    compiled = set(map(prefill.key_of, prefill.different(prefill.of_models("tiny"), Starting.arch)))
     for stage in STAGES:
         Starting.starts, Starting.waits, began = {}, [], time.process_time()
         made = plan.trace(load_config(None, [*FEW, *HALF]), stage, 2, data=data, steps=1)
