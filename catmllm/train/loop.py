@@ -216,7 +216,8 @@ class _Run:
             )
         losses = world.gather(loss)
         worst = max(range(world.size), key=lambda r: math.inf if math.isnan(losses[r]) else losses[r])
-        half = " (float16 may have overflowed: try precision=bf16)" if self.ready.scaler.is_enabled() else ""
+        part = "precision" if self.context.config.precision == "fp16" else "encoder_precision"
+        half = f" (float16 may have overflowed: try {part}=bf16)" if self.ready.scaler.is_enabled() else ""
         return (
             f"{stage.name}: {problem} at step {self.step}{half}; no weight was changed by it. The batches "
             f"are in {folder / f'bad-step-{self.step:07d}-rank-*.pt'} (rank {worst} has the highest loss), "
