@@ -14,19 +14,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from catmllm.config import Config, SamplingConfig, to_dict
 from catmllm.data.batches import Collator
 from catmllm.data.open import open_data
+from catmllm.data.shards import Shards
+from catmllm.data.splits import describe
+from catmllm.design.domain import FILE as DOMAIN
+from catmllm.design.domain import Domain, calibrate, domain_of
 from catmllm.evaluate.baselines import baselines
 from catmllm.evaluate.design import evaluate_design
 from catmllm.evaluate.generation import evaluate_generation
-from catmllm.evaluate.property import evaluate_property
+from catmllm.evaluate.property import evaluate_property, validation_energies
 from catmllm.models.build import new_model
 from catmllm.models.catalytic_mllm import CatalyticMLLM
-from catmllm.models.state import load_model, save_model
+from catmllm.models.state import load_model, save_model, stage_folder
 from catmllm.report.run import summary_table, with_trained_baselines, write_report
 from catmllm.report.summary import MODES
 from catmllm.sample.vllm_engine import VLLMError
@@ -112,8 +117,12 @@ def run(config: Config) -> int:
 
 def _run(config: Config, world: World) -> int:
     out = Path(config.out)
-    record = _open(config, out, world)
+    if (out / "model.safetensors").is_file():
+        raise ValueError(f"`out: {out}` is the folder of a stage; a run's is the one above, {out.parent}")
+    # what cannot be read is said before the folder is claimed
     data = open_data(config.data)
+    previous = stage_folder(config.init) if config.init else None
+    record = _open(config, out, world)
     _say(world, _banner(config, world, data))
     if _random_encoder(config):
         _say(
@@ -123,12 +132,16 @@ def _run(config: Config, world: World) -> int:
         )
     if not record.has("baselines"):
         record.put(baselines(data), "baselines")
-    previous = Path(config.init) if config.init else None
+    domain = None
     for name in config.stages:
         folder = out / name
         if not (folder / "model.safetensors").is_file():
             with record.timed(name):
                 _train(name, config, previous, folder, data, record, world)
+        if not (folder / DOMAIN).is_file():
+            with record.timed(f"evaluate {name}"):
+                domain = domain or domain_of(data["train"], *_labels(config, data))
+                _calibrate(name, folder, replace(domain, error={}, validation={}), data["val"], record, world)
         if not record.has("property", name):
             model, collate, _ = load_model(folder)
             with record.timed(f"evaluate {name}"):
@@ -162,9 +175,12 @@ def _open(config: Config, out: Path, world: World) -> Record:
             # What a finished stage was trained with is fixed; the rest may be mended.
             open_keys = (*MENDABLE, *(s for s in STAGES if not (out / s / "model.safetensors").is_file()))
             before = json.loads(record_path.read_text()).get("config", {})
+            if not any((out / s).is_dir() and any((out / s).iterdir()) for s in STAGES):
+                record_path.unlink()  # a start that failed before any training claims nothing
+                before = {}
             changed = [
                 f"{key}: {old} -> {new}"
-                for key, old, new in _differences(before, to_dict(config))
+                for key, old, new in _differences(before or to_dict(config), to_dict(config))
                 if not f"{key}.".startswith(tuple(f"{name}." for name in open_keys))
             ]
             if changed:
@@ -252,12 +268,40 @@ def _evaluate(
     record.put(measured, "property", name)
 
 
+def _calibrate(
+    name: str, folder: Path, domain: Domain, systems: Sequence[System], record: Record, world: World
+) -> None:
+    """Leave beside a stage's weights what it has seen and how far its energies are off on at most 1,000
+    validation systems."""
+    some = [systems[int(i)] for i in np.unique(np.linspace(0, len(systems) - 1, 1000).astype(np.int64))]
+    if name not in ("encoder", "align") and len(systems):
+        model, collate, _ = load_model(folder)
+        predicted = validation_energies(model.to(world.device), collate, some, world)
+        truth = np.array([s.known_energy for s in some])
+        calibrate(domain, predicted, truth, [s.adsorbate for s in some])
+        record.put(domain.validation, "validation", name)
+    if world.main:
+        domain.save(folder)
+    world.barrier()
+
+
+def _labels(config: Config, data: Mapping[str, Sequence[System]]) -> tuple[str, str | None]:
+    """Who made the labels, and their zero."""
+    train = data["train"]
+    if config.data.path is None:
+        return "SevenNet-0 (an MLIP, not DFT)", "gas CO, H2, H2O, N2"
+    return config.data.path, train.facts.get("reference") if isinstance(train, Shards) else None
+
+
 def _data_facts(config: Config, collate: Collator, data: Mapping[str, Sequence[System]]) -> dict[str, Any]:
     some = data["train"][:500]
     cifs = [write_cif(s, config.data.decimals) for s in some]
+    labels, reference = _labels(config, data)
     return {
         **{k: len(v) for k, v in data.items()},
-        "labels": "SevenNet-0 (an MLIP, not DFT)" if config.data.path is None else config.data.path,
+        "split": describe(config.data.split_by, config.data.hold_out, config.data.split_seed),
+        "labels": labels,
+        "reference": reference,
         "tokens_per_cif": sum(len(collate.encode(c)) for c in cifs) / len(cifs),
         "characters_per_cif": sum(map(len, cifs)) / len(cifs),
         "atoms_per_cif": sum(len(s.numbers) for s in some) / len(some),

@@ -18,6 +18,8 @@ def run(args: argparse.Namespace) -> int:
     from catmllm.config import from_dict
     from catmllm.report.run import write_report
 
+    if (args.run / "model.safetensors").is_file() and (args.run.parent / "metrics.json").is_file():
+        args.run = args.run.parent  # a stage's folder: its run is meant
     path = args.run / "metrics.json"
     if not path.is_file():
         raise FileNotFoundError(f"{args.run}: no metrics.json there; give the folder of a run")

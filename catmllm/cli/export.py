@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from catmllm.cli.trained import model_option, stage_folder
+from catmllm.cli.trained import model_option
 
 HELP = "a trained model for transformers, vLLM or fairchem"
 
@@ -31,6 +31,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from catmllm.models.export import export
+    from catmllm.models.state import stage_folder
 
     out = export(stage_folder(args.model), args.layout, args.out, args.dtype, args.template)
     print(out)

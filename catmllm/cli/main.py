@@ -1,5 +1,5 @@
 """The `catmllm` command, a file a subcommand: plan | predict | design | evaluate | export | data make,
-oc20, inspect.
+import, oc20, inspect.
 
 Each subcommand has a line of help, its `options`, and `run`, which loads only what it needs.
 """
@@ -11,11 +11,11 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from catmllm.cli import design, evaluate, export, inspect, oc20, plan, predict
+from catmllm.cli import design, evaluate, export, inspect, oc20, own, plan, predict
 from catmllm.data import make
 
 COMMANDS = {"predict": predict, "design": design, "evaluate": evaluate, "export": export, "plan": plan}
-KINDS = {"oc20": oc20, "inspect": inspect}  # of `catmllm data`
+KINDS = {"import": own, "oc20": oc20, "inspect": inspect}  # of `catmllm data`
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

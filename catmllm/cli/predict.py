@@ -1,4 +1,4 @@
-"""`catmllm predict`: relaxed adsorption energies of CIF files."""
+"""`catmllm predict`: relaxed adsorption energies of structures in any format."""
 
 from __future__ import annotations
 
@@ -8,53 +8,102 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from catmllm.cli.trained import load, model_option
+from catmllm.cli.own import reading_options, wanted
+from catmllm.cli.trained import best_stage, model_option
 
 if TYPE_CHECKING:
-    from catmllm.structure.system import System
+    from catmllm.data.batches import Collator
+    from catmllm.data.own.reading import Item
+    from catmllm.design.domain import Domain
 
 
-HELP = "relaxed adsorption energies of CIF files"
+HELP = "relaxed adsorption energies of structures in any format"
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("files", nargs="+", metavar="FILE.cif", help="one adsorption system each")
-    model_option(parser)
-    parser.add_argument(
-        "--adsorbate", help="its formula, where the data_ line does not name it (data_CO</s>Pt9Cu3 (1 1 1))"
+    parser.description = (
+        "Predict relaxed adsorption energies of all structures in files and folders (docs/own_data.md has "
+        "the formats). ± holds 68 % of the errors on validation systems; what lies outside of the training "
+        "data is marked and has none. Of a run the stage with the best validation is taken."
     )
-    parser.add_argument("--miller", nargs=3, type=int, metavar=("H", "K", "L"), help="likewise")
+    parser.add_argument("files", nargs="+", metavar="PATH", type=Path, help="files or folders")
+    model_option(parser)
+    reading_options(parser)
     parser.add_argument(
         "--mode", choices=("both", "graph", "text"), default="both", help="what the model sees"
     )
-    parser.add_argument("--json", action="store_true", help="one JSON object a file instead of a table")
+    parser.add_argument("--json", action="store_true", help="one JSON object a structure instead of a table")
 
 
 def run(args: argparse.Namespace) -> int:
+    from catmllm.data.own.reading import read_systems
+    from catmllm.design.domain import load_domain
     from catmllm.design.predict import predict_energies, question
+    from catmllm.evaluate.property import agreement
+    from catmllm.models.state import load_model
     from catmllm.structure.adsorbed import adsorbate_fault
-    from catmllm.structure.cif import read_cif
 
-    model, collate, _ = load(args.model)
-    read: list[tuple[str, System]] = []
-    failed = 0
-    for name in args.files:
-        try:
-            text = Path(name).read_text(encoding="utf-8")
-            miller = None if args.miller is None else (args.miller[0], args.miller[1], args.miller[2])
-            system = read_cif(text, args.adsorbate, miller)
-            system.known_miller  # noqa: B018  the text needs it: say so here, by file
-            collate.graphs([system])
-            read.append((name, system))
-        except (OSError, ValueError) as error:
-            failed += 1
-            print(f"{name}: {error}", file=sys.stderr)
-    energies = predict_energies(model, collate, [question(s, args.mode) for _, s in read])
-    for (name, system), energy in zip(read, energies.tolist()):
-        fault = adsorbate_fault(system)
+    folder = best_stage(args.model)
+    model, collate, _ = load_model(folder)
+    domain = load_domain(folder)
+    found = read_systems(args.files, wanted(args, labelled=False))
+    for examples in found.examples.values():
+        for example in examples:
+            print(example, file=sys.stderr)
+    items, failed = _with_graph(found.items, collate)
+    failed += found.refused.total()
+    energies = predict_energies(model, collate, [question(i.system, args.mode) for i in items])
+    for item, energy in zip(items, energies.tolist()):
+        fault = adsorbate_fault(item.system)
+        outside = [] if domain is None else domain.outside(item.system)
+        width = None if domain is None or outside or fault else domain.half_width(item.system.adsorbate)
         if args.json:
-            print(json.dumps({"file": name, "system": system.identity, "energy": energy, "AD": fault}))
-        else:
-            warning = f"  AD: {fault}, so no adsorption energy" if fault else ""
-            print(f"{energy:9.3f} eV  {system.identity:32s} {name}{warning}")
+            row = {"file": item.system.sid, "system": item.system.identity, "energy": energy, "error": width,
+                   "AD": fault, "outside": outside, "notes": item.marks,
+                   "reference": domain and domain.reference, "labels": domain and domain.labels,
+                   "model": str(folder)}  # fmt: skip
+            print(json.dumps(row))
+            continue
+        spread = "      " if width is None else f"±{width:5.2f}"
+        warning = f"  AD: {fault}, so no adsorption energy" if fault else ""
+        warning += f"  OUTSIDE of training: {'; '.join(outside)}" if outside else ""
+        print(f"{energy:9.3f} {spread} eV  {item.system.identity:32s} {item.system.sid}{warning}")
+    print(_conditions(folder, domain), file=sys.stderr)
+    known = [k for k, item in enumerate(items) if item.system.energy is not None]
+    if len(known) > 1:
+        truth = [items[k].system.known_energy for k in known]
+        words = agreement(energies[known], truth, [items[k].system.adsorbate for k in known])
+        print(f"against the energies in the files: {words}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _with_graph(items: list[Item], collate: Collator) -> tuple[list[Item], int]:
+    """The items whose graphs can be made, and the number of the others, which are told."""
+    kept, failed = [], 0
+    for k in range(0, len(items), 64):
+        some = items[k : k + 64]
+        try:
+            collate.graphs([item.system for item in some])
+            kept += some
+        except ValueError:  # of one of them
+            for item in some:
+                try:
+                    collate.graphs([item.system])
+                    kept.append(item)
+                except ValueError as error:
+                    failed += 1
+                    print(f"{item.system.sid}: {error}", file=sys.stderr)
+    return kept, failed
+
+
+def _conditions(folder: Path, domain: Domain | None) -> str:
+    if domain is None:
+        return (
+            f"{folder}: it says nothing of its training data (`catmllm evaluate RUN` writes it), so nothing "
+            "was checked against it"
+        )
+    error = ""
+    if domain.validation:
+        error = f"; MAE {domain.validation['mae']:.3f} eV on {domain.validation['n']:.0f} validation systems"
+    zero = domain.reference or "not said by the training data"
+    return f"{folder}: adsorption energies, zero: {zero}; labels: {domain.labels or 'not said'}{error}"

@@ -24,18 +24,25 @@ def model_option(parser: argparse.ArgumentParser) -> None:
 
 def load(folder: Path) -> tuple[CatalyticMLLM, Collator, Config]:
     """Model, collator and configuration of a stage's or a run's folder."""
-    from catmllm.models.state import load_model
+    from catmllm.models.state import load_model, stage_folder
 
     return load_model(stage_folder(folder))
 
 
-def stage_folder(folder: Path) -> Path:
-    """The folder itself, or the last finished stage of a run."""
+def best_stage(folder: Path) -> Path:
+    """The stage of a run whose energies are nearest on the validation systems, the later of two alike; the
+    last finished one where not every stage with energies was validated; a stage's folder itself."""
     from catmllm.config import STAGES
+    from catmllm.design.domain import load_domain
+    from catmllm.models.state import stage_folder
 
-    if not (folder / "model.safetensors").is_file():
-        stages = [folder / s for s in STAGES if (folder / s / "model.safetensors").is_file()]
-        if not stages:
-            raise FileNotFoundError(f"{folder}: no trained stage there; `make run` trains one into runs/tiny")
-        folder = stages[-1]
-    return folder
+    last = stage_folder(folder)
+    if last == folder:
+        return last
+    finished = [folder / s for s in STAGES if (folder / s / "model.safetensors").is_file()]
+    errors = {f: d.validation.get("mae") for f in finished if (d := load_domain(f)) is not None}
+    asked = [f for f in finished if f.name not in ("encoder", "align")]
+    found = {f: e for f, e in errors.items() if e is not None}
+    if not asked or any(f not in found for f in asked):
+        return last
+    return min(reversed(asked), key=lambda f: found[f])

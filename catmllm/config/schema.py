@@ -26,8 +26,18 @@ class DataConfig:
 
     path: str | None = key(
         None,
-        "folder made by `catmllm data oc20`, or JSONL(.gz) of adsorption systems; null: "
+        "folder made by `catmllm data import` or `oc20`, or JSONL(.gz) of adsorption systems; null: "
         "the slabs shipped with the package",
+    )
+    split_by: Literal["pair", "metal", "adsorbate", "formula", "column"] = key(
+        "pair",
+        "whole groups of one (bulk, Miller index) pair, of the same metals, adsorbate or formula, or of one "
+        "value of the column that was imported as `split` or by `--group`, make a part",
+    )
+    hold_out: tuple[str, ...] | None = key(
+        None,
+        "names that test, of the kind of split_by: Pt with metal leaves every slab with Pt out of training; "
+        "null: by the seed",
     )
     split_seed: int = key(0, "seed of the split into training, validation and test systems", ge=0)
     decimals: int = key(3, "digits after the point of every number in a CIF", ge=1)
@@ -487,7 +497,9 @@ class Config:
     out: str = key("runs/tiny", "folder of the run: record, report and a folder per stage")
     seed: int = key(0, "seed of every random draw", ge=0)
     init: str | None = key(
-        None, "exported model folder to start from; null: pretrained parts and random weights"
+        None,
+        "model to start from: folder of a stage, or of a run, whose last finished stage it then is; null: "
+        "pretrained parts and random weights",
     )
     precision: Precision = key("bf16", "of the LLM; master weights and optimizer states are float32")
     encoder_precision: EncoderPrecision | None = key(

@@ -5,15 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from catmllm.config import DataConfig
 from catmllm.data.shards import Shards
 from catmllm.data.slabs import load_slabs, split
+from catmllm.data.splits import parts_of
+from catmllm.structure.formula import SEPARATOR
 from catmllm.structure.system import System
+
+PARTS = ("train", "val", "test")
 
 
 def open_data(config: DataConfig | None = None) -> dict[str, Sequence[System]]:
-    """Systems as "train", "val" and "test": of a folder of shards (`catmllm data oc20`), of a JSON-lines
-    file, or, where `data.path` is None, the shipped ones. None: the defaults of the section.
+    """Systems as "train", "val" and "test": of a folder of shards (`catmllm data import` or `oc20`), of a
+    JSON-lines file, or, where `data.path` is None, the shipped ones. None: the defaults of the section.
 
     Nothing of a folder is read before it is asked for. Raises FileNotFoundError where the path names nothing,
     and ValueError for a folder or a line that is not what it should be.
@@ -22,9 +28,24 @@ def open_data(config: DataConfig | None = None) -> dict[str, Sequence[System]]:
     path, seed = config.path, config.split_seed
     if path is not None and not Path(path).exists():
         raise FileNotFoundError(
-            f"`data.path: {path}`: nothing there; give a folder made by `catmllm data oc20`, a JSON-lines "
-            "file of `catmllm data make`, or leave it out for the shipped systems"
+            f"`data.path: {path}`: nothing there; give a folder made by `catmllm data import` or `oc20`, a "
+            "JSON-lines file of `catmllm data make`, or leave it out for the shipped systems"
         )
+    by_pair = config.split_by == "pair" and config.hold_out is None
     if path is not None and Path(path).is_dir():
-        return {str(part): shards for part, shards in Shards(path).split(seed).items()}
-    return {str(part): systems for part, systems in split(load_slabs(path), seed).items()}
+        shards = Shards(path)
+        if by_pair:
+            return {str(part): some for part, some in shards.split(seed).items()}
+        rows = range(len(shards))
+        texts, groups = [shards.text(i) for i in rows], [shards.group(i) for i in rows]
+        names = shards.pair_names
+        pairs = [names[p] for p in shards.pairs]
+        parts = np.array(parts_of(texts, pairs, groups, config.split_by, config.hold_out, seed))
+        return {part: shards[np.flatnonzero(parts == part)] for part in PARTS}
+    systems = load_slabs(path)
+    if by_pair:
+        return {str(part): some for part, some in split(systems, seed).items()}
+    texts = [f"{s.adsorbate}{SEPARATOR}{s.bulk}" for s in systems]
+    pairs = [f"{s.bulk} {s.miller or '(?)'}" for s in systems]
+    named = parts_of(texts, pairs, [""] * len(systems), config.split_by, config.hold_out, seed)
+    return {part: [s for s, p in zip(systems, named) if p == part] for part in PARTS}

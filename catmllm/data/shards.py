@@ -112,7 +112,7 @@ class Shards(Sequence[System]):
             numbers=shard["numbers"][a:b].astype(np.int64),
             tags=shard["tags"][a:b].astype(np.int8),
             adsorbate=text.partition(SEPARATOR)[0],
-            miller=tuple(shard["miller"][row].tolist()),
+            miller=tuple(shard["miller"][row].tolist()) if shard["miller"][row].any() else None,
             energy=energy,
             sid=_words(shard, "sid", row),
             start=_start(shard, a, b),
@@ -125,6 +125,11 @@ class Shards(Sequence[System]):
         """The three-part text of a system, as `three_part_text` makes it."""
         shard, row = self._place(index)
         return _words(shard, "text", row)
+
+    def group(self, index: int) -> str:
+        """The value of the column that a split may go by; empty where none was given."""
+        shard, row = self._place(index)
+        return _words(shard, "group", row) if "group" in shard else ""
 
     def split(self, seed: int = 0) -> dict[SplitName, Shards]:
         """About 80 / 10 / 10 % as train / val / test, whole (bulk, Miller index) pairs at a time, as
@@ -178,12 +183,13 @@ class Entry(NamedTuple):
     text: str | None = None  # three-part text, where it is known already
     source: int = 0  # position in the names of the sources
     surface: str = ""  # names adsorbate and surface, by which two sources may not overlap
+    group: str = ""  # what `data.split_by: column` goes by
 
 
 def write_shard(path: Path, entries: Sequence[Entry], facts: dict[str, Any] | None = None) -> None:
     """Write systems as one shard, whole or not at all: a killed writer leaves nothing under this name.
 
-    Every system needs Miller index and energy (ValueError). `facts` (JSON) go into the header.
+    Every system needs an energy (ValueError). `facts` (JSON) go into the header.
     """
     systems = [e.system for e in entries]
     counts = [len(s) for s in systems]
@@ -200,11 +206,16 @@ def write_shard(path: Path, entries: Sequence[Entry], facts: dict[str, Any] | No
         "energy": np.array([s.known_energy for s in systems], dtype=np.float64),
         "first_atom": _starts(counts),
         "frame": np.array([e.frame for e in entries], dtype=np.int64),
-        "miller": np.array([s.known_miller for s in systems], dtype=np.int16).reshape(-1, 3),
+        # (0 0 0) is no plane: an unknown one
+        "miller": np.array([s.miller or (0, 0, 0) for s in systems], dtype=np.int16).reshape(-1, 3),
         "numbers": _joined([s.numbers for s in systems], np.uint8),
         "tags": _joined([s.tags for s in systems], np.uint8),
     }
-    for name, words in (("sid", [s.sid for s in systems]), ("text", texts)):
+    for name, words in (
+        ("sid", [s.sid for s in systems]),
+        ("text", texts),
+        ("group", [e.group for e in entries]),
+    ):
         encoded = [w.encode() for w in words]
         arrays[name] = np.frombuffer(b"".join(encoded), dtype=np.uint8)
         arrays[f"{name}_start"] = _starts([len(w) for w in encoded])
@@ -240,24 +251,34 @@ def write_index(
     temporary.rename(folder / FACTS)  # last: a dataset with it is whole
 
 
-def write_shards(folder: str | Path, systems: Iterable[System], shard_size: int = 4096) -> Shards:
-    """A dataset of systems at hand, in their order; each needs Miller index and energy."""
+def write_shards(
+    folder: str | Path,
+    systems: Iterable[System],
+    shard_size: int = 4096,
+    groups: Sequence[str] | None = None,
+    source: str = "systems",
+    facts: dict[str, Any] | None = None,
+) -> Shards:
+    """A dataset of systems at hand, in their order; each needs an energy. groups: of each system what
+    `data.split_by: column` goes by; source: where all are from; facts: for dataset.json."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     every = list(systems)
+    named = [""] * len(every) if groups is None else groups
     order = []
     for number, first in enumerate(range(0, len(every), shard_size)):
-        some = every[first : first + shard_size]
-        write_shard(folder / shard_name(number), [Entry(s) for s in some])
-        order.append((number, np.arange(len(some))))
-    write_index(folder, order, ["systems"])
+        some = slice(first, first + shard_size)
+        entries = [Entry(s, group=g) for s, g in zip(every[some], named[some], strict=True)]
+        write_shard(folder / shard_name(number), entries)
+        order.append((number, np.arange(len(entries))))
+    write_index(folder, order, [source], facts)
     return Shards(folder)
 
 
 def pair_name(text: str) -> str:
     """`IrPd (1, 1, 1)`, by which systems are split, of a three-part text."""
     bulk, _, miller = text.split(SEPARATOR)[1].partition(" ")
-    return f"{bulk} {tuple(int(i) for i in miller.strip('()').split())}"
+    return f"{bulk} {tuple(int(i) for i in miller.strip('()').split())}" if miller else f"{bulk} (?)"
 
 
 def _keys(texts: Sequence[str]) -> NDArray[np.int64]:

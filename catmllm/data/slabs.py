@@ -80,7 +80,7 @@ def split(systems: Sequence[System], seed: int = 0) -> dict[SplitName, list[Syst
     """
     pairs: dict[str, list[System]] = defaultdict(list)
     for system in systems:
-        pairs[f"{system.bulk} {system.miller}"].append(system)
+        pairs[f"{system.bulk} {system.miller or '(?)'}"].append(system)
     part_of = split_pairs({name: len(group) for name, group in pairs.items()}, seed)
     parts: dict[SplitName, list[System]] = {"train": [], "val": [], "test": []}
     for name, group in pairs.items():

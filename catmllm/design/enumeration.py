@@ -11,17 +11,17 @@ from __future__ import annotations
 from random import Random
 
 from catmllm.data.fcc_slabs import ADSORBATES, FCC_CONSTANT, N_SLAB, build_slab, place_adsorbate
-from catmllm.structure.formula import Identity, parse_identity
+from catmllm.structure.formula import Identity, Miller, parse_identity
 from catmllm.structure.system import System, make_system
 
-FACETS = {(1, 1, 1): "111", (1, 0, 0): "100"}
+FACETS: dict[Miller | None, str] = {(1, 1, 1): "111", (1, 0, 0): "100"}
 
 
 def enumerable(identity: str) -> str | None:
     """Why `ideal_system` cannot make a system, or None where it can."""
     asked = parse_identity(identity)
     if asked.miller not in FACETS:
-        return f"facet {asked.miller} is none of {sorted(FACETS)}"
+        return f"facet {asked.miller} is none of {list(FACETS)}"
     if asked.adsorbate not in ADSORBATES:
         return f"adsorbate {asked.adsorbate} is none of {', '.join(ADSORBATES)}"
     unknown = [m for m in asked.slab if m not in FCC_CONSTANT]

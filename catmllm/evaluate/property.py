@@ -27,6 +27,20 @@ def written_energies(model: CatalyticMLLM, collate: Collator, samples: Sequence[
     return np.array([np.nan if e is None else e for e in found])
 
 
+def validation_energies(
+    model: CatalyticMLLM, collate: Collator, systems: Sequence[System], world: World
+) -> np.ndarray:
+    """Energies [n] in eV from text and graph, by which the error of a prediction is calibrated; ranks share
+    the work."""
+    gathered = world.gather(
+        predict_energies(model, collate, [question(s) for s in systems[world.rank :: world.size]])
+    )
+    merged = np.empty(len(systems))
+    for rank, part in enumerate(gathered):
+        merged[rank :: world.size] = part
+    return merged
+
+
 def evaluate_property(
     model: CatalyticMLLM,
     collate: Collator,
@@ -71,3 +85,25 @@ def evaluate_property(
                 "adsorbate": [s.adsorbate for s in systems],
             }
     return out
+
+
+def agreement(predicted: np.ndarray, truth: Sequence[float], adsorbates: Sequence[str]) -> str:
+    """How energies [n] agree with others, in words: MAE and r; and within an adsorbate, whose mean is taken
+    off both, so that another zero or functional does not count."""
+    true = np.array(truth, dtype=np.float64)
+    mine = np.array(predicted, dtype=np.float64)
+    names = np.array(adsorbates)
+    within = np.zeros((2, len(true)))
+    for name in set(adsorbates):
+        rows = names == name
+        within[:, rows] = mine[rows] - mine[rows].mean(), true[rows] - true[rows].mean()
+
+    def r(a: np.ndarray, b: np.ndarray) -> float:
+        return float(np.corrcoef(a, b)[0, 1]) if a.std() > 0 and b.std() > 0 else float("nan")
+
+    left = float(np.abs(within[0] - within[1]).mean())
+    return (
+        f"n {len(true)}, MAE {mae(mine, true):.3f} eV, r {r(mine, true):.3f}; within an adsorbate "
+        f"({len(set(adsorbates))}): r {r(*within):.3f}, MAE {left:.3f} eV after one offset each, "
+        f"{float(np.abs(within[1]).mean()):.3f} eV by the mean of the adsorbate"
+    )

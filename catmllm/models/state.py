@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from catmllm.config import Config, from_dict, to_dict
+from catmllm.config import STAGES, Config, from_dict, to_dict
 from catmllm.data.batches import Collator
 from catmllm.models.attention import by_part
 from catmllm.models.build import assemble, build_encoder, collator, on_meta
@@ -42,6 +42,18 @@ def save_model(
     temporary = folder / "model.safetensors.tmp"
     save_file({k: v.contiguous() for k, v in state.items()}, temporary)
     temporary.rename(folder / "model.safetensors")
+
+
+def stage_folder(folder: str | Path) -> Path:
+    """A stage's folder itself, or the last finished stage of a run's.
+    Raises FileNotFoundError where there is neither."""
+    folder = Path(folder)
+    if (folder / "model.safetensors").is_file():
+        return folder
+    stages = [folder / s for s in STAGES if (folder / s / "model.safetensors").is_file()]
+    if not stages:
+        raise FileNotFoundError(f"{folder}: no trained stage there; `make run` trains one into runs/tiny")
+    return stages[-1]
 
 
 def load_model(folder: str | Path, attention: str | None = None) -> tuple[CatalyticMLLM, Collator, Config]:

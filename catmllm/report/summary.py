@@ -142,6 +142,7 @@ def conditions(metrics: Metrics) -> str:
         "{} training, {} validation, {} test systems".format(
             *(data.get(part, "?") for part in ("train", "val", "test"))
         ),
+        *([f"split: {data['split']}"] if data.get("split") else []),
         provenance(metrics),
     ]
     return " · ".join(parts)

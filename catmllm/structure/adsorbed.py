@@ -17,6 +17,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from catmllm.structure.elements import COVALENT_RADIUS, NUMBER
+from catmllm.structure.formula import pieces
 from catmllm.structure.periodic import any_image_within, wrap
 from catmllm.structure.system import ADSORBATE, SURFACE, System
 from catmllm.structure.tags import heights
@@ -70,8 +71,8 @@ def adsorbate_fault(system: System) -> Fault | None:
 
     `no_adsorbate`: no atom is tagged, or all are. `overlap`: two atoms nearer than their radii allow, other
     than inside the adsorbate. `squeezed`: two atoms of the adsorbate nearer than any bond of theirs.
-    `broken`: its bonds do not join all its atoms. `buried`: inside the slab or on its lower side. `detached`:
-    out of reach of the surface.
+    `broken`: it is in more pieces than its name says (`(O)4`: four). `buried`: inside the slab or on its
+    lower side. `detached`: out of reach of the surface.
     """
     adsorbate = system.tags == ADSORBATE
     if not adsorbate.any() or adsorbate.all():
@@ -83,10 +84,12 @@ def adsorbate_fault(system: System) -> Fault | None:
     except ValueError:  # so small that its images are too many
         return "overlap"
     contacts = _contacts(*wrapped, radii, adsorbate, _LEAST[np.ix_(z, z)], _MOST[np.ix_(z, z)])
-    names: tuple[Fault, ...] = ("overlap", "squeezed", "broken")
-    for name, there in zip(names, contacts):
-        if there:
-            return name
+    if contacts[0]:
+        return "overlap"
+    if contacts[1]:
+        return "squeezed"
+    if contacts[2] > pieces(system.adsorbate):
+        return "broken"
     height = heights(system.lattice, system.frac)
     surface = height[system.tags == SURFACE]
     level = float(surface.mean()) if len(surface) else float(height[~adsorbate].max())
@@ -97,8 +100,8 @@ def adsorbate_fault(system: System) -> Fault | None:
 
 @njit(cache=True, nogil=True)
 def _contacts(cell, points, frac, spacings, radii, adsorbate, least, most):
-    """Whether atoms overlap, whether a bond of the adsorbate is squeezed, whether it is in more than one
-    piece, and whether one of its atoms is in reach of the slab. least, most [N, N]: lengths of bonds, Å."""
+    """Whether atoms overlap, whether a bond of the adsorbate is squeezed, in how many pieces it is,
+    and whether one of its atoms is in reach of the slab. least, most [N, N]: lengths of bonds, Å."""
     n = len(points)
     piece = np.arange(n)
     squeezed = reached = False
@@ -107,14 +110,14 @@ def _contacts(cell, points, frac, spacings, radii, adsorbate, least, most):
             pair = radii[i] + radii[j]
             if adsorbate[i] != adsorbate[j]:
                 if any_image_within(cell, points, frac, spacings, i, j, _ADSORBATE_PAIR * pair):
-                    return True, squeezed, False, reached
+                    return True, squeezed, 1, reached
                 reached = reached or any_image_within(cell, points, frac, spacings, i, j, _REACH * pair)
             elif not adsorbate[i]:
                 if any_image_within(cell, points, frac, spacings, i, j, _SLAB_PAIR * pair):
-                    return True, squeezed, False, reached
+                    return True, squeezed, 1, reached
             elif any_image_within(cell, points, frac, spacings, i, j, least[i, j]):
                 squeezed = True
             elif piece[i] != piece[j] and any_image_within(cell, points, frac, spacings, i, j, most[i, j]):
                 piece[piece == piece[j]] = piece[i]
     first = piece[adsorbate]
-    return False, squeezed, (first != first[0]).any(), reached
+    return False, squeezed, len(np.unique(first)), reached

@@ -20,17 +20,17 @@ SEPARATOR = "</s>"
 _PIECE = re.compile(r"([A-Z][a-z]?)(\d*)|(\()|(\))(\d*)")
 _IDENTITY = re.compile(
     r"\s*(?P<adsorbate>[^\s<>]*)\s*</s>\s*(?P<slab>[A-Za-z0-9()]+)\s*"
-    r"\(\s*(?P<h>-?\d+)[\s,]+(?P<k>-?\d+)[\s,]+(?P<l>-?\d+)\s*\)\s*(?:</s>.*)?",
+    r"(?:\(\s*(?P<h>-?\d+)[\s,]+(?P<k>-?\d+)[\s,]+(?P<l>-?\d+)\s*\))?\s*(?:</s>.*)?",
     re.DOTALL,
 )
 
 
 class Identity(NamedTuple):
-    """What `CO</s>Pt9Cu3 (1 1 1)` says."""
+    """What `CO</s>Pt9Cu3 (1 1 1)` says; miller is None where the line leaves it out."""
 
     adsorbate: str
     slab: dict[str, int]
-    miller: Miller
+    miller: Miller | None
 
 
 def parse_formula(formula: str) -> dict[str, int]:
@@ -86,15 +86,24 @@ def format_miller(miller: Miller) -> str:
     return "({} {} {})".format(*miller)
 
 
-def format_identity(adsorbate: str, slab: Mapping[str, int], miller: Miller) -> str:
-    """`CO</s>Cu3Pt9 (1 1 1)`: the slab in canonical order,
-    as every text that a model was trained on has it."""
-    return f"{adsorbate}{SEPARATOR}{format_formula(slab)} {format_miller(miller)}"
+def format_identity(adsorbate: str, slab: Mapping[str, int], miller: Miller | None) -> str:
+    """`CO</s>Cu3Pt9 (1 1 1)`: the slab in canonical order, as every text that a model was trained on has it.
+    A Miller index that is unknown is left out: `CO</s>Cu3Pt9`."""
+    plane = "" if miller is None else f" {format_miller(miller)}"
+    return f"{adsorbate}{SEPARATOR}{format_formula(slab)}{plane}"
+
+
+def pieces(adsorbate: str) -> int:
+    """How many molecules a name says: 4 of `(O)4`, 3 of `(CO)(OH)2`, 1 of a name that is not all in
+    brackets, `ON(CH3)2`."""
+    groups = re.findall(r"\(([^()]*(?:\([^()]*\)\d*[^()]*)*)\)(\d*)", adsorbate)
+    whole = "".join(f"({inside}){count}" for inside, count in groups)
+    return sum(int(count or 1) for _, count in groups) if groups and whole == adsorbate else 1
 
 
 def parse_identity(text: str) -> Identity:
-    """Adsorbate, counts of the composition and Miller index of `CO</s>Pt9Cu3 (1 1 1)`;
-    a third part is passed over.
+    """Adsorbate, counts of the composition and Miller index of `CO</s>Pt9Cu3 (1 1 1)`, whose Miller index may
+    be left out; a third part is passed over.
 
     Raises ValueError for any other text.
     """
@@ -102,6 +111,5 @@ def parse_identity(text: str) -> Identity:
     if match is None:
         raise ValueError(f"cannot read the identity {text[:80]!r}; write it like 'CO</s>Pt9Cu3 (1 1 1)'")
     parse_formula(match["adsorbate"])  # an adsorbate that is no formula is an error here, not later
-    return Identity(
-        match["adsorbate"], parse_formula(match["slab"]), (int(match["h"]), int(match["k"]), int(match["l"]))
-    )
+    miller = None if match["h"] is None else (int(match["h"]), int(match["k"]), int(match["l"]))
+    return Identity(match["adsorbate"], parse_formula(match["slab"]), miller)

@@ -76,9 +76,8 @@ class System(Crystal):
 
     @property
     def identity(self) -> str:
-        """`CO</s>Pd6Ir6 (1 1 1)`, the line that names a system in CIF tasks.
-        Raises ValueError without Miller index."""
-        return format_identity(self.adsorbate, self.slab_counts, self.known_miller)
+        """`CO</s>Pd6Ir6 (1 1 1)`, the line that names a system in CIF tasks."""
+        return format_identity(self.adsorbate, self.slab_counts, self.miller)
 
     @property
     def known_miller(self) -> Miller:

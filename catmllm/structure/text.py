@@ -18,11 +18,10 @@ _SITES = (" atop", " bridge", " hollow")
 
 
 def three_part_text(system: System, scale: float = 1.0, max_characters: int | None = None) -> str:
-    """`CO</s>PdIr (1 1 1)</s>[C Pd atop [Pd Ir Ir Pd C]]`. scale, max_characters: see `configuration`.
-
-    Raises ValueError where the Miller index is unknown.
-    """
-    composition = f"{system.bulk} {format_miller(system.known_miller)}"
+    """`CO</s>PdIr (1 1 1)</s>[C Pd atop [Pd Ir Ir Pd C]]`; an unknown Miller index is left out. scale,
+    max_characters: see `configuration`."""
+    plane = "" if system.miller is None else f" {format_miller(system.miller)}"
+    composition = f"{system.bulk}{plane}"
     return SEPARATOR.join((system.adsorbate, composition, configuration(system, scale, max_characters)))
 
 

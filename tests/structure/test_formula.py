@@ -77,10 +77,12 @@ def test_published_identities() -> None:
     assert parse_identity("CCH</s>Sb48 (2 -1 2)</s>[C Sb atop [Sb C]]").miller == (2, -1, 2)
     assert parse_identity("CH</s>Ti (1, 0, 0)").slab == {"Ti": 1}
     assert format_miller((2, -1, 2)) == "(2 -1 2)"
+    assert parse_identity("CO</s>Pt9Cu3") == ("CO", {"Pt": 9, "Cu": 3}, None)
+    assert parse_identity("CO</s>Pt9Cu3</s>[C Pt atop [Pt C]]").miller is None
 
 
 @pytest.mark.parametrize(
-    "text", ["", "CO</s>Pt9Cu3", "CO Pt9Cu3 (1 1 1)", "CO</s>Pt9Cu3 (1 1)", "Xy</s>Pt (1 1 1)"]
+    "text", ["", "CO</s>", "CO Pt9Cu3 (1 1 1)", "CO</s>Pt9Cu3 (1 1)", "Xy</s>Pt (1 1 1)"]
 )
 def test_what_is_no_identity(text: str) -> None:
     with pytest.raises(ValueError):

@@ -121,8 +121,9 @@ def test_names_and_counts() -> None:
     assert system.identity == "CO</s>Pd2Ir2 (2 -1 2)"
     assert len(system) == 6
     nameless = dataclasses.replace(system, miller=None)
+    assert nameless.identity == "CO</s>Pd2Ir2"
     with pytest.raises(ValueError, match="no Miller index"):
-        _ = nameless.identity
+        _ = nameless.known_miller
 
 
 @given(slabs())

@@ -122,9 +122,26 @@ def _tensor(
     return np.lib.stride_tricks.as_strided(storage[offset:], size, steps).copy()
 
 
+def _frombuffer(buffer: bytes, dtype: Any, shape: tuple[int, ...], order: str, *_: Any) -> NDArray[Any]:
+    """An array pickled by protocol 5: stands in for numpy._core.numeric._frombuffer."""
+    try:
+        return np.frombuffer(buffer, dtype=np.dtype(dtype)).reshape(shape, order=order).copy()  # type: ignore[call-overload]
+    except (TypeError, ValueError) as error:
+        raise BrokenPickle(f"an array of shape {shape} does not fit into its bytes") from error
+
+
+def _encode(text: str, encoding: str = "latin1") -> bytes:
+    """Bytes pickled by protocol 2: stands in for _codecs.encode."""
+    if not isinstance(text, str) or encoding != "latin1":
+        raise BrokenPickle("bytes that are not written as pickles write them")
+    return text.encode("latin1")
+
+
 _ALLOWED: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): OrderedDict,
     ("builtins", "set"): set,
+    ("builtins", "bytearray"): bytearray,
+    ("_codecs", "encode"): _encode,
     ("torch._utils", "_rebuild_tensor"): _tensor,
     ("torch._utils", "_rebuild_tensor_v2"): _tensor,
     ("torch.storage", "_load_from_bytes"): _storage,
@@ -143,6 +160,11 @@ _ALLOWED: dict[tuple[str, str], Any] = {
 for _module in ("numpy.core.multiarray", "numpy._core.multiarray"):
     _ALLOWED[_module, "_reconstruct"] = np._core.multiarray._reconstruct  # type: ignore[attr-defined]
     _ALLOWED[_module, "scalar"] = np._core.multiarray.scalar  # type: ignore[attr-defined]
+for _module in ("numpy.core.numeric", "numpy._core.numeric"):
+    _ALLOWED[_module, "_frombuffer"] = _frombuffer
+
+# fairchem carries PyG's classes under names of its own since 2.0
+_RECORDS = ("Data", "DataEdgeAttr", "DataTensorAttr", "GlobalStorage", "BaseStorage")
 
 
 class _Unpickler(pickle.Unpickler):
@@ -150,8 +172,11 @@ class _Unpickler(pickle.Unpickler):
         try:
             return _ALLOWED[module, name]
         except KeyError:
+            if module.startswith("fairchem.core.") and name in _RECORDS:
+                return Bag
+            hint = "; write structures as .extxyz, .db or .aselmdb instead" * module.startswith("ase.")
             raise RefusedPickle(
-                f"the pickle names {module}.{name}, which no OC20 file needs; it was not run"
+                f"the pickle names {module}.{name}, which no OC20 file needs; it was not run{hint}"
             ) from None
 
     def persistent_load(self, pid: Any) -> tuple[Any, Any, int]:

@@ -36,6 +36,7 @@ from catmllm.data.make import exit_with_parent
 from catmllm.data.oc20 import metadata, readers
 from catmllm.data.oc20.metadata import ANOMALIES, DENSE_KEY, Facts, Metadata
 from catmllm.data.oc20.readers import Problem, Record, Unit
+from catmllm.data.own.adsorbates import molecule_name
 from catmllm.data.shards import (
     FACTS,
     INDEX,
@@ -191,12 +192,7 @@ def adsorbate_name(record: Record, tags: NDArray[np.int8]) -> str:
     at = np.flatnonzero(tags == ADSORBATE)
     numbers = record.numbers[at]
     bonded = bond_matrix(record.lattice, record.positions[at], COVALENT_RADIUS[numbers], 0.1)
-    name, free = "", set(np.flatnonzero(numbers == 1).tolist())
-    for i in np.flatnonzero(numbers != 1):
-        mine = [h for h in sorted(free) if bonded[i, h]]
-        free -= set(mine)
-        name += SYMBOLS[numbers[i]] + ("H" + str(len(mine)) * (len(mine) > 1) if mine else "")
-    return name + ("H" + str(len(free)) * (len(free) > 1) if free else "")
+    return molecule_name(numbers, bonded)
 
 
 def _check(system: Any, facts: Facts | None) -> None:

@@ -37,6 +37,25 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".lmdb", ".aselmdb", ".db", ".json", ".extxyz", ".xyz", ".traj", ".pkl")
 _COMPRESSED = (".xz", ".gz")
+_LMDB_KEYS = frozenset(
+    (
+        *(
+            "pos",
+            "pos_relaxed",
+            "y",
+            "y_relaxed",
+            "y_init",
+            "energy",
+            "force",
+            "forces",
+            "fixed",
+            "sid",
+            "cell",
+        ),
+        *("tags", "atomic_numbers", "natoms", "fid", "edge_index", "cell_offsets", "distances", "neighbors"),
+        *("adsorbate", "miller_index"),
+    )
+)
 _NOT_ROWS = frozenset((b"length", b"nextid", b"deleted_ids", b"metadata"))
 
 
@@ -47,6 +66,7 @@ class Record:
     positions are those of the relaxed structure where the layout has both, then start is the other. energy is
     an adsorption energy where `referenced`, else a total one; reference is what turns the second into the
     first. fmax is the largest force (eV/Å) on an atom that is not fixed. frame counts along a relaxation.
+    beside: what else the file says of it, by key.
     """
 
     sid: str
@@ -62,6 +82,7 @@ class Record:
     adsorbate: str | None = None
     miller: tuple[int, int, int] | None = None
     start: NDArray[np.float64] | None = None
+    beside: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -239,30 +260,34 @@ def _read_lmdb(path: Path, first: str | None, count: int | None) -> Iterator[Rec
             if done == count:
                 return
             done += 1
-            data = bytes(value)
-            yield from _guarded(f"{path}, key {key.decode()}", lambda data=data: _from_value(data))
+            data, name = bytes(value), f"{path.stem}/{key.decode()}"
+            yield from _guarded(
+                f"{path}, key {key.decode()}", lambda data=data, name=name: _from_value(data, name)
+            )
 
 
-def _from_value(data: bytes) -> Record:
-    """A row of an LMDB: ASE rows are zlib streams, everything else of OC20 is a pickle."""
+def _from_value(data: bytes, name: str) -> Record:
+    """A row of an LMDB: ASE rows are zlib streams, everything else of OC20 is a pickle. name: the sid of a
+    row that says none."""
     if data[:1] == b"\x78":
-        return from_row(_ase_row(json.loads(zlib.decompress(data))))
-    return from_data(fields(load_pickle(data)))
+        return from_row(_ase_row(json.loads(zlib.decompress(data))), name)
+    return from_data(fields(load_pickle(data)), name)
 
 
-def from_data(data: dict[str, Any]) -> Record:
-    """The record of a PyG Data as `pickles.fields` gives it.
+def from_data(data: dict[str, Any], name: str = "") -> Record:
+    """The record of a PyG Data as `pickles.fields` gives it; name: its sid where it says none.
     Raises KeyError for what must be there, ValueError."""
     relaxed = "pos_relaxed" in data or "y_relaxed" in data
     positions = _array(data["pos_relaxed"] if relaxed else data["pos"], 3)
-    energy = data.get("y_relaxed" if relaxed else "y")
+    # fairchem's own preprocessing writes `energy` since June 2024, `y` before
+    energy = data.get("y_relaxed" if relaxed else "y", data.get("energy"))
     fmax = None
     # IS2RE records carry the forces of the initial structure, which say nothing of the relaxed one
     forces = None if relaxed else data.get("force", data.get("forces"))
     if forces is not None:
         free = np.asarray(data.get("fixed", np.zeros(len(positions)))).reshape(-1) == 0
         fmax = _largest(_array(forces, 3)[free])
-    name = _sid(data["sid"])
+    name = _sid(data["sid"]) if not name or data.get("sid") is not None else name
     if "oc22" in data or "nads" in data:
         name = f"oc22-{data['sid']}"
     return Record(
@@ -277,6 +302,8 @@ def from_data(data: dict[str, Any]) -> Record:
         frame=int(_number(data.get("fid", 0))),
         fmax=fmax,
         start=_array(data["pos"], 3) if "pos_relaxed" in data and data.get("pos") is not None else None,
+        beside={k: v for k, v in data.items() if k not in _LMDB_KEYS and np.size(v) < 1000},
+        **_said(data),
     )
 
 
@@ -315,14 +342,14 @@ def _read_database(path: Path, first: str | None, count: int | None) -> Iterator
 
         def make(row: Any = row) -> Record:
             plain = dict(row.__dict__) | {"key_value_pairs": row.key_value_pairs, "data": row.data}
-            return from_row(plain | {"constraints": row.get("constraints", [])})
+            return from_row(plain | {"constraints": row.get("constraints", [])}, f"{path.stem}/{row.id}")
 
         yield from _guarded(f"{path}, id {row.id}", make)
 
 
-def from_row(row: dict[str, Any]) -> Record:
-    """The record of an ASE row; what ASE has no place for is looked
-    for in its key-value pairs and its data."""
+def from_row(row: dict[str, Any], name: str) -> Record:
+    """The record of an ASE row; what ASE has no place for is looked for in its key-value pairs and its data.
+    name: the sid of a row that says none."""
     beside: dict[str, Any] = {}
     for part in (row.get("data"), row.get("info"), row.get("key_value_pairs")):
         if isinstance(part, dict):
@@ -334,10 +361,8 @@ def from_row(row: dict[str, Any]) -> Record:
             energy, referenced = beside[key], True
     fixed = _fixed(row.get("constraints") or (), len(positions))
     sid = beside.get("sid", beside.get("system_id"))
-    if sid is None:
-        raise KeyError("sid (in key_value_pairs or data)")
     return Record(
-        sid=_sid(sid),
+        sid=name if sid is None else _sid(sid),
         lattice=_array(row["cell"], 3),
         positions=positions,
         numbers=np.asarray(row["numbers"], dtype=np.int64),
@@ -347,6 +372,7 @@ def from_row(row: dict[str, Any]) -> Record:
         reference=_optional(beside, "reference_energy", "ref_energy"),
         frame=int(_number(beside.get("fid", beside.get("frame_number", 0)))),
         fmax=None if row.get("forces") is None else _largest(_array(row["forces"], 3)[~fixed]),
+        beside=beside,
         **_said(beside),
     )
 
@@ -426,6 +452,8 @@ class _Index:
     lines: list[tuple[str, int, float]]  # of the file's own index, where it has one
     references: dict[str, float]  # by sid
     name: str  # of the file, the sid where nothing else says it
+    elements: list[str] = field(default_factory=list)  # of the frame before that had no sid
+    first: int = 0  # the frame with which these elements began
 
     @property
     def own(self) -> bool:
@@ -438,7 +466,15 @@ class _Index:
             return self.lines[number]
         comment = text.split("\n", 2)[1]
         found = re.search(r'\b(?:sid|system_id)="?([^\s"]+)', comment)
-        sid = _sid(found[1] if found else self.name)
+        if found:
+            sid = _sid(found[1])
+            return sid, number, self.references.get(sid)
+        # frames that say nothing are one relaxation, but those of other elements are another system
+        elements = [line.split(None, 1)[0] for line in text.split("\n")[2:] if line.strip()]
+        if self.elements and elements != self.elements:
+            self.first = number
+        self.elements = elements
+        sid = f"{self.name}#{self.first}" if self.first else self.name
         return sid, number, self.references.get(sid)
 
 
@@ -458,7 +494,13 @@ def _frame_index(path: Path) -> _Index:
         if (folder / "system.txt").is_file():
             references = _references(str(folder / "system.txt"), (folder / "system.txt").stat().st_mtime_ns)
             break
-    return _Index([], references, stem)
+    return _Index([], references, _own_name(path, stem))
+
+
+def _own_name(path: Path, stem: str) -> str:
+    """The sid by a file's name: `random12`, else with its folder, as calculations often lie one a folder
+    under equal names."""
+    return stem if re.fullmatch(r"random\d+", stem) else f"{path.parent.name}/{stem}"
 
 
 _KEPT: dict[tuple[str, int], dict[str, float]] = {}
@@ -480,9 +522,7 @@ def _read_trajectory(path: Path) -> Iterator[Record | Problem]:
 
     index = _frame_index(path)
     with Trajectory(str(path)) as frames:
-        sid = _sid(path.stem)
-        if not re.fullmatch(r"random\d+", sid):
-            sid = f"{path.parent.name}/{path.stem}"  # OC20-Dense: <system>/<configuration>.traj
+        sid = _own_name(path, path.stem)  # OC20-Dense: <system>/<configuration>.traj
         record = from_atoms(frames[-1], sid, len(frames) - 1)
         record.reference = index.references.get(sid, record.reference)
         yield record
@@ -508,6 +548,7 @@ def from_atoms(atoms: Atoms, sid: str, frame: int) -> Record:
         reference=_optional(atoms.info, "reference_energy", "ref_energy"),
         frame=frame,
         fmax=None if forces is None else _largest(_array(forces, 3)[~fixed]),
+        beside=dict(atoms.info),
         **_said(atoms.info),
     )
 

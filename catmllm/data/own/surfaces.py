@@ -1,0 +1,140 @@
+"""How a slab stands in its cell, and its Miller index where the structure alone is certain of it."""
+
+from __future__ import annotations
+
+from math import gcd
+
+import numpy as np
+from numpy.typing import NDArray
+
+from catmllm.structure.formula import Miller
+
+Floats = NDArray[np.float64]
+
+VACUUM = (
+    5.0  # Å; a gap between atoms that is wider is a vacuum (layers of an open facet are 3 Å apart at most)
+)
+ADDED = 20.0  # Å of vacuum for a slab that comes without a third lattice vector
+
+
+def stand_up(
+    lattice: Floats, positions: Floats, miller: Miller | None
+) -> tuple[Floats, Miller | None, list[str]]:
+    """The lattice [3, 3] with the vacuum along its third vector and right-handed, the Miller index in its
+    axes, and what was done. Atoms stay where they are: the new vectors span the same lattice.
+
+    Raises ValueError for a cell that lacks more than its third vector.
+    """
+    said: list[str] = []
+    lengths = np.linalg.norm(lattice, axis=1)
+    if (lengths < 1e-8).any():
+        if lengths[0] < 1e-8 or lengths[1] < 1e-8:
+            raise ValueError("no periodic cell: the lattice vectors a and b are needed")
+        normal = np.cross(lattice[0], lattice[1])
+        normal /= np.linalg.norm(normal)
+        lattice = np.array([lattice[0], lattice[1], normal * (np.ptp(positions @ normal) + ADDED)])
+        said.append(f"no third lattice vector: {ADDED:g} Å of vacuum were added")
+    if np.linalg.det(lattice) < 0:
+        lattice = lattice[[1, 0, 2]]
+        miller = None if miller is None else (miller[1], miller[0], miller[2])
+        said.append("left-handed cell: a and b were exchanged")
+    gaps = [largest_gap(lattice, positions, axis) for axis in range(3)]
+    if gaps[2] < VACUUM:
+        axis = int(np.argmax(gaps[:2]))
+        if gaps[axis] >= VACUUM:
+            # a cyclic exchange keeps the hand
+            lattice = lattice[[1, 2, 0]] if axis == 0 else lattice[[2, 0, 1]]
+            said.append(f"vacuum along {'ab'[axis]}: it was made the third lattice vector")
+        else:
+            said.append("no vacuum: the largest gap between atoms is narrower than 5 Å")
+    return lattice, miller, said
+
+
+def largest_gap(lattice: Floats, positions: Floats, axis: int) -> float:
+    """The widest gap (Å) without atoms along the normal of the two other lattice vectors."""
+    u, v = (lattice[i] for i in range(3) if i != axis)
+    normal = np.cross(u, v)
+    area = float(np.linalg.norm(normal))
+    if area < 1e-12:
+        return 0.0
+    spacing = abs(float(lattice[axis] @ normal)) / area
+    if spacing < 1e-12:
+        return 0.0
+    level = np.sort((positions @ normal / (lattice[axis] @ normal)) % 1.0)
+    return float(max(np.diff(level, append=level[0] + 1.0))) * spacing
+
+
+# Unit vectors to the 12 nearest atoms of fcc and the 8 of bcc, over the cube's axes.
+_FCC = np.array([(0, i, j) for i in (1, -1) for j in (1, -1)]) / np.sqrt(2)
+_FCC = np.concatenate([_FCC, _FCC[:, [1, 0, 2]], _FCC[:, [1, 2, 0]]])
+_BCC = np.array([(i, j, k) for i in (1, -1) for j in (1, -1) for k in (1, -1)]) / np.sqrt(3)
+
+
+def surface_miller(lattice: Floats, positions: Floats) -> Miller | None:
+    """The Miller index of an fcc or bcc slab (of any elements on its sites), (1, 1, 1) with the largest index
+    first and without signs, as facets of a cube are all alike; None where it is not certain.
+
+    lattice [3, 3] with the vacuum along its third vector, positions [N, 3] of the slab alone. The shell of
+    neighbours of the best coordinated atom is laid over that of the lattice (least squares over rotations,
+    Kabsch); the normal in the cube's axes must then be within 2 degrees of small whole numbers.
+    """
+    normal = np.cross(lattice[0], lattice[1])
+    normal /= np.linalg.norm(normal)
+    shifts = np.array([(i, j, 0) for i in range(-2, 3) for j in range(-2, 3)]) @ lattice
+    n = len(positions)
+    delta = positions[None, :, None] + shifts - positions[:, None, None]  # [N, N, S, 3]
+    distance = np.linalg.norm(delta, axis=-1).reshape(n, -1)
+    delta = delta.reshape(n, -1, 3)
+    distance[distance < 1e-6] = np.inf
+    for shell, reach in ((_FCC, 1.25), (_BCC, 1.08)):
+        votes = set()
+        near = distance < reach * distance.min(axis=1, keepdims=True)
+        for atom in np.flatnonzero(near.sum(axis=1) == len(shell)):
+            votes.add(_indices(delta[atom][near[atom]], shell, normal))
+        votes.discard(None)
+        if len(votes) == 1:
+            return votes.pop()
+    return None
+
+
+def _indices(neighbours: Floats, shell: Floats, normal: Floats) -> Miller | None:
+    """The Miller index by one shell of neighbours [K, 3], or None."""
+    unit = neighbours / np.linalg.norm(neighbours, axis=1, keepdims=True)
+    cosine = shell @ shell.T
+    first = unit[0]
+    # two neighbours that stand to each other as the shell's first and a second one do
+    for i, j in ((0, 1), (0, 4), (0, 5)) if len(shell) == 12 else ((0, 1), (0, 2)):
+        for k in range(1, len(unit)):
+            if abs(first @ unit[k] - cosine[i, j]) > 0.12:
+                continue
+            frame = _frame(first, unit[k]).T @ _frame(shell[i], shell[j])
+            matched = (unit @ frame) @ shell.T  # cosines between rotated neighbours and the shell
+            best = matched.argmax(axis=1)
+            if len(set(best.tolist())) < len(shell) or matched.max(axis=1).min() < 0.985:
+                continue
+            u, _, vt = np.linalg.svd(unit.T @ shell[best])
+            rotation = u @ np.diag([1, 1, np.sign(np.linalg.det(u @ vt))]) @ vt
+            return _whole(np.sort(np.abs(normal @ rotation))[::-1])
+    return None
+
+
+def _frame(a: Floats, b: Floats) -> Floats:
+    """Right-handed orthonormal rows with a along the first and b in the plane of the first two."""
+    y = b - (a @ b) * a
+    y /= np.linalg.norm(y)
+    return np.array([a, y, np.cross(a, y)])
+
+
+def _whole(direction: Floats) -> Miller | None:
+    """Small whole numbers along a direction, or None where none are within 2 degrees."""
+    found: tuple[float, Miller] | None = None
+    for h in range(1, 6):
+        for k in range(h + 1):
+            for l in range(k + 1):
+                if gcd(h, k, l) != 1:
+                    continue
+                vector = np.array([h, k, l])
+                cosine = float(vector @ direction / np.linalg.norm(vector))
+                if cosine > np.cos(np.radians(2.0)) and (found is None or cosine > found[0]):
+                    found = cosine, (h, k, l)
+    return None if found is None else found[1]

@@ -1,0 +1,74 @@
+"""Which systems train, validate and test: by (bulk, Miller index), by metal, adsorbate or formula, by a
+column of the user's, or leaving out what is named."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from difflib import get_close_matches
+from typing import Literal
+
+from catmllm.data.slabs import SplitName, split_pairs
+from catmllm.structure.formula import SEPARATOR, parse_formula
+
+By = Literal["pair", "metal", "adsorbate", "formula", "column"]
+
+# The values of a column that are parts themselves.
+_PARTS: dict[str, SplitName] = {
+    "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test",
+}  # fmt: skip
+
+
+def parts_of(
+    texts: Sequence[str],
+    pairs: Sequence[str],
+    groups: Sequence[str],
+    by: By,
+    hold_out: Sequence[str] | None,
+    seed: int,
+) -> list[SplitName]:
+    """The part of each system [n], of its three-part text (its first two parts are enough), its pair
+    `PdIr (1, 1, 1)` and its value in the user's column.
+
+    With `hold_out` the systems that have one of the names are the test set, and a tenth of the rest (whole
+    pairs) validates. Without, whole groups of equal names make about 80 / 10 / 10 %, by the seed. Raises
+    ValueError for names that no system has, and for a column that is not there.
+    """
+    names = [_names(text, pair, group, by) for text, pair, group in zip(texts, pairs, groups, strict=True)]
+    if by == "column":
+        if missing := sum(not group for group in groups):
+            raise ValueError(
+                f"`data.split_by: column`: {missing} of {len(groups)} systems have no value; "
+                "`catmllm data import --group COLUMN` names the column (`split` by default)"
+            )
+        if hold_out is None and {g.lower() for g in groups} <= set(_PARTS):
+            return [_PARTS[g.lower()] for g in groups]
+    if hold_out is None:
+        joined = [" ".join(sorted(n)) for n in names]
+        part_of = split_pairs(Counter(joined), seed)
+        return [part_of[name] for name in joined]
+    known = set().union(*names) if names else set()
+    for name in hold_out:
+        if name not in known:
+            near = get_close_matches(name, sorted(known), 3) or sorted(known)[:8]
+            raise ValueError(f"`data.hold_out: {name}`: no system has it; there are {', '.join(near)}")
+    out = [bool(n & set(hold_out)) for n in names]
+    part_of = split_pairs(Counter(p for p, test in zip(pairs, out) if not test), seed)
+    rest = ["val" if part_of.get(pair) == "val" else "train" for pair in pairs]
+    return ["test" if test else r for test, r in zip(out, rest)]  # type: ignore[misc]
+
+
+def _names(text: str, pair: str, group: str, by: By) -> frozenset[str]:
+    adsorbate, composition = text.split(SEPARATOR)[:2]
+    formula = composition.partition(" ")[0]
+    if by == "metal":
+        return frozenset(parse_formula(formula))
+    return frozenset(({"pair": pair, "adsorbate": adsorbate, "formula": formula, "column": group}[by],))
+
+
+def describe(by: By, hold_out: Sequence[str] | None, seed: int) -> str:
+    """The split in words, for reports."""
+    what = {"pair": "(bulk, Miller index) pair", "column": "value of the user's column"}.get(by, by)
+    if hold_out is not None:
+        return f"test: every system with {what} {', '.join(hold_out)}; a tenth of the rest validates"
+    return f"whole groups of one {what}, about 80 / 10 / 10 %, seed {seed}"
