@@ -125,7 +125,7 @@ def test_design_wants_one_target_or_a_file(capsys: pytest.CaptureFixture[str]) -
         assert "--targets FILE" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("identity", ["CO", "Xx</s>Pt9 (1 1 1)", "CO</s>Pt9Cu3"])
+@pytest.mark.parametrize("identity", ["CO", "Xx</s>Pt9 (1 1 1)", "CO</s>"])
 def test_design_refuses_what_is_no_system(
     unbroken: Path, identity: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
