@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from catmllm.cli.own import reading_options, wanted
 from catmllm.cli.trained import load, model_option
+
+if TYPE_CHECKING:
+    from catmllm.design.domain import Domain
+    from catmllm.design.search import Task
+    from catmllm.structure.system import System
 
 HELP = "CIFs of a system at a wanted energy"
 
@@ -15,6 +24,25 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.description = "The closed loop of design and refinement."
     parser.add_argument("identity", metavar="SYSTEM", nargs="?", help='for example "CO</s>Pt9Cu3 (1 1 1)"')
     parser.add_argument("--energy", type=float, help="wanted adsorption energy, eV")
+    parser.add_argument(
+        "--from",
+        dest="given",
+        type=Path,
+        metavar="FILE",
+        help="a structure in any format to begin with: the first exemplar, and SYSTEM where none is given",
+    )
+    reading_options(parser)
+    parser.add_argument(
+        "--metals",
+        metavar="A,B,C",
+        help="free composition: each of these metals alone, and each two of them at 1:3, 1:1 and 3:1, on as "
+        "many slab atoms as SYSTEM has",
+    )
+    parser.add_argument(
+        "--sites",
+        metavar="SITE,…",
+        help="only designs that bind atop, on a bridge or in a hollow: atop,bridge,hollow",
+    )
     parser.add_argument(
         "--targets",
         type=Path,
@@ -42,11 +70,15 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from catmllm.design.domain import load_domain
+    from catmllm.design.search import GIVEN
     from catmllm.evaluate.controls import budgets, ideal_controls
     from catmllm.evaluate.design import search
+    from catmllm.models.state import stage_folder
     from catmllm.report.design import (
         CONSTRAINTS,
         adsorbate,
+        free_composition,
         hits,
         judge_designs,
         make_task,
@@ -56,14 +88,30 @@ def run(args: argparse.Namespace) -> int:
     )
     from catmllm.seeds import Stream
 
-    if (args.targets is None) == (args.identity is None) or (args.identity is None) != (args.energy is None):
-        raise ValueError("give a SYSTEM and its --energy, or --targets FILE")
-    tasks = read_targets(args.targets) if args.targets else [make_task(args.identity, args.energy)]
+    named = args.identity is not None or args.given is not None
+    if (args.targets is not None) == named or named != (args.energy is not None):
+        raise ValueError("give a SYSTEM (or --from FILE) and its --energy, or --targets FILE")
+    given = None if args.given is None else _given(args)
+    if args.targets:
+        tasks = read_targets(args.targets)
+    else:
+        identity = args.identity or (given.identity if given is not None else "")
+        tasks = [make_task(identity, args.energy)]
+    if args.metals:
+        tasks = [freed for task in tasks for freed in free_composition(task, args.metals.split(","))]
+    tasks = [replace(task, sites=_sites(args.sites)) for task in tasks]
+    domain = load_domain(stage_folder(args.model))
+    if domain is None:
+        print(f"{args.model} says nothing of its training data: nothing is checked", file=sys.stderr)
+    else:
+        _check(tasks, domain)
     model, collate, config = load(args.model)
     changes = {k: v for k, v in (("iterations", args.iterations), ("pool", args.pool)) if v is not None}
     config.ga_grpo = replace(config.ga_grpo, **changes)
     config.ga_grpo.sampling.grammar = not args.free
-    states = search(model, collate, config, tasks, Stream.COMMAND_SEARCH.key(args.seed), progress=True)
+    seed = Stream.COMMAND_SEARCH.key(args.seed)
+    begun = [given if given is not None and t.target == given.target else None for t in tasks]
+    states = search(model, collate, config, tasks, seed, progress=True, given=begun)
     predictions = budgets(config)[-1]
     controls = ideal_controls(model, collate, tasks, predictions, args.seed)
     records = save_designs(states, controls, args.out)
@@ -75,6 +123,8 @@ def run(args: argparse.Namespace) -> int:
         f"seed {args.seed}"
     )
     report = write_design_report(records, args.out, conditions, predictions)
+    if args.metals:  # the nearest composition first
+        records = sorted(records, key=lambda r: _distance(r))
     for record in records:
         print(f"{record['identity']} at {record['energy']:.2f} eV")
         if not record["pool"]:
@@ -82,11 +132,63 @@ def run(args: argparse.Namespace) -> int:
         elif not record["feasible"]:
             print(f"  no candidate met the hard constraints ({CONSTRAINTS}): the best others")
         for row in record["pool"]:
+            begun_with = "  (the given structure)" if row["iteration"] == GIVEN else ""
             judged = row.get("sevennet", "")
             judged = f"  SevenNet-0 {judged:.3f} eV" if isinstance(judged, float) else f"  {judged}"
             print(
                 f"  {row['file']}: predicted {row['predicted']:.3f} eV, PVCP {row['pvcp']:.2f}, "
-                f"{adsorbate(row)}{judged}"
+                f"{adsorbate(row)}{judged}{begun_with}"
             )
     print(f"{hits(records, predictions)}\nreport: {report}")
     return 0 if all(r["pool"] for r in records) else 1
+
+
+def _given(args: argparse.Namespace) -> System:
+    """The one structure of --from. Raises ValueError for none or several."""
+    from catmllm.data.own.reading import read_systems
+
+    found = read_systems([args.given], wanted(args, labelled=False))
+    if len(found.items) != 1 or found.refused:
+        why = "; ".join(e for some in found.examples.values() for e in some)
+        raise ValueError(f"--from {args.given}: {len(found.items)} structures, one is needed. {why}".strip())
+    return found.items[0].system
+
+
+def _sites(text: str | None) -> tuple[str, ...]:
+    sites = tuple(text.split(",")) if text else ()
+    if wrong := [s for s in sites if s not in ("atop", "bridge", "hollow")]:
+        raise ValueError(f"--sites {wrong[0]}: give atop, bridge, hollow, or several with commas")
+    return sites
+
+
+def _check(tasks: Sequence[Task], domain: Domain) -> None:
+    """Refuse what the model has never seen, which it would turn into something else; say where a wanted
+    energy lies beyond all that it has. Raises ValueError."""
+    from catmllm.structure.formula import parse_identity
+
+    for task in tasks:
+        asked = parse_identity(task.identity)
+        if unseen := sorted(set(asked.slab) - set(domain.elements)):
+            raise ValueError(
+                f"{task.identity}: no training slab holds {', '.join(unseen)}; the model knows "
+                f"{', '.join(domain.elements)}"
+            )
+        if asked.adsorbate not in domain.adsorbates:
+            raise ValueError(
+                f"{task.identity}: the adsorbate {asked.adsorbate} is not in training; the model knows "
+                f"{', '.join(domain.adsorbates)}"
+            )
+        low, high = domain.energies[asked.adsorbate]
+        if not low <= task.energy <= high:
+            print(
+                f"{task.identity}: {task.energy:.2f} eV is out of reach: {asked.adsorbate} had {low:.2f} to "
+                f"{high:.2f} eV in training",
+                file=sys.stderr,
+            )
+
+
+def _distance(record: dict[str, Any]) -> float:
+    """How far the best of a pool is from the wanted energy (eV); those that meet no constraint come last."""
+    if not record["pool"]:
+        return float("inf")
+    return abs(record["pool"][0]["predicted"] - record["energy"]) + (0 if record["feasible"] else 1e6)

@@ -9,6 +9,7 @@ search.
 from __future__ import annotations
 
 import hashlib
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -29,21 +30,24 @@ from catmllm.sample.engine import RolloutEngine
 from catmllm.sample.grammar import Pattern, answer_pattern
 from catmllm.seeds import generator
 from catmllm.structure.adsorbed import Fault
-from catmllm.structure.cif import read_cif
+from catmllm.structure.cif import read_cif, write_cif
 from catmllm.structure.formula import parse_identity
 from catmllm.structure.system import System
-from catmllm.structure.text import three_part_text
+from catmllm.structure.text import configuration, three_part_text
 from rewards_fast import CIFError, Crystal, Scores, extract_cif
+
+GIVEN = -1  # the iteration of a structure that was given, not found
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is wanted: a system named by its identity line, the counts of its whole cell,
-    and an energy in eV."""
+    """What is wanted: a system named by its identity line, the counts of its whole cell, an energy in eV,
+    and on which sites the adsorbate may bind (atop, bridge, hollow; empty: on any)."""
 
     identity: str
     target: dict[str, int]
     energy: float
+    sites: tuple[str, ...] = ()
 
     @property
     def adsorbate(self) -> str:
@@ -90,7 +94,8 @@ class ClosedLoop:
         self.model, self.collate, self.config = model, collate, config
         self.pvcp = config.reward.scorer()
         self.seconds = {"reward": 0.0, "predict": 0.0}  # spent so far
-        self._known: dict[str, tuple[float, Fault | None]] = {}  # energy and fault by structure key
+        # by structure key: energy, fault and the site of the first bond to the slab
+        self._known: dict[str, tuple[float, Fault | None, str]] = {}
 
     def judge(
         self, task: Sequence[Task], texts: Sequence[str], iteration: int
@@ -99,12 +104,13 @@ class ClosedLoop:
         began = time.perf_counter()
         scores = self.pvcp.score(texts, [t.target for t in task])
         scored = time.perf_counter()
-        predicted, faults, keys = self._predict(task, scores)
+        predicted, faults, sites, keys = self._predict(task, scores)
         self.seconds["reward"] += scored - began
         self.seconds["predict"] += time.perf_counter() - scored
         target = np.array([t.energy for t in task])
         rewards = design_reward(scores.total, faults, predicted, target, self.config)
         feasible = hard_constraints(scores, faults) & ~np.isnan(predicted)
+        feasible &= np.array([not t.sites or site in t.sites for t, site in zip(task, sites)], dtype=bool)
         return [
             Candidate(text, float(r), float(e), float(p), fault, bool(f), key, iteration)
             for text, r, e, p, fault, f, key in zip(
@@ -112,13 +118,28 @@ class ClosedLoop:
             )
         ], scores
 
-    def start(self, tasks: Sequence[Task], engine: RolloutEngine, seed: Sequence[int]) -> list[TaskState]:
-        """N0 text-conditioned candidates a task, and the pools made of them."""
-        samples = [Sample(design_prompt(t.identity, t.energy)) for t in tasks]
+    def start(
+        self,
+        tasks: Sequence[Task],
+        engine: RolloutEngine,
+        seed: Sequence[int],
+        given: Sequence[System | None] | None = None,
+    ) -> list[TaskState]:
+        """N0 candidates a task, and the pools made of them. They are conditioned on the text alone, or where
+        a structure is given on its graph too; that one is the first exemplar, of iteration `GIVEN`."""
+        shown = given or [None] * len(tasks)
+        samples = [
+            Sample(design_prompt(t.identity, t.energy, s is not None), "", s) for t, s in zip(tasks, shown)
+        ]
         rollouts = engine.generate(
             samples, self.config.sampling, [*seed, 0], self.config.initial, patterns=self._patterns(tasks)
         )
         states = [TaskState(t, ExemplarPool(self.config.pool)) for t in tasks]
+        for state, system in zip(states, shown):
+            if system is not None:
+                text = write_cif(system, self.collate.data.decimals)
+                known, _ = self.judge([state.task], [text], GIVEN)
+                state.pool.add([c for c in known if not np.isnan(c.predicted)])
         self.absorb(states, rollouts, 0)
         return states
 
@@ -193,9 +214,9 @@ class ClosedLoop:
 
     def _predict(
         self, task: Sequence[Task], scores: Scores
-    ) -> tuple[np.ndarray, list[Fault | None], list[str]]:
-        """Energies (NaN where no adsorption system can be read), what is wrong with the adsorbates, and
-        structure keys of scored texts."""
+    ) -> tuple[np.ndarray, list[Fault | None], list[str], list[str]]:
+        """Energies (NaN where no adsorption system can be read), what is wrong with the adsorbates, their
+        sites, and structure keys of scored texts."""
         identities = [parse_identity(t.identity) for t in task]
         systems = read_systems(scores, [(i.adsorbate, i.miller) for i in identities])
         keys = ["" if s is None else f"{t.identity}|{structure_key(s)}" for t, s in zip(task, systems)]
@@ -208,14 +229,20 @@ class ClosedLoop:
                 self.collate.graphs([system])
                 three_part_text(system)
             except ValueError:
-                self._known[key] = np.nan, adsorbate_faults([system])[0]
+                self._known[key] = np.nan, adsorbate_faults([system])[0], ""
             else:
                 new[key] = system
         questions = [question(system) for system in new.values()]
         energies = predict_energies(self.model, self.collate, questions, batch_size=128)
-        self._known |= zip(new, zip(energies.tolist(), adsorbate_faults(list(new.values()))))
-        known = [self._known.get(key, (np.nan, "no_adsorbate")) for key in keys]
-        return np.array([energy for energy, _ in known]), [fault for _, fault in known], keys
+        sites = [site_of(system) for system in new.values()]
+        self._known |= zip(new, zip(energies.tolist(), adsorbate_faults(list(new.values())), sites))
+        known = [self._known.get(key, (np.nan, "no_adsorbate", "")) for key in keys]
+        return (
+            np.array([energy for energy, _, _ in known]),
+            [fault for _, fault, _ in known],
+            [site for _, _, site in known],
+            keys,
+        )
 
     def _exemplar(self, task: Task, candidate: Candidate) -> System | None:
         identity = parse_identity(task.identity)
@@ -223,6 +250,13 @@ class ClosedLoop:
             return read_cif(extract_cif(candidate.text), identity.adsorbate, identity.miller)
         except (CIFError, ValueError):
             return None
+
+
+def site_of(system: System) -> str:
+    """Where the adsorbate binds, by its first bundle in the three-part text: `atop`, `bridge`, `hollow`, or
+    empty where it has no bond."""
+    found = re.search(r" (atop|bridge|hollow) \[", configuration(system))
+    return found[1] if found else ""
 
 
 def structure_key(crystal: Crystal) -> str:

@@ -52,14 +52,15 @@ def search(
     tasks: Sequence[Task],
     seed: Sequence[int],
     progress: bool = False,
+    given: Sequence[System | None] | None = None,
 ) -> list[TaskState]:
-    """The closed loop with fixed weights: N0 candidates, then `iterations` refinements,
-    of all tasks together."""
+    """The closed loop with fixed weights: N0 candidates, then `iterations` refinements, of all tasks
+    together. given: of each task the structure that it begins with, or None."""
     from tqdm import tqdm
 
     loop = ClosedLoop(model, collate, config.ga_grpo)
     engine = RolloutEngine(model, collate, DTYPES[config.precision])
-    states = loop.start(tasks, engine, seed)
+    states = loop.start(tasks, engine, seed, given)
     for iteration in tqdm(
         range(1, config.ga_grpo.iterations + 1), desc="design   ", disable=not progress, unit="iteration"
     ):

@@ -19,7 +19,15 @@ from catmllm.data.batches import Batch, Collator
 from catmllm.data.prompts import DESIGN_ANSWER, GRAPH, Sample, design_prompt
 from catmllm.design.exemplar_pool import ExemplarPool
 from catmllm.design.predict import predict_energies, question
-from catmllm.design.search import ClosedLoop, Task, TaskState, structure_key, summary
+from catmllm.design.search import (
+    GIVEN,
+    ClosedLoop,
+    Task,
+    TaskState,
+    site_of,
+    structure_key,
+    summary,
+)
 from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.sample.answers import Rollout
 from catmllm.structure.cif import read_cif, write_cif
@@ -395,3 +403,30 @@ def test_before_anything_is_feasible_the_best_parseable_ones_are_shown(
 def test_a_task_knows_its_adsorbate(train_systems: list[System]) -> None:
     for system in train_systems[::700]:
         assert task_of(system).adsorbate == system.adsorbate
+
+
+def test_a_given_structure_is_the_first_exemplar(
+    loop: ClosedLoop, two_tasks: tuple[list[System], list[Task]]
+) -> None:
+    """It is shown with the question, judged like any answer, marked, and none of the candidates tried."""
+    systems, tasks = two_tasks
+    engine = Parrot(["garbage", "nothing", "at all", "no more"])
+    states = loop.start(tasks, engine, [7], [systems[0], None])  # type: ignore[arg-type]
+    samples = engine.asked[0]["samples"]
+    assert [s.graph for s in samples] == [systems[0], None]
+    assert [s.prompt for s in samples] == [
+        design_prompt(t.identity, t.energy, shown) for t, shown in zip(tasks, (True, False))
+    ]
+    assert [c.iteration for c in states[0].pool.members] == [GIVEN] and not states[1].pool.members
+    assert len(states[0].tried) == CONFIG.initial
+
+
+def test_only_the_asked_sites_are_feasible(loop: ClosedLoop, train_systems: list[System]) -> None:
+    for system in train_systems[:12]:
+        text = write_cif(system)
+        site = site_of(read_cif(text))
+        for sites in (("atop",), ("bridge", "hollow")):
+            task = replace(task_of(system), sites=sites)
+            (any_site,), _ = loop.judge([task_of(system)], [text], 0)
+            (c,), _ = loop.judge([task], [text], 0)
+            assert c.feasible == (any_site.feasible and site in sites)

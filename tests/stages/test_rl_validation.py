@@ -104,9 +104,9 @@ def test_ga_grpo_validates_by_a_search(make_context: MakeContext, monkeypatch: p
     asked = []
     start = ClosedLoop.start
 
-    def watched(self, tasks, engine, seed):  # type: ignore[no-untyped-def]
+    def watched(self, tasks, *rest):  # type: ignore[no-untyped-def]
         asked.append([t.identity for t in tasks])
-        return start(self, tasks, engine, seed)
+        return start(self, tasks, *rest)
 
     monkeypatch.setattr(ClosedLoop, "start", watched)
     train(GAGRPO, context)
