@@ -173,10 +173,12 @@ FUZZ_SECONDS ?= 1800
 engine: setup  ## build the libraries of csrc again, in place
 	$(BIN)/python setup.py --quiet build_ext --inplace
 
-test-engine:  ## unit tests of the reward's C++ engine under both sanitizers
+test-engine:  ## unit tests of the reward's C++ engine under the sanitizers of addresses and behaviour, and that of threads
 	mkdir -p build
 	$(CXX) -std=c++17 -O1 -g -Wno-psabi $(EXACT) $(SANITIZERS) -o build/test_engine csrc/tests/test_engine.cpp $(ENGINE) -lpthread
 	build/test_engine
+	$(CXX) -std=c++17 -O1 -g -Wno-psabi $(EXACT) -fsanitize=thread -o build/test_threads csrc/tests/test_threads.cpp $(ENGINE) -lpthread
+	TSAN_OPTIONS=die_after_fork=0 build/test_threads
 
 KERNELS := so2 attention rows
 

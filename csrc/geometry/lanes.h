@@ -5,7 +5,8 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__x86_64__) && defined(__linux__) && !defined(__clang__)
+// (The choice is made before the thread sanitizer is ready for it.)
+#if defined(__x86_64__) && defined(__linux__) && !defined(__clang__) && !defined(__SANITIZE_THREAD__)
 #define CATMLLM_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define CATMLLM_CLONES

@@ -1,12 +1,10 @@
 // Unit tests of the engine without Python: numbers, tokens, operations, lattices, distances, limits. `make
 // test-engine` builds them with both sanitizers.
-#include <atomic>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <random>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include "../cif/characters.h"
@@ -17,7 +15,6 @@
 #include "../cif/tokens.h"
 #include "../geometry/min_distance.h"
 #include "../pvcp/batch.h"
-#include "../pvcp/threads.h"
 
 using namespace catmllm;
 
@@ -246,25 +243,6 @@ void test_columns() {
     }
 }
 
-void test_threads() {
-    std::vector<std::thread> callers;
-    std::atomic<int> wrong{0};
-    for (int c = 0; c < 4; ++c) {
-        callers.emplace_back([&wrong] {
-            for (int round = 0; round < 200; ++round) {
-                std::atomic<int> next{0};
-                std::atomic<int> done{0};
-                pvcp::run_together(3, [&] {
-                    while (next.fetch_add(1) < 50) done.fetch_add(1);
-                });
-                wrong += done != 50;
-            }
-        });
-    }
-    for (std::thread& caller : callers) caller.join();
-    CHECK(wrong == 0);
-}
-
 }  // namespace
 
 int main() {
@@ -276,7 +254,6 @@ int main() {
     test_extraction();
     test_scans();
     test_columns();
-    test_threads();
     if (failures) {
         std::printf("%d failures\n", failures);
     } else {
