@@ -2,6 +2,7 @@
 # distutils: language=c++
 """Python's door to the C++ engine in csrc: batches of texts in, arrays out, the GIL released in between."""
 
+from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.unicode cimport PyUnicode_DATA, PyUnicode_GET_LENGTH, PyUnicode_KIND
 from libc.stddef cimport size_t
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t
@@ -132,6 +133,16 @@ REASONS = {
 _CODES = (None, *REASONS)
 
 
+cdef void* _numbers(object array) except NULL:
+    """Where the numbers of a contiguous array are; they stay there as long as it lives. (A typed memoryview for each
+    would be 25,000 lines of C++.)"""
+    cdef Py_buffer view
+    PyObject_GetBuffer(array, &view, PyBUF_SIMPLE)
+    cdef void* first = view.buf
+    PyBuffer_Release(&view)
+    return first
+
+
 cdef TextRef _reference(str text):
     cdef TextRef ref
     ref.data = PyUnicode_DATA(text)
@@ -172,15 +183,13 @@ def parse(str text not None, cbool extract):
         return _CODES[<uint8_t>reason], None
     cdef const Structure* structure = &reader.structure()
     cdef size_t n = structure.numbers.size()
-    cdef double[:, ::1] lattice = np.empty((3, 3))
-    cdef double[:, ::1] frac = np.empty((n, 3))
-    cdef int64_t[::1] numbers = np.empty(n, dtype=np.int64)
-    memcpy(&lattice[0, 0], structure.lattice.rows, 72)
+    lattice, frac, numbers = np.empty((3, 3)), np.empty((n, 3)), np.empty(n, dtype=np.int64)
+    memcpy(_numbers(lattice), structure.lattice.rows, 72)
+    memcpy(_numbers(frac), structure.frac.data(), 24 * n)
+    cdef int64_t* number = <int64_t*>_numbers(numbers)
     cdef size_t i
-    if n:
-        memcpy(&frac[0, 0], structure.frac.data(), 24 * n)
     for i in range(n):
-        numbers[i] = structure.numbers[i]
+        number[i] = structure.numbers[i]
     counts = {}
     for i in range(structure.counts.size()):
         if structure.counts[i].number:
@@ -189,7 +198,7 @@ def parse(str text not None, cbool extract):
             symbol = structure.counts[i].symbol.data()[: structure.counts[i].symbol.size()]
             counts[symbol.decode("ascii", "replace")] = structure.counts[i].amount
     forget_giant(ref)
-    return None, (lattice.base, frac.base, numbers.base, counts)
+    return None, (lattice, frac, numbers, counts)
 
 
 def score(list texts, list targets, list target_of_text, tuple weights, tuple thresholds, unsigned threads, cbool extract):
@@ -226,12 +235,11 @@ def score(list texts, list targets, list target_of_text, tuple weights, tuple th
             ref.target = target_of_text[i]
         batch.texts.push_back(ref)
     rows = np.empty((n, kScoreColumns))
-    cdef double[:, ::1] view = rows
-    cdef double* first = &view[0, 0] if n else NULL
+    cdef double* first = <double*>_numbers(rows)
     with nogil:
         batch.run(first, threads)
     fields = np.empty(n, dtype=np.uint8)
-    cdef uint8_t[::1] bits = fields
+    cdef uint8_t* bits = <uint8_t*>_numbers(fields)
     reasons = [None] * n
     for i in range(n):
         bits[i] = batch.out[i].fields
@@ -242,14 +250,12 @@ def score(list texts, list targets, list target_of_text, tuple weights, tuple th
 
 def min_distance(lattice, frac):
     """See rewards_fast.min_distance; float64 C-contiguous [3, 3] and [N, 3]."""
-    cdef const double[:, ::1] rows = lattice
-    cdef const double[:, ::1] sites = frac
     cdef Lattice cell
     cdef DistanceScratch scratch
     cdef double d
-    cdef size_t n = sites.shape[0]
-    memcpy(cell.rows, &rows[0, 0], 72)
-    cdef const double* first = &sites[0, 0] if n else NULL
+    cdef size_t n = len(frac)
+    memcpy(cell.rows, _numbers(lattice), 72)
+    cdef const double* first = <const double*>_numbers(frac)
     with nogil:
         d = c_min_distance(cell, first, n, scratch)
     return d
@@ -257,9 +263,8 @@ def min_distance(lattice, frac):
 
 def shortest_vector(lattice):
     """See rewards_fast.pvcp.shortest_vector; float64 C-contiguous [3, 3]."""
-    cdef const double[:, ::1] rows = lattice
     cdef Lattice cell
-    memcpy(cell.rows, &rows[0, 0], 72)
+    memcpy(cell.rows, _numbers(lattice), 72)
     return c_shortest_vector(cell)
 
 

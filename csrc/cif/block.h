@@ -63,6 +63,8 @@ enum class Key : std::uint8_t {
     kCount,
 };
 
+constexpr Key key_at(Key first, int offset) { return static_cast<Key>(static_cast<int>(first) + offset); }
+
 // A value of the block's dictionary: absent, a string, or the list of a loop column.
 class Value {
   public:

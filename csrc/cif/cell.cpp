@@ -17,15 +17,15 @@ bool value_as_number(const Value& value, double& number) {
     return value.size() == 1 && strip(value[0]) != "." && str2float(value[0], number);
 }
 
-struct Setting {
+struct CrystalSystem {
     const char* name;
     const char* arguments;  // which of the six parameters, by index
 };
-constexpr Setting kSettings[] = {{"cubic", "0"},         {"tetragonal", "02"}, {"orthorhombic", "012"},
-                                 {"monoclinic", "0124"}, {"hexagonal", "02"},  {"rhombohedral", "03"}};
+constexpr CrystalSystem kCrystalSystems[] = {{"cubic", "0"},         {"tetragonal", "02"}, {"orthorhombic", "012"},
+                                             {"monoclinic", "0124"}, {"hexagonal", "02"},  {"rhombohedral", "03"}};
 
 // Lattice.<setting>(...) with the parameters that the file does give.
-Status lattice_of_setting(const Block& block, const Setting& setting, geometry::Lattice& lattice) {
+Status lattice_of_setting(const Block& block, const CrystalSystem& setting, geometry::Lattice& lattice) {
     double given[6] = {0, 0, 0, 0, 0, 0};
     for (const char* p = setting.arguments; *p; ++p) {
         const Value& value = block[key_at(Key::kCellLengthA, *p - '0')];
@@ -60,7 +60,7 @@ Status lattice_of_system(const Block& block, geometry::Lattice& lattice, bool& f
         if (value.is_list()) return reject_text(Reason::kCell);  // a list has no lower()
         std::string name(value.scalar());
         for (char& c : name) c = to_lower(static_cast<unsigned char>(c));
-        for (const Setting& setting : kSettings) {
+        for (const CrystalSystem& setting : kCrystalSystems) {
             if (name != setting.name) continue;
             found = true;
             return lattice_of_setting(block, setting, lattice);

@@ -18,7 +18,7 @@ struct ElementTable {
         }
     }
 };
-const ElementTable kTable;
+const ElementTable kElementTable;
 static_assert(sizeof tables::kElements / sizeof *tables::kElements == kElementSlots, "kElementSlots");
 
 }  // namespace
@@ -27,9 +27,9 @@ const Element& element(int index) { return tables::kElements[index]; }
 
 int find_element(char first, char second) {
     if (!is_upper(static_cast<unsigned char>(first))) return kNoElement;
-    if (second == 0) return kTable.index[first - 'A'][0];
+    if (second == 0) return kElementTable.index[first - 'A'][0];
     if (!is_lower(static_cast<unsigned char>(second))) return kNoElement;
-    return kTable.index[first - 'A'][second - 'a' + 1];
+    return kElementTable.index[first - 'A'][second - 'a' + 1];
 }
 
 bool parse_symbol(std::string_view text, Symbol& symbol) {

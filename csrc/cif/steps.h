@@ -16,8 +16,6 @@
 
 namespace catmllm::cif {
 
-constexpr Key key_at(Key first, int offset) { return static_cast<Key>(static_cast<int>(first) + offset); }
-
 // cell.cpp, CifParser.get_lattice: `found` false where it returns None. A cell without thickness is refused.
 Status read_lattice(const Block& block, geometry::Lattice& lattice, bool& found);
 

@@ -123,8 +123,6 @@ Status read_component(std::string_view text, std::size_t row, AffineOperation& o
     return status.ok() ? translation_row({s, n}, row, operation) : status;
 }
 
-constexpr Key key_at(Key first, int offset) { return static_cast<Key>(static_cast<int>(first) + offset); }
-
 void append_list(std::uint32_t list, std::vector<AffineOperation>& operations) {
     for (std::uint32_t i = tables::kListStarts[list]; i < tables::kListStarts[list + 1]; ++i) {
         const tables::Operation& source = tables::kOperations[tables::kListMembers[i]];

@@ -8,8 +8,6 @@
 namespace catmllm::geometry {
 namespace {
 
-double dot(const double* a, const double* b) { return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]; }
-
 void subtract(double* a, const double* b, double times) {
     for (int k = 0; k < 3; ++k) a[k] -= times * b[k];
 }

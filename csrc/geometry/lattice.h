@@ -7,6 +7,8 @@ struct Lattice {
     double rows[9];  // a, b, c in Å
 };
 
+inline double dot(const double* a, const double* b) { return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]; }
+
 // Lattice.from_parameters: c along z, a in the xz plane; the cosine of gamma* is clipped to [-1, 1].
 Lattice lattice_from_parameters(const double lengths[3], const double angles_degrees[3]);
 

@@ -26,8 +26,6 @@ struct Slices {
 
 constexpr std::uint32_t kCrowded = 24;  // sites of a box
 
-inline double dot(const double* a, const double* b) { return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]; }
-
 inline void to_cartesian(const double* basis, const double* f, double* x) {
     for (int k = 0; k < 3; ++k) x[k] = f[0] * basis[k] + f[1] * basis[3 + k] + f[2] * basis[6 + k];
 }

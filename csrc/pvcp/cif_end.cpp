@@ -16,10 +16,6 @@ using cif::is_space_or_unicode;
 using cif::is_upper;
 using cif::starts_with;
 
-constexpr std::size_t kNowhere = std::string_view::npos;
-
-unsigned char byte(char c) { return static_cast<unsigned char>(c); }
-
 // Neither white space nor beyond ASCII.
 bool is_plain(char c) { return byte(c) - 0x21u < 0x5fu; }
 

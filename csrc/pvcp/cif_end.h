@@ -8,6 +8,10 @@
 
 namespace catmllm::pvcp {
 
+constexpr std::size_t kNowhere = std::string_view::npos;
+
+inline unsigned char byte(char c) { return static_cast<unsigned char>(c); }
+
 struct Word {
     std::string_view text;
     bool quoted;

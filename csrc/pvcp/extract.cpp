@@ -13,12 +13,10 @@ using cif::is_digit;
 using cif::is_space_or_unicode;
 using cif::starts_with;
 
-constexpr std::size_t kNowhere = std::string_view::npos;
 constexpr std::size_t kLongestTag = 64;
 constexpr std::size_t kHeader = 1000;   // so far from a `data_` inside a line its first key must be
 constexpr std::size_t kLastLine = 400;  // a last line longer than this is looked at from here on
 
-unsigned char byte(char c) { return static_cast<unsigned char>(c); }
 bool is_space_at(std::string_view s, std::size_t i) { return i < s.size() && is_space_or_unicode(byte(s[i])); }
 
 std::size_t skip_space(std::string_view s, std::size_t i) {
@@ -369,7 +367,7 @@ void append_character(std::uint32_t code, std::string& text) {
 void cut(std::vector<Span>& parts, std::size_t from, std::size_t to) {
     std::size_t before = 0;
     std::size_t kept = 0;
-    for (const Span part : parts) {
+    for (Span part : parts) {  // a copy: parts are written
         const std::size_t length = part.first == kCharacter ? 1 : part.second - part.first;
         const std::size_t low = std::min(std::max(from, before) - before, length);
         const std::size_t high = std::min(std::max(to, before) - before, length);
