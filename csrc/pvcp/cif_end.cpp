@@ -231,12 +231,16 @@ class Lines {
         return element_letters(words_[0].text) != 0 && has_digit(words_[0].text) &&
                std::any_of(words_.begin() + 1, words_.end(), number);
     }
-    // A row of at least as many words as columns: its coordinates must be numbers where it has any, else all must
-    // fit.
+    // A row of at least as many words as columns: of sites its coordinates must be numbers, and a letter must stand
+    // where the atom is named; of others all must fit.
     bool is_row() const {
-        for (std::size_t i = 0; i < kinds_.size(); ++i)
+        if (!sites_) return fits(0);
+        bool named = false;
+        for (std::size_t i = 0; i < kinds_.size(); ++i) {
             if (kinds_[i] == Kind::kCoordinate && !is_number(words_[i].text)) return false;
-        return sites_ || fits(0);
+            named |= (kinds_[i] == Kind::kSymbol || kinds_[i] == Kind::kLabel) && has_letter(words_[i].text);
+        }
+        return named;
     }
     bool labels_are_symbols() const { return std::find(kinds_.begin(), kinds_.end(), Kind::kSymbol) == kinds_.end(); }
     // The words from column `at` on are of their columns' kinds; words that nothing speaks for hold a digit. (A

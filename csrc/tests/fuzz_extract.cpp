@@ -1,5 +1,6 @@
 // libFuzzer target: whatever stands around a CIF that strict mode accepts, the answer's CIF is that one. The bytes
 // are what stands before and behind, apart from what makes it another's by the rules of ../pvcp/extract.h.
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <string>
@@ -25,7 +26,21 @@ const std::string kCifs[] = {
 };
 
 // Reasoning, chat turns, CIFs: what stands in them is no surrounding. Letters in lower case. Nor is an element's
-// symbol, which may begin a row that was cut off, also behind quotes: those that do not close are passed over.
+// symbol, which may begin a row that was cut off, also behind quotes: those that do not close are passed over; nor a
+// line with a letter and three words that may be numbers, which may be a row that was garbled.
+bool may_be_row(const std::string& line) {
+    int numbers = 0;
+    bool letter = false;
+    bool begins = true;
+    for (char c : line) {
+        numbers += begins && ((c >= '0' && c <= '9') || std::string("+-.?iInN").find(c) != std::string::npos);
+        letter |= (c >= 'A' && c <= 'Z') || (c >= 'a' && c <= 'z');
+        const auto byte = static_cast<unsigned char>(c);
+        begins = byte <= ' ' || byte == 0x80 || c == '\'' || c == '"';
+    }
+    return letter && numbers >= 3;
+}
+
 bool is_excluded(const std::string& text, bool before) {
     std::string low = text;
     for (char& c : low)
@@ -36,6 +51,11 @@ bool is_excluded(const std::string& text, bool before) {
     if (before)
         for (const char* word : {"im_end", "endoftext", "eot", "end", "return", "eom", "eos"})
             if (low.find(word) != std::string::npos) return true;
+    for (std::size_t from = 0; from < text.size();) {
+        const std::size_t end = std::min(text.find('\n', from), text.size());
+        if (may_be_row(text.substr(from, end - from))) return true;
+        from = end + 1;
+    }
     for (std::size_t i = 0; i < text.size(); ++i) {
         const bool line = i == 0 || text[i - 1] == '\n' || static_cast<unsigned char>(text[i - 1]) <= ' ' ||
                           static_cast<unsigned char>(text[i - 1]) == 0x80 || text[i - 1] == '>' ||

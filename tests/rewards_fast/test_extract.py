@@ -22,6 +22,15 @@ def test_a_broken_row_is_not_repaired() -> None:
     assert extract_cif(broken) == broken
 
 
+def test_numbers_that_name_no_atom_are_no_row() -> None:
+    """As many words as the loop has columns, and numbers where it has coordinates."""
+    for line in ("2 ) 2 ? ? \x00 é", "1 2 3 4 5 6 7", "- 7 1 0.5 0.5 0.5 1"):
+        assert extract_cif(SLAB + line + "\n") == SLAB
+        assert PVCP().score([SLAB + line], [TARGET]).total[0] == pytest.approx(10.0)
+    for line in ("7 Pt9 1 0.5 0.5 0.5 1", "Xq Xq9 1 0.5 0.5 0.5 1", "pt pt9 1 0.5 0.5 0.5 1 0"):
+        assert extract_cif(SLAB + line + "\n") == SLAB + line + "\n"
+
+
 @pytest.mark.parametrize(
     "text", ["", "no cif", "<think>", "```", "~~~\n```", "data_", "\ndata_x", "</think>", "<|im_end|>"]
 )
