@@ -31,7 +31,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench import record
-from catmllm.config import Config, OptimConfig, load_config
+from catmllm.config import Config, LLMConfig, OptimConfig, load_config
+from catmllm.data.batches import Collator
 from catmllm.data.open import open_data
 from catmllm.data.prompts import Sample, cif_sample, design_sample, property_sample
 from catmllm.models import catalytic_mllm
@@ -116,40 +117,23 @@ def ours(config: Config, texts: list[Sample], batch: int, steps: int, world: Any
     return timed
 
 
-def peer(
-    kind: str,
-    attention: str,
-    config: Config,
-    texts: list[Sample],
-    batch: int,
-    steps: int,
-    compiled: bool = False,
-) -> Timed:
-    """`kind`: trainer, packed or padded (SFTTrainer's)."""
-    from datasets import Dataset
-    from transformers import (
-        DataCollatorForSeq2Seq,
-        Qwen2Config,
-        Qwen2ForCausalLM,
-        Trainer,
-        TrainerCallback,
-        TrainingArguments,
-    )
-    from trl import SFTConfig, SFTTrainer
-
-    timed, lengths = Timed(), []
-    _, collate = new_model(config, open_data()["train"])
-    tokenizer, c = collate.tokenizer, config.model.llm
+def peer_rows(kind: str, collate: Collator, texts: list[Sample], count: int) -> list[dict[str, Any]]:
+    """`count` samples as the peer's data set has them."""
     rows = []
-    for i in range(batch * steps):
+    for i in range(count):
         row = collate.encoded(texts[i % len(texts)])
         ids = [*row.prompt, *row.answer]
-        labels = [-100] * len(row.prompt) + list(row.answer)
-        rows.append({"input_ids": ids, "labels": labels, "attention_mask": [1] * len(ids)})
-        lengths.append(len(ids))
-    if kind != "trainer":
-        rows = [{"input_ids": r["input_ids"], "labels": r["labels"]} for r in rows]
-    model = Qwen2ForCausalLM._from_config(
+        rows.append({"input_ids": ids, "labels": [-100] * len(row.prompt) + list(row.answer)})
+        if kind == "trainer":
+            rows[-1]["attention_mask"] = [1] * len(ids)
+    return rows
+
+
+def peer_model(tokenizer: Any, c: LLMConfig, attention: str) -> Any:
+    """A Qwen2 of random weights and of our LLM's sizes."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    return Qwen2ForCausalLM._from_config(
         Qwen2Config(
             vocab_size=len(tokenizer),
             hidden_size=c.hidden_size,
@@ -166,32 +150,56 @@ def peer(
         attn_implementation=attention,
     )
 
+
+def peer_options(folder: str, batch: int, steps: int, compiled: bool) -> dict[str, Any]:
+    return {
+        "output_dir": folder,
+        "per_device_train_batch_size": batch,
+        "max_steps": steps,
+        "bf16": True,
+        "use_cpu": True,
+        "optim": "adamw_torch_fused",
+        "report_to": [],
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "disable_tqdm": True,
+        "gradient_checkpointing": False,
+        "torch_compile": compiled,
+    }
+
+
+def peer(
+    kind: str,
+    attention: str,
+    config: Config,
+    texts: list[Sample],
+    batch: int,
+    steps: int,
+    compiled: bool = False,
+) -> Timed:
+    """`kind`: trainer, packed or padded (SFTTrainer's)."""
+    from datasets import Dataset
+    from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
+    from trl import SFTConfig, SFTTrainer
+
+    timed = Timed()
+    _, collate = new_model(config, open_data()["train"])
+    rows = peer_rows(kind, collate, texts, batch * steps)
+    model = peer_model(collate.tokenizer, config.model.llm, attention)
+
     class Clock(TrainerCallback):
         def on_step_end(self, *args: Any, **options: Any) -> None:
             timed.ends.append(time.perf_counter())
 
-    mean = sum(lengths) / len(lengths)
+    mean = sum(len(row["input_ids"]) for row in rows) / len(rows)
     with tempfile.TemporaryDirectory() as folder:
-        common: dict[str, Any] = {
-            "output_dir": folder,
-            "per_device_train_batch_size": batch,
-            "max_steps": steps,
-            "bf16": True,
-            "use_cpu": True,
-            "optim": "adamw_torch_fused",
-            "report_to": [],
-            "save_strategy": "no",
-            "logging_strategy": "no",
-            "disable_tqdm": True,
-            "gradient_checkpointing": False,
-            "torch_compile": compiled,
-        }
+        common = peer_options(folder, batch, steps, compiled)
         if kind == "trainer":
             common |= {"train_sampling_strategy": "group_by_length"}
             made: Any = Trainer(
                 model,
                 TrainingArguments(**common),
-                DataCollatorForSeq2Seq(tokenizer, padding=True),
+                DataCollatorForSeq2Seq(collate.tokenizer, padding=True),
                 Dataset.from_list(rows),
                 callbacks=[Clock()],
             )
@@ -206,7 +214,7 @@ def peer(
                 model,
                 arguments,
                 train_dataset=Dataset.from_list(rows),
-                processing_class=tokenizer,
+                processing_class=collate.tokenizer,
                 callbacks=[Clock()],
             )
         collator = made.data_collator
@@ -268,27 +276,9 @@ def main() -> None:
     }
     asked = args.part or [p for p in PARTS if p != "compiled"]
     wanted = {OURS, *(name for part in asked for name in PARTS[part])}
-    runs = {name: run for name, run in runs.items() if name in wanted}
-    rates: dict[str, list[float]] = {name: [] for name in runs}
-    peaks: dict[str, int] = {}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            with contextlib.ExitStack() as silent:
-                nowhere = silent.enter_context(open(os.devnull, "w"))
-                silent.enter_context(contextlib.redirect_stderr(nowhere))
-                silent.enter_context(contextlib.redirect_stdout(nowhere))
-                gc.collect()
-                Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew (Linux)
-                rates[name].append(run().rate(COMPILING if name.endswith("compiled") else WARM))
-            peaks[name] = max(peaks.get(name, 0), peak_mib())
-    threads = torch.get_num_threads()
-    conditions = {
-        "precision": "bf16",
-        "samples a step": args.batch,
-        "steps": steps,
-        "turns": rounds,
-        "threads": threads,
-    }
+    rates, peaks = timed_in_turn({name: run for name, run in runs.items() if name in wanted}, rounds)
+    conditions = {"precision": "bf16", "samples a step": args.batch, "steps": steps, "turns": rounds}
+    conditions["threads"] = torch.get_num_threads()
     name = "training" if args.part is None else "training_" + "_".join(args.part).replace("-", "_")
     record.finish(
         args,
@@ -312,6 +302,25 @@ def main() -> None:
         ],
     )
     torch.distributed.destroy_process_group()
+
+
+def timed_in_turn(
+    runs: dict[str, Callable[[], Timed]], rounds: int
+) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """Of every run the rate of each round, and the process' peak of memory in MiB."""
+    rates: dict[str, list[float]] = {name: [] for name in runs}
+    peaks: dict[str, int] = {}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            with contextlib.ExitStack() as silent:
+                nowhere = silent.enter_context(open(os.devnull, "w"))
+                silent.enter_context(contextlib.redirect_stderr(nowhere))
+                silent.enter_context(contextlib.redirect_stdout(nowhere))
+                gc.collect()
+                Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew (Linux)
+                rates[name].append(run().rate(COMPILING if name.endswith("compiled") else WARM))
+            peaks[name] = max(peaks.get(name, 0), peak_mib())
+    return rates, peaks
 
 
 def peak_mib() -> int:

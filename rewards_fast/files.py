@@ -203,6 +203,21 @@ def batches(rows: Iterable[Row], size: int = BATCH) -> Iterator[list[Row]]:
         yield batch
 
 
+def _pass_over(out: Path, rows: Iterator[Row], source: Path, fingerprint: str) -> int:
+    """Takes from `rows` those that `out` has scores of; how many. SystemExit where one is another."""
+    done = 0
+    for number, digest in _digests(out):
+        row = next(rows, None)
+        if row is None or row.digest(fingerprint) != digest:
+            what = "has no row for it any more" if row is None else "is another answer, target or setting now"
+            raise SystemExit(
+                f"{out}:{number} was scored earlier, and row {number} of {source} {what}; "
+                "name another output, or score anew with --restart"
+            )
+        done = number
+    return done
+
+
 def score_file(
     source: Path,
     out: Path,
@@ -224,16 +239,7 @@ def score_file(
     made_by = {k: v for k, v in vars(settings).items() if k != "threads"}
     fingerprint = json.dumps([importlib.metadata.version("catmllm"), made_by], sort_keys=True)
     rows = read_rows(source, text, target)
-    done = 0
-    for number, digest in _digests(out):
-        row = next(rows, None)
-        if row is None or row.digest(fingerprint) != digest:
-            what = "has no row for it any more" if row is None else "is another answer, target or setting now"
-            raise SystemExit(
-                f"{out}:{number} was scored earlier, and row {number} of {source} {what}; "
-                "name another output, or score anew with --restart"
-            )
-        done = number
+    done = _pass_over(out, rows, source, fingerprint)
     if done:
         print(f"{done} rows are in {out} already", file=sys.stderr)
     progress = Progress(count_rows(source), done, sys.stderr)

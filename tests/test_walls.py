@@ -189,6 +189,32 @@ def test_there_is_no_import_circle() -> None:
         visit(module, [])
 
 
+def lines_of(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Without its docstring."""
+    first, last = function.body[0], function.end_lineno or 0
+    words = ast.get_docstring(function) is not None
+    return last - function.lineno + 1 - (words and (first.end_lineno or 0) - first.lineno + 1)
+
+
+def test_a_function_is_a_screen_of_sixty_lines() -> None:
+    """But for a hot loop, whose docstring says that it is one."""
+    files = [
+        p
+        for part in ("catmllm", "rewards_fast", "kernels", "bench", "tests")
+        for p in (ROOT / part).rglob("*.py")
+    ]
+    assert len(files) > 300
+    long = [
+        f"{path.relative_to(ROOT)}:{node.lineno} {node.name}: {lines_of(node)} lines"
+        for path in files
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and lines_of(node) > 60
+        and "hot loop" not in (ast.get_docstring(node) or "").lower()
+    ]
+    assert not long
+
+
 def loaded_after(statement: str, *, path: Path = ROOT) -> set[str]:
     """The top-level names in sys.modules of a fresh interpreter after a statement."""
     code = (

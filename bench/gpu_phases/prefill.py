@@ -103,6 +103,7 @@ def of_models(*names: str) -> Iterator[Compile]:
     from catmllm_kernels.escn import cases as escn
     from catmllm_kernels.linear_logprob import cases as heads
     from catmllm_kernels.linear_logprob import triton as logprob
+    from catmllm_kernels.linear_logprob.arguments import Backward, Forward
     from catmllm_kernels.so3_pool_project import cases as pooling
     from catmllm_kernels.so3_pool_project import triton as pool
 
@@ -135,12 +136,11 @@ def of_models(*names: str) -> Iterator[Compile]:
     def head(dtype: torch.dtype, words: int, two: bool, entropy: bool) -> None:
         hidden, weight, targets, *other = heads.arguments(8192, 896, words, two, dtype, meta, 0)
         with torch.no_grad():
-            _, lse, spread, *_ = logprob.forward(
-                hidden, weight, targets, 1.0, entropy, other[0] if two else None
-            )
+            given = Forward(hidden, weight, targets, 1.0, entropy, other[0] if two else None)
+            _, lse, spread, *_ = logprob.forward(given)
             grad = torch.empty_like(lse)
             of = grad if entropy else None
-            logprob.backward(grad, of, hidden, weight, targets, lse, spread, 1.0, True, True)
+            logprob.backward(Backward(grad, of, *given[:3], lse, spread, 1.0, True, True))
 
     for words in (models.ROWS, models.ROWS + 1):  # a multiple of 16, and not: a tokenizer's own number
         for two, entropy in ((False, False), (False, True), (True, False), (True, True)):

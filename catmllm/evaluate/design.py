@@ -204,6 +204,12 @@ def design_curves(items: Sequence[dict[str, Any]], judges: Sequence[str], tolera
     return curves
 
 
+def _reaches(step: dict[str, Any], target: float, tolerance: float) -> bool:
+    """Whether the best candidate after an iteration is a success by the predictor's own word."""
+    best = step["best_predicted"]
+    return bool(step["feasible"] and best is not None and abs(best - target) <= tolerance)
+
+
 def design_metrics(
     items: list[dict[str, Any]], limits: Sequence[int], train: Sequence[System], config: Config
 ) -> dict[str, Any]:
@@ -259,18 +265,8 @@ def design_metrics(
     for item, hit in zip(items, own_hit):
         item["success_own"] = bool(hit)
     out["success_ci"] = list(metrics.bootstrap_interval(final.astype(float)))
-    curve = np.array(
-        [
-            [
-                t["feasible"]
-                and t["best_predicted"] is not None
-                and abs(t["best_predicted"] - i["energy"]) <= tol
-                for t in i["trace"]
-            ]
-            for i in items
-        ]
-    )
-    out["iterations_to_success"] = metrics.iterations_to_success(curve)
+    reached = [[_reaches(step, i["energy"], tol) for step in i["trace"]] for i in items]
+    out["iterations_to_success"] = metrics.iterations_to_success(np.array(reached))
     winners = [candidate_system(Candidate(**i["best"]), i["identity"]) for i, hit in zip(items, final) if hit]
     out["diversity"] = metrics.diversity(winners)
     out["items"] = items

@@ -30,6 +30,7 @@ import catmllm_kernels.linear_logprob.op as linear_logprob
 import catmllm_kernels.varlen_attention.cpu as attention_cpu
 import catmllm_kernels.varlen_attention.op as attention
 from catmllm_kernels.launch import recorded
+from catmllm_kernels.linear_logprob.arguments import Backward
 
 aten = torch.ops.aten
 COLLECTIVES = ("c10d", "fsdp", "_c10d_functional")
@@ -258,8 +259,8 @@ class Ledger(TorchDispatchMode):
             ours_forward = namespace in ("catmllm", "torch_attn") and "backward" not in func.name()
             again = inside_backward and (torch.is_grad_enabled() or ours_forward)
             kind = "recomputed" if again else "backward" if inside_backward else "forward"
-            if packet is torch.ops.catmllm.linear_logprob_backward and (len(args) < 11 or args[10] is None):
-                logits = linear_logprob.forward_flops(args[2].shape, args[3].shape, *(None,) * 4)
+            if packet is torch.ops.catmllm.linear_logprob_backward and (head := Backward(*args)).kept is None:
+                logits = linear_logprob.forward_flops(head.hidden, head.weight, head.targets)
                 self.flops["recomputed"] += logits
                 count -= logits
             self.flops["optimizer" if self._optimizing else kind] += count

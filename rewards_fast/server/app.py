@@ -33,6 +33,7 @@ from rewards_fast.targets import MissingTargets
 
 # Body, settings, whether diagnostics are wanted: the answer, the number of texts.
 Work = Callable[[bytes, LoopSettings, bool], tuple[bytes, int]]
+Handler = Callable[[Request], Awaitable[Response]]
 # What makes the answer of a decoded request: scores, which had no target, the answer's object.
 Reply = Callable[[LoopSettings, Any, MissingTargets], tuple[Scores, list[bool], dict[str, Any]]]
 
@@ -134,35 +135,62 @@ def make_app(
     pool = ThreadPoolExecutor(workers or max(2, os.cpu_count() or 1), "score")
     settings_of = lru_cache(maxsize=256)(lambda query: read_query(query, base))
     types = body_types(limits)
-    schema = openapi_schema(types, base, token is not None)
-    page = docs_page(schema)
+    replies = {"/v1/score": (types[0], score_reply), "/get_reward": (types[1], openrlhf_reply)}
+    posts = [
+        Route(
+            path,
+            endpoint(worker(kind, answer, path, metrics), settings_of, limits, load, pool),
+            methods=["POST"],
+        )
+        for path, (kind, answer) in replies.items()
+    ]
+    pages = [
+        Route(path, show, methods=["GET"])
+        for path, show in show_pages(load, metrics, openapi_schema(types, base, token is not None)).items()
+    ]
+    app = Starlette(routes=[*posts, *pages], exception_handlers={HTTPException: http_error, Exception: fault})
+    return Gate(app, load, metrics, token, limits)
 
-    def endpoint(work: Work) -> Callable[[Request], Awaitable[Response]]:
-        async def respond(request: Request) -> Response:
-            notes = request.scope["state"]["notes"]
+
+def endpoint(
+    work: Work,
+    settings_of: Callable[[bytes], tuple[LoopSettings, bool]],
+    limits: Limits,
+    load: Load,
+    pool: ThreadPoolExecutor,
+) -> Handler:
+    """What answers a POST: reads the body while there is room, and has a thread do the work."""
+
+    async def respond(request: Request) -> Response:
+        notes = request.scope["state"]["notes"]
+        try:
+            chosen, detail = settings_of(request.scope["query_string"])
+            if load.requests >= limits.queue:
+                raise Refusal(503, "too many requests are waiting; try again")
+            body = await read_body(request, limits, load)
             try:
-                chosen, detail = settings_of(request.scope["query_string"])
                 if load.requests >= limits.queue:
                     raise Refusal(503, "too many requests are waiting; try again")
-                body = await read_body(request, limits, load)
+                load.requests += 1
                 try:
-                    if load.requests >= limits.queue:
-                        raise Refusal(503, "too many requests are waiting; try again")
-                    load.requests += 1
-                    try:
-                        loop = asyncio.get_running_loop()
-                        content, notes["texts"] = await loop.run_in_executor(pool, work, body, chosen, detail)
-                    finally:
-                        load.requests -= 1
+                    loop = asyncio.get_running_loop()
+                    content, notes["texts"] = await loop.run_in_executor(pool, work, body, chosen, detail)
                 finally:
-                    load.held -= len(body)
-            except Refusal as refusal:
-                headers = {"retry-after": "1"} if refusal.status == 503 else None
-                message = {"error": refusal.message, "request_id": notes["id"]}
-                return JSONResponse(message, refusal.status, headers)
-            return Response(content, media_type="application/json")
+                    load.requests -= 1
+            finally:
+                load.held -= len(body)
+        except Refusal as refusal:
+            headers = {"retry-after": "1"} if refusal.status == 503 else None
+            message = {"error": refusal.message, "request_id": notes["id"]}
+            return JSONResponse(message, refusal.status, headers)
+        return Response(content, media_type="application/json")
 
-        return respond
+    return respond
+
+
+def show_pages(load: Load, metrics: Metrics, schema: dict[str, Any]) -> dict[str, Handler]:
+    """What answers a GET, by path."""
+    page = docs_page(schema)
 
     async def healthz(request: Request) -> Response:
         return JSONResponse({"status": "ok"})
@@ -182,28 +210,20 @@ def make_app(
     async def show_page(request: Request) -> Response:
         return HTMLResponse(page)
 
-    async def http_error(request: Request, error: Any) -> Response:
-        message = {"error": error.detail, "request_id": request.scope["state"]["notes"]["id"]}
-        return JSONResponse(message, error.status_code, error.headers)
-
-    async def fault(request: Request, error: Exception) -> Response:
-        message = {"error": "internal error", "request_id": request.scope["state"]["notes"]["id"]}
-        return JSONResponse(message, 500)
-
-    replies = {"/v1/score": (types[0], score_reply), "/get_reward": (types[1], openrlhf_reply)}
-    posts = [
-        Route(path, endpoint(worker(kind, answer, path, metrics)), methods=["POST"])
-        for path, (kind, answer) in replies.items()
-    ]
-    pages = {
+    return {
         "/healthz": healthz,
         "/readyz": readyz,
         "/metrics": show_metrics,
         "/openapi.json": show_schema,
         "/docs": show_page,
     }
-    app = Starlette(
-        routes=[*posts, *(Route(path, show, methods=["GET"]) for path, show in pages.items())],
-        exception_handlers={HTTPException: http_error, Exception: fault},
-    )
-    return Gate(app, load, metrics, token, limits)
+
+
+async def http_error(request: Request, error: Any) -> Response:
+    message = {"error": error.detail, "request_id": request.scope["state"]["notes"]["id"]}
+    return JSONResponse(message, error.status_code, error.headers)
+
+
+async def fault(request: Request, error: Exception) -> Response:
+    message = {"error": "internal error", "request_id": request.scope["state"]["notes"]["id"]}
+    return JSONResponse(message, 500)

@@ -16,56 +16,98 @@ DIAGNOSTIC_NUMBERS = ("n_sites", "volume", "density", "min_distance")
 SCORES = ("total", *TERMS)
 
 
+DIAGNOSTICS = {"$ref": "#/components/schemas/Diagnostics"}
+REFUSALS = {
+    "400": "no JSON in UTF-8",
+    "408": "the body came too slowly",
+    "413": "the body is too large",
+    "415": "another content-type than application/json",
+    "422": "another JSON than described here, or a target or a setting that cannot be read",
+    "500": "a fault of the server",
+    "503": "no room; try again after Retry-After seconds",
+}
+UNAUTHORISED = {"401": "no valid bearer token"}
+
+
 def openapi_schema(types: tuple[Any, Any], base: LoopSettings, token: bool) -> dict[str, Any]:
     """The description of every endpoint; bodies come from the types that decode them."""
     bodies, components = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
+    parameters = _parameters(base)
+    metrics_page: dict[str, Any] = {
+        "get": {
+            "summary": "Prometheus metrics",
+            "responses": {"200": {"description": "Text exposition format", "content": {"text/plain": {}}}},
+        }
+    }
+    if token:
+        metrics_page["get"]["responses"] |= _refused(UNAUTHORISED)
+        metrics_page["get"]["security"] = [{"token": []}]
+    security = {"securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}} if token else {}
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "rewards-fast",
+            "version": importlib.metadata.version("catmllm"),
+            "description": "The PVCP reward of crystal-structure texts.",
+        },
+        "paths": {
+            "/v1/score": _post("Rewards and their terms, one a text", parameters, bodies[0], "Scores", token),
+            "/get_reward": _post(
+                "OpenRLHF's remote reward model", parameters, bodies[1], "OpenRLHFReply", token
+            ),
+            "/healthz": _status("Whether the process lives", {"200": "ok"}),
+            "/readyz": _status("Whether it takes requests", {"200": "ready", "503": "stopping"}),
+            "/metrics": metrics_page,
+        },
+        "components": {"schemas": components | _replies(), **security},
+    }
+
+
+def _record(properties: dict[str, Any], optional: tuple[str, ...] = ()) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": [name for name in properties if name not in optional],
+        "additionalProperties": False,
+    }
+
+
+def _replies() -> dict[str, Any]:
+    """The schemas of what is answered, by name."""
     number, numbers = {"type": "number"}, {"type": "array", "items": {"type": "number"}}
     holes = {"type": "array", "items": {"type": ["number", "null"]}}
     flags = {"type": "array", "items": {"type": "boolean"}}
     reasons = {"type": "array", "items": {"enum": [None, *REASONS]}}
-
-    def record(properties: dict[str, Any], optional: tuple[str, ...] = ()) -> dict[str, Any]:
-        required = [name for name in properties if name not in optional]
-        return {
-            "type": "object",
-            "properties": properties,
-            "required": required,
-            "additionalProperties": False,
-        }
-
-    details = record(
-        {
-            **dict.fromkeys(DIAGNOSTIC_NUMBERS, holes),
-            "reason": reasons,
-            "no_target": flags,
-            "terms": record(dict.fromkeys(TERM_NAMES, holes)),
-            "fields": record(dict.fromkeys(FIELD_NAMES, flags)),
-        }
-    )
-    components |= {
-        "Diagnostics": details,
-        "Scores": record(
+    logs = (*(t for t in TERMS if t != "parse"), "parses", "no_target")
+    return {
+        "Diagnostics": _record(
             {
-                **dict.fromkeys(SCORES, numbers),
+                **dict.fromkeys(DIAGNOSTIC_NUMBERS, holes),
                 "reason": reasons,
-                "diagnostics": {"$ref": "#/components/schemas/Diagnostics"},
-            },
+                "no_target": flags,
+                "terms": _record(dict.fromkeys(TERM_NAMES, holes)),
+                "fields": _record(dict.fromkeys(FIELD_NAMES, flags)),
+            }
+        ),
+        "Scores": _record(
+            {**dict.fromkeys(SCORES, numbers), "reason": reasons, "diagnostics": DIAGNOSTICS},
             ("diagnostics",),
         ),
-        "OpenRLHFReply": record(
+        "OpenRLHFReply": _record(
             {
                 "rewards": numbers,
                 "scores": numbers,
-                "extra_logs": record(
-                    dict.fromkeys((*(t for t in TERMS if t != "parse"), "parses", "no_target"), number)
-                ),
-                "diagnostics": {"$ref": "#/components/schemas/Diagnostics"},
+                "extra_logs": _record(dict.fromkeys(logs, number)),
+                "diagnostics": DIAGNOSTICS,
             },
             ("diagnostics",),
         ),
-        "Error": record({"error": {"type": "string"}, "request_id": {"type": "string"}}),
+        "Error": _record({"error": {"type": "string"}, "request_id": {"type": "string"}}),
     }
 
+
+def _parameters(base: LoopSettings) -> list[dict[str, Any]]:
+    """The keys of a query; `base` has the defaults."""
     kinds = get_type_hints(LoopSettings)
 
     def value(f: Field[Any]) -> dict[str, Any]:
@@ -79,94 +121,51 @@ def openapi_schema(types: tuple[Any, Any], base: LoopSettings, token: bool) -> d
         bounds = {"minimum": about["ge"], "maximum": about["le"]}
         return {"type": "integer" if kind is int else "number", **bounds, **found}
 
-    parameters: list[dict[str, Any]] = [
-        {"name": f.name, "in": "query", "required": False, "schema": value(f)}
-        for f in fields(LoopSettings)
-        if f.name != "threads"  # that one belongs to the server
+    # threads belongs to the server
+    values = {f.name: value(f) for f in fields(LoopSettings) if f.name != "threads"}
+    values["diagnostics"] = {"type": "boolean", "default": False}
+    return [
+        {"name": name, "in": "query", "required": False, "schema": schema} for name, schema in values.items()
     ]
-    parameters.append(
-        {
-            "name": "diagnostics",
-            "in": "query",
-            "required": False,
-            "schema": {"type": "boolean", "default": False},
-        }
-    )
-    request_id = {
-        "X-Request-ID": {"description": "Also in the server's log", "schema": {"type": "string"}},
-    }
 
-    def answer(description: str, schema: dict[str, Any]) -> dict[str, Any]:
-        return {
-            "description": description,
-            "headers": request_id,
-            "content": {"application/json": {"schema": schema}},
-        }
 
-    error = {"$ref": "#/components/schemas/Error"}
-    refusals = {
-        "400": "no JSON in UTF-8",
-        "408": "the body came too slowly",
-        "413": "the body is too large",
-        "415": "another content-type than application/json",
-        "422": "another JSON than described here, or a target or a setting that cannot be read",
-        "500": "a fault of the server",
-        "503": "no room; try again after Retry-After seconds",
-    }
-    if token:
-        refusals["401"] = "no valid bearer token"
-
-    def post(summary: str, body: dict[str, Any], reply: str) -> dict[str, Any]:
-        return {
-            "post": {
-                "summary": summary,
-                "parameters": parameters,
-                "requestBody": {"required": True, "content": {"application/json": {"schema": body}}},
-                "responses": {
-                    "200": answer(
-                        "One entry a text, in order", {"$ref": f"#/components/schemas/{reply}"}
-                    ),
-                    **{status: answer(text, error) for status, text in refusals.items()},
-                },
-                **({"security": [{"token": []}]} if token else {}),
-            }
-        }  # fmt: skip
-
-    def status(summary: str, values: dict[str, str]) -> dict[str, Any]:
-        return {
-            "get": {
-                "summary": summary,
-                "responses": {
-                    code: answer(word, record({"status": {"const": word}})) for code, word in values.items()
-                },
-            }
-        }
-
-    metrics_page: dict[str, Any] = {
-        "get": {
-            "summary": "Prometheus metrics",
-            "responses": {"200": {"description": "Text exposition format", "content": {"text/plain": {}}}},
-        }
-    }
-    if token:
-        metrics_page["get"]["responses"]["401"] = answer(refusals["401"], error)
-        metrics_page["get"]["security"] = [{"token": []}]
-        components_security = {"securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}}
-    else:
-        components_security = {}
+def _answer(description: str, schema: dict[str, Any]) -> dict[str, Any]:
     return {
-        "openapi": "3.1.0",
-        "info": {
-            "title": "rewards-fast",
-            "version": importlib.metadata.version("catmllm"),
-            "description": "The PVCP reward of crystal-structure texts.",
+        "description": description,
+        "headers": {
+            "X-Request-ID": {"description": "Also in the server's log", "schema": {"type": "string"}},
         },
-        "paths": {
-            "/v1/score": post("Rewards and their terms, one a text", bodies[0], "Scores"),
-            "/get_reward": post("OpenRLHF's remote reward model", bodies[1], "OpenRLHFReply"),
-            "/healthz": status("Whether the process lives", {"200": "ok"}),
-            "/readyz": status("Whether it takes requests", {"200": "ready", "503": "stopping"}),
-            "/metrics": metrics_page,
-        },
-        "components": {"schemas": components, **components_security},
+        "content": {"application/json": {"schema": schema}},
+    }
+
+
+def _refused(reasons: dict[str, str]) -> dict[str, Any]:
+    return {status: _answer(text, {"$ref": "#/components/schemas/Error"}) for status, text in reasons.items()}
+
+
+def _post(
+    summary: str, parameters: list[dict[str, Any]], body: dict[str, Any], reply: str, token: bool
+) -> dict[str, Any]:
+    return {
+        "post": {
+            "summary": summary,
+            "parameters": parameters,
+            "requestBody": {"required": True, "content": {"application/json": {"schema": body}}},
+            "responses": {
+                "200": _answer("One entry a text, in order", {"$ref": f"#/components/schemas/{reply}"}),
+                **_refused(REFUSALS | (UNAUTHORISED if token else {})),
+            },
+            **({"security": [{"token": []}]} if token else {}),
+        }
+    }
+
+
+def _status(summary: str, values: dict[str, str]) -> dict[str, Any]:
+    return {
+        "get": {
+            "summary": summary,
+            "responses": {
+                code: _answer(word, _record({"status": {"const": word}})) for code, word in values.items()
+            },
+        }
     }

@@ -45,6 +45,7 @@ def test_a_log_probability_never_moves_the_logits() -> None:
     four numbers a token and tile."""
     from catmllm_kernels.interpret import counted, strict
     from catmllm_kernels.linear_logprob import triton as kernels
+    from catmllm_kernels.linear_logprob.arguments import Backward, Forward
 
     tokens, width, words = 130, 64, 300
     hidden, weight = torch.randn(tokens, width).half(), torch.randn(words, width).half()
@@ -52,19 +53,10 @@ def test_a_log_probability_never_moves_the_logits() -> None:
     block_t, block_v, *_ = kernels.BLOCKS["forward", 2]
     tiles, blocks = -(-words // block_v), -(-tokens // block_t)
     with strict(), counted() as found:
-        kernels.forward(hidden, weight, targets, 1.0, False, None)
-        kernels.backward(
-            torch.ones(tokens),
-            None,
-            hidden,
-            weight,
-            targets,
-            torch.ones(tokens),
-            torch.ones(0),
-            1.0,
-            True,
-            True,
-        )
+        given = Forward(hidden, weight, targets)
+        kernels.forward(given)
+        ones = torch.ones(tokens)
+        kernels.backward(Backward(ones, None, *given[:3], ones, torch.ones(0), 1.0, True, True))
     forward, gradient = found
     assert forward.touched["weight"] == 2 * weight.numel() == forward.moved["weight"] / blocks
     assert forward.touched["hidden"] == 2 * hidden.numel() == forward.moved["hidden"] / tiles

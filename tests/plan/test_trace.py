@@ -34,6 +34,7 @@ from catmllm.train.stage import Context
 from catmllm.world import World
 from catmllm_kernels.launch import recorded
 from catmllm_kernels.linear_logprob import linear_logprob, triton
+from catmllm_kernels.linear_logprob.arguments import Forward
 from tests.conftest import SMALL_MODEL
 from tests.seeing import save_qwen, seeing_config
 
@@ -217,7 +218,7 @@ def test_starts_of_kernels_are_counted(data: dict[str, list[System]]) -> None:
         counted = ledger.launches
     meta = torch.empty(8, 16, device="meta"), torch.empty(64, 16, device="meta")
     with recorded() as starts:
-        triton.forward(*meta, torch.zeros(8, dtype=torch.int64, device="meta"), 1.0, False, None, False)
+        triton.forward(Forward(*meta, torch.zeros(8, dtype=torch.int64, device="meta")))
     assert 1 <= len(starts) < counted <= len(starts) + 30  # besides them masks and the choice of results
 
 

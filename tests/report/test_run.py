@@ -104,7 +104,7 @@ def made_generation(
     }
 
 
-def made_design(systems: list[System]) -> dict[str, Any]:
+def made_items(systems: list[System]) -> list[dict[str, Any]]:
     items = []
     for k, system in enumerate(systems):
         target = system.known_energy
@@ -142,6 +142,11 @@ def made_design(systems: list[System]) -> dict[str, Any]:
         "success_own": False,
         "success_sevennet": False,
     }
+    return items
+
+
+def made_design(systems: list[System]) -> dict[str, Any]:
+    items = made_items(systems)
 
     def curve(success: list[float], more: tuple[float, float] | None = None) -> dict[str, Any]:
         found = {"success": success, "interval": [[s / 2, (1 + s) / 2] for s in success]}

@@ -17,6 +17,11 @@ def _cell(a: object, b: object, c: object, alpha: object = 90, beta: object = 90
     return _CELL.format(a=a, b=b, c=c, alpha=alpha, beta=beta, gamma=gamma)
 
 
+def _sites(columns: str, indent: str = "") -> str:
+    """The head of a loop over sites with these columns."""
+    return "loop_\n" + "".join(f"{indent}_atom_site_{name}\n" for name in columns.split())
+
+
 _XYZ = "_atom_site_fract_x\n_atom_site_fract_y\n_atom_site_fract_z\n"
 
 STYLES = {
@@ -60,13 +65,9 @@ z,-x,y
 -y,z,-x
 -x,-y,-z
 z,1/2-x,1/2+y
-loop_
-_atom_site_label
-_atom_site_fract_x
-_atom_site_fract_y
-_atom_site_fract_z
-_atom_site_U_iso_or_equiv
-Mg 0.00000 0.00000 0.00000 0.00395
+"""
+    + _sites("label fract_x fract_y fract_z U_iso_or_equiv")
+    + """Mg 0.00000 0.00000 0.00000 0.00395
 O 0.50000 0.50000 0.50000 0.00431
 loop_
 _cod_related_entry_id
@@ -87,14 +88,9 @@ x,y,z
 1/2-x,1/2+y,1/2-z
 x,y,1/2-z
 -x,-y,-z
-loop_
-_atom_site_label
-_atom_site_fract_x
-_atom_site_fract_y
-_atom_site_fract_z
-_atom_site_occupancy
-_atom_site_U_iso_or_equiv
-MgM1 0.00000 0.00000 0.00000 0.88000 0.00519
+"""
+    + _sites("label fract_x fract_y fract_z occupancy U_iso_or_equiv")
+    + """MgM1 0.00000 0.00000 0.00000 0.88000 0.00519
 FeM1 0.00000 0.00000 0.00000 0.12000 0.00519
 MgM2 0.98975 0.27743 0.25000 0.90000 0.00507
 FeM2 0.98975 0.27743 0.25000 0.10000 0.00507
@@ -142,17 +138,12 @@ _atom_type_symbol
 _atom_type_oxidation_number
 O2- -2
 Ti4+ 4
-loop_
-_atom_site_label
-_atom_site_type_symbol
-_atom_site_symmetry_multiplicity
-_atom_site_Wyckoff_symbol
-_atom_site_fract_x
-_atom_site_fract_y
-_atom_site_fract_z
-_atom_site_B_iso_or_equiv
-_atom_site_occupancy
-Ti1 Ti4+ 2 a 0 0 0 0.5(1) 1.
+"""
+    + _sites(
+        "label type_symbol symmetry_multiplicity Wyckoff_symbol fract_x fract_y fract_z "
+        "B_iso_or_equiv occupancy"
+    )
+    + """Ti1 Ti4+ 2 a 0 0 0 0.5(1) 1.
 O1 O2- 4 f 0.3053(4) 0.3053(4) 0 . 1.
 #End of TTdata_9008-ICSD
 """,
@@ -178,17 +169,12 @@ _atom_type_symbol
 _atom_type_oxidation_number
 O2- -2
 Al3+ 3
-loop_
-_atom_site_label
-_atom_site_type_symbol
-_atom_site_symmetry_multiplicity
-_atom_site_Wyckoff_symbol
-_atom_site_fract_x
-_atom_site_fract_y
-_atom_site_fract_z
-_atom_site_occupancy
-_atom_site_attached_hydrogens
-Al1 Al3+ 12 c 0 0 0.35228(8) 1. 0
+"""
+    + _sites(
+        "label type_symbol symmetry_multiplicity Wyckoff_symbol fract_x fract_y fract_z occupancy "
+        "attached_hydrogens"
+    )
+    + """Al1 Al3+ 12 c 0 0 0.35228(8) 1. 0
 O1 O2- 18 e 0.3064(4) 0 0.25 1. 0
 """,
     "Materials Project": """# generated using pymatgen
@@ -210,15 +196,9 @@ loop_
  _atom_type_oxidation_number
   Fe3+  3.0
   O2-  -2.0
-loop_
- _atom_site_type_symbol
- _atom_site_label
- _atom_site_symmetry_multiplicity
- _atom_site_fract_x
- _atom_site_fract_y
- _atom_site_fract_z
- _atom_site_occupancy
-  Fe3+  Fe0  1  0.14500000  0.14500000  0.14500000  1.0
+"""
+    + _sites("type_symbol label symmetry_multiplicity fract_x fract_y fract_z occupancy", indent=" ")
+    + """  Fe3+  Fe0  1  0.14500000  0.14500000  0.14500000  1.0
   Fe3+  Fe1  1  0.35500000  0.35500000  0.35500000  1.0
   Fe3+  Fe2  1  0.64500000  0.64500000  0.64500000  1.0
   Fe3+  Fe3  1  0.85500000  0.85500000  0.85500000  1.0
@@ -262,16 +242,9 @@ _space_group_symop_operation_xyz
    '-x, y, -z'
    'x, -y, z'
 
-loop_
-   _atom_site_label
-   _atom_site_occupancy
-   _atom_site_fract_x
-   _atom_site_fract_y
-   _atom_site_fract_z
-   _atom_site_adp_type
-   _atom_site_U_iso_or_equiv
-   _atom_site_type_symbol
-   Ba1        1.0     0.000000     0.000000     0.000000    Uiso  0.012665 Ba
+"""
+    + _sites("label occupancy fract_x fract_y fract_z adp_type U_iso_or_equiv type_symbol", indent="   ")
+    + """   Ba1        1.0     0.000000     0.000000     0.000000    Uiso  0.012665 Ba
    Ti1        1.0     0.500000     0.500000     0.500000    Uiso  0.012665 Ti
    O1         1.0     0.500000     0.500000     0.000000    Uiso  ? O
    O2         1.0     0.500000     0.000000     0.500000    Uiso  ? O
@@ -305,15 +278,9 @@ _symmetry_equiv_pos_as_xyz
 3 'x, y+1/2, z+1/2'
 4 'x+1/2, y, z+1/2'
 5 'x+1/2, y+1/2, z'
-loop_
-_atom_site_type_symbol
-_atom_site_label
-_atom_site_symmetry_multiplicity
-_atom_site_fract_x
-_atom_site_fract_y
-_atom_site_fract_z
-_atom_site_occupancy
-Na Na0 4 0.0000 0.0000 0.0000 1
+"""
+    + _sites("type_symbol label symmetry_multiplicity fract_x fract_y fract_z occupancy")
+    + """Na Na0 4 0.0000 0.0000 0.0000 1
 Cl Cl1 4 0.0000 0.0000 0.5000 1
 """,
     "ASE": """data_image0
@@ -333,15 +300,9 @@ loop_
   _space_group_symop_operation_xyz
   'x, y, z'
 
-loop_
-  _atom_site_type_symbol
-  _atom_site_label
-  _atom_site_symmetry_multiplicity
-  _atom_site_fract_x
-  _atom_site_fract_y
-  _atom_site_fract_z
-  _atom_site_occupancy
-  Cu  Cu1       1.0  0.0  0.0  0.0  1.0000
+"""
+    + _sites("type_symbol label symmetry_multiplicity fract_x fract_y fract_z occupancy", indent="  ")
+    + """  Cu  Cu1       1.0  0.0  0.0  0.0  1.0000
   Cu  Cu2       1.0  -1.2335811384723961e-17  0.5000000000000001  0.5  1.0000
   Cu  Cu3       1.0  0.49999999999999994  0.0  5e-01  1.0000
   Cu  Cu4       1.0  0.5  0.5  0.0  1.0000
@@ -366,17 +327,12 @@ loop_ _symmetry_equiv_pos_site_id _symmetry_equiv_pos_as_xyz
      7 x,y+1/2,z+1/2
 
 # ATOMIC COORDINATES AND DISPLACEMENT PARAMETERS
-loop_
-   _atom_site_label
-   _atom_site_type_symbol
-   _atom_site_fract_x
-   _atom_site_fract_y
-   _atom_site_fract_z
-   _atom_site_occupancy
-   _atom_site_adp_type
-   _atom_site_U_iso_or_equiv
-   _atom_site_symmetry_multiplicity
-Na1    Na+1 0.00000     0.00000     0.00000     1.000      Uiso 0.0173(3)  4
+"""
+    + _sites(
+        "label type_symbol fract_x fract_y fract_z occupancy adp_type U_iso_or_equiv "
+        "symmetry_multiplicity", indent="   ",
+    )
+    + """Na1    Na+1 0.00000     0.00000     0.00000     1.000      Uiso 0.0173(3)  4
 Cl1    Cl-1 0.50000     0.50000     0.50000     1.000      Uiso 0.0151(2)  4
 """,
     "FullProf": """##############################################################################
@@ -402,14 +358,9 @@ loop_
 """
     + _cell("5.69980(14)", "7.71820(18)", "5.53910(13)", "90.00000", "90.00000", "90.00000")
     + """_cell_volume                      243.67(1)
-loop_
-_atom_site_label
-_atom_site_fract_x
-_atom_site_fract_y
-_atom_site_fract_z
-_atom_site_U_iso_or_equiv
-_atom_site_occupancy
-_atom_site_adp_type              # Not in version 2.0.1
+"""
+    + _sites("label fract_x fract_y fract_z U_iso_or_equiv occupancy")
+    + """_atom_site_adp_type              # Not in version 2.0.1
 _atom_site_type_symbol
 La    0.05130(30) 0.25000     0.99500(50) 0.00500(40) 1.00000     Uiso      LA
 Mn    0.00000     0.00000     0.50000     0.00220(60) 1.00000     Uiso      MN
@@ -461,21 +412,12 @@ CELL 0.71073 5.1054 11.9688 5.4645 90 111.697 90
 HKLF 4
 END
 ;
-loop_
- _atom_site_label
- _atom_site_type_symbol
- _atom_site_fract_x
- _atom_site_fract_y
- _atom_site_fract_z
- _atom_site_U_iso_or_equiv
- _atom_site_adp_type
- _atom_site_occupancy
- _atom_site_site_symmetry_order
- _atom_site_calc_flag
- _atom_site_refinement_flags_posn
- _atom_site_disorder_assembly
- _atom_site_disorder_group
-O1 O 0.30505(9) 0.09413(4) -0.23542(8) 0.01621(12) Uani 1 1 d . . .
+"""
+    + _sites(
+        "label type_symbol fract_x fract_y fract_z U_iso_or_equiv adp_type occupancy "
+        "site_symmetry_order calc_flag refinement_flags_posn disorder_assembly disorder_group", indent=" ",
+    )
+    + """O1 O 0.30505(9) 0.09413(4) -0.23542(8) 0.01621(12) Uani 1 1 d . . .
 O2 O -0.15134(9) 0.14155(4) -0.39327(9) 0.01675(12) Uani 1 1 d . . .
 N1 N 0.30086(10) 0.08949(4) 0.25868(9) 0.01318(12) Uani 1 1 d . . .
 H1A H 0.280(2) 0.0151(11) 0.213(2) 0.033(3) Uiso 1 1 d . U .
@@ -523,23 +465,14 @@ loop_
 _space_group_symop_magn_centering.id
 _space_group_symop_magn_centering.xyz
 1 x,y,z,+1
-loop_
-_atom_site_label
-_atom_site_type_symbol
-_atom_site_fract_x
-_atom_site_fract_y
-_atom_site_fract_z
-_atom_site_occupancy
-Gd1 Gd 0.05900 0.25000 0.98300 1
+"""
+    + _sites("label type_symbol fract_x fract_y fract_z occupancy")
+    + """Gd1 Gd 0.05900 0.25000 0.98300 1
 Mn1 Mn 0.00000 0.00000 0.50000 1
 O1  O  0.47100 0.25000 0.10700 1
-loop_
-_atom_site_moment.label
-_atom_site_moment.crystalaxis_x
-_atom_site_moment.crystalaxis_y
-_atom_site_moment.crystalaxis_z
-_atom_site_moment.symmform
-Gd1 0.0 6.5(1) 0.0 0,my,0
+"""
+    + _sites("moment.label moment.crystalaxis_x moment.crystalaxis_y moment.crystalaxis_z moment.symmform")
+    + """Gd1 0.0 6.5(1) 0.0 0,my,0
 Mn1 3.2 0.0 0.0 mx,my,mz
 """,
     "JANA, modulated": "data_I\n_cell_modulation_dimension 1\nloop_\n_cell_wave_vector_seq_id\n"

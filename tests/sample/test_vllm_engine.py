@@ -184,25 +184,11 @@ def test_the_text_export_is_served(wide_model: Model, tmp_path: Path, prompts: l
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    command = [
-        PYTHON,
-        "-m",
-        "vllm.entrypoints.openai.api_server",
-        "--model",
-        str(folder),
-        "--port",
-        str(port),
-    ]
-    command += ["--enable-prompt-embeds", "--dtype", "float32", "--gpu-memory-utilization", "0.1"]
-    command += [
-        "--tokenizer",
-        str(folder / "tokenizer"),
-        "--enforce-eager",
-        "--host",
-        "127.0.0.1",
-        "--max-model-len",
-        "512",
-    ]
+    options = (
+        f"--model {folder} --tokenizer {folder / 'tokenizer'} --host 127.0.0.1 --port {port} --enforce-eager "
+        "--enable-prompt-embeds --dtype float32 --gpu-memory-utilization 0.1 --max-model-len 512"
+    )
+    command = [PYTHON, "-m", "vllm.entrypoints.openai.api_server", *options.split()]
     with (tmp_path / "log").open("wb") as log:
         server = subprocess.Popen(command, stdout=log, stderr=log)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from catmllm_kernels.linear_logprob import op, reference
+from catmllm_kernels.linear_logprob.arguments import Backward, Forward
 from catmllm_kernels.registry import Case
 
 TEMPERATURE = 0.7
@@ -66,10 +67,11 @@ def case(
         hidden, weight, targets, *heads = arguments(tokens, width, words, two, dtype, device, 0)
         other = heads[0] if two else None
         with torch.no_grad():
-            _, lse, spread, *_ = triton.forward(hidden, weight, targets, TEMPERATURE, two, other)
+            given = Forward(hidden, weight, targets, TEMPERATURE, two, other)
+            _, lse, spread, *_ = triton.forward(given)
             grad = torch.empty_like(lse)
             of_entropy = grad if two else None
-            triton.backward(grad, of_entropy, hidden, weight, targets, lse, spread, TEMPERATURE, True, True)
+            triton.backward(Backward(grad, of_entropy, *given[:3], lse, spread, TEMPERATURE, True, True))
 
     return Case(
         op="linear_logprob",

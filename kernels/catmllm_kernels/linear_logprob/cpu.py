@@ -15,6 +15,7 @@ from torch import Tensor
 from catmllm_kernels import rows
 from catmllm_kernels.backend import warn_once
 from catmllm_kernels.dense import product, summed_outer
+from catmllm_kernels.linear_logprob.arguments import Backward, Forward
 
 # With no more logits than this in all, their gradient is kept for the backward pass instead of made again: on
 # a CPU a tenth of a small model's step. 32 MiB in half precision.
@@ -40,18 +41,11 @@ def one_pass(logits: Tensor) -> bool:
     return not why
 
 
-def forward(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    temperature: float,
-    entropy: bool,
-    reference: Tensor | None,
-    keep: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def forward(p: Forward) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(at the target, logsumexp, entropy, reference at the target), each [T], and with `keep` the gradient of
     the first in logits / temperature [T, V]: 1 at the target, minus the softmax, in the inputs' dtype; [0]
     for what was not asked for."""
+    hidden, weight, targets, temperature, entropy, reference, keep = p
     tokens, words = len(hidden), weight.shape[0]
     lp = hidden.new_empty(tokens, dtype=wide(hidden.dtype))
     lse = torch.empty_like(lp)
@@ -88,7 +82,7 @@ def forward(
                 kept = slope
     if reference is None:
         return lp, lse, spread, lp.new_empty(0), kept
-    return lp, lse, spread, forward(hidden, reference, targets, temperature, False, None)[0], kept
+    return lp, lse, spread, forward(Forward(hidden, reference, targets, temperature))[0], kept
 
 
 def _scaled(z: Tensor, temperature: float) -> Tensor:
@@ -105,25 +99,14 @@ def _at_target(z: Tensor, targets: Tensor, value: Tensor) -> Tensor:
     return z.index_put_(at, value.where(inside, 0.0), accumulate=True)
 
 
-def backward(
-    grad: Tensor,
-    grad_entropy: Tensor | None,
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    lse: Tensor,
-    entropy: Tensor,
-    temperature: float,
-    need_hidden: bool,
-    need_weight: bool,
-    kept: Tensor | None = None,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of (hidden, weight); None for one not needed. grad, grad_entropy [T]."""
-    if kept is not None and grad_entropy is None:
-        return _of_kept(grad / temperature, hidden, weight, kept, need_hidden, need_weight)
+def backward(p: Backward) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of (hidden, weight); None for one not needed."""
+    grad, grad_entropy, hidden, weight, targets, lse, entropy, temperature, *_ = p
+    if p.kept is not None and grad_entropy is None:
+        return _of_kept(grad / temperature, hidden, weight, p.kept, p.need_hidden, p.need_weight)
     words = max(1, LOGITS // max(1, len(hidden)))
-    grad_hidden = hidden.new_zeros(hidden.shape, dtype=wide(hidden.dtype)) if need_hidden else None
-    grad_weight = torch.empty_like(weight) if need_weight else None
+    grad_hidden = hidden.new_zeros(hidden.shape, dtype=wide(hidden.dtype)) if p.need_hidden else None
+    grad_weight = torch.empty_like(weight) if p.need_weight else None
     for start in range(0, weight.shape[0], words):
         part = weight[start : start + words]
         d = product(hidden, part)

@@ -14,7 +14,9 @@ from torch.utils.flop_counter import register_flop_formula
 
 import catmllm_kernels.linear_logprob.cpu as cpu
 from catmllm_kernels.backend import implementation
+from catmllm_kernels.linear_logprob.arguments import Backward, Forward
 from catmllm_kernels.linear_logprob.reference import IGNORED
+from catmllm_kernels.schema import arguments_of
 
 OP = "linear_logprob"
 
@@ -80,7 +82,7 @@ def linear_logprobs(
     trains = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     keep = trains and implementation(OP, hidden) is cpu and len(hidden) * len(weight) <= cpu.KEEP
     logprob, _, spread, other, _ = torch.ops.catmllm.linear_logprob(
-        hidden.contiguous(), weight.contiguous(), targets, frozen, float(temperature), entropy, keep
+        hidden.contiguous(), weight.contiguous(), targets, float(temperature), entropy, frozen, keep
     )
     return LogProbs(logprob, spread if entropy else None, None if reference is None else other.detach())
 
@@ -89,26 +91,20 @@ def _shape(t: Tensor) -> list[int]:
     return list(t.shape)
 
 
-@torch.library.custom_op("catmllm::linear_logprob", mutates_args=())
-def _forward(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    reference: Tensor | None,
-    temperature: float,
-    entropy: bool,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    asked = targets != IGNORED
-    valid = (targets >= 0) & (targets < weight.shape[0])
-    if hidden.device.type == "cpu" and not bool((valid | ~asked).all()):
-        wrong = int(targets[asked & ~valid][0])
+@torch.library.custom_op(
+    "catmllm::linear_logprob",
+    mutates_args=(),
+    schema=f"({arguments_of(Forward)}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _forward(*inputs: Any) -> tuple[Tensor, ...]:
+    p = Forward(*inputs)
+    asked, valid = p.targets != IGNORED, _valid(p)
+    if p.hidden.device.type == "cpu" and not bool((valid | ~asked).all()):
+        wrong = int(p.targets[asked & ~valid][0])
         raise ValueError(
-            f"target {wrong} is outside the vocabulary of {weight.shape[0]} (or {IGNORED} to ignore)"
+            f"target {wrong} is outside the vocabulary of {len(p.weight)} (or {IGNORED} to ignore)"
         )
-    out = implementation(OP, hidden).forward(
-        hidden, weight, targets.where(valid, 0), temperature, entropy, reference, keep
-    )
+    out = implementation(OP, p.hidden).forward(p._replace(targets=p.targets.where(valid, 0)))
     lp, lse, spread, ref, kept = out
     # 0 where ignored, NaN where out of range
     rest = torch.where(asked, torch.nan, 0.0).to(lp.dtype)
@@ -116,83 +112,57 @@ def _forward(
     return lp, lse, spread, ref, kept
 
 
+def _valid(p: Forward | Backward) -> Tensor:
+    return (p.targets >= 0) & (p.targets < p.weight.shape[0])
+
+
 @_forward.register_fake
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    reference: Tensor | None,
-    temperature: float,
-    entropy: bool,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    lp = hidden.new_empty(hidden.shape[0], dtype=cpu.wide(hidden.dtype))
+def _(*inputs: Any) -> tuple[Tensor, ...]:
+    p = Forward(*inputs)
+    lp = p.hidden.new_empty(p.hidden.shape[0], dtype=cpu.wide(p.hidden.dtype))
     nothing = lp.new_empty(0)
     return (
         lp,
         torch.empty_like(lp),
-        torch.empty_like(lp) if entropy else nothing,
-        torch.empty_like(lp) if reference is not None else nothing.clone(),
-        hidden.new_empty((hidden.shape[0], weight.shape[0]) if keep else 0),
+        torch.empty_like(lp) if p.entropy else nothing,
+        torch.empty_like(lp) if p.reference is not None else nothing.clone(),
+        p.hidden.new_empty((p.hidden.shape[0], p.weight.shape[0]) if p.keep else 0),
     )
 
 
-@torch.library.custom_op("catmllm::linear_logprob_backward", mutates_args=())
-def _backward(
-    grad: Tensor,
-    grad_entropy: Tensor | None,
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    lse: Tensor,
-    entropy: Tensor,
-    temperature: float,
-    need_hidden: bool,
-    need_weight: bool,
-    kept: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    valid = (targets >= 0) & (targets < weight.shape[0])
-    of_hidden, of_weight = implementation(OP, hidden).backward(
-        grad.where(valid, 0.0),
-        None if grad_entropy is None else grad_entropy.where(valid, 0.0),
-        hidden,
-        weight,
-        targets.where(valid, 0),
-        lse,
-        entropy,
-        temperature,
-        need_hidden,
-        need_weight,
-        kept,
+@torch.library.custom_op(
+    "catmllm::linear_logprob_backward",
+    mutates_args=(),
+    schema=f"({arguments_of(Backward)}) -> (Tensor, Tensor)",
+)
+def _backward(*inputs: Any) -> tuple[Tensor, Tensor]:
+    p = Backward(*inputs)
+    valid = _valid(p)
+    of_hidden, of_weight = implementation(OP, p.hidden).backward(
+        p._replace(
+            grad=p.grad.where(valid, 0.0),
+            grad_entropy=None if p.grad_entropy is None else p.grad_entropy.where(valid, 0.0),
+            targets=p.targets.where(valid, 0),
+        )
     )
-    nothing = hidden.new_empty(0)
+    nothing = p.hidden.new_empty(0)
     return nothing if of_hidden is None else of_hidden, nothing.clone() if of_weight is None else of_weight
 
 
 @_backward.register_fake
-def _(
-    grad: Tensor,
-    grad_entropy: Tensor | None,
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    lse: Tensor,
-    entropy: Tensor,
-    temperature: float,
-    need_hidden: bool,
-    need_weight: bool,
-    kept: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def _(*inputs: Any) -> tuple[Tensor, Tensor]:
+    p = Backward(*inputs)
     return (
-        torch.empty_like(hidden) if need_hidden else hidden.new_empty(0),
-        torch.empty_like(weight) if need_weight else weight.new_empty(0),
+        torch.empty_like(p.hidden) if p.need_hidden else p.hidden.new_empty(0),
+        torch.empty_like(p.weight) if p.need_weight else p.weight.new_empty(0),
     )
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, targets, _, ctx.temperature, ctx.entropy, ctx.keep = inputs
+    p = Forward(*inputs)
+    ctx.temperature, ctx.entropy, ctx.keep = p.temperature, p.entropy, p.keep
     _, lse, spread, _, kept = output
-    ctx.save_for_backward(hidden, weight, targets, lse, spread, kept)
+    ctx.save_for_backward(p.hidden, p.weight, p.targets, lse, spread, kept)
     ctx.set_materialize_grads(False)
 
 
@@ -224,42 +194,20 @@ def _gradients(
 _forward.register_autograd(_gradients, setup_context=_keep)
 
 
-@register_flop_formula(torch.ops.catmllm.linear_logprob)
-def forward_flops(
-    hidden: Any,
-    weight: Any,
-    targets: Any,
-    reference: Any,
-    temperature: Any,
-    entropy: Any,
-    keep: Any = False,
-    *,
-    out_shape: Any = None,
-) -> int:
+@register_flop_formula(torch.ops.catmllm.linear_logprob, get_raw=True)
+def forward_flops(*inputs: Any, **_: Any) -> int:
     """A product a head: 2·T·V·H."""
-    return 2 * hidden[0] * weight[0] * weight[1] * (1 if reference is None else 2)
+    p = Forward(*inputs)
+    return 2 * p.hidden.shape[0] * p.weight.numel() * (1 if p.reference is None else 2)
 
 
-@register_flop_formula(torch.ops.catmllm.linear_logprob_backward)
-def backward_flops(
-    grad: Any,
-    grad_entropy: Any,
-    hidden: Any,
-    weight: Any,
-    targets: Any,
-    lse: Any,
-    entropy: Any,
-    temperature: Any,
-    need_hidden: bool,
-    need_weight: bool,
-    kept: Any = None,
-    *,
-    out_shape: Any = None,
-) -> int:
+@register_flop_formula(torch.ops.catmllm.linear_logprob_backward, get_raw=True)
+def backward_flops(*inputs: Any, **_: Any) -> int:
     """The logits once more where their gradient was not kept or serves none,
     and a product for each gradient."""
-    again = kept is None or grad_entropy is not None
-    return 2 * hidden[0] * weight[0] * weight[1] * (again + need_hidden + need_weight)
+    p = Backward(*inputs)
+    again = p.kept is None or p.grad_entropy is not None
+    return 2 * p.hidden.shape[0] * p.weight.numel() * (again + p.need_hidden + p.need_weight)
 
 
 def workspace(tokens: int, width: int, words: int, element_size: int, backward: bool) -> int:

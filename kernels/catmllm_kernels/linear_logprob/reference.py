@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from catmllm_kernels.backend import autograd_again
+from catmllm_kernels.linear_logprob.arguments import Backward, Forward
 
 IGNORED = -100  # a target of this value has no log-probability: 0, and no gradient
 
@@ -35,17 +36,10 @@ def linear_logprob(
 # --------------------------------------------------------------------------------------- as an implementation
 
 
-def forward(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    temperature: float,
-    entropy: bool,
-    reference: Tensor | None,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def forward(p: Forward) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As `cpu.forward`, but for the logsumexp, which the backward pass below does not need: zeros.
     Nothing is kept."""
+    hidden, weight, targets, temperature, entropy, reference, _ = p
     with torch.no_grad():
         lp, spread = linear_logprob(hidden, weight, targets, temperature)
         other = None if reference is None else linear_logprob(hidden, reference, targets, temperature)[0]
@@ -54,23 +48,11 @@ def forward(
     return lp, torch.zeros_like(lp), spread, other, hidden.new_empty(0)
 
 
-def backward(
-    grad: Tensor,
-    grad_entropy: Tensor | None,
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    lse: Tensor,
-    entropy: Tensor,
-    temperature: float,
-    need_hidden: bool,
-    need_weight: bool,
-    kept: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def backward(p: Backward) -> tuple[Tensor, Tensor]:
     """By autograd through the definition, run once more."""
-    h, w = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
+    h, w = p.hidden.detach().requires_grad_(), p.weight.detach().requires_grad_()
     with autograd_again():
-        lp, spread = linear_logprob(h, w, targets, temperature)
-        total = (lp * grad).sum() + (0 if grad_entropy is None else (spread * grad_entropy).sum())
+        lp, spread = linear_logprob(h, w, p.targets, p.temperature)
+        total = (lp * p.grad).sum() + (0 if p.grad_entropy is None else (spread * p.grad_entropy).sum())
         of_hidden, of_weight = torch.autograd.grad(total, (h, w))
     return of_hidden, of_weight

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from catmllm_kernels.launch import SIZES, architecture, launch
+from catmllm_kernels.linear_logprob.arguments import Backward, Forward
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 WORKSPACE = 1 << 26  # values of dL/dlogits at a time: 128 MiB in half precision
@@ -228,17 +229,10 @@ def blocks(kernel: str, element_size: int, width: int) -> dict[str, Any]:
     return options | {"num_warps": warps, "num_stages": stages}
 
 
-def forward(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    temperature: float,
-    entropy: bool,
-    reference: Tensor | None,
-    keep: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def forward(p: Forward) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(at the target, logsumexp, entropy, reference at the target), each [T] float32; [0] for what was not
     asked for. Nothing is ever kept for the backward pass: the last is [0]."""
+    hidden, weight, targets, temperature, entropy, reference, _ = p
     (n, width), words = hidden.shape, weight.shape[0]
     options = blocks("forward" if reference is None else "two_heads", hidden.element_size(), width)
     row_blocks, tiles = triton.cdiv(n, options["BLOCK_T"]), triton.cdiv(words, options["BLOCK_V"])
@@ -270,29 +264,18 @@ def _merge(parts: Tensor, entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
     return own.sum(0) - lse, lse, spread
 
 
-def backward(
-    grad: Tensor,
-    grad_entropy: Tensor | None,
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    lse: Tensor,
-    entropy: Tensor,
-    temperature: float,
-    need_hidden: bool,
-    need_weight: bool,
-    kept: None = None,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of (hidden, weight); None for one not needed. grad, grad_entropy [T] float32."""
+def backward(p: Backward) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of (hidden, weight); None for one not needed."""
+    hidden, weight = p.hidden, p.weight
     (n, width), words = hidden.shape, weight.shape[0]
     if not n:
         return torch.zeros_like(hidden), torch.zeros_like(weight)
     options = blocks("gradient", hidden.element_size(), width)
     slice_words = slice_of(n, words)
-    grad_hidden = hidden.new_zeros(hidden.shape, dtype=torch.float32) if need_hidden else None
-    grad_weight = torch.empty_like(weight) if need_weight else None
+    grad_hidden = hidden.new_zeros(hidden.shape, dtype=torch.float32) if p.need_hidden else None
+    grad_weight = torch.empty_like(weight) if p.need_weight else None
     workspace = hidden.new_empty(n * min(slice_words, words))
-    asked = grad_entropy is not None
+    asked = p.grad_entropy is not None
     for start in range(0, words, slice_words):
         part = weight[start : start + slice_words]
         d = workspace[: n * len(part)].view(n, len(part))
@@ -302,16 +285,16 @@ def backward(
             grid,
             hidden,
             part,
-            targets - start,
-            lse,
-            entropy if asked else lse,
-            grad,
-            grad_entropy if asked else grad,
+            p.targets - start,
+            p.lse,
+            p.entropy if asked else p.lse,
+            p.grad,
+            p.grad_entropy if asked else p.grad,
             d,
             n,
             len(part),
             width,
-            1.0 / temperature,
+            1.0 / p.temperature,
             ENTROPY=asked,
             **options,
         )

@@ -126,18 +126,8 @@ def _pool_backward(
 
 
 @_pool_backward.register_fake
-def _(
-    grad: Tensor,
-    features: Tensor,
-    arg: Tensor,
-    stats: Tensor,
-    x: Tensor,
-    batch: Tensor,
-    norm: Sequence[Tensor],
-    n_systems: int,
-    mode: str,
-    joint: bool,
-) -> list[Tensor]:
+def _(*inputs: Any) -> list[Tensor]:
+    *_, x, _batch, norm, _systems, _mode, _joint = inputs
     return [torch.empty_like(t) for t in (x, *norm)]
 
 

@@ -86,7 +86,8 @@ def pool_kernel(
     BLOCK_A: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """The maximum over the atoms of a system of one row (or one degree's norm), all channels."""
+    """The maximum over the atoms of a system of one row (or one degree's norm), all channels.
+    A hot loop: one kernel."""
     S: tl.constexpr = (L + 1) * (L + 1)
     system, unit = tl.program_id(0), tl.program_id(1)
     c = tl.arange(0, BLOCK_C)
@@ -160,7 +161,7 @@ def pool_grad_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """grad_x [N, S, C] of the program's atoms in turn; partial [programs, S, C] of the scales, by row,
-    and of the bias."""
+    and of the bias. A hot loop: one kernel."""
     S: tl.constexpr = (L + 1) * (L + 1)
     s, c = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_C)
     l = degree_of(s)

@@ -194,7 +194,8 @@ def activation_grad_kernel(
     BLOCK_E: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Gradients of the activation to its rows and gates, which lie side by side with row stride grad_edge."""
+    """Gradients of the activation to its rows and gates, which lie side by side with row stride grad_edge.
+    A hot loop: one kernel."""
     R: tl.constexpr = n_rows(L, M)
     edge = tl.program_id(0).to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)

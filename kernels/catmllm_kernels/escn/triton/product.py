@@ -95,7 +95,7 @@ def product_kernel(
     STEP: tl.constexpr,
 ):
     """First SO(2) product of a tile of edges and hidden channels, all rows of it,
-    then their activation STEP edges at a time.
+    then their activation STEP edges at a time. A hot loop: one kernel.
 
     rows [E, R, C]; weights: one matrix after the other, the gates' outputs before those of m = 0; gates [E,
     .] with row stride gates_edge; hidden and active [E, R, HIDDEN]. The channels of all rows of an order lie

@@ -100,6 +100,7 @@ def softmax_grad_kernel(
     BLOCK_A: tl.constexpr,
 ):
     """Gradients of the attention weights to `extra`, and this program's share of those to norm and dot.
+    A hot loop: one kernel.
 
     Programs take nodes in turn; partial [programs, HEADS, 3, A] (dot, norm weight, norm bias)
     is summed afterwards.
