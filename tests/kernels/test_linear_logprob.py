@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 
 from catmllm_kernels.linear_logprob import IGNORED, cpu, linear_logprob, linear_logprobs
 from catmllm_kernels.linear_logprob.reference import linear_logprob as definition
+from catmllm_kernels.rounding import error_bounds
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,6 +44,64 @@ def oracle(
     return value.detach(), h.grad, w.grad
 
 
+def bounds(
+    inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    temperature: float,
+    slope: torch.Tensor | float = 1.0,
+    of_entropy: float = 0.0,
+) -> list[float]:
+    """What float32 may be off by, relative to the largest element: of log-probability, entropy and the
+    gradients to hidden and weight of sum(slope · logprob + of_entropy · entropy). Written in single steps, as
+    an implementation takes them, for each of them rounds: 1 - exp(z - lse) cancels where a word is sure."""
+    hidden, weight = inputs[0].detach().double(), inputs[1].detach().double()
+    kept = inputs[2] != IGNORED
+    at = torch.arange(len(hidden)), inputs[2].where(kept, 0)
+    target = torch.zeros(len(hidden), len(weight), dtype=torch.float64).index_put_(
+        at, torch.tensor(1.0).double()
+    )
+    own = kept.double() * slope
+
+    def by_steps() -> list[torch.Tensor]:
+        z = hidden @ weight.T / temperature
+        top = z.amax(-1, keepdim=True)
+        lse = top + (z - top).exp().sum(-1, keepdim=True).log()
+        logprob = z - lse
+        p = logprob.exp()
+        entropy = -(p * logprob).sum(-1)
+        d = own[:, None] * (target - p) / temperature
+        if of_entropy:
+            d = d - of_entropy * kept[:, None] * p * (logprob + entropy[:, None]) / temperature
+        return [(logprob * target).sum(-1) * kept, entropy * kept, d @ weight, d.T @ hidden]
+
+    return error_bounds(by_steps, 2.0**-24)
+
+
+def exact(
+    inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    temperature: float,
+    of_entropy: float,
+    slope: float = 1.0,
+) -> list[torch.Tensor]:
+    """What `bounds` is of, by autograd through the definition in float64."""
+    h, w = (x.detach().double().requires_grad_() for x in inputs[:2])
+    value, entropy = definition(h, w, inputs[2], temperature)
+    (slope * value + of_entropy * entropy).sum().backward()
+    assert h.grad is not None and w.grad is not None
+    return [value.detach(), entropy.detach(), h.grad, w.grad]
+
+
+def within(
+    found: Sequence[torch.Tensor],
+    expected: Sequence[torch.Tensor],
+    allowed: Sequence[float],
+    times: float = 1,
+) -> bool:
+    return all(
+        float((a.detach().double() - b).abs().max()) <= times * bound * float(b.abs().max())
+        for a, b, bound in zip(found, expected, allowed, strict=True)
+    )
+
+
 @given(
     tokens=st.integers(1, 40),
     width=st.integers(1, 33),
@@ -62,35 +122,55 @@ def test_values_and_gradients_against_float64(
         ours = linear_logprob(h, w, targets, temperature)
         (ours * scale).sum().backward()
     assert ours.shape == (tokens,) and ours.dtype == torch.float32
-    assert (ours <= 1e-5).all()
-    value, dh, dw = oracle(hidden, weight, targets, temperature, scale)
-    torch.testing.assert_close(ours.detach().double(), value, rtol=1e-4, atol=1e-4)
     assert h.grad is not None and w.grad is not None
-    torch.testing.assert_close(h.grad.double(), dh, rtol=1e-4, atol=2e-4)
-    torch.testing.assert_close(w.grad.double(), dw, rtol=1e-4, atol=2e-4)
+    value, _, *gradients = bounds((hidden, weight, targets), temperature, scale.double())
+    expected = oracle(hidden, weight, targets, temperature, scale)
+    assert within([ours, h.grad, w.grad], expected, [value, *gradients])
 
 
-def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+FAULTS = {
+    "a product of each sum": lambda h, w: torch.nn.functional.linear(h[:, 1:], w[:, 1:]),
+    "the last word": lambda h, w: torch.nn.functional.linear(h, w).index_fill(1, torch.tensor(36), -1e4),
+    "logits in half precision": lambda h, w: torch.nn.functional.linear(h, w).half().float(),
+    "every other word by 32 units in the last place": lambda h, w: torch.nn.functional.linear(
+        h, w * (1 + 2.0**-18 * (torch.arange(37)[:, None] % 2))
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_wrong_kernel_is_outside_the_bounds(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = problem(20)
+    expected, allowed = exact(inputs, 0.7, 0.0)[0], bounds(inputs, 0.7)[0]
+    assert within([linear_logprob(*inputs, 0.7)], [expected], [allowed])
+    monkeypatch.setattr(cpu, "product", FAULTS[fault])
+    assert not within([linear_logprob(*inputs, 0.7)], [expected], [allowed])
+
+
+def test_chunks_change_nothing_beyond_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, weight, targets = problem(23)
-    results = []
+    expected, allowed = (
+        exact((hidden, weight, targets), 0.7, 1.0, 2.0),
+        bounds((hidden, weight, targets), 0.7, 2.0, 1.0),
+    )
     monkeypatch.setattr(cpu, "KEEP", 0)
     for logits in (cpu.LOGITS, 23 * 37, 22 * 37 + 5, 8 * 37, 100, 1):
         monkeypatch.setattr(cpu, "LOGITS", logits)
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
         out = linear_logprobs(h, w, targets, 0.7, entropy=True)
         assert out.entropy is not None
-        (out.logprob.square() + out.entropy).sum().backward()
+        (2 * out.logprob + out.entropy).sum().backward()
         assert h.grad is not None and w.grad is not None
-        results.append((out.logprob.detach(), out.entropy.detach(), h.grad, w.grad))
-    for other in results[1:]:
-        for a, b in zip(results[0], other):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)  # sums in another order
+        assert within([out.logprob, out.entropy, h.grad, w.grad], expected, allowed)
 
 
 def test_kept_or_made_again_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, weight, targets = problem(20)
     targets[5] = IGNORED
-    results = []
+    expected, allowed = (
+        exact((hidden, weight, targets), 0.7, 1.0, 2.0),
+        bounds((hidden, weight, targets), 0.7, 2.0, 1.0),
+    )
     for keep in (0, 10**6):
         monkeypatch.setattr(cpu, "KEEP", keep)
         for logits in (cpu.LOGITS, 100):
@@ -102,11 +182,8 @@ def test_kept_or_made_again_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None
             first = h.grad.clone()  # type: ignore[union-attr]
             h.grad = None
             (2 * out.logprob + out.entropy).sum().backward()  # what was kept is still there
-            assert h.grad is not None and torch.equal(h.grad, first)
-            results.append((out.logprob.detach(), h.grad, w.grad))
-    for other in results[1:]:
-        for a, b in zip(results[0], other):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+            assert h.grad is not None and torch.equal(h.grad, first) and w.grad is not None
+            assert within([out.logprob, out.entropy, h.grad, w.grad / 2], expected, allowed)
 
 
 def test_float64_stays_float64() -> None:
@@ -130,8 +207,9 @@ def test_half_precision_has_a_float32_softmax(dtype: torch.dtype, tolerance: flo
     torch.testing.assert_close(ours.double(), value, rtol=tolerance, atol=tolerance)
     # all else equal the probabilities of one row add up to one, to float32 and not to half precision
     row = hidden[:1].expand(weight.shape[0], -1)
-    total = linear_logprob(row, weight, torch.arange(weight.shape[0])).double().exp().sum()
-    assert abs(float(total) - 1) < 1e-5
+    logprob = linear_logprob(row, weight, torch.arange(weight.shape[0])).double()
+    # A logit, their logsumexp and the difference are each rounded at the size of the largest at most.
+    assert abs(float(logprob.exp().sum()) - 1) < 3 * 2.0**-24 * float(logprob.abs().max() + 37)
 
 
 def test_large_logits_do_not_overflow() -> None:
@@ -148,19 +226,23 @@ def test_no_token_is_no_value() -> None:
 def test_an_ignored_target_is_zero_and_has_no_gradient() -> None:
     hidden, weight, targets = problem(9)
     targets[[0, 4, 8]] = IGNORED
-    out = {}
-    for rows in (torch.arange(9), torch.nonzero(targets != IGNORED)[:, 0]):
-        h, w = hidden[rows].requires_grad_(), weight.clone().requires_grad_()
-        found = linear_logprobs(h, w, targets[rows], entropy=True, reference=weight)
-        assert found.entropy is not None and found.reference is not None
-        (found.logprob + found.entropy).sum().backward()
-        assert h.grad is not None and w.grad is not None
-        out[len(rows)] = (found.logprob.detach(), found.entropy.detach(), found.reference, h.grad, w.grad)
-    for whole, part in zip(out[9], out[6]):
-        if len(whole) == 9:
-            assert (whole[[0, 4, 8]] == 0).all()
-            whole = whole[targets != IGNORED]
-        torch.testing.assert_close(whole, part, rtol=1e-5, atol=1e-5)
+    asked = targets != IGNORED
+    rest = hidden[asked], weight, targets[asked]
+    value, entropy, of_hidden, of_weight = exact(rest, 1.0, 1.0)
+    h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    found = linear_logprobs(h, w, targets, entropy=True, reference=weight)
+    assert found.entropy is not None and found.reference is not None
+    (found.logprob + found.entropy).sum().backward()
+    assert h.grad is not None and w.grad is not None
+    by_token = [found.logprob, found.entropy, h.grad, found.reference]
+    for x in by_token:
+        assert (x[~asked] == 0).all()
+    allowed = bounds(rest, 1.0, 1.0, 1.0)
+    assert within(
+        [*(x[asked] for x in by_token), w.grad],
+        [value, entropy, of_hidden, value, of_weight],
+        [*allowed[:3], allowed[0], allowed[3]],
+    )
 
 
 def test_entropy_and_reference_against_the_definition() -> None:
@@ -169,10 +251,9 @@ def test_entropy_and_reference_against_the_definition() -> None:
     out = linear_logprobs(hidden, weight, targets, 0.6, entropy=True, reference=other)
     value, entropy = definition(hidden.double(), weight.double(), targets, 0.6)
     of_reference, _ = definition(hidden.double(), other.detach().double(), targets, 0.6)
-    for ours, theirs in zip(out, (value, entropy, of_reference)):
-        assert ours is not None
-        torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5)
-    assert out.reference is not None and not out.reference.requires_grad
+    assert out.entropy is not None and out.reference is not None and not out.reference.requires_grad
+    allowed = [*bounds((hidden, weight, targets), 0.6)[:2], bounds((hidden, other, targets), 0.6)[0]]
+    assert within([out.logprob, out.entropy, out.reference], [value, entropy, of_reference], allowed)
     uniform = linear_logprobs(hidden * 0, weight, targets, entropy=True).entropy
     assert uniform is not None
     torch.testing.assert_close(uniform, torch.full((12,), 37.0).log())
@@ -181,17 +262,15 @@ def test_entropy_and_reference_against_the_definition() -> None:
 def test_equal_to_torchs_own_fused_loss() -> None:
     hidden, weight, targets = problem(30)
     targets[3] = IGNORED
-    results = []
-    for loss in (
-        lambda h, w: -linear_logprob(h, w, targets).sum(),
-        lambda h, w: torch.nn.functional.linear_cross_entropy(h, w, targets, reduction="sum"),
-    ):
-        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-        value = loss(h, w)
-        value.backward()
-        results.append((value.detach(), h.grad, w.grad))
-    for ours, theirs in zip(*results):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    h, w = hidden.double().requires_grad_(), weight.double().requires_grad_()
+    theirs = -torch.nn.functional.linear_cross_entropy(h, w, targets, reduction="sum")
+    theirs.backward()
+    a, b = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    ours = linear_logprob(a, b, targets).sum()
+    ours.backward()
+    assert h.grad is not None and w.grad is not None and a.grad is not None and b.grad is not None
+    value, _, *gradients = bounds((hidden, weight, targets), 1.0)
+    assert within([ours, a.grad, b.grad], [theirs.detach(), h.grad, w.grad], [value, *gradients])
 
 
 def test_the_torch_library_contract() -> None:
@@ -201,14 +280,14 @@ def test_the_torch_library_contract() -> None:
     for reference, entropy in ((None, False), (weight.clone(), True)):
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
         torch.library.opcheck(
-            torch.ops.catmllm.linear_logprob.default, (h, w, targets, reference, 0.7, entropy, entropy)
+            torch.ops.catmllm.linear_logprob.default, (h, w, targets, 0.7, entropy, reference, entropy)
         )
     lse = torch.randn(6)
     grad = torch.randn(6)
     for of_entropy in (None, grad):
         torch.library.opcheck(
             torch.ops.catmllm.linear_logprob_backward.default,
-            (grad, of_entropy, hidden, weight, targets, lse, lse, 0.7, True, of_entropy is None),
+            (grad, of_entropy, hidden, weight, targets, lse, lse, 0.7, True, of_entropy is None, None),
         )
 
 
@@ -302,11 +381,10 @@ def run_alone(script: str, **environment: str) -> Any:
 
 
 def test_triton_kernels_equal_float64_in_the_interpreter() -> None:
-    """Odd shapes, memory poisoned with NaN, programs in shuffled order;
-    the errors over the size of the values."""
+    """Odd shapes, memory poisoned with NaN, programs in shuffled order; the errors over what rounding allows:
+    in float32 by the condition of its sums, in half precision four roundings of what is stored."""
     cases = run_alone("linear_logprob_interpreted.py", TRITON_INTERPRET="1", CATMLLM_KERNELS="triton")
     assert len(cases) >= 12
     for case in cases:
-        bound = {"float32": 3e-6, "float16": 2e-3, "bfloat16": 1.6e-2}[case["dtype"]]
-        assert case["error"] < bound, case
+        assert case["error"] < 1, case
         assert case["same_bits_in_any_order"], case
