@@ -54,12 +54,7 @@ class Parrot:
         self.calls, self.asked = list(calls), []  # type: ignore[var-annotated]
 
     def generate(
-        self,
-        samples: Sequence[Sample],
-        params: SamplingConfig,
-        seed: Sequence[int],
-        group_size: int = 1,
-        **_: Any,
+        self, samples: Sequence[Sample], params: Any, seed: Sequence[int], group_size: int = 1, **_: Any
     ) -> list[Rollout]:
         self.asked.append({"samples": list(samples), "seed": list(seed), "group": group_size})
         texts = self.calls.pop(0)
