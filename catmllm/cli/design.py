@@ -71,13 +71,10 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from catmllm.design.domain import load_domain
-    from catmllm.design.search import GIVEN
     from catmllm.evaluate.controls import budgets, ideal_controls
     from catmllm.evaluate.design import search
     from catmllm.models.state import stage_folder
     from catmllm.report.design import (
-        CONSTRAINTS,
-        adsorbate,
         free_composition,
         hits,
         judge_designs,
@@ -126,21 +123,29 @@ def run(args: argparse.Namespace) -> int:
     if args.metals:  # the nearest composition first
         records = sorted(records, key=lambda r: _distance(r))
     for record in records:
-        print(f"{record['identity']} at {record['energy']:.2f} eV")
-        if not record["pool"]:
-            print("  no candidate parsed into an adsorption system; try more --steps")
-        elif not record["feasible"]:
-            print(f"  no candidate met the hard constraints ({CONSTRAINTS}): the best others")
-        for row in record["pool"]:
-            begun_with = "  (the given structure)" if row["iteration"] == GIVEN else ""
-            judged = row.get("sevennet", "")
-            judged = f"  SevenNet-0 {judged:.3f} eV" if isinstance(judged, float) else f"  {judged}"
-            print(
-                f"  {row['file']}: predicted {row['predicted']:.3f} eV, PVCP {row['pvcp']:.2f}, "
-                f"{adsorbate(row)}{judged}{begun_with}"
-            )
+        _print(record)
     print(f"{hits(records, predictions)}\nreport: {report}")
     return 0 if all(r["pool"] for r in records) else 1
+
+
+def _print(record: dict[str, Any]) -> None:
+    """The designs of one task."""
+    from catmllm.design.search import GIVEN
+    from catmllm.report.design import CONSTRAINTS, adsorbate
+
+    print(f"{record['identity']} at {record['energy']:.2f} eV")
+    if not record["pool"]:
+        print("  no candidate parsed into an adsorption system; try more --steps")
+    elif not record["feasible"]:
+        print(f"  no candidate met the hard constraints ({CONSTRAINTS}): the best others")
+    for row in record["pool"]:
+        begun_with = "  (the given structure)" if row["iteration"] == GIVEN else ""
+        judged = row.get("sevennet", "")
+        judged = f"  SevenNet-0 {judged:.3f} eV" if isinstance(judged, float) else f"  {judged}"
+        print(
+            f"  {row['file']}: predicted {row['predicted']:.3f} eV, PVCP {row['pvcp']:.2f}, "
+            f"{adsorbate(row)}{judged}{begun_with}"
+        )
 
 
 def _given(args: argparse.Namespace) -> System:
