@@ -82,6 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
     how = (args.device, args.tiny, args.quick, args.tune, args.ranks, filled)
     settings = Settings(*how, args.folder.resolve())
     settings.rows.unlink(missing_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the phases end too
     began = time.monotonic()
     factor = DRY if args.device == "cpu" else 1 if filled else UNFILLED
     facts = conduct({name: factor * s for name, s in seconds.items()}, settings)

@@ -14,7 +14,7 @@ SECONDS = {
 }
 UNFILLED = 1.5  # times as long where kernels are compiled on the way: 12 minutes
 DRY = 20  # times as long without a GPU: a busy machine is no fault
-RANKS_SECONDS = 240  # of `ranks`, the part that needs several GPUs
+RANKS_SECONDS = 360  # of `ranks`, the part that needs several GPUs
 VLLM_SECONDS = 120  # more for `rollout` where vLLM is there: so long it takes to start
 READY_SECONDS = 180  # a phase that is not prepared after so long is ended
 

@@ -7,6 +7,8 @@ import json
 import math
 import multiprocessing
 import os
+import re
+import signal
 import subprocess
 import sys
 import tarfile
@@ -108,6 +110,15 @@ def test_the_phases_fit_their_minutes() -> None:
     assert sum(SECONDS.values()) <= 8 * 60 and sum(SECONDS.values()) * UNFILLED <= 12 * 60
 
 
+def test_the_two_calls_of_the_page_are_every_phase_within_their_time() -> None:
+    page = (ROOT / "docs" / "gpu.md").read_text()
+    calls = re.findall(r"timeout (\d+) python3 bench/gpu.py --phases (\S+) --folder", page)
+    assert [name for _, phases in calls for name in phases.split(",")] == list(SECONDS)
+    for limit, phases in calls:  # where nothing was compiled beforehand, and with the imports
+        assert int(limit) >= UNFILLED * sum(SECONDS[name] for name in phases.split(",")) + 40
+    assert sum(int(limit) for limit, _ in calls) <= 14 * 60
+
+
 # Rows, turns and claims ------------------------------------------------------------------------------------
 
 
@@ -174,6 +185,28 @@ def stuck(link: Connection, settings: Settings) -> None:
     child = subprocess.Popen(["sleep", "60"])
     write_row(settings.rows, "stuck", "first", child=child.pid)
     time.sleep(60)
+
+
+def test_a_call_that_is_told_to_end_leaves_nothing_behind(tmp_path: Path) -> None:
+    """`timeout` sends SIGTERM."""
+    command = [sys.executable, str(ROOT / "bench" / "gpu.py"), "--device", "cpu", "--tiny", "--phases", "env"]
+    there = os.environ | {"TRITON_CACHE_DIR": str(tmp_path / "triton"), "TRITON_INTERPRET": "0"}
+    call = subprocess.Popen([*command, "--folder", str(tmp_path)], env=there, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "env.log").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    call.send_signal(signal.SIGTERM)
+    assert call.wait(60) == 143
+    while left := [p for p in Path("/proc").glob("[0-9]*") if str(tmp_path) in environment(p)]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
+
+
+def environment(process: Path) -> str:
+    try:
+        return (process / "environ").read_text(errors="replace")
+    except OSError:  # it has ended, or is another user's
+        return ""
 
 
 def dies(link: Connection) -> None:

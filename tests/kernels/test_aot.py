@@ -19,7 +19,7 @@ from catmllm_kernels.registry import OPS
 
 ROOT = Path(__file__).resolve().parents[2]
 ARCHS = ("sm_80", "sm_90")
-# One for each architecture; beside it there may be `aot_sm_80.triton-3.7.1.json`, of another compiler.
+# One for each architecture; in float16 of other compilers too: `aot_sm_80.triton-3.6.0.json`.
 TABLES = {
     path.stem: json.loads(path.read_text())
     for path in sorted((ROOT / "kernels/catmllm_kernels").glob("aot_sm_*.json"))
@@ -79,8 +79,10 @@ def test_the_table_holds_every_rule(name: str) -> None:
     assert {row["kernel"] for row in table} > set(PRODUCTS)
 
 
-@pytest.mark.parametrize("name", TABLES)
-@pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(n, d) for n in TABLES for d in ("fp16", "bf16", "fp32") if d == "fp16" or "triton" not in n],
+)
 def test_the_table_is_complete(name: str, dtype: str) -> None:
     """Every launch of every model-sized case, forward and backward,
     with every tile that tuning may choose; and nothing else."""
