@@ -23,6 +23,7 @@ ROOMS = (
     "seeds",
     "world",
     "structure",
+    "potentials",
     "data",
     "models",
     "sample",
@@ -112,7 +113,7 @@ def test_arrows_go_down(package: str) -> None:
 
 def test_nothing_that_a_training_run_does_without_is_imported_at_a_top() -> None:
     """A machine with GPUs need not have them: structures come as text, and SevenNet only judges designs."""
-    absent = ("ase", "pymatgen", "lmdb", "sevenn", "fairchem", "liger_kernel", "vllm", "trl", "peft")
+    absent = ("ase", "pymatgen", "lmdb", "sevenn", "diep", "fairchem", "liger_kernel", "vllm", "trl", "peft")
     wrong = [
         f"{module} imports {name}"
         for module in MODULES

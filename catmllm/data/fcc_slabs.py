@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from catmllm.potentials.relax import BLOWN_UP
+
 if TYPE_CHECKING:
     from ase import Atoms
     from ase.calculators.calculator import Calculator
@@ -45,7 +47,6 @@ TOP_LAYER = slice(8, 12)
 BROKEN_BOND = 1.35  # a bond longer than this many gas-phase lengths is broken
 HEIGHT_RANGE = (-0.8, 2.4)  # Å, lowest adsorbate atom over the highest slab atom, of what counts as adsorbed
 MAX_ENERGY = 8.0  # eV, either sign
-BLOWN_UP = (ValueError, ArithmeticError, RuntimeError, np.linalg.LinAlgError)  # what ASE and torch raise then
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,19 @@
-"""SevenNet-0 and its gas-phase references: the zero of every adsorption energy in this project.
+"""The potentials that label and judge, and their gas-phase references: the zero of every adsorption energy.
 
-SevenNet-0 (Park et al., J. Chem. Theory Comput. 20, 4857 (2024); `sevenn`, MIT) is a machine-learned
-interatomic potential. What it says is not DFT: it labels the shipped slabs and judges designs, offline and on
-one core, because its weights come with the wheel. The data and the judge share this file, so that their
-energies have one zero.
+SevenNet-0 (Park et al., J. Chem. Theory Comput. 20, 4857 (2024); `sevenn`, MIT) made the shipped labels and
+judges designs; DIEP (`catmllm/potentials/diep.py`) labels new data. Both are machine-learned, offline and run
+on one core, because their weights come in their wheels. What they say is not DFT. Data and judge share this
+file, so that their energies have one zero.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
+
+from catmllm.potentials.relax import Potential, PotentialMissing, Start, by_calculator, relaxed, structure_of
 
 if TYPE_CHECKING:
     from ase.calculators.calculator import Calculator
@@ -18,7 +21,11 @@ if TYPE_CHECKING:
 INSTALL = "pip install sevenn"
 
 
-class OracleMissing(RuntimeError):
+# Molecules whose energies are the zero: each element's is that of the first one less what is known by then.
+GASES = {"H": "H2", "O": "H2O", "N": "N2", "C": "CO", "S": "SH2", "F": "HF", "Cl": "HCl"}
+
+
+class OracleMissing(PotentialMissing):
     """SevenNet cannot be imported; the message has the line that installs it."""
 
 
@@ -52,30 +59,44 @@ def sevennet(device: str = "cpu") -> Calculator:
     return calculator
 
 
-def gas_energy(name: str, calculator: Calculator) -> float:
-    """Energy (eV) of one relaxed gas molecule of ASE's g2 set, with 5 Å of vacuum on every side."""
+def gas_energies(names: Sequence[str], potential: Potential) -> list[float]:
+    """Energies (eV) of relaxed gas molecules of ASE's g2 set, with 5 Å of vacuum on every side.
+
+    Raises RuntimeError where the potential blows up on one."""
     from ase.build import molecule
-    from ase.optimize import BFGS
 
-    gas = molecule(name)
-    gas.center(vacuum=5)
-    gas.pbc = True
-    gas.calc = calculator
-    BFGS(gas, logfile=None).run(fmax=0.03, steps=60)
-    return float(gas.get_potential_energy())
+    starts = []
+    for name in names:
+        gas = molecule(name)
+        gas.center(vacuum=5)
+        starts.append(Start(structure_of(gas)))
+    ends = relaxed(starts, potential, fmax=0.03, max_steps=60)
+    for name, end in zip(names, ends):
+        if end.failed:
+            raise RuntimeError(f"the potential has no energy for {name} in the gas")
+    return [end.energy for end in ends]
 
 
-def atomic_references(calculator: Calculator) -> dict[str, float]:
-    """Reference energy (eV) of one H, O, N and C atom, from the gases H2, H2O, N2 and CO.
+def atomic_references(
+    potential: Potential, elements: Sequence[str] = ("H", "O", "N", "C")
+) -> dict[str, float]:
+    """Reference energy (eV) of one atom of each element, from gases (`GASES`).
 
-    H = H2/2, O = H2O - H2, N = N2/2, C = CO - O. The reference of an adsorbate is the sum over its atoms.
+    H = H2/2, O = H2O - H2, N = N2/2, C = CO - O, S = H2S - H2, F = HF - H2/2, Cl = HCl - H2/2. The reference
+    of an adsorbate is the sum over its atoms.
     """
-    h2, h2o, n2, co = (gas_energy(name, calculator) for name in ("H2", "H2O", "N2", "CO"))
-    oxygen = h2o - h2
-    return {"H": h2 / 2, "O": oxygen, "N": n2 / 2, "C": co - oxygen}
+    gas = dict(zip(elements, gas_energies([GASES[e] for e in elements], potential)))
+    found = {"H": gas["H"] / 2}
+    others = {"O": {"H": 2}, "S": {"H": 2}, "F": {"H": 1}, "Cl": {"H": 1}, "C": {"O": 1}}
+    for element, energy in gas.items():
+        if element == "N":
+            found[element] = energy / 2
+        elif element != "H":
+            found[element] = energy - sum(n * found[e] for e, n in others[element].items())
+    return found
 
 
 @lru_cache(maxsize=2)
 def sevennet_references(device: str = "cpu") -> dict[str, float]:
     """`atomic_references` by SevenNet-0, computed once a process (about 2 s)."""
-    return atomic_references(sevennet(device))
+    return atomic_references(by_calculator(sevennet(device)))

@@ -10,39 +10,31 @@ as it may be.
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from catmllm.data.fcc_slabs import ADSORBATES, BLOWN_UP, BROKEN_BOND, HEIGHT_RANGE, MAX_ENERGY
+from catmllm.data.fcc_slabs import ADSORBATES, BROKEN_BOND, HEIGHT_RANGE, MAX_ENERGY
 from catmllm.data.oracle import atomic_references, sevennet, sevennet_references
+from catmllm.potentials.hessian import first_hessian
+from catmllm.potentials.relax import BLOWN_UP, Potential, Relaxed, Start, Structure, by_calculator, relax
 from catmllm.structure.elements import COVALENT_RADIUS, SYMBOLS
 from catmllm.structure.system import ADSORBATE, System, make_system
 from catmllm.structure.tags import heights
 from rewards_fast import min_distance
 
 if TYPE_CHECKING:
-    from ase import Atoms
     from ase.calculators.calculator import Calculator
 
 # Longest bond (Å) that holds: for the pairs of the shipped adsorbates as in the data, else by covalent radii.
 _LONGEST_BOND = {frozenset(a.symbols): BROKEN_BOND * a.bond for a in ADSORBATES.values() if a.bond}
 _STRETCH = 1.25
 _TOO_CLOSE = 0.5  # Å; SevenNet has seen nothing like it
-# First guess of the Hessian, eV/Å^2: stretching of a bond of the adsorbate, and everything else. ASE's 70 for
-# everything is too stiff for an atom on a metal. Mean steps of 20 systems from the data's starts: 16.1 so,
-# 10.9 with the numbers below, in the same minimum to 2 meV. (8 instead of 20 needs 8.1, but slides off
-# labelled saddle points.)
-_BOND_STIFFNESS = {frozenset("CO"): 70.0, frozenset("OH"): 45.0, frozenset("NH"): 38.0, frozenset("CH"): 32.0}
-_OTHER_BOND_STIFFNESS = 40.0
-_STIFFNESS = 20.0
 
 
 @dataclass(frozen=True)
@@ -53,15 +45,13 @@ class JudgedEnergy:
     None, or why it does not count: `overlap` (atoms within 0.5 Å at the start), `no_adsorbate`,
     `no_reference` (an adsorbate atom other than C, H, O, N), `unknown_element`, `failed` (the relaxation blew
     up), `not_converged`, `dissociated`, `desorbed`, `sunken` (into the slab), `energy_out_of_range` (beyond 8
-    eV). steps: of the relaxation. seconds: spent here. moved: the largest displacement of an adsorbate atom
-    (Å).
+    eV). steps: of the relaxation. moved: the largest displacement of an adsorbate atom (Å).
     """
 
     energy: float
     ok: bool
     reason: str | None
     steps: int = 0
-    seconds: float = 0.0
     moved: float = 0.0
 
 
@@ -83,11 +73,13 @@ class SevenNetJudge:
     ) -> None:
         self.fmax, self.max_steps, self.device = fmax, max_steps, device
         self._injected = calculator is not None
-        with _one_thread():
-            self._calculator = calculator or sevennet(device)
-            self.references = (
-                sevennet_references(device) if calculator is None else atomic_references(calculator)
-            )
+        self._calculator = calculator or sevennet(device)
+        self._potential = _on_one_thread(by_calculator(self._calculator))
+        if calculator is None:
+            with _one_thread():
+                self.references = sevennet_references(device)
+        else:
+            self.references = atomic_references(self._potential)
         self._slab_energy: dict[bytes, float] = {}
 
     def adsorption_energy(self, system: System) -> float:
@@ -101,44 +93,45 @@ class SevenNetJudge:
 
     def relax(self, system: System) -> tuple[JudgedEnergy, System]:
         """The same with the relaxed system (the given one where nothing could be relaxed)."""
-        start = time.perf_counter()
-        reason = self._unfit(system)
-        if reason:
-            return JudgedEnergy(float("nan"), False, reason, 0, time.perf_counter() - start), system
-        steps, converged, energy, relaxed = 0, False, float("nan"), system
-        atoms = system.as_ase()
+        ((_, judged, relaxed),) = self._relaxed([system])
+        return judged, relaxed
+
+    def _relaxed(self, systems: Sequence[System]) -> Iterator[tuple[int, JudgedEnergy, System]]:
+        """(Place, verdict, relaxed system) of each, in any order; what can be is relaxed side by side."""
+        fit: list[int] = []
+        for i, system in enumerate(systems):
+            reason = self._unfit(system)
+            if reason:
+                yield i, JudgedEnergy(float("nan"), False, reason), system
+            else:
+                fit.append(i)
+        starts = (_start(systems[i]) for i in fit)
+        for place, end in relax(starts, self._potential, self.fmax, self.max_steps):
+            yield fit[place], *self._judged(systems[fit[place]], end)
+
+    def _judged(self, system: System, end: Relaxed) -> tuple[JudgedEnergy, System]:
         try:
-            with _one_thread():
-                energy = -self._energy_of_slab(atoms) - self._reference(system)
-                steps, converged = self._relax_adsorbate(atoms, system)
-                energy += float(atoms.get_potential_energy())
-            relaxed = make_system(
-                system.lattice,
-                atoms.positions,
-                system.numbers,
-                system.tags,
-                system.adsorbate,
-                system.miller,
-                energy if np.isfinite(energy) else None,
-                system.sid,
-            )
+            energy = end.energy - self._energy_of_slab(system) - self._reference(system)
         except BLOWN_UP:
-            reason = "failed"
-        else:
-            reason = self._why_not(relaxed, converged, energy)
+            end = replace(end, failed=True)
+        if end.failed:
+            return JudgedEnergy(float("nan"), False, "failed", end.steps), system
+        relaxed = make_system(
+            system.lattice, end.positions, system.numbers, system.tags, system.adsorbate, system.miller,
+            energy if np.isfinite(energy) else None, system.sid,
+        )  # fmt: skip
+        reason = self._why_not(relaxed, end.converged, energy)
         moved = float(np.linalg.norm(relaxed.positions - system.positions, axis=1).max())
-        return JudgedEnergy(
-            energy, reason is None, reason, steps, time.perf_counter() - start, moved
-        ), relaxed
+        return JudgedEnergy(energy, reason is None, reason, end.steps, moved), relaxed
 
     def judge_many(
         self, systems: Sequence[System], workers: int = 1, progress: bool = True
     ) -> list[JudgedEnergy]:
         """Judge systems in order, with a progress bar; `workers` processes of one thread each (1: this one).
 
-        About 0.8 s a 14-atom system on one core. One forward pass over several structures was no faster on a
-        CPU (0.078 s a structure alone, 0.077 in fours, 0.12 in sixteens: the arrays leave the cache), so
-        there is none.
+        About 0.8 s a 14-atom system on one core. One forward pass of SevenNet-0 over several structures was
+        no faster on a CPU (0.078 s a structure alone, 0.077 in fours, 0.12 in sixteens: the arrays leave the
+        cache), so it sees them one by one.
         """
         from tqdm import tqdm
 
@@ -149,7 +142,9 @@ class SevenNetJudge:
 
         workers = min(workers, len(systems))
         if workers <= 1:
-            return list(bar(map(self.judge, systems)))
+            found = dict[int, JudgedEnergy]()
+            found.update((i, judged) for i, judged, _ in bar(self._relaxed(systems)))
+            return [found[i] for i in range(len(systems))]
         settings = (self.fmax, self.max_steps, self.device, self._calculator if self._injected else None)
         with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, settings) as pool:
             return list(bar(pool.map(_judge_in_worker, systems, chunksize=2)))
@@ -174,26 +169,15 @@ class SevenNetJudge:
     def _reference(self, system: System) -> float:
         return sum(self.references[SYMBOLS[z]] for z in system.numbers[system.tags == ADSORBATE])
 
-    def _energy_of_slab(self, atoms: Atoms) -> float:
+    def _energy_of_slab(self, system: System) -> float:
         """Energy (eV) of the slab alone, kept by what it is: the designs of one task often share it."""
-        slab = atoms[atoms.get_tags() != ADSORBATE]
-        content = (slab.cell[:], slab.positions, slab.numbers)
+        slab = system.tags != ADSORBATE
+        alone = Structure(system.numbers[slab], system.lattice, system.positions[slab])
+        content = (alone.lattice, alone.positions, alone.numbers)
         key = hashlib.sha256(b"".join(np.ascontiguousarray(part).tobytes() for part in content)).digest()
         if key not in self._slab_energy:
-            slab.calc = self._calculator
-            self._slab_energy[key] = float(slab.get_potential_energy())
+            self._slab_energy[key] = float(self._potential([alone])[0][0])
         return self._slab_energy[key]
-
-    def _relax_adsorbate(self, atoms: Atoms, system: System) -> tuple[int, bool]:
-        from ase.constraints import FixAtoms
-        from ase.optimize import BFGS
-
-        atoms.set_constraint(FixAtoms(mask=system.tags != ADSORBATE))
-        atoms.calc = self._calculator
-        optimizer = BFGS(atoms, logfile=None, maxstep=0.2)
-        optimizer.H0 = first_hessian(system)
-        converged = bool(optimizer.run(fmax=self.fmax, steps=self.max_steps))
-        return int(optimizer.nsteps), converged
 
     def _why_not(self, relaxed: System, converged: bool, energy: float) -> str | None:
         """Why a relaxed system does not count, or None: the rules by which the data call a system `ok`."""
@@ -222,6 +206,14 @@ def _judge_in_worker(system: System) -> JudgedEnergy:
     return _worker["judge"].judge(system)
 
 
+def _on_one_thread(potential: Potential) -> Potential:
+    def asked(structures: Sequence[Structure]) -> Any:
+        with _one_thread():
+            return potential(structures)
+
+    return asked
+
+
 @contextmanager
 def _one_thread() -> Iterator[None]:
     import torch
@@ -234,37 +226,27 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def first_hessian(system: System) -> NDArray[np.float64]:
-    """A model Hessian [3N, 3N] (eV/Å^2) to start BFGS from: stiff along the adsorbate's bonds,
-    soft elsewhere."""
-    hessian = _STIFFNESS * np.eye(3 * len(system))
-    for i, j, vector in _bonds(system):
-        length = float(np.linalg.norm(vector))
-        pair = frozenset((SYMBOLS[system.numbers[i]], SYMBOLS[system.numbers[j]]))
-        block = _BOND_STIFFNESS.get(pair, _OTHER_BOND_STIFFNESS) * np.outer(vector, vector) / length**2
-        a, b = slice(3 * i, 3 * i + 3), slice(3 * j, 3 * j + 3)
-        hessian[a, a] += block
-        hessian[b, b] += block
-        hessian[a, b] -= block
-        hessian[b, a] -= block
-    return hessian
+def _start(system: System) -> Start:
+    free = system.tags == ADSORBATE
+    structure = Structure(system.numbers, system.lattice, system.positions, free)
+    return Start(structure, first_hessian(system.numbers[free], system.lattice, structure.positions[free]))
 
 
-def _bonds(system: System) -> list[tuple[int, int, NDArray[np.float64]]]:
-    """Bonds within the adsorbate: its atoms i < j and the shortest vector between them."""
+def _bonds(system: System) -> list[tuple[int, int]]:
+    """Bonds within the adsorbate: its atoms i < j."""
     from ase.geometry import find_mic
 
     atoms = np.flatnonzero(system.tags == ADSORBATE)
     bonds = []
     for i, j in ((int(i), int(j)) for k, i in enumerate(atoms) for j in atoms[k + 1 :]):
-        (vector,), (length,) = find_mic([system.positions[j] - system.positions[i]], system.lattice, pbc=True)
+        _, (length,) = find_mic([system.positions[j] - system.positions[i]], system.lattice, pbc=True)
         z_i, z_j = int(system.numbers[i]), int(system.numbers[j])
         longest = _LONGEST_BOND.get(
             frozenset((SYMBOLS[z_i], SYMBOLS[z_j])),
             _STRETCH * float(COVALENT_RADIUS[z_i] + COVALENT_RADIUS[z_j]),
         )
         if length <= longest:
-            bonds.append((i, j, vector))
+            bonds.append((i, j))
     return bonds
 
 
@@ -275,7 +257,7 @@ def _in_one_piece(system: System) -> bool:
     reached, frontier = {atoms[0]}, [atoms[0]]
     while frontier:
         atom = frontier.pop()
-        for i, j, _ in bonds:
+        for i, j in bonds:
             if atom in (i, j) and (other := i + j - atom) not in reached:
                 reached.add(other)
                 frontier.append(other)

@@ -82,6 +82,27 @@ def neighbour_graphs(
     return Graph(edge_index, np.concatenate([p[1] for p in parts])), np.concatenate([p[2] for p in parts])
 
 
+def all_neighbours(
+    lattices: NDArray[np.float64], positions: NDArray[np.float64], first: NDArray[np.int64], cutoff: float
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64], NDArray[np.int64]]:
+    """Every neighbour within the cutoff (Å) of every atom of several structures, as a potential wants them.
+
+    lattices [B, 3, 3], positions [N, 3] of all structures in a row, first [B + 1] where each begins. Returns
+    neighbour [E], centre [E], vector from centre to neighbour [E, 3] (Å), sorted by centre and then by
+    length, and the number of neighbours of each atom [N]. Raises ValueError for bad input and for a cell so
+    small that an atom has more than 500.
+    """
+    _check(cutoff, 500)
+    cells = np.ascontiguousarray(lattices, dtype=np.float64)
+    points = np.ascontiguousarray(positions, dtype=np.float64)
+    index, vectors, degree, bad = _many(cells, points, first, float(cutoff), 500, True)
+    if bad >= 0:
+        wrap(cells[bad], points[first[bad] : first[bad + 1]], cutoff)  # raises, saying why
+    if (degree >= 500).any():
+        raise ValueError(f"an atom has 500 neighbours or more within {cutoff:g} Å: the atoms lie too close")
+    return index[0], index[1], vectors, degree
+
+
 def _check(cutoff: float, max_neighbours: int) -> None:
     if not cutoff > 0 or max_neighbours < 1:
         raise ValueError(f"cutoff {cutoff} and max_neighbours {max_neighbours} must be positive")

@@ -16,7 +16,8 @@ from ase.optimize import BFGS
 
 from catmllm.data.oracle import OracleMissing, atomic_references, sevennet, sevennet_references
 from catmllm.data.slabs import load_slabs
-from catmllm.evaluate.judges import JudgedEnergy, SevenNetJudge, first_hessian
+from catmllm.evaluate.judges import JudgedEnergy, SevenNetJudge
+from catmllm.potentials.relax import by_calculator
 from catmllm.structure.cif import read_cif, write_cif
 from catmllm.structure.system import System, make_system
 
@@ -49,7 +50,6 @@ def test_labels_come_out_again(judge: SevenNetJudge, system: System) -> None:
     judged = judge.judge(system)
     assert judged.ok and judged.reason is None
     assert judged.energy == pytest.approx(system.energy, abs=0.01)
-    assert judged.seconds > 0
 
 
 def test_a_disturbed_adsorbate_goes_back(judge: SevenNetJudge) -> None:
@@ -246,25 +246,8 @@ def test_workers_judge_as_one_and_in_order() -> None:
     assert judge.judge_many([], workers=2, progress=False) == []
 
 
-def test_the_model_hessian_is_that_of_a_bond() -> None:
-    hessian = first_hessian(MOLECULE)
-    np.testing.assert_allclose(hessian, hessian.T)
-    i, j = np.flatnonzero(MOLECULE.tags == 2)
-    along = MOLECULE.positions[j] - MOLECULE.positions[i]
-    along /= np.linalg.norm(along)
-    stretch = np.zeros((len(MOLECULE), 3))
-    stretch[i], stretch[j] = -along, along
-    shift = np.zeros((len(MOLECULE), 3))
-    shift[[i, j]] = [0.3, -0.2, 0.5]
-    soft = 20.0
-    assert stretch.ravel() @ hessian @ stretch.ravel() == pytest.approx(2 * soft + 4 * 70.0)
-    # a rigid shift is soft
-    assert shift.ravel() @ hessian @ shift.ravel() == pytest.approx(soft * (shift**2).sum())
-    assert np.linalg.eigvalsh(hessian).min() > 0
-
-
 def test_references_of_another_calculator() -> None:
-    references = atomic_references(EMT())
+    references = atomic_references(by_calculator(EMT()))
     assert set(references) == {"H", "O", "N", "C"}
     h2 = Atoms("H2", positions=[[0, 0, 0], [0, 0, 0.8]])
     h2.calc = EMT()

@@ -1,0 +1,1 @@
+"""Machine-learned potentials of many structures at once, and relaxations by them."""
