@@ -14,7 +14,7 @@ TESTS    ?=
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup constraints run test test-slow test-newest test-oldest test-python frameworks environments vllm baselines wheels bench gpu gpu-prefill tables lint format clean \
+.PHONY: help setup constraints run test test-slow test-newest test-oldest test-python frameworks environments vllm baselines labels wheels bench gpu gpu-prefill tables lint format clean \
 	engine test-engine test-so2 fuzz
 
 help:  ## this list
@@ -27,6 +27,7 @@ $(READY): $(VERSIONS) pyproject.toml setup.py rewards_fast/_core.pyx $(wildcard 
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --upgrade pip
 	$(BIN)/python -m pip install --quiet $(VERSIONS:%=--constraint %) --build-constraint constraints.txt --editable '.[$(EXTRAS)]'
+	$(BIN)/python -m pip install --quiet --no-deps diep==2.0.0  # its weights alone: nothing that it needs
 	@touch $@
 
 # The index's own builds: a wheel that lies on this machine may need less than what others get.
@@ -105,6 +106,17 @@ $(BASELINES)/.ready:
 	$(BASELINES)/bin/python -m pip install --quiet numpy scipy numba pydantic pyyaml ase lmdb tqdm torch-geometric==2.8.1 \
 		huggingface-hub chgnet==0.4.2
 	$(BASELINES)/bin/python -m pip install --quiet --no-deps fairchem-core==1.10.0
+	@touch $@
+
+# And the candidates for labels: their weights come in their wheels. catmllm itself is taken from here.
+LABELS := .labels
+labels: setup $(LABELS)/.ready  ## potentials that could label slabs beside DFT and published energies, in .labels; records in bench/results
+	$(LABELS)/bin/python bench/labels.py
+
+$(LABELS)/.ready:
+	$(PYTHON) -m venv $(LABELS)
+	$(LABELS)/bin/python -m pip install --quiet torch==2.13.0
+	$(LABELS)/bin/python -m pip install --quiet numpy scipy numba ase sevenn==0.13.0 chgnet==0.4.2 diep==2.0.0
 	@touch $@
 
 test-slow: setup frameworks environments vllm  ## the tests that take minutes, also against verl, OpenRLHF, verifiers and vLLM

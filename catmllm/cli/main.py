@@ -1,5 +1,5 @@
 """The `catmllm` command, a file a subcommand: plan | predict | design | evaluate | export | data make,
-import, oc20, inspect.
+relabel, import, oc20, inspect.
 
 Each subcommand has a line of help, its `options`, and `run`, which loads only what it needs.
 """
@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from catmllm.cli import design, evaluate, export, inspect, oc20, own, plan, predict
-from catmllm.data import make
+from catmllm.data import make, relabel
 
 COMMANDS = {"predict": predict, "design": design, "evaluate": evaluate, "export": export, "plan": plan}
 KINDS = {"import": own, "oc20": oc20, "inspect": inspect}  # of `catmllm data`
@@ -42,8 +42,9 @@ def _parser() -> argparse.ArgumentParser:
         _add(commands, name, module.HELP, module.options, module.run)
     data = commands.add_parser("data", help="make training data, and look at it")
     kinds = data.add_subparsers(dest="kind", required=True, metavar="KIND")
-    made = "adsorption systems on fcc slabs, labelled by SevenNet-0 (an MLIP, not DFT)"
+    made = "adsorption systems on random slabs, labelled by DIEP (an MLIP, not DFT)"
     _add(kinds, "make", made, make.add_arguments, make.main)
+    _add(kinds, "relabel", "new labels for such systems, by DIEP", relabel.add_arguments, relabel.main)
     for name, module in KINDS.items():
         _add(kinds, name, module.HELP, module.options, module.run)
     return parser

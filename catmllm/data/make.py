@@ -1,10 +1,11 @@
-"""Make more adsorption systems of the shipped kind, labelled by SevenNet-0, in any number of processes.
+"""Make adsorption systems on random slabs, labelled by DIEP, in any number of processes.
 
     catmllm data make --slabs 100 --seed 7 --out more.jsonl.gz
 
-The labels are those of a machine-learned potential, not DFT; `fcc_slabs.py` has the protocol. Every slab has
-its own random stream, so neither the number of workers nor a kill changes what is made. The shipped file came
-from one stream for all slabs of a seed; `--check` repeats its beginning.
+The labels are those of a machine-learned potential, not DFT; `surfaces.py` has the protocol. Every slab has
+its own random stream, so neither the number of workers nor a kill changes what is made. The shipped file is
+SevenNet-0's, by an older protocol (`fcc_slabs.py`) with one stream for all slabs of a seed; `--check` repeats
+its beginning.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import os
 import signal
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -26,24 +28,24 @@ from itertools import islice
 from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from catmllm.data.fcc_slabs import Record, slab_records
-from catmllm.data.oracle import OracleMissing, atomic_references, require_sevennet, sevennet
+from catmllm.data.oracle import GASES, atomic_references, require_sevennet, sevennet
+from catmllm.data.surfaces import surface_records
+from catmllm.potentials.relax import Potential, PotentialMissing, by_calculator
 
-if TYPE_CHECKING:
-    from ase.calculators.calculator import Calculator
-
-CalculatorFactory = Callable[[], "Calculator"]
+PotentialFactory = Callable[[], Potential]
 
 
-def labelling_calculator() -> Calculator:
-    """SevenNet-0 on one thread: workers share the cores by being many, and one thread gives one result."""
+def labelling_potential() -> Potential:
+    """DIEP on one thread: workers share the cores by being many, and one thread gives one result."""
     import torch
 
-    calculator = sevennet()
+    from catmllm.potentials.diep import diep
+
     torch.set_num_threads(1)
-    return calculator
+    return diep()
 
 
 # --------------------------------------------------------------------------- the shipped file, again
@@ -61,8 +63,11 @@ def reproduce_shipped(
 
     with gzip.open(SHIPPED, "rt", encoding="utf-8") as file:
         shipped = {record["sid"]: record for record in map(json.loads, file)}
-    calculator = labelling_calculator()
-    references = atomic_references(calculator)
+    import torch
+
+    torch.set_num_threads(1)
+    calculator = sevennet()
+    references = atomic_references(by_calculator(calculator))
     rng = Random(seed)
 
     def made() -> Iterator[Record]:
@@ -116,12 +121,12 @@ def exit_with_parent() -> None:
         os._exit(1)
 
 
-def _load(factory: CalculatorFactory) -> None:
-    _worker["calculator"] = factory()
-    _worker["references"] = atomic_references(_worker["calculator"])
+def _load(factory: PotentialFactory) -> None:
+    _worker["potential"] = factory()
+    _worker["references"] = atomic_references(_worker["potential"], tuple(GASES))
 
 
-def _start_worker(factory: CalculatorFactory) -> None:
+def _start_worker(factory: PotentialFactory) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     threading.Thread(target=exit_with_parent, daemon=True).start()
     _load(factory)
@@ -130,12 +135,12 @@ def _start_worker(factory: CalculatorFactory) -> None:
 def _make_slab(seed: int, slab: int, per_slab: int) -> str:
     """All records of one slab as JSON lines; depends on (seed, slab, per_slab) alone."""
     rng = Random(f"{seed}/{slab}")
-    records = slab_records(rng, f"p{seed}-{slab}", per_slab, _worker["calculator"], _worker["references"])
+    records = surface_records(rng, f"p{seed}-{slab}", per_slab, _worker["potential"], _worker["references"])
     return "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
 
 
 def _made_slabs(
-    todo: list[int], seed: int, per_slab: int, workers: int, factory: CalculatorFactory
+    todo: list[int], seed: int, per_slab: int, workers: int, factory: PotentialFactory
 ) -> Generator[tuple[int, str], None, None]:
     """Yield (slab, its lines) as slabs get done, in any order."""
     workers = min(workers, len(todo))
@@ -197,7 +202,7 @@ def read_finished(path: Path, seed: int, per_slab: int) -> tuple[dict[int, str],
                 ) from error
             if k == 0:
                 expected = label
-            if not label.startswith(f"p{seed}-") or sid != f"7net-{expected}-{k}":
+            if not label.startswith(f"p{seed}-") or sid != f"diep-{expected}-{k}":
                 raise MakeError(
                     f"{path}, line {first + k + 1}: {sid} does not belong to --seed {seed} --per-slab "
                     f"{per_slab}. Give the settings that the file was made with, or another --out"
@@ -239,7 +244,7 @@ def make(
     seed: int,
     per_slab: int = 8,
     workers: int = 1,
-    factory: CalculatorFactory = labelling_calculator,
+    factory: PotentialFactory = labelling_potential,
     progress: bool = True,
 ) -> None:
     """Make `slabs` slabs with `per_slab` systems each and write them to `out`,
@@ -247,8 +252,8 @@ def make(
 
     Slabs that an earlier run of the same settings finished are taken over from `out` and from its part file,
     so a killed run goes on and a finished one can be extended; the file is the same as that of an unbroken
-    run. `factory` makes the calculator in each process (picklable if workers > 1). Raises `MakeError`,
-    `OracleMissing`.
+    run. `factory` makes the potential in each process (picklable if workers > 1). Raises `MakeError`,
+    `PotentialMissing`.
     """
     from tqdm import tqdm
 
@@ -305,6 +310,15 @@ def _said(target: Callable[[], Path], state: Callable[[], str]) -> Iterator[None
         ) from error
 
 
+def told(out: Path) -> str:
+    """How many systems of a file count, and why others do not."""
+    with (gzip.open if out.suffix == ".gz" else open)(out, "rt", encoding="utf-8") as lines:
+        reasons = Counter(json.loads(line)["reason"] for line in lines)
+    usable = reasons.pop(None, 0)
+    refused = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+    return f"{usable + reasons.total()} systems, {usable} of them usable{refused and '; ' + refused}"
+
+
 # --------------------------------------------------------------------------- the command
 
 
@@ -324,10 +338,10 @@ def _data_path(text: str) -> Path:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `catmllm data make`."""
     parser.description = (
-        "Make adsorption systems on random fcc slabs, of the kind that is shipped. The labels are "
-        "adsorption energies by SevenNet-0, a machine-learned potential: they are not DFT. About 20 s a "
-        "slab of 8 systems and core. Finished slabs are kept in OUT.part until all are done: after a kill "
-        "the same command goes on from there, and with a larger --slabs it extends a finished file."
+        "Make adsorption systems on random slabs of 23 metals and their alloys. The labels are adsorption "
+        "energies by DIEP (r2SCAN), a machine-learned potential: they are not DFT. About 4 s a slab of 8 "
+        "systems and core. Finished slabs are kept in OUT.part until all are done: after a kill the same "
+        "command goes on from there, and with a larger --slabs it extends a finished file."
     )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     parser.add_argument("--slabs", type=_positive, default=100, help="slabs to make (default %(default)s)")
@@ -355,14 +369,13 @@ def main(args: argparse.Namespace) -> int:
         print("catmllm data make: --out FILE.jsonl[.gz] is missing", file=sys.stderr)
         return 2
     try:
-        require_sevennet()
         if args.check:
+            require_sevennet()
             return check()
+        labelling_potential()  # says at once what is missing
         make(args.out, args.slabs, args.seed, args.per_slab, args.workers)
-        from catmllm.data.slabs import load_slabs
-
-        print(f"{args.out}: {args.slabs * args.per_slab} systems, {len(load_slabs(args.out))} of them usable")
-    except (MakeError, OracleMissing) as error:
+        print(f"{args.out}: {told(args.out)}")
+    except (MakeError, PotentialMissing) as error:
         print(f"catmllm data make: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

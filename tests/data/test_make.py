@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import importlib.util
 import itertools
 import json
 import os
@@ -36,7 +37,9 @@ from catmllm.data.fcc_slabs import (
 )
 from catmllm.data.make import MakeError, difference, make, part_path, read_finished, reproduce_shipped
 from catmllm.data.slabs import SHIPPED, load_slabs
-from tests.data.toy_calculator import EggBox
+from catmllm.potentials.diep import diep
+from catmllm.potentials.relax import Potential
+from tests.data.toy_calculator import EggBox, egg_box
 
 SEED, PER_SLAB = 3, 2
 
@@ -45,13 +48,13 @@ RUN = """
 import resource, sys
 from pathlib import Path
 from catmllm.data.make import MakeError, make
-from tests.data.toy_calculator import EggBox
+from tests.data.toy_calculator import egg_box
 if __name__ == "__main__":
     out, slabs, workers, limit = Path(sys.argv[1]), *map(int, sys.argv[2:])
     if limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     try:
-        make(out, slabs, 3, 2, workers, EggBox, progress=False)
+        make(out, slabs, 3, 2, workers, egg_box, progress=False)
     except MakeError as error:
         sys.exit(str(error))
 """
@@ -70,7 +73,7 @@ def run(out: Path, slabs: int, workers: int = 1, limit: int = 0) -> subprocess.P
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """Four slabs, made without a break in one process."""
     out = tmp_path_factory.mktemp("unbroken") / "four.jsonl"
-    make(out, 4, SEED, PER_SLAB, factory=EggBox, progress=False)
+    make(out, 4, SEED, PER_SLAB, factory=egg_box, progress=False)
     return out.read_bytes()
 
 
@@ -236,7 +239,7 @@ def test_difference_tells_systems_apart() -> None:
 
 def test_records_are_readable_and_named_after_their_seed(unbroken: bytes, tmp_path: Path) -> None:
     records = [json.loads(line) for line in unbroken.splitlines()]
-    assert [r["sid"] for r in records] == [f"7net-p3-{slab}-{k}" for slab in range(4) for k in range(2)]
+    assert [r["sid"] for r in records] == [f"diep-p3-{slab}-{k}" for slab in range(4) for k in range(2)]
     path = tmp_path / "four.jsonl"
     path.write_bytes(unbroken)
     systems = load_slabs(path)
@@ -248,20 +251,20 @@ def test_records_are_readable_and_named_after_their_seed(unbroken: bytes, tmp_pa
 
 def test_any_number_of_workers_makes_the_same_file(unbroken: bytes, tmp_path: Path) -> None:
     out = tmp_path / "four.jsonl.gz"
-    make(out, 4, SEED, PER_SLAB, workers=2, factory=EggBox, progress=False)
+    make(out, 4, SEED, PER_SLAB, workers=2, factory=egg_box, progress=False)
     assert gzip.decompress(out.read_bytes()) == unbroken
     assert sorted(p.name for p in tmp_path.iterdir()) == ["four.jsonl.gz"]
 
 
 @pytest.mark.slow
-def test_sevennet_labels_do_not_depend_on_the_process(tmp_path: Path) -> None:
+def test_labels_do_not_depend_on_the_process(tmp_path: Path) -> None:
     make(tmp_path / "one.jsonl", 2, SEED, 1, workers=1, progress=False)
     make(tmp_path / "two.jsonl", 2, SEED, 1, workers=2, progress=False)
     assert (tmp_path / "one.jsonl").read_bytes() == (tmp_path / "two.jsonl").read_bytes()
 
 
 def test_another_seed_makes_other_slabs(unbroken: bytes, tmp_path: Path) -> None:
-    make(tmp_path / "a.jsonl", 2, SEED + 1, PER_SLAB, factory=EggBox, progress=False)
+    make(tmp_path / "a.jsonl", 2, SEED + 1, PER_SLAB, factory=egg_box, progress=False)
     other = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
     mine = [json.loads(line) for line in unbroken.splitlines()]
     assert all(a["pos"] != b["pos"] for a, b in zip(other, mine))
@@ -298,7 +301,7 @@ def test_a_killed_run_goes_on_and_leaves_no_worker(unbroken: bytes, tmp_path: Pa
     assert workers and not any(map(alive, workers))
     with part.open("ab") as file:
         file.write(unbroken[:150])  # half a line, as a kill within a write leaves it
-    make(out, 4, SEED, PER_SLAB, factory=EggBox, progress=False)
+    make(out, 4, SEED, PER_SLAB, factory=egg_box, progress=False)
     assert out.read_bytes() == unbroken
     assert not part.exists()
 
@@ -307,7 +310,7 @@ def test_a_killed_run_goes_on_and_leaves_no_worker(unbroken: bytes, tmp_path: Pa
 def test_a_part_cut_anywhere_makes_the_same_file(unbroken: bytes, tmp_path: Path, cut: int) -> None:
     out = tmp_path / "four.jsonl"
     part_path(out).write_bytes(unbroken[:cut])
-    make(out, 4, SEED, PER_SLAB, factory=EggBox, progress=False)
+    make(out, 4, SEED, PER_SLAB, factory=egg_box, progress=False)
     assert out.read_bytes() == unbroken
 
 
@@ -325,11 +328,11 @@ def test_a_finished_file_is_left_alone_or_extended(
     unbroken: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "four.jsonl.gz"
-    make(out, 2, SEED, PER_SLAB, factory=EggBox, progress=False)
+    make(out, 2, SEED, PER_SLAB, factory=egg_box, progress=False)
     first = out.read_bytes()
     assert gzip.decompress(first) == lines_of(unbroken, 2)
 
-    def never() -> EggBox:
+    def never() -> Potential:
         raise AssertionError("nothing is to be made")
 
     make(out, 2, SEED, PER_SLAB, factory=never, progress=False)
@@ -337,7 +340,7 @@ def test_a_finished_file_is_left_alone_or_extended(
     assert out.read_bytes() == first
     with pytest.raises(MakeError, match="already holds 2 slabs"):
         make(out, 1, SEED, PER_SLAB, factory=never, progress=False)
-    make(out, 4, SEED, PER_SLAB, factory=EggBox, progress=False)
+    make(out, 4, SEED, PER_SLAB, factory=egg_box, progress=False)
     assert gzip.decompress(out.read_bytes()) == unbroken
 
 
@@ -346,7 +349,7 @@ def test_other_settings_are_refused(unbroken: bytes, tmp_path: Path, seed: int, 
     out = tmp_path / "four.jsonl"
     out.write_bytes(unbroken)
     with pytest.raises(MakeError, match=r"four.jsonl, line \d+: .* does not belong to --seed"):
-        make(out, 9, seed, per_slab, factory=EggBox, progress=False)
+        make(out, 9, seed, per_slab, factory=egg_box, progress=False)
     assert out.read_bytes() == unbroken
 
 
@@ -355,11 +358,11 @@ def test_damage_in_the_middle_is_named(unbroken: bytes, tmp_path: Path) -> None:
     lines = unbroken.splitlines(keepends=True)
     out.write_bytes(b"".join([*lines[:3], lines[3][:40] + b"\n", *lines[4:]]))
     with pytest.raises(MakeError, match="line 4: not a record"):
-        make(out, 4, SEED, PER_SLAB, factory=EggBox, progress=False)
+        make(out, 4, SEED, PER_SLAB, factory=egg_box, progress=False)
     packed = tmp_path / "four.jsonl.gz"
     packed.write_bytes(gzip.compress(unbroken)[:-40])
     with pytest.raises(MakeError, match="cannot be read"):
-        make(packed, 4, SEED, PER_SLAB, factory=EggBox, progress=False)
+        make(packed, 4, SEED, PER_SLAB, factory=egg_box, progress=False)
 
 
 def test_a_full_disk_is_told_and_survived(unbroken: bytes, tmp_path: Path) -> None:
@@ -372,14 +375,14 @@ def test_a_full_disk_is_told_and_survived(unbroken: bytes, tmp_path: Path) -> No
     assert "of 4 slabs are kept in" in error and "same command again" in error
     assert "Traceback" not in error
     assert not out.exists()
-    make(out, 4, SEED, PER_SLAB, factory=EggBox, progress=False)
+    make(out, 4, SEED, PER_SLAB, factory=egg_box, progress=False)
     assert out.read_bytes() == unbroken
 
 
 def test_a_folder_that_cannot_be_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(MakeError, match=r"cannot write .*no slab was finished yet"):
-        make(tmp_path / "file" / "a.jsonl", 1, SEED, PER_SLAB, factory=EggBox, progress=False)
+        make(tmp_path / "file" / "a.jsonl", 1, SEED, PER_SLAB, factory=egg_box, progress=False)
 
 
 def test_a_worker_that_dies_is_told(tmp_path: Path) -> None:
@@ -402,13 +405,19 @@ def test_help_says_that_labels_are_not_dft() -> None:
     assert "not DFT" in parser.format_help()
 
 
-def test_without_sevenn_one_line_says_how_to_get_it(
+def test_without_a_potential_one_line_says_how_to_get_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "sevenn.calculator", None)
-    assert making.main(parse(["--out", str(tmp_path / "a.jsonl")])) == 1
-    error = capsys.readouterr().err
-    assert "pip install sevenn" in error and error.count("\n") == 1
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    diep.cache_clear()
+    for arguments, said in (
+        (["--out", str(tmp_path / "a.jsonl")], "pip install --no-deps diep"),
+        (["--check"], "pip install sevenn"),
+    ):
+        assert making.main(parse(arguments)) == 1
+        error = capsys.readouterr().err
+        assert said in error and error.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
 

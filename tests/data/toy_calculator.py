@@ -6,6 +6,8 @@ from __future__ import annotations
 import numpy as np
 from ase.calculators.calculator import Calculator, all_changes
 
+from catmllm.potentials.relax import Potential, by_calculator
+
 
 class EggBox(Calculator):
     """Every atom on its own in a smooth periodic landscape (eV, Å);
@@ -21,3 +23,8 @@ class EggBox(Calculator):
             "energy": float((depth * (1 - np.cos(wave * atoms.positions))).sum()),
             "forces": -depth * wave * np.sin(wave * atoms.positions),
         }
+
+
+def egg_box() -> Potential:
+    """The same as a potential of many structures."""
+    return by_calculator(EggBox())
