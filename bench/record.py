@@ -44,7 +44,8 @@ SKIPPED = 77  # exit status of a bench that cannot run here: `make bench` prints
 VERSIONS = {
     "torch": "torch", "triton": "triton", "numpy": "numpy", "transformers": "transformers", "trl": "trl",
     "ase": "ase", "pymatgen": "pymatgen", "gemmi": "gemmi", "fairchem.core": "fairchem-core",
-    "numba": "numba", "uvicorn": "uvicorn", "fastapi": "fastapi",
+    "numba": "numba", "uvicorn": "uvicorn", "fastapi": "fastapi", "sevenn": "sevenn", "chgnet": "chgnet",
+    "diep": "diep",
 }  # fmt: skip
 
 

@@ -351,6 +351,29 @@ def data_pictures() -> str:
     )
 
 
+def labels() -> str:
+    said = {name: newest(f"labels_{name}") for name in ("r", "mae", "published", "nickel", "seconds")}
+    head = [
+        "potential",
+        "r with DFT",
+        "error there, eV",
+        "on published (111), eV",
+        "O on Ni, eV",
+        "CPU s a point",
+    ]
+    rows = [
+        [who, f"{r:.3f}", *(f"{said[name]['value'][who]:.2f}" for name in ("mae", "published", "nickel")),
+         f"{said['seconds']['value'][who]:.3f}"]
+        for who, r in sorted(said["r"]["value"].items(), key=lambda pair: -pair[1])
+    ]  # fmt: skip
+    return (
+        f"{table(head, rows)}\n\nr and error: single points on {said['r']['conditions']['slabs']}, within "
+        "the adsorbate and after one offset an adsorbate. Published: H, C, N, O and CO relaxed in the fcc "
+        "hollow, BEEF-vdW. "
+        f"{source(*said.values())}"
+    )
+
+
 def data_command() -> str:
     one = newest("data_command")
     v, rate = one["value"], one["value"]["systems per second"]
@@ -537,7 +560,7 @@ def tiny_designs() -> str:
 FIGURES: dict[str, Callable[[], str]] = {
     made.__name__: made
     for made in (peers, reward_sentence, reward, reward_threads, encoder_speed, encoder_kept, encoder_counts,
-                 data_text, data_pictures, data_command, loader, rl, rl_scaling, rl_seeds, server,
+                 data_text, data_pictures, labels, data_command, loader, rl, rl_scaling, rl_seeds, server,
                  server_soak, plan, tiny_run, tiny_energies, tiny_cifs, tiny_designs)
 }  # fmt: skip
 
