@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 from catmllm.structure.elements import COVALENT_RADIUS, NUMBER
 from catmllm.structure.formula import pieces
-from catmllm.structure.periodic import any_image_within, wrap
+from catmllm.structure.periodic import any_image_within, wrap_into
 from catmllm.structure.system import ADSORBATE, SURFACE, System
-from catmllm.structure.tags import heights
+from catmllm.structure.tags import cell_heights
 
 Fault = Literal["no_adsorbate", "squeezed", "broken", "overlap", "buried", "detached"]
 FAULTS: tuple[Fault, ...] = get_args(Fault)
@@ -74,28 +74,62 @@ def adsorbate_fault(system: System) -> Fault | None:
     `broken`: it is in more pieces than its name says (`(O)4`: four). `buried`: inside the slab or on its
     lower side. `detached`: out of reach of the surface.
     """
-    adsorbate = system.tags == ADSORBATE
+    found: int = _fault(
+        np.ascontiguousarray(system.lattice),
+        system.positions,
+        np.ascontiguousarray(system.frac),
+        system.numbers,
+        system.tags,
+        pieces(system.adsorbate),
+        COVALENT_RADIUS,
+        _LEAST,
+        _MOST,
+    )
+    return _BY_CODE[found]
+
+
+_BY_CODE: tuple[Fault | None, ...] = (
+    None, "no_adsorbate", "overlap", "squeezed", "broken", "buried", "detached",
+)  # fmt: skip
+
+
+@njit(cache=True, nogil=True)
+def _fault(lattice, positions, frac, numbers, tags, most_pieces, radius, shortest, longest):
+    """The place in `_BY_CODE`. One function, since NumPy's small calls took most of the time of a check."""
+    n = len(numbers)
+    adsorbate, radii = tags == ADSORBATE, np.empty(n)
     if not adsorbate.any() or adsorbate.all():
-        return "no_adsorbate"
-    z = system.numbers
-    radii = COVALENT_RADIUS[z]
-    try:
-        wrapped = wrap(system.lattice, system.positions, _REACH * 2 * float(radii.max()))
-    except ValueError:  # so small that its images are too many
-        return "overlap"
-    contacts = _contacts(*wrapped, radii, adsorbate, _LEAST[np.ix_(z, z)], _MOST[np.ix_(z, z)])
-    if contacts[0]:
-        return "overlap"
-    if contacts[1]:
-        return "squeezed"
-    if contacts[2] > pieces(system.adsorbate):
-        return "broken"
-    height = heights(system.lattice, system.frac)
-    surface = height[system.tags == SURFACE]
-    level = float(surface.mean()) if len(surface) else float(height[~adsorbate].max())
-    if height[adsorbate].min() < level + _LOWEST:
-        return "buried"
-    return None if contacts[3] else "detached"
+        return 1
+    least, most = np.empty((n, n)), np.empty((n, n))
+    for i in range(n):
+        radii[i] = radius[numbers[i]]
+        for j in range(n):
+            least[i, j], most[i, j] = shortest[numbers[i], numbers[j]], longest[numbers[i], numbers[j]]
+    points, own, spacings, problem, _ = wrap_into(lattice, positions, _REACH * 2 * radii.max())
+    if problem:  # so small that its images are too many
+        return 2
+    overlap, squeezed, parts, reached = _contacts(
+        lattice, points, own, spacings, radii, adsorbate, least, most
+    )
+    if overlap:
+        return 2
+    if squeezed:
+        return 3
+    if parts > most_pieces:
+        return 4
+    height = cell_heights(lattice, frac)
+    total, n_surface, top, lowest = 0.0, 0, -np.inf, np.inf
+    for i in range(n):
+        if adsorbate[i]:
+            lowest = min(lowest, height[i])
+        else:
+            top = max(top, height[i])
+        if tags[i] == SURFACE:
+            total, n_surface = total + height[i], n_surface + 1
+    level = total / n_surface if n_surface else top
+    if lowest < level + _LOWEST:
+        return 5
+    return 0 if reached else 6
 
 
 @njit(cache=True, nogil=True)

@@ -6,6 +6,7 @@ The layout is that of the paper's Appendix C.3, which prints the first half; the
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -197,9 +198,10 @@ def system_from_crystal(crystal: Crystal, adsorbate: str, miller: Miller | None 
         raise ValueError(
             f"site {int(np.argmin(crystal.numbers))} is no element: the cell holds {crystal.composition}"
         )
-    counts = count_elements(SYMBOLS[z] for z in crystal.numbers)
-    if any(abs(crystal.composition.get(symbol, 0) - count) > 1e-3 for symbol, count in counts.items()):
-        raise ValueError(f"partly occupied sites: {counts} on sites that hold {crystal.composition}")
+    held, counts = crystal.composition, Counter(crystal.numbers.tolist())
+    if any(abs(held.get(SYMBOLS[z], 0) - count) > 1e-3 for z, count in counts.items()):
+        sites = count_elements(SYMBOLS[z] for z in crystal.numbers)
+        raise ValueError(f"partly occupied sites: {sites} on sites that hold {held}")
     untagged = np.full(len(crystal.numbers), BULK)
     bare = make_system(crystal.lattice, None, crystal.numbers, untagged, adsorbate, miller, frac=crystal.frac)
     tags = surface_tags(bare.lattice, bare.frac, bare.numbers, parse_formula(adsorbate))

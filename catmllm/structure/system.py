@@ -7,6 +7,7 @@ are not in it.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -151,9 +152,9 @@ def make_system(
     start = None if start_positions is None else _fractional(cell, start_positions)
     if start is not None and (start.shape != fractional.shape or not np.isfinite(start).all()):
         raise ValueError(f"the start of {sid!r} must have a finite position for each of the {n} atoms")
-    if not ((z >= 1) & (z < len(SYMBOLS))).all():
+    if not (z.min() >= 1 and z.max() < len(SYMBOLS)):
         raise ValueError(f"atomic numbers are 1 to {len(SYMBOLS) - 1}, not {sorted(set(z.tolist()))}")
-    if not np.isin(tag, (BULK, SURFACE, ADSORBATE)).all():
+    if not (tag.min() >= BULK and tag.max() <= ADSORBATE):
         raise ValueError(f"tags are 0 (bulk), 1 (surface) and 2 (adsorbate), not {sorted(set(tag.tolist()))}")
     if energy is not None and not np.isfinite(energy):
         raise ValueError(f"the energy of {sid!r} is {energy}")
@@ -184,23 +185,25 @@ def standard_lattice(lattice: NDArray[np.float64]) -> NDArray[np.float64]:
 
     A lattice that stands so already comes back bit for bit. Raises ValueError for a left-handed or flat cell.
     """
-    if lattice.shape != (3, 3) or not np.isfinite(lattice).all():
-        raise ValueError(f"a lattice is a finite 3x3 matrix (rows a, b, c in Å), not {lattice.tolist()}")
-    lengths = np.linalg.norm(lattice, axis=1)
-    volume = float(np.linalg.det(lattice))
-    if not abs(volume) > 1e-9 * np.prod(lengths):
-        raise ValueError(f"the cell is flat: volume {volume:g} Å³ with edges {lengths.tolist()} Å")
+    rows = lattice.tolist()  # nine numbers: every call of NumPy takes longer than this arithmetic
+    if lattice.shape != (3, 3) or not all(math.isfinite(x) for row in rows for x in row):
+        raise ValueError(f"a lattice is a finite 3x3 matrix (rows a, b, c in Å), not {rows}")
+    (ax, ay, az), (bx, by, bz), (cx, cy, cz) = rows
+    lengths = [math.hypot(*row) for row in rows]
+    volume = ax * (by * cz - bz * cy) - ay * (bx * cz - bz * cx) + az * (bx * cy - by * cx)
+    if not abs(volume) > 1e-9 * math.prod(lengths):
+        raise ValueError(f"the cell is flat: volume {volume:g} Å³ with edges {lengths} Å")
     if volume < 0:
         raise ValueError(
             f"the cell is left-handed (volume {volume:.3f} Å³): exchange the vectors a and b, and with them "
             "the first two fractional coordinates and h and k; that is the same crystal in a right-handed "
             "cell"
         )
-    if not np.triu(lattice, 1).any() and (np.diag(lattice) > 0).all():
+    if ay == az == bz == 0 and ax > 0 and by > 0 and cz > 0:
         return lattice.copy()
-    _, upper = np.linalg.qr(lattice.T)
-    lower = upper.T
-    return np.tril(lower * np.sign(np.diag(lower)))
+    (ax, bx, cx), (_, by, cy), (_, _, cz) = np.asarray(np.linalg.qr(lattice.T, mode="r")).tolist()
+    x, y, z = (math.copysign(1.0, length) for length in (ax, by, cz))
+    return np.array([[ax * x, 0, 0], [bx * x, by * y, 0], [cx * x, cy * y, cz * z]])
 
 
 def lattice_from_parameters(

@@ -26,13 +26,13 @@ def heights(lattice: NDArray[np.float64], frac: NDArray[np.float64]) -> NDArray[
     """Height (Å) of every atom over the lowest one, the largest gap along c being the vacuum. [3, 3], [N,
     3] -> [N]."""
     rows, columns = (np.ascontiguousarray(array, dtype=np.float64) for array in (lattice, frac))
-    found: NDArray[np.float64] = _heights(rows, columns)
+    found: NDArray[np.float64] = cell_heights(rows, columns)
     return found
 
 
 @njit(cache=True, nogil=True)
-def _heights(lattice, frac):
-    """NumPy's cross, det and diff took half of the time in which a sampled answer is read and checked."""
+def cell_heights(lattice, frac):
+    """`heights` inside Numba: NumPy's cross, det and diff took half of the time of an answer's check."""
     a, b, c = lattice
     x, y, z = a[1] * b[2] - a[2] * b[1], a[2] * b[0] - a[0] * b[2], a[0] * b[1] - a[1] * b[0]
     spacing = abs(c[0] * x + c[1] * y + c[2] * z) / np.sqrt(x * x + y * y + z * z)
@@ -63,15 +63,41 @@ def surface_tags(
     the crystal lacks an adsorbate atom or has nothing else.
     """
     height = heights(lattice, frac)
-    from_top = np.lexsort((np.arange(len(height)), np.round(height / _SAME_HEIGHT)))[::-1]
     tags = np.full(len(height), BULK, dtype=np.int8)
     for symbol, count in adsorbate.items():
-        of_element = from_top[numbers[from_top] == NUMBER[symbol]]
-        if len(of_element) < count:
-            raise ValueError(f"the adsorbate needs {count} {symbol}, the crystal has {len(of_element)}")
-        tags[of_element[:count]] = ADSORBATE
-    slab = tags != ADSORBATE
-    if not slab.any():
+        there = _tag_highest(tags, height, numbers, NUMBER[symbol], count)
+        if there < count:
+            raise ValueError(f"the adsorbate needs {count} {symbol}, the crystal has {there}")
+    if not _tag_surface(tags, height):
         raise ValueError("the crystal has no atom beside the adsorbate")
-    tags[slab & (height >= height[slab].max() - LAYER_HEIGHT)] = SURFACE
     return tags
+
+
+@njit(cache=True, nogil=True)
+def _tag_highest(tags, height, numbers, number, count):
+    """Tags the `count` highest atoms of an element as adsorbate; how many it has."""
+    there = 0
+    for i in range(len(tags)):
+        there += numbers[i] == number
+    for _ in range(min(count, there)):
+        best, level = -1, 0.0
+        for i in range(len(tags)):
+            if numbers[i] == number and tags[i] != ADSORBATE:
+                own = np.rint(height[i] / _SAME_HEIGHT)
+                if best < 0 or own >= level:
+                    best, level = i, own
+        tags[best] = ADSORBATE
+    return there
+
+
+@njit(cache=True, nogil=True)
+def _tag_surface(tags, height):
+    """Tags the top layer of what is not adsorbate; False where nothing is."""
+    highest, any_slab = -np.inf, False
+    for i in range(len(tags)):
+        if tags[i] != ADSORBATE:
+            highest, any_slab = max(highest, height[i]), True
+    for i in range(len(tags)):
+        if tags[i] != ADSORBATE and height[i] >= highest - LAYER_HEIGHT:
+            tags[i] = SURFACE
+    return any_slab
