@@ -424,6 +424,17 @@ def rl() -> str:
     return table(["tiny model, one thread", "compared with", "", "on"], made)
 
 
+def scale() -> str:
+    one = newest("scale_balance")
+    cases: dict[str, list[str]] = {}
+    for case, value in one["value"].items():
+        stage, _, _ = case.partition(", ")
+        peer = one["peer"][case]["each its own"]
+        cases.setdefault(stage, [f"`{stage}`"]).append(f"{value:.3f} ({peer:.2f})")
+    head = ["dealt (each rank its own)", "8 ranks", "32 ranks", "64 ranks"]
+    return table(head, list(cases.values())) + f"\n\n{source(one)}"
+
+
 def rl_scaling() -> str:
     seconds, memory = newest("rl_scaling"), newest("rl_scaling_memory")
     rows = [
@@ -560,7 +571,8 @@ def tiny_designs() -> str:
 FIGURES: dict[str, Callable[[], str]] = {
     made.__name__: made
     for made in (peers, reward_sentence, reward, reward_threads, encoder_speed, encoder_kept, encoder_counts,
-                 data_text, data_pictures, labels, data_command, loader, rl, rl_scaling, rl_seeds, server,
+                 data_text, data_pictures, labels, data_command, loader, rl, scale, rl_scaling, rl_seeds,
+                 server,
                  server_soak, plan, tiny_run, tiny_energies, tiny_cifs, tiny_designs)
 }  # fmt: skip
 

@@ -44,6 +44,9 @@ class Stream(IntEnum):
     DESIGN_CONTROLS = 23  # ideal slabs beside a search [task]
     GRPO_VALIDATION = 24  # answers [rank]
     GA_GRPO_VALIDATION = 25  # as GA_GRPO_SEARCH [rank, ...]
+    GRPO_REFILL_ORDER = 27  # as GRPO_ORDER, GRPO_PROMPTS and GRPO_ANSWERS, of further rounds [step, round, …]
+    GRPO_REFILL_PROMPTS = 28
+    GRPO_REFILL_ANSWERS = 29
     NETWORK_BASELINES = 26  # first weights, batches and frames
 
     def key(self, seed: int, *place: int) -> Key:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -44,6 +45,21 @@ class World:
         out: list[Any] = [None] * self.size
         dist.all_gather_object(out, value)
         return out
+
+    def exchange(self, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """parts[r], of any number of rows, goes to rank r; returns what came from each rank. All are on one
+        device and alike in dtype and the shape of a row."""
+        sizes = self.gather([len(p) for p in parts])
+        come = [row[self.rank] for row in sizes]
+        whole = torch.cat(list(parts))
+        out = whole.new_empty(sum(come), *whole.shape[1:])
+        dist.all_to_all_single(out, whole, come, [len(p) for p in parts])
+        return list(out.split(come))
+
+    def trade(self, parts: Sequence[Any]) -> list[Any]:
+        """The same of picklable values."""
+        packed = [torch.frombuffer(bytearray(pickle.dumps(p)), dtype=torch.uint8) for p in parts]
+        return [pickle.loads(p.numpy().tobytes()) for p in self.exchange(packed)]
 
     def mean(self, values: Mapping[str, float | torch.Tensor]) -> dict[str, float]:
         """The mean of each value over the ranks where it is not NaN; every rank must bring the same keys.

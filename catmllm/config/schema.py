@@ -237,9 +237,26 @@ class SupervisedConfig(OptimConfig):
         unit="tokens",
         gt=0,
     )
+    atom_tokens: float = key(
+        0.0,
+        "tokens that an atom of a structure counts for where passes are packed or dealt: the encoder's work "
+        "for an atom over the LLM's for a token",
+        ge=0,
+    )
+    dealt: bool = key(
+        False,
+        "passes of batch_size samples are made of 64 times as many, so that all cost the same and no rank "
+        "waits; batch_tokens does so by itself",
+    )
     spike: float = key(
         20.0, "stop where the loss is so many median deviations above its recent median; 0: never", ge=0
     )
+
+    @model_validator(mode="after")
+    def _passes_of_equally_many(self) -> SupervisedConfig:
+        if self.dealt and self.batch_size % self.accumulate:
+            raise ValueError("`.dealt` cuts `.batch_size` into `.accumulate` equal passes; it must divide")
+        return self
 
 
 @section
@@ -345,7 +362,12 @@ class SamplingConfig:
 
     temperature: float = key(1.0, "what logits are divided by", gt=0)
     top_p: float = key(0.95, "answers are drawn from the most likely tokens of this probability", ge=0, le=1)
-    max_new_tokens: int = key(256, "longest answer", unit="tokens", gt=0)
+    max_new_tokens: int | None = key(
+        256,
+        "longest answer; null: a quarter more than a CIF of the cell asked for takes",
+        unit="tokens",
+        gt=0,
+    )
     grammar: bool = key(
         True, "the policy chooses among what keeps to a CIF's form and the wanted counts of elements"
     )
@@ -382,18 +404,58 @@ class GRPOConfig(OptimConfig):
     validate_every: int = 10
     validate_systems: int = 96
     group_size: int = key(8, "answers per prompt (the paper's K)", gt=0)
-    beta: float = key(0.02, "weight of the KL term", ge=0)
+    beta: float = key(0.02, "weight of the KL term; 0: no reference policy either", ge=0)
     kl: KL = key("k3", KL_HELP)
     delta: float = key(1e-4, "added to a group's standard deviation of rewards", ge=0)
     updates_per_rollout: int = key(
         1, "steps that go over the same answers; divides checkpoint_every and validate_every", gt=0
     )
-    clip: float = key(0.2, "clip of the probability ratio; acts only with several updates per rollout", ge=0)
-    normalise: Literal["sample", "token"] = key(
-        "sample", "what counts alike in the loss: every answer, or every token"
+    loss: Literal["grpo", "dapo", "dr_grpo", "gspo", "cispo"] = key(
+        "grpo",
+        "the paper's; dapo: mean over tokens, a wider clip above, refill and overlong; dr_grpo: no division "
+        "by length or deviation; gspo: the ratio of whole answers; cispo: a capped ratio as weight",
     )
+    clip: float | None = key(
+        None,
+        "how far from 1 the probability ratio may go; acts only with several updates per rollout; "
+        "null: the loss's own (0.2; gspo 3e-4)",
+        ge=0,
+    )
+    clip_high: float | None = key(
+        None, "how far above 1; null: clip, or the loss's own (dapo 0.28, gspo 4e-4, cispo 4)", ge=0
+    )
+    normalise: Literal["sample", "token"] = key(
+        "sample", "what counts alike in the loss `grpo`: every answer, or every token"
+    )
+    refill: int | None = key(
+        None,
+        "further rounds of prompts in place of groups without a signal; null: none, with dapo 2",
+        ge=0,
+    )
+    overlong: Literal["keep", "mask", "soft"] | None = key(
+        None,
+        "answers cut at max_new_tokens: as any other, without part in the loss, or long ones punished; "
+        "null: keep, with dapo soft",
+    )
+    overlong_tokens: int = key(
+        64, "last tokens before the limit over which soft punishment grows", unit="tokens", gt=0
+    )
+    overlong_penalty: float = key(5.0, "reward that soft punishment takes from an answer at its limit", ge=0)
+    importance: Literal["none", "token", "sequence"] | None = key(
+        None,
+        "weights for what the sampler differs from the policy, truncated: of tokens or of answers; "
+        "null: token with vllm, else none",
+    )
+    importance_cap: float = key(2.0, "largest of those weights", gt=0)
     property_share: float = key(0.1, "property samples replayed with the rollouts, per answer", ge=0, le=1)
     micro_batch: int = key(32, "answers of a forward pass", gt=0)
+    batch_tokens: int | None = key(
+        None,
+        "most tokens of a pass: the answers of all ranks are dealt to passes that cost the same; "
+        "null: each rank reads its own, micro_batch of them in a pass",
+        unit="tokens",
+        gt=0,
+    )
     reward_function: str | None = key(
         None, "file.py:function of your own, f(texts, targets) -> rewards; null: PVCP and the adsorbate"
     )
@@ -455,6 +517,13 @@ class GAGRPOConfig(OptimConfig):
         "unit", "PVCP scaled to [0, 1] from the floor and the top of its weights, or as printed"
     )
     micro_batch: int = key(64, "answers of a pass through the LM head", gt=0)
+    batch_tokens: int | None = key(
+        None,
+        "most tokens of a pass: the answers of all ranks are dealt to passes that cost the same; "
+        "null: each rank reads its own, micro_batch of them in a pass",
+        unit="tokens",
+        gt=0,
+    )
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
 
@@ -471,6 +540,9 @@ class EvaluateSamplingConfig(SamplingConfig):
 class EvaluateConfig:
     """What is measured after the stages, on systems that no stage trained on."""
 
+    property_systems: int = key(
+        4096, "test systems, evenly spaced, whose energies are predicted after each stage", gt=0
+    )
     generation_samples: int = key(512, "answers sampled per stage to count failures in", ge=0)
     design_tasks: int = key(48, "design tasks after the closed loop", ge=0)
     judge: Literal["sevennet", "none"] = key("sevennet", "MLIP that relaxes the designs, or none")

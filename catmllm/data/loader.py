@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import DataLoader, get_worker_info
 
-from catmllm.data.batches import Batch, Collator, each_tensor
-from catmllm.data.packing import pack
+from catmllm.data.batches import Batch, Collator, Encoded, each_tensor
+from catmllm.data.packing import evenly, pack
 from catmllm.data.prompts import Sample
 
 PACKS = 64  # a window, about: one pack of it is half empty at worst, 0.8 % of all on average
@@ -38,7 +38,8 @@ class Windows:
     """window number -> its packs. `example`: position -> sample, the same whenever and wherever it is called.
 
     With a budget, a window of about 64 packs of at most so many tokens; else `batch_size` samples,
-    cut into `passes`.
+    cut into `passes`; or 64 times as many where they are `dealt`, so that all passes cost the same. An atom
+    of a sample's structure counts for `atom_tokens`.
     """
 
     example: Callable[[int], Sample]
@@ -47,25 +48,34 @@ class Windows:
     passes: int = 1
     budget: int | None = None
     origin: int = 0  # where window 0 begins
+    dealt: bool = False
+    atom_tokens: float = 0.0
+
+    def cost(self, row: Encoded) -> int:
+        """The tokens that a sample counts for."""
+        return row.length + (round(self.atom_tokens * len(row.graph)) if row.graph is not None else 0)
 
     @functools.cached_property
     def size(self) -> int:
         """Samples a window."""
         if self.budget is None:
-            return self.batch_size
-        lengths = [self.collate.encoded(self.example(i)).length for i in range(PROBE)]
+            return self.batch_size * (PACKS if self.dealt else 1)
+        lengths = [self.cost(self.collate.encoded(self.example(i))) for i in range(PROBE)]
         return max(1, round(PACKS * self.budget / (sum(lengths) / PROBE)))
 
     def __getitem__(self, number: int) -> Window:
         first = self.origin + number * self.size
         rows = [self.collate.encoded(self.example(i)) for i in range(first, first + self.size)]
-        if self.budget is None:
-            cuts = [len(rows) * k // self.passes for k in range(self.passes + 1)]
-            groups = [rows[a:b] for a, b in itertools.pairwise(cuts)]
-            kept = rows
+        kept = rows
+        if self.budget is not None:
+            kept = [r for r in rows if self.cost(r) <= self.budget]
+            places = pack([self.cost(r) for r in kept], self.budget)
+        elif self.dealt:
+            places = evenly([self.cost(r) for r in rows], PACKS * self.passes)
         else:
-            kept = [r for r in rows if r.length <= self.budget]
-            groups = [[kept[i] for i in group] for group in pack([r.length for r in kept], self.budget)]
+            cuts = [len(rows) * k // self.passes for k in range(self.passes + 1)]
+            places = [list(range(a, b)) for a, b in itertools.pairwise(cuts)]
+        groups = [[kept[i] for i in group] for group in places]
         packs = [self.collate.join(group) for group in groups if group]
         if get_worker_info() is not None:
             # Arrays go through a pipe; tensors would go through /dev/shm, a file descriptor each, and

@@ -1,5 +1,5 @@
 """Which samples share a pack: at most a budget of tokens in each, little left over,
-and each a fair mixture."""
+and each a fair mixture; or equally many in each."""
 
 from __future__ import annotations
 
@@ -32,6 +32,21 @@ def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:
     filled = (_fill(lengths, order, budget, n, share) for share, n in tries)
     found = next(groups for groups in filled if groups is not None)
     return sorted(sorted(group) for group in found if group)
+
+
+def evenly(costs: Sequence[int], n: int) -> list[list[int]]:
+    """Positions of `costs` in n groups of equal number (to one) and of near equal cost: the n costliest one
+    to each group, then the next n, the costliest of them to the group that has least so far. Order follows
+    the samples'."""
+    order = sorted(range(len(costs)), key=lambda i: (-costs[i], i))
+    groups: list[list[int]] = [[] for _ in range(n)]
+    loads = [0] * n
+    for start in range(0, len(order), n):
+        emptiest = sorted(range(n), key=lambda g: (loads[g], g))
+        for i, g in zip(order[start : start + n], emptiest):
+            groups[g].append(i)
+            loads[g] += costs[i]
+    return sorted(sorted(group) for group in groups)
 
 
 def _fill(

@@ -25,7 +25,7 @@ from catmllm.design.exemplar_pool import Candidate, ExemplarPool
 from catmllm.design.predict import predict_energies, question
 from catmllm.design.reward import design_reward
 from catmllm.models.catalytic_mllm import CatalyticMLLM
-from catmllm.sample.answers import Rollout
+from catmllm.sample.answers import Rollout, answer_limits
 from catmllm.sample.engine import RolloutEngine
 from catmllm.sample.grammar import Pattern, answer_pattern
 from catmllm.seeds import generator
@@ -132,7 +132,12 @@ class ClosedLoop:
             Sample(design_prompt(t.identity, t.energy, s is not None), "", s) for t, s in zip(tasks, shown)
         ]
         rollouts = engine.generate(
-            samples, self.config.sampling, [*seed, 0], self.config.initial, patterns=self._patterns(tasks)
+            samples,
+            self.config.sampling,
+            [*seed, 0],
+            self.config.initial,
+            patterns=self._patterns(tasks),
+            limits=self._limits(tasks),
         )
         states = [TaskState(t, ExemplarPool(self.config.pool)) for t in tasks]
         for state, system in zip(states, shown):
@@ -170,6 +175,7 @@ class ClosedLoop:
             self.config.group_size,
             keep_hidden=keep,
             patterns=self._patterns([s.task for s in states]),
+            limits=self._limits([s.task for s in states]),
         )
         candidates, metrics = self.absorb(states, rollouts, iteration)
         rewards = np.array([c.reward for c in candidates]).reshape(len(states), self.config.group_size)
@@ -179,6 +185,9 @@ class ClosedLoop:
         if not self.config.sampling.grammar:
             return None
         return [answer_pattern(t.identity, t.target, True, self.collate.data.decimals) for t in tasks]
+
+    def _limits(self, tasks: Sequence[Task]) -> list[int]:
+        return answer_limits(self.collate, self.config.sampling, [(t.identity, t.target) for t in tasks])
 
     def absorb(
         self, states: Sequence[TaskState], rollouts: Sequence[Rollout], iteration: int

@@ -95,12 +95,15 @@ class TextRidge:
         features, wanted = _matrix(counted, vocabulary), energies(train)
         centre, mean = features.mean(axis=0), float(wanted.mean())
         centred = features - centre
-        values, vectors = np.linalg.eigh(centred.T @ centred)  # one decomposition for all strengths
-        projected = vectors.T @ (centred.T @ (wanted - mean))
+        # One decomposition for all strengths, of whichever product is smaller: words outnumber systems.
+        dual = len(train) < len(vocabulary)
+        values, vectors = np.linalg.eigh(centred @ centred.T if dual else centred.T @ centred)
+        projected = vectors.T @ (wanted - mean if dual else centred.T @ (wanted - mean))
         fits = []
         val_features, val_energies = _matrix([text_features(s) for s in val], vocabulary), energies(val)
         for strength in sorted(strengths, reverse=True):
             weights = vectors @ (projected / (np.maximum(values, 0.0) + strength))
+            weights = centred.T @ weights if dual else weights
             fit = cls(vocabulary, weights, mean - float(centre @ weights), strength)
             error = mae(fit._apply(val_features), val_energies) if val else 0.0
             fits.append((error, fit))
@@ -248,4 +251,9 @@ def baselines(parts: Mapping[Any, Sequence[System]]) -> dict[str, dict[str, Any]
 
 def some(systems: Sequence[System]) -> Sequence[System]:
     """At most 4,000 of a part, evenly spaced: the regressions' matrices are dense."""
-    return systems[:: -(-len(systems) // 4000) or 1]
+    return evenly_spaced(systems, 4000)
+
+
+def evenly_spaced(systems: Sequence[System], most: int) -> Sequence[System]:
+    """At most so many of some systems."""
+    return systems[:: -(-len(systems) // most) or 1]

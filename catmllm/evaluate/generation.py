@@ -18,6 +18,7 @@ from catmllm.design.constraints import adsorbate_faults, read_systems
 from catmllm.design.reward import PVCP_TERMS, adsorbate_term
 from catmllm.evaluate.metrics import generation_rates
 from catmllm.models.catalytic_mllm import CatalyticMLLM
+from catmllm.sample.answers import answer_limits
 from catmllm.sample.engine import RolloutEngine
 from catmllm.sample.grammar import answer_pattern
 from catmllm.seeds import Stream
@@ -59,7 +60,11 @@ def evaluate_generation(
             for k, (_, s) in enumerate(mine)
         ]
     rollouts = RolloutEngine(model, collate, dtype).generate(
-        [p for p, _ in mine], sampling, Stream.GENERATION.key(seed, world.rank), patterns=patterns
+        [p for p, _ in mine],
+        sampling,
+        Stream.GENERATION.key(seed, world.rank),
+        patterns=patterns,
+        limits=answer_limits(collate, sampling, [(s.identity, s.target) for _, s in mine]),
     )
     answered = [(r.text, mine[r.prompt][1]) for r in rollouts]
     rows = [(text, s.target, (s.adsorbate, s.miller)) for text, s in answered]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from catmllm.config import SamplingConfig
 from catmllm.data.batches import Collator
@@ -18,9 +19,11 @@ from catmllm.structure.system import System
 from catmllm.world import World
 
 
-def written_energies(model: CatalyticMLLM, collate: Collator, samples: Sequence[Sample]) -> np.ndarray:
+def written_energies(
+    model: CatalyticMLLM, collate: Collator, samples: Sequence[Sample], dtype: torch.dtype = torch.float32
+) -> np.ndarray:
     """Energies [n] in eV as the model writes them, greedily; NaN where its answer names none."""
-    engine = RolloutEngine(model, collate)
+    engine = RolloutEngine(model, collate, dtype)
     greedy = SamplingConfig(temperature=1.0, top_p=1e-6, max_new_tokens=48)
     answers = engine.generate(samples, greedy, [0])
     found = [read_energy(a.text) for a in answers]
@@ -47,8 +50,9 @@ def evaluate_property(
     systems: Sequence[System],
     world: World,
     llm: bool = True,
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
-    """MAE and R² on labelled systems; ranks share the work.
+    """MAE and R² on labelled systems; ranks share the work. `dtype`: what the LLM calculates in.
 
     By the head in every mode (`both`, `graph`, `text`), by the `encoder` only, by the written answer
     (`generated`), and, where every system has a start, from unrelaxed structures (`start`, `encoder_start`);
@@ -63,7 +67,7 @@ def evaluate_property(
     if llm:
         samples = {mode: [question(s, mode) for s in mine] for mode in MODES}
         values |= {mode: predict_energies(model, collate, samples[mode]) for mode in MODES}
-        values["generated"] = written_energies(model, collate, samples["both"])
+        values["generated"] = written_energies(model, collate, samples["both"], dtype)
         if starts:
             values["start"] = predict_energies(model, collate, [question(s) for s in starts])
     gathered = world.gather(values)

@@ -28,6 +28,17 @@ def keep_large_values(model: CatalyticMLLM, llm: torch.dtype, encoder: torch.dty
         _encoder(model.encoder, encoder)
 
 
+def rounded(model: CatalyticMLLM, llm: torch.dtype, encoder: torch.dtype) -> CatalyticMLLM:
+    """The model, to be read only, with the weights that training's passes have: parameters rounded in place,
+    those of encoder, projector and energy head to `encoder`; buffers, such as the radial basis, as they are.
+    Call once a model."""
+    keep_large_values(model, llm, encoder)
+    graph = {id(p) for part in (model.encoder, model.projector, model.energy_head) for p in part.parameters()}
+    for p in model.parameters():
+        p.data = p.data.to(encoder if id(p) in graph else llm)
+    return model
+
+
 def _llm(text: Any, half: torch.dtype) -> None:
     text.embed_tokens.register_forward_hook(_to(torch.float32))
     text.rotary_emb.register_forward_hook(lambda module, args, out: tuple(x.to(half) for x in out))

@@ -14,7 +14,8 @@ from catmllm.plan.trace import Plan, micro_batch_of, trace
 def with_micro_batch(config: Config, stage: str, size: int) -> Config:
     """The same configuration with passes of another size; a supervised stage then makes one pass a step."""
     o: Any = getattr(config, stage)
-    changes = {"micro_batch": size} if hasattr(o, "micro_batch") else {"batch_size": size, "accumulate": 1}
+    rl = hasattr(o, "micro_batch")
+    changes = {"micro_batch": size, "batch_tokens": None} if rl else {"batch_size": size, "accumulate": 1}
     return replace(config, **{stage: replace(o, **changes)})
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from catmllm.config import Config
+from catmllm.config import Config, SamplingConfig
 from catmllm.data.batches import Collator
 from catmllm.data.prompts import design_prompt
 from catmllm.models.build import new_model, outline_model
@@ -27,7 +27,7 @@ from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.plan.cards import CARDS, Card
 from catmllm.plan.ledger import Ledger, Peak, backend_forced
 from catmllm.plan.made_up import planned_systems, qwen_like_tokenizer
-from catmllm.sample.answers import Rollout
+from catmllm.sample.answers import Rollout, answer_limits
 from catmllm.sample.rows import CACHE_STEP
 from catmllm.stages import STAGES
 from catmllm.stages.ga_grpo import GAGRPO
@@ -106,7 +106,7 @@ def trace(
         tensorboard=False,
         optimizer="torch",
         data=replace(config.data, workers=0),
-        grpo=replace(config.grpo, vllm=None),
+        grpo=replace(config.grpo, vllm=None),  # a section of its own, which `_step` may change
     )
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     try:
@@ -164,20 +164,23 @@ def _trace(
         persistent = sum(peaks["training step"].parts.get(k, 0) for k in held)
         phases["sampling"] = (persistent + sum(sampling_bytes(stage, context).values())) / GIB
     tf32 = config.encoder_precision == "tf32"
-    return _plan(name, context, work, peaks["training step"], phases, ledger, card, tf32)
+    own: dict[str, Any] = {name: stage.config}
+    passed = micro_batch_of(replace(config, **own), name)
+    return _plan(name, context, work, passed, peaks["training step"], phases, ledger, card, tf32)
 
 
 def _plan(
     name: str,
     context: Context,
     work: Step,
+    passed: int,
     peak: Peak,
     phases: dict[str, float],
     ledger: Ledger,
     card: Card,
     tf32: bool,
 ) -> Plan:
-    """What the ledger counted, and the least seconds that it takes on a card."""
+    """What the ledger counted, and the least seconds that it takes on a card. `passed`: samples of a pass."""
     flops, sent = {k: float(v) for k, v in ledger.flops.items() if v}, dict(ledger.sent)
     half, wide = sum(flops.values()) - ledger.wide_flops, float(ledger.wide_flops)
     seconds = {
@@ -192,7 +195,7 @@ def _plan(
         stage=name,
         card=card.name,
         ranks=context.world.size,
-        micro_batch=micro_batch_of(context.config, name),
+        micro_batch=passed,
         passes=len(work.passes),
         tokens=sum(p.tokens for p in work.passes),
         peak=max(phases.values()),
@@ -265,14 +268,17 @@ def _step(stage: Stage, context: Context, step: int) -> Step:
     if not isinstance(stage, GRPO | GAGRPO):
         return stage.step(step)
     o = stage.config
-    n, length = o.batch_size * o.group_size, o.sampling.max_new_tokens
+    n, length = o.batch_size * o.group_size, longest_answer(context, o.sampling)
+    if o.batch_tokens is not None:  # of answers that are all this long, as many as a pass holds
+        o.micro_batch, o.batch_tokens = max(1, o.batch_tokens // length), None
     ids = torch.from_numpy(np.random.default_rng(0).integers(3, 60, (n, length)))
     hidden: Sequence[torch.Tensor | None] = [None] * n
     if isinstance(stage, GAGRPO):
         width = context.model.text.config.hidden_size
         hidden = list(torch.zeros(n, length, width, dtype=DTYPES[context.config.precision]))
     rollouts = [
-        Rollout(i // o.group_size, ids[i], torch.zeros(length), hidden[i], True, "") for i in range(n)
+        Rollout(i // o.group_size, ids[i], torch.zeros(length), hidden[i], True, "", limit=length)
+        for i in range(n)
     ]
     work = Step([], defaultdict(float))
     advantages, informative = np.resize([1.0, -1.0], n), np.ones(n, dtype=bool)
@@ -303,7 +309,7 @@ def sampling_bytes(stage: Stage, context: Context) -> dict[str, int]:
     prompts = min(rows, o.batch_size)
     head = text.hidden_size // text.num_attention_heads
     slot = 2 * text.num_hidden_layers * text.num_key_value_heads * head * size
-    new = o.sampling.max_new_tokens
+    new = longest_answer(context, o.sampling)
     return {
         "gathered weights": llm * size + graph * encoder_dtype(config).itemsize,
         "weights laid out for decoding": llm * size,
@@ -311,6 +317,12 @@ def sampling_bytes(stage: Stage, context: Context) -> dict[str, int]:
         "logits": 3 * 4 * rows * text.vocab_size,
         "hidden states kept": rows * new * text.hidden_size * size if searches else 0,
     }
+
+
+def longest_answer(context: Context, sampling: SamplingConfig) -> int:
+    """Tokens of the longest answer that some training systems allow."""
+    some = [(s.identity, s.target) for s in context.data["train"][:64]]
+    return max(answer_limits(context.collate, sampling, some))
 
 
 def micro_batch_of(config: Config, stage: str) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -11,8 +11,12 @@ import torch
 
 from catmllm.config import SamplingConfig
 from catmllm.data.batches import Collator
+from catmllm.data.prompts import design_sample
 from catmllm.data.tokenizer import decode
 from catmllm.sample.rows import Rows
+from catmllm.structure.elements import SYMBOLS
+from catmllm.structure.formula import parse_identity
+from catmllm.structure.system import SURFACE, make_system
 from catmllm_kernels.linear_logprob import Allowed
 
 
@@ -46,7 +50,8 @@ class Rollout:
     logprob [T] float32 are their log-probabilities under logits / T before the top-p cut, over the whole
     vocabulary or, under a grammar, over the tokens that it allows (0 where it forced one: `choices` has the
     others); hidden [T, H] the final hidden states that they were sampled from, zero at forced ones (None
-    unless asked for); `finished` says whether the end token or a stop string came.
+    unless asked for); `finished` says whether the end token or a stop string came; `limit` is the number of
+    tokens that it might have had.
     """
 
     prompt: int
@@ -56,6 +61,37 @@ class Rollout:
     finished: bool
     text: str
     choices: Choices | None = None
+    limit: int = 0
+
+
+def answer_limits(
+    collate: Collator, params: SamplingConfig, asked: Sequence[tuple[str, Mapping[str, int]]]
+) -> list[int]:
+    """The most tokens of an answer to each prompt for a system, by identity line and counts of its cell:
+    `max_new_tokens`, or where that is null what a CIF of the cell takes, and a quarter more."""
+    if params.max_new_tokens is not None:
+        return limits_of(params, len(asked), None)
+    return [cif_tokens(collate, identity, target) * 5 // 4 for identity, target in asked]
+
+
+def limits_of(params: SamplingConfig, n: int, limits: Sequence[int] | None) -> list[int]:
+    """The limits [n] given, or n times `max_new_tokens`. Raises ValueError where neither is there."""
+    if limits is not None:
+        return list(limits)
+    if params.max_new_tokens is None:
+        raise ValueError("`max_new_tokens: null` needs the systems that are asked for")
+    return [params.max_new_tokens] * n
+
+
+def cif_tokens(collate: Collator, identity: str, target: Mapping[str, int]) -> int:
+    """Tokens of the answer that is a CIF of a cell with these counts, its atoms anywhere."""
+    named, n = parse_identity(identity), sum(target.values())
+    numbers = [SYMBOLS.index(symbol) for symbol, count in target.items() for _ in range(count)]
+    tags = [SURFACE] * n
+    place = np.random.default_rng(0).random((n, 3))
+    lattice = np.diag([12.345, 12.345, 34.567])
+    system = make_system(lattice, None, numbers, tags, named.adsorbate, named.miller, 0.0, frac=place)
+    return len(collate.encode(design_sample(system, None, collate.data.decimals).answer))
 
 
 class Answers:
@@ -68,13 +104,16 @@ class Answers:
         n: int,
         group_size: int,
         params: SamplingConfig,
+        limits: Sequence[int],
         keep_hidden: bool,
         on_answer: Callable[[int, Rollout], None] | None,
     ) -> None:
-        """`weight`: one of the tower's [_, H], for its width, dtype and device."""
+        """`weight`: one of the tower's [_, H], for its width, dtype and device; limits [n]: the most tokens
+        of each answer."""
         self.collate, self.group_size, self.params = collate, group_size, params
         self.on_answer = on_answer
-        shape, device = (n, params.max_new_tokens), weight.device
+        shape, device = (n, max(limits, default=0)), weight.device
+        self.limits = torch.tensor(limits, dtype=torch.int64, device=device)
         self.ids = torch.full(shape, -1, dtype=torch.int64, device=device)
         self.logprob = torch.zeros(shape, device=device)
         self.hidden = weight.new_zeros(*shape, weight.shape[1]) if keep_hidden else None
@@ -105,7 +144,8 @@ class Answers:
         which = torch.arange(len(count), device=count.device).repeat_interleave(count)
         end = count.cumsum(0)
         place = rows.steps[which] + torch.arange(len(token), device=count.device) - (end - count)[which]
-        kept = on[which] & (place < self.params.max_new_tokens)
+        limit = self.limits[rows.row]
+        kept = on[which] & (place < limit[which])
         self.ids[rows.row[which][kept], place[kept]] = token[kept]
         if sets is not None:
             for i, k, s, goes_on in zip(rows.row.tolist(), rows.steps.tolist(), sets, on.tolist()):
@@ -113,7 +153,7 @@ class Answers:
                     self.choices[i][0].append(k)
                     self.choices[i][1].append(s)
         steps = rows.steps + count
-        ends = ((token[end - 1] == self.collate.end_id) | (steps >= self.params.max_new_tokens)) & on
+        ends = ((token[end - 1] == self.collate.end_id) | (steps >= limit)) & on
         if self.params.stop:
             ends |= self._stopped(rows, on, steps)
         for i in rows.row[ends].tolist():
@@ -142,7 +182,8 @@ class Answers:
             at, sets = self.choices[i]
             choices = Choices(torch.tensor(at, dtype=torch.int64), tuple(sets))
         prompt = i // self.group_size
-        return ended(self.collate, prompt, ids, logprob, hidden, self.params.stop, choices)
+        limit = int(self.limits[i])
+        return ended(self.collate, prompt, ids, logprob, hidden, self.params.stop, choices, limit)
 
     def done(self) -> list[Rollout]:
         return [r for r in self.rollouts if r is not None]
@@ -156,11 +197,12 @@ def ended(
     hidden: torch.Tensor | None,
     stop: Sequence[str],
     choices: Choices | None = None,
+    limit: int = 0,
 ) -> Rollout:
-    """The answer of tokens ids [T] to the prompt of that number;
+    """The answer of tokens ids [T], at most `limit`, to the prompt of that number;
     its text ends before the first of the `stop` strings."""
     text = decode(collate.tokenizer, ids.tolist())
     stopped = [at for s in stop if (at := text.find(s)) >= 0]
     finished = bool(stopped) or bool(ids[-1] == collate.end_id)
     whole = text[: min(stopped)] if stopped else text
-    return Rollout(prompt, ids, logprob, hidden, finished, whole, choices)
+    return Rollout(prompt, ids, logprob, hidden, finished, whole, choices, limit)

@@ -17,7 +17,7 @@ from catmllm.config import SamplingConfig
 from catmllm.data.batches import Collator, Encoded
 from catmllm.data.prompts import Sample
 from catmllm.models.catalytic_mllm import CatalyticMLLM
-from catmllm.sample.answers import Answers, Rollout
+from catmllm.sample.answers import Answers, Rollout, limits_of
 from catmllm.sample.grammar import Pattern, Walk, grammar_of
 from catmllm.sample.nucleus import sample_nucleus, uniforms
 from catmllm.sample.rows import Rows
@@ -49,9 +49,10 @@ class RolloutEngine:
         keep_hidden: bool = False,
         patterns: Sequence[Pattern] | None = None,
         on_answer: Callable[[int, Rollout], None] | None = None,
+        limits: Sequence[int] | None = None,
     ) -> list[Rollout]:
-        """`group_size` answers to each prompt, in order;
-        a graph marker takes the vectors of its sample's structure.
+        """`group_size` answers to each prompt, in order, of at most `limits` tokens, one a prompt (None:
+        `max_new_tokens`); a graph marker takes the vectors of its sample's structure.
 
         Every draw is a function of `seed`, the answer's number and the token's, so that equal arguments give
         equal answers whatever else is decoded with them. `on_answer(i, rollout)` is called as soon as answer
@@ -61,11 +62,14 @@ class RolloutEngine:
         """
         prompts = [self.collate.prompt_ids(s) for s in samples]
         n, weight = len(samples) * group_size, self.tower.embedding
-        answers = Answers(self.collate, weight, n, group_size, params, keep_hidden, on_answer)
+        most = limits_of(params, len(samples), limits)
+        each = [limit for limit in most for _ in range(group_size)]
+        answers = Answers(self.collate, weight, n, group_size, params, each, keep_hidden, on_answer)
         begun, walk = [0] * len(samples), None
         if patterns is not None:
             grammar = grammar_of(self.collate.tokenizer, self.collate.end_id)
-            walk = Walk(grammar, [p for p in patterns for _ in range(group_size)], params.max_new_tokens)
+            longest = max(most, default=1)
+            walk = Walk(grammar, [p for p in patterns for _ in range(group_size)], longest)
             answers.begin(walk.begun)
             first = walk.begun[::group_size]
             prompts = [p + f for p, f in zip(prompts, first)]

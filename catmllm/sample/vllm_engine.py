@@ -31,7 +31,7 @@ from catmllm.data.prompts import Sample
 from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.models.export import text_config
 from catmllm.models.lora import effective_weight
-from catmllm.sample.answers import Rollout, ended
+from catmllm.sample.answers import Rollout, ended, limits_of
 from catmllm.seeds import hash_seed
 
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -76,7 +76,7 @@ class VLLMEngine:
         self.options = {
             "dtype": NAMES[dtype],
             "eager": device.type == "cpu",
-            "max_length": min(limit, LONGEST_PROMPT + params.max_new_tokens),
+            "max_length": min(limit, LONGEST_PROMPT + (params.max_new_tokens or limit)),
             "rows": rows,
             "memory": memory,
         }
@@ -135,6 +135,7 @@ class VLLMEngine:
         seed: Sequence[int],
         group_size: int = 1,
         on_answer: Callable[[int, Rollout], None] | None = None,
+        limits: Sequence[int] | None = None,
     ) -> list[Rollout]:
         """`group_size` answers to each prompt, in order, as `RolloutEngine.generate`;
         all of them come at once.
@@ -154,13 +155,14 @@ class VLLMEngine:
             blocks.append(x.to("cpu", self.dtype).contiguous().view(torch.uint8).numpy().tobytes())
             prompts.append({"tokens": len(ids)})
         n = len(samples) * group_size
+        most = limits_of(self.params, len(samples), limits)
         reply = self._ask(
             {
                 "do": "generate",
                 "prompts": [p for p in prompts for _ in range(group_size)],
                 "dtype": NAMES[self.dtype],
                 "top_p": self.params.top_p,
-                "max_tokens": self.params.max_new_tokens,
+                "max_tokens": [limit for limit in most for _ in range(group_size)],
                 "end_id": self.collate.end_id,
                 "banned": [self.collate.graph_id, self.collate.energy_id],
                 "seeds": [hash_seed([*seed, i]) for i in range(n)],
@@ -172,7 +174,9 @@ class VLLMEngine:
         out = []
         for i, answer in enumerate(reply["answers"]):
             tokens, logprob = torch.tensor(answer["ids"]), torch.tensor(answer["logprob"])
-            out.append(ended(self.collate, i // group_size, tokens, logprob, None, ()))
+            out.append(
+                ended(self.collate, i // group_size, tokens, logprob, None, (), None, most[i // group_size])
+            )
             if on_answer is not None:
                 on_answer(i, out[-1])
         self.seconds["decode"] += time.perf_counter() - began

@@ -68,7 +68,7 @@ class Model:
             SamplingParams(
                 temperature=1.0,
                 top_p=request["top_p"],
-                max_tokens=request["max_tokens"],
+                max_tokens=most,
                 stop_token_ids=[request["end_id"]],
                 ignore_eos=True,
                 logit_bias=dict.fromkeys(request["banned"], -100.0),
@@ -76,7 +76,7 @@ class Model:
                 seed=seed,
                 detokenize=False,
             )
-            for seed in request["seeds"]
+            for seed, most in zip(request["seeds"], request["max_tokens"])
         ]
         found = self.llm.generate(prompts, params, use_tqdm=False)
         return [

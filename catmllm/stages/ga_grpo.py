@@ -8,6 +8,7 @@ policy and the reference alike: they differ in the last matrix, and an update ne
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from catmllm.data.batches import draw
+from catmllm.data.prompts import Sample
 from catmllm.design.exemplar_pool import Candidate, ExemplarPool
 from catmllm.design.search import ClosedLoop, Task, TaskState, summary
 from catmllm.models.catalytic_mllm import CatalyticMLLM
@@ -116,10 +118,12 @@ class GAGRPO(Plain):
     ) -> None:
         """Passes over the informative rollouts, from their hidden states through the head."""
 
-        def prepare(some: list[Rollout]) -> Pass:
+        def prepare(some: list[Rollout], prompts: Sequence[Sample]) -> Pass:
             return Pass(partial(self._read, some), sum(len(r.ids) for r in some))
 
-        add_policy(work, self.context.world, self.config, rollouts, advantages, informative, prepare)
+        heads = [0] * (1 + max(r.prompt for r in rollouts))  # hidden states are kept: no prompt is read
+        world = self.context.world
+        add_policy(work, world, self.config, rollouts, advantages, informative, prepare, heads=heads)
 
     def _read(self, rollouts: list[Rollout]) -> Read:
         hidden = torch.cat([r.hidden for r in rollouts if r.hidden is not None])

@@ -12,6 +12,7 @@ import copy
 import itertools
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -24,14 +25,14 @@ from catmllm.design.reward import AnswerReward
 from catmllm.models.attention import shares_prompts
 from catmllm.models.catalytic_mllm import CatalyticMLLM, Chosen
 from catmllm.models.lora import without_lora
-from catmllm.sample.answers import Choices, Rollout
+from catmllm.sample.answers import Choices, Rollout, answer_limits
 from catmllm.sample.engine import RolloutEngine
 from catmllm.sample.grammar import answer_pattern
 from catmllm.sample.vllm_engine import VLLMEngine
 from catmllm.seeds import Stream
-from catmllm.stages.advantages import group_advantages
-from catmllm.stages.policy import Pass, Read, add_policy, on_device, validation
-from catmllm.stages.scoring import Reward, Scored, Scoring, load_reward
+from catmllm.stages.advantages import group_advantages, overlong, recipe
+from catmllm.stages.policy import Correction, Pass, Read, add_policy, on_device, validation
+from catmllm.stages.scoring import Reward, Scored, Scoring, joined, load_reward
 from catmllm.stages.supervised import (
     VISUAL,
     chosen,
@@ -64,9 +65,21 @@ class GRPO(Plain):
         if o.reward_function:
             own = load_reward(o.reward_function)
             self.reward = lambda texts, asked: own(texts, [s.target for s in asked])
-        # The stage's starting point, without its weights until `begin`.
+        if o.batch_tokens and not (shares_prompts(context.model.text) and context.config.data.packed):
+            raise TrainingError(
+                "`grpo.batch_tokens` counts a prompt once for all its answers, which needs "
+                "`model.llm.attention: varlen` and `data.packed: true`"
+            )
+        self.loss_of = recipe(o)
+        dapo = o.loss == "dapo"
+        self.refill = o.refill if o.refill is not None else 2 * dapo
+        self.overlong = o.overlong or ("soft" if dapo else "keep")
+        kind = o.importance or ("none" if o.vllm is None else "token")
+        self.correction = None if kind == "none" else Correction(kind, o.importance_cap)
+        # The stage's starting point, without its weights until `begin`; nobody asks it where beta is 0.
         # With adapters it is the model without them.
-        self.reference = None if context.config.lora.r else frozen_outline(context.model)
+        alone = context.config.lora.r or not o.beta
+        self.reference = None if alone else frozen_outline(context.model)
         self.kin = relatives(self.systems)
         self.skipped = self.unrewarded = 0
         self.rolled: Rolled | None = None
@@ -101,7 +114,8 @@ class GRPO(Plain):
         if step % self.config.updates_per_rollout == 0 or self.rolled is None:
             self.rolled = self._roll(step)
         prompts, rollouts, advantages, informative, metrics = self.rolled
-        work = Step([], metrics | dict.fromkeys(("kl", "clipped", "entropy", "energy_mae"), 0.0))
+        logged = ("clipped", "entropy", "energy_mae", "mismatch", "mismatch_kl", "importance")
+        work = Step([], metrics | dict.fromkeys((*logged, *(["kl"] if self.config.beta else [])), 0.0))
         self.add_policy(work, prompts, rollouts, advantages, informative)
         self.add_replay(work, step)
         return work
@@ -117,12 +131,23 @@ class GRPO(Plain):
     def _roll(self, step: int) -> Rolled:
         c, o = self.context, self.config
         picks = self._chosen(Stream.GRPO_ORDER, Stream.GRPO_PROMPTS, o.batch_size, step)
-        prompts = [self.prompt(i, k, rng) for k, (i, rng) in enumerate(picks)]
-        asked = [self.systems[i] for i, _ in picks]
         seed = Stream.GRPO_ANSWERS.key(c.config.seed, step, c.world.rank)
-        designs = [k % 3 > 0 for k in range(len(asked))]
-        rollouts, scored, seconds = self._answers(prompts, asked, designs, seed, o.group_size)
-        advantages, informative = group_advantages(scored.total.reshape(-1, o.group_size), o.delta)
+        prompts, rollouts, scored, seconds = self._round(picks, seed)
+        advantages, informative = self._advantages(rollouts, scored)
+        for k in range(self.refill):
+            missing = o.batch_size - int(informative.any(1).sum())
+            if not c.world.maximum(missing):
+                break
+            # Each round of each step has a part of the stream of its own, whatever it took before.
+            at = step * self.refill + k
+            picks = self._chosen(Stream.GRPO_REFILL_ORDER, Stream.GRPO_REFILL_PROMPTS, o.batch_size, at)
+            seed = Stream.GRPO_REFILL_ANSWERS.key(c.config.seed, step, c.world.rank, k)
+            more = self._round(picks[:missing], seed)
+            rollouts += [replace(r, prompt=r.prompt + len(prompts)) for r in more[1]]
+            prompts += more[0]
+            scored = joined(scored, more[2])
+            seconds = {name: value + more[3].get(name, 0.0) for name, value in seconds.items()}
+            advantages, informative = self._advantages(rollouts, scored)
         self.skipped += int((~informative.any(1)).sum())
         self.old.clear()
         metrics: Metrics = {f"reward_{k}": float(np.nanmean(v)) for k, v in scored.terms.items()}
@@ -144,6 +169,28 @@ class GRPO(Plain):
         self._report(step, prompts, rollouts, scored)
         return prompts, rollouts, advantages.reshape(-1), informative.reshape(-1), metrics
 
+    def _round(
+        self, picks: list[tuple[int, np.random.Generator]], seed: Sequence[int]
+    ) -> tuple[list[Sample], list[Rollout], Scored, dict[str, float]]:
+        """Prompts for some systems, their answers with rewards, and the seconds of sampling by part."""
+        prompts = [self.prompt(i, k, rng) for k, (i, rng) in enumerate(picks)]
+        asked, designs = [self.systems[i] for i, _ in picks], [k % 3 > 0 for k in range(len(picks))]
+        return prompts, *self._answers(prompts, asked, designs, seed, self.config.group_size)
+
+    def _advantages(self, rollouts: list[Rollout], scored: Scored) -> tuple[np.ndarray, np.ndarray]:
+        """Advantages and whether they carry a signal [groups, K]; what ran into its limit as `overlong`
+        says: masked, it still counts in its group's mean."""
+        o = self.config
+        rewards = scored.total
+        if self.overlong == "soft":
+            lengths, limits = (np.array(x) for x in zip(*((len(r.ids), r.limit) for r in rollouts)))
+            rewards = rewards + o.overlong_penalty * overlong(lengths, limits, o.overlong_tokens)
+        shape = (-1, o.group_size)
+        advantages, informative = group_advantages(rewards.reshape(shape), o.delta, o.loss != "dr_grpo")
+        if self.overlong == "mask":
+            informative &= np.array([r.finished for r in rollouts]).reshape(shape)
+        return advantages, informative
+
     def _answers(
         self,
         prompts: list[Sample],
@@ -161,21 +208,24 @@ class GRPO(Plain):
                 answer_pattern(s.identity, s.target, design, c.config.data.decimals)
                 for s, design in zip(asked, designs)
             ]
+        limits = answer_limits(c.collate, o.sampling, [(s.identity, s.target) for s in asked])
         scoring = Scoring(self.reward, [s for s in asked for _ in range(group_size)], o.reward_timeout)
 
         def take(i: int, r: Rollout) -> None:
             scoring.take(i, r.text)
 
         with unsharded(c.model):
-            if self.vllm is not None:
+            if not prompts:  # a rank that waits for others which sample again
+                rollouts, seconds = [], {}
+            elif self.vllm is not None:
                 seconds = self.vllm.seconds = dict.fromkeys(self.vllm.seconds, 0.0)
                 self.vllm.update()
-                rollouts = self.vllm.generate(prompts, seed, group_size, take)
+                rollouts = self.vllm.generate(prompts, seed, group_size, take, limits)
             else:
                 engine = RolloutEngine(c.model, c.collate, DTYPES[c.config.precision])
                 seconds = engine.seconds
                 rollouts = engine.generate(
-                    prompts, o.sampling, seed, group_size, patterns=patterns, on_answer=take
+                    prompts, o.sampling, seed, group_size, patterns=patterns, on_answer=take, limits=limits
                 )
         return rollouts, scoring.finish(), seconds
 
@@ -218,8 +268,8 @@ class GRPO(Plain):
         c, o = self.context, self.config
         shared = shares_prompts(c.model.text) and c.config.data.packed
 
-        def prepare(some: list[Rollout]) -> Pass:
-            batch = rollout_batch(c.collate, prompts, some, shared).to(c.world.device)
+        def prepare(some: list[Rollout], asked: Sequence[Sample]) -> Pass:
+            batch = rollout_batch(c.collate, asked, some, shared).to(c.world.device)
             chosen = on_device(Choices.join(some), c.world.device)
             return Pass(partial(self._read, batch, chosen), batch.tokens, batch)
 
@@ -231,15 +281,19 @@ class GRPO(Plain):
             advantages,
             informative,
             prepare,
-            o.clip,
-            o.normalise,
+            prompts,
+            [len(c.collate.prompt_ids(p)) for p in prompts],
+            self.loss_of,
             self.old,
+            self.correction,
         )
 
     def _read(self, batch: Batch, chosen: Chosen | None) -> Read:
         model, t = self.context.model, self.config.sampling.temperature
-        with torch.no_grad(), without_lora(model):
-            reference = (self.reference or model)(CatalyticMLLM.answer, batch, t, False, chosen).logprob
+        reference = None
+        if self.config.beta:
+            with torch.no_grad(), without_lora(model):
+                reference = (self.reference or model)(CatalyticMLLM.answer, batch, t, False, chosen).logprob
         policy = model(CatalyticMLLM.answer, batch, t, True, chosen)
         return Read(policy.logprob, reference, policy.entropy)
 

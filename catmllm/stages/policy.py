@@ -6,7 +6,8 @@ LM head from hidden states that were kept. All that follows from them is the sam
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -14,21 +15,30 @@ import numpy as np
 import torch
 
 from catmllm.config import GAGRPOConfig, GRPOConfig
+from catmllm.data.prompts import Sample
 from catmllm.models.catalytic_mllm import Chosen
 from catmllm.sample.answers import Rollout
-from catmllm.stages.advantages import per_answer, policy_loss
+from catmllm.stages.advantages import RECIPES, Recipe, importance, per_answer, policy_loss, ratios
+from catmllm.stages.deal import Share, spread
 from catmllm.train.stage import MicroBatch, Step, Validation
 from catmllm.world import World
 
 
 class Read(NamedTuple):
     """Of the tokens of a pass's answers, end to end [M]: log-probabilities by the policy and by the
-    reference, and the entropy of what they were drawn from. Under a grammar of those that were choices: a
-    forced token's log-probability is 0 by either."""
+    reference (None without KL), and the entropy of what they were drawn from. Under a grammar of those that
+    were choices: a forced token's log-probability is 0 by either."""
 
     logprob: torch.Tensor
-    reference: torch.Tensor
+    reference: torch.Tensor | None
     entropy: torch.Tensor | None = None
+
+
+class Correction(NamedTuple):
+    """How answers are weighed for what the sampler differs from the policy; see `importance`."""
+
+    kind: Literal["token", "sequence"]
+    cap: float
 
 
 class Pass(NamedTuple):
@@ -47,69 +57,113 @@ def add_policy(
     rollouts: list[Rollout],
     advantages: np.ndarray,
     informative: np.ndarray,
-    prepare: Callable[[list[Rollout]], Pass],
-    clip: float = 1.0,
-    normalise: Literal["sample", "token"] = "sample",
+    prepare: Callable[[list[Rollout], Sequence[Sample]], Pass],
+    prompts: Sequence[Sample] = (),
+    heads: Sequence[int] = (),
+    loss_of: Recipe = RECIPES["grpo"],
     old: dict[int, torch.Tensor] | None = None,
+    correction: Correction | None = None,
 ) -> None:
     """Passes over the informative rollouts; every rank makes as many as the one that needs most.
 
-    advantages, informative [answers]. `old` keeps the log-probabilities of the policy that sampled, by pass,
-    where several steps go over the same answers. Logs `kl`, and where there are any, `clipped` and `entropy`.
+    With `config.batch_tokens` the answers of all ranks are dealt anew (see `spread`). advantages, informative
+    [answers]; prompts that the answers index, none where these have hidden states, and `heads`, the tokens of
+    each that a pass reads once for all its answers. `old` keeps the log-probabilities of the policy before
+    the first update, by pass, where several steps go over the same answers; they are then compared with those
+    that the sampler has told, and by `correction` weigh the answers. Logs `kl`, and where there is `old`,
+    `clipped`, `mismatch` (mean |difference| of policy and sampler), `mismatch_kl` (k3) and `importance` (the
+    mean weight), and `entropy`.
     """
-    kept = np.flatnonzero(informative)
-    n = world.maximum(-(-len(kept) // config.micro_batch))
+    if config.batch_tokens is None:
+        kept = np.flatnonzero(informative)
+        n = world.maximum(-(-len(kept) // config.micro_batch))
+        parts = np.array_split(kept, n) if n else []
+    else:
+        share = spread(world, rollouts, advantages, informative, prompts, heads, config.batch_tokens)
+        # A rank that reads nothing still has an answer to stand in; see below.
+        prompts, rollouts = [*share.prompts, *prompts], [*share.rollouts, *_behind(share, rollouts[0])]
+        advantages = np.append(share.advantages, 0.0)
+        kept, parts = np.arange(len(share.rollouts)), share.passes
     # Ranks keep different numbers of answers and gradients are averaged over ranks: with the mean number
     # in the denominator the step is that of all answers in one batch.
-    count = {"rows": float(len(kept)), "tokens": float(sum(drawn(rollouts[i]) for i in kept))}
-    whole = max(world.mean(count)["rows" if normalise == "sample" else "tokens"], 1.0)
+    normalise = loss_of.normalise
+    count = {
+        "sample": float(len(kept)),
+        "token": float(sum(drawn(rollouts[i]) for i in kept)),
+        "limit": float(sum(rollouts[i].limit for i in kept)),
+    }
+    means = world.mean(count)
+    whole, tokens = max(means[normalise], 1.0), max(means["token"], 1.0)
 
-    def loss(k: int, read: Callable[[], Read], lengths: list[int], rows: np.ndarray, weight: float) -> Any:
-        found = read()
+    def loss(k: int, read: Callable[[], Read], chosen: list[Rollout], rows: np.ndarray, there: float) -> Any:
+        weight = there / whole
+        found, lengths = read(), [drawn(r) for r in chosen]
         device = found.logprob.device
         a = torch.tensor(advantages[rows], dtype=torch.float32, device=device)
         each = torch.tensor(lengths, device=device)
         row = torch.arange(len(rows), device=device).repeat_interleave(each, output_size=sum(lengths))
-        sampled = found.logprob.detach() if old is None else old.setdefault(k, found.logprob.detach())
+        before = found.logprob.detach() if old is None else old.setdefault(k, found.logprob.detach())
+        sampler = torch.cat([by_sampler(r) for r in chosen]).to(device) if old is not None else before
+        weights = None
+        if correction is not None:
+            weights = importance(before, sampler, row, len(rows), *correction)
         losses, kl = policy_loss(
             found.logprob,
-            sampled,
+            before,
             found.reference,
             a,
             row,
             len(rows),
             config.beta,
             config.kl,
-            clip,
+            loss_of.low,
             normalise,
+            clip_high=loss_of.high,
+            ratio=loss_of.ratio,
+            weight=weights,
         )
 
         def log(name: str, value: torch.Tensor) -> None:
-            work.metrics[name] += weight * value.detach().sum()
+            """Of tokens [M], as the loss weighs them."""
+            mean = per_answer(value.detach().float(), row, len(rows), normalise).sum()
+            work.metrics[name] += there / (whole if normalise == "sample" else tokens) * mean
 
-        log("kl", kl)
+        if found.reference is not None:
+            work.metrics["kl"] += weight * kl.detach().sum()
         if old is not None:
-            outside = (((found.logprob.detach() - sampled).exp() - 1).abs() > clip).float()
-            log("clipped", per_answer(outside, row, len(rows), normalise))
+            ratio = ratios(found.logprob.detach(), before, row, len(rows), loss_of.ratio)
+            log("clipped", (ratio < 1 - loss_of.low) | (ratio > 1 + loss_of.high))
+            d = before - sampler
+            log("mismatch", d.abs())
+            log("mismatch_kl", torch.expm1(d) - d)
+            log("importance", torch.ones_like(d) if weights is None else weights)
         if found.entropy is not None:
-            log("entropy", per_answer(found.entropy, row, len(rows), normalise))
+            log("entropy", found.entropy)
         return weight * losses.sum()
 
-    for k, part in enumerate(np.array_split(kept, n) if n else []):
+    for k, part in enumerate(parts):
         # A rank that has run out of rows still takes part in the collectives, with weight zero.
-        rows = part if len(part) else np.array([0])
+        rows = part if len(part) else np.array([len(rollouts) - 1])
         chosen = [rollouts[i] for i in rows]
-        one = prepare(chosen)
-        lengths = [drawn(r) for r in chosen]
-        weight = (len(part) > 0) / whole
-        work.passes.append(
-            MicroBatch(partial(loss, k, one.read, lengths, rows, weight), one.tokens, len(rows), one.batch)
-        )
+        one = prepare(chosen, prompts)
+        there = float(len(part) > 0)
+        call = partial(loss, k, one.read, chosen, rows, there)
+        work.passes.append(MicroBatch(call, one.tokens, len(rows), one.batch))
+
+
+def _behind(share: Share, rollout: Rollout) -> list[Rollout]:
+    """A rollout of this rank's own behind those of its share, where its prompts are too."""
+    return [replace(rollout, prompt=rollout.prompt + len(share.prompts))]
 
 
 def drawn(rollout: Rollout) -> int:
     """The tokens of an answer that the policy chose: of a free one all."""
     return len(rollout.ids if rollout.choices is None else rollout.choices.at)
+
+
+def by_sampler(rollout: Rollout) -> torch.Tensor:
+    """The log-probabilities that the sampler told of those tokens."""
+    return rollout.logprob if rollout.choices is None else rollout.logprob[rollout.choices.at]
 
 
 def on_device(chosen: Chosen | None, device: torch.device) -> Chosen | None:

@@ -46,6 +46,24 @@ class Scored:
     waited: float = 0.0
 
 
+def joined(a: Scored, b: Scored) -> Scored:
+    """The rewards of some answers and, behind them, of others."""
+    n, m = len(a.total), len(b.total)
+
+    def column(name: str) -> np.ndarray:
+        parts = ((s.terms.get(name), k) for s, k in ((a, n), (b, m)))
+        return np.concatenate([np.full(k, np.nan) if x is None else x for x, k in parts])
+
+    return Scored(
+        np.concatenate([a.total, b.total]),
+        {name: column(name) for name in (*a.terms, *(t for t in b.terms if t not in a.terms))},
+        a.reason + b.reason,
+        a.problems | {i + n: problem for i, problem in b.problems.items()},
+        a.busy + b.busy,
+        a.waited + b.waited,
+    )
+
+
 class Scoring:
     """Collects the rewards of one set of answers: give `take` to the rollout engine, then call `finish`."""
 

@@ -133,7 +133,15 @@ class FromLoader(Plain):
     def load(self, example: Callable[[int], Sample], config: SupervisedConfig) -> None:
         """Begin to read; `example`: a position in the sequence of samples -> the sample there."""
         c = self.context
-        windows = Windows(example, c.collate, config.batch_size, config.accumulate, config.batch_tokens)
+        windows = Windows(
+            example,
+            c.collate,
+            config.batch_size,
+            config.accumulate,
+            config.batch_tokens,
+            dealt=config.dealt,
+            atom_tokens=config.atom_tokens,
+        )
         device = c.world.device.type
         workers = loader_workers(c.config, device)
         self.loader = Loader(windows, c.world.rank, c.world.size, workers, pin=device == "cuda")

@@ -10,6 +10,7 @@ import multiprocessing
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -72,7 +73,24 @@ def test_packs_hold_every_sample_once_and_waste_little(windows: Callable[..., Wi
     assert all(mixed)  # no pack of short samples alone
 
 
-@pytest.mark.parametrize("options", [{"batch_size": 5}, {"budget": BUDGET}])
+def test_dealt_batches_cost_the_same(windows: Callable[..., Windows]) -> None:
+    """Every sample of a window once, equally many in each batch, atoms counted."""
+    plain = windows(batch_size=8, atom_tokens=3.0)
+    w = windows(batch_size=8, dealt=True, atom_tokens=3.0)
+
+    def costs(one: Windows) -> np.ndarray:
+        packs = [b for k in range(one.size and 512 // one.size) for b in one[k].packs]
+        assert sorted(p for b in packs for p in positions(b)) == list(range(512))
+        assert {len(b) for b in packs} == {8}
+        atoms = [0 if b.graph is None else len(b.graph.numbers) for b in packs]
+        return np.array([b.tokens + 3 * n for b, n in zip(packs, atoms)])
+
+    before, after = costs(plain), costs(w)
+    assert before.sum() == after.sum() and before.std() > 4 * after.std()
+    assert after.max() < 1.03 * after.mean()
+
+
+@pytest.mark.parametrize("options", [{"batch_size": 5}, {"budget": BUDGET}, {"batch_size": 2, "dealt": True}])
 def test_workers_change_nothing(windows: Callable[..., Windows], options: dict[str, int]) -> None:
     w = windows(**options)
     none, *some = (list(itertools.islice(Loader(w, 1, 2, workers=k), 70)) for k in (0, 1, 2))

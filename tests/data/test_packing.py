@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from catmllm.data.packing import pack
+from catmllm.data.packing import evenly, pack
 
 
 @given(lengths=st.lists(st.integers(1, 50), max_size=120), budget=st.integers(50, 300))
@@ -55,3 +55,13 @@ def test_a_sample_over_the_budget_is_an_error() -> None:
     with pytest.raises(ValueError, match="51 tokens does not fit a budget of 50"):
         pack([3, 51], 50)
     assert pack([], 50) == [] and pack([50, 50], 50) == [[0], [1]]
+
+
+@given(costs=st.lists(st.integers(1, 500), max_size=120), n=st.integers(1, 12))
+def test_even_groups_have_equally_many_of_near_equal_cost(costs: list[int], n: int) -> None:
+    groups = evenly(costs, n)
+    assert sorted(i for g in groups for i in g) == list(range(len(costs))) and len(groups) == n
+    assert max(map(len, groups)) - min(map(len, groups)) <= 1
+    if len(costs) % n == 0 and costs:
+        loads = [sum(costs[i] for i in g) for g in groups]
+        assert max(loads) - min(loads) <= max(costs) - min(costs)

@@ -49,9 +49,12 @@ def test_mean_of_the_adsorbate() -> None:
     assert fit.predict([unknown])[0] == pytest.approx(energies(train).mean())
 
 
-def test_ridge_solves_its_least_squares_problem() -> None:
-    train, val = PARTS["train"][:300], PARTS["val"][:50]
+@pytest.mark.parametrize("n", [60, 600])
+def test_ridge_solves_its_least_squares_problem(n: int) -> None:
+    """With fewer systems than features, where the smaller matrix is that of the systems, and with more."""
+    train, val = PARTS["train"][:n], PARTS["val"][:50]
     fit = TextRidge.fit(train, val, strengths=[3.0])
+    assert (len(train) < len(fit.vocabulary)) == (n == 60)
     features = np.zeros((len(train), len(fit.vocabulary)))
     for row, system in enumerate(train):
         for feature, count in text_features(system).items():

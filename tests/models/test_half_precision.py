@@ -6,7 +6,11 @@ import pytest
 import torch
 
 from catmllm.data.prompts import property_sample
-from catmllm.models.half_precision import keep_large_values
+from catmllm.models.catalytic_mllm import CatalyticMLLM
+from catmllm.models.half_precision import keep_large_values, rounded
+from catmllm.train.sharding import shard
+from catmllm.world import DTYPES
+from tests.contexts import MakeContext, small
 
 HALF = torch.float16
 
@@ -133,3 +137,25 @@ def test_sampling_keeps_a_stream_beyond_float16(small_model) -> None:
         found, _ = Tower(model, HALF).prefill(x.to(HALF))
     assert found.dtype == HALF
     torch.testing.assert_close(found.double(), expected, atol=0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize(("precision", "encoder"), [("bf16", "fp32"), ("fp16", "fp16"), ("bf16", "bf16")])
+def test_a_rounded_model_reads_as_training_does(
+    make_context: MakeContext, precision: str, encoder: str
+) -> None:
+    """Energies of a pass of the sharded model under mixed precision, to the last bit."""
+    config = small()
+    config.precision, config.encoder_precision = precision, encoder  # type: ignore[assignment]
+    context = make_context(config)
+    context.config.encoder_precision = encoder  # type: ignore[assignment]
+    batch = context.collate([property_sample(s) for s in context.data["train"][:6]])
+    whole = copy.deepcopy(context.model).eval()
+    exact = whole.predict(batch).detach()
+    read = rounded(whole, DTYPES[precision], DTYPES[encoder])
+    with torch.no_grad():
+        found = read.predict(batch)
+        sharded = shard(context.model, context.config, context.world).eval()
+        energy = sharded(CatalyticMLLM.answer, batch).energy
+    expected = energy * context.model.energy_std + context.model.energy_mean
+    assert torch.equal(found, expected)
+    assert 0 < (found - exact).abs().max() < 0.05

@@ -1,4 +1,5 @@
-"""The GRPO step against TRL's GRPOTrainer: the same samples and advantages give the same loss and gradients.
+"""The policy losses against TRL's GRPOTrainer: the same samples and advantages give the same loss and
+gradients, for every loss that can be chosen and with the sampler's log-probabilities.
 
 TRL gets the text tower as a Qwen2ForCausalLM (the very weights under other names), since it trains text
 models. Its weighting of the KL by the probability ratio, on by default since 1.16, is off: the paper's Eq. 51
@@ -8,22 +9,29 @@ has none.
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from catmllm.config import SamplingConfig
+from catmllm.config import GRPOConfig, SamplingConfig
 from catmllm.data.batches import Collator
 from catmllm.data.prompts import Sample, cif_prompt, design_prompt
 from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.sample.answers import Rollout
 from catmllm.sample.engine import RolloutEngine
-from catmllm.stages.advantages import policy_loss
+from catmllm.stages.advantages import overlong, policy_loss, recipe
 from catmllm.stages.grpo import rollout_batch
+from catmllm.stages.policy import Correction, Pass, Read, add_policy
 from catmllm.structure.system import System
+from catmllm.train.stage import Step
+from catmllm.world import World
 
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
@@ -91,7 +99,13 @@ def sampled(policy: CatalyticMLLM, small_model: Model, train_systems: list[Syste
 
 
 def trainer_of(
-    policy: CatalyticMLLM, reference: CatalyticMLLM, collate: Collator, folder: Path, loss_type: str
+    policy: CatalyticMLLM,
+    reference: CatalyticMLLM,
+    collate: Collator,
+    folder: Path,
+    loss_type: str,
+    beta: float = BETA,
+    **options: Any,
 ) -> Any:
     """A trainer of the policy; TRL reads its reference from where it believes the policy to come from."""
     text_model(reference).save_pretrained(folder / "reference")
@@ -99,8 +113,9 @@ def trainer_of(
     model.config._name_or_path = str(folder / "reference")
     arguments = trl.GRPOConfig(
         output_dir=str(folder), per_device_train_batch_size=2, num_generations=2, max_completion_length=20,
-        beta=BETA, epsilon=CLIP, temperature=TEMPERATURE, loss_type=loss_type, report_to=[], use_cpu=True,
+        beta=beta, temperature=TEMPERATURE, loss_type=loss_type, report_to=[], use_cpu=True,
         bf16=False, fp16=False, save_strategy="no", disable_tqdm=True, use_bias_correction_kl=False,
+        **({"epsilon": CLIP} | options),
     )  # fmt: skip
     return trl.GRPOTrainer(
         model=model,
@@ -202,4 +217,131 @@ def test_loss_and_gradients_are_trls(
     assert abs(float(our_loss.detach()) - float(their_loss.detach())) < 1e-5 * max(
         1.0, abs(float(their_loss.detach()))
     )
+    same_gradients(ours, theirs)
+
+
+def test_soft_punishment_of_long_answers_is_trls() -> None:
+    from trl.rewards import get_soft_overlong_punishment
+
+    lengths, limit, soft = np.array([1, 60, 80, 81, 90, 99, 100]), 100, 20
+    theirs = get_soft_overlong_punishment(limit, soft)([[0] * n for n in lengths])
+    np.testing.assert_allclose(overlong(lengths, np.full(7, limit), soft), theirs, rtol=1e-12)
+    assert overlong(np.array([100, 100]), np.array([100, 300]), soft).tolist() == [-1.0, 0.0]
+
+
+class Alone(World):
+    """One rank without a process group."""
+
+    def mean(self, values: Any) -> dict[str, float]:
+        return {k: float(v) for k, v in values.items()}
+
+    def maximum(self, value: int) -> int:
+        return value
+
+
+# TRL's options for each loss: its cap of `cispo` is the ratio itself, its `gspo` is `grpo` by sequences.
+CHOSEN = {
+    "dapo": {"loss_type": "dapo", "epsilon": 0.2, "epsilon_high": 0.28},
+    "dr_grpo": {"loss_type": "dr_grpo", "epsilon": 0.2},
+    "gspo": {
+        "loss_type": "grpo",
+        "epsilon": 3e-4,
+        "epsilon_high": 4e-4,
+        "importance_sampling_level": "sequence",
+    },
+    "cispo": {"loss_type": "cispo", "epsilon_high": 5.0},
+}
+
+
+@pytest.mark.parametrize(
+    ("loss", "correction"),
+    [(loss, None) for loss in CHOSEN] + [("grpo", "token"), ("grpo", "sequence"), ("cispo", "token")],
+)
+def test_every_loss_is_trls(
+    policy: CatalyticMLLM,
+    reference: CatalyticMLLM,
+    sampled: tuple[Any, ...],
+    small_model: Model,
+    tmp_path: Path,
+    loss: str,
+    correction: Literal["token", "sequence"] | None,
+) -> None:
+    """Through the stage's own `add_policy`, at a second update: the policy has drifted from the one before
+    the first, and that one from the sampler's; the clips act, and so do the truncated weights."""
+    collate = small_model[1]
+    prompts, rollouts, advantage = sampled
+    generator = torch.Generator().manual_seed(9)
+    limit = 20
+    with torch.no_grad():
+        batch = rollout_batch(collate, prompts, rollouts)
+        now = policy(CatalyticMLLM.answer, batch, temperature=TEMPERATURE).logprob
+        ref = reference(CatalyticMLLM.answer, batch, temperature=TEMPERATURE).logprob
+    lengths = [len(r.ids) for r in rollouts]
+    drift, away = (0.4 * torch.randn(len(now), generator=generator) for _ in range(2))
+    before = now + drift
+    # Capped in TRL's order too: log-probabilities of the sampler, by answer.
+    rollouts = [replace(r, logprob=s, limit=limit) for r, s in zip(rollouts, (before + away).split(lengths))]
+
+    def wide(values: torch.Tensor) -> torch.Tensor:
+        return torch.nn.utils.rnn.pad_sequence(list(values.split(lengths)), batch_first=True)
+
+    options: dict[str, Any] = dict(CHOSEN.get(loss, {"loss_type": "grpo"}))
+    beta = 0.0 if loss == "dapo" else BETA  # without reference
+    trainer = trainer_of(policy, reference, collate, tmp_path, options.pop("loss_type"), beta, **options)
+    inputs = as_trl(collate, prompts, rollouts)
+    trainer.current_gradient_accumulation_steps = 1
+    inputs["ref_per_token_logps"], inputs["old_per_token_logps"] = wide(ref), wide(before)
+    inputs["advantages"], inputs["num_items_in_batch"] = advantage, inputs["completion_mask"].sum()
+    cap = 1.2
+    if correction is not None:
+        # What TRL does where it samples, in `_generate_and_score_completions`, which needs vLLM.
+        trainer.use_vllm = trainer.vllm_importance_sampling_correction = True
+        d = (wide(before) - wide(torch.cat([r.logprob for r in rollouts]))) * inputs["completion_mask"]
+        d = d.sum(1, keepdim=True) if correction == "sequence" else d
+        inputs["importance_sampling_ratio"] = d.exp().clamp(max=cap)
+    theirs = trainer.model.train()
+    their_loss = trainer._compute_loss(theirs, inputs)
+    their_loss.backward()
+
+    ours = copy.deepcopy(policy).train()
+    work = Step([], defaultdict(float))
+
+    def prepare(some: list[Rollout], asked: Sequence[Sample]) -> Pass:
+        batch = rollout_batch(collate, asked, some)
+
+        def read() -> Read:
+            found = ours(CatalyticMLLM.answer, batch, temperature=TEMPERATURE).logprob
+            with torch.no_grad():
+                far = reference(CatalyticMLLM.answer, batch, temperature=TEMPERATURE).logprob
+            return Read(found, far if beta else None)
+
+        return Pass(read, batch.tokens)
+
+    config = GRPOConfig(loss=loss, beta=beta, micro_batch=4)  # type: ignore[arg-type]
+    parts = np.array_split(np.arange(len(rollouts)), 2)
+    old = {k: torch.cat([before.split(lengths)[i] for i in part]) for k, part in enumerate(parts)}
+    add_policy(
+        work,
+        Alone(0, 1, torch.device("cpu")),
+        config,
+        rollouts,
+        advantage.numpy(),
+        np.ones(len(rollouts), dtype=bool),
+        prepare,
+        prompts,
+        loss_of=recipe(config),
+        old=old,
+        correction=None if correction is None else Correction(correction, cap),
+    )
+    our_loss = 0.0
+    for one in work.passes:
+        value = one.loss()
+        value.backward()  # type: ignore[no-untyped-call]
+        our_loss += float(value.detach())
+    assert our_loss == pytest.approx(float(their_loss.detach()), rel=1e-5, abs=1e-5)
+    if loss != "cispo":
+        assert 0 < float(work.metrics["clipped"]) < 1
+    if correction is not None:
+        assert float(work.metrics["importance"]) < cap
+    assert float(work.metrics["mismatch"]) > 0.1
     same_gradients(ours, theirs)

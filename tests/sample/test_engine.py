@@ -12,10 +12,18 @@ import torch
 
 from catmllm.config import SamplingConfig
 from catmllm.data.batches import Batch, Collator, Encoded
-from catmllm.data.prompts import GRAPH, Sample, cif_prompt, design_prompt, property_prompt, property_sample
+from catmllm.data.prompts import (
+    GRAPH,
+    Sample,
+    cif_prompt,
+    design_prompt,
+    design_sample,
+    property_prompt,
+    property_sample,
+)
 from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.models.projector import Projector
-from catmllm.sample.answers import Rollout
+from catmllm.sample.answers import Rollout, answer_limits
 from catmllm.sample.engine import RolloutEngine
 from catmllm.seeds import hash_seed
 from catmllm.stages.grpo import rollout_batch
@@ -347,3 +355,29 @@ def test_hash_seed_tells_parts_apart() -> None:
     seeds = [hash_seed(p) for p in ([0], [0, 0], [1], [0, 1], [1, 0], [-1, 0], [2**31])]
     assert len(set(seeds)) == len(seeds)
     assert all(0 <= s < 2**63 for s in seeds)
+
+
+def test_every_answer_has_its_limit(small_model: Model, prompts: list[Sample]) -> None:
+    model, collate = small_model
+    whole = RolloutEngine(model, collate).generate(prompts, GREEDY, [0], group_size=2)
+    limits = [3, 24, 1, 7, 12]
+    cut = RolloutEngine(model, collate).generate(
+        prompts, replace(GREEDY, max_new_tokens=None), [0], group_size=2, limits=limits
+    )
+    for i, (a, b) in enumerate(zip(whole, cut)):
+        n = limits[i // 2]
+        assert b.ids.tolist() == a.ids[:n].tolist() and b.limit == n
+        assert b.finished == (a.finished and len(a.ids) <= n)
+    with pytest.raises(ValueError, match="max_new_tokens: null"):
+        RolloutEngine(model, collate).generate(prompts, replace(GREEDY, max_new_tokens=None), [0])
+
+
+def test_limits_follow_the_cell_that_is_asked_for(small_model: Model, train_systems: list[System]) -> None:
+    """Every CIF of the training systems fits, with no more than a third to spare."""
+    _, collate = small_model
+    some = train_systems[::97]
+    asked = [(s.identity, s.target) for s in some]
+    limits = answer_limits(collate, SamplingConfig(max_new_tokens=None), asked)
+    needed = [len(collate.encode(design_sample(s, None).answer)) for s in some]
+    assert all(n * 1.15 < limit < n * 1.33 for n, limit in zip(needed, limits))
+    assert answer_limits(collate, SamplingConfig(max_new_tokens=77), asked) == [77] * len(some)

@@ -5,6 +5,7 @@ A model of a few steps writes nothing that parses, so that every group would be 
 the reward here counts tokens instead.
 """
 
+import dataclasses
 import itertools
 import json
 import threading
@@ -16,8 +17,10 @@ import torch
 from catmllm.design.exemplar_pool import Candidate
 from catmllm.design.search import ClosedLoop
 from catmllm.models.catalytic_mllm import CatalyticMLLM
+from catmllm.sample.answers import Rollout
 from catmllm.stages.ga_grpo import GAGRPO
 from catmllm.stages.grpo import GRPO
+from catmllm.stages.scoring import Scored
 from catmllm.structure.cif import write_cif
 from catmllm.train.loop import train
 from catmllm.train.sharding import whole
@@ -253,3 +256,66 @@ def test_token_level_normalisation_and_several_updates_a_rollout(context: Contex
     assert clipped[0] == clipped[2] == 0.0 and min(clipped[1], clipped[3]) > 0.3
     assert abs(kl[0]) < 1e-6 < kl[1]  # policy and reference are equal before the first update
     assert all(0 < e < np.log(len(context.collate.tokenizer)) for e in entropy)
+
+
+def rows_of(context: Context) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (context.folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_dapo_fills_the_batch_and_asks_no_reference_without_beta(context: Context) -> None:
+    """Of the first round only the groups of the first prompt have a signal; later rounds bring the others."""
+    o = context.config.grpo
+    o.loss, o.beta, o.steps = "dapo", 0.0, 1
+    seen: list[tuple] = []
+
+    class Watched(GRPO):
+        def _round(self, picks, seed):
+            prompts, rollouts, scored, seconds = super()._round(picks, seed)
+            first = not seen
+            signal = np.arange(len(rollouts)) < (3 if first else 99)
+            scored.total = np.where(signal, np.arange(len(rollouts)) % 3, 1.0).astype(float)
+            seen.append((len(prompts), [p.prompt for p in prompts]))
+            return prompts, rollouts, scored, seconds
+
+    before = {k: v.clone() for k, v in context.model.state_dict().items()}
+    state, stage = train(Watched, context)
+    assert [n for n, _ in seen] == [3, 2]  # and no third round
+    assert not set(seen[0][1]) & set(seen[1][1])
+    assert stage.reference is None and stage.skipped == 2  # type: ignore[attr-defined]
+    assert not torch.equal(state["llm.lm_head.weight"], before["llm.lm_head.weight"])
+    (row,) = rows_of(context)
+    assert "kl" not in row and row["skipped_groups"] == pytest.approx(2 / 5)
+    assert row["mismatch"] < 1e-4 and row["mismatch_kl"] < 1e-6 and row["importance"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("overlong", ["keep", "mask", "soft"])
+def test_answers_cut_at_their_limit(context: Context, overlong: str) -> None:
+    o = context.config.grpo
+    o.overlong, o.overlong_tokens, o.overlong_penalty, o.loss = overlong, 4, 2.0, "dr_grpo"  # type: ignore[assignment]
+    stage = GRPO(context)
+    rollouts = [
+        Rollout(0, torch.zeros(n, dtype=torch.int64), torch.zeros(n), None, done, "", limit=10)
+        for n, done in ((10, False), (8, True), (3, True))
+    ]
+    scored = Scored(np.array([1.0, 2.0, 6.0]), {}, [None] * 3)
+    advantages, informative = stage._advantages(rollouts, scored)
+    rewards = np.array([1.0 - 2.0, 2.0 - 1.0, 6.0]) if overlong == "soft" else scored.total
+    np.testing.assert_allclose(advantages[0], rewards - rewards.mean())  # not scaled: dr_grpo
+    assert informative.tolist() == [[overlong != "mask", True, True]]
+
+
+def test_a_sampler_that_is_not_the_policy_is_seen_and_weighed(context: Context) -> None:
+    o = context.config.grpo
+    o.importance, o.importance_cap, o.steps = "token", 1.5, 1
+
+    class Off(GRPO):
+        def _round(self, picks, seed):
+            prompts, rollouts, scored, seconds = super()._round(picks, seed)
+            scored.total = np.arange(len(rollouts), dtype=float)
+            off = [dataclasses.replace(r, logprob=r.logprob - 1.0) for r in rollouts]
+            return prompts, off, scored, seconds
+
+    train(Off, context)
+    (row,) = rows_of(context)
+    assert row["mismatch"] == pytest.approx(1.0, abs=1e-3) and row["importance"] == pytest.approx(1.5)
+    assert row["mismatch_kl"] == pytest.approx(np.e - 2, abs=1e-2)

@@ -1,0 +1,224 @@
+"""What the trainer does at the paper's size, simulated: how long ranks wait for each other, and what the
+evaluation takes beside training, before and after.
+
+`scale_balance`: 30 real OC20 structures, drawn with repetition (`$CATMLLM_SHARED/data/oc20`), become samples
+of every stage as configs/a100x8/7b.yaml has them. Ranks meet in every pass, so a step takes the sum over its
+passes of the slowest rank's cost; the ratio to the mean is what is printed, 1 being the best. A pass costs
+its tokens, and an atom of a structure as many as `atom_tokens` says. The dealing is the trainer's own code.
+`scale_evaluation`: seconds of a card's data sheet, for training and for the energies measured after each
+stage. `scale_baselines`: seconds of the text regression, measured, by both of its forms.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import numpy as np
+
+from bench import record  # first: it decides whose packages are measured
+from catmllm.config import Config, load_config
+from catmllm.data.batches import Collator
+from catmllm.data.packing import evenly
+from catmllm.data.prompts import Sample, cif_prompt, cif_sample, design_sample, property_sample
+from catmllm.plan.cards import CARDS
+from catmllm.plan.made_up import qwen_like_tokenizer
+from catmllm.structure.system import ADSORBATE, System, make_system
+from catmllm.structure.text import three_part_text
+
+RANKS = (8, 32, 64)
+PACKS = 64
+PARAMETERS = {"3b": 2.77e9, "7b": 6.53e9}  # of the LLM's blocks: 2 FLOPs each and token
+HEAD = {"3b": 0.31e9, "7b": 0.55e9}
+ENCODER = {"3b": 1.69e9, "7b": 9.41e9}  # FLOPs an atom forward, 20 neighbours, by torch's counter
+SYSTEMS = {"train": 295_000, "test": 37_000}  # of 369,247
+
+
+def oc20() -> list[System]:
+    """The relaxed frame of each real structure; adsorbate and facet only name it."""
+    from ase.io import read
+
+    path = Path(os.environ.get("CATMLLM_SHARED", "../shared")) / "data/oc20/oc20_30_init_relaxed.extxyz.gz"
+    if not path.is_file():
+        record.skip(f"no {path}; set CATMLLM_SHARED")
+    found: list[System] = []
+    for atoms in read(str(path), "1::2"):  # type: ignore[union-attr]
+        tags = np.where(np.isin(atoms.numbers, (1, 6, 7, 8)), ADSORBATE, atoms.get_tags())
+        name = "".join(a.symbol for a, t in zip(atoms, tags) if t == ADSORBATE)[:8] or "H"
+        found.append(make_system(atoms.cell[:], atoms.positions, atoms.numbers, tags, name, (1, 0, 0), -1.0))
+    return found
+
+
+class Costs:
+    """Tokens and atoms of the samples that the structures become."""
+
+    def __init__(self, systems: Sequence[System], config: Config) -> None:
+        tokenizer = qwen_like_tokenizer(systems, config.data.decimals)
+        collate = Collator(tokenizer, replace(config.data, images=False))
+
+        def tokens(sample: Sample) -> int:
+            return collate.encoded(sample).length
+
+        self.atoms = np.array([len(s) for s in systems])
+        self.text = np.array([tokens(Sample(three_part_text(s))) for s in systems])
+        self.property = np.array([tokens(property_sample(s)) for s in systems])
+        self.cif = np.array([tokens(cif_sample(s)) for s in systems])
+        self.design = np.array([tokens(design_sample(s, None)) for s in systems])
+        self.prompt = np.array([len(collate.encode(cif_prompt(s.identity))) for s in systems])
+        self.answer = self.cif - self.prompt
+
+    def supervised(self, stage: str, config: Config, n: int, rng: np.random.Generator) -> np.ndarray:
+        """Costs [n] of the samples of a supervised stage, in their order."""
+        o: Any = getattr(config, stage)
+        i = rng.integers(len(self.atoms), size=n)
+        atoms = o.atom_tokens * self.atoms[i]
+        if stage == "align":
+            return self.text[i] + atoms
+        asks = rng.random(n) < o.property_share
+        seen = rng.random(n) >= (o.drop_graph if stage != "align" else 0.0)
+        other = np.where(rng.random(n) < 0.5, self.cif[i], self.design[i])
+        return np.where(asks, self.property[i] + atoms * seen, other)
+
+
+def ratio(load: np.ndarray) -> float:
+    """Of the slowest rank to the mean: load [steps or passes, ranks]."""
+    return float(load.max(1).sum() / load.mean(1).sum())
+
+
+def supervised(costs: Costs, config: Config, stage: str, ranks: int, seed: int) -> tuple[float, float]:
+    """(after, before) over the steps of a window of 64 batches a rank."""
+    o: Any = getattr(config, stage)
+    rng = np.random.default_rng([seed, ranks])
+    x = costs.supervised(stage, config, ranks * PACKS * o.batch_size, rng)
+    before = x.reshape(PACKS, ranks, o.batch_size).sum(2)  # a step is the next batch of every rank
+    windows = x.reshape(ranks, PACKS * o.batch_size)  # dealt: each rank has a window of its own
+    after = np.array([[w[g].sum() for g in evenly(w.round().astype(int).tolist(), PACKS)] for w in windows]).T
+    return ratio(after), ratio(before)
+
+
+def updates(costs: Costs, config: Config, stage: str, ranks: int, seed: int) -> tuple[float, float]:
+    """(after, before) of an RL update: the answers of a group are as long as their system's CIF, give or take
+    a token a number, since composition and form are given."""
+    from catmllm.stages.deal import cut
+
+    o: Any = getattr(config, stage)
+    rng = np.random.default_rng([seed, ranks, 1])
+    i = rng.integers(len(costs.atoms), size=ranks * o.batch_size)
+    k = o.group_size
+    lengths = [(costs.answer[s] + rng.integers(0, 7, k)).tolist() for s in i]
+    heads = [int(costs.prompt[s]) if stage == "grpo" else 0 for s in i]
+    per_rank = [range(r * o.batch_size, (r + 1) * o.batch_size) for r in range(ranks)]
+    micro = {"grpo": 16, "ga_grpo": 64}[stage]
+    own = [[(g, n) for g in mine for n in lengths[g]] for mine in per_rank]
+    passes = -(-o.batch_size * k // micro)
+    before = np.zeros((passes, ranks))
+    for r, answers in enumerate(own):
+        for p, part in enumerate(np.array_split(np.arange(len(answers)), passes)):
+            some = [answers[j] for j in part]
+            before[p, r] = sum(n for _, n in some) + sum(heads[g] for g in {g for g, _ in some})
+    dealt = cut(heads, lengths, ranks, o.batch_tokens)
+    after = np.array(
+        [
+            [sum(heads[g] for g in {g for g, _ in b}) + sum(lengths[g][j] for g, j in b) for b in one]
+            for one in dealt
+        ]
+    )
+    return ratio(after), ratio(before)
+
+
+def balance(costs: Costs, configs: dict[str, Config], turns: int) -> dict[str, Any]:
+    ways: dict[str, Callable[..., tuple[float, float]]] = {
+        "align": supervised,
+        "joint": supervised,
+        "instruct": supervised,
+        "grpo": updates,
+        "ga_grpo": updates,
+    }
+    cases: dict[str, dict[str, list[float]]] = {}
+    for stage, way in ways.items():
+        for ranks in RANKS:
+            found = [way(costs, configs[stage], stage, ranks, seed) for seed in range(turns)]
+            cases[f"{stage}, {ranks} ranks"] = {
+                "dealt": [after for after, _ in found],
+                "each its own": [before for _, before in found],
+            }
+    says = "simulated: the slowest rank's cost over the mean, summed over passes"
+    return record.claim(
+        "scale_balance", says, "1", cases, {"structures": "30 of OC20", "config": "a100x8/7b"}
+    )
+
+
+def evaluation(costs: Costs, configs: dict[str, Config]) -> dict[str, Any]:
+    """Seconds of eight A100s at their data sheet's rates."""
+    card, ranks = CARDS["A100"], 8
+    cases: dict[str, dict[str, list[float]]] = {}
+    for size in ("3b", "7b"):
+        config = {stage: load_config([f"a100x8/{size}.yaml", f"a100x8/{stage}.yaml"]) for stage in configs}
+        token, atoms = 2 * PARAMETERS[size], float(costs.atoms.mean())
+        structure = ENCODER[size] * atoms
+        train = 0.0
+        for stage in ("align", "joint", "instruct"):
+            o: Any = getattr(config[stage], stage)
+            n = o.steps * o.batch_size * ranks
+            text = costs.supervised(stage, config[stage], 10_000, np.random.default_rng(0)).mean()
+            shown = 1.0 if stage == "align" else o.property_share
+            passes = {"align": (1, 3), "joint": (3, 3), "instruct": (3, 1)}[stage]
+            words = text - o.atom_tokens * atoms * shown
+            train += n * (passes[0] * words * token + passes[1] * shown * structure)
+        o = config["grpo"].grpo
+        answer = float(costs.answer.mean())
+        train += o.steps * ranks * o.batch_size * o.group_size * answer * (4 + 1) * (token + 2 * HEAD[size])
+        # Energies after a stage: encoder twice (alone, frames), both, graph, text, written answer.
+        words = float(3 * costs.property.mean() + costs.property.mean() + 16)
+        one = words * token + 4 * structure
+        stages = 5
+        before = stages * SYSTEMS["test"] * one / (ranks * card.wide)
+        systems = config["align"].evaluate.property_systems
+        after = stages * systems * one / (ranks * card.half)
+        whole = train / (ranks * card.half)
+        cases[f"{size}, seconds"] = {"now": [after], "float32, all test systems": [before]}
+        cases[f"{size}, share of training"] = {
+            "now": [after / whole],
+            "float32, all test systems": [before / whole],
+        }
+    says = "energies measured after five stages, at the data sheet's rates of 8 A100s"
+    return record.claim("scale_evaluation", says, "s, or 1", cases, {"test systems": SYSTEMS["test"]})
+
+
+def regression(n: int, turns: int) -> dict[str, Any]:
+    """What takes the time of the text regression, at OC20's ratio of words to texts."""
+    rng = np.random.default_rng(0)
+    x = rng.poisson(0.05, (n, 3 * n)).astype(float)
+    x -= x.mean(0)
+    samples = record.in_turn(
+        {"systems": lambda: np.linalg.eigh(x @ x.T), "words": lambda: np.linalg.eigh(x.T @ x)}, turns
+    )
+    says = "the text regression's decomposition: of the systems' matrix, and of the words'"
+    return record.claim("scale_baselines", says, "s", {f"{n} systems": samples}, {"words": 3 * n})
+
+
+def main() -> None:
+    parser = record.arguments(__doc__)
+    parser.add_argument("--part", choices=("balance", "evaluation", "baselines"), help="one of the claims")
+    args = parser.parse_args()
+    stages = ("align", "joint", "instruct", "grpo", "ga_grpo")
+    configs = {stage: load_config(["a100x8/7b.yaml", f"a100x8/{stage}.yaml"]) for stage in stages}
+    claims = []
+    if args.part != "baselines":
+        costs = Costs(oc20(), configs["align"])
+        if args.part != "evaluation":
+            claims.append(balance(costs, configs, 3 if args.quick else 10))
+        if args.part != "balance":
+            claims.append(evaluation(costs, configs))
+    if args.part in (None, "baselines"):
+        claims.append(regression(300 if args.quick else 800, 2 if args.quick else 3))
+    record.finish(args, claims)
+
+
+if __name__ == "__main__":
+    main()
