@@ -33,7 +33,7 @@ class Stream(IntEnum):
     REPLAY_ORDER = 12  # [epoch]
     REPLAY_SAMPLES = 13  # [step, place in the batch of all ranks]
     GA_GRPO_TASKS = 14  # [epoch]
-    GA_GRPO_SEARCH = 15  # answers [wave, rank, iteration], exemplars [wave, rank, iteration, task]
+    GA_GRPO_SEARCH = 15  # answers [step, rank, 0 or 1], exemplars [step, rank, 1, task]
     GENERATION = 16  # answers of the evaluation [rank]
     DESIGN_TASKS = 17  # of the evaluation
     DESIGN_SEARCH = 18  # of the evaluation; as GA_GRPO_SEARCH [rank, ...]

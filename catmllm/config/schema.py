@@ -502,6 +502,13 @@ class GAGRPOConfig(OptimConfig):
     validate_every: int = 5
     validate_systems: int = 16
     tasks: int = key(64, "design tasks over all ranks, batch_size of them at a time on each", gt=0)
+    solved: float | None = key(
+        None,
+        "a task whose best feasible design is this near to its energy leaves, and another enters besides "
+        "`tasks`; null: each has all its iterations",
+        unit="eV",
+        gt=0,
+    )
     initial: int = key(16, "first candidates of a task, from text only (the paper's N0)", gt=0)
     pool: int = key(6, "exemplars kept per task (the paper's K)", gt=0)
     iterations: int = key(10, "refinements of a task (the paper's T)", gt=0)

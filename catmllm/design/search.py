@@ -12,7 +12,7 @@ import hashlib
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -145,7 +145,7 @@ class ClosedLoop:
                 text = write_cif(system, self.collate.data.decimals)
                 known, _ = self.judge([state.task], [text], GIVEN)
                 state.pool.add([c for c in known if not np.isnan(c.predicted)])
-        self.absorb(states, rollouts, 0)
+        self.absorb(states, rollouts)
         return states
 
     def refine(
@@ -156,7 +156,8 @@ class ClosedLoop:
         seed: Sequence[int],
         keep: bool,
     ) -> tuple[list[Rollout], np.ndarray, dict[str, float]]:
-        """One iteration over all tasks: draw an exemplar each, sample G, score, update the pools.
+        """One iteration over all tasks, which need not be equally old: draw an exemplar each, sample G,
+        score, update the pools. `iteration` is a part of the seed.
 
         Returns the rollouts (task-major, with hidden states if `keep`),
         their rewards [tasks, G] and what to log.
@@ -177,7 +178,7 @@ class ClosedLoop:
             patterns=self._patterns([s.task for s in states]),
             limits=self._limits([s.task for s in states]),
         )
-        candidates, metrics = self.absorb(states, rollouts, iteration)
+        candidates, metrics = self.absorb(states, rollouts)
         rewards = np.array([c.reward for c in candidates]).reshape(len(states), self.config.group_size)
         return rollouts, rewards, metrics
 
@@ -190,13 +191,16 @@ class ClosedLoop:
         return answer_limits(self.collate, self.config.sampling, [(t.identity, t.target) for t in tasks])
 
     def absorb(
-        self, states: Sequence[TaskState], rollouts: Sequence[Rollout], iteration: int
+        self, states: Sequence[TaskState], rollouts: Sequence[Rollout]
     ) -> tuple[list[Candidate], dict[str, float]]:
         """Judge rollouts (their `prompt` indexes `states`), put them into the pools, extend the traces."""
         tasks = [states[r.prompt].task for r in rollouts]
-        candidates, scores = self.judge(tasks, [r.text for r in rollouts], iteration)
-        for k, state in enumerate(states):
-            mine = [c for r, c in zip(rollouts, candidates) if r.prompt == k]
+        judged, scores = self.judge(tasks, [r.text for r in rollouts], 0)
+        candidates = [replace(c, iteration=len(states[r.prompt].trace)) for r, c in zip(rollouts, judged)]
+        found: list[list[Candidate]] = [[] for _ in states]
+        for r, c in zip(rollouts, candidates):
+            found[r.prompt].append(c)
+        for state, mine in zip(states, found):
             parsed = [c for c in mine if not np.isnan(c.predicted)]
             state.tried += mine
             state.pool.add(parsed)
@@ -204,7 +208,7 @@ class ClosedLoop:
             errors = [abs(c.predicted - state.task.energy) for c in parsed if c.feasible]
             state.trace.append(
                 {
-                    "iteration": iteration,
+                    "iteration": len(state.trace),
                     "best_reward": None if best is None else best.reward,
                     "best_predicted": None if best is None else best.predicted,
                     "feasible": state.pool.feasible,

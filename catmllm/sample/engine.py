@@ -39,6 +39,10 @@ class RolloutEngine:
         self.tower, self.collate, self.model, self.rows = Tower(model, dtype), collate, model, rows
         self.seconds = {"prefill": 0.0, "decode": 0.0}  # spent so far
 
+    def renew_head(self) -> None:
+        """Read the model's LM head anew: where it alone trains, all else of the snapshot is as it was."""
+        self.tower.lm_head = self.model.llm.lm_head.weight.detach().to(self.tower.dtype, copy=True)
+
     @torch.no_grad()
     def generate(
         self,

@@ -3,11 +3,12 @@ of design and refinement trains the AR head alone.
 
 Encoder, projector, backbone and energy head are frozen, so the hidden states kept from decoding serve the
 policy and the reference alike: they differ in the last matrix, and an update never touches the backbone.
-`batch_size` tasks run at a time on each rank; one optimizer step is one iteration of all of them.
+`batch_size` tasks run at a time on each rank; one optimizer step is one iteration of each of them.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
 
-from catmllm.data.batches import draw
+from catmllm.data.batches import shuffled
 from catmllm.data.prompts import Sample
 from catmllm.design.exemplar_pool import Candidate, ExemplarPool
 from catmllm.design.search import ClosedLoop, Task, TaskState, summary
@@ -28,31 +29,31 @@ from catmllm.seeds import Stream
 from catmllm.stages.advantages import group_advantages
 from catmllm.stages.policy import Pass, Read, add_policy, on_device, validation
 from catmllm.stages.supervised import validation_systems
+from catmllm.train.metrics import read_log
 from catmllm.train.sharding import unsharded
 from catmllm.train.stage import Context, Plain, Step, Validation
-from catmllm.train.stop import TrainingError
 from catmllm.world import DTYPES
+
+TASKS = "tasks.jsonl"
 
 
 class GAGRPO(Plain):
-    """Waves of tasks, each searched for `iterations` steps; pools survive in checkpoints."""
+    """Tasks of any age side by side. One leaves after `iterations` steps, or as soon as it is `solved`, and
+    the next of an endless sequence enters in its place; tasks.jsonl has what came of it."""
 
     name = "ga_grpo"
-    any_ranks = False  # pools belong to ranks
 
     def __init__(self, context: Context) -> None:
         o, world = context.config.ga_grpo, context.world
-        wave = o.batch_size * world.size
-        if o.tasks % wave:
-            raise TrainingError(
-                f"ga_grpo.tasks ({o.tasks}) must be a multiple of ga_grpo.batch_size x ranks ({wave})"
-            )
         self.context = context
-        self.config = replace(o, steps=o.tasks // wave * o.iterations)
+        self.config = replace(o, steps=-(-o.tasks // (o.batch_size * world.size)) * o.iterations)
         self.loop = ClosedLoop(context.model, context.collate, o)
         self.systems = context.data["train"]
         self.running: list[TaskState] = []
-        self.finished: list[dict[str, Any]] = []
+        # begun by more ranks than there are now; they go on before others enter
+        self.waiting: list[TaskState] = []
+        self.entered = self.left = 0  # tasks, on all ranks
+        self.engine: RolloutEngine | None = None
 
     def begin(self) -> None:
         weight = self.context.model.llm.lm_head.weight.detach()
@@ -63,40 +64,69 @@ class GAGRPO(Plain):
 
     def step(self, step: int) -> Step:
         c, o = self.context, self.config
-        wave, iteration = divmod(step, o.iterations)
-        seed = Stream.GA_GRPO_SEARCH.key(c.config.seed, wave, c.world.rank)
-        before = dict(self.loop.seconds)
+        seed = Stream.GA_GRPO_SEARCH.key(c.config.seed, step, c.world.rank)
+        new = self._entering()
         with unsharded(c.model):
-            engine = RolloutEngine(c.model, c.collate, DTYPES[c.config.precision])
-            if iteration == 0:
-                self.finished += [summary(s) for s in self.running]
-                self.running = self.loop.start(self._tasks(wave), engine, seed)
-            rollouts, rewards, metrics = self.loop.refine(
-                self.running, engine, iteration + 1, seed, keep=True
-            )
+            engine = self._engine()
+            before = self.loop.seconds | engine.seconds
+            self.running += self.loop.start(new, engine, seed) if new else []
+            rollouts, rewards, metrics = self.loop.refine(self.running, engine, 1, seed, keep=True)
         advantages, informative = group_advantages(rewards, o.delta)
         best = [s.pool.best for s in self.running]
         errors = [abs(b.predicted - s.task.energy) for b, s in zip(best, self.running) if b is not None]
+        spent = {f"seconds_{k}": v - before[k] for k, v in (self.loop.seconds | engine.seconds).items()}
         metrics |= {
             "best_error": float(np.mean(errors)) if errors else float("inf"),
             "skipped_groups": float((~informative.any(1)).mean()),
             "kl": 0.0,
-            "seconds_prefill": engine.seconds["prefill"],
-            "seconds_decode": engine.seconds["decode"],
-            "seconds_reward": self.loop.seconds["reward"] - before["reward"],
-            "seconds_predict": self.loop.seconds["predict"] - before["predict"],
+            **spent,
         }
+        metrics |= self._leave(step)
         work = Step([], {**metrics})
         self.add_policy(work, rollouts, advantages.reshape(-1), informative.reshape(-1))
         return work
 
-    def _tasks(self, wave: int) -> list[Task]:
-        """This rank's tasks of a wave: identity and energy of training systems,
-        none twice before all were used."""
+    def _engine(self) -> RolloutEngine:
+        """The engine, of which each step changes the head alone."""
+        c = self.context
+        if self.engine is None:
+            self.engine = RolloutEngine(c.model, c.collate, DTYPES[c.config.precision])
+        else:
+            self.engine.renew_head()
+        return self.engine
+
+    def _entering(self) -> list[Task]:
+        """New tasks for this rank's free places: identity and energy of training systems, none twice before
+        all were used. Collective."""
         c, o = self.context, self.config
+        free = o.batch_size - len(self.running)
+        self.running, self.waiting = self.running + self.waiting[:free], self.waiting[free:]
+        free = o.batch_size - len(self.running)
+        of_ranks = c.world.gather(free)
+        first = self.entered + sum(of_ranks[: c.world.rank])
+        self.entered += sum(of_ranks)
         order = Stream.GA_GRPO_TASKS.key(c.config.seed)
-        picks = draw(len(self.systems), o.batch_size, order, wave, c.world.rank, c.world.size)
+        picks = [shuffled(first + k, len(self.systems), order) for k in range(free)]
         return [Task(s.identity, s.target, s.known_energy) for s in (self.systems[i] for i in picks)]
+
+    def _solved(self, state: TaskState) -> bool:
+        o, best = self.config, state.pool.best
+        near = best is not None and state.pool.feasible and o.solved is not None
+        return near and abs(best.predicted - state.task.energy) <= o.solved  # type: ignore[union-attr]
+
+    def _leave(self, step: int) -> dict[str, float]:
+        """Let go of the tasks that have come to their end. Collective; says how many were solved."""
+        world = self.context.world
+        solved = [self._solved(s) for s in self.running]
+        leaves = [done or len(s.trace) > self.config.iterations for s, done in zip(self.running, solved)]
+        ended = [summary(s) | {"step": step} for s, gone in zip(self.running, leaves) if gone]
+        self.running = [s for s, gone in zip(self.running, leaves) if not gone]
+        rows = [json.dumps(row) + "\n" for part in world.gather(ended) for row in part]
+        self.left += len(rows)
+        if world.main:
+            with (self.context.folder / TASKS).open("a") as f:
+                f.writelines(rows)
+        return {"solved": float(np.mean(solved)), "left": float(np.mean(leaves))}
 
     @property
     def validation(self) -> Validation | None:
@@ -109,7 +139,7 @@ class GAGRPO(Plain):
         tasks = [Task(s.identity, s.target, s.known_energy) for s in systems]
         seed = Stream.GA_GRPO_VALIDATION.key(c.config.seed, c.world.rank)
         with unsharded(c.model):
-            engine = RolloutEngine(c.model, c.collate, DTYPES[c.config.precision])
+            engine = self._engine()
             states = self.loop.start(tasks, engine, seed)
             return self.loop.refine(states, engine, 1, seed, keep=False)[1]
 
@@ -133,25 +163,23 @@ class GAGRPO(Plain):
         return Read(*self.context.model(CatalyticMLLM.head, hidden, targets, t, self.reference_head, chosen))
 
     def state(self) -> dict[str, Any]:
-        return {
-            "finished": self.finished,
-            "running": [
-                {
-                    "task": vars(s.task),
-                    "pool": [c.to_json() for c in s.pool.members],
-                    "trace": s.trace,
-                }
-                for s in self.running
-            ],
-        }
+        """The tasks of all ranks: any number of them may go on."""
+        own = [
+            {"task": vars(s.task), "pool": [c.to_json() for c in s.pool.members], "trace": s.trace}
+            for s in (*self.running, *self.waiting)
+        ]
+        tasks = [task for part in self.context.world.gather(own) for task in part]
+        return {"entered": self.entered, "left": self.left, "tasks": tasks}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self.finished = state["finished"]
-        self.running = [
-            TaskState(
-                Task(**s["task"]),
-                ExemplarPool(self.config.pool, [Candidate(**c) for c in s["pool"]]),
-                s["trace"],
-            )
-            for s in state["running"]
+        world, path = self.context.world, self.context.folder / TASKS
+        self.entered, self.left = state["entered"], state["left"]
+        size = self.config.pool
+        mine = [
+            TaskState(Task(**s["task"]), ExemplarPool(size, [Candidate(**c) for c in s["pool"]]), s["trace"])
+            for s in state["tasks"][world.rank :: world.size]
         ]
+        self.running, self.waiting = mine[: self.config.batch_size], mine[self.config.batch_size :]
+        if world.main:  # what was written after the checkpoint comes again
+            kept = read_log(path)[: self.left]
+            path.write_text("".join(json.dumps(row) + "\n" for row in kept))

@@ -193,11 +193,6 @@ class _Run:
 
     def _restore(self, record: dict[str, Any], extra: dict[str, Any]) -> None:
         self.step, world = record["step"], self.context.world.size
-        if record["world"] != world and not self.stage.any_ranks:
-            raise TrainingError(
-                f"{self.stage.name} was begun on {record['world']} ranks and holds a state of each; "
-                f"resume it on as many, not on {world}"
-            )
         # Ranks or batches may be others than before: the data go on from where they were.
         self.drawn = -(-extra["samples"] // (world * self.stage.config.batch_size))
         self.skipped, self.watch.recent = extra["skipped"], extra["losses"]

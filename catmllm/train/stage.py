@@ -78,7 +78,6 @@ class Stage(Protocol):
     """What differs between stages."""
 
     name: str
-    any_ranks: bool  # whether `state` may be read by another number of ranks
 
     @property
     def config(self) -> OptimConfig:
@@ -114,8 +113,6 @@ class Stage(Protocol):
 class Plain:
     """Base of stages: nothing to begin, end, keep or validate,
     and steps that are functions of the step number alone."""
-
-    any_ranks = True
 
     @property
     def validation(self) -> Validation | None:

@@ -190,7 +190,6 @@ def test_a_crystal_that_has_energy_nan_stays_out_of_the_pool(
     loop.absorb(
         [state],
         Parrot([STRANGE["a cell of 0.02 A"], "garbage"]).generate([Sample("")], CONFIG.sampling, [], 2),
-        1,
     )
     assert state.pool.members == []
     assert state.trace[0]["best_reward"] is None and state.trace[0]["mean_error"] is None

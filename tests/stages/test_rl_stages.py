@@ -23,7 +23,8 @@ from catmllm.stages.grpo import GRPO
 from catmllm.stages.scoring import Scored
 from catmllm.structure.cif import write_cif
 from catmllm.train.loop import train
-from catmllm.train.sharding import whole
+from catmllm.train.metrics import read_log
+from catmllm.train.sharding import shard, whole
 from catmllm.train.stage import Context
 from catmllm.train.stop import TrainingError
 from catmllm.world import World
@@ -83,8 +84,6 @@ def test_scored_tokens_are_the_sampled_tokens(context: Context) -> None:
             return super().score(got, targets)
 
     stage.reward = Spy().score
-    from catmllm.train.sharding import shard
-
     for p in context.model.parameters():
         p.requires_grad_(True)
     shard(context.model, context.config, context.world)
@@ -113,10 +112,11 @@ def test_ga_grpo_moves_the_head_alone(context: Context, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(ClosedLoop, "judge", judge)
     before = {k: v.clone() for k, v in context.model.state_dict().items()}
-    state, stage = train(GAGRPO, context)
+    state, _ = train(GAGRPO, context)
     moved = {k for k in state if not torch.equal(state[k], before[k])}
     assert moved == {"llm.lm_head.weight"}
-    assert len(stage.running) == 3 and all(len(s.trace) == 3 for s in stage.running)  # type: ignore[attr-defined]
+    rows = read_log(context.folder / "tasks.jsonl")
+    assert len(rows) == 3 and all(len(row["trace"]) == 3 and row["step"] == 1 for row in rows)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
@@ -319,3 +319,82 @@ def test_a_sampler_that_is_not_the_policy_is_seen_and_weighed(context: Context) 
     (row,) = rows_of(context)
     assert row["mismatch"] == pytest.approx(1.0, abs=1e-3) and row["importance"] == pytest.approx(1.5)
     assert row["mismatch_kl"] == pytest.approx(np.e - 2, abs=1e-2)
+
+
+def searching(context: Context, monkeypatch: pytest.MonkeyPatch, errors: list[float]) -> GAGRPO:
+    """A stage whose candidates are off by these energies in turn, task by task."""
+    text = write_cif(context.data["train"][0])
+
+    def judge(self, tasks, answers, iteration):
+        found = [
+            Candidate(
+                text, 1.0, t.energy + errors[i % len(errors)], 5.0, None, True, f"{t.identity}{i}", iteration
+            )
+            for i, t in enumerate(tasks)
+        ]
+        return found, type("Scores", (), {"total": np.ones(len(found))})()
+
+    monkeypatch.setattr(ClosedLoop, "judge", judge)
+    stage = GAGRPO(context)
+    for p in context.model.parameters():
+        p.requires_grad_(False)
+    context.model.llm.lm_head.weight.requires_grad_(True)
+    shard(context.model, context.config, context.world)
+    stage.begin()
+    return stage
+
+
+def test_solved_tasks_leave_and_others_enter(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three places; every third task is solved at once, the others stay for all their iterations."""
+    o = context.config.ga_grpo
+    o.batch_size, o.initial, o.group_size, o.iterations, o.tasks = 3, 1, 1, 3, 4
+    o.solved = 0.1
+    stage = searching(context, monkeypatch, [0.05, 1.0, 1.0])
+    assert stage.config.steps == 2 * 3  # 4 tasks are two times three places
+    engine = None
+    for step in range(4):
+        stage.step(step)
+        assert engine in (None, stage.engine)  # the same one, whose head alone is read anew
+        engine = stage.engine
+    rows = read_log(context.folder / "tasks.jsonl")
+    assert [row["step"] for row in rows] == [0, 1, 2, 2, 2, 3] and stage.left == 6
+    assert [len(row["trace"]) - 1 for row in rows] == [1, 1, 3, 3, 1, 1]
+    assert stage.entered == 8 and len(stage.running) == 2
+    asked = [(row["identity"], row["energy"]) for row in rows]
+    assert len(set(asked)) == 6
+
+
+def test_a_search_goes_on_on_other_numbers_of_ranks(
+    context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    o = context.config.ga_grpo
+    o.batch_size, o.initial, o.group_size, o.iterations, o.tasks = 3, 1, 1, 4, 3
+    stage = searching(context, monkeypatch, [1.0])
+    for step in range(2):
+        stage.step(step)
+    state = json.loads(json.dumps(stage.state()))
+    whole = [(t["task"]["identity"], t["pool"], t["trace"]) for t in state["tasks"]]
+    path = context.folder / "tasks.jsonl"
+    path.write_text('{"step": 9}\n')  # left after the checkpoint: it comes again
+
+    def of(rank: int, size: int, batch: int) -> GAGRPO:
+        context.config.ga_grpo.batch_size = batch
+        context.world = World(rank, size, context.world.device)
+        other = GAGRPO(context)
+        other.load_state(state)
+        return other
+
+    two = [of(rank, 2, 3) for rank in range(2)]
+    assert [len(s.running) for s in two] == [2, 1] and path.read_text() == ""
+    few = of(0, 1, 2)
+    assert len(few.running) == 2 and len(few.waiting) == 1
+    for stages in (two, [few]):
+        held = [s for one in stages for s in (*one.running, *one.waiting)]
+        found = [(s.task.identity, [c.to_json() for c in s.pool.members], s.trace) for s in held]
+        assert sorted(map(str, found)) == sorted(map(str, whole))
+    few.running.pop()  # a place is free: who waits comes before a new task
+    few._entering()
+    assert len(few.running) == 2 and not few.waiting and few.entered == 3
+    few.running.pop()
+    (new,) = few._entering()
+    assert few.entered == 4 and new.identity
