@@ -50,6 +50,7 @@ from catmllm.world import DTYPES, World, encoder_dtype, loader_workers, settled,
 # What may be another when a run goes on.
 MENDABLE = (
     "name", "tensorboard", "wandb", "profile", "threads", "keep_checkpoints", "replicate", "data.workers",
+    "hang_after",
 )  # fmt: skip
 GENERATES = ("instruct", "grpo", "ga_grpo")  # stages after which sampled CIFs are worth measuring
 

@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -91,6 +92,8 @@ def start(config: Config) -> World:
     alone: dict[str, Any] = (
         {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     )
+    # A step that hangs is told of first, by `train.hang`; between stages a rank may wait for long.
+    patience = timedelta(seconds=max(1800.0, config.hang_after + 300.0))
     if "TORCHELASTIC_RUN_ID" in os.environ:
         _die_with_parent()
     if torch.cuda.is_available():
@@ -102,11 +105,11 @@ def start(config: Config) -> World:
             )
         torch.cuda.set_device(device)
         _set_products(settled(config, "cuda"))
-        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, **alone)
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, timeout=patience, **alone)
     else:
         device = torch.device("cpu")
         torch.set_num_threads(config.threads)
-        dist.init_process_group("cpu:gloo", **alone)
+        dist.init_process_group("cpu:gloo", timeout=patience, **alone)
     return World(dist.get_rank(), dist.get_world_size(), device)
 
 

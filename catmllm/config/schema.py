@@ -607,6 +607,12 @@ class Config:
     )
     tensorboard: bool = key(True, "write every number to the folder tensorboard of out too")
     wandb: str | None = key(None, "project on Weights & Biases; null: off")
+    hang_after: float = key(
+        900.0,
+        "a part of a step that takes longer ends the run, with a line that names rank and call; 0: never",
+        unit="s",
+        ge=0,
+    )
     profile: bool = key(
         False,
         "of each stage's first steps: a Chrome trace and a table by phase, in profile of the stage's folder",

@@ -14,6 +14,7 @@ import torch
 from catmllm.models.lora import merged
 from catmllm.seeds import Stream, hash_seed
 from catmllm.train.checkpoint import CheckpointError, Checkpoints
+from catmllm.train.hang import Watchdog
 from catmllm.train.metrics import StageLog
 from catmllm.train.progress import describe, shown
 from catmllm.train.setup import Ready, clip, lr_factor, prepare, update
@@ -45,9 +46,11 @@ def _steps(context: Context, stage: Stage, ready: Ready) -> None:
     world, config, folder, optim = context.world, context.config, context.folder, stage.config
     if world.main:
         print(describe(context, stage.name), flush=True)
-    run = _Run(context, stage, ready)
+    watchdog = Watchdog(folder / "hang", world.rank, world.size, config.hang_after)
+    run = _Run(context, stage, ready, watchdog)
     context.model.train()
     with (
+        watchdog,
         stop_signals() as signals,
         StageLog(folder, stage.name, run.step, optim.steps, config, world.main) as log,
         run.checkpoints,
@@ -89,11 +92,12 @@ def _steps(context: Context, stage: Stage, ready: Ready) -> None:
 class _Run:
     """One stage under way: what a step changes beside the weights, and what a checkpoint must hold of it."""
 
-    def __init__(self, context: Context, stage: Stage, ready: Ready) -> None:
+    def __init__(self, context: Context, stage: Stage, ready: Ready, watchdog: Watchdog) -> None:
         config, world = context.config, context.world
         self.context, self.stage, self.ready = context, stage, ready
         self.watch = LossWatch(stage.spike)
-        self.clock, self.peak = Clock(), peak_flops(world.device)
+        self.clock = Clock(lambda phase: watchdog.beat(f"{phase} of step {self.step}"))
+        self.peak = peak_flops(world.device)
         self.profile = (
             Profile(context.folder / "profile", world.rank, world.device) if config.profile else None
         )
@@ -160,7 +164,7 @@ class _Run:
     def validate(self, validation: Validation) -> dict[str, float]:
         """Judge the weights on the validation systems; notes whether they are the best so far."""
         self.context.model.eval()
-        with torch.no_grad():
+        with torch.no_grad(), self.clock.phase("validation"):
             found = validation.run()
         self.context.model.train()
         row = self.context.world.mean(found)

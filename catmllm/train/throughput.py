@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -70,11 +70,14 @@ class Clock:
     """Seconds of a step by phase, as this process waits for them;
     the same ranges are marked for the profiler."""
 
-    def __init__(self) -> None:
+    def __init__(self, beat: Callable[[str], None] = lambda name: None) -> None:
+        """`beat` hears of every phase that begins."""
         self.seconds: dict[str, float] = {}
+        self.beat = beat
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
+        self.beat(name)
         began = time.perf_counter()
         with torch.profiler.record_function(f"phase:{name}"):
             yield

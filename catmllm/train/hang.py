@@ -1,0 +1,113 @@
+"""A run that hangs ends by itself and says where: which rank stands in which call.
+
+Ranks wait for each other in every step. One that stays in a loop or on a dead disk leaves all others in a
+collective, in silence. So a thread of each rank looks whether its step moves; after too long it writes where
+its own process stands, reads what the others wrote, and ends the process, which torchrun takes as a failure.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import shutil
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+EXIT_HUNG = 76  # EX_PROTOCOL
+GRACE = 5.0  # seconds that ranks give each other to write
+PACKAGE = str(Path(__file__).parents[1])
+
+
+class Watchdog:
+    """Watches the thread that makes it. `beat` says what that thread begins; where it begins nothing else for
+    `limit` seconds (0: for ever), the process ends with status 76.
+
+    `folder` is one that all ranks see: rank-N.json has the call, rank-N.txt the stacks of all threads.
+    """
+
+    def __init__(self, folder: Path, rank: int, ranks: int, limit: float) -> None:
+        self.folder, self.rank, self.ranks, self.limit = folder, rank, ranks, limit
+        self.thread = threading.get_ident()
+        self.beat("the first step")
+        self._over = threading.Event()
+
+    def beat(self, what: str) -> None:
+        self._now = (what, time.monotonic())
+
+    def __enter__(self) -> Watchdog:
+        if self.limit:
+            if self.rank == 0:
+                shutil.rmtree(self.folder, ignore_errors=True)
+            threading.Thread(target=self._watch, name="catmllm-watchdog", daemon=True).start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._over.set()
+
+    def _watch(self) -> None:
+        while not self._over.wait(min(5.0, self.limit / 4)):
+            what, since = self._now
+            if (spent := time.monotonic() - since) > self.limit:
+                try:
+                    self._tell(what, spent)
+                finally:
+                    os._exit(EXIT_HUNG)
+
+    def _tell(self, what: str, spent: float) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        found = {"rank": self.rank, "in": what, "seconds": round(spent, 1), **stands(self.thread)}
+        with (self.folder / f"rank-{self.rank}.txt").open("w") as f:
+            faulthandler.dump_traceback(f, all_threads=True)
+        part = self.folder / f"rank-{self.rank}.partial"
+        part.write_text(json.dumps(found))
+        part.rename(self.folder / f"rank-{self.rank}.json")
+        time.sleep(GRACE)
+        told = [json.loads(p.read_text()) for p in sorted(self.folder.glob("rank-*.json"))]
+        if min(one["rank"] for one in told) == self.rank:
+            print(verdict(told, self.ranks, self.folder), file=sys.stderr, flush=True)
+
+
+def stands(thread: int) -> dict[str, Any]:
+    """Where a thread of this process stands: the `collective` that it waits in (None: in none), its innermost
+    `call`, and the line of ours that led there."""
+    frame: FrameType | None = sys._current_frames().get(thread)
+    stack = traceback.extract_stack(frame)
+    inner, ours, collective = stack[-1], None, None
+    for one in reversed(stack):
+        if collective is None and "torch/distributed/distributed_c10d" in one.filename.replace(os.sep, "/"):
+            # the outermost of its functions is the one that was called
+            outer = [s.name for s in stack if "distributed_c10d" in s.filename and s.name != "wrapper"]
+            collective = outer[0] if outer else None
+        if ours is None and one.filename.startswith(PACKAGE):
+            ours = f"{Path(one.filename).relative_to(Path(PACKAGE).parent)}:{one.lineno}"
+    line = f" ({inner.line})" if inner.line else ""
+    return {
+        "collective": collective,
+        "call": f"{inner.name} at {inner.filename}:{inner.lineno}{line}",
+        "line": ours,
+    }
+
+
+def verdict(told: list[dict[str, Any]], ranks: int, folder: Path) -> str:
+    """Which rank holds up the others, from what each has written."""
+    there = {one["rank"] for one in told}
+    silent = sorted(set(range(ranks)) - there)
+    waiting = [one for one in told if one["collective"]]
+    elsewhere = [one for one in told if not one["collective"]]
+    said = [
+        f"rank {one['rank']} is in {one['call']}, {one['seconds']:g} s after it began {one['in']}"
+        for one in elsewhere
+    ]
+    if silent:
+        said.append(f"rank {', '.join(map(str, silent))} says nothing: it is gone, or holds Python's lock")
+    said += [
+        f"rank {one['rank']} waits in {one['collective']} ({one['line']}), begun in {one['in']}"
+        for one in waiting
+    ]
+    return f"error: the run hangs and ends here: {'; '.join(said)}. The stacks are in {folder}."
