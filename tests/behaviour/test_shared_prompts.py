@@ -169,10 +169,11 @@ def test_two_ranks_give_the_step_of_one(make_context: MakeContext, tmp_path: Pat
         same_step(one, expected)
     policy = np.array([passes[:-1] for passes in found["dealt"]["each"]])  # the last is the replay's
     assert policy.max() <= 100 and policy.shape[1] > 1
-    # of one rank 5 answers have a signal, of the other 2, with a third of the tokens
-    before = np.array([sum(passes[:-1]) for passes in found["shared"]["each"]])
-    assert before.max() > 1.3 * before.mean() and policy.sum(0).max() < 1.3 * policy.sum(0).mean()
-    assert np.array(found["few"]["each"]).shape == (2, 2)
+    # of one rank 5 answers have a signal, of the other 2
+    before = max(sum(passes[:-1]) for passes in found["shared"]["each"])
+    few = np.array(found["few"]["each"])
+    assert few.shape == (2, 2) and few[:, 0].max() < 0.8 * before
+    assert few[:, 0].max() < 1.2 * few[:, 0].mean()
 
 
 def same_step(found: dict[str, Any], expected: dict[str, Any]) -> None:
