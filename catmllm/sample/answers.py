@@ -90,7 +90,9 @@ def cif_tokens(collate: Collator, identity: str, target: Mapping[str, int]) -> i
     tags = [SURFACE] * n
     place = np.random.default_rng(0).random((n, 3))
     lattice = np.diag([12.345, 12.345, 34.567])
-    system = make_system(lattice, None, numbers, tags, named.adsorbate, named.miller, 0.0, frac=place)
+    system = make_system(
+        lattice, None, numbers, tags, named.adsorbate, named.miller or (1, 1, 1), 0.0, frac=place
+    )
     return len(collate.encode(design_sample(system, None, collate.data.decimals).answer))
 
 

@@ -6,8 +6,8 @@ LM head from hidden states that were kept. All that follows from them is the sam
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -20,7 +20,7 @@ from catmllm.models.catalytic_mllm import Chosen
 from catmllm.sample.answers import Rollout
 from catmllm.stages.advantages import RECIPES, Recipe, importance, per_answer, policy_loss, ratios
 from catmllm.stages.deal import Share, spread
-from catmllm.train.stage import MicroBatch, Step, Validation
+from catmllm.train.stage import Metrics, MicroBatch, Step, Validation
 from catmllm.world import World
 
 
@@ -48,6 +48,71 @@ class Pass(NamedTuple):
     read: Callable[[], Read]
     tokens: int
     batch: Any = None
+
+
+@dataclass(frozen=True)
+class Update:
+    """What the losses of a step's passes share. `whole`: by what counts alike, the number of it in the mean
+    rank; `old`: see `add_policy`."""
+
+    metrics: Metrics
+    config: GRPOConfig | GAGRPOConfig
+    recipe: Recipe
+    whole: Mapping[str, float]
+    old: dict[int, torch.Tensor] | None
+    correction: Correction | None
+
+    def loss(
+        self, k: int, read: Callable[[], Read], chosen: list[Rollout], advantages: np.ndarray, there: float
+    ) -> torch.Tensor:
+        """The loss of pass k over the answers `chosen`, with their advantages; `there`: 0 where they only
+        stand in."""
+        found, lengths, n = read(), [drawn(r) for r in chosen], len(chosen)
+        device, made = found.logprob.device, self.recipe
+        a = torch.tensor(advantages, dtype=torch.float32, device=device)
+        each = torch.tensor(lengths, device=device)
+        row = torch.arange(n, device=device).repeat_interleave(each, output_size=sum(lengths))
+        now = found.logprob.detach()
+        before = now if self.old is None else self.old.setdefault(k, now)
+        sampler = before if self.old is None else torch.cat([by_sampler(r) for r in chosen]).to(device)
+        weights = None
+        if self.correction is not None:
+            weights = importance(before, sampler, row, n, *self.correction)
+        losses, kl = policy_loss(
+            found.logprob,
+            before,
+            found.reference,
+            a,
+            row,
+            n,
+            self.config.beta,
+            self.config.kl,
+            made.low,
+            made.normalise,
+            clip_high=made.high,
+            ratio=made.ratio,
+            weight=weights,
+        )
+        weight = there / self.whole[made.normalise]
+        if found.reference is not None:
+            self.metrics["kl"] += weight * kl.detach().sum()
+        log = partial(self._log, row, n, there)
+        if self.old is not None:
+            ratio = ratios(now, before, row, n, made.ratio)
+            log("clipped", (ratio < 1 - made.low) | (ratio > 1 + made.high))
+            d = before - sampler
+            log("mismatch", d.abs())
+            log("mismatch_kl", torch.expm1(d) - d)
+            log("importance", torch.ones_like(d) if weights is None else weights)
+        if found.entropy is not None:
+            log("entropy", found.entropy)
+        return weight * losses.sum()
+
+    def _log(self, row: torch.Tensor, n: int, there: float, name: str, value: torch.Tensor) -> None:
+        """A mean over tokens [M] of n answers `row` [M], or over answers where these count alike."""
+        kind = "sample" if self.recipe.normalise == "sample" else "token"
+        mean = per_answer(value.detach().float(), row, n, kind).sum()
+        self.metrics[name] += there / self.whole[kind] * mean
 
 
 def add_policy(
@@ -86,68 +151,20 @@ def add_policy(
         kept, parts = np.arange(len(share.rollouts)), share.passes
     # Ranks keep different numbers of answers and gradients are averaged over ranks: with the mean number
     # in the denominator the step is that of all answers in one batch.
-    normalise = loss_of.normalise
     count = {
         "sample": float(len(kept)),
         "token": float(sum(drawn(rollouts[i]) for i in kept)),
         "limit": float(sum(rollouts[i].limit for i in kept)),
     }
     means = world.mean(count)
-    whole, tokens = max(means[normalise], 1.0), max(means["token"], 1.0)
-
-    def loss(k: int, read: Callable[[], Read], chosen: list[Rollout], rows: np.ndarray, there: float) -> Any:
-        weight = there / whole
-        found, lengths = read(), [drawn(r) for r in chosen]
-        device = found.logprob.device
-        a = torch.tensor(advantages[rows], dtype=torch.float32, device=device)
-        each = torch.tensor(lengths, device=device)
-        row = torch.arange(len(rows), device=device).repeat_interleave(each, output_size=sum(lengths))
-        before = found.logprob.detach() if old is None else old.setdefault(k, found.logprob.detach())
-        sampler = torch.cat([by_sampler(r) for r in chosen]).to(device) if old is not None else before
-        weights = None
-        if correction is not None:
-            weights = importance(before, sampler, row, len(rows), *correction)
-        losses, kl = policy_loss(
-            found.logprob,
-            before,
-            found.reference,
-            a,
-            row,
-            len(rows),
-            config.beta,
-            config.kl,
-            loss_of.low,
-            normalise,
-            clip_high=loss_of.high,
-            ratio=loss_of.ratio,
-            weight=weights,
-        )
-
-        def log(name: str, value: torch.Tensor) -> None:
-            """Of tokens [M], as the loss weighs them."""
-            mean = per_answer(value.detach().float(), row, len(rows), normalise).sum()
-            work.metrics[name] += there / (whole if normalise == "sample" else tokens) * mean
-
-        if found.reference is not None:
-            work.metrics["kl"] += weight * kl.detach().sum()
-        if old is not None:
-            ratio = ratios(found.logprob.detach(), before, row, len(rows), loss_of.ratio)
-            log("clipped", (ratio < 1 - loss_of.low) | (ratio > 1 + loss_of.high))
-            d = before - sampler
-            log("mismatch", d.abs())
-            log("mismatch_kl", torch.expm1(d) - d)
-            log("importance", torch.ones_like(d) if weights is None else weights)
-        if found.entropy is not None:
-            log("entropy", found.entropy)
-        return weight * losses.sum()
-
+    whole = {name: max(value, 1.0) for name, value in means.items()}
+    update = Update(work.metrics, config, loss_of, whole, old, correction)
     for k, part in enumerate(parts):
         # A rank that has run out of rows still takes part in the collectives, with weight zero.
         rows = part if len(part) else np.array([len(rollouts) - 1])
         chosen = [rollouts[i] for i in rows]
         one = prepare(chosen, prompts)
-        there = float(len(part) > 0)
-        call = partial(loss, k, one.read, chosen, rows, there)
+        call = partial(update.loss, k, one.read, chosen, advantages[rows], float(len(part) > 0))
         work.passes.append(MicroBatch(call, one.tokens, len(rows), one.batch))
 
 

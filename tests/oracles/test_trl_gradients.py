@@ -38,6 +38,7 @@ datasets = pytest.importorskip("datasets")
 
 Model = tuple[CatalyticMLLM, Collator]
 TEMPERATURE, BETA, CLIP = 0.8, 0.07, 0.2
+CAP = 1.2  # of importance weights
 
 
 def text_model(model: CatalyticMLLM) -> Qwen2ForCausalLM:
@@ -253,6 +254,73 @@ CHOSEN = {
 }
 
 
+def trls(
+    trainer: Any,
+    inputs: dict[str, torch.Tensor],
+    sampler: torch.Tensor,
+    correction: Literal["token", "sequence"] | None,
+) -> tuple[float, Any]:
+    """TRL's loss and its model with gradients; `sampler` [answers, T] told log-probabilities of its own."""
+    trainer.current_gradient_accumulation_steps = 1
+    if correction is not None:
+        # What TRL does where it samples, in `_generate_and_score_completions`, which needs vLLM.
+        trainer.use_vllm = trainer.vllm_importance_sampling_correction = True
+        d = (inputs["old_per_token_logps"] - sampler) * inputs["completion_mask"]
+        d = d.sum(1, keepdim=True) if correction == "sequence" else d
+        inputs["importance_sampling_ratio"] = d.exp().clamp(max=CAP)
+    theirs = trainer.model.train()
+    loss = trainer._compute_loss(theirs, inputs)
+    loss.backward()
+    return float(loss.detach()), theirs
+
+
+def ours(
+    model: CatalyticMLLM,
+    reference: CatalyticMLLM,
+    collate: Collator,
+    config: GRPOConfig,
+    asked: tuple[list[Sample], list[Rollout], torch.Tensor],
+    before: torch.Tensor,
+    correction: Literal["token", "sequence"] | None,
+) -> tuple[float, Step]:
+    """Our loss, by the stage's own passes, two of them; the model has the gradients."""
+    prompts, rollouts, advantage = asked
+    lengths = [len(r.ids) for r in rollouts]
+    work = Step([], defaultdict(float))
+
+    def prepare(some: list[Rollout], asked: Sequence[Sample]) -> Pass:
+        batch = rollout_batch(collate, asked, some)
+
+        def read() -> Read:
+            found = model(CatalyticMLLM.answer, batch, temperature=TEMPERATURE).logprob
+            with torch.no_grad():
+                far = reference(CatalyticMLLM.answer, batch, temperature=TEMPERATURE).logprob
+            return Read(found, far if config.beta else None)
+
+        return Pass(read, batch.tokens)
+
+    parts = np.array_split(np.arange(len(rollouts)), 2)
+    add_policy(
+        work,
+        Alone(0, 1, torch.device("cpu")),
+        config,
+        rollouts,
+        advantage.numpy(),
+        np.ones(len(rollouts), dtype=bool),
+        prepare,
+        prompts,
+        loss_of=recipe(config),
+        old={k: torch.cat([before.split(lengths)[i] for i in part]) for k, part in enumerate(parts)},
+        correction=None if correction is None else Correction(correction, CAP),
+    )
+    total = 0.0
+    for one in work.passes:
+        value = one.loss()
+        value.backward()  # type: ignore[no-untyped-call]
+        total += float(value.detach())
+    return total, work
+
+
 @pytest.mark.parametrize(
     ("loss", "correction"),
     [(loss, None) for loss in CHOSEN] + [("grpo", "token"), ("grpo", "sequence"), ("cispo", "token")],
@@ -271,7 +339,6 @@ def test_every_loss_is_trls(
     collate = small_model[1]
     prompts, rollouts, advantage = sampled
     generator = torch.Generator().manual_seed(9)
-    limit = 20
     with torch.no_grad():
         batch = rollout_batch(collate, prompts, rollouts)
         now = policy(CatalyticMLLM.answer, batch, temperature=TEMPERATURE).logprob
@@ -280,8 +347,7 @@ def test_every_loss_is_trls(
     moved = 1.2e-3 if loss == "gspo" else 0.4  # whose clips are so narrow
     drift, away = (size * torch.randn(len(now), generator=generator) for size in (moved, 0.4))
     before = now + drift
-    # Capped in TRL's order too: log-probabilities of the sampler, by answer.
-    rollouts = [replace(r, logprob=s, limit=limit) for r, s in zip(rollouts, (before + away).split(lengths))]
+    rollouts = [replace(r, logprob=s, limit=20) for r, s in zip(rollouts, (before + away).split(lengths))]
 
     def wide(values: torch.Tensor) -> torch.Tensor:
         return torch.nn.utils.rnn.pad_sequence(list(values.split(lengths)), batch_first=True)
@@ -289,60 +355,19 @@ def test_every_loss_is_trls(
     options: dict[str, Any] = dict(CHOSEN.get(loss, {"loss_type": "grpo"}))
     beta = 0.0 if loss == "dapo" else BETA  # without reference
     trainer = trainer_of(policy, reference, collate, tmp_path, options.pop("loss_type"), beta, **options)
-    inputs = as_trl(collate, prompts, rollouts)
-    trainer.current_gradient_accumulation_steps = 1
-    inputs["ref_per_token_logps"], inputs["old_per_token_logps"] = wide(ref), wide(before)
-    inputs["advantages"], inputs["num_items_in_batch"] = advantage, inputs["completion_mask"].sum()
-    cap = 1.2
-    if correction is not None:
-        # What TRL does where it samples, in `_generate_and_score_completions`, which needs vLLM.
-        trainer.use_vllm = trainer.vllm_importance_sampling_correction = True
-        d = (wide(before) - wide(torch.cat([r.logprob for r in rollouts]))) * inputs["completion_mask"]
-        d = d.sum(1, keepdim=True) if correction == "sequence" else d
-        inputs["importance_sampling_ratio"] = d.exp().clamp(max=cap)
-    theirs = trainer.model.train()
-    their_loss = trainer._compute_loss(theirs, inputs)
-    their_loss.backward()
-
-    ours = copy.deepcopy(policy).train()
-    work = Step([], defaultdict(float))
-
-    def prepare(some: list[Rollout], asked: Sequence[Sample]) -> Pass:
-        batch = rollout_batch(collate, asked, some)
-
-        def read() -> Read:
-            found = ours(CatalyticMLLM.answer, batch, temperature=TEMPERATURE).logprob
-            with torch.no_grad():
-                far = reference(CatalyticMLLM.answer, batch, temperature=TEMPERATURE).logprob
-            return Read(found, far if beta else None)
-
-        return Pass(read, batch.tokens)
+    inputs = as_trl(collate, prompts, rollouts) | {"advantages": advantage}
+    inputs |= {"ref_per_token_logps": wide(ref), "old_per_token_logps": wide(before)}
+    inputs["num_items_in_batch"] = inputs["completion_mask"].sum()
+    their_loss, theirs = trls(trainer, inputs, wide(before + away), correction)
 
     config = GRPOConfig(loss=loss, beta=beta, micro_batch=4)  # type: ignore[arg-type]
-    parts = np.array_split(np.arange(len(rollouts)), 2)
-    old = {k: torch.cat([before.split(lengths)[i] for i in part]) for k, part in enumerate(parts)}
-    add_policy(
-        work,
-        Alone(0, 1, torch.device("cpu")),
-        config,
-        rollouts,
-        advantage.numpy(),
-        np.ones(len(rollouts), dtype=bool),
-        prepare,
-        prompts,
-        loss_of=recipe(config),
-        old=old,
-        correction=None if correction is None else Correction(correction, cap),
-    )
-    our_loss = 0.0
-    for one in work.passes:
-        value = one.loss()
-        value.backward()  # type: ignore[no-untyped-call]
-        our_loss += float(value.detach())
-    assert our_loss == pytest.approx(float(their_loss.detach()), rel=1e-5, abs=1e-5)
+    model = copy.deepcopy(policy).train()
+    asked = (prompts, rollouts, advantage)
+    our_loss, work = ours(model, reference, collate, config, asked, before, correction)
+    assert our_loss == pytest.approx(their_loss, rel=1e-5, abs=1e-5)
     if loss != "cispo":
         assert 0 < float(work.metrics["clipped"]) < 1
     if correction is not None:
-        assert float(work.metrics["importance"]) < cap
+        assert float(work.metrics["importance"]) < CAP
     assert float(work.metrics["mismatch"]) > 0.1
-    same_gradients(ours, theirs)
+    same_gradients(model, theirs)
