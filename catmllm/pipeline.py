@@ -28,7 +28,8 @@ from catmllm.design.domain import Domain, calibrate, domain_of
 from catmllm.evaluate.baselines import baselines, evenly_spaced
 from catmllm.evaluate.design import evaluate_design
 from catmllm.evaluate.generation import evaluate_generation
-from catmllm.evaluate.property import evaluate_property, validation_energies
+from catmllm.evaluate.metrics import mae, r2
+from catmllm.evaluate.property import agreement, evaluate_property, validation_energies
 from catmllm.models.build import new_model
 from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.models.half_precision import rounded
@@ -134,6 +135,8 @@ def _run(config: Config, world: World) -> int:
         )
     if not record.has("baselines"):
         record.put(world.gather(baselines(data) if world.main else None)[0], "baselines")
+    if previous is not None and not record.has("baselines", "zero_shot"):
+        _zero_shot(previous, config, data["test"], record, world)
     domain = None
     for name in config.stages:
         folder = out / name
@@ -277,6 +280,17 @@ def _evaluate(
     shown = ", ".join(f"{MODES[mode]} {measured[mode]['mae']:.3f}" for mode in MODES if mode in measured)
     _say(world, f"{name}: test MAE in eV: {shown}")
     record.put(measured, "property", name)
+
+
+def _zero_shot(previous: Path, config: Config, test: Sequence[System], record: Record, world: World) -> None:
+    """Where a run begins with a model of other data: what that one says of the test systems as it is."""
+    model, collate, trained = load_model(previous)
+    if trained.data.path == config.data.path or previous.name in ("encoder", "align") or not len(test):
+        return
+    predicted = validation_energies(model.to(world.device), collate, test, world)
+    truth = [s.known_energy for s in test]
+    record.put({"mae": mae(predicted, truth), "r2": r2(predicted, truth)}, "baselines", "zero_shot")
+    _say(world, f"{previous} as it is: {agreement(predicted, truth, [s.adsorbate for s in test])}")
 
 
 def _calibrate(

@@ -166,3 +166,42 @@ def test_a_run_whose_encoder_stays_random_is_told(overrides: list[str], noted: b
     from catmllm.pipeline import _random_encoder
 
     assert _random_encoder(load_config(None, overrides)) == noted
+
+
+def test_a_start_that_failed_claims_nothing(tmp_path: Path) -> None:
+    """A wrong data.path or init leaves no folder; a record without any training gives way to another."""
+    from catmllm.config import Config, load_config
+    from catmllm.pipeline import _open, run
+    from catmllm.world import start
+
+    out = tmp_path / "run"
+    for wrong in (f"data.path={tmp_path}/absent", f"init={tmp_path}/absent"):
+        assert run(load_config(overrides=[f"out={out}", wrong])) == 1
+        assert not out.exists()
+
+    def config(seed: int) -> Config:
+        return load_config(overrides=[f"out={out}", f"seed={seed}"])
+
+    world = start(config(0))
+    try:
+        assert _open(config(0), out, world).values["config"]["seed"] == 0
+        assert _open(config(1), out, world).values["config"]["seed"] == 1
+        (out / "joint").mkdir()
+        (out / "joint" / "log.jsonl").touch()
+        with pytest.raises(ValueError, match="another configuration"):
+            _open(config(2), out, world)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def test_the_folder_of_a_stage_is_no_folder_of_a_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from catmllm.config import load_config
+    from catmllm.pipeline import run
+
+    (tmp_path / "joint").mkdir()
+    (tmp_path / "joint" / "model.safetensors").touch()
+    assert run(load_config(overrides=[f"out={tmp_path / 'joint'}"])) == 1
+    assert "folder of a stage" in capsys.readouterr().err

@@ -102,6 +102,13 @@ def run(args: argparse.Namespace) -> int:
         print(f"{args.model} says nothing of its training data: nothing is checked", file=sys.stderr)
     else:
         _check(tasks, domain)
+        if args.judge == "sevennet" and not domain.labels.startswith("SevenNet-0"):
+            print(
+                f"SevenNet-0 judges from gas CO, H2, H2O, N2 by its own energies, the model was trained on "
+                f"{domain.labels} (zero: {domain.reference or 'not said'}): the two energies differ by more "
+                "than their errors",
+                file=sys.stderr,
+            )
     model, collate, config = load(args.model)
     changes = {k: v for k, v in (("iterations", args.iterations), ("pool", args.pool)) if v is not None}
     config.ga_grpo = replace(config.ga_grpo, **changes)

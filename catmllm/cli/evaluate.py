@@ -1,4 +1,5 @@
-"""`catmllm evaluate`: measure the stages of a run again and rewrite its report."""
+"""`catmllm evaluate`: measure the stages of a run again and rewrite its report, or measure it on structures
+of one's own."""
 
 from __future__ import annotations
 
@@ -6,11 +7,23 @@ import argparse
 import json
 from pathlib import Path
 
-HELP = "measure the stages of a run again and rewrite its report"
+from catmllm.cli.own import reading_options, wanted
+from catmllm.cli.trained import best_stage
+
+HELP = "measure the stages of a run again and rewrite its report; or measure it on your own structures"
 
 
 def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, help="folder of a run, runs/tiny for example")
+    parser.add_argument(
+        "--on",
+        nargs="+",
+        metavar="PATH",
+        type=Path,
+        help="structures with energies, in any format: say how the run's best stage agrees with them, and no "
+        "more",
+    )
+    reading_options(parser)
     parser.add_argument("--report-only", action="store_true", help="rewrite report.html from metrics.json")
 
 
@@ -18,6 +31,8 @@ def run(args: argparse.Namespace) -> int:
     from catmllm.config import from_dict
     from catmllm.report.run import write_report
 
+    if args.on:
+        return _on(args)
     if (args.run / "model.safetensors").is_file() and (args.run.parent / "metrics.json").is_file():
         args.run = args.run.parent  # a stage's folder: its run is meant
     path = args.run / "metrics.json"
@@ -40,3 +55,24 @@ def run(args: argparse.Namespace) -> int:
     metrics["config"]["out"] = config.out
     path.write_text(json.dumps(metrics, indent=1))
     return run(config)
+
+
+def _on(args: argparse.Namespace) -> int:
+    """How the energies of a run's best stage agree with those of structures at hand, in each mode."""
+    from catmllm.data.own.reading import read_systems, summary
+    from catmllm.design.predict import MODES, predict_energies, question
+    from catmllm.evaluate.property import agreement
+    from catmllm.models.state import load_model
+
+    folder = best_stage(args.run)
+    found = read_systems(args.on, wanted(args, labelled=False))
+    systems = [s for s in found.systems if s.energy is not None]
+    print(summary(found))
+    if len(systems) < 2:
+        raise ValueError(f"{len(systems)} structures with an energy; at least two are needed")
+    model, collate, _ = load_model(folder)
+    truth, names = [s.known_energy for s in systems], [s.adsorbate for s in systems]
+    for mode in MODES:
+        predicted = predict_energies(model, collate, [question(s, mode) for s in systems])
+        print(f"{folder}, {mode}: {agreement(predicted, truth, names)}")
+    return 0

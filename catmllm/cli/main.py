@@ -1,5 +1,5 @@
-"""The `catmllm` command, a file a subcommand: plan | predict | design | evaluate | export | data make,
-relabel, import, oc20, inspect.
+"""The `catmllm` command, a file a subcommand: plan | predict | design | finetune | evaluate | export |
+data make, relabel, import, oc20, inspect.
 
 Each subcommand has a line of help, its `options`, and `run`, which loads only what it needs.
 """
@@ -11,10 +11,17 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from catmllm.cli import design, evaluate, export, inspect, oc20, own, plan, predict
+from catmllm.cli import design, evaluate, export, finetune, inspect, oc20, own, plan, predict
 from catmllm.data import make, relabel
 
-COMMANDS = {"predict": predict, "design": design, "evaluate": evaluate, "export": export, "plan": plan}
+COMMANDS = {
+    "predict": predict,
+    "design": design,
+    "finetune": finetune,
+    "evaluate": evaluate,
+    "export": export,
+    "plan": plan,
+}
 KINDS = {"import": own, "oc20": oc20, "inspect": inspect}  # of `catmllm data`
 
 

@@ -39,6 +39,9 @@ class DataConfig:
         "names that test, of the kind of split_by: Pt with metal leaves every slab with Pt out of training; "
         "null: by the seed",
     )
+    train_systems: int | None = key(
+        None, "so many of the training systems, evenly spaced, for a learning curve; null: all", gt=0
+    )
     split_seed: int = key(0, "seed of the split into training, validation and test systems", ge=0)
     decimals: int = key(3, "digits after the point of every number in a CIF", ge=1)
     cutoff: float = key(6.0, "atoms nearer than this are neighbours in the graph", unit="Å", gt=0)

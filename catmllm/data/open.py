@@ -18,13 +18,23 @@ PARTS = ("train", "val", "test")
 
 
 def open_data(config: DataConfig | None = None) -> dict[str, Sequence[System]]:
+    """`parts`, of whose training systems so many are kept as `data.train_systems` says."""
+    config = DataConfig() if config is None else config
+    found = parts(config)
+    train, n = found["train"], config.train_systems
+    if n is not None and n < len(train):
+        rows = np.linspace(0, len(train) - 1, n).round().astype(np.int64)
+        found["train"] = train[rows] if isinstance(train, Shards) else [train[i] for i in rows]
+    return found
+
+
+def parts(config: DataConfig) -> dict[str, Sequence[System]]:
     """Systems as "train", "val" and "test": of a folder of shards (`catmllm data import` or `oc20`), of a
-    JSON-lines file, or, where `data.path` is None, the shipped ones. None: the defaults of the section.
+    JSON-lines file, or, where `data.path` is None, the shipped ones.
 
     Nothing of a folder is read before it is asked for. Raises FileNotFoundError where the path names nothing,
     and ValueError for a folder or a line that is not what it should be.
     """
-    config = DataConfig() if config is None else config
     path, seed = config.path, config.split_seed
     if path is not None and not Path(path).exists():
         raise FileNotFoundError(
@@ -40,8 +50,8 @@ def open_data(config: DataConfig | None = None) -> dict[str, Sequence[System]]:
         texts, groups = [shards.text(i) for i in rows], [shards.group(i) for i in rows]
         names = shards.pair_names
         pairs = [names[p] for p in shards.pairs]
-        parts = np.array(parts_of(texts, pairs, groups, config.split_by, config.hold_out, seed))
-        return {part: shards[np.flatnonzero(parts == part)] for part in PARTS}
+        chosen = np.array(parts_of(texts, pairs, groups, config.split_by, config.hold_out, seed))
+        return {part: shards[np.flatnonzero(chosen == part)] for part in PARTS}
     systems = load_slabs(path)
     if by_pair:
         return {str(part): some for part, some in split(systems, seed).items()}

@@ -48,6 +48,7 @@ BASELINE_NAMES = {
     "painn": "PaiNN",
     "painn_frames": "PaiNN, with frames",
     "chgnet": "CHGNet, zero-shot",
+    "zero_shot": "the model it began with",
 }
 TEXT_BASELINES = ("adsorbate_mean", "text_ridge")  # what reads text; the others read the structure
 RATES = {

@@ -147,3 +147,119 @@ def test_evaluate_rewrites_the_report(unbroken: Path, tmp_path: Path) -> None:
     (run / "report.html").unlink()
     assert main(["evaluate", str(run), "--report-only"]) == 0
     assert (run / "report.html").stat().st_size > 10_000
+
+
+def test_predict_reads_any_format_and_marks_what_it_has_not_seen(
+    unbroken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An extxyz of a training-like system, one of ruthenium, one with sulfur; no flag is needed."""
+    import ase.io
+
+    inside = next(s for s in load_slabs() if s.adsorbate == "O").as_ase()
+    ruthenium, sulfur = inside.copy(), inside.copy()
+    ruthenium.numbers[:4], sulfur.numbers[-1] = 44, 16
+    ase.io.write(tmp_path / "three.extxyz", [inside, ruthenium, sulfur])
+    assert main(["predict", str(tmp_path / "three.extxyz"), "--model", str(unbroken), "--json"]) == 0
+    out, err = capsys.readouterr()
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert [r["file"] for r in rows] == [f"three.extxyz#{k}" for k in range(3)]
+    assert (
+        rows[0]["outside"] == [] and "Ru" in rows[1]["outside"][0] and "adsorbate S" in rows[2]["outside"][0]
+    )
+    assert rows[0]["error"] > 0 and rows[1]["error"] is None and rows[2]["error"] is None
+    assert "zero:" in err and "MAE" in err and rows[0]["labels"]
+    assert main(["predict", str(tmp_path / "three.extxyz"), "--model", str(unbroken)]) == 0
+    out = capsys.readouterr().out
+    assert out.count("±") == 1 and out.count("OUTSIDE of training") == 2
+
+
+def test_design_refuses_what_the_model_has_never_seen(
+    unbroken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = ["--model", str(unbroken), "--out", str(tmp_path / "designs")]
+    for system, word in (("CH3OH</s>Pt12 (1 1 1)", "CH3OH"), ("CO</s>Ru12 (1 1 1)", "Ru")):
+        assert main(["design", system, "--energy", "-1", *model]) == 1
+        err = capsys.readouterr().err
+        assert word in err and "the model knows" in err and not (tmp_path / "designs").exists()
+    assert main(["design", "CO</s>Pt12 (1 1 1)", "--energy", "-1", "--sites", "top", *model]) == 1
+    assert "atop, bridge, hollow" in capsys.readouterr().err
+
+
+def test_design_from_a_structure_over_free_metals(
+    unbroken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    system = next(s for s in load_slabs() if s.adsorbate == "O" and len(s.slab_counts) == 1)
+    (metal,) = system.slab_counts
+    other = "Cu" if metal != "Cu" else "Pt"
+    (tmp_path / "at_hand.cif").write_text(write_cif(system))
+    command = [
+        "design",
+        "--from",
+        str(tmp_path / "at_hand.cif"),
+        "--energy",
+        "50",
+        "--metals",
+        f"{metal},{other}",
+    ]
+    main([*command, "--model", str(unbroken), "--out", str(tmp_path / "out"), "--steps", "1"])
+    out, err = capsys.readouterr()
+    records = json.loads((tmp_path / "out" / "designs.json").read_text())
+    assert len(records) == 5 and records[0]["identity"] == system.identity
+    assert out.count("(the given structure)") == 1 and "out of reach" in err
+    assert [p["iteration"] for r in records for p in r["pool"]].count(-1) == 1
+
+
+def test_finetune_takes_over_a_stage(unbroken: Path, tmp_path: Path) -> None:
+    """The configuration of the stage, two stages of it, a third of its rates, and the user's changes."""
+    from catmllm.cli.finetune import configured
+    from catmllm.config import from_dict
+
+    stage = unbroken / "joint"
+    before = from_dict(json.loads((stage / "catmllm.json").read_text()))
+    config = configured(stage, tmp_path, tmp_path / "out", ["joint.patience=3", "data.split_by=metal"], 700)
+    assert config.stages == ("encoder", "joint") and config.init == str(stage)
+    assert config.encoder.steps == config.joint.steps == 700 and config.joint.patience == 3
+    assert config.joint.lr == pytest.approx(before.joint.lr / 3) and config.data.split_by == "metal"
+    assert config.model == before.model and config.data.cutoff == before.data.cutoff
+
+
+def test_the_best_validated_stage_predicts(tmp_path: Path) -> None:
+    from catmllm.cli.trained import best_stage
+
+    def stage(name: str, mae: float | None) -> None:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").touch()
+        domain = {"elements": [], "adsorbates": [], "contact": [0, 1], "between": [0, 1], "area": [0, 1],
+                  "energy": [0, 1], "energies": {}}  # fmt: skip
+        domain["validation"] = {} if mae is None else {"mae": mae, "n": 9}
+        (tmp_path / name / "domain.json").write_text(json.dumps(domain))
+
+    stage("encoder", None)
+    stage("joint", 0.2)
+    stage("instruct", 0.3)
+    assert best_stage(tmp_path).name == "joint" and best_stage(tmp_path / "instruct").name == "instruct"
+    stage("grpo", 0.2)
+    assert best_stage(tmp_path).name == "grpo"
+    (tmp_path / "grpo" / "domain.json").unlink()  # trained before there were any
+    assert best_stage(tmp_path).name == "grpo"
+
+
+def test_evaluate_on_structures_of_ones_own(
+    unbroken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The numbers are those of the energies in the file and of `predict`, by NumPy."""
+    import gzip
+
+    from catmllm.data.slabs import SHIPPED
+
+    lines = gzip.decompress(SHIPPED.read_bytes()).decode().splitlines()[:12]
+    path = tmp_path / "mine.jsonl"
+    path.write_text("\n".join(lines))
+    assert main(["evaluate", str(unbroken), "--on", str(path)]) == 0
+    said = capsys.readouterr().out
+    assert said.count("within an adsorbate") == 3
+    assert main(["predict", str(path), "--model", str(unbroken), "--json"]) == 0
+    predicted = {r["file"]: r["energy"] for r in map(json.loads, capsys.readouterr().out.splitlines())}
+    truth = {r["sid"]: r["energy"] for r in map(json.loads, lines) if r.get("ok", True)}
+    error = np.mean([abs(predicted[sid] - energy) for sid, energy in truth.items()])
+    assert f"both: n {len(truth)}, MAE {error:.3f} eV" in said

@@ -252,7 +252,10 @@ def adsorbate_name(bare: Bare, mask: Mask, given: str | None) -> str:
         mine = np.flatnonzero(piece == label)
         # carbon, then nitrogen, then oxygen, so that a CO whose O comes first is no other adsorbate
         mine = mine[np.argsort([_FIRST.get(int(z), 3) for z in numbers[mine]], kind="stable")]
-        name = molecule_name(numbers[mine], bonded[np.ix_(mine, mine)])
+        if len(set(numbers[mine].tolist())) == 1:  # N2, not NN
+            name = SYMBOLS[numbers[mine[0]]] + str(len(mine)) * (len(mine) > 1)
+        else:
+            name = molecule_name(numbers[mine], bonded[np.ix_(mine, mine)])
         names[name] = names.get(name, 0) + 1
     if sum(names.values()) == 1:
         return next(iter(names))

@@ -238,7 +238,11 @@ def to_item(record: Record, wanted: Wanted, references: References, slabs: Seque
     order = np.argsort(mask, kind="stable")
     if given is None:
         given = surface_miller(bare.lattice, bare.positions[~mask])
-        marks.append("no Miller index: left out" if given is None else "Miller index by the structure")
+        marks.append(
+            "no Miller index: left out"
+            if given is None
+            else "Miller index by the structure, of the fcc or bcc cube"
+        )
     system = make_system(
         bare.lattice,
         bare.positions[order],

@@ -1,0 +1,112 @@
+"""`catmllm finetune`: a trained model on structures and energies of one's own."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from catmllm.cli.trained import best_stage
+
+if TYPE_CHECKING:
+    from catmllm.config import Config
+
+HELP = "a trained model on structures and energies of your own"
+
+BATCH = 16
+EPOCHS = 16  # of either stage at most; validation ends them earlier
+LEAST, MOST = 60, 1200  # steps of a stage
+VALIDATIONS, PATIENCE = 20, 5
+CURVE = (0.125, 0.25, 0.5)  # shares of the training systems, before all of them
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Train the encoder's energies and then the joint stage on a data set of `catmllm data import`, at a "
+        "third of the rates of training from scratch, until validation no longer improves. The report sets "
+        "the result beside the mean per adsorbate, ridge, kernel ridge on local features and the model as it "
+        "was."
+    )
+    parser.add_argument("model", type=Path, help="folder of a run (its best stage is taken) or of a stage")
+    parser.add_argument("--data", required=True, type=Path, metavar="DIR", help="by `catmllm data import`")
+    parser.add_argument("--out", type=Path, help="folder of the new run (default: runs/<model>-<data>)")
+    parser.add_argument(
+        "--learning-curve",
+        action="store_true",
+        help="also train on an eighth, a quarter and a half of the training systems",
+    )
+    parser.add_argument(
+        "--set",
+        dest="changes",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="key=value",
+        help="as in training: data.split_by=metal data.hold_out=[Pt]",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    from catmllm.data.open import open_data
+    from catmllm.data.shards import Shards
+    from catmllm.design.domain import load_domain
+    from catmllm.pipeline import run
+
+    folder = best_stage(args.model)
+    out = args.out or Path("runs") / f"{args.model.name}-{args.data.name}"
+    config = configured(folder, args.data, out, args.changes)
+    train = open_data(config.data)["train"]
+    n = len(train)
+    domain, said = load_domain(folder), train.facts.get("reference") if isinstance(train, Shards) else None
+    if domain is not None and domain.reference != said:
+        print(
+            f"the model's zero of energy is {domain.reference or 'not said'}, the data's is "
+            f"{said or 'not said'}: the new model predicts on the data's"
+        )
+    shares = [int(n * share) for share in CURVE] if args.learning_curve else []
+    for some in [s for s in shares if s >= 8]:
+        folder_of = out / "curve" / str(some)
+        changes = [*args.changes, f"data.train_systems={some}"]
+        if status := run(configured(folder, args.data, folder_of, changes, some)):
+            return status
+    status = run(configured(folder, args.data, out, args.changes, n))
+    if not status and args.learning_curve:
+        print("\n".join(["", "training systems   test MAE (eV), text and graph", *curve(out, n)]))
+    return status
+
+
+def configured(folder: Path, data: Path, out: Path, changes: list[str], n: int = LEAST) -> Config:
+    """The configuration that a stage was trained with, for two stages from its weights on n training systems
+    of other data, and then the user's changes."""
+    import yaml
+
+    from catmllm.config import from_dict, load_config
+
+    path = folder / "catmllm.json"
+    tree = json.loads(path.read_text(encoding="utf-8"))
+    from_dict(tree, str(path))  # what is wrong with the file is said of the file
+    tree |= {"stages": ["encoder", "joint"], "init": str(folder), "out": str(out)}
+    tree["data"] |= {"path": str(data), "split_by": "pair", "hold_out": None, "train_systems": None}
+    for stage in ("encoder", "joint"):
+        steps = max(LEAST, min(MOST, EPOCHS * n // BATCH))
+        tree[stage] |= {
+            "lr": tree[stage]["lr"] / 3, "batch_size": BATCH, "accumulate": 1, "steps": steps,
+            "validate_every": max(1, steps // VALIDATIONS), "patience": PATIENCE,
+        }  # fmt: skip
+    tree["joint"]["property_share"] = 0.9
+    with tempfile.TemporaryDirectory() as place:
+        saved = Path(place) / "finetune.yaml"
+        saved.write_text(yaml.safe_dump(tree), encoding="utf-8")
+        return load_config([saved], changes)
+
+
+def curve(out: Path, n: int) -> list[str]:
+    """Lines of the learning curve."""
+    lines = []
+    folders = sorted((out / "curve").glob("*"), key=lambda f: int(f.name)) if (out / "curve").is_dir() else []
+    for size, folder in [*((int(f.name), f) for f in folders), (n, out)]:
+        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        lines.append(f"{size:16,}   {metrics['property']['joint']['both']['mae']:.3f}")
+    return lines
