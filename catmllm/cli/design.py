@@ -70,45 +70,18 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from catmllm.design.domain import load_domain
     from catmllm.evaluate.controls import budgets, ideal_controls
     from catmllm.evaluate.design import search
-    from catmllm.models.state import stage_folder
     from catmllm.report.design import (
-        free_composition,
         hits,
         judge_designs,
-        make_task,
-        read_targets,
         save_designs,
         write_design_report,
     )
     from catmllm.seeds import Stream
 
-    named = args.identity is not None or args.given is not None
-    if (args.targets is not None) == named or named != (args.energy is not None):
-        raise ValueError("give a SYSTEM (or --from FILE) and its --energy, or --targets FILE")
     given = None if args.given is None else _given(args)
-    if args.targets:
-        tasks = read_targets(args.targets)
-    else:
-        identity = args.identity or (given.identity if given is not None else "")
-        tasks = [make_task(identity, args.energy)]
-    if args.metals:
-        tasks = [freed for task in tasks for freed in free_composition(task, args.metals.split(","))]
-    tasks = [replace(task, sites=_sites(args.sites)) for task in tasks]
-    domain = load_domain(stage_folder(args.model))
-    if domain is None:
-        print(f"{args.model} says nothing of its training data: nothing is checked", file=sys.stderr)
-    else:
-        _check(tasks, domain)
-        if args.judge == "sevennet" and not domain.labels.startswith("SevenNet-0"):
-            print(
-                f"SevenNet-0 judges from gas CO, H2, H2O, N2 by its own energies, the model was trained on "
-                f"{domain.labels} (zero: {domain.reference or 'not said'}): the two energies differ by more "
-                "than their errors",
-                file=sys.stderr,
-            )
+    tasks = _tasks(args, given)
     model, collate, config = load(args.model)
     changes = {k: v for k, v in (("iterations", args.iterations), ("pool", args.pool)) if v is not None}
     config.ga_grpo = replace(config.ga_grpo, **changes)
@@ -153,6 +126,38 @@ def _print(record: dict[str, Any]) -> None:
             f"  {row['file']}: predicted {row['predicted']:.3f} eV, PVCP {row['pvcp']:.2f}, "
             f"{adsorbate(row)}{judged}{begun_with}"
         )
+
+
+def _tasks(args: argparse.Namespace, given: System | None) -> list[Task]:
+    """What is asked for, checked against what the model has seen. Raises ValueError."""
+    from catmllm.design.domain import load_domain
+    from catmllm.models.state import stage_folder
+    from catmllm.report.design import free_composition, make_task, read_targets
+
+    named = args.identity is not None or args.given is not None
+    if (args.targets is not None) == named or named != (args.energy is not None):
+        raise ValueError("give a SYSTEM (or --from FILE) and its --energy, or --targets FILE")
+    if args.targets:
+        tasks = read_targets(args.targets)
+    else:
+        identity = args.identity or (given.identity if given is not None else "")
+        tasks = [make_task(identity, args.energy)]
+    if args.metals:
+        tasks = [freed for task in tasks for freed in free_composition(task, args.metals.split(","))]
+    tasks = [replace(task, sites=_sites(args.sites)) for task in tasks]
+    domain = load_domain(stage_folder(args.model))
+    if domain is None:
+        print(f"{args.model} says nothing of its training data: nothing is checked", file=sys.stderr)
+        return tasks
+    _check(tasks, domain)
+    if args.judge == "sevennet" and not domain.labels.startswith("SevenNet-0"):
+        print(
+            f"SevenNet-0 judges from gas CO, H2, H2O, N2 by its own energies, the model was trained on "
+            f"{domain.labels} (zero: {domain.reference or 'not said'}): the two energies differ by more than "
+            "their errors",
+            file=sys.stderr,
+        )
+    return tasks
 
 
 def _given(args: argparse.Namespace) -> System:
