@@ -463,6 +463,8 @@ class GRPOConfig(OptimConfig):
         None, "file.py:function of your own, f(texts, targets) -> rewards; null: PVCP and the adsorbate"
     )
     reward_timeout: float = key(60.0, "an answer whose reward takes longer has none", unit="s", gt=0)
+    reward_processes: int = key(1, "processes of each rank that run a reward of your own", gt=0)
+    reward_memory: float | None = key(None, "address space of each of them; null: no limit", unit="GiB", gt=0)
     vllm: str | None = key(
         None, "Python of an environment with vLLM, which then samples; null: our own decoding"
     )

@@ -31,8 +31,9 @@ from catmllm.sample.grammar import answer_pattern
 from catmllm.sample.vllm_engine import VLLMEngine
 from catmllm.seeds import Stream
 from catmllm.stages.advantages import group_advantages, overlong, recipe
+from catmllm.stages.own_reward import START, OwnReward
 from catmllm.stages.policy import Correction, Pass, Read, add_policy, on_device, validation
-from catmllm.stages.scoring import Reward, Scored, Scoring, joined, load_reward
+from catmllm.stages.scoring import BATCH, Reward, Scored, Scoring, joined
 from catmllm.stages.supervised import (
     VISUAL,
     chosen,
@@ -62,9 +63,10 @@ class GRPO(Plain):
         self.systems = context.data["train"]
         o = self.config
         self.reward: Reward = AnswerReward(o.reward, o.adsorbate_weight)
+        self.own: OwnReward | None = None
         if o.reward_function:
-            own = load_reward(o.reward_function)
-            self.reward = lambda texts, asked: own(texts, [s.target for s in asked])
+            own = OwnReward(o.reward_function, o.reward_processes, o.reward_timeout, o.reward_memory)
+            self.own, self.reward = own, lambda texts, asked: own(texts, [s.target for s in asked])
         if o.batch_tokens and not (shares_prompts(context.model.text) and context.config.data.packed):
             raise TrainingError(
                 "`grpo.batch_tokens` counts a prompt once for all its answers, which needs "
@@ -96,6 +98,8 @@ class GRPO(Plain):
     def end(self) -> None:
         if self.vllm is not None:
             self.vllm.close()
+        if self.own is not None:
+            self.own.close()
 
     def _start_vllm(self, python: str) -> VLLMEngine:
         c, o = self.context, self.config
@@ -209,7 +213,9 @@ class GRPO(Plain):
                 for s, design in zip(asked, designs)
             ]
         limits = answer_limits(c.collate, o.sampling, [(s.identity, s.target) for s in asked])
-        scoring = Scoring(self.reward, [s for s in asked for _ in range(group_size)], o.reward_timeout)
+        # Processes of one's own reward keep to the limit by themselves.
+        patience = o.reward_timeout if self.own is None else BATCH * (o.reward_timeout + START)
+        scoring = Scoring(self.reward, [s for s in asked for _ in range(group_size)], patience)
 
         def take(i: int, r: Rollout) -> None:
             scoring.take(i, r.text)

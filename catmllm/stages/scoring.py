@@ -7,15 +7,11 @@ and is told.
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import queue
-import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -155,6 +151,7 @@ class Scoring:
         try:
             result = self.reward([text for _, text in batch], [self.asked[i] for i in where])
             totals, terms, reasons = read_scores(result, len(batch))
+            problems: dict[int, str] = getattr(result, "problems", {})  # of those without a reward
         except Exception as error:  # somebody else's code: anything may come
             if len(batch) > 1:
                 for item in batch:
@@ -166,7 +163,8 @@ class Scoring:
         with self._news:
             for k, i in enumerate(where):
                 value = totals[k]
-                self._settle(i, value, None if np.isfinite(value) else f"the reward is {value}")
+                why = f"the reward is {value}"
+                self._settle(i, value, None if np.isfinite(value) else problems.get(k, why))
                 self.out.reason[i] = reasons[k]
             for name, values in terms.items():
                 column = self.out.terms.setdefault(name, np.full(len(self.asked), np.nan))
@@ -197,32 +195,3 @@ def read_scores(result: Any, n: int) -> tuple[np.ndarray, dict[str, np.ndarray],
     if total.shape != (n,):
         raise ValueError(f"the reward gave {total.shape} numbers for {n} texts")
     return total, terms, reasons
-
-
-def load_reward(name: str) -> Callable[[list[str], list[Mapping[str, int]]], Any]:
-    """The function that `file.py:function` or `package.module:function` names.
-
-    It is called as f(texts, targets), targets being counts by element,
-    and returns one number a text (None: no reward).
-    """
-    where, colon, function = name.rpartition(":")
-    if not colon or not function:
-        raise ValueError(f"reward_function: write file.py:function or module:function, not {name!r}")
-    if where.endswith(".py"):
-        path = Path(where)
-        if not path.is_file():
-            raise FileNotFoundError(f"reward_function: no file {where}")
-        spec = importlib.util.spec_from_file_location(f"catmllm_reward_{path.stem}", path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module
-        spec.loader.exec_module(module)
-    else:
-        try:
-            module = importlib.import_module(where)
-        except ImportError as error:
-            raise ValueError(f"reward_function: cannot import {where!r}: {error}") from error
-    found = getattr(module, function, None)
-    if not callable(found):
-        raise ValueError(f"reward_function: {where} has no function {function!r}")
-    return found

@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 import json
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -398,3 +399,17 @@ def test_a_search_goes_on_on_other_numbers_of_ranks(
     few.running.pop()
     (new,) = few._entering()
     assert few.entered == 4 and new.identity
+
+
+def test_a_reward_of_ones_own_trains(context: Context, tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(
+        "def score(texts, targets):\n    return [len(t) + sum(c.values()) for t, c in zip(texts, targets)]\n"
+    )
+    o = context.config.grpo
+    o.reward_function, o.steps = f"{tmp_path / 'own.py'}:score", 1
+    before = context.model.llm.lm_head.weight.detach().clone()
+    state, stage = train(GRPO, context)
+    (row,) = rows_of(context)
+    assert row["reward"] > 10 and row["unrewarded"] == 0
+    assert not torch.equal(state["llm.lm_head.weight"], before)
+    assert stage.own.workers[0].process.returncode is not None  # type: ignore[attr-defined]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from pathlib import Path
@@ -9,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from catmllm.stages.scoring import Scored, Scoring, load_reward
+from catmllm.stages.own_reward import OwnReward, load_reward
+from catmllm.stages.scoring import Scored, Scoring
 from rewards_fast import PVCP
 from tests.rewards_fast.cif_texts import SLAB, TARGET
 
@@ -106,3 +108,70 @@ def test_rewards_by_name(tmp_path: Path) -> None:
             load_reward(wrong)
     with pytest.raises(FileNotFoundError, match="no file"):
         load_reward("absent.py:f")
+
+
+OWN = """
+import os, time
+
+def score(texts, targets):
+    if len(texts) > 1 and any(t in ("raise", "hang", "eat", "die") for t in texts):
+        raise RuntimeError("together")
+    (text, *_) = texts
+    if text == "raise":
+        raise KeyError("no such element")
+    if text == "hang":
+        while True:
+            pass
+    if text == "eat":
+        return [len(bytearray(8 << 30))]
+    if text == "die":
+        os._exit(1)
+    return [None if t == "none" else len(t) + t_["Pd"] for t, t_ in zip(texts, targets)]
+
+def slow(texts, targets):
+    began = time.process_time()
+    while time.process_time() - began < 0.3 * len(texts):
+        pass  # holds Python's lock of its process
+    return [os.getpid()] * len(texts)
+"""
+
+
+def test_a_reward_of_ones_own_costs_its_answer_and_no_more(tmp_path: Path) -> None:
+    """It may raise, hang in a loop, ask for more memory than it may have, or take its process down."""
+    (tmp_path / "own.py").write_text(OWN)
+    own = OwnReward(f"{tmp_path / 'own.py'}:score", 2, timeout=1.0, memory=2.0)
+    texts = ["a", "raise", "bb", "hang", "none", "eat", "ccc", "die", "dddd"]
+    try:
+        found = collect(own, texts, timeout=100.0)
+        again = collect(own, ["x", "yy"], timeout=100.0)
+    finally:
+        own.close()
+    np.testing.assert_array_equal(found.total, [2, np.nan, 3, np.nan, np.nan, np.nan, 4, np.nan, 5])
+    said = {texts[i]: problem for i, problem in found.problems.items()}
+    assert said.keys() == {"raise", "hang", "none", "eat", "die"}
+    assert "KeyError" in said["raise"] and said["hang"] == "no reward within 1 s"
+    assert "MemoryError" in said["eat"] and "ended" in said["die"]
+    assert again.total.tolist() == [2.0, 3.0]
+
+
+def test_decoding_goes_on_while_python_computes_a_reward(tmp_path: Path) -> None:
+    """None of a reward's 0.6 s are spent in this process, whose lock the decoding loop needs."""
+    (tmp_path / "own.py").write_text(OWN)
+    own = OwnReward(f"{tmp_path / 'own.py'}:slow", 2, timeout=30.0)
+    scoring = Scoring(own, [{"Pd": 1}] * 2, 60.0)
+    everyone, mine = time.process_time(), time.thread_time()
+    scoring.take(0, "a")
+    scoring.take(1, "b")
+    while len(scoring._settled) < 2 and time.thread_time() - mine < 60:
+        sum(range(1000))  # decodes
+    others = time.process_time() - everyone - (time.thread_time() - mine)
+    found = scoring.finish()
+    own.close()
+    assert (found.total > 0).all() and (found.total != os.getpid()).all()
+    assert others < 0.2
+
+
+def test_a_reward_that_cannot_be_loaded_is_told_at_once(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text("import absent_package")
+    with pytest.raises(ValueError, match=r"own\.py:score: ModuleNotFoundError: No module named 'absent"):
+        OwnReward(f"{tmp_path / 'own.py'}:score", 1, 1.0)
