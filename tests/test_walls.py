@@ -34,6 +34,7 @@ ROOMS = (
     "report",
     "plan",
     "pipeline",
+    "study",
     "cli",
 )
 

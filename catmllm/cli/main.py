@@ -1,5 +1,5 @@
 """The `catmllm` command, a file a subcommand: plan | predict | design | finetune | evaluate | export |
-data make, relabel, import, oc20, inspect.
+study | data make, relabel, import, oc20, inspect.
 
 Each subcommand has a line of help, its `options`, and `run`, which loads only what it needs.
 """
@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from catmllm.cli import design, evaluate, export, finetune, inspect, oc20, own, plan, predict
+from catmllm.cli import design, evaluate, export, finetune, inspect, oc20, own, plan, predict, study
 from catmllm.data import make, relabel
 
 COMMANDS = {
@@ -21,6 +21,7 @@ COMMANDS = {
     "evaluate": evaluate,
     "export": export,
     "plan": plan,
+    "study": study,
 }
 KINDS = {"import": own, "oc20": oc20, "inspect": inspect}  # of `catmllm data`
 
