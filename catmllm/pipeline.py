@@ -146,7 +146,8 @@ def _run(config: Config, world: World) -> int:
         if not (folder / DOMAIN).is_file():
             with record.timed(f"evaluate {name}"):
                 domain = domain or domain_of(data["train"], *_labels(config, data))
-                _calibrate(name, folder, replace(domain, error={}, validation={}), data["val"], record, world)
+                fresh = replace(domain, error={}, validation={})
+                _calibrate(name, folder, fresh, config, data["val"], record, world)
         if not record.has("property", name):
             model, collate = _to_measure(folder, config, world)
             with record.timed(f"evaluate {name}"):
@@ -284,24 +285,32 @@ def _evaluate(
 
 def _zero_shot(previous: Path, config: Config, test: Sequence[System], record: Record, world: World) -> None:
     """Where a run begins with a model of other data: what that one says of the test systems as it is."""
-    model, collate, trained = load_model(previous)
-    if trained.data.path == config.data.path or previous.name in ("encoder", "align") or not len(test):
+    before = json.loads((previous / "catmllm.json").read_text(encoding="utf-8"))["data"]["path"]
+    if before == config.data.path or previous.name in ("encoder", "align") or not len(test):
         return
-    predicted = validation_energies(model.to(world.device), collate, test, world)
-    truth = [s.known_energy for s in test]
+    model, collate = _to_measure(previous, config, world)
+    shown = evenly_spaced(test, config.evaluate.property_systems)
+    predicted = validation_energies(model, collate, shown, world)
+    truth = [s.known_energy for s in shown]
     record.put({"mae": mae(predicted, truth), "r2": r2(predicted, truth)}, "baselines", "zero_shot")
-    _say(world, f"{previous} as it is: {agreement(predicted, truth, [s.adsorbate for s in test])}")
+    _say(world, f"{previous} as it is: {agreement(predicted, truth, [s.adsorbate for s in shown])}")
 
 
 def _calibrate(
-    name: str, folder: Path, domain: Domain, systems: Sequence[System], record: Record, world: World
+    name: str,
+    folder: Path,
+    domain: Domain,
+    config: Config,
+    systems: Sequence[System],
+    record: Record,
+    world: World,
 ) -> None:
     """Leave beside a stage's weights what it has seen and how far its energies are off on at most 1,000
     validation systems."""
-    some = [systems[int(i)] for i in np.unique(np.linspace(0, len(systems) - 1, 1000).astype(np.int64))]
+    some = evenly_spaced(systems, 1000)
     if name not in ("encoder", "align") and len(systems):
-        model, collate, _ = load_model(folder)
-        predicted = validation_energies(model.to(world.device), collate, some, world)
+        model, collate = _to_measure(folder, config, world)
+        predicted = validation_energies(model, collate, some, world)
         truth = np.array([s.known_energy for s in some])
         calibrate(domain, predicted, truth, [s.adsorbate for s in some])
         record.put(domain.validation, "validation", name)

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 from catmllm.cli.own import reading_options, wanted
-from catmllm.cli.trained import best_stage
+from catmllm.cli.trained import best_stage, load_to_read
 
 HELP = "measure the stages of a run again and rewrite its report; or measure it on your own structures"
 
@@ -62,7 +62,6 @@ def _on(args: argparse.Namespace) -> int:
     from catmllm.data.own.reading import read_systems, summary
     from catmllm.design.predict import MODES, predict_energies, question
     from catmllm.evaluate.property import agreement
-    from catmllm.models.state import load_model
 
     folder = best_stage(args.run)
     found = read_systems(args.on, wanted(args, labelled=False))
@@ -70,7 +69,7 @@ def _on(args: argparse.Namespace) -> int:
     print(summary(found))
     if len(systems) < 2:
         raise ValueError(f"{len(systems)} structures with an energy; at least two are needed")
-    model, collate, _ = load_model(folder)
+    model, collate = load_to_read(folder)
     truth, names = [s.known_energy for s in systems], [s.adsorbate for s in systems]
     for mode in MODES:
         predicted = predict_energies(model, collate, [question(s, mode) for s in systems])

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from catmllm.cli.own import reading_options, wanted
-from catmllm.cli.trained import best_stage, model_option
+from catmllm.cli.trained import best_stage, load_to_read, model_option
 
 if TYPE_CHECKING:
     from catmllm.data.batches import Collator
@@ -40,11 +40,10 @@ def run(args: argparse.Namespace) -> int:
     from catmllm.design.domain import load_domain
     from catmllm.design.predict import predict_energies, question
     from catmllm.evaluate.property import agreement
-    from catmllm.models.state import load_model
     from catmllm.structure.adsorbed import adsorbate_fault
 
     folder = best_stage(args.model)
-    model, collate, _ = load_model(folder)
+    model, collate = load_to_read(folder)
     domain = load_domain(folder)
     found = read_systems(args.files, wanted(args, labelled=False))
     for examples in found.examples.values():

@@ -29,6 +29,17 @@ def load(folder: Path) -> tuple[CatalyticMLLM, Collator, Config]:
     return load_model(stage_folder(folder))
 
 
+def load_to_read(folder: Path) -> tuple[CatalyticMLLM, Collator]:
+    """A stage's model in the precision that it was trained and measured in, and its collator."""
+    from catmllm.models.half_precision import rounded
+    from catmllm.models.state import load_model
+    from catmllm.world import DTYPES, encoder_dtype, settled
+
+    model, collate, config = load_model(folder)
+    device = model.energy_mean.device.type
+    return rounded(model, DTYPES[config.precision], encoder_dtype(settled(config, device))), collate
+
+
 def best_stage(folder: Path) -> Path:
     """The stage of a run whose energies are nearest on the validation systems, the later of two alike; the
     last finished one where not every stage with energies was validated; a stage's folder itself."""

@@ -38,9 +38,9 @@ def stand_up(
         lattice = lattice[[1, 0, 2]]
         miller = None if miller is None else (miller[1], miller[0], miller[2])
         said.append("left-handed cell: a and b were exchanged")
-    gaps = [largest_gap(lattice, positions, axis) for axis in range(3)]
-    if gaps[2] < VACUUM:
-        axis = int(np.argmax(gaps[:2]))
+    if largest_gap(lattice, positions, 2) < VACUUM:
+        gaps = [largest_gap(lattice, positions, axis) for axis in range(2)]
+        axis = int(np.argmax(gaps))
         if gaps[axis] >= VACUUM:
             # a cyclic exchange keeps the hand
             lattice = lattice[[1, 2, 0]] if axis == 0 else lattice[[2, 0, 1]]
@@ -52,16 +52,14 @@ def stand_up(
 
 def largest_gap(lattice: Floats, positions: Floats, axis: int) -> float:
     """The widest gap (Å) without atoms along the normal of the two other lattice vectors."""
-    u, v = (lattice[i] for i in range(3) if i != axis)
-    normal = np.cross(u, v)
-    area = float(np.linalg.norm(normal))
-    if area < 1e-12:
+    (a, b, c), (d, e, f) = (lattice[i].tolist() for i in range(3) if i != axis)
+    normal = np.array([b * f - c * e, c * d - a * f, a * e - b * d])
+    area, volume = float(np.sqrt(normal @ normal)), float(lattice[axis] @ normal)
+    if area < 1e-12 or abs(volume) < 1e-12 * area:
         return 0.0
-    spacing = abs(float(lattice[axis] @ normal)) / area
-    if spacing < 1e-12:
-        return 0.0
-    level = np.sort((positions @ normal / (lattice[axis] @ normal)) % 1.0)
-    return float(max(np.diff(level, append=level[0] + 1.0))) * spacing
+    level = np.sort((positions @ normal / volume) % 1.0)
+    across = level[0] + 1.0 - level[-1]
+    return max(float(across), float((level[1:] - level[:-1]).max(initial=0.0))) * abs(volume) / area
 
 
 # Unit vectors to the 12 nearest atoms of fcc and the 8 of bcc, over the cube's axes.
