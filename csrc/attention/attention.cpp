@@ -10,7 +10,8 @@ const char* wrong(const attention_call& p) {
     if (p.samples < 0 || p.groups < 0) return "a negative number of samples";
     for (int64_t g = 0; g < p.groups; ++g)
         if (p.group[g] >= p.group[g + 1]) return "a group without samples";
-    if (p.groups && (p.group[0] != 0 || p.group[p.groups] != p.samples)) return "groups must cover all samples";
+    if (p.groups && (p.group[0] != 0 || p.group[p.groups] != p.samples))
+        return "groups must cover all samples";
     return nullptr;
 }
 

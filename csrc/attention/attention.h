@@ -1,14 +1,14 @@
 // Causal attention inside samples laid end to end, on a CPU, by a plain C interface: no Python, no torch.
 //
-// A sample may continue another one (its owner): its tokens then see all of the owner's tokens before their own. That
-// is a prompt that several answers share.
+// A sample may continue another one (its owner): its tokens then see all of the owner's tokens before their
+// own. That is a prompt that several answers share.
 #pragma once
 #include <cstdint>
 
 #define ATTENTION_API extern "C" __attribute__((visibility("default")))
 
-// Arrays are contiguous, row-major floats: query, out [tokens, heads, width]; key, value [tokens, kv_heads, width],
-// and their gradients alike. kv_heads divides heads. Samples that share an owner follow it directly.
+// Arrays are contiguous, row-major floats: query, out [tokens, heads, width]; key, value [tokens, kv_heads,
+// width], and their gradients alike. kv_heads divides heads. Samples that share an owner follow it directly.
 struct attention_call {
     int64_t samples, groups;
     int32_t threads, heads, kv_heads, width;
@@ -22,6 +22,7 @@ struct attention_call {
     float *grad_query, *grad_key, *grad_value;
 };
 
-// Both return null, or a message that says what is wrong. The instruction set is chosen as vector/level.h says.
+// Both return null, or a message that says what is wrong. The instruction set is chosen as vector/level.h
+// says.
 ATTENTION_API const char* attention_forward(const attention_call*);
 ATTENTION_API const char* attention_backward(const attention_call*);

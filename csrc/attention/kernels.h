@@ -1,9 +1,9 @@
 // The kernels of one instruction set, see vector/dispatch.h.
 //
-// A task is a key head of a group of samples. Keys lie transposed, so that a tile of scores is a product of broadcast
-// queries and vectors of keys. Query heads that share the key head are rows like any others: row = token·share +
-// head. Rows are taken ROWS at a time, with all of their scores in the first two caches; nothing else is kept, and
-// backward makes the weights again.
+// A task is a key head of a group of samples. Keys lie transposed, so that a tile of scores is a product of
+// broadcast queries and vectors of keys. Query heads that share the key head are rows like any others: row =
+// token·share + head. Rows are taken ROWS at a time, with all of their scores in the first two caches;
+// nothing else is kept, and backward makes the weights again.
 
 #include "../vector/run.h"
 #include "table.h"
@@ -21,9 +21,10 @@ enum { W = Float::W, ROWS = VECTOR_LEVEL == 2 ? 8 : 4, TILE = 2 * W };
 
 inline int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// scores[r, j] = sum over d of rows[r, d] keys[d, j] for j < n, in whole tiles; keys and scores have the stride
-// `columns`.
-inline void products(const float* rows, const float* keys, float* scores, int64_t width, int64_t n, int64_t columns) {
+// scores[r, j] = sum over d of rows[r, d] keys[d, j] for j < n, in whole tiles; keys and scores have the
+// stride `columns`.
+inline void products(const float* rows, const float* keys, float* scores, int64_t width, int64_t n,
+                     int64_t columns) {
     for (int64_t j = 0; j < n; j += TILE) {
         V sum[ROWS][2];
         for (int r = 0; r < ROWS; ++r) sum[r][0] = sum[r][1] = Float::all(0);
@@ -45,7 +46,8 @@ inline void products(const float* rows, const float* keys, float* scores, int64_
 
 // out[r, d .. d + N·W] = sum over j < n of weights[r, j] values[j, d ...].
 template <int N>
-inline void mix(const float* weights, const float* values, float* out, int64_t width, int64_t n, int64_t columns) {
+inline void mix(const float* weights, const float* values, float* out, int64_t width, int64_t n,
+                int64_t columns) {
     V sum[ROWS][N];
     for (int r = 0; r < ROWS; ++r)
         for (int i = 0; i < N; ++i) sum[r][i] = Float::all(0);
@@ -63,7 +65,8 @@ inline void mix(const float* weights, const float* values, float* out, int64_t w
 
 // sums[j, d .. d + N·W] += sum over r of weights[r, j] rows[r, d ...], j < n.
 template <int N>
-inline void spread(const float* weights, const float* rows, float* sums, int64_t width, int64_t n, int64_t columns) {
+inline void spread(const float* weights, const float* rows, float* sums, int64_t width, int64_t n,
+                   int64_t columns) {
     V v[ROWS][N];
     for (int r = 0; r < ROWS; ++r)
         for (int i = 0; i < N; ++i) v[r][i] = Float::load(rows + r * width + i * W);
@@ -96,15 +99,8 @@ inline float most_of(V v) {
 #endif
 }
 
-inline float whole(V v) {
-#if VECTOR_LEVEL == 2
-    return _mm512_reduce_add_ps(v);
-#else
-    return sum_of<float>(v);
-#endif
-}
-
-// scores[0 .. n) become exp(score - their maximum), those up to the end of `limit`'s vector 0; returns 1 / their sum.
+// scores[0 .. n) become exp(score - their maximum), those up to the end of `limit`'s vector 0; returns 1 /
+// their sum.
 inline float soften(float* scores, int64_t n, int64_t limit) {
     const int64_t end = up(n, W);
     for (int64_t j = n; j < end; ++j) scores[j] = -__builtin_inff();
@@ -121,7 +117,8 @@ inline float soften(float* scores, int64_t n, int64_t limit) {
     return 1 / whole(sum);
 }
 
-// Where the rows first .. first + count of a sample lie in an array [tokens, heads, p.width], from its first one.
+// Where the rows first .. first + count of a sample lie in an array [tokens, heads, p.width], from its first
+// one.
 struct Block {
     int count;
     int64_t at[ROWS], limit[ROWS];  // offset of each row, and how many keys it sees
@@ -144,16 +141,19 @@ inline void gather(const float* x, const Block& b, int64_t own, int64_t width, f
     const V f = Float::all(factor);
     for (int r = 0; r < ROWS; ++r)
         over_channels<float>(own, [&](int64_t d, auto w) {
-            Float::store(rows + r * width + d, r < b.count ? f * load<float>(x + b.at[r] + d, w) : Float::all(0));
+            Float::store(rows + r * width + d,
+                         r < b.count ? f * load<float>(x + b.at[r] + d, w) : Float::all(0));
         });
 }
 
 // The inverse: writes each row of a block times its factor.
-inline void scatter(const float* rows, const Block& b, int64_t own, int64_t width, const float* factor, float* x) {
+inline void scatter(const float* rows, const Block& b, int64_t own, int64_t width, const float* factor,
+                    float* x) {
     for (int r = 0; r < b.count; ++r) {
         const V f = Float::all(factor[r]);
-        over_channels<float>(
-            own, [&](int64_t d, auto w) { store<float>(x + b.at[r] + d, f * Float::load(rows + r * width + d), w); });
+        over_channels<float>(own, [&](int64_t d, auto w) {
+            store<float>(x + b.at[r] + d, f * Float::load(rows + r * width + d), w);
+        });
     }
 }
 
@@ -173,10 +173,10 @@ struct Sizes {
     }
 };
 
-// Rows `begin` to `end` of x [tokens, kv_heads, p.width], head k, at line `at` of plain [columns, width] and of
-// turned [width, columns]; either may be null.
-inline void pack(const attention_call& p, const Sizes& z, const float* x, int64_t k, int64_t begin, int64_t end,
-                 int64_t at, float* plain, float* turned) {
+// Rows `begin` to `end` of x [tokens, kv_heads, p.width], head k, at line `at` of plain [columns, width] and
+// of turned [width, columns]; either may be null.
+inline void pack(const attention_call& p, const Sizes& z, const float* x, int64_t k, int64_t begin,
+                 int64_t end, int64_t at, float* plain, float* turned) {
     const float* from = x + (begin * p.kv_heads + k) * p.width;
     const int64_t step = p.kv_heads * p.width, n = end - begin;
     if (plain)
@@ -187,11 +187,13 @@ inline void pack(const attention_call& p, const Sizes& z, const float* x, int64_
     if (turned) {
         int64_t t = 0;
 #if VECTOR_LEVEL == 2
-        const __m512i steps = _mm512_mullo_epi32(
-            _mm512_set1_epi32(int(step)), _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+        const __m512i steps =
+            _mm512_mullo_epi32(_mm512_set1_epi32(int(step)),
+                               _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
         for (; t + W <= n; t += W)
             for (int64_t d = 0; d < p.width; ++d)
-                Float::store(turned + d * z.columns + at + t, _mm512_i32gather_ps(steps, from + t * step + d, 4));
+                Float::store(turned + d * z.columns + at + t,
+                             _mm512_i32gather_ps(steps, from + t * step + d, 4));
 #endif
         for (; t < n; ++t)
             for (int64_t d = 0; d < p.width; ++d) turned[d * z.columns + at + t] = from[t * step + d];
@@ -258,12 +260,13 @@ const char* backward(const attention_call& p) {
         float* mixed = outs + ROWS * width;
         float scales[ROWS];
         for (float& x : scales) x = p.scale;
-        // Samples go backwards, so that what a prefix gathers from those that continue it is whole when its turn
-        // comes.
+        // Samples go backwards, so that what a prefix gathers from those that continue it is whole when its
+        // turn comes.
         const int64_t first_sample = p.group[g],
                       shared = p.owned[g] ? p.bounds[first_sample + 1] - p.bounds[first_sample] : 0;
         pack(p, z, p.key, k, p.bounds[first_sample], p.bounds[first_sample] + shared, 0, keys, turned_keys);
-        pack(p, z, p.value, k, p.bounds[first_sample], p.bounds[first_sample] + shared, 0, nullptr, turned_values);
+        pack(p, z, p.value, k, p.bounds[first_sample], p.bounds[first_sample] + shared, 0, nullptr,
+             turned_values);
         for (int64_t i = 0; i < shared * width; ++i) sum_keys[i] = sum_values[i] = 0;
         for (int64_t s = p.group[g + 1] - 1; s >= first_sample; --s) {
             const int64_t begin = p.bounds[s], n = p.bounds[s + 1] - begin, before = Sizes::prefix(p, g, s);
@@ -271,7 +274,8 @@ const char* backward(const attention_call& p) {
             if (!is_prefix) {
                 pack(p, z, p.key, k, begin, begin + n, before, keys, turned_keys);
                 pack(p, z, p.value, k, begin, begin + n, before, nullptr, turned_values);
-                for (int64_t i = before * width; i < (before + n) * width; ++i) sum_keys[i] = sum_values[i] = 0;
+                for (int64_t i = before * width; i < (before + n) * width; ++i)
+                    sum_keys[i] = sum_values[i] = 0;
             }
             const int64_t corner = (begin * p.heads + k * z.share) * p.width;
             for (int64_t first = 0; first < n * z.share; first += ROWS) {
@@ -289,10 +293,11 @@ const char* backward(const attention_call& p) {
                     // sum over keys of weight times its gradient, which softmax's backward subtracts
                     V total = Float::all(0);
                     for (int64_t d = 0; d < width; d += W)
-                        total =
-                            Float::fma(Float::load(grads + r * width + d), Float::load(outs + r * width + d), total);
+                        total = Float::fma(Float::load(grads + r * width + d),
+                                           Float::load(outs + r * width + d), total);
                     const V mean = Float::all(whole(total));
-                    for (int64_t j = own; j < end; ++j) slope[j] = 0;  // what lies there belongs to later tokens
+                    for (int64_t j = own; j < end; ++j)
+                        slope[j] = 0;  // what lies there belongs to later tokens
                     for (int64_t j = 0; j < end; j += W) {
                         const V w = Float::load(weight + j) * part;
                         Float::store(weight + j, w);
@@ -312,7 +317,8 @@ const char* backward(const attention_call& p) {
             }
             for (int64_t t = 0; t < n; ++t)
                 over_channels<float>(p.width, [&](int64_t d, auto w) {
-                    const int64_t to = ((begin + t) * p.kv_heads + k) * p.width + d, from = (before + t) * width + d;
+                    const int64_t to = ((begin + t) * p.kv_heads + k) * p.width + d,
+                                  from = (before + t) * width + d;
                     store<float>(p.grad_key + to, Float::load(sum_keys + from), w);
                     store<float>(p.grad_value + to, Float::load(sum_values + from), w);
                 });

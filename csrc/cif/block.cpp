@@ -71,7 +71,9 @@ constexpr std::size_t kShortestKey = 12;
 // Length and three characters tell the 46 names apart well enough for a table at a fifth full.
 inline std::uint32_t hash_key(std::string_view s) {
     const std::size_t n = s.size();
-    const auto c = [&](std::size_t i) { return static_cast<std::uint32_t>(static_cast<unsigned char>(s[i])); };
+    const auto c = [&](std::size_t i) {
+        return static_cast<std::uint32_t>(static_cast<unsigned char>(s[i]));
+    };
     if (n < kShortestKey) return 0;
     std::uint32_t h = static_cast<std::uint32_t>(n) * 2654435761u;
     h ^= (c(n - 1) | c(n - 2) << 8 | c(n - 3) << 16 | c(n / 2) << 24) * 0x9E3779B1u;
@@ -94,7 +96,8 @@ const KeyTable kTable;
 
 int find_magnetic_key(std::string_view name);
 
-// Of names as long as those of the table, at least kShortestKey characters; a call of memcmp takes twice as long.
+// Of names as long as those of the table, at least kShortestKey characters; a call of memcmp takes twice as
+// long.
 bool same_name(std::string_view a, std::string_view b) {
     if (a.size() != b.size()) return false;
     for (std::size_t i = 0; i + 8 < a.size(); i += 8)
@@ -191,7 +194,8 @@ void Block::clear() {
 }
 
 bool Block::has_other(std::string_view name) const {
-    return std::any_of(others.begin(), others.end(), [&](const OtherKey& other) { return other.name == name; });
+    return std::any_of(others.begin(), others.end(),
+                       [&](const OtherKey& other) { return other.name == name; });
 }
 
 Status read_block(Tokenizer& tokens, Arena& arena, LoopScratch& scratch, Block& block) {
@@ -227,13 +231,14 @@ Status read_block(Tokenizer& tokens, Arena& arena, LoopScratch& scratch, Block& 
                 columns.push_back(token.view());
                 have = tokens.next(token);
             }
-            // The items of all loops stand one after the other in a piece of the arena that the whole block fits
-            // into.
+            // The items of all loops stand one after the other in a piece of the arena that the whole block
+            // fits into.
             Token* items = free_tokens;
             Token* item = items;
             while (have) {
                 if (token.plain) {
-                    if (token.data[0] == '_' || (token.data[0] == 'l' && starts_with(token.view(), "loop_"))) break;
+                    if (token.data[0] == '_' || (token.data[0] == 'l' && starts_with(token.view(), "loop_")))
+                        break;
                 } else {
                     const std::string_view stripped = strip(token.view());
                     token.data = stripped.data();
@@ -244,7 +249,8 @@ Status read_block(Tokenizer& tokens, Arena& arena, LoopScratch& scratch, Block& 
                 have = tokens.next(token);
             }
             const auto n_items = static_cast<std::size_t>(item - items);
-            if (columns.empty() || n_items == 0 || n_items % columns.size() != 0) return reject_text(Reason::kLoop);
+            if (columns.empty() || n_items == 0 || n_items % columns.size() != 0)
+                return reject_text(Reason::kLoop);
             free_tokens = item;
             const auto n_columns = static_cast<std::uint32_t>(columns.size());
             const auto rows = static_cast<std::uint32_t>(n_items / columns.size());
@@ -277,7 +283,8 @@ Status read_block(Tokenizer& tokens, Arena& arena, LoopScratch& scratch, Block& 
 
 namespace {
 
-// The parts of a Pauling-file symbol such as "0.8Nb + 0.2Zr": `\D+` and `\.?\d+` at index 1 of findall, or nothing.
+// The parts of a Pauling-file symbol such as "0.8Nb + 0.2Zr": `\D+` and `\.?\d+` at index 1 of findall, or
+// nothing.
 bool second_run_of_non_digits(std::string_view s, std::string_view& run) {
     int found = 0;
     for (std::size_t i = 0; i < s.size();) {
@@ -353,7 +360,8 @@ std::string_view number_text(double value, Arena& arena) {
 constexpr Key kSiteColumns[] = {Key::kSiteLabel,  Key::kSiteTypeSymbol, Key::kSiteOccupancy,
                                 Key::kSiteFractX, Key::kSiteFractY,     Key::kSiteFractZ};
 
-// Rows whose symbol names more elements than their label are split into one row an element, at the end of the table.
+// Rows whose symbol names more elements than their label are split into one row an element, at the end of the
+// table.
 Status pauling_rows(Block& block, Arena& arena) {
     const Value labels = block[Key::kSiteLabel];
     const Value symbols = block[Key::kSiteTypeSymbol];
@@ -375,7 +383,8 @@ Status pauling_rows(Block& block, Arena& arena) {
             if (!second_run_of_non_digits(trimmed, name) || !second_number(trimmed, amount))
                 return reject_text(Reason::kSites);
             std::string element(name);
-            for (std::size_t at_tag; (at_tag = element.find("<sup>")) != std::string::npos;) element.erase(at_tag, 5);
+            for (std::size_t at_tag; (at_tag = element.find("<sup>")) != std::string::npos;)
+                element.erase(at_tag, 5);
             double value = 0;
             if (!python_float("0" + std::string(amount), value)) return reject_text(Reason::kNumber);
             const auto same = std::find_if(elements.begin(), elements.end(),

@@ -1,7 +1,7 @@
 // One data block as pymatgen's CifBlock holds it: values and loop columns by key.
 //
-// Keys the structure is built from have a fixed slot; every other key is kept only by name and length (rare rules
-// need it).
+// Keys the structure is built from have a fixed slot; every other key is kept only by name and length (rare
+// rules need it).
 #pragma once
 
 #include <cstdint>
@@ -141,8 +141,8 @@ struct LoopScratch {
 // Reads the tokens of a block into `block`; `tokens` yields the header first.
 Status read_block(Tokenizer& tokens, Arena& arena, LoopScratch& scratch, Block& block);
 
-// CifParser._sanitize_data: attached hydrogens and Pauling-file rows. (Thirds are rounded where coordinates are read,
-// other spellings of magnetic keys are taken for the usual ones as they come.)
+// CifParser._sanitize_data: attached hydrogens and Pauling-file rows. (Thirds are rounded where coordinates
+// are read, other spellings of magnetic keys are taken for the usual ones as they come.)
 Status sanitize(Block& block, Arena& arena);
 
 }  // namespace catmllm::cif

@@ -21,8 +21,9 @@ struct CrystalSystem {
     const char* name;
     const char* arguments;  // which of the six parameters, by index
 };
-constexpr CrystalSystem kCrystalSystems[] = {{"cubic", "0"},         {"tetragonal", "02"}, {"orthorhombic", "012"},
-                                             {"monoclinic", "0124"}, {"hexagonal", "02"},  {"rhombohedral", "03"}};
+constexpr CrystalSystem kCrystalSystems[] = {{"cubic", "0"},          {"tetragonal", "02"},
+                                             {"orthorhombic", "012"}, {"monoclinic", "0124"},
+                                             {"hexagonal", "02"},     {"rhombohedral", "03"}};
 
 // Lattice.<setting>(...) with the parameters that the file does give.
 Status lattice_of_setting(const Block& block, const CrystalSystem& setting, geometry::Lattice& lattice) {

@@ -1,7 +1,8 @@
 // Character classes of Python's `str` methods and of the `re` module, on the bytes the parser works on.
 //
-// Texts are ASCII bytes. Of other characters only two facts matter (pymatgen deletes them after looking for comments
-// and blank lines), so they come in as kUnicodeSpace (matches `\s`) or kUnicodeOther, whatever their code point.
+// Texts are ASCII bytes. Of other characters only two facts matter (pymatgen deletes them after looking for
+// comments and blank lines), so they come in as kUnicodeSpace (matches `\s`) or kUnicodeOther, whatever their
+// code point.
 #pragma once
 
 #include <cstdint>

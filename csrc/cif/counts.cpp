@@ -17,8 +17,8 @@ void add_count(std::string_view symbol, int number, double amount, std::vector<C
 
 }  // namespace
 
-void count_atoms(const Compositions& compositions, const SiteRows& rows, const Groups& groups, CountScratch& scratch,
-                 Structure& structure) {
+void count_atoms(const Compositions& compositions, const SiteRows& rows, const Groups& groups,
+                 CountScratch& scratch, Structure& structure) {
     const std::size_t n_groups = groups.first_row.size();
     std::vector<std::uint32_t>& sites_of_group = scratch.sites_of_group;
     sites_of_group.assign(n_groups, 0);
@@ -45,7 +45,8 @@ void count_atoms(const Compositions& compositions, const SiteRows& rows, const G
         }
     }
     structure.numbers.resize(groups.of_site.size());
-    for (std::size_t i = 0; i < groups.of_site.size(); ++i) structure.numbers[i] = number_of_group[groups.of_site[i]];
+    for (std::size_t i = 0; i < groups.of_site.size(); ++i)
+        structure.numbers[i] = number_of_group[groups.of_site[i]];
 
     double mass = 0;
     for (std::size_t s = 0; s < atoms.size(); ++s) {

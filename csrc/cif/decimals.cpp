@@ -24,8 +24,8 @@ void portable(const Token* token, std::size_t stride, std::size_t n, double* out
 }
 
 #ifdef CATMLLM_X86
-// By number of characters: the bytes that belong to a token whose end is the end of the 16; by place of the point:
-// how the bytes before it move up.
+// By number of characters: the bytes that belong to a token whose end is the end of the 16; by place of the
+// point: how the bytes before it move up.
 struct Tables {
     alignas(16) std::uint8_t own[17][16];
     alignas(16) std::uint8_t squeeze[17][16];
@@ -40,7 +40,9 @@ struct Tables {
         own[1][15] = 0x7F;  // a point alone is no point
         for (int point = 0; point <= 16; ++point)
             for (int i = 0; i < 16; ++i)
-                squeeze[point][i] = static_cast<std::uint8_t>(point == 16 || i > point ? i : i > 0 ? i - 1 : 0x80);
+                squeeze[point][i] = static_cast<std::uint8_t>(point == 16 || i > point ? i
+                                                              : i > 0                  ? i - 1
+                                                                                       : 0x80);
         std::memset(zeros, '0', sizeof zeros);
         std::memset(point_less_zero, '.' - '0', sizeof point_less_zero);
         std::memset(nines, 9, sizeof nines);
@@ -60,8 +62,8 @@ __attribute__((target("avx2"))) inline __m256i two(const void* low, const void* 
                                    _mm_loadu_si128(static_cast<const __m128i*>(high)), 1);
 }
 
-// Two tokens at a time, each in half of a vector that ends where the token ends; of 16 characters all may be digits,
-// which are too many.
+// Two tokens at a time, each in half of a vector that ends where the token ends; of 16 characters all may be
+// digits, which are too many.
 __attribute__((target("avx2"))) void avx2(const Token* token, std::size_t stride, std::size_t n, double* out,
                                           std::size_t out_stride) {
     const __m256i tens = _mm256_set1_epi16(10 | 1 << 8);
@@ -90,10 +92,12 @@ __attribute__((target("avx2"))) void avx2(const Token* token, std::size_t stride
             x = _mm256_madd_epi16(_mm256_maddubs_epi16(x, tens), hundreds);
             x = _mm256_madd_epi16(_mm256_packus_epi32(x, x), ten_thousands);
             // Eight digits a number: a's head and tail, b's head and tail; together they are below 2^53.
-            const __m128i eights = _mm_unpacklo_epi64(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+            const __m128i eights =
+                _mm_unpacklo_epi64(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
             const __m256d parts = _mm256_mul_pd(_mm256_cvtepi32_pd(eights), weights);
             const __m128d whole = _mm_hadd_pd(_mm256_castpd256_pd128(parts), _mm256_extractf128_pd(parts, 1));
-            const __m128d powers = _mm_loadh_pd(_mm_load_sd(&kTables.powers[point_a]), &kTables.powers[point_b]);
+            const __m128d powers =
+                _mm_loadh_pd(_mm_load_sd(&kTables.powers[point_a]), &kTables.powers[point_b]);
             const __m128d signs = _mm_load_pd(kTables.signs[minus_a + 2 * minus_b]);
             const __m128d values = _mm_xor_pd(_mm_div_pd(whole, powers), signs);
             _mm_storel_pd(out, values);
@@ -118,7 +122,8 @@ Read choose() {
 
 }  // namespace
 
-void plain_decimals(const Token* tokens, std::size_t stride, std::size_t n, double* out, std::size_t out_stride) {
+void plain_decimals(const Token* tokens, std::size_t stride, std::size_t n, double* out,
+                    std::size_t out_stride) {
     static const Read read = choose();
     read(tokens, stride, n, out, out_stride);
 }

@@ -22,7 +22,8 @@ const Element& element(int index);
 // Index of the element with exactly this symbol, or kNoElement.
 int find_element(char first, char second);
 
-// What a type symbol or label names: an element, a dummy species (`dummy`, title case kept as written), or nothing
+// What a type symbol or label names: an element, a dummy species (`dummy`, title case kept as written), or
+// nothing
 // (`nothing`: the site is silently dropped).
 struct Symbol {
     enum Kind : std::uint8_t { kElement, kDummy, kNothing };

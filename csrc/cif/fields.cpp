@@ -49,7 +49,8 @@ Fields fields_of(const Block& block, LabelScratch& scratch) {
         fields.space_group |= block[key].truthy();
     const Value& labels = block[Key::kSiteLabel];
     fields.site_loop = labels.is_list();
-    for (Key key : {Key::kSiteFractX, Key::kSiteFractY, Key::kSiteFractZ}) fields.site_loop &= block[key].is_list();
+    for (Key key : {Key::kSiteFractX, Key::kSiteFractY, Key::kSiteFractZ})
+        fields.site_loop &= block[key].is_list();
     fields.duplicate_labels = labels.is_list() && any_repeated(labels, scratch);
     return fields;
 }

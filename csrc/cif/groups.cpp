@@ -88,7 +88,8 @@ Status group_rows(const Compositions& compositions, SiteRows& rows, Groups& grou
         if (row.composition.size == 1) {  // mostly the same species and amount as in a row before
             const Amount& amount = compositions.amounts[row.composition.first];
             const std::uint32_t before = last_row[amount.species];
-            if (before != kNone && compositions.amounts[rows.rows[before].composition.first].value == amount.value) {
+            if (before != kNone &&
+                compositions.amounts[rows.rows[before].composition.first].value == amount.value) {
                 row.group = rows.rows[before].group;
                 continue;
             }

@@ -1,5 +1,5 @@
-// Magnetic space groups by name or number, in another setting where the file says so: pymatgen's MagneticSpaceGroup
-// and JonesFaithfulTransformation. Time reversal moves no site and is left out.
+// Magnetic space groups by name or number, in another setting where the file says so: pymatgen's
+// MagneticSpaceGroup and JonesFaithfulTransformation. Time reversal moves no site and is left out.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -36,9 +36,10 @@ const tables::MagneticGroup* group_of_number(long first, long second) {
     const auto* begin = std::begin(tables::kMagneticGroups);
     const auto* end = std::end(tables::kMagneticGroups);
     const auto key = std::make_pair(first, second);
-    const auto* found = std::lower_bound(begin, end, key, [](const tables::MagneticGroup& group, auto wanted) {
-        return std::make_pair(long{group.first}, long{group.second}) < wanted;
-    });
+    const auto* found =
+        std::lower_bound(begin, end, key, [](const tables::MagneticGroup& group, auto wanted) {
+            return std::make_pair(long{group.first}, long{group.second}) < wanted;
+        });
     return found != end && found->first == first && found->second == second ? found : nullptr;
 }
 
@@ -48,9 +49,10 @@ const tables::MagneticGroup* group_of_name(std::string_view name) {
         if (!is_space(static_cast<unsigned char>(c))) compact += c;
     const auto* begin = std::begin(tables::kMagneticNames);
     const auto* end = std::end(tables::kMagneticNames);
-    const auto* found = std::lower_bound(begin, end, compact, [](std::uint16_t index, const std::string& wanted) {
-        return std::string_view(tables::kMagneticGroups[index].name) < wanted;
-    });
+    const auto* found =
+        std::lower_bound(begin, end, compact, [](std::uint16_t index, const std::string& wanted) {
+            return std::string_view(tables::kMagneticGroups[index].name) < wanted;
+        });
     if (found == end || compact != tables::kMagneticGroups[*found].name) return nullptr;
     return &tables::kMagneticGroups[*found];
 }
@@ -63,7 +65,8 @@ struct Term {
     double x[3] = {0, 0, 0};  // of a number the first
 };
 
-// One axis of a transform, `2/3a+1/3b`, after pymatgen's insertion of `*`: sums, products, quotients, brackets.
+// One axis of a transform, `2/3a+1/3b`, after pymatgen's insertion of `*`: sums, products, quotients,
+// brackets.
 class Axis {
   public:
     explicit Axis(std::string_view text) : s_(text) {}
@@ -96,7 +99,8 @@ class Axis {
     bool factor(Term& value) {
         if (++depth_ > 100) return false;
         double sign = 1;
-        for (; at_ < s_.size() && (s_[at_] == '+' || s_[at_] == '-'); ++at_) sign = s_[at_] == '-' ? -sign : sign;
+        for (; at_ < s_.size() && (s_[at_] == '+' || s_[at_] == '-'); ++at_)
+            sign = s_[at_] == '-' ? -sign : sign;
         if (at_ == s_.size()) return false;
         const char c = s_[at_];
         if (c == '(') {
@@ -108,12 +112,13 @@ class Axis {
             value.vector = true;
             value.x[c - 'a'] = 1;
             // `a2` and `ab` are other names
-            if (at_ < s_.size() &&
-                (is_digit(static_cast<unsigned char>(s_[at_])) || is_lower(static_cast<unsigned char>(s_[at_]))))
+            if (at_ < s_.size() && (is_digit(static_cast<unsigned char>(s_[at_])) ||
+                                    is_lower(static_cast<unsigned char>(s_[at_]))))
                 return false;
         } else {
             const std::size_t start = at_;
-            while (at_ < s_.size() && (is_digit(static_cast<unsigned char>(s_[at_])) || s_[at_] == '.')) ++at_;
+            while (at_ < s_.size() && (is_digit(static_cast<unsigned char>(s_[at_])) || s_[at_] == '.'))
+                ++at_;
             const std::string_view digits = s_.substr(start, at_ - start);
             const bool leading_zero = digits.size() > 1 && digits[0] == '0' &&
                                       digits.find('.') == std::string_view::npos &&
@@ -140,7 +145,8 @@ std::string axis_text(std::string_view text) {
     for (std::size_t i = 0; i < text.size(); ++i) {
         const char c = text[i];
         const char before = i == 0 ? ' ' : text[i - 1];
-        const bool times = (c == '(' && (is_word(before) || before == ')')) || (before == ')' && is_word(c)) ||
+        const bool times = (c == '(' && (is_word(before) || before == ')')) ||
+                           (before == ')' && is_word(c)) ||
                            (is_axis(c) && (is_digit(static_cast<unsigned char>(before)) || is_axis(before)));
         if (times) out += '*';
         if (is_digit(static_cast<unsigned char>(c)) || std::strchr("+-*/.abc()", c) != nullptr) out += c;
@@ -177,7 +183,8 @@ struct Setting {
 // "P;p" as in `-b+c,a+c,-a+b+c;0,0,0`; false for what raises ValueError.
 bool read_setting(std::string_view text, Setting& setting) {
     const std::size_t semicolon = text.find(';');
-    if (semicolon == std::string_view::npos || text.find(';', semicolon + 1) != std::string_view::npos) return false;
+    if (semicolon == std::string_view::npos || text.find(';', semicolon + 1) != std::string_view::npos)
+        return false;
     std::string_view parts[2] = {text.substr(0, semicolon), text.substr(semicolon + 1)};
     for (int part = 0; part < 2; ++part) {
         std::size_t start = 0;
@@ -217,7 +224,8 @@ AffineOperation in_setting(const AffineOperation& operation, const Setting& sett
     double shift[3];
     for (int i = 0; i < 3; ++i) {
         shift[i] = operation.translation[i];
-        for (int j = 0; j < 3; ++j) shift[i] += (operation.rotation[3 * i + j] - (i == j)) * setting.origin[j];
+        for (int j = 0; j < 3; ++j)
+            shift[i] += (operation.rotation[3 * i + j] - (i == j)) * setting.origin[j];
     }
     for (int i = 0; i < 3; ++i) {
         const double* row = setting.inverse + 3 * i;
@@ -253,16 +261,18 @@ Status magnetic_group_operations(const Block& block, std::vector<AffineOperation
         group = group_of_number(parts[0], parts[1]);
     }
     const bool as_listed = transform.present() && !transform.is_list() && transform.scalar() == "a,b,c;0,0,0";
-    if (as_listed && block.has_other("_space_group_magn.transform_BNS_Pp")) return reject_text(Reason::kMagnetic);
+    if (as_listed && block.has_other("_space_group_magn.transform_BNS_Pp"))
+        return reject_text(Reason::kMagnetic);
     if (group == nullptr) return reject_text(Reason::kMagnetic);  // no row of the table: TypeError
     Setting setting;
-    if (!as_listed && transform.present() && !transform.is_list() && !read_setting(transform.scalar(), setting))
+    if (!as_listed && transform.present() && !transform.is_list() &&
+        !read_setting(transform.scalar(), setting))
         return skip_block(Reason::kMagnetic);
 
     const auto& lattice = tables::kMagneticLattices[group->lattice];
     for (int v = -1; v < lattice.size; ++v) {
-        for (std::uint32_t i = tables::kMagneticStarts[group->list]; i < tables::kMagneticStarts[group->list + 1];
-             ++i) {
+        for (std::uint32_t i = tables::kMagneticStarts[group->list];
+             i < tables::kMagneticStarts[group->list + 1]; ++i) {
             const tables::Operation& source = tables::kMagneticOperations[tables::kMagneticMembers[i]];
             AffineOperation operation;
             for (int k = 0; k < 9; ++k) operation.rotation[k] = source.rotation[k];

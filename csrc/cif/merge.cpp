@@ -40,7 +40,8 @@ class Merger {
     std::uint32_t kept_ = 0;
 };
 
-// CifParser.get_matching_coord: the first operation that carries x onto a row that is kept, the earliest such row.
+// CifParser.get_matching_coord: the first operation that carries x onto a row that is kept, the earliest such
+// row.
 Status Merger::find_match(const double* x, std::uint32_t& match) {
     for (std::size_t o = 0; o < operations_.size() && kept_ > 0 && match == kNoPoint; ++o) {
         double image[3];
@@ -100,8 +101,8 @@ Status Merger::take(std::uint32_t r) {
     double wrapped[3];
     wrap(x, wrapped);
     if (!identity_) {
-        // Without the identity among the operations a row may repeat an earlier one's coordinates unnoticed: the same
-        // key of pymatgen's dict, so the later composition wins.
+        // Without the identity among the operations a row may repeat an earlier one's coordinates unnoticed:
+        // the same key of pymatgen's dict, so the later composition wins.
         std::uint32_t repeated = kNoPoint;
         if (const Status status = find_repeated(x, wrapped, repeated); !status.ok()) return status;
         if (repeated != kNoPoint) {
@@ -118,8 +119,8 @@ Status Merger::take(std::uint32_t r) {
 
 }  // namespace
 
-Status merge_rows(const std::vector<AffineOperation>& operations, bool identity, PointTable& points, SiteRows& rows,
-                  Compositions& compositions, Merging& found) {
+Status merge_rows(const std::vector<AffineOperation>& operations, bool identity, PointTable& points,
+                  SiteRows& rows, Compositions& compositions, Merging& found) {
     points.reset(rows.size);
     Merger merger(operations, identity, points, rows, compositions, found);
     for (std::uint32_t r = 0; r < rows.size; ++r)

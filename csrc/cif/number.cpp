@@ -19,7 +19,8 @@ bool equals_lower(std::string_view s, std::string_view lower) {
     return true;
 }
 
-// Digits with single underscores between them, from `i`; false for a misplaced underscore. `n` counts the digits.
+// Digits with single underscores between them, from `i`; false for a misplaced underscore. `n` counts the
+// digits.
 bool skip_digits(std::string_view s, std::size_t& i, std::size_t& n) {
     n = 0;
     while (i < s.size()) {
@@ -42,8 +43,8 @@ double to_double(const char* first, const char* last, bool exponent_is_negative)
     double value = 0;
     const auto result = std::from_chars(first, last, value);
     if (result.ec == std::errc::result_out_of_range) {
-        // from_chars leaves the value alone: underflow is 0, overflow inf, told apart by the size of the mantissa
-        // too.
+        // from_chars leaves the value alone: underflow is 0, overflow inf, told apart by the size of the
+        // mantissa too.
         bool nonzero = false;
         long long leading = 0;
         bool point = false;

@@ -9,7 +9,8 @@
 
 namespace catmllm::cif {
 
-// float(text): surrounding space, sign, `_` between digits, inf / infinity / nan; false for what raises ValueError.
+// float(text): surrounding space, sign, `_` between digits, inf / infinity / nan; false for what raises
+// ValueError.
 bool python_float(std::string_view text, double& value);
 
 // str2float(text): an uncertainty in brackets is cut off together with everything behind it, a lone "." is 0.
@@ -48,8 +49,9 @@ inline std::uint64_t without(std::uint64_t word, unsigned at, std::uint64_t firs
 
 }  // namespace digits
 
-// Like str2float for the commonest spelling, at most 15 digits with or without a point; false says nothing, str2float
-// decides. The characters are taken as one or two words of eight, right-aligned, and the point is squeezed out.
+// Like str2float for the commonest spelling, at most 15 digits with or without a point; false says nothing,
+// str2float decides. The characters are taken as one or two words of eight, right-aligned, and the point is
+// squeezed out.
 inline bool plain_decimal(const char* p, const char* end, double& value) {
     static constexpr double kPowers[] = {1e0, 1e1, 1e2,  1e3,  1e4,  1e5,  1e6,  1e7,
                                          1e8, 1e9, 1e10, 1e11, 1e12, 1e13, 1e14, 1e15};

@@ -32,7 +32,8 @@ Status OxidationStates::read(const Block& block) {
         states_.push_back({symbols[i], value});
     }
     const std::size_t n = states_.size();
-    for (std::size_t i = 0; i < n; ++i) states_.push_back({without_charge(states_[i].symbol), states_[i].value});
+    for (std::size_t i = 0; i < n; ++i)
+        states_.push_back({without_charge(states_[i].symbol), states_[i].value});
     present_ = true;
     return ok();
 }

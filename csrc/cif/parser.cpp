@@ -14,10 +14,13 @@ void Parser::find_blocks(const char* text, std::size_t size) {
     const auto n = static_cast<std::uint32_t>(size);
     for (std::size_t w = 0; w * 64 < size; ++w) {
         for (std::uint64_t bits = masks_.d_starts[w]; bits; bits &= bits - 1) {
-            const auto p = static_cast<std::uint32_t>(w * 64) + static_cast<std::uint32_t>(__builtin_ctzll(bits));
+            const auto p =
+                static_cast<std::uint32_t>(w * 64) + static_cast<std::uint32_t>(__builtin_ctzll(bits));
             if (n - p < 5 || std::memcmp(text + p, "data_", 5) != 0) continue;
             std::uint32_t q = p;
-            while (q > 0 && text[q - 1] != '\n' && is_space_or_unicode(static_cast<unsigned char>(text[q - 1]))) --q;
+            while (q > 0 && text[q - 1] != '\n' &&
+                   is_space_or_unicode(static_cast<unsigned char>(text[q - 1])))
+                --q;
             if (q > 0 && text[q - 1] != '\n') continue;
             if (!extents_.empty()) extents_.back().end = p;
             extents_.push_back({p, n});
@@ -49,7 +52,8 @@ Reason Parser::parse_blocks(const char* text) {
         Block& block = blocks_[n_blocks_];
         block.clear();
         Status status;
-        const bool unclean = masks_.has_high || (masks_.has_hash && body.find('#') != std::string_view::npos) ||
+        const bool unclean = masks_.has_high ||
+                             (masks_.has_hash && body.find('#') != std::string_view::npos) ||
                              (masks_.has_semicolon && body.find(';') != std::string_view::npos);
         if (unclean) {
             const std::string_view clean = cleaned(body, arena_);
@@ -83,7 +87,8 @@ Reason Parser::parse_blocks(const char* text) {
     for (std::size_t i = 0; i < n_blocks_; ++i) {
         // The first structure is the answer, the later blocks are built for the errors they may raise.
         const int target = found ? 1 - found_ : found_;
-        const Status status = build_structure(blocks_[i], magnetic, incommensurate, scratch_, structures_[target]);
+        const Status status =
+            build_structure(blocks_[i], magnetic, incommensurate, scratch_, structures_[target]);
         if (status.outcome == Outcome::kRejectText) return status.reason;
         if (status.ok()) {
             found = true;

@@ -1,4 +1,5 @@
-// A CIF text to its first structure, accepted or refused as pymatgen's Structure.from_str(text, fmt="cif") does.
+// A CIF text to its first structure, accepted or refused as pymatgen's Structure.from_str(text, fmt="cif")
+// does.
 #pragma once
 
 #include <cstddef>

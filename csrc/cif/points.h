@@ -56,8 +56,8 @@ class PointTable {
         head = id;
     }
 
-    // Calls visit(id) for every point that may be within the tolerance; stops when it returns true. False with `full`
-    // set when a chain is longer than the limit.
+    // Calls visit(id) for every point that may be within the tolerance; stops when it returns true. False
+    // with `full` set when a chain is longer than the limit.
     template <class Visit>
     bool search(const double* wrapped, bool& full, Visit visit) const {
         std::int32_t at[3];
@@ -106,9 +106,10 @@ class PointTable {
     std::int32_t cube(double x) const { return static_cast<std::int32_t>(x * cubes_ + kShift); }
     std::uint32_t slot(std::int32_t i, std::int32_t j, std::int32_t k) const {
         const std::int32_t m = cubes_ - 1;
-        const std::uint64_t h = (static_cast<std::uint64_t>(i & m) << 24 | static_cast<std::uint64_t>(j & m) << 12 |
-                                 static_cast<std::uint64_t>(k & m)) *
-                                0x9E3779B97F4A7C15ull;
+        const std::uint64_t h =
+            (static_cast<std::uint64_t>(i & m) << 24 | static_cast<std::uint64_t>(j & m) << 12 |
+             static_cast<std::uint64_t>(k & m)) *
+            0x9E3779B97F4A7C15ull;
         return static_cast<std::uint32_t>(h >> 40) & mask_;
     }
     std::vector<std::uint32_t> newest_;  // point of each slot

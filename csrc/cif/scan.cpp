@@ -83,8 +83,9 @@ void sse2_words(const unsigned char* p, std::size_t words, std::uint64_t* space,
     found.semicolon |= static_cast<unsigned>(_mm_movemask_epi8(semicolon));
 }
 
-__attribute__((target("avx2"))) void avx2_words(const unsigned char* p, std::size_t words, std::uint64_t* space,
-                                                std::uint64_t* d, std::uint64_t* special, Found& found) {
+__attribute__((target("avx2"))) void avx2_words(const unsigned char* p, std::size_t words,
+                                                std::uint64_t* space, std::uint64_t* d,
+                                                std::uint64_t* special, Found& found) {
     __m256i high = _mm256_setzero_si256();
     __m256i hash = high;
     __m256i semicolon = high;
@@ -102,8 +103,8 @@ __attribute__((target("avx2"))) void avx2_words(const unsigned char* p, std::siz
             spaces |= static_cast<std::uint64_t>(
                           static_cast<unsigned>(_mm256_movemask_epi8(_mm256_or_si256(is_tab, is_separator))))
                       << (32 * k);
-            ds |= static_cast<std::uint64_t>(
-                      static_cast<unsigned>(_mm256_movemask_epi8(_mm256_cmpeq_epi8(x, _mm256_set1_epi8('d')))))
+            ds |= static_cast<std::uint64_t>(static_cast<unsigned>(
+                      _mm256_movemask_epi8(_mm256_cmpeq_epi8(x, _mm256_set1_epi8('d')))))
                   << (32 * k);
             high = _mm256_or_si256(high, x);
             hash = _mm256_or_si256(hash, _mm256_cmpeq_epi8(x, _mm256_set1_epi8('#')));
@@ -114,7 +115,8 @@ __attribute__((target("avx2"))) void avx2_words(const unsigned char* p, std::siz
             const __m256i word = _mm256_or_si256(_mm256_cmpeq_epi8(x, _mm256_set1_epi8('_')),
                                                  _mm256_cmpeq_epi8(x, _mm256_set1_epi8('l')));
             const __m256i any = _mm256_or_si256(field, _mm256_or_si256(quote, word));
-            specials |= static_cast<std::uint64_t>(static_cast<unsigned>(_mm256_movemask_epi8(any))) << (32 * k);
+            specials |= static_cast<std::uint64_t>(static_cast<unsigned>(_mm256_movemask_epi8(any)))
+                        << (32 * k);
         }
         space[w] = spaces;
         d[w] = ds;
@@ -130,7 +132,8 @@ __attribute__((target("avx512f,avx512bw"))) void avx512_words(const unsigned cha
                                                               std::uint64_t* special, Found& found) {
     for (std::size_t w = 0; w < words; ++w, p += 64) {
         const __m512i x = _mm512_loadu_si512(p);
-        const __mmask64 tab = _mm512_cmple_epu8_mask(_mm512_sub_epi8(x, _mm512_set1_epi8(9)), _mm512_set1_epi8(4));
+        const __mmask64 tab =
+            _mm512_cmple_epu8_mask(_mm512_sub_epi8(x, _mm512_set1_epi8(9)), _mm512_set1_epi8(4));
         const __mmask64 separator =
             _mm512_cmple_epu8_mask(_mm512_sub_epi8(x, _mm512_set1_epi8(28)), _mm512_set1_epi8(4));
         space[w] = tab | separator;
@@ -147,7 +150,8 @@ __attribute__((target("avx512f,avx512bw"))) void avx512_words(const unsigned cha
 }
 #endif
 
-using Words = void (*)(const unsigned char*, std::size_t, std::uint64_t*, std::uint64_t*, std::uint64_t*, Found&);
+using Words = void (*)(const unsigned char*, std::size_t, std::uint64_t*, std::uint64_t*, std::uint64_t*,
+                       Found&);
 
 struct Choice {
     Words words;
@@ -182,7 +186,8 @@ void scan_with(Words words, const char* text, std::size_t size, ScanMasks& masks
     unsigned char tail[64];
     std::memset(tail, ' ', sizeof tail);
     if (size > whole * 64) std::memcpy(tail, p + whole * 64, size - whole * 64);
-    words(tail, 1, masks.space.data() + whole, masks.d_starts.data() + whole, masks.special.data() + whole, found);
+    words(tail, 1, masks.space.data() + whole, masks.d_starts.data() + whole, masks.special.data() + whole,
+          found);
     masks.space[whole + 1] = ~std::uint64_t{0};
     masks.d_starts[whole + 1] = 0;
     masks.special[whole + 1] = 0;
@@ -197,7 +202,8 @@ void scan_with(Words words, const char* text, std::size_t size, ScanMasks& masks
     masks.has_high = found.high != 0;
     if (masks.has_high) {  // white space beyond ASCII lets a block begin too
         for (std::size_t i = 1; i < size; ++i)
-            if (p[i] == 'd' && p[i - 1] == kUnicodeSpace) masks.d_starts[i / 64] |= std::uint64_t{1} << (i % 64);
+            if (p[i] == 'd' && p[i - 1] == kUnicodeSpace)
+                masks.d_starts[i / 64] |= std::uint64_t{1} << (i % 64);
     }
 }
 

@@ -1,5 +1,6 @@
-// One pass over the bytes of a text: where white space is, and where a word begins with `d` (a `data_` may start
-// there). 64 bytes become one word of bits; the widest vector unit of the machine does it, chosen at run time.
+// One pass over the bytes of a text: where white space is, and where a word begins with `d` (a `data_` may
+// start there). 64 bytes become one word of bits; the widest vector unit of the machine does it, chosen at
+// run time.
 #pragma once
 
 #include <cstddef>
@@ -9,7 +10,8 @@
 namespace catmllm::cif {
 
 struct ScanMasks {
-    std::vector<std::uint64_t> space;     // bit i of word w: byte 64 w + i is white space (bits past the end are set)
+    std::vector<std::uint64_t>
+        space;  // bit i of word w: byte 64 w + i is white space (bits past the end are set)
     std::vector<std::uint64_t> d_starts;  // bit: the byte is `d` behind white space or at the start
     std::vector<std::uint64_t>
         special;  // bit: the byte is one of _ l ' " ; which begin words that may be no plain value

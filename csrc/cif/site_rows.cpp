@@ -17,7 +17,8 @@ namespace catmllm::cif {
 namespace {
 
 constexpr double kLeastOccupancy = 1e-8;
-constexpr double kFarthest = 1e6;  // coordinates up to here are points of the unit cube to within the tolerance
+constexpr double kFarthest =
+    1e6;  // coordinates up to here are points of the unit cube to within the tolerance
 
 // A column of the site loop: a string is taken letter by letter.
 struct Column {
@@ -35,7 +36,8 @@ Column column_of(const Value& value, std::vector<Token>& letters) {
     return {letters.data(), 1, value.size(), value.present()};
 }
 
-Species species_of(std::string_view name, const Symbol& symbol, bool typed, const OxidationStates& oxidation) {
+Species species_of(std::string_view name, const Symbol& symbol, bool typed,
+                   const OxidationStates& oxidation) {
     Species species;
     species.element = symbol.element;
     species.dummy = symbol.dummy;
@@ -126,7 +128,8 @@ struct Range {
     bool thirds;   // some may be
 };
 
-// Of n numbers with room for a whole vector. (Each lane is chosen between two values; masks kept as such are slow.)
+// Of n numbers with room for a whole vector. (Each lane is chosen between two values; masks kept as such are
+// slow.)
 CATMLLM_CLONES Range range_of(const double* x, std::size_t n) {
     using geometry::kLanes;
     using geometry::Lanes;
@@ -173,13 +176,15 @@ void take_coordinates(SiteRows& rows, Structure& structure) {
 }  // namespace
 
 Status read_site_rows(const Block& block, const OxidationStates& oxidation, std::size_t n_operations,
-                      SiteRowScratch& scratch, SiteRows& rows, Compositions& compositions, Structure& structure) {
+                      SiteRowScratch& scratch, SiteRows& rows, Compositions& compositions,
+                      Structure& structure) {
     const Value& labels = block[Key::kSiteLabel];
     const Value& types = block[Key::kSiteTypeSymbol];
     const std::uint32_t n = labels.size();
     if (std::uint64_t{n} * n_operations > Limits::kImages) return reject_text(Reason::kLimit);
     if (rows.rows.size() < n) rows.rows.resize(n);
-    if (rows.x.size() < 3 * std::size_t{n} + geometry::kLanes) rows.x.resize(3 * std::size_t{n} + geometry::kLanes);
+    if (rows.x.size() < 3 * std::size_t{n} + geometry::kLanes)
+        rows.x.resize(3 * std::size_t{n} + geometry::kLanes);
     compositions.amounts.resize(2 * std::size_t{n});  // a species and its hydrogens
 
     const Column names = column_of(types.present() ? types : labels, scratch.name_letters);
@@ -208,7 +213,8 @@ Status read_site_rows(const Block& block, const OxidationStates& oxidation, std:
         }
         if (!(occupancy > 0)) continue;
         for (int k = 0; k < 3; ++k) {
-            if (i >= axes[k].size) return axes[k].present ? reject_text(Reason::kSites) : skip_block(Reason::kSites);
+            if (i >= axes[k].size)
+                return axes[k].present ? reject_text(Reason::kSites) : skip_block(Reason::kSites);
             double value = x[3 * std::size_t{i} + k];
             if (std::isnan(value) && !str2float(axes[k][i].view(), value)) return skip_block(Reason::kNumber);
             out[k] = value;

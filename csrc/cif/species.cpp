@@ -9,7 +9,8 @@ namespace {
 
 constexpr double kAmountTolerance = 1e-8;
 constexpr int kOxygen = 8;
-constexpr std::uint32_t kMostSpecies = 64;  // of one composition that are looked at for its place in the order
+constexpr std::uint32_t kMostSpecies =
+    64;  // of one composition that are looked at for its place in the order
 
 bool same_species(const Species& a, const Species& b) {
     if (a.element != b.element || a.has_oxidation != b.has_oxidation) return false;
@@ -40,7 +41,8 @@ double Compositions::amount_of(const Composition& composition, const Species& wa
         const Species& other = species[amount.species];
         if (wanted.has_oxidation || wanted.element == kNoElement) {
             if (same_species(other, wanted)) sum += amount.value;
-        } else if (other.element != kNoElement && element(other.element).number == element(wanted.element).number) {
+        } else if (other.element != kNoElement &&
+                   element(other.element).number == element(wanted.element).number) {
             sum += amount.value;
         }
     }
@@ -52,7 +54,8 @@ bool Compositions::equal(const Composition& a, const Composition& b) const {
     for (std::uint32_t i = 0; i < a.size; ++i) {
         const Amount& amount = amounts[a.first + i];
         const Amount& other = amounts[b.first];
-        const bool alone = a.size == 1 && amount.species == other.species;  // the usual case, without a search
+        const bool alone =
+            a.size == 1 && amount.species == other.species;  // the usual case, without a search
         if (!nearly(amount.value, alone ? other.value : amount_of(b, species[amount.species]))) return false;
     }
     return true;
@@ -62,15 +65,18 @@ bool Compositions::less(const Composition& a, const Composition& b) const {
     std::uint32_t ids[2 * kMostSpecies];
     std::uint32_t n = 0;
     for (const Composition& c : {a, b})
-        for (std::uint32_t i = 0; i < c.size && n < 2 * kMostSpecies; ++i) ids[n++] = amounts[c.first + i].species;
+        for (std::uint32_t i = 0; i < c.size && n < 2 * kMostSpecies; ++i)
+            ids[n++] = amounts[c.first + i].species;
     std::sort(ids, ids + n, [&](std::uint32_t i, std::uint32_t j) {  // sorted(set(a.elements + b.elements))
         const Species& s = species[i];
         const Species& t = species[j];
         const double x = s.element == kNoElement ? 0 : element(s.element).electronegativity;
         const double y = t.element == kNoElement ? 0 : element(t.element).electronegativity;
         if (x != y) return x < y;
-        const std::string_view p = s.element == kNoElement ? s.dummy : std::string_view(element(s.element).symbol);
-        const std::string_view q = t.element == kNoElement ? t.dummy : std::string_view(element(t.element).symbol);
+        const std::string_view p =
+            s.element == kNoElement ? s.dummy : std::string_view(element(s.element).symbol);
+        const std::string_view q =
+            t.element == kNoElement ? t.dummy : std::string_view(element(t.element).symbol);
         if (p != q) return p < q;
         return s.oxidation < t.oxidation;
     });

@@ -40,8 +40,8 @@ struct Compositions {
     double amount_of(const Composition& composition, const Species& wanted) const;
     // Composition.__eq__
     bool equal(const Composition& a, const Composition& b) const;
-    // Composition.__lt__: by the amount of the most electropositive species in which they differ. No order that
-    // sorting may rely on: amounts within the tolerance are the same.
+    // Composition.__lt__: by the amount of the most electropositive species in which they differ. No order
+    // that sorting may rely on: amounts within the tolerance are the same.
     bool less(const Composition& a, const Composition& b) const;
     // Composition.__add__, the species of `a` first.
     Composition sum(const Composition& a, const Composition& b);

@@ -7,7 +7,8 @@
 
 namespace catmllm::cif {
 
-// pymatgen goes on to the next block after KeyError and ValueError (kSkipBlock); any other exception ends the text.
+// pymatgen goes on to the next block after KeyError and ValueError (kSkipBlock); any other exception ends the
+// text.
 enum class Outcome : std::uint8_t { kOk, kSkipBlock, kRejectText };
 
 struct Status {

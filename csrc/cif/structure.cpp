@@ -7,8 +7,8 @@
 namespace catmllm::cif {
 namespace {
 
-// No two sites are the same to pymatgen: such a pair is nearer than the tolerance along all three axes. (1 % covers
-// rounding. False says nothing; nan is false.)
+// No two sites are the same to pymatgen: such a pair is nearer than the tolerance along all three axes. (1 %
+// covers rounding. False says nothing; nan is false.)
 bool sites_are_apart(const geometry::Lattice& lattice, double min_distance) {
     double diagonal = 0;
     for (int k = 0; k < 3; ++k) {
@@ -29,12 +29,14 @@ void Structure::clear() {
     fields = Fields();
 }
 
-Status build_structure(const Block& block, bool magnetic, bool incommensurate, StructureScratch& s, Structure& out) {
+Status build_structure(const Block& block, bool magnetic, bool incommensurate, StructureScratch& s,
+                       Structure& out) {
     out.clear();
     s.compositions.clear();
     const SiteRows& rows = s.rows;
     const auto measure = [&] {
-        out.min_distance = geometry::min_distance(out.lattice, out.frac.data(), out.frac.size() / 3, s.distance);
+        out.min_distance =
+            geometry::min_distance(out.lattice, out.frac.data(), out.frac.size() / 3, s.distance);
     };
 
     bool have_lattice = false;

@@ -35,10 +35,11 @@ struct Structure {
     std::vector<double> frac;           // [N, 3], in the order of the file: images follow their row
     std::vector<std::int32_t> numbers;  // [N], of the most abundant species; 0 for a dummy
     std::vector<Count> counts;
-    std::vector<double> raw;           // [R, 3] coordinates as written, of the rows that are atoms
-    double mass = 0;                   // amu of the whole cell; nan with a dummy
-    double raw_low = 0, raw_high = 0;  // the least and the largest number in `raw`; nan where one is no number
-    double min_distance = 0;           // Å, see geometry/min_distance.h
+    std::vector<double> raw;  // [R, 3] coordinates as written, of the rows that are atoms
+    double mass = 0;          // amu of the whole cell; nan with a dummy
+    double raw_low = 0,
+           raw_high = 0;      // the least and the largest number in `raw`; nan where one is no number
+    double min_distance = 0;  // Å, see geometry/min_distance.h
     Fields fields;
     void clear();
 };

@@ -63,8 +63,8 @@ Status rotation_row(std::string_view s, std::size_t row, AffineOperation& operat
     return ok();
 }
 
-// Every match of ([+-]?)([\d\.]+)/?([\d\.]*)(?![x-z]), with the regular expression's backtracking: in front of an
-// axis the last numeral is given back.
+// Every match of ([+-]?)([\d\.]+)/?([\d\.]*)(?![x-z]), with the regular expression's backtracking: in front
+// of an axis the last numeral is given back.
 Status translation_row(std::string_view s, std::size_t row, AffineOperation& operation) {
     for (std::size_t i = 0; i < s.size();) {
         const std::size_t digits = i + (s[i] == '+' || s[i] == '-');
@@ -98,7 +98,8 @@ Status translation_row(std::string_view s, std::size_t row, AffineOperation& ope
             b_start = b_end = end = a_end;
         }
         double value = 0;
-        const Status status = quotient(s.substr(digits, a_end - digits), s.substr(b_start, b_end - b_start), value);
+        const Status status =
+            quotient(s.substr(digits, a_end - digits), s.substr(b_start, b_end - b_start), value);
         if (!status.ok()) return status;
         if (row >= 3) return reject_text(Reason::kSymmetry);
         operation.translation[row] = s[i] == '-' ? -value : value;
@@ -142,10 +143,12 @@ bool append_named(std::string_view name, std::vector<AffineOperation>& operation
         compact[n++] = c;
     }
     const std::string_view wanted(compact, n);
-    const auto* end = tables::kSpaceGroupNames + sizeof tables::kSpaceGroupNames / sizeof *tables::kSpaceGroupNames;
-    const auto* found = std::lower_bound(
-        tables::kSpaceGroupNames, end, wanted,
-        [](const tables::SpaceGroupName& entry, std::string_view key) { return std::string_view(entry.name) < key; });
+    const auto* end =
+        tables::kSpaceGroupNames + sizeof tables::kSpaceGroupNames / sizeof *tables::kSpaceGroupNames;
+    const auto* found = std::lower_bound(tables::kSpaceGroupNames, end, wanted,
+                                         [](const tables::SpaceGroupName& entry, std::string_view key) {
+                                             return std::string_view(entry.name) < key;
+                                         });
     if (found == end || wanted != found->name) return false;
     append_list(found->list, operations);
     return true;
@@ -224,7 +227,8 @@ Status operation_from_xyz(std::string_view text, KnownComponents& known, AffineO
     return ok();
 }
 
-Status symmetry_operations(const Block& block, KnownComponents& known, std::vector<AffineOperation>& operations) {
+Status symmetry_operations(const Block& block, KnownComponents& known,
+                           std::vector<AffineOperation>& operations) {
     operations.clear();
     for (int i = 0; i < 4; ++i) {
         const Value& value = block[key_at(Key::kSymops0, i)];
@@ -245,8 +249,9 @@ Status symmetry_operations(const Block& block, KnownComponents& known, std::vect
         const Value& value = block[key_at(Key::kNumber0, i)];
         if (!value.truthy()) continue;
         double number = 0;
-        const bool read = value.is_list() ? value.size() == 1 && value[0] != "." && str2float(value[0], number)
-                                          : str2float(value.scalar(), number);
+        const bool read = value.is_list()
+                              ? value.size() == 1 && value[0] != "." && str2float(value[0], number)
+                              : str2float(value.scalar(), number);
         if (!read || std::isnan(number)) continue;
         if (std::isinf(number)) return reject_text(Reason::kSymmetry);  // OverflowError
         number = std::trunc(number);
@@ -258,7 +263,8 @@ Status symmetry_operations(const Block& block, KnownComponents& known, std::vect
     return ok();
 }
 
-Status magnetic_operations(const Block& block, KnownComponents& known, std::vector<AffineOperation>& operations) {
+Status magnetic_operations(const Block& block, KnownComponents& known,
+                           std::vector<AffineOperation>& operations) {
     operations.clear();
     const Value& explicit_operations = block[Key::kMagneticOperations];
     if (explicit_operations.truthy()) {
@@ -294,9 +300,9 @@ Status magnetic_operations(const Block& block, KnownComponents& known, std::vect
 bool is_lattice_attribute(std::string_view name) {
     const auto* end =
         tables::kLatticeAttributes + sizeof tables::kLatticeAttributes / sizeof *tables::kLatticeAttributes;
-    const auto* found =
-        std::lower_bound(tables::kLatticeAttributes, end, name,
-                         [](const char* entry, std::string_view key) { return std::string_view(entry) < key; });
+    const auto* found = std::lower_bound(
+        tables::kLatticeAttributes, end, name,
+        [](const char* entry, std::string_view key) { return std::string_view(entry) < key; });
     return found != end && name == *found;
 }
 

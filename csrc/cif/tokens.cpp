@@ -51,8 +51,8 @@ std::uint32_t Tokenizer::line_end(std::uint32_t p) const {
     return p;
 }
 
-// '(.*?)'(?!\S) on the rest of the line: the closing quote is the last character of a word. An opening quote that
-// does not close is passed over.
+// '(.*?)'(?!\S) on the rest of the line: the closing quote is the last character of a word. An opening quote
+// that does not close is passed over.
 bool Tokenizer::quoted(std::uint32_t start, char quote, Token& token) {
     after_field_ = false;
     std::uint32_t& no_close = no_close_[quote == '"'];
@@ -73,7 +73,8 @@ bool Tokenizer::quoted(std::uint32_t start, char quote, Token& token) {
     return false;
 }
 
-// From `;` at a line start to the line that begins with `;`. False, with everything consumed, when it never closes.
+// From `;` at a line start to the line that begins with `;`. False, with everything consumed, when it never
+// closes.
 bool Tokenizer::text_field(std::uint32_t start, Token& token) {
     after_field_ = false;
     std::uint32_t eol = line_end(start);

@@ -17,7 +17,8 @@ struct Token {
     std::string_view view() const { return {data, size}; }
 };
 
-// Bytes [begin, end) of a text without comments, blank lines and non-ASCII characters, in that order of removal.
+// Bytes [begin, end) of a text without comments, blank lines and non-ASCII characters, in that order of
+// removal.
 std::string_view cleaned(std::string_view block, Arena& arena);
 
 class Tokenizer {
@@ -76,7 +77,8 @@ class Tokenizer {
                 const char* start = text + __builtin_ctzll(taken);
                 taken &= taken - 1;
                 if (taken) {
-                    *out++ = Token{start, static_cast<std::uint32_t>(text + __builtin_ctzll(taken) - start), true};
+                    *out++ =
+                        Token{start, static_cast<std::uint32_t>(text + __builtin_ctzll(taken) - start), true};
                     taken &= taken - 1;
                 } else {  // it ends in a later word of the mask, or where the block does
                     const std::uint32_t stop = halt ? end_ : std::min(next_edge(), end_);

@@ -1,4 +1,5 @@
-// Pairs in the same and in neighbouring boxes: any bound, any number of sites, linear in them unless they crowd.
+// Pairs in the same and in neighbouring boxes: any bound, any number of sites, linear in them unless they
+// crowd.
 #include "images.h"
 #include "search.h"
 
@@ -19,7 +20,8 @@ Slices choose_slices(const Cell& cell, double r, std::size_t n) {
     const double most = 2.0 * static_cast<double>(n) + 32;
     // Too many boxes for the sites: fewer slices along the axes that have the most.
     while (boxes > most) {
-        const int k = wanted[0] >= wanted[1] ? (wanted[0] >= wanted[2] ? 0 : 2) : (wanted[1] >= wanted[2] ? 1 : 2);
+        const int k =
+            wanted[0] >= wanted[1] ? (wanted[0] >= wanted[2] ? 0 : 2) : (wanted[1] >= wanted[2] ? 1 : 2);
         wanted[k] *= std::max(0.5, most / boxes);
         boxes = 1;
         for (double w : wanted) boxes *= std::max(1.0, std::floor(w));

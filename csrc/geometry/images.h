@@ -15,8 +15,8 @@ class Images {
     Images(const Cell& cell, const bool thin[3]) {
         for (int k = 0; k < 3; ++k)
             if (thin[k]) axis_[n_axes_++] = cell.basis + 3 * k;  // ascending lengths
-        // Each axis less its parts along the shorter ones (Gram-Schmidt): rounding goes plane by plane, from the
-        // longest axis down, which stays exact when one axis is 1e11 times another.
+        // Each axis less its parts along the shorter ones (Gram-Schmidt): rounding goes plane by plane, from
+        // the longest axis down, which stays exact when one axis is 1e11 times another.
         bool orthogonal = true;
         for (int i = 0; i < n_axes_; ++i) {
             double* own = upright_[i];

@@ -1,5 +1,5 @@
-// Eight numbers at a time, by the vector unit that the machine has: functions of these types are compiled once for
-// each instruction set (CATMLLM_CLONES), and what they call is inlined into them.
+// Eight numbers at a time, by the vector unit that the machine has: functions of these types are compiled
+// once for each instruction set (CATMLLM_CLONES), and what they call is inlined into them.
 #pragma once
 
 #include <cstdint>

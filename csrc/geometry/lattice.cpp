@@ -12,7 +12,8 @@ void subtract(double* a, const double* b, double times) {
     for (int k = 0; k < 3; ++k) a[k] -= times * b[k];
 }
 
-// Shortens c by combinations of a and b (reduced, not parallel): the point of their plane's lattice nearest to c.
+// Shortens c by combinations of a and b (reduced, not parallel): the point of their plane's lattice nearest
+// to c.
 bool shorten(const double* a, const double* b, double* c) {
     const double aa = dot(a, a);
     const double ab = dot(a, b);
@@ -114,7 +115,8 @@ bool plane_spacings(const Lattice& lattice, double spacings[3]) {
     double inverse[9];
     if (!invert(lattice.rows, inverse)) return false;
     constexpr double kTwoPi = 2 * 3.14159265358979323846;
-    double reciprocal[9];  // rows are reciprocal vectors; the detour over 2 pi may overflow as it does in pymatgen
+    double reciprocal[9];  // rows are reciprocal vectors; the detour over 2 pi may overflow as it does in
+                           // pymatgen
     for (int i = 0; i < 3; ++i)
         for (int j = 0; j < 3; ++j) reciprocal[3 * i + j] = inverse[3 * j + i] * kTwoPi / kTwoPi;
     double metric[9];

@@ -20,12 +20,12 @@ bool invert(const double matrix[9], double inverse[9]);
 // d_hkl of (100), (010), (001); false where the matrix is singular.
 bool plane_spacings(const Lattice& lattice, double spacings[3]);
 
-// A Minkowski-reduced basis of the same lattice (shortest possible vectors, ascending); false for non-finite or flat
-// cells.
+// A Minkowski-reduced basis of the same lattice (shortest possible vectors, ascending); false for non-finite
+// or flat cells.
 bool reduce(const Lattice& lattice, Lattice& reduced);
 
-// The length of the shortest vector of the lattice, in Å: how far a site is from its own nearest image. nan where
-// reduce() is false.
+// The length of the shortest vector of the lattice, in Å: how far a site is from its own nearest image. nan
+// where reduce() is false.
 double shortest_vector(const Lattice& lattice);
 
 }  // namespace catmllm::geometry

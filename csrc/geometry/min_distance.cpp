@@ -1,8 +1,8 @@
-// How: in a Minkowski-reduced basis any pair gives an upper bound r (neighbours in the file give a good one). The
-// cell is cut into slices no thinner than r along each axis that has room for three; pairs nearer than r then lie in
-// neighbouring boxes. Along axes without room for three slices all images are tried: the nearest is the rounded one
-// or, for a reduced basis, one beside it. Crowded boxes lower r first, which keeps the work linear however the sites
-// cluster. Here the cell and its sites are made ready and a search is chosen.
+// How: in a Minkowski-reduced basis any pair gives an upper bound r (neighbours in the file give a good one).
+// The cell is cut into slices no thinner than r along each axis that has room for three; pairs nearer than r
+// then lie in neighbouring boxes. Along axes without room for three slices all images are tried: the nearest
+// is the rounded one or, for a reduced basis, one beside it. Crowded boxes lower r first, which keeps the
+// work linear however the sites cluster. Here the cell and its sites are made ready and a search is chosen.
 #include "min_distance.h"
 
 #include <cstring>
@@ -97,7 +97,8 @@ double min_distance(const Lattice& lattice, const double* frac, std::size_t n, D
     } else {
         Slices slices;
         const std::uint32_t most = fill_boxes(cell, r, n, slices, s);
-        best = most <= 8 * kCrowded ? search_boxes(cell, slices, s, best) : search_sparse(cell, r, n, s, best);
+        best =
+            most <= 8 * kCrowded ? search_boxes(cell, slices, s, best) : search_sparse(cell, r, n, s, best);
     }
     return std::sqrt(best) * cell.scale;
 }

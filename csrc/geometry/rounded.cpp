@@ -1,5 +1,6 @@
-// The usual case, eight pairs at a time: where the bound r is under half of every plane spacing, an image nearer than
-// r has all fractional differences under one half, so rounding finds it and no shift needs to be tried.
+// The usual case, eight pairs at a time: where the bound r is under half of every plane spacing, an image
+// nearer than r has all fractional differences under one half, so rounding finds it and no shift needs to be
+// tried.
 #include <cstring>
 #include <limits>
 
@@ -32,8 +33,8 @@ struct Columns {
 
 Columns columns_of(const DistanceScratch& s) { return {{s.column(0), s.column(1), s.column(2)}}; }
 
-// Squared distances of eight sites beginning at q to the point a, each to the image that rounding gives. `near`:
-// along the last axis they differ by less than a half, and rounding gives nought.
+// Squared distances of eight sites beginning at q to the point a, each to the image that rounding gives.
+// `near`: along the last axis they differ by less than a half, and rounding gives nought.
 template <bool near>
 CATMLLM_INLINE Lanes squares(const Columns& c, std::size_t q, const double* a, const double* basis) {
     Lanes u = load(c.f[0] + q) - a[0];
@@ -55,13 +56,13 @@ CATMLLM_INLINE Lanes nearest_of(const Columns& c, std::size_t from, std::size_t 
     std::size_t q = from;
     for (; q + kLanes <= to; q += kLanes) least = lesser(squares<near>(c, q, a, basis), least);
     if (q < to)
-        least =
-            lesser(first_lanes(squares<near>(c, q, a, basis), static_cast<std::int64_t>(to - q), kInfinity), least);
+        least = lesser(
+            first_lanes(squares<near>(c, q, a, basis), static_cast<std::int64_t>(to - q), kInfinity), least);
     return least;
 }
 
-// Sites sorted into slices, the last axis innermost. That one has slices so thin that `reach` of them are no thinner
-// than the bound; reach is less than their number.
+// Sites sorted into slices, the last axis innermost. That one has slices so thin that `reach` of them are no
+// thinner than the bound; reach is less than their number.
 struct Runs {
     double basis[9];  // rows in the order of the axes
     int slices[3];
@@ -88,7 +89,8 @@ CATMLLM_CLONES double search_runs(const Runs& runs, double best) {
                     const bool same = di == 0 && dj == 0;
                     const int i2 = (i + di) % slices[0];
                     const int j2 = (j + dj + slices[1]) % slices[1];
-                    const std::uint32_t* other = runs.start + static_cast<std::size_t>(i2 * slices[1] + j2) * n2;
+                    const std::uint32_t* other =
+                        runs.start + static_cast<std::size_t>(i2 * slices[1] + j2) * n2;
                     for (int k = 0; k < n2; ++k) {
                         // boxes k - reach .. k + reach of the other column are one run of sites, but for the
                         // wrap-around
@@ -101,8 +103,10 @@ CATMLLM_CLONES double search_runs(const Runs& runs, double best) {
                             const std::uint32_t first = same ? p + 1 : from;
                             least = near ? nearest_of<true>(c, first, to, a, basis, least)
                                          : nearest_of<false>(c, first, to, a, basis, least);
-                            if (over > 0) least = nearest_of<false>(c, other[0], other[over], a, basis, least);
-                            if (under < n2) least = nearest_of<false>(c, other[under], other[n2], a, basis, least);
+                            if (over > 0)
+                                least = nearest_of<false>(c, other[0], other[over], a, basis, least);
+                            if (under < n2)
+                                least = nearest_of<false>(c, other[under], other[n2], a, basis, least);
                         }
                     }
                 }
@@ -155,9 +159,9 @@ constexpr double kReach = 4;         // slices to the length of the bound, along
 constexpr double kTwoAxes = 256;     // sites from which on a second axis is cut,
 constexpr double kThreeAxes = 2048;  // and the third
 
-// How the sites are to be cut, and `axes` in that order. Few sites: slices along the widest axis alone, since long
-// runs of sites suit the vector unit better than small boxes. More: along a second and a third axis too, in steps
-// that still leave several sites to a box.
+// How the sites are to be cut, and `axes` in that order. Few sites: slices along the widest axis alone, since
+// long runs of sites suit the vector unit better than small boxes. More: along a second and a third axis too,
+// in steps that still leave several sites to a box.
 void choose_runs(const Cell& cell, double r, std::size_t n, Runs& runs, int axes[3]) {
     int by_width[3] = {0, 1, 2};
     std::sort(by_width, by_width + 3, [&](int a, int b) { return cell.spacing[a] > cell.spacing[b]; });

@@ -17,11 +17,14 @@ struct Cell {
     double scale;       // Å
 };
 
-// How many boxes the cell is cut into along each axis; one along axes without room for three, which are `thin`.
+// How many boxes the cell is cut into along each axis; one along axes without room for three, which are
+// `thin`.
 struct Slices {
     int n[3];
     bool thin[3];
-    int of(double fraction, int axis) const { return std::min(static_cast<int>(fraction * n[axis]), n[axis] - 1); }
+    int of(double fraction, int axis) const {
+        return std::min(static_cast<int>(fraction * n[axis]), n[axis] - 1);
+    }
 };
 
 constexpr std::uint32_t kCrowded = 24;  // sites of a box
@@ -57,9 +60,10 @@ inline bool lower_bound_of_crowd(const Cell& cell, const Slices& slices, std::ui
 constexpr int kFirstLater = 14;
 constexpr int kNeighbours = 27;
 
-// The box beside the one `at`, around the cell where need be: `around` says by how many cells its sites are to be
-// moved. False where the step goes along a thin axis.
-inline bool step_beside(const Slices& slices, int neighbour, const int at[3], int beside[3], double around[3]) {
+// The box beside the one `at`, around the cell where need be: `around` says by how many cells its sites are
+// to be moved. False where the step goes along a thin axis.
+inline bool step_beside(const Slices& slices, int neighbour, const int at[3], int beside[3],
+                        double around[3]) {
     const int step[3] = {neighbour / 9 - 1, neighbour / 3 % 3 - 1, neighbour % 3 - 1};
     for (int k = 0; k < 3; ++k) {
         if (step[k] != 0 && slices.thin[k]) return false;
@@ -76,19 +80,19 @@ inline bool step_beside(const Slices& slices, int neighbour, const int at[3], in
     return true;
 }
 
-// Every search returns the least squared distance in units of the cell's scale, `best` where none is less. r, the
-// root of a bound, says how far to look.
+// Every search returns the least squared distance in units of the cell's scale, `best` where none is less. r,
+// the root of a bound, says how far to look.
 
-// rounded.cpp. x - floor(x) of n numbers in place, for |x| < 2^51; the largest |x| seen, nan where one is not finite.
-// Up to kRoom numbers behind them are written too.
+// rounded.cpp. x - floor(x) of n numbers in place, for |x| < 2^51; the largest |x| seen, nan where one is not
+// finite. Up to kRoom numbers behind them are written too.
 double wrap_fractions(double* x, std::size_t n);
 // Between sites that follow each other in the file.
 double nearest_in_order(const Cell& cell, std::size_t n, const DistanceScratch& s);
 // Over all pairs, r less than half of every plane spacing.
 double search_rounded(const Cell& cell, double r, std::size_t n, DistanceScratch& s, double best);
 
-// boxes.cpp. Sorts the sites into boxes no thinner than r, which is lowered where they crowd; the number of sites in
-// the fullest box.
+// boxes.cpp. Sorts the sites into boxes no thinner than r, which is lowered where they crowd; the number of
+// sites in the fullest box.
 std::uint32_t fill_boxes(const Cell& cell, double& r, std::size_t n, Slices& slices, DistanceScratch& s);
 // Over pairs in the same and in neighbouring boxes.
 double search_boxes(const Cell& cell, const Slices& slices, const DistanceScratch& s, double best);

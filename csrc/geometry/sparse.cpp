@@ -1,5 +1,5 @@
-// Sites that crowd a small part of the cell: boxes as fine as the bound asks for, of which only the filled ones are
-// kept, sorted by key.
+// Sites that crowd a small part of the cell: boxes as fine as the bound asks for, of which only the filled
+// ones are kept, sorted by key.
 #include <vector>
 
 #include "images.h"
@@ -75,8 +75,8 @@ double search_sparse(const Cell& cell, double r, std::size_t n, const DistanceSc
             for (std::uint32_t q = box == other ? p + 1 : starts[other]; q < starts[other + 1]; ++q) {
                 double b[3];
                 site_position(cell, s, members[q].site, b);
-                best = std::min(
-                    best, images.nearest(b[0] - a[0] + shift[0], b[1] - a[1] + shift[1], b[2] - a[2] + shift[2]));
+                best = std::min(best, images.nearest(b[0] - a[0] + shift[0], b[1] - a[1] + shift[1],
+                                                     b[2] - a[2] + shift[2]));
             }
         }
     };
@@ -87,7 +87,8 @@ double search_sparse(const Cell& cell, double r, std::size_t n, const DistanceSc
         pairs(box, box, none);
         const std::uint64_t key = members[starts[box]].key;
         int at[3];
-        for (int k = 0; k < 3; ++k) at[k] = static_cast<int>(key >> (kKeyBits * (2 - k)) & ((1u << kKeyBits) - 1));
+        for (int k = 0; k < 3; ++k)
+            at[k] = static_cast<int>(key >> (kKeyBits * (2 - k)) & ((1u << kKeyBits) - 1));
         for (int neighbour = kFirstLater; neighbour < kNeighbours; ++neighbour) {
             int beside[3];
             double around[3];

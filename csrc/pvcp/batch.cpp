@@ -18,8 +18,8 @@ constexpr std::size_t kCharactersPerThread = 16384;  // below this a further thr
 constexpr std::size_t kGiant = std::size_t{1} << 20;
 
 bool is_unicode_space(std::uint32_t c) {
-    return c == 0x85 || c == 0xa0 || c == 0x1680 || (c >= 0x2000 && c <= 0x200a) || c == 0x2028 || c == 0x2029 ||
-           c == 0x202f || c == 0x205f || c == 0x3000;
+    return c == 0x85 || c == 0xa0 || c == 0x1680 || (c >= 0x2000 && c <= 0x200a) || c == 0x2028 ||
+           c == 0x2029 || c == 0x202f || c == 0x205f || c == 0x3000;
 }
 
 template <class Unit>
@@ -28,7 +28,9 @@ void mark(const void* data, std::size_t n, std::string& bytes) {
     bytes.resize(n);
     for (std::size_t i = 0; i < n; ++i) {
         const auto c = static_cast<std::uint32_t>(p[i]);
-        bytes[i] = static_cast<char>(c < 0x80 ? c : is_unicode_space(c) ? cif::kUnicodeSpace : cif::kUnicodeOther);
+        bytes[i] = static_cast<char>(c < 0x80              ? c
+                                     : is_unicode_space(c) ? cif::kUnicodeSpace
+                                                           : cif::kUnicodeOther);
     }
 }
 
@@ -92,7 +94,8 @@ void Batch::run(double* rows, unsigned threads) {
     for (const TextRef& text : texts) characters += text.size;
     static const unsigned cores = std::max(1u, std::thread::hardware_concurrency());  // asking takes 15 µs
     const std::size_t most = threads == 0 ? cores : threads;
-    const std::size_t wanted = std::max<std::size_t>(1, std::min({most, n, characters / kCharactersPerThread}));
+    const std::size_t wanted =
+        std::max<std::size_t>(1, std::min({most, n, characters / kCharactersPerThread}));
     const std::size_t take = std::min(kTake, n / (32 * wanted) + 1);
     std::atomic<std::size_t> next{0};
     const auto work = [&] {
@@ -133,7 +136,9 @@ Profile profile(const TextRef& text, int repeats) {
     geometry::DistanceScratch distance;
     const Target none;
     double row[kScoreColumns];
-    const auto least = [](double& kept, double seconds) { kept = kept == 0 ? seconds : std::min(kept, seconds); };
+    const auto least = [](double& kept, double seconds) {
+        kept = kept == 0 ? seconds : std::min(kept, seconds);
+    };
     cif::ScanMasks masks;
     cif::Arena arena;
     cif::LoopScratch loops;
@@ -163,8 +168,8 @@ Profile profile(const TextRef& text, int repeats) {
         least(result.parse, seconds(t2, t3));
         if (reason != cif::Reason::kNone) continue;
         const cif::Structure& structure = parser.structure();
-        const double d =
-            geometry::min_distance(structure.lattice, structure.frac.data(), structure.numbers.size(), distance);
+        const double d = geometry::min_distance(structure.lattice, structure.frac.data(),
+                                                structure.numbers.size(), distance);
         const auto t4 = Clock::now();
         score_structure(structure, none, Weights(), Thresholds(), row);
         const auto t5 = Clock::now();
@@ -172,7 +177,8 @@ Profile profile(const TextRef& text, int repeats) {
         least(result.score, seconds(t4, t5));
         result.n_sites = static_cast<std::uint32_t>(structure.numbers.size());
     }
-    if (result.n_sites != 0) result.parse = std::max(0.0, result.parse - result.distance);  // it is part of it
+    if (result.n_sites != 0)
+        result.parse = std::max(0.0, result.parse - result.distance);  // it is part of it
     return result;
 }
 

@@ -56,13 +56,13 @@ struct Batch {
     bool extract = true;
     std::vector<TextOut> out;  // filled by run()
 
-    // Scores all texts with at most `threads` threads (0: as many as the machine has): kScoreColumns numbers a text
-    // to `rows`. Throws std::bad_alloc before anything is done.
+    // Scores all texts with at most `threads` threads (0: as many as the machine has): kScoreColumns numbers
+    // a text to `rows`. Throws std::bad_alloc before anything is done.
     void run(double* rows, unsigned threads);
 };
 
-// Least seconds of each stage over `repeats` runs of one text: finding the CIF, scan and tokens of its first block,
-// symmetry operations, the whole parse but for the distance (both before included), distance, score.
+// Least seconds of each stage over `repeats` runs of one text: finding the CIF, scan and tokens of its first
+// block, symmetry operations, the whole parse but for the distance (both before included), distance, score.
 struct Profile {
     double extract = 0;
     double tokenise = 0;

@@ -81,18 +81,22 @@ bool has_letter(std::string_view s) {
 
 // Letters of "x, y, z" alone.
 bool is_operation(std::string_view s) {
-    const auto speaks = [](char c) { return is_digit(byte(c)) || std::string_view("xyzXYZ").find(c) != kNowhere; };
+    const auto speaks = [](char c) {
+        return is_digit(byte(c)) || std::string_view("xyzXYZ").find(c) != kNowhere;
+    };
     return std::any_of(s.begin(), s.end(), speaks) && std::all_of(s.begin(), s.end(), [](char c) {
                return is_digit(byte(c)) || std::string_view("xyzXYZ+-*/., ").find(c) != kNowhere;
            });
 }
 
-// A name of the CIF dictionaries, `_cell_length_a`: lower case first, several parts. Emphasis (`_Note_`) is none.
+// A name of the CIF dictionaries, `_cell_length_a`: lower case first, several parts. Emphasis (`_Note_`) is
+// none.
 bool is_data_name(std::string_view s) {
     if (s.size() < 4 || !is_lower(byte(s[1]))) return false;
     const std::size_t second = s.find_first_of("_.", 1);
     return second != kNowhere && second + 1 < s.size() && std::all_of(s.begin(), s.end(), [](char c) {
-               return cif::is_alpha(byte(c)) || is_digit(byte(c)) || std::string_view("_.-/%[]").find(c) != kNowhere;
+               return cif::is_alpha(byte(c)) || is_digit(byte(c)) ||
+                      std::string_view("_.-/%[]").find(c) != kNowhere;
            });
 }
 
@@ -130,8 +134,8 @@ class Lines {
         return true;
     }
 
-    // A row of sites that needs no closer look: `Pt  Pt3  ...`, or `Pt3  Pt  ...`. What follows of it is counted only
-    // if the next line is no such row: it may have been cut, or go on there.
+    // A row of sites that needs no closer look: `Pt  Pt3  ...`, or `Pt3  Pt  ...`. What follows of it is
+    // counted only if the next line is no such row: it may have been cut, or go on there.
     bool passes_as_row(std::string_view line) {
         if (!sites_ || first_row_ || value_wanted_) return false;
         if (filled_ != 0 && counted_.empty()) return false;
@@ -152,9 +156,11 @@ class Lines {
         return true;
     }
 
-    // How much of such a line: words behind a whole row of sites that are neither numbers nor begin a row do not.
+    // How much of such a line: words behind a whole row of sites that are neither numbers nor begin a row do
+    // not.
     std::size_t length_of_row(std::string_view line) const {
-        if (value_wanted_ || !loop_ || filled_ != 0 || words_.size() <= kinds_.size() || !sites_) return line.size();
+        if (value_wanted_ || !loop_ || filled_ != 0 || words_.size() <= kinds_.size() || !sites_)
+            return line.size();
         const Word& extra = words_[kinds_.size()];
         if (!is_row() || is_number(extra.text) || element_letters(extra.text) != 0) return line.size();
         return static_cast<std::size_t>(extra.text.data() - line.data());
@@ -231,8 +237,8 @@ class Lines {
         return element_letters(words_[0].text) != 0 && has_digit(words_[0].text) &&
                std::any_of(words_.begin() + 1, words_.end(), number);
     }
-    // A row of at least as many words as columns: of sites its coordinates must be numbers, and a letter must stand
-    // where the atom is named; of others all must fit.
+    // A row of at least as many words as columns: of sites its coordinates must be numbers, and a letter must
+    // stand where the atom is named; of others all must fit.
     bool is_row() const {
         if (!sites_) return fits(0);
         bool named = false;
@@ -242,9 +248,11 @@ class Lines {
         }
         return named;
     }
-    bool labels_are_symbols() const { return std::find(kinds_.begin(), kinds_.end(), Kind::kSymbol) == kinds_.end(); }
-    // The words from column `at` on are of their columns' kinds; words that nothing speaks for hold a digit. (A
-    // column's first value tells whether it holds numbers, or names that begin with a letter.)
+    bool labels_are_symbols() const {
+        return std::find(kinds_.begin(), kinds_.end(), Kind::kSymbol) == kinds_.end();
+    }
+    // The words from column `at` on are of their columns' kinds; words that nothing speaks for hold a digit.
+    // (A column's first value tells whether it holds numbers, or names that begin with a letter.)
     bool fits(std::size_t at) const {
         bool evidence = false;
         bool comma = false;  // of an operation, in this word or the one before: `x, y, z` may be three
@@ -277,7 +285,8 @@ class Lines {
                     evidence = true;
                     break;
                 case Kind::kName:
-                    if (!word.quoted && !cif::is_alpha(byte(word.text[0])) && word.text != "?" && word.text != ".")
+                    if (!word.quoted && !cif::is_alpha(byte(word.text[0])) && word.text != "?" &&
+                        word.text != ".")
                         return false;
                     evidence |= word.quoted || has_digit(word.text);
                     break;
@@ -300,7 +309,9 @@ class Lines {
     std::vector<Word>& words_;
 };
 
-std::size_t end_of_line(std::string_view s, std::size_t from) { return std::min(s.find('\n', from), s.size()); }
+std::size_t end_of_line(std::string_view s, std::size_t from) {
+    return std::min(s.find('\n', from), s.size());
+}
 
 // The last `p` before `end`; kNowhere where there is none.
 std::size_t last_p(std::string_view s, std::size_t end) {
@@ -333,9 +344,9 @@ bool leaves_nothing_open(std::string_view line) {
     return line.find('_', i) == kNowhere;
 }
 
-// Where the last loop begins if all before it is of no account, else 0: `loop_` at the begin of a line forgives
-// strays and wipes out what was read, unless it stands in a text field, in a further block or where a key wants its
-// value.
+// Where the last loop begins if all before it is of no account, else 0: `loop_` at the begin of a line
+// forgives strays and wipes out what was read, unless it stands in a text field, in a further block or where
+// a key wants its value.
 std::size_t last_loop(std::string_view s) {
     if (std::memchr(s.data(), ';', s.size()) != nullptr || s.find("data_", 1) != kNowhere) return 0;
     for (std::size_t at = s.size(); (at = last_p(s, at)) != kNowhere;) {  // a rare letter

@@ -17,7 +17,9 @@ constexpr std::size_t kLongestTag = 64;
 constexpr std::size_t kHeader = 1000;   // so far from a `data_` inside a line its first key must be
 constexpr std::size_t kLastLine = 400;  // a last line longer than this is looked at from here on
 
-bool is_space_at(std::string_view s, std::size_t i) { return i < s.size() && is_space_or_unicode(byte(s[i])); }
+bool is_space_at(std::string_view s, std::size_t i) {
+    return i < s.size() && is_space_or_unicode(byte(s[i]));
+}
 
 std::size_t skip_space(std::string_view s, std::size_t i) {
     while (is_space_at(s, i)) ++i;
@@ -66,8 +68,9 @@ constexpr std::string_view kReasoning[] = {"think",     "thinking",         "tho
 constexpr std::string_view kFormatting[] = {"sub", "sup", "i", "b", "em", "strong", "u", "br", "small", "tt"};
 constexpr std::string_view kTokens[] = {"eos", "bos", "pad", "unk", "s",    "eot",         "eod",
                                         "eom", "end", "sep", "cls", "mask", "end_of_turn", "endofturn"};
-constexpr std::string_view kEndsOfTurn[] = {"im_end", "endoftext",   "eot_id",    "end_of_text", "end", "return",
-                                            "eom_id", "end_of_turn", "endofturn", "eos",         "eot"};
+constexpr std::string_view kEndsOfTurn[] = {"im_end",    "endoftext", "eot_id", "end_of_text",
+                                            "end",       "return",    "eom_id", "end_of_turn",
+                                            "endofturn", "eos",       "eot"};
 constexpr std::string_view kRoles[] = {"<|im_start|>assistant",
                                        "<|im_start|> assistant",
                                        "<|start_header_id|>assistant<|end_header_id|>",
@@ -106,8 +109,8 @@ bool tag_at(std::string_view s, std::size_t at, Tag& tag) {
     if (!bar && i < s.size() && s[i] == '/') tag.closes = true, ++i;
     while (i < s.size() && tag.size < kLongestTag) {
         const unsigned char c = byte(s[i]);
-        const bool inside = is_alpha(c) || c == '_' || c == '-' || (tag.size > 0 && (is_digit(c) || c == ':')) ||
-                            (bar && c == cif::kUnicodeOther);
+        const bool inside = is_alpha(c) || c == '_' || c == '-' ||
+                            (tag.size > 0 && (is_digit(c) || c == ':')) || (bar && c == cif::kUnicodeOther);
         if (!inside || (square && c >= 'a' && c <= 'z')) break;
         if (bar && c == cif::kUnicodeOther && i + 1 < s.size() && s[i + 1] == '>') break;
         tag.name[tag.size++] = cif::to_lower(c);
@@ -115,7 +118,8 @@ bool tag_at(std::string_view s, std::size_t at, Tag& tag) {
     }
     if (tag.size == 0) return false;
     if (bar) {
-        if (i + 1 >= s.size() || (s[i] != '|' && byte(s[i]) != cif::kUnicodeOther) || s[i + 1] != '>') return false;
+        if (i + 1 >= s.size() || (s[i] != '|' && byte(s[i]) != cif::kUnicodeOther) || s[i + 1] != '>')
+            return false;
         i += 2;
     } else {
         if (!square && i < s.size() && s[i] == ' ') {  // attributes
@@ -137,8 +141,8 @@ bool tag_at(std::string_view s, std::size_t at, Tag& tag) {
     return true;
 }
 
-// A code fence at s[at]: three or more of the same mark; `end` behind its line where that holds nothing but a name of
-// a language, else behind the marks.
+// A code fence at s[at]: three or more of the same mark; `end` behind its line where that holds nothing but a
+// name of a language, else behind the marks.
 bool fence_at(std::string_view s, std::size_t at, Tag& fence) {
     std::size_t end = at;
     while (end < s.size() && s[end] == s[at]) ++end;
@@ -153,7 +157,8 @@ bool fence_at(std::string_view s, std::size_t at, Tag& fence) {
     return true;
 }
 
-// ------------------------------------------------------------------------------------------- borders of a CIF
+// ------------------------------------------------------------------------------------------- borders of a
+// CIF
 
 // The first `data_` from `from` on that begins a line, behind white space and `>` alone.
 std::size_t find_line_block(std::string_view s, std::size_t from) {
@@ -232,14 +237,15 @@ class Borders {
         return nearest;
     }
 
-    // The end of the text field of the CIF that `at` is in, else `at`. Its lines may be indented or quoted as the CIF
-    // is.
+    // The end of the text field of the CIF that `at` is in, else `at`. Its lines may be indented or quoted as
+    // the CIF is.
     std::size_t behind_field(std::size_t at, std::size_t block) {
         if (block != block_) {
             block_ = block;
             const std::size_t line = margin(s_, block);
             mark_ = "\n";
-            if (line == 0 || s_[line - 1] == '\n') mark_ += s_.substr(line, std::min(block - line, kLongestTag));
+            if (line == 0 || s_[line - 1] == '\n')
+                mark_ += s_.substr(line, std::min(block - line, kLongestTag));
             mark_ += ';';
         }
         while (field_end_ <= at) {
@@ -267,15 +273,18 @@ class Borders {
         const std::size_t line = std::max(line_start(s_, tag.begin), block);
         const std::string_view before = s_.substr(line, tag.begin - line);
         if (skip_blanks(before, 0) == before.size()) return !tag.formatting();
-        if (s_[tag.begin] == '~' || (tag.square && !tag.special && !tag.closes) || tag.formatting()) return false;
-        if (tag.closes && tag.word() == "s" && tag.end < s_.size() && !is_space_or_unicode(byte(s_[tag.end])) &&
-            s_[tag.end] != '<')
+        if (s_[tag.begin] == '~' || (tag.square && !tag.special && !tag.closes) || tag.formatting())
+            return false;
+        if (tag.closes && tag.word() == "s" && tag.end < s_.size() &&
+            !is_space_or_unicode(byte(s_[tag.end])) && s_[tag.end] != '<')
             return false;
         for (std::size_t i = 0; i < before.size(); ++i) {  // in quotes
-            if ((before[i] != '\'' && before[i] != '"') || (i > 0 && !is_space_or_unicode(byte(before[i - 1]))))
+            if ((before[i] != '\'' && before[i] != '"') ||
+                (i > 0 && !is_space_or_unicode(byte(before[i - 1]))))
                 continue;
             std::size_t close = before.find(before[i], i + 1);
-            while (close != kNowhere && close + 1 < before.size() && !is_space_or_unicode(byte(before[close + 1])))
+            while (close != kNowhere && close + 1 < before.size() &&
+                   !is_space_or_unicode(byte(before[close + 1])))
                 close = before.find(before[i], close + 1);
             if (close == kNowhere) {
                 const std::string_view rest = s_.substr(tag.begin, next_line(s_, tag.begin) - tag.begin);
@@ -354,7 +363,8 @@ void find_segments(std::string_view s, std::vector<Span>& segments) {
     close(s.size());
 }
 
-// --------------------------------------------------------------------------------------------------- the finder
+// --------------------------------------------------------------------------------------------------- the
+// finder
 
 // Appends the character with this code as characters.h has it.
 void append_character(std::uint32_t code, std::string& text) {
@@ -416,8 +426,8 @@ class Finder {
         return ends_in_row(s_) && candidate(s_.substr(begin), 1);
     }
 
-    // Nothing stands before the CIF, and neither a border nor another `data_` behind: all there is to find is its
-    // end.
+    // Nothing stands before the CIF, and neither a border nor another `data_` behind: all there is to find is
+    // its end.
     bool alone(std::size_t begin) const {
         if (begin > 0 && s_[begin - 1] != '\n') return false;
         for (const char mark : Borders::kMarks)
@@ -492,8 +502,8 @@ class Finder {
         return end < text.size() && candidate(text.substr(0, end), 1);
     }
 
-    // A CIF whose lines all begin as its first does, with `>` of a quotation or the indent of a list: without that.
-    // Only where it matters: an indent does for text fields.
+    // A CIF whose lines all begin as its first does, with `>` of a quotation or the indent of a list: without
+    // that. Only where it matters: an indent does for text fields.
     bool with_prefix(std::string_view s, std::size_t line, std::size_t begin) {
         if (begin - line >= kLongestTag || (line > 0 && s[line - 1] != '\n')) return false;
         const std::string_view prefix = s.substr(line, begin - line);
@@ -536,7 +546,8 @@ class Finder {
     bool prefixed_ = false;
 };
 
-// ------------------------------------------------------------------------------------------------------- JSON
+// -------------------------------------------------------------------------------------------------------
+// JSON
 
 int hex(char c) {
     if (is_digit(byte(c))) return c - '0';
@@ -598,7 +609,8 @@ bool find_escaped(std::string_view s, std::string& text, std::vector<Span>& part
             put('\t');
         } else if (c == 'u' && i + 4 < end) {
             int code = 0;
-            for (int k = 1; k <= 4 && code >= 0; ++k) code = hex(s[i + k]) < 0 ? -1 : 16 * code + hex(s[i + k]);
+            for (int k = 1; k <= 4 && code >= 0; ++k)
+                code = hex(s[i + k]) < 0 ? -1 : 16 * code + hex(s[i + k]);
             if (code < 0) continue;
             put(static_cast<std::uint32_t>(code));
             i += 4;

@@ -47,12 +47,14 @@ double composition(const cif::Structure& structure, const Target& target, double
     return -10.0;
 }
 
-bool outside(double value, double low, double high) { return !(low <= value && value <= high); }  // nan is outside
+bool outside(double value, double low, double high) {
+    return !(low <= value && value <= high);
+}  // nan is outside
 
 }  // namespace
 
-void score_structure(const cif::Structure& structure, const Target& target, const Weights& w, const Thresholds& t,
-                     double* row) {
+void score_structure(const cif::Structure& structure, const Target& target, const Weights& w,
+                     const Thresholds& t, double* row) {
     const std::size_t n = structure.numbers.size();
     const double sites = static_cast<double>(n);
     const double volume = geometry::volume(structure.lattice);
@@ -94,8 +96,8 @@ void score_structure(const cif::Structure& structure, const Target& target, cons
     } else {
         row[kComp] = composition(structure, target, row);
     }
-    row[kValid] =
-        std::max(-10.0, 10.0 - row[kVolumePenalty] - row[kSitesPenalty] - row[kCoordPenalty] - row[kDensityPenalty]);
+    row[kValid] = std::max(
+        -10.0, 10.0 - row[kVolumePenalty] - row[kSitesPenalty] - row[kCoordPenalty] - row[kDensityPenalty]);
     row[kPhys] = std::max(-10.0, 10.0 - row[kDistancePenalty] - row[kVolumePerAtomPenalty]);
     row[kTotal] = w.comp * row[kComp] + w.parse * row[kParse] + w.valid * row[kValid] + w.phys * row[kPhys];
 }

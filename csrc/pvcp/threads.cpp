@@ -40,8 +40,8 @@ struct Pool {
 #endif
 };
 
-// Keeps the threads off the processor that the caller works on. Linux wakes a thread where it slept, and if that is
-// the caller's processor it may wait there for 4 ms, more than a batch takes, while another is idle.
+// Keeps the threads off the processor that the caller works on. Linux wakes a thread where it slept, and if
+// that is the caller's processor it may wait there for 4 ms, more than a batch takes, while another is idle.
 void make_way([[maybe_unused]] Pool& pool, [[maybe_unused]] bool anew) {
 #ifdef __linux__
     cpu_set_t wanted;
@@ -57,7 +57,8 @@ void make_way([[maybe_unused]] Pool& pool, [[maybe_unused]] bool anew) {
 void serve(Pool& pool) {
     std::unique_lock<std::mutex> lock(pool.mutex);
     for (;;) {
-        const auto open = std::find_if(pool.jobs.begin(), pool.jobs.end(), [](Job* job) { return job->wanted > 0; });
+        const auto open =
+            std::find_if(pool.jobs.begin(), pool.jobs.end(), [](Job* job) { return job->wanted > 0; });
         if (open == pool.jobs.end()) {
             pool.come.wait(lock);
             continue;

@@ -10,8 +10,9 @@ namespace {
 constexpr char32_t kWideBar = 0xFF5C;  // of `<｜User｜>`
 // Behind `<|`, `<`, `[`, and on a line of their own, or in front of an empty one.
 constexpr std::string_view kTurnTokens[] = {
-    "im_start|>", "start_header_id|>", "start|>", "assistant|>", "model|>",   "user|>",        "human|>",
-    "system|>",   "developer|>",       "tool|>",  "function|>",  "ipython|>", "observation|>", "environment|>"};
+    "im_start|>", "start_header_id|>", "start|>",       "assistant|>",  "model|>",
+    "user|>",     "human|>",           "system|>",      "developer|>",  "tool|>",
+    "function|>", "ipython|>",         "observation|>", "environment|>"};
 constexpr std::string_view kTags[] = {"start_of_turn>", "tool_",        "function_",
                                       "observation>",   "information>", "interpreter>"};
 constexpr std::string_view kBrackets[] = {"INST]", "/INST]", "TOOL_RESULTS]", "/TOOL_RESULTS]"};
@@ -28,7 +29,8 @@ class Text {
         for (std::size_t i = 0; (i = find('<', i)) < size_; ++i) {
             if (i + 1 == size_) break;
             const auto next = static_cast<char32_t>(p_[i + 1]);
-            if (next == kWideBar || any_at(kTags, i + 1) || (next == '|' && any_at(kTurnTokens, i + 2))) return true;
+            if (next == kWideBar || any_at(kTags, i + 1) || (next == '|' && any_at(kTurnTokens, i + 2)))
+                return true;
         }
         for (std::size_t i = 0; (i = find('[', i)) < size_; ++i)
             if (any_at(kBrackets, i + 1)) return true;
@@ -53,12 +55,14 @@ class Text {
         return static_cast<std::size_t>(std::find(p_ + from, p_ + size_, static_cast<Unit>(c)) - p_);
     }
     bool at(std::string_view word, std::size_t i) const {
-        return word.size() <= size_ - i &&
-               std::equal(word.begin(), word.end(), p_ + i, [](char a, Unit b) { return static_cast<Unit>(a) == b; });
+        return word.size() <= size_ - i && std::equal(word.begin(), word.end(), p_ + i, [](char a, Unit b) {
+                   return static_cast<Unit>(a) == b;
+               });
     }
     template <std::size_t n>
     bool any_at(const std::string_view (&words)[n], std::size_t i) const {
-        return i <= size_ && std::any_of(words, words + n, [&](std::string_view word) { return at(word, i); });
+        return i <= size_ &&
+               std::any_of(words, words + n, [&](std::string_view word) { return at(word, i); });
     }
 
     const Unit* p_;

@@ -6,8 +6,8 @@
 
 namespace catmllm::pvcp {
 
-// False where neither a mark of a turn nor a tag of a tool stands in the text, as conversation.py knows them; true
-// where one may.
+// False where neither a mark of a turn nor a tag of a tool stands in the text, as conversation.py knows them;
+// true where one may.
 bool may_hold_turns(const TextRef& text);
 
 }  // namespace catmllm::pvcp

@@ -22,7 +22,8 @@ typedef uint16_t Narrow __attribute__((vector_size(W * 2)));
 
 inline V widened(Narrow n) { return (V)(__builtin_convertvector(n, Wide) << 16); }
 
-// To the nearest, ties to even. Adding may carry a NaN's bits into the sign, so that it gets those of the plain one.
+// To the nearest, ties to even. Adding may carry a NaN's bits into the sign, so that it gets those of the
+// plain one.
 inline Narrow narrowed(V v) {
     const Wide bits = (Wide)v, rounded = bits + 0x7fff + ((bits >> 16) & 1);
     const Wide nan = (Wide)((bits & 0x7fffffff) > 0x7f800000);
@@ -66,14 +67,6 @@ inline V beyond(V v, Part w, float x) {
     return v;
 }
 
-inline float whole(V v) {
-#if VECTOR_LEVEL == 2
-    return _mm512_reduce_add_ps(v);
-#else
-    return sum_of<float>(v);
-#endif
-}
-
 // Calls f(first, end, thread) for blocks of rows.
 template <class F>
 void over_rows(int threads, int64_t rows, int64_t block, F f) {
@@ -84,8 +77,8 @@ void over_rows(int threads, int64_t rows, int64_t block, F f) {
 }
 
 template <class T>
-const char* log_softmax(int threads, int64_t rows, int64_t words, float scale, const int64_t* target, T* logits,
-                        bool keep, float* logprob, float* lse, float* entropy) {
+const char* log_softmax(int threads, int64_t rows, int64_t words, float scale, const int64_t* target,
+                        T* logits, bool keep, float* logprob, float* lse, float* entropy) {
     threads = threads > 1 ? threads : 1;
     const int64_t line = vector::Memory::size<float>(words) / int64_t(sizeof(float));
     vector::Memory memory(threads * line * int64_t(sizeof(float)));
@@ -117,7 +110,8 @@ const char* log_softmax(int threads, int64_t rows, int64_t words, float scale, c
             if (entropy) entropy[r] = log_total - whole(mean) / total;
             if (!keep) continue;
             const V share = Float::all(-1 / total);
-            over_channels<float>(words, [&](int64_t j, auto w) { put(z + j, share * load<float>(e + j, w), w); });
+            over_channels<float>(words,
+                                 [&](int64_t j, auto w) { put(z + j, share * load<float>(e + j, w), w); });
             // by the difference itself, which keeps its digits where the target is nearly certain
             const int64_t t = target[r];
             put(z + t, Float::all((total - e[t]) / total), Part{1});
@@ -128,8 +122,8 @@ const char* log_softmax(int threads, int64_t rows, int64_t words, float scale, c
 
 template <class T>
 const char* log_softmax_gradient(int threads, int64_t rows, int64_t words, int64_t begin, float scale,
-                                 const int64_t* target, const float* lse, const float* entropy, const float* grad,
-                                 const float* grad_entropy, T* logits) {
+                                 const int64_t* target, const float* lse, const float* entropy,
+                                 const float* grad, const float* grad_entropy, T* logits) {
     const V factor = Float::all(scale);
     over_rows(threads, rows, 8, [&](int64_t first, int64_t end, int) {
         for (int64_t r = first; r < end; ++r) {
@@ -137,7 +131,8 @@ const char* log_softmax_gradient(int threads, int64_t rows, int64_t words, int64
             const int64_t t = target[r] - begin;
             const bool inside = t >= 0 && t < words;
             const float at_target = inside ? scale * one(z[t]) - lse[r] : 0;
-            const float of_entropy = grad_entropy ? grad_entropy[r] : 0, spread = grad_entropy ? entropy[r] : 0;
+            const float of_entropy = grad_entropy ? grad_entropy[r] : 0,
+                        spread = grad_entropy ? entropy[r] : 0;
             const V log_sum = Float::all(lse[r]), g = Float::all(-scale * (grad[r] + of_entropy * spread));
             const V h = Float::all(-scale * of_entropy);
             over_channels<float>(words, [&](int64_t j, auto w) {
@@ -209,8 +204,8 @@ const char* rms_norm_gradient(int threads, int64_t rows, int64_t width, const T*
 }
 
 template <class T>
-const char* rotate(int threads, int64_t tokens, int64_t heads, int64_t width, const T* x, const T* cos, const T* sin,
-                   bool transposed, T* out) {
+const char* rotate(int threads, int64_t tokens, int64_t heads, int64_t width, const T* x, const T* cos,
+                   const T* sin, bool transposed, T* out) {
     const int64_t half = width / 2;
     const V sign = Float::all(transposed ? -1 : 1);
     over_rows(threads, tokens, 64, [&](int64_t first, int64_t end, int) {
@@ -252,11 +247,12 @@ const char* swiglu(int threads, int64_t count, const T* gate, const T* up, T* ou
 }
 
 template <class T>
-const char* swiglu_gradient(int threads, int64_t count, const T* gate, const T* up, const T* grad, T* grad_gate,
-                            T* grad_up) {
+const char* swiglu_gradient(int threads, int64_t count, const T* gate, const T* up, const T* grad,
+                            T* grad_gate, T* grad_up) {
     over_rows(threads, count, PIECE, [&](int64_t first, int64_t end, int) {
         over_channels<float>(end - first, [&](int64_t j, auto w) {
-            const V x = gate_of(gate + first + j, w), g = get(grad + first + j, w), s = logistic<float>(x), y = x * s;
+            const V x = gate_of(gate + first + j, w), g = get(grad + first + j, w), s = logistic<float>(x),
+                    y = x * s;
             put(grad_up + first + j, g * y, w);
             put(grad_gate + first + j, g * get(up + first + j, w) * Float::fma(y, Float::all(1) - s, s), w);
         });
@@ -277,32 +273,32 @@ const char* swiglu_gradient(int threads, int64_t count, const T* gate, const T* 
 #define OUT(x) static_cast<T*>(x)
 
 const Table table = {
-    [](int32_t dtype, int32_t threads, int64_t rows, int64_t words, float scale, const int64_t* target, void* logits,
-       int32_t keep, float* logprob, float* lse, float* entropy) -> const char* {
-        ROWS_TYPED(log_softmax(threads, rows, words, scale, target, OUT(logits), keep != 0, logprob, lse, entropy))
+    [](int32_t dtype, int32_t threads, int64_t rows, int64_t words, float scale, const int64_t* target,
+       void* logits, int32_t keep, float* logprob, float* lse, float* entropy) -> const char* {
+        ROWS_TYPED(
+            log_softmax(threads, rows, words, scale, target, OUT(logits), keep != 0, logprob, lse, entropy))
     },
-    [](int32_t dtype, int32_t threads, int64_t rows, int64_t words, int64_t first, float scale, const int64_t* target,
-       const float* lse, const float* entropy, const float* grad, const float* grad_entropy,
-       void* logits) -> const char* {
-        ROWS_TYPED(log_softmax_gradient(threads, rows, words, first, scale, target, lse, entropy, grad, grad_entropy,
-                                        OUT(logits)))
+    [](int32_t dtype, int32_t threads, int64_t rows, int64_t words, int64_t first, float scale,
+       const int64_t* target, const float* lse, const float* entropy, const float* grad,
+       const float* grad_entropy, void* logits) -> const char* {
+        ROWS_TYPED(log_softmax_gradient(threads, rows, words, first, scale, target, lse, entropy, grad,
+                                        grad_entropy, OUT(logits)))
     },
-    [](int32_t dtype, int32_t threads, int64_t rows, int64_t width, float eps, const void* x, const void* weight,
-       void* out, float* inverse) -> const char* {
+    [](int32_t dtype, int32_t threads, int64_t rows, int64_t width, float eps, const void* x,
+       const void* weight, void* out, float* inverse) -> const char* {
         ROWS_TYPED(rms_norm(threads, rows, width, eps, IN(x), IN(weight), OUT(out), inverse))
     },
     [](int32_t dtype, int32_t threads, int64_t rows, int64_t width, const void* x, const void* weight,
        const float* inverse, const void* grad, void* grad_x, float* grad_weight) -> const char* {
-        ROWS_TYPED(
-            rms_norm_gradient(threads, rows, width, IN(x), IN(weight), inverse, IN(grad), OUT(grad_x), grad_weight))
+        ROWS_TYPED(rms_norm_gradient(threads, rows, width, IN(x), IN(weight), inverse, IN(grad), OUT(grad_x),
+                                     grad_weight))
     },
-    [](int32_t dtype, int32_t threads, int64_t tokens, int64_t heads, int64_t width, const void* x, const void* cos,
-       const void* sin, int32_t transposed, void* out) -> const char* {
+    [](int32_t dtype, int32_t threads, int64_t tokens, int64_t heads, int64_t width, const void* x,
+       const void* cos, const void* sin, int32_t transposed, void* out) -> const char* {
         ROWS_TYPED(rotate(threads, tokens, heads, width, IN(x), IN(cos), IN(sin), transposed != 0, OUT(out)))
     },
-    [](int32_t dtype, int32_t threads, int64_t count, const void* gate, const void* up, void* out) -> const char* {
-        ROWS_TYPED(swiglu(threads, count, IN(gate), IN(up), OUT(out)))
-    },
+    [](int32_t dtype, int32_t threads, int64_t count, const void* gate, const void* up,
+       void* out) -> const char* { ROWS_TYPED(swiglu(threads, count, IN(gate), IN(up), OUT(out))) },
     [](int32_t dtype, int32_t threads, int64_t count, const void* gate, const void* up, const void* grad,
        void* grad_gate, void* grad_up) -> const char* {
         ROWS_TYPED(swiglu_gradient(threads, count, IN(gate), IN(up), IN(grad), OUT(grad_gate), OUT(grad_up)))

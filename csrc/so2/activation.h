@@ -1,9 +1,9 @@
 // The nonlinearity between the two SO(2) products: SiLU on a grid of the sphere, or gates.
 //
-// The grid is a product of latitudes and equidistant longitudes, so the way there has two stages, rows -> 2·mmax+1
-// Fourier coefficients of a latitude -> points; the points at ±longitude share their cosines and sines. 324 points of
-// 19 rows cost 9 operations a point beside SiLU, instead of 38. Nothing but a latitude's coefficients is ever
-// stored. Included by `kernels.h` inside the namespace of an instruction set.
+// The grid is a product of latitudes and equidistant longitudes, so the way there has two stages, rows ->
+// 2·mmax+1 Fourier coefficients of a latitude -> points; the points at ±longitude share their cosines and
+// sines. 324 points of 19 rows cost 9 operations a point beside SiLU, instead of 38. Nothing but a latitude's
+// coefficients is ever stored. Included by `kernels.h` inside the namespace of an instruction set.
 
 enum { MOST_ROWS = (SO2_MAX_LMAX + 1) * (SO2_MAX_LMAX + 1) };
 
@@ -25,7 +25,8 @@ struct Circle {
     }
     void gather(const Sizes& s, const T* latitude, const Vec<T>* rows) {
         clear();
-        for (int l = 0; l < s.n[0]; ++l) constant = Lanes<T>::fma(Lanes<T>::all(latitude[l]), rows[l], constant);
+        for (int l = 0; l < s.n[0]; ++l)
+            constant = Lanes<T>::fma(Lanes<T>::all(latitude[l]), rows[l], constant);
         for (int m = 1; m <= M; ++m)
             for (int i = 0; i < s.n[m]; ++i) {
                 const Vec<T> a = Lanes<T>::all(latitude[s.plus[m] + i]);
@@ -34,7 +35,8 @@ struct Circle {
             }
     }
     void scatter(const Sizes& s, const T* latitude, Vec<T>* rows) const {
-        for (int l = 0; l < s.n[0]; ++l) rows[l] = Lanes<T>::fma(Lanes<T>::all(latitude[l]), constant, rows[l]);
+        for (int l = 0; l < s.n[0]; ++l)
+            rows[l] = Lanes<T>::fma(Lanes<T>::all(latitude[l]), constant, rows[l]);
         for (int m = 1; m <= M; ++m)
             for (int i = 0; i < s.n[m]; ++i) {
                 const Vec<T> a = Lanes<T>::all(latitude[s.plus[m] + i]);
@@ -95,8 +97,8 @@ void sphere_silu(const Sizes& s, const Grid<T>& grid, const T* gates, const T* r
 
 // grad: of `out` on entry, of `rows` on return; grad_gates is written.
 template <class T, int M>
-void sphere_silu_back(const Sizes& s, const Grid<T>& grid, const T* gates, const T* rows, const T* grad, T* grad_rows,
-                      T* grad_gates) {
+void sphere_silu_back(const Sizes& s, const Grid<T>& grid, const T* gates, const T* rows, const T* grad,
+                      T* grad_rows, T* grad_gates) {
     const int H = s.H;
     over_channels<T>(H, [&](Index c, auto w) {
         Vec<T> in[MOST_ROWS], from[MOST_ROWS], sum[MOST_ROWS];

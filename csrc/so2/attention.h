@@ -1,6 +1,7 @@
-// The logit of one edge and head: LayerNorm, SmoothLeakyReLU (0.2·y + 0.8·SiLU(y)), dot product. Always in double:
-// the softmax makes the gradient of `bias` a sum that cancels to a tenth of its terms, and 512 values an edge cost
-// little beside 20,000 grid points. Included by `kernels.h` inside the namespace of an instruction set.
+// The logit of one edge and head: LayerNorm, SmoothLeakyReLU (0.2·y + 0.8·SiLU(y)), dot product. Always in
+// double: the softmax makes the gradient of `bias` a sum that cancels to a tenth of its terms, and 512 values
+// an edge cost little beside 20,000 grid points. Included by `kernels.h` inside the namespace of an
+// instruction set.
 
 template <class T>
 struct LogitWeights {
@@ -58,11 +59,11 @@ double logit(const T* a, int A, const LogitWeights<T>& p, const T* dot) {
     return sum_of<double>(sum);
 }
 
-// grad_a is written; grad_norm, grad_bias [A] and grad_dot [A] of this head are added to. `scratch` [A] is for this
-// call.
+// grad_a is written; grad_norm, grad_bias [A] and grad_dot [A] of this head are added to. `scratch` [A] is
+// for this call.
 template <class T>
-void logit_back(const T* a, int A, const LogitWeights<T>& p, const T* dot, double grad, T* grad_a, double* grad_norm,
-                double* grad_bias, double* grad_dot, double* scratch) {
+void logit_back(const T* a, int A, const LogitWeights<T>& p, const T* dot, double grad, T* grad_a,
+                double* grad_norm, double* grad_bias, double* grad_dot, double* scratch) {
     using L = Lanes<double>;
     double mean = 0, scale = 1;
     if (p.norm) mean_and_scale(a, A, p.eps, mean, scale);
@@ -84,7 +85,8 @@ void logit_back(const T* a, int A, const LogitWeights<T>& p, const T* dot, doubl
         }
         store(scratch + c, d, w);
     });
-    const double shift = p.norm ? sum_of<double>(sum) / A : 0, slope = p.norm ? sum_of<double>(moment) / A : 0;
+    const double shift = p.norm ? sum_of<double>(sum) / A : 0,
+                 slope = p.norm ? sum_of<double>(moment) / A : 0;
     over_channels<double>(A, [&](Index c, auto w) {
         const Vec<double> centred = (wide(a + c, w) - L::all(mean)) * L::all(scale);
         const Vec<double> d = load(scratch + c, w) - L::all(shift) - centred * L::all(slope);

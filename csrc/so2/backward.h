@@ -1,14 +1,15 @@
 // The backward pass: chunks of whole targets, each in three parallel steps.
 //
-//   1  a block of edges: values again, gradients of values and attention, back through the second product and the
+//   1  a block of edges: values again, gradients of values and attention, back through the second product and
+//   the
 //      activation
 //   2  a block of edges: the softmax (which needs all edges of a target), back through the first product, the
 //   rotation
 //      and the radial weights, whose forward is done again; the gradient of `edge`
 //   3  a panel of a weight matrix, or a few nodes: sums over the chunk's edges
 //
-// Nothing is ever added to from two threads, and chunks do not depend on their number: the result is the same to the
-// bit for any. Included by `kernels.h` inside the namespace of an instruction set.
+// Nothing is ever added to from two threads, and chunks do not depend on their number: the result is the same
+// to the bit for any. Included by `kernels.h` inside the namespace of an instruction set.
 
 enum {
     CHUNK_BYTES = 24 << 20,  // below glibc's largest threshold for mapping fresh pages at every call
@@ -23,8 +24,8 @@ struct Left {
     Index columns;
 };
 
-// One weight matrix's gradient: grad [columns, in] += sum over edges of leftᵀ·right. Complex: the rows of r, then of
-// s.
+// One weight matrix's gradient: grad [columns, in] += sum over edges of leftᵀ·right. Complex: the rows of r,
+// then of s.
 template <class T>
 struct WeightTask {
     Left<T> plus, minus;  // minus.tiles null for m = 0
@@ -45,10 +46,10 @@ struct BackwardSpace {
     static Index widest(const Sizes& s) { return stride<T>(s.pair(0)); }
     static Index bytes(const Sizes& s) {
         return vector::Memory::size<T>(BLOCK * stride<T>(s.M * s.V)) +
-               vector::Memory::size<T>(BLOCK * stride<T>(s.M * s.H)) + vector::Memory::size<T>(BLOCK * widest(s)) +
-               2 * vector::Memory::size<T>(s.V) + vector::Memory::size<T>(2 * DEPTH * panel_width<T>) +
-               vector::Memory::size<double>(s.A) + vector::Memory::size<double>(partial_size(s)) +
-               vector::Memory::size<Share<T>>(BLOCK);
+               vector::Memory::size<T>(BLOCK * stride<T>(s.M * s.H)) +
+               vector::Memory::size<T>(BLOCK * widest(s)) + 2 * vector::Memory::size<T>(s.V) +
+               vector::Memory::size<T>(2 * DEPTH * panel_width<T>) + vector::Memory::size<double>(s.A) +
+               vector::Memory::size<double>(partial_size(s)) + vector::Memory::size<Share<T>>(BLOCK);
     }
     static Index partial_size(const Sizes& s) { return 2 * s.A + Index(s.heads) * s.A; }
     void carve(const Sizes& s, vector::Memory& memory) {
@@ -97,8 +98,8 @@ struct Backward {
         conv1_extra = packed.add(p.conv1[0], s.extra, s.pair(0), s.pair(0), false, true);
         conv1 = packed.n;
         for (int m = 0; m <= s.mmax; ++m)
-            packed.add(of<T>(p.conv1[m]) + (m ? 0 : Index(s.extra) * s.pair(0)), s.n[m] * s.H, s.pair(m), s.pair(m),
-                       m > 0, true);
+            packed.add(of<T>(p.conv1[m]) + (m ? 0 : Index(s.extra) * s.pair(0)), s.n[m] * s.H, s.pair(m),
+                       s.pair(m), m > 0, true);
         conv2 = packed.n;
         for (int m = 0; m <= s.mmax; ++m)
             packed.add(p.conv2[m], s.n[m] * s.H, s.n[m] * s.V, s.n[m] * s.H, m > 0, false);
@@ -134,8 +135,8 @@ struct Backward {
         }
     }
 
-    void add_task(Left<T> plus, Left<T> minus, const T* right, const T* right_minus, Index right_step, Index in,
-                  void* grad, void* bias, Index row) {
+    void add_task(Left<T> plus, Left<T> minus, const T* right, const T* right_minus, Index right_step,
+                  Index in, void* grad, void* bias, Index row) {
         tasks[n_tasks] = {plus,
                           minus,
                           right,
@@ -153,17 +154,21 @@ struct Backward {
         task_begin[0] = 0;
         const Left<T> none = {nullptr, 0};
         const T *edge = of<T>(p.edge) + begin * s.K, *after = of<T>(p.after) + begin * s.M * s.H;
-        add_task(left_extra, none, pair, nullptr, pair_step, s.pair(0), p.grad_conv1[0], p.grad_conv1_bias, 0);
-        add_task(left1[0][0], none, pair, nullptr, pair_step, s.pair(0), p.grad_conv1[0], p.grad_conv1_bias, s.extra);
-        add_task(left2[0][0], none, after, nullptr, s.M * s.H, s.n[0] * s.H, p.grad_conv2[0], p.grad_conv2_bias, 0);
+        add_task(left_extra, none, pair, nullptr, pair_step, s.pair(0), p.grad_conv1[0], p.grad_conv1_bias,
+                 0);
+        add_task(left1[0][0], none, pair, nullptr, pair_step, s.pair(0), p.grad_conv1[0], p.grad_conv1_bias,
+                 s.extra);
+        add_task(left2[0][0], none, after, nullptr, s.M * s.H, s.n[0] * s.H, p.grad_conv2[0],
+                 p.grad_conv2_bias, 0);
         for (int m = 0; m <= s.mmax; ++m)
             add_task(left_radial[m], none, edge, nullptr, s.K, s.K, p.grad_radial_weight, p.grad_radial_bias,
                      Index(s.plus[m]) * 2 * s.C);
         for (int m = 1; m <= s.mmax; ++m) {
             const T *x = pair + s.first[m] * 2 * s.C, *a = after + s.first[m] * s.H;
-            add_task(left1[m][0], left1[m][1], x, x + s.pair(m), pair_step, s.pair(m), p.grad_conv1[m], nullptr, 0);
-            add_task(left2[m][0], left2[m][1], a, a + s.n[m] * s.H, s.M * s.H, s.n[m] * s.H, p.grad_conv2[m], nullptr,
-                     0);
+            add_task(left1[m][0], left1[m][1], x, x + s.pair(m), pair_step, s.pair(m), p.grad_conv1[m],
+                     nullptr, 0);
+            add_task(left2[m][0], left2[m][1], a, a + s.n[m] * s.H, s.M * s.H, s.n[m] * s.H, p.grad_conv2[m],
+                     nullptr, 0);
         }
     }
 
@@ -174,10 +179,12 @@ struct Backward {
         second_product(s, &packed.list[conv2], p.conv2_bias, n, after, H, space.value, space.value_step);
         for (Index i = 0; i < n; ++i) {
             const Index e = e0 + i;
-            by_channel(s, attention + e * s.heads, p.keep ? of<T>(p.keep) + e * s.heads : nullptr, space.weight);
+            by_channel(s, attention + e * s.heads, p.keep ? of<T>(p.keep) + e * s.heads : nullptr,
+                       space.weight);
             for (int c = 0; c < s.V; ++c) space.channels[c] = 0;
-            turn_gradient(s, of<T>(p.grad_total) + p.target[e] * s.S * s.V, s.V, of<T>(p.wigner) + e * s.packed,
-                          k.scale, space.weight, space.value + i * space.value_step, space.channels);
+            turn_gradient(s, of<T>(p.grad_total) + p.target[e] * s.S * s.V, s.V,
+                          of<T>(p.wigner) + e * s.packed, k.scale, space.weight,
+                          space.value + i * space.value_step, space.channels);
             const int width = s.V / s.heads;
             for (int h = 0; h < s.heads; ++h) {
                 T sum = 0;
@@ -195,8 +202,8 @@ struct Backward {
             if (m == 0)
                 multiply(w, n, v, space.value_step, static_cast<const T*>(nullptr), 0, a, space.after_step);
             else
-                complex_product_back(n, v, v + s.n[m] * s.V, space.value_step, w.panels, w.in, a, a + s.n[m] * s.H,
-                                     space.after_step, w.out);
+                complex_product<T, true>(n, v, v + s.n[m] * s.V, space.value_step, w.panels, w.in, a,
+                                         a + s.n[m] * s.H, space.after_step, w.out);
         }
         for (Index i = 0; i < n; ++i) {
             const T *gates = of<T>(p.extra) + (e0 + i) * s.extra + s.heads * s.A,
@@ -208,7 +215,8 @@ struct Backward {
                 gate_back(s, gates, rows, grad, grad_rows, grad_gates);
             else
                 with_constant(s.mmax, [&](auto m) {
-                    sphere_silu_back<T, decltype(m)::value>(s, k.grid, gates, rows, grad, grad_rows, grad_gates);
+                    sphere_silu_back<T, decltype(m)::value>(s, k.grid, gates, rows, grad, grad_rows,
+                                                            grad_gates);
                 });
         }
         for (int m = 0; m <= s.mmax; ++m)
@@ -225,7 +233,8 @@ struct Backward {
         for (Index i = at; i < at + n; ++i) {
             const Index e = begin + i, target = p.target[e];
             for (int h = 0; h < s.heads; ++h) {
-                // by the sum of the weights, which is 1 only up to rounding: then a target's gradients sum to 0
+                // by the sum of the weights, which is 1 only up to rounding: then a target's gradients sum to
+                // 0
                 double mean = 0, mass = 0;
                 for (Index o = p.first[target]; o < p.first[target + 1]; ++o) {
                     const double weight = attention[o * s.heads + h];
@@ -233,8 +242,8 @@ struct Backward {
                     mass += weight;
                 }
                 const double grad = attention[e * s.heads + h] * (grad_weight[i * s.heads + h] - mean / mass);
-                logit_back(of<T>(p.extra) + e * s.extra + h * s.A, s.A, k.logits, k.logits.dot + h * s.A, grad,
-                           grad_extra + i * s.extra + h * s.A, norm, bias, dot + h * s.A, space.logits);
+                logit_back(of<T>(p.extra) + e * s.extra + h * s.A, s.A, k.logits, k.logits.dot + h * s.A,
+                           grad, grad_extra + i * s.extra + h * s.A, norm, bias, dot + h * s.A, space.logits);
             }
         }
         T* sums = partial + at / BLOCK * partial_size();
@@ -258,8 +267,8 @@ struct Backward {
                          static_cast<const T*>(nullptr), 0, g, pair_step);
                 multiply(w, n, y, hidden_step, static_cast<const T*>(g), pair_step, g, pair_step);
             } else {
-                complex_product_back(n, y, y + s.n[m] * s.H, hidden_step, w.panels, w.in, g, g + width, pair_step,
-                                     w.out);
+                complex_product<T, true>(n, y, y + s.n[m] * s.H, hidden_step, w.panels, w.in, g, g + width,
+                                         pair_step, w.out);
             }
             multiply(packed.list[radial + m], n, of<T>(p.edge) + e0 * s.K, s.K,
                      of<T>(p.radial_bias) + Index(s.plus[m]) * 2 * s.C, 0, r, space.radial_step);
@@ -292,20 +301,23 @@ struct Backward {
             const Index depth = edges - k0 < DEPTH ? edges - k0 : Index(DEPTH);
             const bool add = !first_chunk || k0 > 0;
             pack(t.right + k0 * t.right_step + j, t.right_step, depth, width, right);
-            if (t.right_minus) pack(t.right_minus + k0 * t.right_step + j, t.right_step, depth, width, right_minus);
+            if (t.right_minus)
+                pack(t.right_minus + k0 * t.right_step + j, t.right_step, depth, width, right_minus);
             for (Index o = 0; o < t.plus.columns; o += tile_rows<T>) {
                 const int rows = t.plus.columns - o < tile_rows<T> ? int(t.plus.columns - o) : tile_rows<T>;
                 const T* plus = t.plus.tiles + o * capacity + k0 * tile_rows<T>;
                 T* to = r + o * t.in;
-                cut_tile<T, true, false>(rows, plus, tile_rows<T>, right, depth, add ? to : nullptr, t.in, to, t.in,
-                                         width);
+                cut_tile<T, true, false>(rows, plus, tile_rows<T>, right, depth, add ? to : nullptr, t.in, to,
+                                         t.in, width);
                 if (!t.right_minus) continue;
                 const T* minus = t.minus.tiles + o * capacity + k0 * tile_rows<T>;
                 T* s_to = im + o * t.in;
-                cut_tile<T, true, false>(rows, minus, tile_rows<T>, right_minus, depth, to, t.in, to, t.in, width);
-                cut_tile<T, true, false>(rows, minus, tile_rows<T>, right, depth, add ? s_to : nullptr, t.in, s_to,
-                                         t.in, width);
-                cut_tile<T, true, true>(rows, plus, tile_rows<T>, right_minus, depth, s_to, t.in, s_to, t.in, width);
+                cut_tile<T, true, false>(rows, minus, tile_rows<T>, right_minus, depth, to, t.in, to, t.in,
+                                         width);
+                cut_tile<T, true, false>(rows, minus, tile_rows<T>, right, depth, add ? s_to : nullptr, t.in,
+                                         s_to, t.in, width);
+                cut_tile<T, true, true>(rows, plus, tile_rows<T>, right_minus, depth, s_to, t.in, s_to, t.in,
+                                        width);
             }
         }
         if (panel == 0 && t.bias)
@@ -328,8 +340,8 @@ struct Backward {
         }
         int n = 0;
         const auto add = [&](Index e, int end) {
-            space.shares[n++] = {of<T>(p.wigner) + e * s.packed, grad_pair + (e - begin) * pair_step + end * s.C,
-                                 nullptr};
+            space.shares[n++] = {of<T>(p.wigner) + e * s.packed,
+                                 grad_pair + (e - begin) * pair_step + end * s.C, nullptr};
             if (n == BLOCK) flush(space, n, out);
         };
         for (Index e = p.first[node]; e < p.first[node + 1]; ++e)
@@ -361,7 +373,9 @@ struct Backward {
 
     void chunk(int threads, const BackwardSpace<T>* spaces) {
         const Index blocks = (edges + BLOCK - 1) / BLOCK;
-        const auto size = [&](Index b) { return edges - b * BLOCK < BLOCK ? edges - b * BLOCK : Index(BLOCK); };
+        const auto size = [&](Index b) {
+            return edges - b * BLOCK < BLOCK ? edges - b * BLOCK : Index(BLOCK);
+        };
         vector::in_parallel(threads, blocks,
                             [&](Index b, int me) { through_activation(spaces[me], b * BLOCK, size(b)); });
         vector::in_parallel(threads, blocks,

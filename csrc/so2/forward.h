@@ -1,7 +1,9 @@
-// The forward pass: whole targets' edges, a few dozen at a time, run through every step on one thread. Included by
-// `kernels.h` inside the namespace of an instruction set.
+// The forward pass: whole targets' edges, a few dozen at a time, run through every step on one thread.
+// Included by `kernels.h` inside the namespace of an instruction set.
 
-enum { BLOCK = 60 };  // edges at a time: five register tiles. The weights, 6.5 MB at L4M2, are read once a block
+enum {
+    BLOCK = 60
+};  // edges at a time: five register tiles. The weights, 6.5 MB at L4M2, are read once a block
 
 template <class T>
 const T* of(const void* p) {
@@ -12,7 +14,8 @@ T* of(void* p) {
     return static_cast<T*>(p);
 }
 
-// A row stride that is an odd number of cache lines: rows at a multiple of 4 KiB would share one set of the cache.
+// A row stride that is an odd number of cache lines: rows at a multiple of 4 KiB would share one set of the
+// cache.
 template <class T>
 constexpr Index stride(Index n) {
     return ((n * Index(sizeof(T)) + 63) / 64 | 1) * 64 / Index(sizeof(T));
@@ -98,13 +101,14 @@ void activate(const so2_message& p, const Sizes& s, const Constants<T>& k, const
     if (p.gate)
         gate(s, gates, before, after);
     else
-        with_constant(s.mmax, [&](auto m) { sphere_silu<T, decltype(m)::value>(s, k.grid, gates, before, after); });
+        with_constant(s.mmax,
+                      [&](auto m) { sphere_silu<T, decltype(m)::value>(s, k.grid, gates, before, after); });
 }
 
 // Second product: [edges, M·H] -> [edges, M·V].
 template <class T>
-void second_product(const Sizes& s, const Packed<T>* conv2, const void* bias, Index edges, const T* after, Index step,
-                    T* value, Index value_step) {
+void second_product(const Sizes& s, const Packed<T>* conv2, const void* bias, Index edges, const T* after,
+                    Index step, T* value, Index value_step) {
     multiply(conv2[0], edges, after, step, of<T>(bias), 0, value, value_step);
     for (int m = 1; m <= s.mmax; ++m) {
         const T* a = after + s.first[m] * s.H;
@@ -167,12 +171,13 @@ struct Forward {
     explicit Forward(const so2_message& p) : p(p), s(p), k(p, s) {
         radial = packed.n;
         for (int m = 0; m <= s.mmax; ++m)
-            packed.add(of<T>(p.radial_weight) + Index(s.plus[m]) * 2 * s.C * s.K, s.K, s.pair(m), s.K, false, false);
+            packed.add(of<T>(p.radial_weight) + Index(s.plus[m]) * 2 * s.C * s.K, s.K, s.pair(m), s.K, false,
+                       false);
         conv1_extra = packed.add(p.conv1[0], s.pair(0), s.extra, s.pair(0), false, false);
         conv1 = packed.n;
         for (int m = 0; m <= s.mmax; ++m)
-            packed.add(of<T>(p.conv1[m]) + (m ? 0 : Index(s.extra) * s.pair(0)), s.pair(m), s.n[m] * s.H, s.pair(m),
-                       m > 0, false);
+            packed.add(of<T>(p.conv1[m]) + (m ? 0 : Index(s.extra) * s.pair(0)), s.pair(m), s.n[m] * s.H,
+                       s.pair(m), m > 0, false);
         conv2 = packed.n;
         for (int m = 0; m <= s.mmax; ++m)
             packed.add(p.conv2[m], s.n[m] * s.H, s.n[m] * s.V, s.n[m] * s.H, m > 0, false);
@@ -205,8 +210,8 @@ struct Forward {
                 multiply(w, edges, pair, step, bias + s.extra, 0, before, before_step);
             } else {
                 T* y = before + s.first[m] * s.H;
-                complex_product(edges, pair, pair + width, step, w.panels, w.in, y, y + s.n[m] * s.H, before_step,
-                                w.out);
+                complex_product(edges, pair, pair + width, step, w.panels, w.in, y, y + s.n[m] * s.H,
+                                before_step, w.out);
             }
         }
     }
@@ -228,12 +233,15 @@ struct Forward {
                 const T* a = extra + i * s.extra;
                 activate(p, s, k, a + s.heads * s.A, before + i * step, after + i * step);
                 for (int h = 0; h < s.heads; ++h)
-                    space.logit[i * s.heads + h] = T(logit(a + h * s.A, s.A, k.logits, k.logits.dot + h * s.A));
+                    space.logit[i * s.heads + h] =
+                        T(logit(a + h * s.A, s.A, k.logits, k.logits.dot + h * s.A));
             }
-            second_product(s, &packed.list[conv2], p.conv2_bias, edges, after, step, space.value, space.value_step);
+            second_product(s, &packed.list[conv2], p.conv2_bias, edges, after, step, space.value,
+                           space.value_step);
             if (save)
                 for (Index i = 0; i < edges * s.heads; ++i)
-                    of<T>(p.attention)[begin * s.heads + i] = space.logit[i];  // made into attention at the end
+                    of<T>(p.attention)[begin * s.heads + i] =
+                        space.logit[i];  // made into attention at the end
             for (Index i = 0; i < edges;) {
                 Index to = i + 1;
                 while (to < edges && p.target[begin + to] == p.target[begin + i]) ++to;
@@ -248,8 +256,8 @@ struct Forward {
         for (Index i = 0; i < Index(s.S) * s.V; ++i) out[i] = 0;
     }
 
-    // Edges begin+from ... begin+to-1, all of one target: softmax and sum. A target with more edges than a block is
-    // summed with a running largest logit; its attention is only known with its last edge.
+    // Edges begin+from ... begin+to-1, all of one target: softmax and sum. A target with more edges than a
+    // block is summed with a running largest logit; its attention is only known with its last edge.
     void sum(const ForwardSpace<T>& space, Index begin, Index from, Index to) {
         const Index target = p.target[begin + from];
         const bool starts = p.first[target] == begin + from, ends = p.first[target + 1] == begin + to;
@@ -258,7 +266,8 @@ struct Forward {
         T* weight = space.logit;
         for (int h = 0; h < s.heads; ++h) {
             T top = weight[from * s.heads + h];
-            for (Index i = from + 1; i < to; ++i) top = weight[i * s.heads + h] > top ? weight[i * s.heads + h] : top;
+            for (Index i = from + 1; i < to; ++i)
+                top = weight[i * s.heads + h] > top ? weight[i * s.heads + h] : top;
             if (starts) {
                 total[h] = 0;
                 shrink[h] = 1;
@@ -309,8 +318,8 @@ struct Forward {
     }
 };
 
-// Consecutive targets with at most `most` edges together (or one target with more), as [count + 1] limits; returns
-// count.
+// Consecutive targets with at most `most` edges together (or one target with more), as [count + 1] limits;
+// returns count.
 inline Index group_targets(const std::int64_t* first, Index nodes, Index most, Index* limits) {
     Index count = 0, begin = 0;
     limits[0] = 0;
@@ -341,6 +350,7 @@ const char* forward(const so2_message& p) {
     for (int i = 0; i < threads; ++i) spaces[i].carve(f.s, memory);
     Index* limits = memory.take<Index>(p.nodes + 1);
     const Index groups = group_targets(p.first, p.nodes, block_edges(p.edges), limits);
-    vector::in_parallel(threads, groups, [&](Index g, int me) { f.targets(spaces[me], limits[g], limits[g + 1]); });
+    vector::in_parallel(threads, groups,
+                        [&](Index g, int me) { f.targets(spaces[me], limits[g], limits[g + 1]); });
     return nullptr;
 }

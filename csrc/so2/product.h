@@ -1,20 +1,22 @@
-// The matrix product that the kernels use: C += A·B by register tiles of TILE_ROWS x 2 vectors, B packed in panels of
-// two vectors' width. 233 GFLOP/s in float on one Zen 5 core, where MKL takes its AVX2 path and reaches 95; on an
-// Emerald Rapids core tiles whose data are in the first-level cache reach 155 to 160, and MKL, by AVX-512, 130 to
-// 150. Included by `kernels.h` inside the namespace of an instruction set.
+// The matrix product that the kernels use: C += A·B by register tiles of TILE_ROWS x 2 vectors, B packed in
+// panels of two vectors' width. 233 GFLOP/s in float on one Zen 5 core, where MKL takes its AVX2 path and
+// reaches 95; on an Emerald Rapids core tiles whose data are in the first-level cache reach 155 to 160, and
+// MKL, by AVX-512, 130 to 150. Included by `kernels.h` inside the namespace of an instruction set.
 
 template <class T>
 constexpr int panel_width = 2 * Lanes<T>::W;
 template <class T>
 constexpr int tile_rows = Lanes<T>::TILE_ROWS;
 
-// Terms that are summed in one run before they are added to what there is: in float, runs of 1280 had three times the
-// error of runs of 256, and those a quarter more than runs of 64 in what the attention reads.
+// Terms that are summed in one run before they are added to what there is: in float, runs of 1280 had three
+// times the error of runs of 256, and those a quarter more than runs of 64 in what the attention reads.
 enum { RUN = 64 };
 
-// c[i, 0:panel] = init[i, 0:panel] ± sum_k a(i, k)·b[k, 0:panel]. a(i, k) is a[i·step + k], or a[k·step + i] if DOWN.
+// c[i, 0:panel] = init[i, 0:panel] ± sum_k a(i, k)·b[k, 0:panel]. a(i, k) is a[i·step + k], or a[k·step + i]
+// if DOWN.
 template <class T, int ROWS, bool DOWN, bool MINUS>
-void tile(const T* a, Index step, const T* b, Index depth, const T* init, Index init_step, T* c, Index c_step) {
+void tile(const T* a, Index step, const T* b, Index depth, const T* init, Index init_step, T* c,
+          Index c_step) {
     using L = Lanes<T>;
     enum { W = L::W };
     Vec<T> sum[ROWS][2];
@@ -83,8 +85,8 @@ void cut_tile(int rows, const T* a, Index step, const T* b, Index depth, const T
     const Tile<T> tile = tile_of<T, DOWN, MINUS>(rows);
     const auto run = [&](const T* from, Index from_step, T* to, Index to_step) {
         for (Index k = 0; k < depth; k += RUN, from = to, from_step = to_step)
-            tile(a + (DOWN ? k * step : k), step, b + k * panel_width<T>, depth - k < RUN ? depth - k : Index(RUN),
-                 from, from_step, to, to_step);
+            tile(a + (DOWN ? k * step : k), step, b + k * panel_width<T>,
+                 depth - k < RUN ? depth - k : Index(RUN), from, from_step, to, to_step);
     };
     if (width >= panel_width<T>) {
         run(init ? init : zeros, init ? init_step : 0, c, c_step);
@@ -99,11 +101,12 @@ void cut_tile(int rows, const T* a, Index step, const T* b, Index depth, const T
         for (Index j = 0; j < width; ++j) c[i * c_step + j] = part[i * panel_width<T> + j];
 }
 
-// One panel of c [rows, ...], the rows cut into tiles of nearly equal height. A run of the panel (8 KiB) stays in the
-// first-level cache while all tiles pass by; the whole panel, which they would read in turn otherwise, does not.
+// One panel of c [rows, ...], the rows cut into tiles of nearly equal height. A run of the panel (8 KiB)
+// stays in the first-level cache while all tiles pass by; the whole panel, which they would read in turn
+// otherwise, does not.
 template <class T, bool MINUS = false>
-void panel_product(Index rows, const T* a, Index step, const T* b, Index depth, const T* init, Index init_step, T* c,
-                   Index c_step, Index width) {
+void panel_product(Index rows, const T* a, Index step, const T* b, Index depth, const T* init,
+                   Index init_step, T* c, Index c_step, Index width) {
     alignas(64) static const T zeros[panel_width<T>] = {};
     const Index tiles = (rows + tile_rows<T> - 1) / tile_rows<T>;
     const auto each = [&](auto call) {
@@ -115,8 +118,9 @@ void panel_product(Index rows, const T* a, Index step, const T* b, Index depth, 
     };
     if (width < panel_width<T>) {
         each([&](int height, Index i) {
-            cut_tile<T, false, MINUS>(height, a + i * step, step, b, depth, init ? init + i * init_step : nullptr,
-                                      init_step, c + i * c_step, c_step, width);
+            cut_tile<T, false, MINUS>(height, a + i * step, step, b, depth,
+                                      init ? init + i * init_step : nullptr, init_step, c + i * c_step,
+                                      c_step, width);
         });
         return;
     }
@@ -132,38 +136,27 @@ void panel_product(Index rows, const T* a, Index step, const T* b, Index depth, 
 
 // c [rows, columns] = init + a [rows, depth]·B, B packed.
 template <class T>
-void product(Index rows, const T* a, Index step, const T* packed, Index depth, const T* init, Index init_step, T* c,
-             Index c_step, Index columns) {
+void product(Index rows, const T* a, Index step, const T* packed, Index depth, const T* init, Index init_step,
+             T* c, Index c_step, Index columns) {
     for (Index j = 0; j < columns; j += panel_width<T>)
-        panel_product(rows, a, step, packed + j * depth, depth, init ? init + j : nullptr, init_step, c + j, c_step,
-                      columns - j);
+        panel_product(rows, a, step, packed + j * depth, depth, init ? init + j : nullptr, init_step, c + j,
+                      c_step, columns - j);
 }
 
-// (y₊, y₋) = (x₊·R - x₋·S, x₋·R + x₊·S): the complex product of an order m > 0. B = (R; S) packed with depth 2·depth.
-template <class T>
-void complex_product(Index rows, const T* plus, const T* minus, Index step, const T* packed, Index depth, T* y_plus,
-                     T* y_minus, Index y_step, Index columns) {
+// (y₊, y₋) = (x₊·R - x₋·S, x₋·R + x₊·S): the complex product of an order m > 0. B = (R; S) packed with depth
+// 2·depth. BACK, its transpose: (x₊, x₋) = (y₊·Rᵀ + y₋·Sᵀ, y₋·Rᵀ - y₊·Sᵀ); depth is the width of y, packed
+// holds (Rᵀ; Sᵀ).
+template <class T, bool BACK = false>
+void complex_product(Index rows, const T* plus, const T* minus, Index step, const T* packed, Index depth,
+                     T* out_plus, T* out_minus, Index out_step, Index columns) {
     for (Index j = 0; j < columns; j += panel_width<T>) {
         const T *r = packed + j * 2 * depth, *s = r + depth * panel_width<T>;
+        T *p = out_plus + j, *m = out_minus + j;
         const Index w = columns - j;
-        panel_product<T, false>(rows, plus, step, r, depth, nullptr, 0, y_plus + j, y_step, w);
-        panel_product<T, true>(rows, minus, step, s, depth, y_plus + j, y_step, y_plus + j, y_step, w);
-        panel_product<T, false>(rows, minus, step, r, depth, nullptr, 0, y_minus + j, y_step, w);
-        panel_product<T, false>(rows, plus, step, s, depth, y_minus + j, y_step, y_minus + j, y_step, w);
-    }
-}
-
-// Its transpose: (x₊, x₋) = (y₊·Rᵀ + y₋·Sᵀ, y₋·Rᵀ - y₊·Sᵀ); depth is the width of y, packed holds (Rᵀ; Sᵀ).
-template <class T>
-void complex_product_back(Index rows, const T* plus, const T* minus, Index step, const T* packed, Index depth,
-                          T* x_plus, T* x_minus, Index x_step, Index columns) {
-    for (Index j = 0; j < columns; j += panel_width<T>) {
-        const T *r = packed + j * 2 * depth, *s = r + depth * panel_width<T>;
-        const Index w = columns - j;
-        panel_product<T, false>(rows, plus, step, r, depth, nullptr, 0, x_plus + j, x_step, w);
-        panel_product<T, false>(rows, minus, step, s, depth, x_plus + j, x_step, x_plus + j, x_step, w);
-        panel_product<T, false>(rows, minus, step, r, depth, nullptr, 0, x_minus + j, x_step, w);
-        panel_product<T, true>(rows, plus, step, s, depth, x_minus + j, x_step, x_minus + j, x_step, w);
+        panel_product<T, false>(rows, plus, step, r, depth, nullptr, 0, p, out_step, w);
+        panel_product<T, !BACK>(rows, minus, step, s, depth, p, out_step, p, out_step, w);
+        panel_product<T, false>(rows, minus, step, r, depth, nullptr, 0, m, out_step, w);
+        panel_product<T, BACK>(rows, plus, step, s, depth, m, out_step, m, out_step, w);
     }
 }
 
@@ -172,7 +165,8 @@ constexpr Index packed_size(Index depth, Index columns) {
     return (columns + panel_width<T> - 1) / panel_width<T> * panel_width<T> * depth;
 }
 
-// One panel of B[k, j] = weight[j·step + k] (the layout of nn.Linear) to packed [depth, panel], zeros beyond `width`.
+// One panel of B[k, j] = weight[j·step + k] (the layout of nn.Linear) to packed [depth, panel], zeros beyond
+// `width`.
 template <class T>
 void pack_transposed(const T* weight, Index step, Index depth, Index width, T* packed) {
     enum { P = panel_width<T>, BLOCK = 16 };
@@ -197,8 +191,8 @@ void pack(const T* matrix, Index step, Index depth, Index width, T* packed) {
     }
 }
 
-// Rows of y [rows, columns] as the left side of a product over rows: tiles [columns / TILE_ROWS][depth][TILE_ROWS],
-// of which rows k0 ... are filled.
+// Rows of y [rows, columns] as the left side of a product over rows: tiles [columns /
+// TILE_ROWS][depth][TILE_ROWS], of which rows k0 ... are filled.
 template <class T>
 void pack_left(const T* y, Index step, Index rows, Index columns, Index depth, Index k0, T* tiles) {
     enum { R = tile_rows<T> };

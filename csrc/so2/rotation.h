@@ -1,5 +1,5 @@
-// Between nodes and the frames of edges: Wigner matrices are block-diagonal in the degree l, and only the rows |m| <=
-// mmax exist on an edge. Included by `kernels.h` inside the namespace of an instruction set.
+// Between nodes and the frames of edges: Wigner matrices are block-diagonal in the degree l, and only the
+// rows |m| <= mmax exist on an edge. Included by `kernels.h` inside the namespace of an instruction set.
 
 template <int N>
 struct Const {
@@ -47,8 +47,8 @@ inline Vec<T> dot(const T* factors, const Vec<T>* rows) {
     return sum;
 }
 
-// One node's rows of degree l onto the rows ±m of an edge, times the radial weight that `plus` holds on entry.
-// `minus` is null for m = 0.
+// One node's rows of degree l onto the rows ±m of an edge, times the radial weight that `plus` holds on
+// entry. `minus` is null for m = 0.
 template <class T>
 void turn_and_scale(int l, const T* x, int C, const T* d_plus, const T* d_minus, T* plus, T* minus) {
     with_constant(l, [&](auto degree) {
@@ -63,8 +63,8 @@ void turn_and_scale(int l, const T* x, int C, const T* d_plus, const T* d_minus,
     });
 }
 
-// The backward pass of the same. In: `grad_plus`, `grad_minus` of the scaled rows, `radial`. Out: the scaled rows in
-// `plus`, `minus`; the gradients of the unscaled rows and of `radial` in place of what came in.
+// The backward pass of the same. In: `grad_plus`, `grad_minus` of the scaled rows, `radial`. Out: the scaled
+// rows in `plus`, `minus`; the gradients of the unscaled rows and of `radial` in place of what came in.
 template <class T>
 void turn_and_scale_back(int l, const T* x, int C, const T* d_plus, const T* d_minus, T* radial, T* grad_plus,
                          T* grad_minus, T* plus, T* minus) {
@@ -99,8 +99,8 @@ struct Share {
 
 // out [S, C] = or += sum over the shares of wignerᵀ·(rows · weight), times scale[l].
 template <class T>
-void turn_back_and_sum(const Rows& s, const Share<T>* shares, int n, Index step, int C, const T* scale, T* out,
-                       bool add) {
+void turn_back_and_sum(const Rows& s, const Share<T>* shares, int n, Index step, int C, const T* scale,
+                       T* out, bool add) {
     for (int l = 0; l <= s.lmax; ++l)
         with_constant(l, [&](auto degree) {
             enum { D = 2 * decltype(degree)::value + 1 };
@@ -125,11 +125,11 @@ void turn_back_and_sum(const Rows& s, const Share<T>* shares, int n, Index step,
         });
 }
 
-// The backward pass of an edge's weighted value: G = wigner·grad·scale, by_channel += sum over rows of G·value, and
-// value becomes its gradient, weight·G.
+// The backward pass of an edge's weighted value: G = wigner·grad·scale, by_channel += sum over rows of
+// G·value, and value becomes its gradient, weight·G.
 template <class T>
-void turn_gradient(const Rows& s, const T* grad, int C, const T* wigner, const T* scale, const T* weight, T* value,
-                   T* by_channel) {
+void turn_gradient(const Rows& s, const T* grad, int C, const T* wigner, const T* scale, const T* weight,
+                   T* value, T* by_channel) {
     for (int l = 0; l <= s.lmax; ++l)
         with_constant(l, [&](auto degree) {
             enum { D = 2 * decltype(degree)::value + 1 };

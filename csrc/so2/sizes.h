@@ -18,7 +18,8 @@ struct Rows {
     int count[SO2_MAX_LMAX + 1], row[SO2_MAX_LMAX + 1][2 * SO2_MAX_LMAX + 1];
     int at[SO2_MAX_LMAX + 1][2 * SO2_MAX_LMAX + 1];
 
-    Rows(int lmax, int mmax, bool only_zero = false) : lmax(lmax), mmax(mmax), S((lmax + 1) * (lmax + 1)), packed(0) {
+    Rows(int lmax, int mmax, bool only_zero = false)
+        : lmax(lmax), mmax(mmax), S((lmax + 1) * (lmax + 1)), packed(0) {
         M = half = 0;
         for (int m = 0; m <= mmax; ++m) {
             n[m] = lmax + 1 - m;

@@ -1,5 +1,5 @@
-// Rotate back and sum alone, for messages without products (the edge-degree embedding). Included by `kernels.h`
-// inside the namespace of an instruction set.
+// Rotate back and sum alone, for messages without products (the edge-degree embedding). Included by
+// `kernels.h` inside the namespace of an instruction set.
 
 template <class T>
 struct SumSpace {
@@ -79,7 +79,8 @@ const char* sum_backward(const so2_sum& p) {
     if (!s.spaces) return "out of memory";
     const Index blocks = (p.edges + BLOCK - 1) / BLOCK;
     vector::in_parallel(s.threads, blocks, [&](Index block, int me) {
-        for (Index e = block * BLOCK; e < p.edges && e < (block + 1) * BLOCK; ++e) s.backward(e, s.spaces[me]);
+        for (Index e = block * BLOCK; e < p.edges && e < (block + 1) * BLOCK; ++e)
+            s.backward(e, s.spaces[me]);
     });
     return nullptr;
 }

@@ -1,5 +1,6 @@
-// libFuzzer target: whatever stands around a CIF that strict mode accepts, the answer's CIF is that one. The bytes
-// are what stands before and behind, apart from what makes it another's by the rules of ../pvcp/extract.h.
+// libFuzzer target: whatever stands around a CIF that strict mode accepts, the answer's CIF is that one. The
+// bytes are what stands before and behind, apart from what makes it another's by the rules of
+// ../pvcp/extract.h.
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
@@ -13,10 +14,12 @@ namespace {
 using namespace catmllm;
 
 const std::string kCell =
-    "data_x\n_cell_length_a 5.5\n_cell_length_b 5.5\n_cell_length_c 15\n_cell_angle_alpha 90\n_cell_angle_beta 90\n"
+    "data_x\n_cell_length_a 5.5\n_cell_length_b 5.5\n_cell_length_c 15\n_cell_angle_alpha "
+    "90\n_cell_angle_beta 90\n"
     "_cell_angle_gamma 60\n";
 const std::string kSites =
-    "loop_\n_atom_site_type_symbol\n_atom_site_label\n_atom_site_fract_x\n_atom_site_fract_y\n_atom_site_fract_z\n"
+    "loop_\n_atom_site_type_symbol\n_atom_site_label\n_atom_site_fract_x\n_atom_site_fract_y\n_atom_site_"
+    "fract_z\n"
     "_atom_site_occupancy\nPt Pt0 0.0 0.0 0.3 1\nCu Cu1 0.5 0.0 0.3 1\nO O2 0.0 0.0 0.5 1\n";
 const std::string kCifs[] = {
     kCell + kSites,
@@ -25,9 +28,10 @@ const std::string kCifs[] = {
     kCell + kSites + "loop_\n_symmetry_equiv_pos_as_xyz\nx,y,z\n'-x, -y, z'\n",
 };
 
-// Reasoning, chat turns, CIFs: what stands in them is no surrounding. Letters in lower case. Nor is an element's
-// symbol, which may begin a row that was cut off, also behind quotes: those that do not close are passed over; nor a
-// line with a letter and three words that may be numbers, which may be a row that was garbled.
+// Reasoning, chat turns, CIFs: what stands in them is no surrounding. Letters in lower case. Nor is an
+// element's symbol, which may begin a row that was cut off, also behind quotes: those that do not close are
+// passed over; nor a line with a letter and three words that may be numbers, which may be a row that was
+// garbled.
 bool may_be_row(const std::string& line) {
     int numbers = 0;
     bool letter = false;
@@ -45,8 +49,8 @@ bool is_excluded(const std::string& text, bool before) {
     std::string low = text;
     for (char& c : low)
         if (c >= 'A' && c <= 'Z') c = static_cast<char>(c + 32);
-    for (const char* word : {"data_", "loop_", "think", "thought", "reason", "rationale", "reflection", "analysis",
-                             "scratchpad", "assistant", "model", "final", "inst]", "\\"})
+    for (const char* word : {"data_", "loop_", "think", "thought", "reason", "rationale", "reflection",
+                             "analysis", "scratchpad", "assistant", "model", "final", "inst]", "\\"})
         if (low.find(word) != std::string::npos) return true;
     if (before)
         for (const char* word : {"im_end", "endoftext", "eot", "end", "return", "eom", "eos"})

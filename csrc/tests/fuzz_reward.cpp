@@ -1,5 +1,5 @@
-// libFuzzer target: any bytes are a text; parsing, distances and scores must end quickly, within bounds, with finite
-// rewards. Build and run: `make fuzz`.
+// libFuzzer target: any bytes are a text; parsing, distances and scores must end quickly, within bounds, with
+// finite rewards. Build and run: `make fuzz`.
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -12,7 +12,8 @@
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
     using namespace catmllm;
     static cif::Parser parser;
-    const std::string text(reinterpret_cast<const char*>(data), size);  // exact size: reads past the end are seen
+    const std::string text(reinterpret_cast<const char*>(data),
+                           size);  // exact size: reads past the end are seen
     double row[pvcp::kScoreColumns];
     pvcp::Target target;
     target.entries = {{78, 9.0}, {8, 1.0}};
@@ -34,7 +35,8 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
     std::string together;
     for (const pvcp::Span part : memory.parts) {
         if (part.first != pvcp::kCharacter) together += text.substr(part.first, part.second - part.first);
-        if (part.first == pvcp::kCharacter) together += static_cast<char>(part.second < 0x80 ? part.second : 0x81);
+        if (part.first == pvcp::kCharacter)
+            together += static_cast<char>(part.second < 0x80 ? part.second : 0x81);
     }
     for (std::string* s : {&together, &found})
         for (char& c : *s)

@@ -1,6 +1,6 @@
 // Unit tests of csrc/attention without Python: every instruction set that this machine has against the plain
-// definition in double precision, threads against one thread, to the bit. `make test-so2` builds them with both
-// sanitizers.
+// definition in double precision, threads against one thread, to the bit. `make test-so2` builds them with
+// both sanitizers.
 #include "../attention/attention.h"
 
 #include "check.h"
@@ -54,7 +54,8 @@ std::vector<std::vector<double>> defined(const Call& c) {
         std::vector<double> weight(seen.size());
         double sum = 0, mean = 0;
         for (std::size_t j = 0; j < seen.size(); ++j) {
-            for (int d = 0; d < p.width; ++d) weight[j] += p.scale * double(c.query[q + d]) * c.key[at(seen[j]) + d];
+            for (int d = 0; d < p.width; ++d)
+                weight[j] += p.scale * double(c.query[q + d]) * c.key[at(seen[j]) + d];
             sum += weight[j] = std::exp(weight[j]);
         }
         std::vector<double> slope(seen.size());
@@ -78,7 +79,8 @@ std::vector<std::vector<double>> defined(const Call& c) {
         for (std::int64_t s = p.group[g]; s < p.group[g + 1]; ++s) {
             std::vector<std::int64_t> seen;
             if (p.owned[g] && s > p.group[g])
-                for (std::int64_t t = p.bounds[p.group[g]]; t < p.bounds[p.group[g] + 1]; ++t) seen.push_back(t);
+                for (std::int64_t t = p.bounds[p.group[g]]; t < p.bounds[p.group[g] + 1]; ++t)
+                    seen.push_back(t);
             for (std::int64_t t = p.bounds[s]; t < p.bounds[s + 1]; ++t) {
                 seen.push_back(t);
                 for (int h = 0; h < p.heads; ++h) one_query(seen, t, h);

@@ -92,8 +92,10 @@ void test_operations() {
     CHECK(cif::operation_from_xyz("-x+1/2, y-x, 2*Z", known, op).ok());
     CHECK(op.rotation[0] == -1 && op.translation[0] == 0.5 && op.rotation[3] == -1 && op.rotation[4] == 1);
     CHECK(op.rotation[8] == 1 && op.translation[2] == 2);
-    CHECK(cif::operation_from_xyz("12x,y,z", known, op).ok() && op.rotation[0] == 12 && op.translation[0] == 1);
-    CHECK(cif::operation_from_xyz("1/2x,y,z", known, op).ok() && op.rotation[0] == 0.5 && op.translation[0] == 1);
+    CHECK(cif::operation_from_xyz("12x,y,z", known, op).ok() && op.rotation[0] == 12 &&
+          op.translation[0] == 1);
+    CHECK(cif::operation_from_xyz("1/2x,y,z", known, op).ok() && op.rotation[0] == 0.5 &&
+          op.translation[0] == 1);
     CHECK(cif::operation_from_xyz("x+1..2,y,z", known, op).outcome == cif::Outcome::kSkipBlock);
     CHECK(cif::operation_from_xyz("x+1/0,y,z", known, op).outcome == cif::Outcome::kRejectText);
     CHECK(cif::operation_from_xyz("x,y,z,z", known, op).outcome == cif::Outcome::kRejectText);
@@ -108,12 +110,13 @@ double brute_force(const geometry::Lattice& lattice, const std::vector<double>& 
             for (int i = -reach; i <= reach; ++i)
                 for (int j = -reach; j <= reach; ++j)
                     for (int k = -reach; k <= reach; ++k) {
-                        const double f[3] = {frac[3 * a] - frac[3 * b] + i, frac[3 * a + 1] - frac[3 * b + 1] + j,
+                        const double f[3] = {frac[3 * a] - frac[3 * b] + i,
+                                             frac[3 * a + 1] - frac[3 * b + 1] + j,
                                              frac[3 * a + 2] - frac[3 * b + 2] + k};
                         double d = 0;
                         for (int c = 0; c < 3; ++c) {
-                            const double x =
-                                f[0] * lattice.rows[c] + f[1] * lattice.rows[3 + c] + f[2] * lattice.rows[6 + c];
+                            const double x = f[0] * lattice.rows[c] + f[1] * lattice.rows[3 + c] +
+                                             f[2] * lattice.rows[6 + c];
                             d += x * x;
                         }
                         best = std::fmin(best, d);
@@ -142,8 +145,10 @@ void test_distances() {
 
 void test_parser() {
     const std::string head =
-        "data_x\n_cell_length_a 4\n_cell_length_b 4\n_cell_length_c 4\n_cell_angle_alpha 90\n_cell_angle_beta 90\n"
-        "_cell_angle_gamma 90\nloop_\n_atom_site_label\n_atom_site_fract_x\n_atom_site_fract_y\n_atom_site_fract_z\n";
+        "data_x\n_cell_length_a 4\n_cell_length_b 4\n_cell_length_c 4\n_cell_angle_alpha "
+        "90\n_cell_angle_beta 90\n"
+        "_cell_angle_gamma "
+        "90\nloop_\n_atom_site_label\n_atom_site_fract_x\n_atom_site_fract_y\n_atom_site_fract_z\n";
     cif::Parser parser;
     const auto reason = [&](const std::string& text) { return parser.parse(text.data(), text.size()); };
     CHECK(reason(head + "Pt 0 0 0\nO 0.5 0.5 0.5\n") == cif::Reason::kNone);
@@ -159,7 +164,8 @@ void test_parser() {
 
 std::string cell(int a) {
     return "data_x\n_cell_length_a " + std::to_string(a) +
-           "\n_cell_length_b 4\n_cell_length_c 4\n_cell_angle_alpha 90\n_cell_angle_beta 90\n_cell_angle_gamma 90\n"
+           "\n_cell_length_b 4\n_cell_length_c 4\n_cell_angle_alpha 90\n_cell_angle_beta "
+           "90\n_cell_angle_gamma 90\n"
            "loop_\n_atom_site_label\n_atom_site_fract_x\n_atom_site_fract_y\n_atom_site_fract_z\n";
 }
 
@@ -169,7 +175,9 @@ void test_extraction() {
     const pvcp::Reads reads = [&](std::string_view text) -> std::size_t {
         return parser.parse(text.data(), text.size()) == cif::Reason::kNone ? parser.n_blocks() : 0;
     };
-    const auto found = [&](std::string_view answer) { return std::string(pvcp::extract_cif(answer, reads, memory)); };
+    const auto found = [&](std::string_view answer) {
+        return std::string(pvcp::extract_cif(answer, reads, memory));
+    };
     const std::string cif = cell(4) + "Pt 0 0 0.5\nCu 0.5 0.5 0.25\n";
     const std::string draft = cell(5) + "Ni 0 0 0.5\n";
     const std::string half = cell(5) + "Ni 0 0\n";
@@ -177,7 +185,8 @@ void test_extraction() {
     CHECK(found("```cif\n" + cif + "```\nDone, it is good.") == cif);
     CHECK(found("<THINK>" + draft + "</Think>" + cif) == cif && found(draft + "\n</think>" + cif) == cif);
     CHECK(found("<|im_start|>assistant\n" + cif + "<|im_end|>\n" + draft) == cif);
-    CHECK(found(cif + "</s>\n") == cif && found(cif + "I hope this helps") == cif && found(cif + "Done.") == cif);
+    CHECK(found(cif + "</s>\n") == cif && found(cif + "I hope this helps") == cif &&
+          found(cif + "Done.") == cif);
     CHECK(found(draft + "Better:\n" + cif) == cif && found(cif + "Again:\n" + half) == cif);
     CHECK(found(half + "Better it is:\n" + cif) == cif && found(half + cif) == cif && found(half) == half);
     CHECK(found("").empty() && found("<think>").empty() && found("no block") == "no block");
@@ -199,7 +208,8 @@ void test_scans() {
         cif::ScanMasks portable;
         CHECK(cif::scan_by("portable", text.data(), text.size(), portable));
         for (std::size_t i = 0; i < text.size(); ++i)
-            CHECK((portable.space[i / 64] >> i % 64 & 1) == cif::is_space(static_cast<unsigned char>(text[i])));
+            CHECK((portable.space[i / 64] >> i % 64 & 1) ==
+                  cif::is_space(static_cast<unsigned char>(text[i])));
         for (const char* level : {"sse2", "avx2", "avx512"}) {
             if (!cif::scan_by(level, text.data(), text.size(), masks)) continue;
             CHECK(masks.space == portable.space && masks.d_starts == portable.d_starts);

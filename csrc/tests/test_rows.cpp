@@ -1,6 +1,6 @@
-// Unit tests of csrc/rows without Python: every instruction set that this machine has against the plain definitions
-// in double precision, in float32 and bfloat16, threads against one thread, to the bit. `make test-so2` builds them
-// with both sanitizers.
+// Unit tests of csrc/rows without Python: every instruction set that this machine has against the plain
+// definitions in double precision, in float32 and bfloat16, threads against one thread, to the bit. `make
+// test-so2` builds them with both sanitizers.
 #include "../rows/rows.h"
 
 #include "check.h"
@@ -40,14 +40,16 @@ Doubles wide(const std::vector<T>& x) {
     return {x.begin(), x.end()};
 }
 
-// Runs f(threads) -> results in every instruction set with one thread and with three; each must be near `exact`.
+// Runs f(threads) -> results in every instruction set with one thread and with three; each must be near
+// `exact`.
 template <class F>
 void everywhere(const std::string& name, const std::vector<Doubles>& exact, const Doubles& bounds, F f) {
     for (const char* set : sets()) {
         use(set);
         const auto found = f(1);
         for (std::size_t i = 0; i < exact.size(); ++i)
-            CHECK(distance(exact[i], found[i]) < bounds[i], name + ", " + set + ", array " + std::to_string(i));
+            CHECK(distance(exact[i], found[i]) < bounds[i],
+                  name + ", " + set + ", array " + std::to_string(i));
         CHECK(found == f(3), name + ", " + set);
     }
 }
@@ -66,29 +68,31 @@ void test_log_softmax(std::int64_t words) {
         const T* z = logits.data() + r * words;
         double sum = 0, mean = 0;
         for (std::int64_t j = 0; j < words; ++j) sum += std::exp(scale * double(z[j]));
-        for (std::int64_t j = 0; j < words; ++j) mean += scale * double(z[j]) * std::exp(scale * double(z[j])) / sum;
+        for (std::int64_t j = 0; j < words; ++j)
+            mean += scale * double(z[j]) * std::exp(scale * double(z[j])) / sum;
         lse.push_back(std::log(sum)), entropy.push_back(lse.back() - mean);
         logprob.push_back(scale * double(z[target[r]]) - lse.back());
         for (std::int64_t j = 0; j < words; ++j) {
             const double p = std::exp(scale * double(z[j])) / sum, log_p = scale * double(z[j]) - lse.back();
             kept.push_back((j == target[r]) - p);
-            gradient.push_back(scale * (grad[r] * kept.back() - grad_entropy[r] * p * (log_p + entropy.back())));
+            gradient.push_back(scale *
+                               (grad[r] * kept.back() - grad_entropy[r] * p * (log_p + entropy.back())));
         }
     }
     const std::string name = "log-softmax of " + std::to_string(words) + (kType<T> ? " in bfloat16" : "");
     everywhere(name, {logprob, lse, entropy, kept}, {2e-6, 2e-6, 2e-5, kBound<T>}, [&](int threads) {
         auto z = logits;
         Floats l(rows), s(rows), e(rows);
-        CHECK(!rows_log_softmax(kType<T>, threads, rows, words, scale, target.data(), z.data(), 1, l.data(), s.data(),
-                                e.data()),
+        CHECK(!rows_log_softmax(kType<T>, threads, rows, words, scale, target.data(), z.data(), 1, l.data(),
+                                s.data(), e.data()),
               name);
         return std::vector<Doubles>{wide(l), wide(s), wide(e), wide(z)};
     });
     const Floats s(lse.begin(), lse.end()), e(entropy.begin(), entropy.end());
     everywhere(name + ", gradient", {gradient}, {10 * kBound<float> + kBound<T>}, [&](int threads) {
         auto z = logits;
-        CHECK(!rows_log_softmax_gradient(kType<T>, threads, rows, words, first, scale, target.data(), s.data(),
-                                         e.data(), grad.data(), grad_entropy.data(), z.data()),
+        CHECK(!rows_log_softmax_gradient(kType<T>, threads, rows, words, first, scale, target.data(),
+                                         s.data(), e.data(), grad.data(), grad_entropy.data(), z.data()),
               name);
         return std::vector<Doubles>{wide(z)};
     });
@@ -119,15 +123,17 @@ void test_rms_norm(std::int64_t width) {
     everywhere(name, {out, inverse}, {kBound<T>, 2e-6}, [&](int threads) {
         std::vector<T> y(rows * width);
         Floats i(rows);
-        CHECK(!rows_rms_norm(kType<T>, threads, rows, width, eps, x.data(), weight.data(), y.data(), i.data()), name);
+        CHECK(
+            !rows_rms_norm(kType<T>, threads, rows, width, eps, x.data(), weight.data(), y.data(), i.data()),
+            name);
         return std::vector<Doubles>{wide(y), wide(i)};
     });
     const Floats i(inverse.begin(), inverse.end());
     everywhere(name + ", gradient", {grad_x, grad_weight}, {kBound<T>, 2e-6}, [&](int threads) {
         std::vector<T> gx(rows * width);
         Floats gw(width);
-        CHECK(!rows_rms_norm_gradient(kType<T>, threads, rows, width, x.data(), weight.data(), i.data(), grad.data(),
-                                      gx.data(), gw.data()),
+        CHECK(!rows_rms_norm_gradient(kType<T>, threads, rows, width, x.data(), weight.data(), i.data(),
+                                      grad.data(), gx.data(), gw.data()),
               name);
         return std::vector<Doubles>{wide(gx), wide(gw)};
     });
@@ -153,8 +159,8 @@ void test_rotate(std::int64_t width) {
                 }
         everywhere("rotation of " + std::to_string(width), {out}, {kBound<T>}, [&](int threads) {
             std::vector<T> y(x.size());
-            CHECK(!rows_rotate(kType<T>, threads, tokens, heads, width, x.data(), cos.data(), sin.data(), transposed,
-                               y.data()),
+            CHECK(!rows_rotate(kType<T>, threads, tokens, heads, width, x.data(), cos.data(), sin.data(),
+                               transposed, y.data()),
                   "rotation");
             return std::vector<Doubles>{wide(y)};
         });
@@ -164,7 +170,8 @@ void test_rotate(std::int64_t width) {
 template <class T>
 void test_swiglu(std::int64_t count) {
     std::mt19937 random(6);
-    const auto gate = normal<T>(random, count, 2), up = normal<T>(random, count), grad = normal<T>(random, count);
+    const auto gate = normal<T>(random, count, 2), up = normal<T>(random, count),
+               grad = normal<T>(random, count);
     Doubles out, grad_gate, grad_up;
     for (std::int64_t i = 0; i < count; ++i) {
         const double g = gate[i], s = 1 / (1 + std::exp(-g));
@@ -176,9 +183,9 @@ void test_swiglu(std::int64_t count) {
     everywhere(name, {out, grad_gate, grad_up}, {kBound<T>, kBound<T>, kBound<T>}, [&](int threads) {
         std::vector<T> y(count), a(count), b(count);
         CHECK(!rows_swiglu(kType<T>, threads, count, gate.data(), up.data(), y.data()), name);
-        CHECK(
-            !rows_swiglu_gradient(kType<T>, threads, count, gate.data(), up.data(), grad.data(), a.data(), b.data()),
-            name);
+        CHECK(!rows_swiglu_gradient(kType<T>, threads, count, gate.data(), up.data(), grad.data(), a.data(),
+                                    b.data()),
+              name);
         return std::vector<Doubles>{wide(y), wide(a), wide(b)};
     });
 }

@@ -1,6 +1,6 @@
-// Unit tests of the CPU kernels without Python: every instruction set that this machine has against the portable one,
-// gradients against differences of the forward pass, threads against one thread, to the bit. `make test-so2` builds
-// them with both sanitizers.
+// Unit tests of the CPU kernels without Python: every instruction set that this machine has against the
+// portable one, gradients against differences of the forward pass, threads against one thread, to the bit.
+// `make test-so2` builds them with both sanitizers.
 #include <algorithm>
 
 #include "../so2/sizes.h"
@@ -18,8 +18,8 @@ struct Case {
     std::vector<int> degrees;  // edges of each target
 };
 
-// A message with random arguments, its outputs and its gradients; every array ends where the next is not, so that the
-// sanitizer sees one step too far.
+// A message with random arguments, its outputs and its gradients; every array ends where the next is not, so
+// that the sanitizer sees one step too far.
 template <class T>
 struct Message {
     so2_message p{};
@@ -71,7 +71,8 @@ struct Message {
         p.source_order = indices[3].data(), p.source_first = indices[4].data();
         p.x = learn(std::size_t(nodes * s.S * s.C), 1, p.grad_x);
         p.edge = learn(edges * s.K, 1, p.grad_edge);
-        p.radial_weight = learn(std::size_t(s.half * 2 * s.C * s.K), 1 / std::sqrt(s.K), p.grad_radial_weight);
+        p.radial_weight =
+            learn(std::size_t(s.half * 2 * s.C * s.K), 1 / std::sqrt(s.K), p.grad_radial_weight);
         p.radial_bias = learn(std::size_t(s.half * 2 * s.C), 1, p.grad_radial_bias);
         if (c.norm) {
             p.norm_weight = learn(s.A, 1, p.grad_norm_weight);
@@ -81,7 +82,8 @@ struct Message {
         for (int m = 0; m <= s.mmax; ++m) {
             const int in = s.pair(m), out = m ? 2 * s.n[m] * s.H : s.extra + s.n[0] * s.H, in2 = s.n[m] * s.H;
             p.conv1[m] = learn(std::size_t(out * in), 1 / std::sqrt(in), p.grad_conv1[m]);
-            p.conv2[m] = learn(std::size_t((m ? 2 : 1) * s.n[m] * s.V * in2), 1 / std::sqrt(in2), p.grad_conv2[m]);
+            p.conv2[m] =
+                learn(std::size_t((m ? 2 : 1) * s.n[m] * s.V * in2), 1 / std::sqrt(in2), p.grad_conv2[m]);
         }
         p.conv1_bias = learn(std::size_t(s.extra + s.n[0] * s.H), 0.3, p.grad_conv1_bias);
         p.conv2_bias = learn(std::size_t(s.n[0] * s.V), 0.3, p.grad_conv2_bias);
@@ -207,7 +209,8 @@ void test_sum(const Case& c) {
             const Rows rows(c.lmax, c.mmax);
             const std::size_t edges = std::size_t(m.p.edges), width = std::size_t(c.heads * c.value);
             so2_sum p{};
-            p.nodes = m.p.nodes, p.edges = m.p.edges, p.dtype = 8, p.threads = 2, p.lmax = c.lmax, p.mmax = c.mmax;
+            p.nodes = m.p.nodes, p.edges = m.p.edges, p.dtype = 8, p.threads = 2, p.lmax = c.lmax,
+            p.mmax = c.mmax;
             p.rows = only_zero ? c.lmax + 1 : rows.M, p.heads = c.heads, p.value = c.value;
             p.target = m.p.target, p.first = m.p.first, p.wigner = m.p.wigner, p.grad_total = m.p.grad_total;
             double *values = m.make(edges * p.rows * width, 1), *attention = m.make(edges * c.heads, 1);
@@ -221,7 +224,8 @@ void test_sum(const Case& c) {
             for (std::size_t i = 0; i < edges * c.heads; ++i)
                 by_attention += attention[i] * static_cast<double*>(p.grad_attention)[i];
             const double bound = 1e-10 * (1 + std::fabs(m.loss()));
-            CHECK(std::fabs(by_values - m.loss()) < bound && std::fabs(by_attention - m.loss()) < bound, c.name);
+            CHECK(std::fabs(by_values - m.loss()) < bound && std::fabs(by_attention - m.loss()) < bound,
+                  c.name);
         }
 }
 

@@ -1,5 +1,5 @@
-// Unit tests of what runs in threads, for the thread sanitizer (`make test-engine`): several callers at once, each
-// with the pool's threads beside it, and forks of the process.
+// Unit tests of what runs in threads, for the thread sanitizer (`make test-engine`): several callers at once,
+// each with the pool's threads beside it, and forks of the process.
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -18,11 +18,14 @@ using namespace catmllm;
 
 namespace {
 
-// A slab of n atoms as models write it, in many spellings: operations, quotes, comments, oxidation states, mistakes.
+// A slab of n atoms as models write it, in many spellings: operations, quotes, comments, oxidation states,
+// mistakes.
 std::string answer(int i) {
     std::string text = i % 3 ? "Here it is:\n```cif\n" : "";
-    text += "data_x\n_cell_length_a " + std::to_string(5 + i % 7) + ".5\n_cell_length_b 6.1(2)\n_cell_length_c 15\n";
-    text += "_cell_angle_alpha 90\n_cell_angle_beta 90\n_cell_angle_gamma " + std::to_string(90 + i % 31) + "\n";
+    text += "data_x\n_cell_length_a " + std::to_string(5 + i % 7) +
+            ".5\n_cell_length_b 6.1(2)\n_cell_length_c 15\n";
+    text +=
+        "_cell_angle_alpha 90\n_cell_angle_beta 90\n_cell_angle_gamma " + std::to_string(90 + i % 31) + "\n";
     if (i % 4 == 0) text += "_space_group_IT_number " + std::to_string(1 + i % 230) + "\n";
     if (i % 4 == 1) text += "loop_\n_symmetry_equiv_pos_as_xyz\nx,y,z\n'-x, -y, z+1/2'\n";
     if (i % 5 == 0) text += "loop_\n_atom_type_symbol\n_atom_type_oxidation_number\nPt0+ 0\nO2- -2\n";
@@ -30,8 +33,9 @@ std::string answer(int i) {
         "loop_\n_atom_site_type_symbol\n_atom_site_label\n_atom_site_fract_x\n_atom_site_fract_y\n"
         "_atom_site_fract_z\n_atom_site_occupancy\n";
     for (int k = 0; k < 20 + i % 50; ++k)
-        text += (k % 3 ? "Pt Pt" : "O O") + std::to_string(k) + " 0." + std::to_string(1 + 37 * k % 97) + " 0." +
-                std::to_string(1 + 53 * k % 89) + " 0." + std::to_string(1 + k) + (i % 11 ? " 1\n" : "\n");
+        text += (k % 3 ? "Pt Pt" : "O O") + std::to_string(k) + " 0." + std::to_string(1 + 37 * k % 97) +
+                " 0." + std::to_string(1 + 53 * k % 89) + " 0." + std::to_string(1 + k) +
+                (i % 11 ? " 1\n" : "\n");
     return text + (i % 3 ? "```\nDone." : "");
 }
 

@@ -1,9 +1,9 @@
 // How a library has each of its functions once for every instruction set.
 //
-// Its `table.h` has a struct Table of pointers to its functions and VECTOR_SETS(Table), inside its namespace. Its
-// `kernels.h` defines `const Table table` in the namespace VECTOR_SET, between begin.h and end.h of this folder. The
-// build compiles avx512.cpp, avx2.cpp and portable.cpp of this folder with that file as VECTOR_KERNELS. chosen() is
-// the table of the set that this machine is to run.
+// Its `table.h` has a struct Table of pointers to its functions and VECTOR_SETS(Table), inside its namespace.
+// Its `kernels.h` defines `const Table table` in the namespace VECTOR_SET, between begin.h and end.h of this
+// folder. The build compiles avx512.cpp, avx2.cpp and portable.cpp of this folder with that file as
+// VECTOR_KERNELS. chosen() is the table of the set that this machine is to run.
 #pragma once
 
 #include "level.h"

@@ -11,9 +11,20 @@ struct Exponential<float> {  // Chebyshev interpolation on ±ln2/2, relative err
 template <>
 struct Exponential<double> {  // 1/k!, relative error 4e-18
     static constexpr double high = 0x1.62e42feep-1, low = 0x1.a39ef35793c76p-33, least = -708, most = 700;
-    static constexpr double factors[] = {
-        1 / 6227020800.0, 1 / 479001600.0, 1 / 39916800.0, 1 / 3628800.0, 1 / 362880.0, 1 / 40320.0, 1 / 5040.0,
-        1 / 720.0,        1 / 120.0,       1 / 24.0,       1 / 6.0,       0.5,          1.0,         1.0};
+    static constexpr double factors[] = {1 / 6227020800.0,
+                                         1 / 479001600.0,
+                                         1 / 39916800.0,
+                                         1 / 3628800.0,
+                                         1 / 362880.0,
+                                         1 / 40320.0,
+                                         1 / 5040.0,
+                                         1 / 720.0,
+                                         1 / 120.0,
+                                         1 / 24.0,
+                                         1 / 6.0,
+                                         0.5,
+                                         1.0,
+                                         1.0};
 };
 
 // exp(x), x first cut to a range in which neither x nor 1 + exp(x) over- or underflows; a NaN stays one.

@@ -1,6 +1,7 @@
-// Vectors of floats and doubles of one instruction set. Included inside a namespace of that set by a library's
-// `kernels.h`, never on its own: VECTOR_LEVEL is 2 (AVX-512), 1 (AVX2 with FMA) or 0 (whatever the compiler makes of
-// 16-byte vectors). Arithmetic is by the compilers' vector extension; what it lacks is here.
+// Vectors of floats and doubles of one instruction set. Included inside a namespace of that set by a
+// library's `kernels.h`, never on its own: VECTOR_LEVEL is 2 (AVX-512), 1 (AVX2 with FMA) or 0 (whatever the
+// compiler makes of 16-byte vectors). Arithmetic is by the compilers' vector extension; what it lacks is
+// here.
 
 // The width of a whole vector, and of one that ends after n lanes.
 struct Full {};
@@ -76,7 +77,8 @@ struct Lanes<float> {
     static Vec at_least(Vec a, Vec limit) { return _mm256_max_ps(limit, a); }
     static Vec round(Vec a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
     static Vec scale(Vec a, Vec n) {
-        const __m256i bits = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
+        const __m256i bits =
+            _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
         return a * _mm256_castsi256_ps(bits);
     }
     static Vec inverse(Vec a) { return all(1) / a; }
@@ -188,4 +190,13 @@ inline T sum_of(Vec<T> v) {
     T total = 0;
     for (int i = 0; i < Lanes<T>::W; ++i) total += v[i];
     return total;
+}
+
+// The same in one instruction where there is one; its order of terms is another.
+inline float whole(Vec<float> v) {
+#if VECTOR_LEVEL == 2
+    return _mm512_reduce_add_ps(v);
+#else
+    return sum_of<float>(v);
+#endif
 }

@@ -16,7 +16,8 @@ void run_tasks(int threads, std::int64_t tasks, void (*body)(void*, std::int64_t
         return;
     }
 #ifdef _OPENMP
-    // OpenMP, since torch's threads are OpenMP's too: a second pool would fight with the first one's waiting threads.
+    // OpenMP, since torch's threads are OpenMP's too: a second pool would fight with the first one's waiting
+    // threads.
     std::int64_t next = 0;
 #pragma omp parallel num_threads(threads)
     {
@@ -35,7 +36,8 @@ void run_tasks(int threads, std::int64_t tasks, void (*body)(void*, std::int64_t
 }
 
 Memory::Memory(std::int64_t bytes)
-    : begin_(static_cast<unsigned char*>(::operator new(std::size_t(bytes), std::align_val_t(64), std::nothrow))),
+    : begin_(static_cast<unsigned char*>(
+          ::operator new(std::size_t(bytes), std::align_val_t(64), std::nothrow))),
       next_(begin_) {}
 
 Memory::~Memory() { ::operator delete(begin_, std::align_val_t(64)); }

@@ -1,5 +1,5 @@
-// What the kernels need of the machine: threads and memory. Kept out of their own files, which are compiled for one
-// instruction set and must not instantiate anything of the standard library that other code shares.
+// What the kernels need of the machine: threads and memory. Kept out of their own files, which are compiled
+// for one instruction set and must not instantiate anything of the standard library that other code shares.
 #pragma once
 #include <cstdint>
 
@@ -11,7 +11,8 @@ void run_tasks(int threads, std::int64_t tasks, void (*body)(void*, std::int64_t
 template <class F>
 void in_parallel(int threads, std::int64_t tasks, F f) {
     run_tasks(
-        threads, tasks, [](void* p, std::int64_t task, int thread) { (*static_cast<F*>(p))(task, thread); }, &f);
+        threads, tasks, [](void* p, std::int64_t task, int thread) { (*static_cast<F*>(p))(task, thread); },
+        &f);
 }
 
 // One block of memory, aligned to a cache line, handed out in pieces; null where there is not enough.
