@@ -43,15 +43,15 @@ from catmllm.structure.system import System
 from catmllm.train.checkpoint import CheckpointError
 from catmllm.train.fused_adam import fused_adam
 from catmllm.train.loop import train
-from catmllm.train.metrics import wandb_module
+from catmllm.train.metrics import KINDS, optional
 from catmllm.train.stage import Context
 from catmllm.train.stop import EXIT_SAVED, Stopped, TrainingError, stop_at_once
 from catmllm.world import DTYPES, World, encoder_dtype, loader_workers, settled, start
 
 # What may be another when a run goes on.
 MENDABLE = (
-    "name", "tensorboard", "wandb", "profile", "threads", "keep_checkpoints", "replicate", "data.workers",
-    "hang_after",
+    "name", "tensorboard", "wandb", "mlflow", "trackio", "profile", "threads", "keep_checkpoints",
+    "replicate", "data.workers", "hang_after",
 )  # fmt: skip
 GENERATES = ("instruct", "grpo", "ga_grpo")  # stages after which sampled CIFs are worth measuring
 
@@ -99,8 +99,9 @@ def run(config: Config) -> int:
         world = start(config)
         config = settled(config, world.device.type)
         stop_at_once()
-        if config.wandb is not None:
-            wandb_module()
+        for name in KINDS:
+            if getattr(config, name) is not None:
+                optional(name)
         if config.optimizer == "apex":
             fused_adam()
         return _run(config, world)

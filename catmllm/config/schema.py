@@ -463,6 +463,12 @@ class GRPOConfig(OptimConfig):
         None, "file.py:function of your own, f(texts, targets) -> rewards; null: PVCP and the adsorbate"
     )
     reward_timeout: float = key(60.0, "an answer whose reward takes longer has none", unit="s", gt=0)
+    show_every: int = key(
+        0,
+        "steps between tables of the main rank's answers (prompt, answer, rewards, advantage) in tables/, "
+        "W&B, MLflow and trackio; 0: none",
+        ge=0,
+    )
     reward_processes: int = key(1, "processes of each rank that run a reward of your own", gt=0)
     reward_memory: float | None = key(None, "address space of each of them; null: no limit", unit="GiB", gt=0)
     vllm: str | None = key(
@@ -612,6 +618,8 @@ class Config:
     )
     tensorboard: bool = key(True, "write every number to the folder tensorboard of out too")
     wandb: str | None = key(None, "project on Weights & Biases; null: off")
+    mlflow: str | None = key(None, "experiment of MLflow, at MLFLOW_TRACKING_URI; null: off")
+    trackio: str | None = key(None, "project of trackio; null: off")
     hang_after: float = key(
         900.0,
         "a part of a step that takes longer ends the run, with a line that names rank and call; 0: never",

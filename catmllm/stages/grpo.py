@@ -85,6 +85,7 @@ class GRPO(Plain):
         self.kin = relatives(self.systems)
         self.skipped = self.unrewarded = 0
         self.rolled: Rolled | None = None
+        self.shown: list[dict[str, Any]] = []  # of the newest answers, where the step is one to be shown
         self.vllm: VLLMEngine | None = None
         self.old: dict[int, torch.Tensor] = {}  # log-probabilities of the sampling policy, by pass
 
@@ -115,6 +116,7 @@ class GRPO(Plain):
 
     def step(self, step: int) -> Step:
         """New rollouts every `updates_per_rollout` steps; the steps between go over the same ones again."""
+        self.shown = []
         if step % self.config.updates_per_rollout == 0 or self.rolled is None:
             self.rolled = self._roll(step)
         prompts, rollouts, advantages, informative, metrics = self.rolled
@@ -122,6 +124,7 @@ class GRPO(Plain):
         work = Step([], metrics | dict.fromkeys((*logged, *(["kl"] if self.config.beta else [])), 0.0))
         self.add_policy(work, prompts, rollouts, advantages, informative)
         self.add_replay(work, step)
+        work.table = self.shown
         return work
 
     def _chosen(
@@ -171,6 +174,8 @@ class GRPO(Plain):
         if "adsorbate" in scored.terms:
             metrics["adsorbates"] = float(np.mean(scored.terms["adsorbate"] > 0))
         self._report(step, prompts, rollouts, scored)
+        if o.show_every and step % o.show_every == 0:
+            self.shown = answer_table(prompts, rollouts, scored, advantages.reshape(-1))
         return prompts, rollouts, advantages.reshape(-1), informative.reshape(-1), metrics
 
     def _round(
@@ -351,6 +356,22 @@ class GRPO(Plain):
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.skipped = state["skipped"]
+
+
+def answer_table(
+    prompts: Sequence[Sample], rollouts: Sequence[Rollout], scored: Scored, advantages: np.ndarray
+) -> list[dict[str, Any]]:
+    """A row an answer: prompt, answer, rewards by term, advantage; None where there is no number."""
+
+    def number(value: float) -> float | None:
+        return float(value) if np.isfinite(value) else None
+
+    return [
+        {"prompt": prompts[r.prompt].prompt, "answer": r.text, "finished": r.finished, "tokens": len(r.ids)}
+        | {"reward": number(scored.total[i]), "advantage": number(advantages[i])}
+        | {name: number(values[i]) for name, values in scored.terms.items()}
+        for i, r in enumerate(rollouts)
+    ]
 
 
 def frozen_outline(model: CatalyticMLLM) -> CatalyticMLLM:

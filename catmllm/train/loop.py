@@ -59,7 +59,8 @@ def _steps(context: Context, stage: Stage, ready: Ready) -> None:
             run.validate(stage.validation)
             run.save()  # where nothing becomes better, the weights stay as they were
         while run.step < optim.steps and not run.enough:
-            row = run.one_step(bool(signals))
+            row, table = run.one_step(bool(signals))
+            log.table(run.step - 1, table)
             if (validation := stage.validation) and validation.due(run.step, optim.steps):
                 row |= run.validate(validation)
             if (run.step - 1) % optim.log_every == 0 or run.step == optim.steps or run.enough:
@@ -111,8 +112,8 @@ class _Run:
         if (found := self.checkpoints.restore(context.model, ready.optimizer)) is not None:
             self._restore(*found)
 
-    def one_step(self, signalled: bool) -> dict[str, float]:
-        """Passes, judgement of the loss, update. Returns what to log."""
+    def one_step(self, signalled: bool) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """Passes, judgement of the loss, update. Returns what to log, and what to show."""
         stage, ready, world, clock = self.stage, self.ready, self.context.world, self.clock
         optim = stage.config
         began = time.perf_counter()
@@ -159,7 +160,7 @@ class _Run:
         row |= {"seconds": elapsed, "prepare_seconds": seconds["data"]}
         if ready.scaler.is_enabled():
             row |= {"skipped_steps": self.skipped}
-        return row
+        return row, work.table
 
     def validate(self, validation: Validation) -> dict[str, float]:
         """Judge the weights on the validation systems; notes whether they are the best so far."""

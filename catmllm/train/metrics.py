@@ -1,9 +1,13 @@
-"""What a run leaves to read while it trains: JSONL, TensorBoard, Weights & Biases, a progress bar."""
+"""What a run leaves to read while it trains: JSONL, TensorBoard, Weights & Biases, MLflow, trackio,
+a progress bar."""
 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,7 +27,7 @@ class StageLog:
     def __init__(
         self, folder: Path, stage: str, first_step: int, steps: int, config: Config, main: bool
     ) -> None:
-        self.main, self.stage = main, stage
+        self.main, self.stage, self.folder = main, stage, folder
         if not main:
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -36,16 +40,7 @@ class StageLog:
             from torch.utils.tensorboard import SummaryWriter
 
             self.board = SummaryWriter(str(folder.parent / "tensorboard" / stage), purge_step=first_step)
-        self.wandb = None
-        if config.wandb is not None:
-            self.wandb = wandb_module().init(
-                project=config.wandb,
-                name=f"{folder.parent.name}/{stage}",
-                group=folder.parent.name,
-                id=hashlib.sha1(str(folder.resolve()).encode()).hexdigest()[:16],
-                resume="allow",
-                config=to_dict(config),
-            )
+        self.trackers = trackers(folder, stage, config)
         self.bar = tqdm(total=steps, initial=first_step, desc=f"{stage:9s}", mininterval=2.0, unit="step")
 
     def row(self, step: int, values: dict[str, Any]) -> None:
@@ -57,8 +52,18 @@ class StageLog:
         if self.board is not None:
             for key, value in values.items():
                 self.board.add_scalar(key, value, step)
-        if self.wandb is not None:
-            self.wandb.log(values, step=step)
+        for tracker in self.trackers:
+            tracker.row(step, values)
+
+    def table(self, step: int, rows: list[dict[str, Any]]) -> None:
+        """Keep a table of what people read, in tables/step-N.jsonl and wherever the numbers go."""
+        if not self.main or not rows:
+            return
+        path = self.folder / "tables" / f"step-{step:07d}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        for tracker in self.trackers:
+            tracker.table(step, rows)
 
     def note(self, text: str | None) -> None:
         """Print beside the bar."""
@@ -81,19 +86,120 @@ class StageLog:
             self.file.close()
             if self.board is not None:
                 self.board.close()
-            if self.wandb is not None:
-                self.wandb.finish(exit_code=0 if kind is None else 1)
+            for tracker in self.trackers:
+                tracker.end(kind is None)
 
 
-def wandb_module() -> Any:
-    """The optional wandb package, or one clear error."""
+class Tracker:
+    """Where a run's numbers and tables go besides its folder; this one is nowhere."""
+
+    def row(self, step: int, values: dict[str, Any]) -> None:
+        """One row of numbers."""
+
+    def table(self, step: int, rows: list[dict[str, Any]]) -> None:
+        """A table of texts and numbers."""
+
+    def end(self, well: bool) -> None:
+        """The stage has ended, well or not."""
+
+
+class WandB(Tracker):
+    def __init__(self, folder: Path, stage: str, config: Config, project: str) -> None:
+        self.module = optional("wandb")
+        self.run = self.module.init(
+            project=project,
+            name=f"{folder.parent.name}/{stage}",
+            group=folder.parent.name,
+            id=run_id(folder),
+            resume="allow",
+            config=to_dict(config),
+        )
+
+    def row(self, step: int, values: dict[str, Any]) -> None:
+        self.run.log(values, step=step)
+
+    def table(self, step: int, rows: list[dict[str, Any]]) -> None:
+        columns = list(rows[0])
+        data = [[row[c] for c in columns] for row in rows]
+        self.run.log({"answers": self.module.Table(columns=columns, data=data)}, step=step)
+
+    def end(self, well: bool) -> None:
+        self.run.finish(exit_code=0 if well else 1)
+
+
+class MLflow(Tracker):
+    """Where is for MLflow to know: MLFLOW_TRACKING_URI, or ./mlruns."""
+
+    def __init__(self, folder: Path, stage: str, config: Config, experiment: str) -> None:
+        self.module = optional("mlflow", "mlflow-skinny")
+        self.client = self.module.MlflowClient()
+        found = self.client.get_experiment_by_name(experiment)
+        where = found.experiment_id if found else self.client.create_experiment(experiment)
+        known = self.client.search_runs([where], f"tags.catmllm = '{run_id(folder)}'", max_results=1)
+        if known:  # a stage that goes on
+            self.id = known[0].info.run_id
+            self.client.set_terminated(self.id, "RUNNING")
+        else:
+            name = f"{folder.parent.name}/{stage}"
+            made = self.client.create_run(where, run_name=name, tags={"catmllm": run_id(folder)})
+            self.id = made.info.run_id
+            self.client.log_dict(self.id, to_dict(config), "config.json")
+
+    def row(self, step: int, values: dict[str, Any]) -> None:
+        from mlflow.entities import Metric
+
+        now = int(1000 * time.time())
+        self.client.log_batch(self.id, [Metric(k, float(v), now, step) for k, v in values.items()])
+
+    def table(self, step: int, rows: list[dict[str, Any]]) -> None:
+        self.client.log_dict(self.id, rows, f"answers/step-{step:07d}.json")
+
+    def end(self, well: bool) -> None:
+        self.client.set_terminated(self.id, "FINISHED" if well else "FAILED")
+
+
+class Trackio(Tracker):
+    def __init__(self, folder: Path, stage: str, config: Config, project: str) -> None:
+        self.module = optional("trackio")
+        name = f"{folder.parent.name}-{stage}-{run_id(folder)[:6]}"
+        self.module.init(project=project, name=name, config=to_dict(config), resume="allow")
+
+    def row(self, step: int, values: dict[str, Any]) -> None:
+        self.module.log(values, step=step)
+
+    def table(self, step: int, rows: list[dict[str, Any]]) -> None:
+        import pandas
+
+        self.module.log({"answers": self.module.Table(dataframe=pandas.DataFrame(rows))}, step=step)
+
+    def end(self, well: bool) -> None:
+        self.module.finish()
+
+
+KINDS: dict[str, Callable[[Path, str, Config, str], Tracker]] = {
+    "wandb": WandB, "mlflow": MLflow, "trackio": Trackio,
+}  # fmt: skip
+
+
+def trackers(folder: Path, stage: str, config: Config) -> list[Tracker]:
+    """Those that the configuration names."""
+    named = {key: getattr(config, key) for key in KINDS}
+    return [KINDS[key](folder, stage, config, where) for key, where in named.items() if where is not None]
+
+
+def run_id(folder: Path) -> str:
+    """A name that a stage keeps when it goes on."""
+    return hashlib.sha1(str(folder.resolve()).encode()).hexdigest()[:16]
+
+
+def optional(name: str, package: str | None = None) -> Any:
+    """An optional package, or one clear error."""
     try:
-        import wandb
+        return importlib.import_module(name)
     except ModuleNotFoundError as error:
         raise ValueError(
-            "`wandb` is set, but the package is missing: pip install wandb, or leave it out"
+            f"`{name}` is set, but the package is missing: pip install {package or name}, or leave it out"
         ) from error
-    return wandb
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

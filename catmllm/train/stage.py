@@ -57,6 +57,7 @@ class Step:
 
     passes: list[MicroBatch]
     metrics: Metrics = field(default_factory=dict)
+    table: list[dict[str, Any]] = field(default_factory=list)  # for people to read, a row an answer
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from catmllm.config import Config
 from catmllm.stages.align import Align
 from catmllm.stages.joint import Joint
 from catmllm.train.loop import train
-from catmllm.train.metrics import StageLog, wandb_module
+from catmllm.train.metrics import StageLog, optional
 from catmllm.train.throughput import PHASES, ModelFlops, phase_rows
 from tests.contexts import MakeContext, small
 
@@ -83,7 +84,7 @@ def test_a_frozen_llm_is_not_credited_with_training(make_context: MakeContext) -
 def test_wandb_without_its_package_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match="pip install wandb"):
-        wandb_module()
+        optional("wandb")
 
 
 def test_wandb_gets_every_row(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,8 +103,45 @@ def test_wandb_gets_every_row(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setitem(sys.modules, "wandb", type(sys)("wandb"))
     monkeypatch.setattr(sys.modules["wandb"], "init", init, raising=False)
+    monkeypatch.setattr(sys.modules["wandb"], "Table", dict, raising=False)
     config = Config(tensorboard=False, wandb="catalysts")
     with StageLog(tmp_path / "run" / "joint", "joint", 0, 2, config, True) as log:
         log.row(0, {"loss": 1.0})
+        log.table(0, [{"prompt": "x", "reward": 1.5}])
     assert seen[0]["project"] == "catalysts" and seen[0]["resume"] == "allow"
-    assert seen[1:] == [(0, {"loss": 1.0}), 0]
+    table = {"columns": ["prompt", "reward"], "data": [["x", 1.5]]}
+    assert seen[1:] == [(0, {"loss": 1.0}), (0, {"answers": table}), 0]
+
+
+def test_mlflow_keeps_rows_tables_and_the_run_that_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.chdir(tmp_path)
+    mlflow.set_tracking_uri((tmp_path / "mlruns").as_uri())
+    config = Config(tensorboard=False, mlflow="catalysts")
+    for first in (0, 2):  # the second goes on where the first ended
+        with StageLog(tmp_path / "run" / "joint", "joint", first, 4, config, True) as log:
+            for step in range(first, first + 2):
+                log.row(step, {"loss": 1.0 / (1 + step)})
+            log.table(first, [{"prompt": "x", "reward": 1.5}])
+    client = mlflow.MlflowClient()
+    where = client.get_experiment_by_name("catalysts").experiment_id
+    (run,) = client.search_runs([where])
+    history = client.get_metric_history(run.info.run_id, "loss")
+    assert [(m.step, m.value) for m in history] == [(k, 1.0 / (1 + k)) for k in range(4)]
+    assert run.info.status == "FINISHED"
+    names = [f.path for f in client.list_artifacts(run.info.run_id, "answers")]
+    assert names == ["answers/step-0000000.json", "answers/step-0000002.json"]
+
+
+def test_trackio_keeps_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    trackio = pytest.importorskip("trackio")
+    config = Config(tensorboard=False, trackio="catalysts")
+    with StageLog(tmp_path / "run" / "joint", "joint", 0, 4, config, True) as log:
+        log.row(0, {"loss": 1.0})
+        log.row(1, {"loss": 0.5})
+    (run,) = trackio.Api().runs("catalysts")
+    assert run.name.startswith("run-joint-")

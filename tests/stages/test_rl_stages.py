@@ -413,3 +413,23 @@ def test_a_reward_of_ones_own_trains(context: Context, tmp_path: Path) -> None:
     assert row["reward"] > 10 and row["unrewarded"] == 0
     assert not torch.equal(state["llm.lm_head.weight"], before)
     assert stage.own.workers[0].process.returncode is not None  # type: ignore[attr-defined]
+
+
+def test_a_table_of_answers_is_kept_every_other_step(context: Context) -> None:
+    o = context.config.grpo
+    o.show_every, o.steps = 2, 3
+
+    def make(c: Context) -> GRPO:
+        stage = GRPO(c)
+        stage.reward = TokenReward().score
+        return stage
+
+    train(make, context)
+    found = sorted((context.folder / "tables").iterdir())
+    assert [p.name for p in found] == ["step-0000000.jsonl", "step-0000002.jsonl"]
+    rows = [json.loads(line) for line in found[1].read_text().splitlines()]
+    assert len(rows) == 9 and {"prompt", "answer", "reward", "advantage", "comp", "finished"} <= set(rows[0])
+    groups = np.array([row["advantage"] for row in rows]).reshape(3, 3)
+    np.testing.assert_allclose(groups.mean(1), 0.0, atol=1e-9)
+    order = np.array([row["reward"] for row in rows]).reshape(3, 3).argsort(1)
+    assert (order == groups.argsort(1)).all()
