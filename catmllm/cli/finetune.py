@@ -12,6 +12,7 @@ from catmllm.cli.trained import best_stage
 
 if TYPE_CHECKING:
     from catmllm.config import Config
+    from catmllm.structure.system import System
 
 HELP = "a trained model on structures and energies of your own"
 
@@ -36,6 +37,12 @@ def options(parser: argparse.ArgumentParser) -> None:
         "--learning-curve",
         action="store_true",
         help="also train on an eighth, a quarter and a half of the training systems",
+    )
+    parser.add_argument(
+        "--leave-one-out",
+        choices=("metal", "adsorbate", "formula"),
+        metavar="BY",
+        help="a run for each metal, adsorbate or formula, which that run has never seen and is tested on",
     )
     parser.add_argument(
         "--set",
@@ -65,16 +72,40 @@ def run(args: argparse.Namespace) -> int:
             f"the model's zero of energy is {domain.reference or 'not said'}, the data's is "
             f"{said or 'not said'}: the new model predicts on the data's"
         )
+    if args.leave_one_out:
+        return _leave_one_out(args, folder, out, config)
     shares = [int(n * share) for share in CURVE] if args.learning_curve else []
     for some in [s for s in shares if s >= 8]:
-        folder_of = out / "curve" / str(some)
         changes = [*args.changes, f"data.train_systems={some}"]
-        if status := run(configured(folder, args.data, folder_of, changes, some)):
+        if status := run(configured(folder, args.data, out / "curve" / str(some), changes, some)):
             return status
     status = run(configured(folder, args.data, out, args.changes, n))
     if not status and args.learning_curve:
-        print("\n".join(["", "training systems   test MAE (eV), text and graph", *curve(out, n)]))
+        sizes = [s for s in shares if s >= 8]
+        folders = [out / "curve" / str(s) for s in sizes]
+        print(_errors("training systems", [f"{s:,}" for s in (*sizes, n)], [*folders, out]))
     return status
+
+
+def _leave_one_out(args: argparse.Namespace, folder: Path, out: Path, config: Config) -> int:
+    """A run for each name of the kind, held out; then the errors of all."""
+    from catmllm.data.open import open_data
+    from catmllm.pipeline import run
+
+    def of(system: System) -> list[str]:
+        kinds = {"metal": [*system.slab_counts], "adsorbate": [system.adsorbate], "formula": [system.bulk]}
+        return kinds[by]
+
+    by = args.leave_one_out
+    systems = [s for part in open_data(config.data).values() for s in part]
+    names = sorted({name for s in systems for name in of(s)})
+    for name in names:
+        n = sum(name not in of(s) for s in systems)
+        changes = [*args.changes, f"data.split_by={by}", f'data.hold_out=["{name}"]']
+        if status := run(configured(folder, args.data, out / f"without-{name}", changes, n)):
+            return status
+    print(_errors(f"{by} left out", names, [out / f"without-{name}" for name in names]))
+    return 0
 
 
 def configured(folder: Path, data: Path, out: Path, changes: list[str], n: int = LEAST) -> Config:
@@ -102,11 +133,14 @@ def configured(folder: Path, data: Path, out: Path, changes: list[str], n: int =
         return load_config([saved], changes)
 
 
-def curve(out: Path, n: int) -> list[str]:
-    """Lines of the learning curve."""
-    lines = []
-    folders = sorted((out / "curve").glob("*"), key=lambda f: int(f.name)) if (out / "curve").is_dir() else []
-    for size, folder in [*((int(f.name), f) for f in folders), (n, out)]:
+def _errors(title: str, names: list[str], folders: list[Path]) -> str:
+    """A table of the test errors of runs, beside the mean of the adsorbate and the model as it was."""
+    lines = ["", f"{title:>18}   test MAE (eV): fine-tuned, as it was, mean per adsorbate"]
+    for name, folder in zip(names, folders):
         metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-        lines.append(f"{size:16,}   {metrics['property']['joint']['both']['mae']:.3f}")
-    return lines
+        found = [metrics["property"]["joint"]["both"]["mae"]]
+        found += [
+            metrics["baselines"].get(k, {}).get("mae", float("nan")) for k in ("zero_shot", "adsorbate_mean")
+        ]
+        lines.append(f"{name:>18}   " + "  ".join(f"{value:.3f}" for value in found))
+    return "\n".join(lines)

@@ -263,3 +263,37 @@ def test_evaluate_on_structures_of_ones_own(
     truth = {r["sid"]: r["energy"] for r in map(json.loads, lines) if r.get("ok", True)}
     error = np.mean([abs(predicted[sid] - energy) for sid, energy in truth.items()])
     assert f"both: n {len(truth)}, MAE {error:.3f} eV" in said
+
+
+def test_finetune_leaves_out_each_metal_and_draws_a_learning_curve(
+    unbroken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The runs that are asked of the pipeline, and a table of what they found."""
+    import catmllm.pipeline
+    from catmllm.config import Config
+    from catmllm.data.shards import write_shards
+
+    systems = [s for s in load_slabs()[::6] if {"Pt", "Cu", "Ni"} >= set(s.slab_counts)]
+    write_shards(tmp_path / "mine", systems)
+    asked: list[Config] = []
+
+    def run(config: Config) -> int:
+        asked.append(config)
+        Path(config.out).mkdir(parents=True, exist_ok=True)
+        found = {"property": {"joint": {"both": {"mae": 0.125 * len(asked)}}}, "baselines": {}}
+        (Path(config.out) / "metrics.json").write_text(json.dumps(found))
+        return 0
+
+    monkeypatch.setattr(catmllm.pipeline, "run", run)
+    command = ["finetune", str(unbroken), "--data", str(tmp_path / "mine"), "--out", str(tmp_path / "out")]
+    assert main([*command, "--leave-one-out", "metal"]) == 0
+    assert [(c.data.split_by, c.data.hold_out) for c in asked] == [
+        ("metal", (m,)) for m in ("Cu", "Ni", "Pt")
+    ]
+    table = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in table[-3:]] == [["Cu", "0.125"], ["Ni", "0.250"], ["Pt", "0.375"]]
+    asked.clear()
+    assert main([*command, "--learning-curve"]) == 0
+    sizes = [c.data.train_systems for c in asked]
+    assert sizes[-1] is None and sizes[:-1] == sorted(s for s in sizes if s) and len(sizes) >= 2
+    assert len(capsys.readouterr().out.splitlines()) >= len(sizes) + 1

@@ -106,6 +106,13 @@ def test_both_generations_of_lmdb(tmp_path: Path) -> None:
     assert old.identity == new.identity == "CO</s>Pt12 (1 1 1)"
 
 
+def test_test_records_without_labels_are_read_for_prediction(tmp_path: Path) -> None:
+    atoms = made.slab(tags="OC20")
+    record = {"pos": atoms.positions, "cell": atoms.cell[:], "atomic_numbers": atoms.numbers, "sid": 12}
+    path = made.write_lmdb(tmp_path / "test.lmdb", [record | {"tags": atoms.get_tags()}])
+    assert one(path, labelled=False).sid == "random12" and refusal(path).startswith("no energy")
+
+
 def test_pickled_atoms_are_refused_with_what_to_do(tmp_path: Path) -> None:
     import lmdb
 
@@ -506,13 +513,20 @@ def _lmdb(path: Path, atoms: Atoms) -> Path:
     return made.write_lmdb(path.with_suffix(".lmdb"), [record])
 
 
+def _aselmdb(path: Path, atoms: Atoms) -> Path:
+    pytest.importorskip("ase_db_backends")
+    with ase.db.connect(str(path.with_suffix(".aselmdb")), type="aselmdb") as database:
+        database.write(atoms)
+    return path.with_suffix(".aselmdb")
+
+
 # The least precise number that a format writes, as a position in Å: extxyz has 8 decimals, CIF 5 of a
 # fraction of an edge of at most 30 Å, the others 16 digits.
 FORMATS: dict[str, tuple[Writer, float]] = {
     "extxyz": (_by(".extxyz"), 1e-7), "traj": (_by(".traj"), 1e-9), "db": (_by(".db"), 1e-9),
     "ase json": (_by(".json"), 1e-9), "vasp": (_by(".vasp"), 1e-9), "cif": (_by(".cif"), 3e-4),
     "pymatgen": (_pymatgen, 1e-9), "jsonl": (_jsonl, 1e-9), "csv": (_csv, 1e-9), "parquet": (_parquet, 1e-9),
-    "lmdb": (_lmdb, 1e-9),
+    "lmdb": (_lmdb, 1e-9), "aselmdb": (_aselmdb, 1e-9),
 }  # fmt: skip
 
 
