@@ -273,7 +273,11 @@ class EncoderStageConfig(SupervisedConfig):
     warmup: int = 30
     min_lr_ratio: float = 0.02
     frames: float = key(
-        0.4, "share of samples that stand between the start of their relaxation and its end", ge=0, le=1
+        0.5,
+        "share of samples that stand at the start of their relaxation (half of these) or on the way "
+        "to its end",
+        ge=0,
+        le=1,
     )
     position_noise: float = key(0.02, "Gaussian noise on the atoms", unit="Å", ge=0)
 
@@ -321,10 +325,13 @@ class MixedConfig(SupervisedConfig):
         0.7, "share of property samples in a batch; the rest are CIF and design samples", ge=0, le=1
     )
     drop_text: float = key(0.1, "share of property prompts with the graph only", ge=0, le=1)
-    drop_graph: float = key(0.1, "share of property prompts with the text only", ge=0, le=1)
+    drop_graph: float = key(
+        0.5, "share of property prompts with the text only, which alone train its read-out", ge=0, le=1
+    )
     frames: float = key(
         0.4,
-        "share of property samples that stand between the start of their relaxation and its end",
+        "share of property samples that stand at the start of their relaxation (half of these) or on the way "
+        "to its end",
         ge=0,
         le=1,
     )
@@ -355,8 +362,6 @@ class InstructConfig(MixedConfig):
     design_share: float = key(
         0.45, "share of design samples in a batch; those left are CIF samples", ge=0, le=1
     )
-    drop_text: float = 0.2
-    drop_graph: float = 0.2
 
 
 @section

@@ -19,6 +19,7 @@ from catmllm.config import ConfigError, DataConfig
 from catmllm.data.images import IMAGE_PAD, TOKENS, VISION_END, VISION_START, mrope_positions, render
 from catmllm.data.prompts import ENERGY, GRAPH, Sample
 from catmllm.seeds import Key, generator
+from catmllm.structure.descriptors import surroundings
 from catmllm.structure.elements import SYMBOLS
 from catmllm.structure.graph import neighbour_graphs
 from catmllm.structure.system import System
@@ -33,7 +34,8 @@ class GraphBatch:
     """Several periodic neighbour graphs side by side.
 
     numbers [N] int64, edge_index [2, E] int64 (source, target; sorted by target), edge_vec [E, 3] float32 Å,
-    batch [N] int64 (system of each atom), n_systems.
+    batch [N] int64 (system of each atom), n_systems. local [n_systems, SURROUNDINGS] float32: what is around
+    the adsorbates (`structure/descriptors.py`), for the energy head; None in what only the encoder reads.
     """
 
     numbers: torch.Tensor
@@ -41,6 +43,7 @@ class GraphBatch:
     edge_vec: torch.Tensor
     batch: torch.Tensor
     n_systems: int
+    local: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> GraphBatch:
         return each_tensor(self, lambda t: t.to(device, non_blocking=True))
@@ -207,6 +210,7 @@ class Collator:
             torch.from_numpy(graph.edge_vec.astype(np.float32)),
             torch.from_numpy(np.repeat(np.arange(len(systems)), [len(s.numbers) for s in systems])),
             len(systems),
+            torch.from_numpy(np.array([surroundings(s) for s in systems], dtype=np.float32)),
         )
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:

@@ -20,6 +20,7 @@ from catmllm.models.encoder_graphs import EncoderGraphs
 from catmllm.models.energy_head import EnergyHead
 from catmllm.models.equiformer_v2 import EquiformerV2
 from catmllm.models.projector import Projector
+from catmllm.structure.descriptors import SURROUNDINGS
 from catmllm_kernels.linear_logprob import Allowed, LogProbs, allowed_logprobs, linear_logprobs
 
 P = ParamSpec("P")
@@ -161,12 +162,14 @@ class CatalyticMLLM(nn.Module):
         query = self.query_states(hidden, batch).to(head.text.weight.dtype)
         if features is None or batch.graph is None:
             read, sample = query.new_zeros(0, self.projector.linear.in_features), batch.sample.new_zeros(0)
+            local = query.new_zeros(0, SURROUNDINGS)
         else:
             read, sample = self._by_system(features, batch.graph), batch.sample[batch.graph_at]
+            local = surroundings_of(batch.graph)
             if self.projector.mode == "atoms":
                 first = torch.arange(len(read), device=sample.device)
                 sample = sample[torch.searchsorted(batch.graph.batch, first)]
-        value = head(read.to(query.dtype), query, sample)
+        value = head(read.to(query.dtype), local, query, sample)
         return torch.where(batch.energy_at >= 0, value, torch.nan)
 
     def _by_system(self, rows: torch.Tensor, graph: GraphBatch) -> torch.Tensor:
@@ -223,7 +226,7 @@ class CatalyticMLLM(nn.Module):
         """Standardised energies [n_systems] by the encoder and the head's graph part;
         the LLM does not run."""
         features = self._by_system(self.features(graph), graph)
-        return (self.energy_head(features.to(self.energy_head.text.weight.dtype)),)
+        return (self.energy_head(features.to(self.energy_head.text.weight.dtype), surroundings_of(graph)),)
 
     def head(
         self,
@@ -284,6 +287,13 @@ class CatalyticMLLM(nn.Module):
             **bounds,
             **longest,
         ).last_hidden_state[0]
+
+
+def surroundings_of(graph: GraphBatch) -> torch.Tensor:
+    """What is around the adsorbates of a batch, which the energy head reads."""
+    if graph.local is None:
+        raise ValueError("these structures were made for the encoder alone; energies need `Collator.graphs`")
+    return graph.local
 
 
 def segment_mean(x: torch.Tensor, batch: torch.Tensor, n: int) -> torch.Tensor:

@@ -10,22 +10,28 @@ keeps to the pattern; text that must come is spelled as the tokenizer spells it,
 from __future__ import annotations
 
 import functools
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from catmllm.data.prompts import CIF_ANSWER, DESIGN_ANSWER
 from catmllm.structure.cif import cif_pattern
-from catmllm.structure.formula import parse_identity
+from catmllm.structure.formula import parse_formula, parse_identity
+from catmllm.structure.placing import Growing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 VIEW = 3  # parts of a pattern by which sets are shared: hardly a token spans more
 AHEAD = 12  # characters behind a choice on which a tokenizer's spelling of what comes before may depend
+
+_FRACTION = re.compile(r" 0\.[0-9]+")
 
 # A place in a pattern: the part it stands in, what of that part has been written, and how often each element
 # is still to come. Equal places allow equal tokens.
@@ -43,6 +49,9 @@ class Pattern:
     symbols: tuple[str, ...]
     counts: tuple[int, ...]
     decimals: int
+    slab: int = (
+        0  # elements of the slab, whose rows come before those of the adsorbate's elements behind them
+    )
 
     @property
     def start(self) -> Place:
@@ -62,7 +71,7 @@ class Pattern:
         elif kind == "text" or len(rows := self._rows(rest[0], written, left)) == 1:
             ahead[0], written = ("text", (rest[0] if kind == "text" else rows[0])[len(written) :]), ""
         if any(p[0] == "site" for p in ahead):
-            return *ahead, written, tuple(s for s, n in zip(self.symbols, left) if n), self.decimals
+            return *ahead, written, tuple(self.symbols[k] for k in self._next(left)), self.decimals
         return *ahead, written, self.decimals
 
     def step(self, place: Place, char: str) -> Place | None:
@@ -111,9 +120,14 @@ class Pattern:
             ahead = list(self.follow(place))
         return text, ahead
 
+    def _next(self, left: tuple[int, ...]) -> list[int]:
+        """Which elements the next row may be of, by how often each is still to come."""
+        slab = [k for k, n in enumerate(left[: self.slab]) if n]
+        return slab or [k for k, n in enumerate(left) if n]
+
     def _rows(self, index: int, written: str, left: tuple[int, ...]) -> list[str]:
         """How a site row may begin, by the elements that are still to come and what of it is written."""
-        rows = [f"{s} {s}{index} 1 " for s, n in zip(self.symbols, left) if n]
+        rows = [f"{s} {s}{index} 1 " for s in (self.symbols[k] for k in self._next(left))]
         return [row for row in rows if row.startswith(written)]
 
     def _number(self, written: str, digits: int, fraction: bool) -> tuple[bool, bool]:
@@ -128,11 +142,11 @@ class Pattern:
 
     def _site(self, part: int, written: str, left: tuple[int, ...], index: int) -> Place | None:
         """A row's `Pd Pd7 1 `: the symbol is free among those still to come, the rest follows from it."""
-        for k, (symbol, n) in enumerate(zip(self.symbols, left)):
-            row = f"{symbol} {symbol}{index} 1 "
-            if n and row.startswith(written):
+        for k in self._next(left):
+            row = f"{self.symbols[k]} {self.symbols[k]}{index} 1 "
+            if row.startswith(written):
                 if row == written:
-                    return part + 1, "", (*left[:k], n - 1, *left[k + 1 :])
+                    return part + 1, "", (*left[:k], left[k] - 1, *left[k + 1 :])
                 return part, written, left
         return None
 
@@ -140,7 +154,10 @@ class Pattern:
 def answer_pattern(identity: str, target: Mapping[str, int], design: bool, decimals: int = 3) -> Pattern:
     """The answers to the CIF prompt, or the design prompt,
     of a system that hold `target` atoms of each element."""
-    parse_identity(identity)  # a broken one is an error here
+    adsorbate = parse_formula(parse_identity(identity).adsorbate)
+    slab = {s: n - adsorbate.get(s, 0) for s, n in target.items()}
+    if any(n < 0 for n in slab.values()) or not adsorbate.keys() <= target.keys():
+        raise ValueError(f"{identity!r} has more of its adsorbate's elements than {dict(target)}")
     before, after = (DESIGN_ANSWER if design else CIF_ANSWER).split("{cif}")
     symbols, parts = cif_pattern(identity, target, decimals)
     whole: list[tuple] = []
@@ -149,7 +166,9 @@ def answer_pattern(identity: str, target: Mapping[str, int], design: bool, decim
             whole[-1] = ("text", whole[-1][1] + part[1])
         elif part != ("text", ""):
             whole.append(part)
-    return Pattern(tuple(whole), symbols, tuple(target[s] for s in symbols), decimals)
+    of_slab, on_it = [s for s in symbols if slab[s]], [s for s in symbols if s in adsorbate]
+    counts = *(slab[s] for s in of_slab), *(adsorbate[s] for s in on_it)
+    return Pattern(tuple(whole), (*of_slab, *on_it), counts, decimals, len(of_slab))
 
 
 @functools.lru_cache(maxsize=2)
@@ -180,6 +199,9 @@ class Grammar:
         self._allowed: dict[tuple, torch.Tensor] = {}
         self._sets: dict[tuple[int, ...], torch.Tensor] = {}
         self._walked: dict[tuple, torch.Tensor] = {}  # by no more parts than were looked at
+        self._values: dict[
+            tuple[int, int], tuple[torch.Tensor, NDArray[np.float64] | None]
+        ] = {}  # by a set's number
         self._spelled: dict[str, torch.Tensor] = {}  # the token with which a text begins
 
     def allowed(self, pattern: Pattern, place: Place) -> torch.Tensor:
@@ -229,6 +251,16 @@ class Grammar:
         if reach <= VIEW:
             self._walked[pattern.view(place, reach)] = found
         return found, reach
+
+    def fractions(self, tokens: torch.Tensor, decimals: int) -> NDArray[np.float64] | None:
+        """What a set of tokens says, [n], where each is a whole coordinate; None for other sets."""
+        key = id(tokens), decimals
+        if key not in self._values:
+            texts = [self.text[t] for t in tokens.tolist()]
+            whole = len(texts) > 1 and all(len(t) == 3 + decimals and _FRACTION.fullmatch(t) for t in texts)
+            # with the set itself, whose number is then no other's
+            self._values[key] = tokens, np.array([float(t) for t in texts]) if whole else None
+        return self._values[key][1]
 
     def _first(self, text: str) -> int:
         """The first token of a text as the tokenizer writes it."""
@@ -292,6 +324,17 @@ class Walk:
         first = {id(p): self._forced(p, p.start, longest - 1) for p in patterns}
         self.begun = [first[id(p)][0] for p in patterns]
         self._at = [first[id(p)][1] for p in patterns]
+        self._growing = [self._grown(p, b) for p, b in zip(patterns, self.begun)]
+
+    def _grown(self, pattern: Pattern, begun: list[int]) -> Growing | None:
+        """The structure of an answer that these tokens begin; None for a pattern without a slab."""
+        if not pattern.slab:
+            return None
+        part = slice(pattern.slab, None)
+        adsorbate: dict[str, int] = dict(zip(pattern.symbols[part], pattern.counts[part]))
+        growing = Growing(sum(pattern.counts[: pattern.slab]), adsorbate)
+        growing.read("".join(self.grammar.text[t] for t in begun))
+        return growing
 
     def _forced(self, pattern: Pattern, place: Place, most: int = sys.maxsize) -> Run:
         """The tokens, at most so many, that are forced from a place on, and the node behind them."""
@@ -304,8 +347,14 @@ class Walk:
         return tokens, Node(place, allowed)
 
     def allowed(self, row: int) -> torch.Tensor:
-        """The tokens [n] that may come next in an answer."""
-        return self._at[row].allowed
+        """The tokens [n] that may come next in an answer: of coordinates those that keep its atoms apart and
+        its adsorbate whole and on the surface, where there are any."""
+        found, growing = self._at[row].allowed, self._growing[row]
+        fractions = self.grammar.fractions(found, self.patterns[row].decimals)
+        if growing is None or fractions is None:
+            return found
+        free = growing.free(fractions)
+        return found if free is None else found[torch.from_numpy(free)]
 
     def take(self, row: int, token: int) -> list[int]:
         """Move an answer past a token and what it forces; returns all of these tokens, the end's included."""
@@ -320,4 +369,7 @@ class Walk:
                 runs[place] = run + [end] * pattern.ended(there.place), there
             node.behind[token] = runs[place]
         run, self._at[row] = node.behind[token]
+        growing = self._growing[row]
+        if growing is not None:
+            growing.read("".join(self.grammar.text[t] for t in (token, *run)))
         return [token, *run]

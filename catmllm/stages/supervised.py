@@ -17,11 +17,13 @@ from catmllm.data.loader import Loader, Windows
 from catmllm.data.prompts import Sample, cif_sample, design_sample, draw_words, jitter, property_sample
 from catmllm.models.catalytic_mllm import CatalyticMLLM, counts
 from catmllm.seeds import Key, Stream, generator
+from catmllm.structure.descriptors import surroundings
 from catmllm.structure.system import System
 from catmllm.train.stage import Context, Metrics, MicroBatch, Plain, Step, Validation
 from catmllm.train.stop import TrainingError
 from catmllm.world import loader_workers
 
+DESCRIBED = 4000  # training systems at most by which surroundings are scaled
 VISUAL = "llm.model.visual."  # the image tower's parameters
 
 
@@ -35,20 +37,30 @@ def relatives(systems: Sequence[System]) -> list[list[int]]:
 
 
 def standardise(context: Context) -> None:
-    """Take mean and deviation of the training energies as the scale of energies, where the model has none
-    yet. One that has been trained on energies keeps its own, or its predictions would jump."""
+    """Take mean and deviation of the training energies as the scale of energies, and those of the structures'
+    surroundings as theirs, where the model has none yet. One that has been trained on energies keeps its own,
+    or its predictions would jump."""
     model = context.model
     energies = torch.tensor([s.known_energy for s in context.data["train"]])
     new = (model.energy_std == 1) & (model.energy_mean == 0)
     model.energy_mean.copy_(torch.where(new, energies.mean(), model.energy_mean))
     model.energy_std.copy_(torch.where(new, energies.std(), model.energy_std))
+    head, train = model.energy_head, context.data["train"]
+    if bool((head.deviation == 1).all()):
+        some = [train[i] for i in range(0, len(train), -(-len(train) // DESCRIBED))]
+        local = np.array([surroundings(s) for s in some])
+        deviation = local.std(0)
+        # what hardly varies in training would be all there is of a structure in which it does
+        head.deviation.copy_(torch.from_numpy(np.maximum(deviation, 0.02 * deviation.max() or 1.0)))
+        head.centre.copy_(torch.from_numpy(local.mean(0)))
 
 
 def some_frame(system: System, rng: np.random.Generator, share: float) -> System:
-    """With the chance `share` the system somewhere between its start and its relaxed structure."""
+    """With the chance `share` the system at the start of its relaxation
+    or, as often, on the way from there."""
     if share == 0.0 or system.start is None or rng.random() >= share:
         return system
-    return system.frame(rng.random())
+    return system.frame(max(0.0, 2.0 * rng.random() - 1.0))
 
 
 def property_with_dropout(

@@ -46,10 +46,10 @@ _GAS = {
 _OTHER = (0.80, 1.05)
 # Nearest slab-slab and adsorbate-slab pairs, in sums of the covalent radii.
 # Least in the shipped systems: 0.854, 0.765.
-_SLAB_PAIR, _ADSORBATE_PAIR = 0.72, 0.65
+SLAB_PAIR, ADSORBATE_PAIR = 0.72, 0.65
 # sums of the covalent radii: an adsorbate without a slab atom this near is not adsorbed (most: 1.36)
-_REACH = 1.45
-_LOWEST = -0.8  # Å over the mean surface atom; an adsorbate whose lowest atom is deeper is inside the slab
+REACH = 1.45
+LOWEST = -0.8  # Å over the mean surface atom; an adsorbate whose lowest atom is deeper is inside the slab
 
 
 def _lengths() -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -63,7 +63,7 @@ def _lengths() -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     return least, most
 
 
-_LEAST, _MOST = _lengths()
+LEAST, MOST = _lengths()
 
 
 def adsorbate_fault(system: System) -> Fault | None:
@@ -82,8 +82,8 @@ def adsorbate_fault(system: System) -> Fault | None:
         system.tags,
         pieces(system.adsorbate),
         COVALENT_RADIUS,
-        _LEAST,
-        _MOST,
+        LEAST,
+        MOST,
     )
     return _BY_CODE[found]
 
@@ -105,7 +105,7 @@ def _fault(lattice, positions, frac, numbers, tags, most_pieces, radius, shortes
         radii[i] = radius[numbers[i]]
         for j in range(n):
             least[i, j], most[i, j] = shortest[numbers[i], numbers[j]], longest[numbers[i], numbers[j]]
-    points, own, spacings, problem, _ = wrap_into(lattice, positions, _REACH * 2 * radii.max())
+    points, own, spacings, problem, _ = wrap_into(lattice, positions, REACH * 2 * radii.max())
     if problem:  # so small that its images are too many
         return 2
     overlap, squeezed, parts, reached = _contacts(
@@ -127,7 +127,7 @@ def _fault(lattice, positions, frac, numbers, tags, most_pieces, radius, shortes
         if tags[i] == SURFACE:
             total, n_surface = total + height[i], n_surface + 1
     level = total / n_surface if n_surface else top
-    if lowest < level + _LOWEST:
+    if lowest < level + LOWEST:
         return 5
     return 0 if reached else 6
 
@@ -143,11 +143,11 @@ def _contacts(cell, points, frac, spacings, radii, adsorbate, least, most):
         for j in range(i, n):
             pair = radii[i] + radii[j]
             if adsorbate[i] != adsorbate[j]:
-                if any_image_within(cell, points, frac, spacings, i, j, _ADSORBATE_PAIR * pair):
+                if any_image_within(cell, points, frac, spacings, i, j, ADSORBATE_PAIR * pair):
                     return True, squeezed, 1, reached
-                reached = reached or any_image_within(cell, points, frac, spacings, i, j, _REACH * pair)
+                reached = reached or any_image_within(cell, points, frac, spacings, i, j, REACH * pair)
             elif not adsorbate[i]:
-                if any_image_within(cell, points, frac, spacings, i, j, _SLAB_PAIR * pair):
+                if any_image_within(cell, points, frac, spacings, i, j, SLAB_PAIR * pair):
                     return True, squeezed, 1, reached
             elif any_image_within(cell, points, frac, spacings, i, j, least[i, j]):
                 squeezed = True

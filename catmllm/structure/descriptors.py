@@ -106,3 +106,19 @@ def local_descriptor(system: System) -> Floats:
     lowest = of(atoms[0])
     others = np.mean([of(a) for a in atoms[1:]], axis=0) if len(atoms) > 1 else np.zeros_like(lowest)
     return np.concatenate([lowest, others, PROPERTIES[z[slab]].mean(0)])
+
+
+SIZE = 2 * (len(SHELLS) * (1 + PROPERTIES.shape[1]) + 4 + 2 * PROPERTIES.shape[1]) + PROPERTIES.shape[1]
+SURROUNDINGS = SIZE + 2 * PROPERTIES.shape[1]
+
+
+def surroundings(system: System) -> Floats:
+    """The descriptor with the properties of the adsorbate's own elements, of its lowest atom and the mean
+    over the others: [SURROUNDINGS]. Zeros where no atom is tagged as adsorbate, or all are."""
+    adsorbate = system.tags == ADSORBATE
+    if not adsorbate.any() or adsorbate.all():
+        return np.zeros(SURROUNDINGS)
+    height = heights(system.lattice, system.frac)[adsorbate]
+    own = PROPERTIES[system.numbers[adsorbate][np.argsort(height, kind="stable")]]
+    others = own[1:].mean(0) if len(own) > 1 else np.zeros(own.shape[1])
+    return np.concatenate([local_descriptor(system), own[0], others])

@@ -226,7 +226,9 @@ def test_energies_come_from_the_query_token(small_model: Model, samples: list[Sa
         assert batch.graph is not None
         head, features = model.energy_head, model.features(batch.graph)
         # with a structure its features and the correction, from text only a read-out of its own
-        expected = [head.graph(features[0]) + head.correction(hidden[first]), head.text(hidden[last])]
+        assert batch.graph.local is not None
+        seen = head.of_structures(features[:1], batch.graph.local[:1])
+        expected = [seen + head.correction(hidden[first]), head.text(hidden[last])]
     torch.testing.assert_close(energy[[0, 3]], torch.cat(expected), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(eV[[0, 3]], torch.cat(expected) * 1.5 - 1.25, rtol=1e-4, atol=1e-4)
 

@@ -1,0 +1,191 @@
+"""Where the next atom of a CIF may stand, from what of the file has been written so far.
+
+The rules are those of `adsorbed.py`, which judges whole structures: no two atoms nearer than their radii
+allow, the adsorbate on the upper side, in reach of the slab and in one piece. Slab atoms come first, as
+`write_cif` has them. What is asked is cheap: a line through the cell cuts a sphere in one interval, so that
+a coordinate's thousand values take about 50 µs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from catmllm.structure.adsorbed import (
+    ADSORBATE_PAIR,
+    LEAST,
+    LOWEST,
+    MOST,
+    REACH,
+    SLAB_PAIR,
+)
+from catmllm.structure.elements import COVALENT_RADIUS, NUMBER
+from catmllm.structure.periodic import first_and_last
+from catmllm.structure.system import lattice_from_parameters
+from catmllm.structure.tags import LAYER_HEIGHT, heights
+
+Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
+
+_CELL = tuple(
+    f"_cell_{name} "
+    for name in ("length_a", "length_b", "length_c", "angle_alpha", "angle_beta", "angle_gamma")
+)
+_SURE = 0.99  # of a bond's greatest length, within which a first and a second coordinate leave a third
+_THINNEST = 1.0  # Å between lattice planes; a thinner cell is no slab, whatever stands in it
+_HYDROGEN = NUMBER["H"]
+
+
+class Growing:
+    """A structure while its CIF is being written: `read` its text as it comes, ask `free` before a
+    coordinate."""
+
+    def __init__(self, n_slab: int, adsorbate: Mapping[str, int]) -> None:
+        """`n_slab` rows of the slab, and then those of the adsorbate's atoms by element."""
+        self.n_slab, self.n_atoms = n_slab, n_slab + sum(adsorbate.values())
+        self.hydrogen = set(adsorbate) == {"H"}  # and nothing else
+        self.cell: list[float] = []  # its six parameters, as far as they are known
+        self.lattice: Floats | None = None  # None too where it is none that can be searched
+        self.spacings = np.zeros(3)
+        self.numbers = np.zeros(self.n_atoms, dtype=np.int64)
+        self.frac = np.zeros((self.n_atoms, 3))
+        self.n = 0
+        # z of the lowest slab atom, as frac, and over it the surface and the middle of the vacuum, Å
+        self.levels = (0.0, 0.0, 0.0)
+        self._line = ""
+
+    def read(self, text: str) -> None:
+        """Go on by more of the file's text."""
+        *lines, self._line = (self._line + text).split("\n")
+        for line in lines:
+            if len(self.cell) < len(_CELL):
+                if line.startswith(_CELL[len(self.cell)]):
+                    self.cell.append(float(line.split()[1]))
+                    if len(self.cell) == len(_CELL):
+                        self._begin()
+            elif len(row := line.split()) == 7 and row[0] in NUMBER and self.n < self.n_atoms:
+                self.numbers[self.n] = NUMBER[row[0]]
+                self.frac[self.n] = [float(x) for x in row[3:6]]
+                self.n += 1
+                if self.n == self.n_slab and self.lattice is not None:
+                    self._top(self.lattice)
+
+    def _begin(self) -> None:
+        a, b, c, alpha, beta, gamma = self.cell
+        try:
+            lattice = lattice_from_parameters(a, b, c, alpha, beta, gamma)
+        except ValueError:
+            return
+        self.spacings = 1.0 / np.linalg.norm(np.linalg.inv(lattice), axis=0)
+        if self.spacings.min() >= _THINNEST:
+            self.lattice = lattice
+
+    def _top(self, lattice: Floats) -> None:
+        height = heights(lattice, self.frac[: self.n])
+        level = float(height[height >= height.max() - LAYER_HEIGHT].mean())
+        middle = float(height.max() + self.spacings[2]) / 2
+        self.levels = float(self.frac[int(height.argmin()), 2]), level, middle
+
+    def free(self, fractions: Floats) -> Bools | None:
+        """Which of some values [n] the coordinate that comes next may have; None where all may, where none
+        could, and where no coordinate comes next."""
+        row = self._line.split()
+        if self.lattice is None or self.n >= self.n_atoms or not 3 <= len(row) < 6 or row[0] not in NUMBER:
+            return None
+        found = self._free(self.lattice, NUMBER[row[0]], [float(x) for x in row[3:]], fractions)
+        return None if found is None or found.all() or not found.any() else found
+
+    def _free(self, lattice: Floats, z: int, known: list[float], fractions: Floats) -> Bools | None:
+        n = self.n
+        slab, adsorbate = slice(0, min(n, self.n_slab)), slice(self.n_slab, n)
+        radii = COVALENT_RADIUS[self.numbers[:n]] + COVALENT_RADIUS[z]
+
+        def near(part: slice, reach: Floats) -> Bools:
+            at = self.frac[:n][part]
+            found: Bools = _near(lattice, self.spacings, at, reach, known[0], known[1], fractions)
+            return found
+
+        if n < self.n_slab:
+            return ~near(slab, SLAB_PAIR * radii) if len(known) == 2 else None
+        others = self.numbers[:n][adsorbate]
+        # Hydrogen hangs on another element, where there is one.
+        bonds = np.full(len(others), True) if self.hydrogen or z != _HYDROGEN else others != _HYDROGEN
+        least, most = LEAST[z, others], MOST[z, others]
+        if len(known) < 2:
+            if not bonds.any():
+                return None
+            at, reach = self.frac[:n][adsorbate][bonds], _SURE * most[bonds]
+            found: Bools = _beside(lattice, self.spacings, at, reach, np.array(known), fractions)
+            return found
+        bottom, level, middle = self.levels
+        height = ((fractions - bottom) % 1.0) * self.spacings[2]
+        good: Bools = (
+            (height > level + LOWEST) & (height < middle) & ~near(slab, ADSORBATE_PAIR * radii[slab])
+        )
+        if bonds.any():
+            return good & near(adsorbate, np.where(bonds, most, 0.0)) & ~near(adsorbate, least)
+        return good & near(slab, REACH * radii[slab])
+
+
+@njit(cache=True, nogil=True)
+def _near(cell, spacings, frac, reach, x, y, fractions):
+    """Which third coordinates [n] of a point (x, y, ·) are within `reach` [m] (Å) of an image of any of the
+    atoms [m, 3]: along c the line through it cuts each sphere in one interval."""
+    found = np.zeros(len(fractions), dtype=np.bool_)
+    c = cell[2]
+    cc = c[0] * c[0] + c[1] * c[1] + c[2] * c[2]
+    for i in range(len(frac)):
+        r = reach[i]
+        if r <= 0:
+            continue
+        dx, dy = x - frac[i, 0], y - frac[i, 1]
+        a0, a1 = first_and_last(dx, r, spacings[0])
+        b0, b1 = first_and_last(dy, r, spacings[1])
+        for a in range(a0, a1 + 1):
+            for b in range(b0, b1 + 1):
+                p, q = dx + a, dy + b
+                u = p * cell[0, 0] + q * cell[1, 0]
+                v = p * cell[0, 1] + q * cell[1, 1]
+                w = p * cell[0, 2] + q * cell[1, 2]
+                along = (u * c[0] + v * c[1] + w * c[2]) / cc
+                inside = along * along - (u * u + v * v + w * w - r * r) / cc
+                if inside <= 0:
+                    continue
+                half = np.sqrt(inside)
+                begin = frac[i, 2] - along - half
+                for k in range(len(fractions)):
+                    t = fractions[k] - begin
+                    found[k] = found[k] or t - np.floor(t) < 2 * half
+    return found
+
+
+@njit(cache=True, nogil=True)
+def _beside(cell, spacings, frac, reach, known, fractions):
+    """Which first coordinates [n], or second ones where the first is `known`, leave a point within `reach`
+    [m] (Å) of an image of any of the atoms [m, 3]: planes and lines that cut a sphere."""
+    found = np.zeros(len(fractions), dtype=np.bool_)
+    c = cell[2]
+    cc = c[0] * c[0] + c[1] * c[1] + c[2] * c[2]
+    for i in range(len(frac)):
+        r = reach[i]
+        for k in range(len(fractions)):
+            if len(known) == 0:
+                d = fractions[k] - frac[i, 0]
+                d -= np.floor(d + 0.5)
+                found[k] = found[k] or abs(d) * spacings[0] < r
+                continue
+            dx, dy = known[0] - frac[i, 0], fractions[k] - frac[i, 1]
+            a0, a1 = first_and_last(dx, r, spacings[0])
+            b0, b1 = first_and_last(dy, r, spacings[1])
+            for a in range(a0, a1 + 1):
+                for b in range(b0, b1 + 1):
+                    p, q = dx + a, dy + b
+                    u = p * cell[0, 0] + q * cell[1, 0]
+                    v = p * cell[0, 1] + q * cell[1, 1]
+                    w = p * cell[0, 2] + q * cell[1, 2]
+                    along = u * c[0] + v * c[1] + w * c[2]
+                    found[k] = found[k] or u * u + v * v + w * w - along * along / cc < r * r
+    return found
