@@ -1,0 +1,38 @@
+"""What is around an adsorbate: of one length, blind to what is the same crystal, zero where there is none."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from catmllm.structure.descriptors import PROPERTIES, SURROUNDINGS, local_descriptor, surroundings
+from catmllm.structure.elements import NUMBER
+from catmllm.structure.system import System
+
+
+def test_surroundings_hold_the_descriptor_and_the_adsorbates_elements(train_systems: list[System]) -> None:
+    for name, lowest, others in (("CO", "C", "O"), ("NH", "N", "H"), ("H", "H", None)):
+        system = next(
+            s for s in train_systems if s.adsorbate == name and s.frac[-1, 2] >= s.frac[11:, 2].max()
+        )
+        found, width = surroundings(system), PROPERTIES.shape[1]
+        assert found.shape == (SURROUNDINGS,)
+        np.testing.assert_array_equal(found[: -2 * width], local_descriptor(system))
+        np.testing.assert_array_equal(found[-2 * width : -width], PROPERTIES[NUMBER[lowest]])
+        of_others = np.zeros(width) if others is None else PROPERTIES[NUMBER[others]]
+        np.testing.assert_array_equal(found[-width:], of_others)
+
+
+def test_surroundings_do_not_depend_on_order_or_origin(train_systems: list[System]) -> None:
+    rng = np.random.default_rng(0)
+    for system in train_systems[::400]:
+        order = rng.permutation(len(system))
+        frac = (system.frac + [*rng.random(2), 0.0])[order]
+        moved = replace(system, frac=frac, numbers=system.numbers[order], tags=system.tags[order])
+        np.testing.assert_allclose(surroundings(moved), surroundings(system), atol=1e-9)
+
+
+def test_without_an_adsorbate_there_is_nothing_around_it(train_systems: list[System]) -> None:
+    bare = replace(train_systems[0], tags=np.zeros(len(train_systems[0]), dtype=np.int8))
+    assert not surroundings(bare).any()

@@ -2,19 +2,25 @@
 
 Only columns that some token of the call may take are multiplied, and what a token may not take is masked
 before the softmax. A token without a choice has log-probability 0 and is not given to this function at all.
-Plain products of torch: the logits are few, so that keeping them costs less than making them twice.
+The logits are few, so that keeping their gradient costs less than making them twice. On a CPU csrc/rows makes
+one pass over them, elsewhere and in other dtypes torch's operators several.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from catmllm_kernels import rows
+from catmllm_kernels.dense import product
+from catmllm_kernels.linear_logprob.cpu import of_kept
 from catmllm_kernels.linear_logprob.op import LogProbs
+
+_NEVER = -1e30  # the logit of a word that may not come
 
 
 class Allowed(NamedTuple):
@@ -77,9 +83,10 @@ def allowed_logprobs(
 ) -> LogProbs:
     """As `linear_logprobs`, with each distribution normalised over the words that its token may take.
 
-    hidden [T, H] and weight [V, H] in one floating dtype, targets [T] int64, each in its token's set; all
-    differentiable in hidden and weight but the reference's. Raises ValueError where sizes do not fit, and on
-    a CPU for a target that is not allowed; on CUDA such a target's log-probability is -inf.
+    hidden [T, H] and weight [V, H] in one floating dtype, targets [T] int64, each in its token's set. The
+    log-probabilities are differentiable in hidden and weight, entropy and the reference's are not. Raises
+    ValueError where sizes do not fit, and on a CPU for a target that is not allowed; on CUDA such a target's
+    log-probability is -inf.
 
     Three words of equal score, of which the token may take the last two:
 
@@ -98,16 +105,55 @@ def allowed_logprobs(
         wrong = int((~inside).nonzero()[0])
         raise ValueError(f"target {int(targets[wrong])} of token {wrong} is none of the words allowed there")
 
-    def at_targets(head: Tensor) -> tuple[Tensor, Tensor]:
-        logprob = masked_logits(hidden, head, allowed, temperature).log_softmax(1)
-        own = logprob.gather(1, place[:, None]).squeeze(1)
-        return logprob, own.where(inside, -torch.inf)
+    fast = bool(len(hidden)) and not rows.unfit(hidden)
 
-    logprob, own = at_targets(weight)
-    spread = other = None
-    if entropy:
-        spread = -(logprob.exp() * logprob.masked_fill(~allowed.sets[allowed.of], 0.0)).sum(1)
+    def at_targets(head: Tensor, entropy: bool) -> tuple[Tensor, Tensor | None]:
+        if fast:
+            own, spread = _OnePass.apply(  # type: ignore[no-untyped-call]
+                hidden, head.index_select(0, allowed.columns), place, allowed.sets, allowed.of, temperature
+            )
+            return own, spread if entropy else None
+        logprob = masked_logits(hidden, head, allowed, temperature).log_softmax(1)
+        own = logprob.gather(1, place[:, None]).squeeze(1).where(inside, -torch.inf)
+        if not entropy:
+            return own, None
+        known = logprob.detach()
+        return own, -(known.exp() * known.masked_fill(~allowed.sets[allowed.of], 0.0)).sum(1)
+
+    own, spread = at_targets(weight, entropy)
+    other = None
     if reference is not None:
         with torch.no_grad():
-            other = at_targets(reference)[1]
+            other = at_targets(reference, False)[0]
     return LogProbs(own, spread, other)
+
+
+class _OnePass(torch.autograd.Function):
+    """Log-probabilities [T] at the places [T] among the columns' weights [U, H], and entropies [T] without
+    gradient, by csrc/rows: of the logits there is one copy, in whose place their gradient is kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, place: Tensor, sets: Tensor, of: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        z = product(hidden, weight)
+        # finite, so that its share of the entropy is 0 and not NaN
+        never = ~sets.index_select(0, of)
+        z.masked_fill_(never, _NEVER)
+        own = hidden.new_empty(len(z), dtype=torch.float32)
+        total, spread = torch.empty_like(own), torch.empty_like(own)
+        keep = any(ctx.needs_input_grad[:2])
+        scale, target = 1 / temperature, place.contiguous()
+        rows.call("log_softmax", z.dtype, *z.shape, scale, target, z, int(keep), own, total, spread)
+        if keep:
+            z.masked_fill_(never, 0.0)  # it is about 1e-38, with which float32's products take 20 times as long
+            ctx.temperature = temperature
+            ctx.save_for_backward(hidden, weight, z)
+        ctx.mark_non_differentiable(spread)
+        return own, spread
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
+        hidden, weight, kept = ctx.saved_tensors
+        need = ctx.needs_input_grad
+        return *of_kept(grad / ctx.temperature, hidden, weight, kept, need[0], need[1]), *(None,) * 4

@@ -103,7 +103,7 @@ def backward(p: Backward) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of (hidden, weight); None for one not needed."""
     grad, grad_entropy, hidden, weight, targets, lse, entropy, temperature, *_ = p
     if p.kept is not None and grad_entropy is None:
-        return _of_kept(grad / temperature, hidden, weight, p.kept, p.need_hidden, p.need_weight)
+        return of_kept(grad / temperature, hidden, weight, p.kept, p.need_hidden, p.need_weight)
     words = max(1, LOGITS // max(1, len(hidden)))
     grad_hidden = hidden.new_zeros(hidden.shape, dtype=wide(hidden.dtype)) if p.need_hidden else None
     grad_weight = torch.empty_like(weight) if p.need_weight else None
@@ -130,7 +130,7 @@ def backward(p: Backward) -> tuple[Tensor | None, Tensor | None]:
     return None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight
 
 
-def _of_kept(
+def of_kept(
     grad: Tensor, hidden: Tensor, weight: Tensor, kept: Tensor, need_hidden: bool, need_weight: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """Both gradients by products with what was kept; each row's factor `grad` goes on the smaller matrix."""
