@@ -401,7 +401,7 @@ KL_HELP = "estimator of the KL term: k1 log-ratio (the paper's), k2 half its squ
 class GRPOConfig(OptimConfig):
     """Stage 2: GRPO on the PVCP reward."""
 
-    steps: int = 70
+    steps: int = 30
     batch_size: int = 12
     lr: float = 1.5e-4
     warmup: int = 8

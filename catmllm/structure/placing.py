@@ -77,9 +77,9 @@ class Growing:
         a, b, c, alpha, beta, gamma = self.cell
         try:
             lattice = lattice_from_parameters(a, b, c, alpha, beta, gamma)
-        except ValueError:
+            self.spacings = 1.0 / np.linalg.norm(np.linalg.inv(lattice), axis=0)
+        except (ValueError, np.linalg.LinAlgError):
             return
-        self.spacings = 1.0 / np.linalg.norm(np.linalg.inv(lattice), axis=0)
         if self.spacings.min() >= _THINNEST:
             self.lattice = lattice
 
