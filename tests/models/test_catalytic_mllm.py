@@ -144,7 +144,8 @@ def test_packed_gradients_are_those_of_transformers_on_padded_rows(
         """The first sample has structure and text, the last its text only."""
         shown, text = hidden[batch.energy_at[batch.energy_at >= 0]]
         head = model.energy_head
-        first = head.correction(shown) + head.graph(model.features(batch.graph)[:1])[0]
+        seen = head.of_structures(model.features(batch.graph)[:1], batch.graph.local[:1])
+        first = head.correction(shown) + seen
         return (first - 0.3).abs().sum() + (head.text(text) - 0.3).abs().sum()
 
     out = ours(CatalyticMLLM.answer, batch)
