@@ -172,11 +172,12 @@ def test_strange_crystals_raise_nothing(small_model: Model, train_systems: list[
 def test_a_cell_whose_bonds_cannot_be_searched_raises_nothing(
     small_model: Model, train_systems: list[System]
 ) -> None:
-    """Bonds reach farther than a short cutoff: a cell may have a graph and no text."""
+    """What is around an adsorbate, and bonds, reach farther than a short cutoff."""
     model, collate = small_model
     short = replace(collate, data=replace(collate.data, cutoff=1.0))
     text = STRANGE["a cell of 0.02 A"]
-    assert short.graphs([read_cif(text, "H", (1, 1, 1))]) is not None
+    with pytest.raises(ValueError, match="the cell is too small"):
+        short.graphs([read_cif(text, "H", (1, 1, 1))])
     task = task_of(next(s for s in train_systems if s.adsorbate == "H"))
     (c,), _ = ClosedLoop(model, short, CONFIG).judge([task], [text], 0)
     assert math.isnan(c.predicted) and not c.feasible
@@ -233,7 +234,7 @@ def test_the_same_structure_is_predicted_once(small_model: Model, train_systems:
     assert len({c.key for c in first}) == 1 and {c.predicted for c in [*first, *second]} == {
         first[0].predicted
     }
-    assert second[0].reward < first[0].reward  # another target, another reward
+    assert second[0].reward != first[0].reward  # another target, another reward
 
 
 def test_unit_and_raw_scales(small_model: Model, train_systems: list[System]) -> None:
