@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from catmllm.data.prompts import CIF_ANSWER, DESIGN_ANSWER
 from catmllm.structure.cif import cif_pattern
-from catmllm.structure.formula import parse_formula, parse_identity
+from catmllm.structure.formula import parse_formula, parse_identity, pieces
 from catmllm.structure.placing import Growing
 
 if TYPE_CHECKING:
@@ -154,7 +154,8 @@ class Pattern:
 def answer_pattern(identity: str, target: Mapping[str, int], design: bool, decimals: int = 3) -> Pattern:
     """The answers to the CIF prompt, or the design prompt,
     of a system that hold `target` atoms of each element."""
-    adsorbate = parse_formula(parse_identity(identity).adsorbate)
+    name = parse_identity(identity).adsorbate
+    adsorbate = parse_formula(name)
     slab = {s: n - adsorbate.get(s, 0) for s, n in target.items()}
     if any(n < 0 for n in slab.values()) or not adsorbate.keys() <= target.keys():
         raise ValueError(f"{identity!r} has more of its adsorbate's elements than {dict(target)}")
@@ -168,7 +169,7 @@ def answer_pattern(identity: str, target: Mapping[str, int], design: bool, decim
             whole.append(part)
     of_slab, on_it = [s for s in symbols if slab[s]], [s for s in symbols if s in adsorbate]
     counts = *(slab[s] for s in of_slab), *(adsorbate[s] for s in on_it)
-    return Pattern(tuple(whole), (*of_slab, *on_it), counts, decimals, len(of_slab))
+    return Pattern(tuple(whole), (*of_slab, *on_it), counts, decimals, len(of_slab), pieces(name))
 
 
 @functools.lru_cache(maxsize=2)
@@ -332,7 +333,7 @@ class Walk:
             return None
         part = slice(pattern.slab, None)
         adsorbate: dict[str, int] = dict(zip(pattern.symbols[part], pattern.counts[part]))
-        growing = Growing(sum(pattern.counts[: pattern.slab]), adsorbate)
+        growing = Growing(sum(pattern.counts[: pattern.slab]), adsorbate, pattern.pieces)
         growing.read("".join(self.grammar.text[t] for t in begun))
         return growing
 

@@ -43,10 +43,12 @@ class Growing:
     """A structure while its CIF is being written: `read` its text as it comes, ask `free` before a
     coordinate."""
 
-    def __init__(self, n_slab: int, adsorbate: Mapping[str, int]) -> None:
-        """`n_slab` rows of the slab, and then those of the adsorbate's atoms by element."""
+    def __init__(self, n_slab: int, adsorbate: Mapping[str, int], pieces: int = 1) -> None:
+        """`n_slab` rows of the slab, and then those of the adsorbate's atoms by element; of several molecules
+        each atom has to be in reach of the slab, but need not hang on another."""
         self.n_slab, self.n_atoms = n_slab, n_slab + sum(adsorbate.values())
         self.hydrogen = set(adsorbate) == {"H"}  # and nothing else
+        self.whole = pieces == 1
         self.cell: list[float] = []  # its six parameters, as far as they are known
         self.lattice: Floats | None = None  # None too where it is none that can be searched
         self.spacings = np.zeros(3)
@@ -112,7 +114,9 @@ class Growing:
             return ~near(slab, SLAB_PAIR * radii) if len(known) == 2 else None
         others = self.numbers[:n][adsorbate]
         # Hydrogen hangs on another element, where there is one.
-        bonds = np.full(len(others), True) if self.hydrogen or z != _HYDROGEN else others != _HYDROGEN
+        bonds = np.full(len(others), self.whole)
+        if z == _HYDROGEN and not self.hydrogen:
+            bonds &= others != _HYDROGEN
         least, most = LEAST[z, others], MOST[z, others]
         if len(known) < 2:
             if not bonds.any():
@@ -122,11 +126,10 @@ class Growing:
             return found
         bottom, level, middle = self.levels
         height = ((fractions - bottom) % 1.0) * self.spacings[2]
-        good: Bools = (
-            (height > level + LOWEST) & (height < middle) & ~near(slab, ADSORBATE_PAIR * radii[slab])
-        )
+        good: Bools = (height > level + LOWEST) & (height < middle)
+        good &= ~near(slab, ADSORBATE_PAIR * radii[slab]) & ~near(adsorbate, least)
         if bonds.any():
-            return good & near(adsorbate, np.where(bonds, most, 0.0)) & ~near(adsorbate, least)
+            return good & near(adsorbate, np.where(bonds, most, 0.0))
         return good & near(slab, REACH * radii[slab])
 
 
