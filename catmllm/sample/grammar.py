@@ -49,9 +49,8 @@ class Pattern:
     symbols: tuple[str, ...]
     counts: tuple[int, ...]
     decimals: int
-    slab: int = (
-        0  # elements of the slab, whose rows come before those of the adsorbate's elements behind them
-    )
+    slab: int = 0  # elements of the slab, whose rows come before those of the adsorbate's elements
+    pieces: int = 1  # molecules that the adsorbate is
 
     @property
     def start(self) -> Place:
