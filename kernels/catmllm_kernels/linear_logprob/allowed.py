@@ -146,7 +146,8 @@ class _OnePass(torch.autograd.Function):
         scale, target = 1 / temperature, place.contiguous()
         rows.call("log_softmax", z.dtype, *z.shape, scale, target, z, int(keep), own, total, spread)
         if keep:
-            z.masked_fill_(never, 0.0)  # it is about 1e-38, with which float32's products take 20 times as long
+            # it is about 1e-38, with which float32's products take 20 times as long
+            z.masked_fill_(never, 0.0)
             ctx.temperature = temperature
             ctx.save_for_backward(hidden, weight, z)
         ctx.mark_non_differentiable(spread)
