@@ -109,7 +109,7 @@ def allowed_logprobs(
 
     def at_targets(head: Tensor, entropy: bool) -> tuple[Tensor, Tensor | None]:
         if fast:
-            own, spread = _OnePass.apply(  # type: ignore[no-untyped-call]
+            own, spread = _OnePass.apply(
                 hidden, head.index_select(0, allowed.columns), place, allowed.sets, allowed.of, temperature
             )
             return own, spread if entropy else None
