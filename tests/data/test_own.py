@@ -93,6 +93,31 @@ def test_tags_that_fit_nothing_are_refused(tmp_path: Path) -> None:
     assert one(tmp_path / "b.extxyz", energies="adsorption", adsorbate_atoms="tag:0").adsorbate == "CO"
 
 
+def test_tags_of_an_adsorbate_that_sank(tmp_path: Path) -> None:
+    """One of the shipped systems has its H 0.1 Å under the mean of the surface."""
+    atoms = made.slab("Pt", "H", tags="OC20")
+    atoms.positions[-1, 2] = atoms.positions[8:12, 2].mean() - 0.1
+    ase.io.write(tmp_path / "a.extxyz", made.calculated(atoms, -0.5))
+    assert one(tmp_path / "a.extxyz", energies="adsorption").tags.tolist() == atoms.get_tags().tolist()
+
+
+def test_the_shipped_systems_come_in_as_they_are(tmp_path: Path) -> None:
+    import gzip
+
+    from catmllm.data.slabs import SHIPPED, load_slabs
+
+    some = gzip.decompress(SHIPPED.read_bytes()).decode().splitlines()[::11]
+    path = tmp_path / "shipped.jsonl"
+    path.write_text("\n".join(some))
+    known = {s.sid: s for s in load_slabs(path)}
+    result = found(path)
+    assert {s.sid for s in result.systems} == set(known) and set(result.refused) <= {"marked unusable"}
+    for s in result.systems:
+        other = known[s.sid]
+        assert (s.identity, s.energy) == (other.identity, other.energy) and (s.tags == other.tags).all()
+        assert np.allclose(s.frac, other.frac) and np.allclose(s.lattice, other.lattice)
+
+
 def test_both_generations_of_lmdb(tmp_path: Path) -> None:
     """`y` and since June 2024 `energy`; plain dicts by protocol 5, as `pickle.dumps(record, -1)` writes."""
     atoms = made.slab(tags="OC20")

@@ -181,7 +181,9 @@ def _by_tags(bare: Bare) -> tuple[Mask, str] | None:
     layers = [t for t in values if t >= 1]
     if set(values) <= {0, 1, 2} and 2 in values and len(values) > 1:
         rest = float(height[tags != 2].mean())
-        if bare.oc20 or (mean[2] > rest and mean[2] > mean.get(1, -np.inf)):
+        # an atom that sank among those of the surface is still over the bulk, as the surface is
+        sunk = {0, 1} <= set(values) and min(mean[1], mean[2]) > mean[0]
+        if bare.oc20 or sunk or (mean[2] > rest and mean[2] > mean.get(1, -np.inf)):
             return tags == 2, "tags of OC20's kind (2)"
     falling = all(mean[a] > mean[b] for a, b in pairwise(layers))
     if 0 in values and layers[0] == 1 and falling and mean[0] > mean[1]:
