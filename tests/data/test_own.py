@@ -545,11 +545,11 @@ def _aselmdb(path: Path, atoms: Atoms) -> Path:
     return path.with_suffix(".aselmdb")
 
 
-# The least precise number that a format writes, as a position in Å: extxyz has 8 decimals, CIF 5 of a
-# fraction of an edge of at most 30 Å, the others 16 digits.
+# The least precise number that a format holds, as a position in Å: extxyz has 8 decimals, others 16 digits.
+# Of a CIF pymatgen's rule takes what is within 1e-4 of a third for the third: 1e-4 of edges of 6, 6 and 30 Å.
 FORMATS: dict[str, tuple[Writer, float]] = {
     "extxyz": (_by(".extxyz"), 1e-7), "traj": (_by(".traj"), 1e-9), "db": (_by(".db"), 1e-9),
-    "ase json": (_by(".json"), 1e-9), "vasp": (_by(".vasp"), 1e-9), "cif": (_by(".cif"), 3e-4),
+    "ase json": (_by(".json"), 1e-9), "vasp": (_by(".vasp"), 1e-9), "cif": (_by(".cif"), 4.2e-3),
     "pymatgen": (_pymatgen, 1e-9), "jsonl": (_jsonl, 1e-9), "csv": (_csv, 1e-9), "parquet": (_parquet, 1e-9),
     "lmdb": (_lmdb, 1e-9), "aselmdb": (_aselmdb, 1e-9),
 }  # fmt: skip
@@ -575,7 +575,7 @@ def test_a_system_is_the_same_from_every_format(
         straight = one(_jsonl(folder / "direct", atoms), labelled=False)
         assert read.identity == straight.identity
         assert (read.numbers == atoms.numbers).all() and (read.tags == straight.tags).all()
-        assert np.allclose(read.lattice, straight.lattice, atol=10 * tolerance)
+        assert np.allclose(read.lattice, straight.lattice, atol=1e-4)
         way = read.frac - straight.frac
         assert np.abs((way - np.round(way)) @ straight.lattice).max() < tolerance
         # the distances are those of ASE, whatever was turned
