@@ -53,6 +53,29 @@ def _attention_backward_flops(
     return sdpa_flop_count(query, key, value) * 5 // 2
 
 
+def _samples_flops(
+    query: Any,
+    key: Any,
+    value: Any,
+    bounds: Any,
+    bounds_k: Any,
+    longest: int,
+    longest_k: int,
+    *args: Any,
+    **more: Any,
+) -> int:
+    """Every sample as long as the longest: the lengths of a plan's samples are not known."""
+    samples, heads, width = len(bounds) - 1, query.shape[1], query.shape[2]
+    keys = (samples, heads, longest_k, width)
+    return int(sdpa_flop_count((samples, heads, longest, width), keys, keys))
+
+
+def _samples_backward_flops(
+    grad: Any, query: Any, key: Any, value: Any, out: Any, lse: Any, *bounds: Any, **more: Any
+) -> int:
+    return _samples_flops(query, key, value, *bounds) * 5 // 2
+
+
 def _edge_products(radial: Any, radial_weight: Any, conv1: Any, conv2: Any) -> int:
     """SO(2) products and the radial function's last layer over all edges;
     rotations are 2 % of it and left out."""
@@ -248,8 +271,9 @@ class Ledger(TorchDispatchMode):
                 if known and self.label[known[0]] in ("other", "backward pass", self.role):
                     self.label[known[0]] = "gathered gradients" if inside_backward else "gathered weights"
         packet = func._overloadpacket
-        if packet in flop_registry and not self._inside:
-            count = flop_registry[packet](*args, **kwargs, out_val=out)
+        formula: Any = flop_registry.get(packet) or _FORMULAS.get(func.name())
+        if formula and not self._inside:
+            count = formula(*args, **kwargs, out_val=out)
             if min((t.itemsize for t in tensors if t.dtype.is_floating_point), default=0) >= 4:
                 self.wide_flops += count
             if any(part in func.name() for part in ATTENTION):
@@ -319,6 +343,12 @@ class Ledger(TorchDispatchMode):
             self.sent["all-reduce"] += 2 * sum(t.nbytes for t in args[0])
 
 
+# torch 2.11 has no formulas for its own operator over samples of any length; later ones count fake samples
+# as these do.
+_FORMULAS = {
+    "torch_attn::_varlen_attn": _samples_flops,
+    "torch_attn::_varlen_attn_backward": _samples_backward_flops,
+}
 ATTENTION = ("varlen_att", "scaled_dot_product", "flash_att")
 _STARTING = ("aten", "catmllm", "torch_attn", *COLLECTIVES)  # namespaces; the others ask or mark
 _STARTS_NOTHING = frozenset(
