@@ -56,7 +56,8 @@ def test_the_first_stage_moves_what_reads_structures_only(unbroken: Path, run_co
     moved = {k for k in trained if not torch.equal(trained[k], first[k])}
     assert any(k.startswith("encoder.blocks.0.") for k in moved)
     assert "energy_head.graph.0.weight" in moved
-    assert all(k.startswith((*ENCODER, "energy_mean", "energy_std")) for k in moved)
+    statistics = ("energy_mean", "energy_std", "energy_head.centre", "energy_head.deviation")
+    assert all(k.startswith((*ENCODER, *statistics)) for k in moved), moved
 
 
 def test_run_leaves_complete_records(unbroken: Path) -> None:

@@ -168,13 +168,12 @@ def of_tiles() -> Iterator[Compile]:
     """The tiles that phase logprob tries."""
     from bench.gpu_phases import logprob
     from catmllm_kernels.linear_logprob import triton
+    from catmllm_kernels.linear_logprob.arguments import Forward
 
     def forward(dtype: torch.dtype, tile: tuple[int, ...]) -> None:
         hidden, weight = (torch.empty(n, 896, dtype=dtype, device="meta") for n in (8192, 151936))
         with torch.no_grad(), logprob.first_tile(tile):
-            triton.forward(
-                hidden, weight, torch.empty(8192, dtype=torch.int64, device="meta"), 1.0, False, None
-            )
+            triton.forward(Forward(hidden, weight, torch.empty(8192, dtype=torch.int64, device="meta")))
 
     for tile in logprob.TILES:
         yield partial(forward, tile=tile), (torch.bfloat16,)

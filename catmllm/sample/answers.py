@@ -88,7 +88,7 @@ def cif_tokens(collate: Collator, identity: str, target: Mapping[str, int]) -> i
     named, n = parse_identity(identity), sum(target.values())
     numbers = [SYMBOLS.index(symbol) for symbol, count in target.items() for _ in range(count)]
     tags = [SURFACE] * n
-    place = np.random.default_rng(0).random((n, 3))
+    place = (np.arange(3 * n).reshape(n, 3) * 0.618034) % 1
     lattice = np.diag([12.345, 12.345, 34.567])
     system = make_system(
         lattice, None, numbers, tags, named.adsorbate, named.miller or (1, 1, 1), 0.0, frac=place

@@ -42,7 +42,7 @@ def test_without_a_path_the_shipped_systems_are_opened() -> None:
 
 
 def test_what_cannot_be_opened_says_so(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"data\.path: .*absent.*catmllm data oc20"):
+    with pytest.raises(FileNotFoundError, match=r"data\.path: .*absent.*catmllm data import"):
         open_data(DataConfig(path=str(tmp_path / "absent")))
     with pytest.raises(ValueError, match=r"no dataset.*catmllm data oc20"):
         open_data(DataConfig(path=str(tmp_path)))

@@ -98,8 +98,11 @@ def test_a_step_is_float32s_to_rounding(make_context: MakeContext, definitions: 
     found = {"loss": loss, **seen, **trained(context.model)}
     assert found.keys() == exact.keys()
     shares = {n: relative(found[n].detach(), exact[n]) / bounds[n] for n in exact if bounds[n]}
-    assert max(shares.values()) < 1, max(shares.items(), key=lambda kv: kv[1])  # 0.32 seen
-    assert min(shares.values()) > 0 and statistics.median(bounds.values()) < 0.5  # it could fail
+    assert max(shares.values()) < 1, max(shares.items(), key=lambda kv: kv[1])
+    assert min(shares.values()) > 0
+    # It could fail. (What bfloat16 loses behind the encoder is as large as some of the encoder's gradients.)
+    behind = [bound for name, bound in bounds.items() if not name.startswith("encoder.")]
+    assert statistics.median(behind) < 0.25
 
 
 def weights(context: Context) -> dict[str, Tensor]:
