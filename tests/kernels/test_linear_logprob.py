@@ -125,7 +125,8 @@ def test_values_and_gradients_against_float64(
     assert h.grad is not None and w.grad is not None
     value, _, *gradients = bounds((hidden, weight, targets), temperature, scale.double())
     expected = oracle(hidden, weight, targets, temperature, scale)
-    assert within([ours, h.grad, w.grad], expected, [value, *gradients])
+    # The bounds round a product's sum once; sums of up to 70 words, in several lanes, round more often.
+    assert within([ours, h.grad, w.grad], expected, [value, *gradients], times=2)
 
 
 FAULTS = {
