@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
 import numpy as np
 import pytest
 from ase.build import add_adsorbate, fcc111
@@ -31,12 +37,41 @@ def test_an_offset_an_adsorbate_costs_nothing() -> None:
     np.testing.assert_allclose(labels.centred(wanted.tolist(), names), [-4, -4, -2, -2, 0, 0, 2, 2, 4, 4])
 
 
-def test_claims_are_of_the_parts_that_were_measured() -> None:
-    published = labels.beside_published(egg_box(), quick=True)
-    assert np.isfinite([published["published"], published["nickel"]]).all()
-    assert set(published["energies"]) == set(labels.PUBLISHED)
-    slabs = {"r": 0.9, "mae": 0.1, "seconds": 0.1}
-    names = {c["claim"] for c in labels.claims({"a": slabs}, 32)}
-    assert names == {"labels_r", "labels_mae", "labels_seconds"}
-    more = {c["claim"] for c in labels.claims({"a": slabs | published}, 32)}
-    assert more - names == {"labels_published", "labels_nickel"}
+def test_candidates_become_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command whole, but for its processes; potentials of microseconds in place of the candidates."""
+    monkeypatch.setattr(labels, "CANDIDATES", {"one": egg_box, "other": egg_box})
+    monkeypatch.setattr(labels, "apart", lambda function, *arguments: function(*arguments))
+    monkeypatch.setattr(labels, "dft_slabs", lambda path: drawn_slabs())
+    (there := tmp_path / "there").touch()
+    monkeypatch.setattr(labels, "DFT", there)
+    for name in ("chgnet", "diep", "sevenn"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+
+    def made(*words: str) -> dict[str, dict[str, Any]]:
+        out = tmp_path / "-".join(["out", *words])
+        monkeypatch.setattr(sys, "argv", ["labels.py", "--quick", "--out", str(out), *words])
+        assert labels.main() == 0
+        return {path.stem: json.loads(path.read_text()) for path in out.glob("*.json")}
+
+    slabs = made("--part", "slabs")
+    assert set(slabs) == {"labels_r", "labels_mae", "labels_seconds"}
+    assert set(slabs["labels_mae"]["value"]) == {"one", "other"}
+    assert slabs["labels_mae"]["conditions"]["slabs"].startswith("4 of Pt and Cu")
+    published = made("--candidate", "other", "--part", "published")
+    assert set(published) == {"labels_published", "labels_nickel"}
+    (error,) = published["labels_published"]["value"].values()
+    assert np.isfinite(error) and set(published["labels_nickel"]["value"]) == {"other"}
+    said = published["labels_published"]["conditions"]
+    assert set(said["energies"]["other"]) == set(labels.PUBLISHED) and "other" in said["not converged"]
+
+
+def drawn_slabs() -> list[dict[str, Any]]:
+    """16 rows as the file of DFT slabs has them."""
+    found = []
+    for metal in ("Pt", "Cu"):
+        for k, name in enumerate(("H", "O") * 4):
+            atoms = fcc111(metal, (2, 2, 3), a=FCC_CONSTANT[metal], vacuum=5.0, periodic=True)
+            add_adsorbate(atoms, name, 1.2 + 0.05 * k, "ontop")
+            found.append({"metal": metal, "ads": name, "E": 0.1 * k, "symbols": atoms.get_chemical_symbols(),
+                          "cell": atoms.cell.tolist(), "pos": atoms.positions.tolist()})  # fmt: skip
+    return found
