@@ -159,6 +159,23 @@ def _triplet(vectors, p, q, z_p, z_q, z_c, corner, axes):
 
 
 @njit(**_JIT)
+def _clouds(vectors, numbers, roots, ends, p, q, corner, axes, x, y, root, density, potential):
+    """The triplet of bonds p and q on the grid: sets all from corner on; returns what `_triplet` does."""
+    centre, end_p, end_q = ends[0, p], ends[1, p], ends[1, q]
+    z_p, z_q, z_c = numbers[end_p], numbers[end_q], numbers[centre]
+    length, along, up = _triplet(vectors, p, q, z_p, z_q, z_c, corner, axes)
+    # the corners, their centroid at the origin
+    x[0], x[1], x[2] = -length / 2 - along / 3, length / 2 - along / 3, along * 2 / 3
+    y[0], y[1], y[2] = -up / 3, -up / 3, up * 2 / 3
+    density[:] = 0
+    potential[:] = 0
+    for k in range(3):
+        root[k] = roots[end_p if corner[k] == 0 else (end_q if corner[k] == 2 else centre)]
+        _cloud(x[k], y[k], root[k], density, potential)
+    return length, along, up
+
+
+@njit(**_JIT)
 def triplets_forward(vectors, numbers, roots, ends, starts, near, offsets, cutoff, features):
     """features [T, POINTS] of triplets, times the envelopes of both bonds at the cutoff (Å).
 
@@ -173,20 +190,11 @@ def triplets_forward(vectors, numbers, roots, ends, starts, near, offsets, cutof
         at = offsets[centre]
         for i in range(near[centre]):
             p = starts[centre] + i
-            z_p = numbers[ends[1, p]]
             fade_p = _envelope(_length(vectors, p), cutoff)[0]
             for j in range(i + 1, near[centre]):
                 q = starts[centre] + j
                 fade = dtype(fade_p * _envelope(_length(vectors, q), cutoff)[0] / np.pi)
-                z_q, z_c = numbers[ends[1, q]], numbers[centre]
-                length, along, up = _triplet(vectors, p, q, z_p, z_q, z_c, corner, axes)
-                _plane(length, along, up, x, y)
-                for k in range(3):
-                    root[k] = roots[_atom(corner[k], p, q, centre, ends)]
-                density[:] = 0
-                potential[:] = 0
-                for k in range(3):
-                    _cloud(x[k], y[k], root[k], density, potential)
+                _clouds(vectors, numbers, roots, ends, p, q, corner, axes, x, y, root, density, potential)
                 for point in range(POINTS):
                     features[at, point] = fade * density[point] * potential[point]
                 at += 1
@@ -195,18 +203,6 @@ def triplets_forward(vectors, numbers, roots, ends, starts, near, offsets, cutof
 @njit(**_JIT)
 def _length(vectors, e):
     return np.sqrt(vectors[e, 0] ** 2 + vectors[e, 1] ** 2 + vectors[e, 2] ** 2)
-
-
-@njit(**_JIT)
-def _atom(corner, p, q, centre, ends):
-    return ends[1, p] if corner == 0 else (ends[1, q] if corner == 2 else centre)
-
-
-@njit(**_JIT)
-def _plane(length, along, up, x, y):
-    """x, y [3] of the corners, their centroid at the origin."""
-    x[0], x[1], x[2] = -length / 2 - along / 3, length / 2 - along / 3, along * 2 / 3
-    y[0], y[1], y[2] = -up / 3, -up / 3, up * 2 / 3
 
 
 @njit(**_JIT)
@@ -248,15 +244,9 @@ def triplets_backward(vectors, numbers, roots, ends, starts, near, offsets, cuto
                     continue
                 length_q = _length(vectors, q)
                 fade_q, slope_q = _envelope(length_q, cutoff)
-                z_p, z_q, z_c = numbers[ends[1, p]], numbers[ends[1, q]], numbers[centre]
-                length, along, up = _triplet(vectors, p, q, z_p, z_q, z_c, corner, axes)
-                _plane(length, along, up, x, y)
-                for k in range(3):
-                    root[k] = roots[_atom(corner[k], p, q, centre, ends)]
-                density[:] = 0
-                potential[:] = 0
-                for k in range(3):
-                    _cloud(x[k], y[k], root[k], density, potential)
+                length, along, up = _clouds(
+                    vectors, numbers, roots, ends, p, q, corner, axes, x, y, root, density, potential
+                )
                 value = dtype(0.0)
                 for point in range(POINTS):
                     gradient = gradients[at, point] * scale

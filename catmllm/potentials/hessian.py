@@ -13,8 +13,7 @@ Floats = NDArray[np.float64]
 
 # eV/Å^2. ASE's 70 for everything is too stiff for an atom on a metal. Mean steps of 20 systems from the
 # shipped starts by SevenNet-0: 16.1 so, 10.9 with the numbers below, in the same minimum to 2 meV. (8 instead
-# of 20
-# needs 8.1, but slides off labelled saddle points.)
+# of 20 needs 8.1, but slides off labelled saddle points.)
 _BOND = {frozenset("CO"): 70.0, frozenset("OH"): 45.0, frozenset("NH"): 38.0, frozenset("CH"): 32.0}
 _OTHER_BOND = 40.0
 _SOFT = 20.0
