@@ -187,7 +187,7 @@ def _open(config: Config, out: Path, world: World) -> Record:
                 before = {}
             changed = [
                 f"{key}: {old} -> {new}"
-                for key, old, new in _differences(before or to_dict(config), to_dict(config))
+                for key, old, new in differences(before or to_dict(config), to_dict(config))
                 if not f"{key}.".startswith(tuple(f"{name}." for name in open_keys))
             ]
             if changed:
@@ -412,11 +412,11 @@ def _random_encoder(config: Config) -> bool:
     return not given and not any(trains.get(stage, False) for stage in config.stages)
 
 
-def _differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+def differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
     """Keys of two configurations whose values differ, with both values."""
     if isinstance(old, dict) and isinstance(new, dict):
         for k in sorted(old.keys() | new.keys()):
-            yield from _differences(old.get(k), new.get(k), f"{prefix}{k}.")
+            yield from differences(old.get(k), new.get(k), f"{prefix}{k}.")
     elif old != new:
         yield prefix[:-1], old, new
 

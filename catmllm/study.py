@@ -23,9 +23,10 @@ from typing import Any
 import numpy as np
 import yaml
 
-from catmllm.config import ConfigError, from_dict, load_config
+from catmllm.config import ConfigError, from_dict, load_config, to_dict
 from catmllm.data.open import open_data
 from catmllm.evaluate.metrics import bootstrap_interval
+from catmllm.pipeline import differences
 
 Metrics = dict[str, Any]
 Runner = Callable[[list[str], Path], None]
@@ -49,8 +50,9 @@ def read(path: Path) -> Study:
         tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: {error}") from error
+    tree = tree if isinstance(tree, dict) else {}
     strange = set(tree) - {"cells", "seeds", "base", "ancestor"}
-    if strange or not tree.get("cells") or not tree.get("seeds"):
+    if strange or not isinstance(tree.get("cells"), dict) or not tree["cells"] or not tree.get("seeds"):
         raise ConfigError(
             f"{path}: a study has `cells`, `seeds` and perhaps `base` and `ancestor`"
             + (f", not {', '.join(map(repr, sorted(strange)))}" if strange else "")
@@ -60,6 +62,12 @@ def read(path: Path) -> Study:
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{path}: `seeds` are pairs [split seed, seed]: {error}") from error
     cells = {str(name): values or {} for name, values in tree["cells"].items()}
+    for name in cells:
+        if "/" in name or name in ("ancestor", ".", ".."):
+            raise ConfigError(f"{path}: a cell's runs are in a folder of its name, which cannot be {name!r}")
+    for name, values in {"base": tree.get("base"), "ancestor": tree.get("ancestor"), **cells}.items():
+        if not isinstance(values or {}, dict):
+            raise ConfigError(f"{path}: `{name}` has no `key: value` pairs but {values!r}")
     study = Study(cells, seeds, tree.get("base") or {}, tree.get("ancestor"))
     for values in (*cells.values(), study.ancestor or {}):
         load_config(overrides=arguments(study, values, seeds[0], Path("out")))
@@ -96,8 +104,20 @@ def run_all(study: Study, out: Path, run: Runner, only: str | None = None) -> di
 
 
 def _once(words: list[str], folder: Path, run: Runner) -> None:
+    """Raises ConfigError where a finished run is of other settings: the study's file was edited."""
     if not (folder / "report.html").is_file():
-        run(words, folder)
+        return run(words, folder)
+    ran, asked = (
+        json.loads((folder / "metrics.json").read_text())["config"],
+        to_dict(load_config(None, words)),
+    )
+    # what is asked for as null has become what fits the device
+    changed = [f"{key}: {old} -> {new}" for key, old, new in differences(ran, asked) if new is not None]
+    if changed:
+        raise ConfigError(
+            f"{folder} was run with other settings ({'; '.join(changed[:3])}): give another --out, or remove "
+            "that folder"
+        )
 
 
 def trainer(ranks: int) -> Runner:
@@ -158,7 +178,7 @@ def compared(runs: Mapping[str, Sequence[Metrics]]) -> dict[str, Any]:
                 "interval": bootstrap_interval(np.concatenate(by_seed), groups=groups),
             }
             base = [one[what][0] for one in values[first]]
-            if name != first and [len(v) for v in by_seed] == [len(v) for v in base]:
+            if name != first and [one[what][1] for one in each] == [one[what][1] for one in values[first]]:
                 more = np.concatenate(by_seed) - np.concatenate(base)
                 interval = bootstrap_interval(more, groups=groups)
                 row[name] |= {

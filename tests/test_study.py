@@ -99,6 +99,9 @@ def test_what_is_done_is_kept(file: Path, tmp_path: Path) -> None:
     assert study(file, out, run=run) == said and len(ran) == 6
     only = study(file, out, only="better", run=run)
     assert "plain" not in only and len(ran) == 6
+    file.write_text(file.read_text().replace("encoder.lr: 1e-3", "encoder.lr: 3e-3"))
+    with pytest.raises(ConfigError, match=r"better was run with other settings \(encoder.lr: 0.001 -> 0.003"):
+        study(file, out, run=run)
 
 
 def test_an_ancestor_is_run_once_a_seed(file: Path, tmp_path: Path) -> None:
@@ -135,6 +138,9 @@ def test_intervals_know_that_systems_of_a_pair_go_together(data: Path) -> None:
         ("cells: {a: {}}\nseeds: [0]", "pairs"),
         ("cells: {a: {encoder.lrr: 1}}\nseeds: [[0, 0]]", "encoder.lr"),
         ("cells: [", "study.yaml"),
+        ("cells: [a, b]\nseeds: [[0, 0]]", "`cells`"),
+        ("cells: {a: 1e-3}\nseeds: [[0, 0]]", "`a` has no"),
+        ("cells: {ancestor: {}}\nseeds: [[0, 0]]", "cannot be 'ancestor'"),
     ],
 )
 def test_a_wrong_file_is_told(file: Path, text: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
