@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from catmllm.data.oracle import atomic_references
+from catmllm.data.oracle import GASES, atomic_references
 from catmllm.data.surfaces import refusal
 from catmllm.potentials.hessian import first_hessian
 from catmllm.potentials.relax import BLOWN_UP, Potential, PotentialMissing, Relaxed, Start, Structure, relaxed
@@ -45,7 +45,8 @@ def by_slab(path: Path) -> dict[str, list[Record]]:
 def relabelled(
     records: Sequence[Record], potential: Potential, references: Mapping[str, float], source: str
 ) -> list[Record]:
-    """The records of one slab with labels by the potential; the old energy becomes `energy_<source>`."""
+    """The records of one slab with labels by the potential; the old energy becomes `energy_<source>`, and
+    `frames`, whose energies are old ones too, go."""
     first = records[0]
     tags = np.array(first["tags"])
     slab, bottom = tags != ADSORBATE, tags[tags != ADSORBATE] == BULK
@@ -76,7 +77,8 @@ def _labelled(
     start = np.array(record["pos_start"])
     start[~adsorbate] = slab.positions
     reason = refusal(record, slab, end, energy)
-    return record | {
+    kept = {key: value for key, value in record.items() if key != "frames"}
+    return kept | {
         "energy": round(energy, 5) if np.isfinite(energy) else None,
         "ok": reason is None,
         "reason": reason,
@@ -93,12 +95,15 @@ def relabel(
     path: Path, out: Path, potential: Potential, source: str = "old", progress: bool = True
 ) -> Counter[str]:
     """Relabel a file, slab by slab, into `out` (JSON lines); returns how many systems count (`ok`) and why
-    others do not. Slabs that `out` holds already are kept, a half-written one is made again."""
+    others do not. Slabs that `out` holds already are kept, a half-written one is made again. Raises
+    ValueError where `out` is something else, and is left as it is."""
     from tqdm import tqdm
 
+    if out.suffix == ".gz":
+        raise ValueError(f"{out}: a plain file is appended to as slabs get done; give --out FILE.jsonl")
     groups = by_slab(path)
-    size, counts, done = _finished(out, groups)
-    references = atomic_references(potential)
+    size, counts, done = _finished(out, groups, source)
+    references = atomic_references(potential, tuple(GASES))
     with open(out, "ab") as file:
         file.truncate(size)
         left = [name for name in groups if name not in done]
@@ -113,7 +118,9 @@ def relabel(
     return counts
 
 
-def _finished(out: Path, groups: Mapping[str, Sequence[Record]]) -> tuple[int, Counter[str], set[str]]:
+def _finished(
+    out: Path, groups: Mapping[str, Sequence[Record]], source: str
+) -> tuple[int, Counter[str], set[str]]:
     """Bytes of whole slabs in `out`, what their systems are, and their names."""
     size, counts, done = 0, Counter[str](), set[str]()
     if not out.exists():
@@ -125,6 +132,11 @@ def _finished(out: Path, groups: Mapping[str, Sequence[Record]]) -> tuple[int, C
         if record["slab"] not in groups:
             raise ValueError(
                 f"{out} holds slab {record['slab']}, which is not in the file: give another --out"
+            )
+        if f"energy_{source}" not in record:
+            raise ValueError(
+                f"{out} holds a record without `energy_{source}`: give the --source that it was begun with, "
+                "or another --out"
             )
         block.append(record)
         held += len(line)

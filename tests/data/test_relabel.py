@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
 
 from catmllm.data.relabel import by_slab, relabel, relabelled
 from catmllm.data.slabs import SHIPPED, load_slabs
+from catmllm.data.surfaces import surface_records
 from catmllm.potentials.relax import by_calculator
 from tests.data.toy_calculator import EggBox
 
@@ -34,6 +36,13 @@ def test_a_killed_run_goes_on_to_the_same_file(three: Path, tmp_path: Path) -> N
         cut.write_bytes(data[:size])
         assert relabel(three, cut, POTENTIAL, "7net", progress=False) == counts
         assert cut.read_bytes() == data
+    for wrong, source in ((whole, "old"), (three, "7net")):  # of another source, and no relabelled file
+        before = wrong.read_bytes()
+        with pytest.raises(ValueError, match=f"without `energy_{source}`"):
+            relabel(three, wrong, POTENTIAL, source, progress=False)
+        assert wrong.read_bytes() == before
+    with pytest.raises(ValueError, match=r"new.jsonl.gz: a plain file"):
+        relabel(three, tmp_path / "new.jsonl.gz", POTENTIAL, progress=False)
     (other := tmp_path / "other.jsonl").write_text(json.dumps({"slab": "p1-1"}) + "\n")
     with pytest.raises(ValueError, match="p1-1"):
         relabel(three, other, POTENTIAL, progress=False)
@@ -58,6 +67,17 @@ def test_the_old_label_stays_and_the_new_one_is_the_potentials(three: Path) -> N
         own = (waves[:, None] * (1 - np.cos(2 * np.pi / 2.3 * new[~slab]))).sum()
         assert record["energy"] == pytest.approx(own - sum(references[s] for s in symbols), abs=1e-3)
         assert record["ok"] == (record["reason"] is None)
+
+
+def test_systems_that_data_make_made_can_be_relabelled(tmp_path: Path) -> None:
+    """Their adsorbates have more elements, and their frames have old energies."""
+    zero = dict.fromkeys(("H", "O", "N", "C", "S", "F", "Cl"), 0.0)
+    made = [r for k in range(3) for r in surface_records(Random(k), f"p0-{k}", 6, POTENTIAL, zero)]
+    assert {"S", "F", "Cl"} & {r["adsorbate"] for r in made} and all("frames" in r for r in made)
+    (path := tmp_path / "made.jsonl").write_text("".join(json.dumps(r) + "\n" for r in made))
+    counts = relabel(path, tmp_path / "new.jsonl", POTENTIAL, "before", progress=False)
+    new = [json.loads(line) for line in (tmp_path / "new.jsonl").read_text().splitlines()]
+    assert counts.total() == len(new) == len(made) and not any("frames" in r for r in new)
 
 
 def test_the_file_is_one_that_training_reads(three: Path, tmp_path: Path) -> None:
