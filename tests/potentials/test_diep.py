@@ -15,6 +15,7 @@ from catmllm.data.slabs import load_slabs
 from catmllm.potentials.diep import Diep, diep
 from catmllm.potentials.relax import PotentialMissing, Start, Structure, by_calculator, relaxed
 
+ROOT = Path(__file__).parents[2]
 SYSTEMS = load_slabs()
 
 
@@ -72,10 +73,11 @@ def rest(structure: Structure) -> tuple:
 
 def test_without_its_package_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     (pinned,) = project["dependency-groups"]["weights"]
     with pytest.raises(PotentialMissing, match=f"pip install --no-deps {pinned}$"):
         Diep()
+    assert f"`pip install --no-deps {pinned}`" in (ROOT / "docs" / "data.md").read_text()
 
 
 @pytest.mark.slow
