@@ -80,7 +80,7 @@ class Costs:
         if stage == "align":
             return self.text[i] + atoms
         asks = rng.random(n) < o.property_share
-        seen = rng.random(n) >= (o.drop_graph if stage != "align" else 0.0)
+        seen = rng.random(n) >= o.drop_graph
         other = np.where(rng.random(n) < 0.5, self.cif[i], self.design[i])
         return np.where(asks, self.property[i] + atoms * seen, other)
 
