@@ -25,6 +25,7 @@ import yaml
 
 from catmllm.config import ConfigError, from_dict, load_config, to_dict
 from catmllm.data.open import open_data
+from catmllm.evaluate.baselines import evenly_spaced
 from catmllm.evaluate.metrics import bootstrap_interval
 from catmllm.pipeline import differences
 
@@ -145,7 +146,8 @@ def values_of(metrics: Metrics) -> dict[str, Values]:
     found: dict[str, Values] = {}
     last = config.stages[-1]
     parity = metrics["property"][last]["parity"]
-    pairs = [f"{s.bulk} {s.miller}" for s in open_data(config.data)["test"]]
+    test = evenly_spaced(open_data(config.data)["test"], config.evaluate.property_systems)  # as measured
+    pairs = [f"{s.bulk} {s.miller}" for s in test]
     off = np.abs(np.array(parity["predicted"]) - np.array(parity["energy"]))
     found[f"{last}: test error, eV"] = off.tolist(), pairs
     items = metrics.get("design", {}).get("items", [])

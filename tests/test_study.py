@@ -14,6 +14,7 @@ from catmllm.config import ConfigError, load_config, to_dict
 from catmllm.config.load import SHIPPED
 from catmllm.data.open import open_data
 from catmllm.data.slabs import SHIPPED as SHIPPED_DATA
+from catmllm.evaluate.baselines import evenly_spaced
 from catmllm.study import compared, read, study, table
 
 FILE = """
@@ -46,7 +47,7 @@ def pretend(errors: dict[str, float], ran: list[list[str]]):
     def run(words: list[str], folder: Path) -> None:
         ran.append(words)
         config = load_config(overrides=words)
-        test = open_data(config.data)["test"]
+        test = evenly_spaced(open_data(config.data)["test"], config.evaluate.property_systems)
         rng = np.random.default_rng(config.data.split_seed)
         common = {p: abs(rng.normal(0, 0.2)) for p in sorted({f"{s.bulk} {s.miller}" for s in test})}
         truth = np.array([s.known_energy for s in test])
@@ -102,6 +103,14 @@ def test_what_is_done_is_kept(file: Path, tmp_path: Path) -> None:
     file.write_text(file.read_text().replace("encoder.lr: 1e-3", "encoder.lr: 3e-3"))
     with pytest.raises(ConfigError, match=r"better was run with other settings \(encoder.lr: 0.001 -> 0.003"):
         study(file, out, run=run)
+
+
+def test_a_part_of_the_test_systems_is_enough(file: Path, tmp_path: Path) -> None:
+    """As the trainer measures them: evenly spaced."""
+    file.write_text(file.read_text().replace("base: {", "base: {evaluate.property_systems: 10, "))
+    study(file, tmp_path / "out", run=pretend({"plain": 0.2, "better": 0.15}, []))
+    row = json.loads((tmp_path / "out" / "study.json").read_text())["rows"]["encoder: test error, eV"]
+    assert row["better"]["more"] == pytest.approx(-0.05, abs=1e-6)
 
 
 def test_an_ancestor_is_run_once_a_seed(file: Path, tmp_path: Path) -> None:
