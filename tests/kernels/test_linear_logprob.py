@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from catmllm_kernels.linear_logprob import IGNORED, cpu, linear_logprob, linear_logprobs
@@ -52,7 +52,8 @@ def bounds(
 ) -> list[float]:
     """What float32 may be off by, relative to the largest element: of log-probability, entropy and the
     gradients to hidden and weight of sum(slope · logprob + of_entropy · entropy). Written in single steps, as
-    an implementation takes them, for each of them rounds: 1 - exp(z - lse) cancels where a word is sure."""
+    an implementation takes them, for each of them rounds: 1 - exp(z - lse) cancels where a word is sure, and
+    the z that is made again for the gradients, a chunk at a time, is rounded otherwise than lse's was."""
     hidden, weight = inputs[0].detach().double(), inputs[1].detach().double()
     kept = inputs[2] != IGNORED
     at = torch.arange(len(hidden)), inputs[2].where(kept, 0)
@@ -68,9 +69,11 @@ def bounds(
         logprob = z - lse
         p = logprob.exp()
         entropy = -(p * logprob).sum(-1)
+        again = hidden @ weight.T / temperature - lse
+        p = again.exp()
         d = own[:, None] * (target - p) / temperature
         if of_entropy:
-            d = d - of_entropy * kept[:, None] * p * (logprob + entropy[:, None]) / temperature
+            d = d - of_entropy * kept[:, None] * p * (again + entropy[:, None]) / temperature
         return [(logprob * target).sum(-1) * kept, entropy * kept, d @ weight, d.T @ hidden]
 
     return error_bounds(by_steps, 2.0**-24)
@@ -90,14 +93,9 @@ def exact(
     return [value.detach(), entropy.detach(), h.grad, w.grad]
 
 
-def within(
-    found: Sequence[torch.Tensor],
-    expected: Sequence[torch.Tensor],
-    allowed: Sequence[float],
-    times: float = 1,
-) -> bool:
+def within(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], allowed: Sequence[float]) -> bool:
     return all(
-        float((a.detach().double() - b).abs().max()) <= times * bound * float(b.abs().max())
+        float((a.detach().double() - b).abs().max()) <= bound * float(b.abs().max())
         for a, b, bound in zip(found, expected, allowed, strict=True)
     )
 
@@ -110,6 +108,7 @@ def within(
     temperature=st.sampled_from([0.3, 0.7, 1.0, 2.0]),
     seed=st.integers(0, 1000),
 )
+@example(tokens=13, width=31, vocabulary=58, chunk=2, temperature=0.7, seed=0)  # every word is sure
 def test_values_and_gradients_against_float64(
     tokens: int, width: int, vocabulary: int, chunk: int, temperature: float, seed: int
 ) -> None:
@@ -125,8 +124,7 @@ def test_values_and_gradients_against_float64(
     assert h.grad is not None and w.grad is not None
     value, _, *gradients = bounds((hidden, weight, targets), temperature, scale.double())
     expected = oracle(hidden, weight, targets, temperature, scale)
-    # The bounds round a product's sum once; sums of up to 70 words, in several lanes, round more often.
-    assert within([ours, h.grad, w.grad], expected, [value, *gradients], times=2)
+    assert within([ours, h.grad, w.grad], expected, [value, *gradients])
 
 
 FAULTS = {
