@@ -120,18 +120,31 @@ class Lines {
         if (value_wanted_) return true;
         count();
         if (!loop_ || kinds_.empty()) return false;
-        words_.clear();
-        Words words(line);
-        for (Word word; words.next(word);) {
-            if (!word.quoted && (word.text[0] == '_' || starts_with(word.text, "loop_"))) break;
-            words_.push_back(word);
-        }
+        read(line);
         if (first_row_) return true;
         if (filled_ == 0) return (words_.size() >= kinds_.size() ? is_row() : fits(0)) || begins_row();
         if (fits(filled_)) return true;
         if (!fits(0) && !begins_row()) return false;
         filled_ = 0;  // the row before is damaged; rows go on
         return true;
+    }
+
+    // A whole row of sites, wherever the row before it ended. Behind a line that may not follow it shows that
+    // the loop goes on.
+    bool is_whole_row(std::string_view line) {
+        if (!sites_) return false;
+        read(line);
+        if (words_.size() < kinds_.size() || !is_row()) return false;
+        filled_ = 0;
+        return true;
+    }
+
+    // The line that was looked at may be a row that is garbled: it has as many words as the loop of sites,
+    // and as many numbers as that has coordinates.
+    bool may_be_row() const {
+        if (!sites_ || words_.size() < kinds_.size()) return false;
+        return std::count_if(words_.begin(), words_.end(), [](const Word& w) { return is_number(w.text); }) >=
+               std::count(kinds_.begin(), kinds_.end(), Kind::kCoordinate);
     }
 
     // A row of sites that needs no closer look: `Pt  Pt3  ...`, or `Pt3  Pt  ...`. What follows of it is
@@ -213,6 +226,15 @@ class Lines {
     }
 
   private:
+    // The values of a line, up to a key or `loop_`.
+    void read(std::string_view line) {
+        words_.clear();
+        Words words(line);
+        for (Word word; words.next(word);) {
+            if (!word.quoted && (word.text[0] == '_' || starts_with(word.text, "loop_"))) break;
+            words_.push_back(word);
+        }
+    }
     // The values of the last row that only passed.
     void count() {
         if (counted_.empty()) return;
@@ -237,16 +259,25 @@ class Lines {
         return element_letters(words_[0].text) != 0 && has_digit(words_[0].text) &&
                std::any_of(words_.begin() + 1, words_.end(), number);
     }
-    // A row of at least as many words as columns: of sites its coordinates must be numbers, and a letter must
-    // stand where the atom is named; of others all must fit.
+    // A row of at least as many words as columns: of others than sites all must fit. Of sites a letter must
+    // stand where the atom is named, and a number at each coordinate: `?` is one only beside a capital
+    // letter.
     bool is_row() const {
         if (!sites_) return fits(0);
         bool named = false;
+        bool capital = false;
+        bool known = true;
         for (std::size_t i = 0; i < kinds_.size(); ++i) {
-            if (kinds_[i] == Kind::kCoordinate && !is_number(words_[i].text)) return false;
-            named |= (kinds_[i] == Kind::kSymbol || kinds_[i] == Kind::kLabel) && has_letter(words_[i].text);
+            const std::string_view text = words_[i].text;
+            if (kinds_[i] == Kind::kCoordinate) {
+                if (!is_number(text)) return false;
+                known &= text != "?" && text != ".";
+            } else if (kinds_[i] == Kind::kSymbol || kinds_[i] == Kind::kLabel) {
+                named |= has_letter(text);
+                capital |= !text.empty() && is_upper(byte(text[0]));
+            }
         }
-        return named;
+        return named && (known || capital);
     }
     bool labels_are_symbols() const {
         return std::find(kinds_.begin(), kinds_.end(), Kind::kSymbol) == kinds_.end();
@@ -365,11 +396,14 @@ std::size_t last_loop(std::string_view s) {
 std::size_t length_of_cif(std::string_view s, LineScratch& scratch) {
     Lines reader(scratch);
     std::size_t stray = kNowhere;  // the first line that does not belong
+    bool directly = false;         // no empty line since the last that belongs
+    bool garbled = false;          // all that does not belong may be rows
     for (std::size_t line = last_loop(s); line < s.size();) {
         const std::size_t end = end_of_line(s, line);
         const std::string_view text = s.substr(line, end - line);
         std::size_t next = end + 1;
         if (stray == kNowhere && reader.passes_as_row(text)) {
+            directly = true;
             line = next;
             continue;
         }
@@ -383,7 +417,9 @@ std::size_t length_of_cif(std::string_view s, LineScratch& scratch) {
             reader.forget();
             const std::size_t header = std::min(word.find_first_of(" \t\r"), word.size());
             reader.take(word.substr(header));
-        } else if (text.empty() || word.empty() || word[0] == '#') {
+        } else if (text.empty() || word.empty()) {
+            directly = false;
+        } else if (word[0] == '#') {
         } else if (text[0] == ';') {
             std::size_t close = s.find("\n;", line);
             if (close == kNowhere) return std::min(stray, line);  // all behind it is lost to every reader
@@ -400,14 +436,20 @@ std::size_t length_of_cif(std::string_view s, LineScratch& scratch) {
                 stray = kNowhere;
             }
             if (stray == kNowhere) reader.take(text);
-        } else if (stray == kNowhere) {
-            if (!reader.may_follow(text)) {
+        } else if (stray == kNowhere || ((directly || garbled) && reader.is_whole_row(text))) {
+            if (stray == kNowhere && !reader.may_follow(text)) {
                 stray = line;
+                garbled = reader.may_be_row();
             } else if (const std::size_t row = reader.length_of_row(text); row < text.size()) {
                 stray = line + row;
+                directly = true;
             } else {
                 reader.take(text);
+                stray = kNowhere;
+                directly = true;
             }
+        } else {
+            garbled = garbled && reader.may_be_row();
         }
         line = next;
     }

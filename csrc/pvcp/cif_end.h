@@ -32,8 +32,9 @@ struct LineScratch {
 // before, or is a row of the loop before it: its values are of the kind that their columns hold (numbers in
 // columns of numbers, an element in the column of symbols). A damaged row, too short or too long but of the
 // right kinds, belongs too: nothing is repaired. A line that does not belong ends the CIF, unless a key or a
-// `loop_` begins a later line: then it stands inside. A `data_` behind such a line begins another CIF; a
-// `data_` behind a row is a further block.
+// `loop_` begins a later line, or a whole row of sites follows it in the same paragraph (behind what may
+// be rows that are garbled, in any): then it stands inside. A `data_` behind such a line begins another CIF;
+// a `data_` behind a row is a further block.
 std::size_t length_of_cif(std::string_view s, LineScratch& scratch);
 
 // Looks like a whole row of a site loop: an element first, then at least three numbers, one of them last.

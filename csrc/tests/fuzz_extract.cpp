@@ -5,7 +5,10 @@
 #include <cstdint>
 #include <cstdlib>
 #include <string>
+#include <vector>
 
+#include "../cif/characters.h"
+#include "../cif/number.h"
 #include "../cif/parser.h"
 #include "../pvcp/extract.h"
 
@@ -28,24 +31,48 @@ const std::string kCifs[] = {
     kCell + kSites + "loop_\n_symmetry_equiv_pos_as_xyz\nx,y,z\n'-x, -y, z'\n",
 };
 
-// Reasoning, chat turns, CIFs: what stands in them is no surrounding. Letters in lower case. Nor is an
-// element's symbol, which may begin a row that was cut off, also behind quotes: those that do not close are
-// passed over; nor a line with a letter and three words that may be numbers, which may be a row that was
-// garbled.
+// The words of a line that follows the sites might be a row, garbled or not: as many as their loop has
+// columns, numbers where it has coordinates, a letter in a name; where a number is not known a name begins
+// with a capital. Behind quotes that do not close words go on: of lines with quotes any three numbers and a
+// letter.
 bool may_be_row(const std::string& line) {
-    int numbers = 0;
-    bool letter = false;
-    bool begins = true;
+    std::vector<std::string> words(1);
     for (char c : line) {
-        numbers += begins && ((c >= '0' && c <= '9') || std::string("+-.?iInN").find(c) != std::string::npos);
-        letter |= (c >= 'A' && c <= 'Z') || (c >= 'a' && c <= 'z');
-        const auto byte = static_cast<unsigned char>(c);
-        begins = byte <= ' ' || byte == 0x80 || c == '\'' || c == '"';
+        if (!cif::is_space_or_unicode(static_cast<unsigned char>(c)))
+            words.back() += c;
+        else if (!words.back().empty())
+            words.emplace_back();
     }
-    return letter && numbers >= 3;
+    const auto unknown = [](const std::string& s) { return s == "?" || s == "."; };
+    const auto number = [&](const std::string& s) {
+        double value;
+        return unknown(s) || cif::str2float(s, value);
+    };
+    const auto letter = [](const std::string& s) {
+        return std::any_of(s.begin(), s.end(),
+                           [](char c) { return cif::is_alpha(static_cast<unsigned char>(c)); });
+    };
+    if (line.find_first_of("'\"") != std::string::npos) {
+        int numbers = 0;
+        for (std::string word : words) {
+            while (!word.empty() && (word[0] == '\'' || word[0] == '"')) word.erase(0, 1);
+            while (!word.empty() && (word.back() == '\'' || word.back() == '"')) word.pop_back();
+            numbers += number(word);
+        }
+        return numbers >= 3 && letter(line);
+    }
+    if (words.size() < 6 || words[5].empty()) return false;
+    for (std::size_t i = 2; i < 5; ++i)
+        if (!number(words[i])) return false;
+    const bool known = std::none_of(words.begin() + 2, words.begin() + 5, unknown);
+    const auto capital = [](const std::string& s) { return cif::is_upper(static_cast<unsigned char>(s[0])); };
+    return (letter(words[0]) || letter(words[1])) && (known || capital(words[0]) || capital(words[1]));
 }
 
-bool is_excluded(const std::string& text, bool before) {
+// Reasoning, chat turns, CIFs: what stands in them is no surrounding. Letters in lower case. Nor is an
+// element's symbol, which may begin a row that was cut off, also behind quotes: those that do not close are
+// passed over; nor, behind sites, a line that may be a row.
+bool is_excluded(const std::string& text, bool before, bool sites) {
     std::string low = text;
     for (char& c : low)
         if (c >= 'A' && c <= 'Z') c = static_cast<char>(c + 32);
@@ -55,7 +82,7 @@ bool is_excluded(const std::string& text, bool before) {
     if (before)
         for (const char* word : {"im_end", "endoftext", "eot", "end", "return", "eom", "eos"})
             if (low.find(word) != std::string::npos) return true;
-    for (std::size_t from = 0; from < text.size();) {
+    for (std::size_t from = 0; sites && from < text.size();) {
         const std::size_t end = std::min(text.find('\n', from), text.size());
         if (may_be_row(text.substr(from, end - from))) return true;
         from = end + 1;
@@ -77,7 +104,8 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
     const std::size_t split = 2 + data[1] % (size - 1);
     const std::string before(reinterpret_cast<const char*>(data) + 2, split - 2);
     const std::string behind(reinterpret_cast<const char*>(data) + split, size - split);
-    if (is_excluded(before, true) || is_excluded(behind, false)) return 0;
+    const bool sites_last = data[0] % 4 < 2;
+    if (is_excluded(before, true, false) || is_excluded(behind, false, sites_last)) return 0;
     if (&cif == &kCifs[3] && behind.find(',') != std::string::npos) return 0;  // may be another operation
 
     static cif::Parser parser;

@@ -1,11 +1,14 @@
 """Whatever a CIF is wrapped in, the score is that of the CIF as strict mode scores it."""
 
 import re
+import warnings
 
 import numpy as np
 import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
+from pymatgen.core import Structure
+from pymatgen.io.cif import CifParser
 
 from rewards_fast import PVCP, extract_cif
 from tests.oracles.cif_mutants import mutants
@@ -99,6 +102,53 @@ def test_a_damaged_row_is_not_repaired() -> None:
         assert FOUND.score([FORMATS[wrap](rows["too short"])], [TARGET]).total[0] == -15, wrap
 
 
+# Rows of which pymatgen passes over the site, or refuses the text: {place} is their four numbers.
+DAMAGED = [
+    "78 1 1 {place}", "? 5 1 {place}", "8 O5 1 {place}", "8 O5 1 ? ? ? 1", "xx xx5 1 {place}",
+    "Xx Xx5 1 ? ? ? 1", "78 3 1 0.x 0.5 0.5 1", "8 O5 1 zero 0.0 0.5 1", "2 a 1 ? . 2 1", "2 ) 1 2 ? ? x",
+]  # fmt: skip
+UNLIKE = ["...", "(two more)", "# C\n...", "Pt 3 1 {place} x"]  # behind a whole CIF they are prose
+FIRST, MIDDLE, LAST = (SLAB.splitlines()[i] for i in (-6, -3, -1))
+PARAGRAPHS = {
+    "one": lambda cif: cif,
+    "a line each": lambda cif: cif.replace("\n", "\n\n"),
+}
+
+
+def pymatgen_reads(text: str) -> Structure | None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return CifParser.from_str(text).parse_structures(primitive=False)[0]
+        except ValueError:
+            return None
+
+
+@pytest.mark.parametrize(
+    ("of", "row"),
+    [(of, row) for of in (FIRST, MIDDLE, LAST) for row in DAMAGED]
+    + [(of, row) for of in (FIRST, MIDDLE) for row in UNLIKE],
+)
+def test_no_row_is_cut_together_with_those_after_it(of: str, row: str) -> None:
+    """What is scored is what pymatgen reads of the CIF as it stands."""
+    cif = SLAB.replace(of, row.format(place=of.split(" ", 3)[3]))
+    expected = pymatgen_reads(cif)
+    assert (expected is None) == (STRICT.score([cif], [TARGET]).reason != [None])
+    for split in PARAGRAPHS.values() if row in DAMAGED else [PARAGRAPHS["one"]]:
+        for wrap in ("bare", "Done.", "fence", "chatml"):
+            answer = FORMATS[wrap](split(cif))
+            assert same_scores([answer], [cif]).all(), (wrap, extract_cif(answer))
+            assert pymatgen_reads(extract_cif(answer)) == expected
+
+
+def test_a_row_quoted_in_prose_is_no_part_of_the_cif() -> None:
+    for prose in (
+        "\nThe adsorbate is\nO O5 1 0.000 0.000 0.500 1\n",
+        "Done.\n\nO O5 1 0.000 0.000 0.500 1\n",
+    ):
+        assert FOUND.score([SLAB + prose], [TARGET]).total[0] == pytest.approx(10.0)
+
+
 def test_prose_between_a_loop_and_a_key_stands_inside() -> None:
     inside = SLAB.replace("_cell_length_c 15.000\n", "") + "Now the third length:\n_cell_length_c 15.000\n"
     assert FOUND.score([inside, "Sure:\n" + inside], TARGET).total.tolist() == [-15, -15]
@@ -145,6 +195,9 @@ ROW = re.compile(r"\s*[A-Z][a-z]?[-+\d]*(\s|$)")
 @example(before="'\n", after="\n;\n", odd="")
 @example(before="", after="0 ", odd="labels alone")
 @example(before="", after="1.5 2", odd="labels alone")
+@example(before="", after="1 2 3 4 5 6 7", odd="")
+@example(before="", after="2 ) 1 2 ? ? x", odd="")
+@example(before="", after="2 a 1 ? . 2 1 2", odd="")
 def test_whatever_surrounds_a_cif(before: str, after: str, odd: str) -> None:
     cif = ODD.get(odd, SLAB)
     assume(not ROW.match(after))  # the begin of a further row: the CIF is cut off
