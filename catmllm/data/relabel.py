@@ -29,15 +29,28 @@ from catmllm.structure.elements import atomic_number
 from catmllm.structure.system import ADSORBATE, BULK
 
 Record = dict[str, Any]
+NEEDED = (
+    "sid", "slab", "adsorbate", "miller", "energy", "ok", "symbols", "cell", "tags", "pos", "pos_start"
+)  # fmt: skip
 
 
 def by_slab(path: Path) -> dict[str, list[Record]]:
-    """The records of a JSON-lines file (gzip by its name) by their slab, in the order of the file."""
+    """The records of a JSON-lines file (gzip by its name) by their slab, in the order of the file. Raises
+    ValueError for a line that is no such record."""
     opened = gzip.open if path.suffix == ".gz" else open
     groups: dict[str, list[Record]] = {}
     with opened(path, "rt", encoding="utf-8") as lines:
-        for line in lines:
-            record = json.loads(line)
+        for number, line in enumerate(lines, 1):
+            try:
+                record = json.loads(line)
+                missing = [key for key in NEEDED if key not in record]
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{path}, line {number}: not a JSON record: {error}") from error
+            if missing:
+                raise ValueError(
+                    f"{path}, line {number}: no `{missing[0]}`; only what `catmllm data make` made, and the "
+                    "shipped file, can be relabelled"
+                )
             groups.setdefault(record["slab"], []).append(record)
     return groups
 

@@ -48,6 +48,17 @@ def test_a_killed_run_goes_on_to_the_same_file(three: Path, tmp_path: Path) -> N
         relabel(three, other, POTENTIAL, progress=False)
 
 
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [('{"slab": "a"}', "line 2: no `sid`"), ("{", "line 2: not a JSON"), ("3", "line 2: not a")],
+)
+def test_a_line_that_is_no_record_is_told(three: Path, tmp_path: Path, line: str, said: str) -> None:
+    (path := tmp_path / "bad.jsonl").write_text(three.read_text().splitlines()[0] + f"\n{line}\n")
+    with pytest.raises(ValueError, match=f"bad.jsonl, {said}"):
+        relabel(path, tmp_path / "new.jsonl", POTENTIAL, progress=False)
+    assert not (tmp_path / "new.jsonl").exists()
+
+
 def test_the_old_label_stays_and_the_new_one_is_the_potentials(three: Path) -> None:
     old = next(iter(by_slab(three).values()))
     references = {"H": 0.1, "O": 0.2, "N": 0.3, "C": 0.4}
