@@ -234,7 +234,12 @@ def test_the_same_structure_is_predicted_once(small_model: Model, train_systems:
     assert len({c.key for c in first}) == 1 and {c.predicted for c in [*first, *second]} == {
         first[0].predicted
     }
-    assert second[0].reward != first[0].reward  # another target, another reward
+    # another target, another reward: by the energies alone
+    near, far = (
+        np.exp(-CONFIG.energy_lambda * abs(e - first[0].predicted)) for e in (system.known_energy, -9.0)
+    )
+    assert second[0].reward - first[0].reward == pytest.approx(CONFIG.energy_weight * (far - near), abs=1e-9)
+    assert second[0].reward != first[0].reward
 
 
 def test_unit_and_raw_scales(small_model: Model, train_systems: list[System]) -> None:

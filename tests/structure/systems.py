@@ -47,6 +47,17 @@ def cells(draw: st.DrawFn, max_atoms: int = 6) -> tuple[np.ndarray, np.ndarray]:
     return lattice, np.random.default_rng(seed).uniform(-1, 2, (n, 3)) @ lattice
 
 
+def read_back(frac: np.ndarray, decimals: int) -> np.ndarray:
+    """The fractional coordinates [N, 3] that pymatgen reads of a CIF which holds them with so many decimals:
+    rounded, in [0, 1), and a third or two thirds where the number is that to one part in 10,000 (`CifParser`,
+    `frac_tolerance`), so that 0.66660 to 0.66673 are all 2/3."""
+    steps = 10**decimals
+    written = np.rint((frac - np.floor(frac)) * steps) % steps / steps
+    for third in (1 / 3, 2 / 3):
+        written[np.abs(written / third - 1) <= 1e-4] = third
+    return written
+
+
 @st.composite
 def slabs(draw: st.DrawFn) -> System:
     """An adsorbate over a jittered slab of two elements, under at least 6 Å of vacuum."""

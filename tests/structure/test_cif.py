@@ -18,7 +18,7 @@ from catmllm.structure.cif import read_cif, system_from_crystal, write_cif
 from catmllm.structure.system import System, make_system
 from catmllm.structure.text import three_part_text
 from rewards_fast import CIFError, Crystal
-from tests.structure.systems import rotations, slabs
+from tests.structure.systems import read_back, rotations, slabs
 
 SHIPPED = load_slabs()
 
@@ -93,11 +93,11 @@ def test_pymatgen_reads_every_shipped_system_back() -> None:
         assert structure.volume == pytest.approx(system.volume, rel=1e-5)
         # pymatgen sorts the sites; every atom of ours must be one of theirs
         frac = np.array([site.frac_coords for site in structure])
-        difference = system.frac[:, None] - frac[None]
+        difference = read_back(system.frac, 6)[:, None] - frac[None]
         nearest = np.abs(difference - np.rint(difference)).max(axis=-1)
         match = nearest.argmin(axis=1)
         assert sorted(match) == list(range(len(system)))
-        assert nearest.min(axis=1).max() < 4e-5  # pymatgen makes 0.33330 to 0.33336 a third
+        assert nearest.min(axis=1).max() < 1e-12
         assert [structure[int(j)].specie.symbol for j in match] == system.symbols
 
 
@@ -177,17 +177,32 @@ def test_value_that_no_table_has_is_a_question_mark() -> None:
 @given(slabs())
 @settings(max_examples=10)
 def test_round_trip(system: System) -> None:
-    """Tags, names and text survive; the atoms move by rounding only; what came back stays."""
+    """Tags, names and text survive; the atoms move by rounding, and to thirds, only; what came back stays."""
     text = write_cif(system, decimals=5)
     back = read_cif(text)
     assert (back.adsorbate, back.miller, back.identity) == (system.adsorbate, system.miller, system.identity)
     assert back.symbols == system.symbols
-    difference = back.frac - system.frac
-    assert np.abs(difference - np.rint(difference)).max() < 4e-5  # pymatgen makes 0.33330 to 0.33336 a third
+    expected = read_back(system.frac, 5)
+    np.testing.assert_allclose(back.frac, expected, rtol=0, atol=1e-12)
     np.testing.assert_allclose(back.lattice, system.lattice, atol=2e-5)
     once = write_cif(back, decimals=5)
-    assert [row[:3] + row[6:] for row in _columns(once)] == [row[:3] + row[6:] for row in _columns(text)]
+    rows = [[*row[:3], *(f"{x:.5f}" for x in at), *row[6:]] for row, at in zip(_columns(text), expected)]
+    assert _columns(once) == rows
     assert write_cif(read_cif(once), decimals=5) == once
+
+
+def test_thirds_are_pymatgens_at_every_digit() -> None:
+    values = np.concatenate([np.arange(33320, 33350), np.arange(66650, 66690)]) / 1e5
+    n = len(values)
+    frac = np.c_[values, np.arange(n) / n, np.linspace(0, 0.5, n)]
+    cell = np.diag([500.0, 500.0, 500.0])  # no two sites are one
+    system = make_system(cell, None, [46] * (n - 1) + [1], [0] * (n - 1) + [2], "H", (1, 1, 1), frac=frac)
+    text, expected = write_cif(system, 5), read_back(frac, 5)
+    np.testing.assert_allclose(read_cif(text).frac, expected, rtol=0, atol=1e-12)
+    theirs = np.array([site.frac_coords for site in Structure.from_str(text, fmt="cif")])
+    theirs = theirs[np.argsort(theirs[:, 1])]  # the order of ours
+    np.testing.assert_allclose(theirs, expected, rtol=0, atol=1e-12)
+    assert ((expected[:, 0] == 1 / 3).sum(), (expected[:, 0] == 2 / 3).sum()) == (7, 14)
 
 
 def test_shipped_systems_come_back_with_tags_and_text() -> None:
