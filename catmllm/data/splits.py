@@ -41,8 +41,15 @@ def parts_of(
                 f"`data.split_by: column`: {missing} of {len(groups)} systems have no value; "
                 "`catmllm data import --group COLUMN` names the column (`split` by default)"
             )
-        if hold_out is None and {g.lower() for g in groups} <= set(_PARTS):
-            return [_PARTS[g.lower()] for g in groups]
+        values = {group.strip().lower() for group in groups}
+        if hold_out is None and not values.isdisjoint(_PARTS):
+            if odd := sorted(values - set(_PARTS)):
+                raise ValueError(
+                    "`data.split_by: column`: the column says train, val or test, and also "
+                    f"{', '.join(odd[:5])}; give every system one of the three, or name what tests by "
+                    "`data.hold_out`"
+                )
+            return [_PARTS[group.strip().lower()] for group in groups]
     if hold_out is None:
         joined = [" ".join(sorted(n)) for n in names]
         part_of = split_pairs(Counter(joined), seed)

@@ -53,6 +53,14 @@ def test_a_name_that_no_system_has() -> None:
         parts_of(["CO</s>Pt"], ["Pt (1, 1, 1)"], [""], "column", None, 0)
 
 
+def test_a_column_of_parts_with_another_value() -> None:
+    """Taken as groups, all of `train` could become the test set."""
+    texts, pairs = ["CO</s>Pt"] * 3, ["Pt (1, 1, 1)"] * 3
+    assert parts_of(texts, pairs, ["train ", "Val", "test"], "column", None, 0) == ["train", "val", "test"]
+    with pytest.raises(ValueError, match="and also validate; give every system"):
+        parts_of(texts, pairs, ["train", "validate", "test"], "column", None, 0)
+
+
 def test_a_folder_by_metal_and_by_column(tmp_path: Path) -> None:
     groups = ["Test" if s.adsorbate == "H" else "valid" if s.adsorbate == "C" else "train" for s in SOME]
     write_shards(tmp_path / "mine", SOME, groups=groups)
