@@ -169,7 +169,7 @@ def read_cif(text: str, adsorbate: str | None = None, miller: Miller | None = No
     """
     crystal = parse_cif(text)
     if adsorbate is None or miller is None:
-        header = _header(text)
+        header = header_identity(text)
         if adsorbate is None:
             if header is None:
                 raise ValueError("the CIF has no line like 'data_CO</s>Pd6Ir6 (1 1 1)'; give `adsorbate`")
@@ -179,7 +179,7 @@ def read_cif(text: str, adsorbate: str | None = None, miller: Miller | None = No
     return system_from_crystal(crystal, adsorbate, miller)
 
 
-def _header(text: str) -> Identity | None:
+def header_identity(text: str) -> Identity | None:
     """The identity in the first `data_` line that has one."""
     for match in _DATA_LINE.finditer(text):
         try:
@@ -195,6 +195,15 @@ def system_from_crystal(crystal: Crystal, adsorbate: str, miller: Miller | None 
     Raises ValueError for sites that are no whole atom of an element, for a left-handed, flat or non-finite
     cell, and where the atoms of the adsorbate are not there.
     """
+    require_whole_atoms(crystal)
+    untagged = np.full(len(crystal.numbers), BULK)
+    bare = make_system(crystal.lattice, None, crystal.numbers, untagged, adsorbate, miller, frac=crystal.frac)
+    tags = surface_tags(bare.lattice, bare.frac, bare.numbers, parse_formula(adsorbate))
+    return replace(bare, tags=tags)
+
+
+def require_whole_atoms(crystal: Crystal) -> None:
+    """Raises ValueError for sites that are no element, or partly occupied."""
     if not crystal.numbers.all():
         raise ValueError(
             f"site {int(np.argmin(crystal.numbers))} is no element: the cell holds {crystal.composition}"
@@ -203,7 +212,3 @@ def system_from_crystal(crystal: Crystal, adsorbate: str, miller: Miller | None 
     if any(abs(held.get(SYMBOLS[z], 0) - count) > 1e-3 for z, count in counts.items()):
         sites = count_elements(SYMBOLS[z] for z in crystal.numbers)
         raise ValueError(f"partly occupied sites: {sites} on sites that hold {held}")
-    untagged = np.full(len(crystal.numbers), BULK)
-    bare = make_system(crystal.lattice, None, crystal.numbers, untagged, adsorbate, miller, frac=crystal.frac)
-    tags = surface_tags(bare.lattice, bare.frac, bare.numbers, parse_formula(adsorbate))
-    return replace(bare, tags=tags)

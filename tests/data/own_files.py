@@ -1,5 +1,5 @@
 """Small inputs of users' own: slabs by ASE with adsorbates, in every format, each by the library that its
-users write it with."""
+users write it with; and what is read of them."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ import numpy as np
 from ase import Atoms
 from ase.build import add_adsorbate, fcc111, molecule
 from ase.calculators.singlepoint import SinglePointCalculator
+
+from catmllm.data.own.reading import Found, Wanted, read_systems
+from catmllm.structure.system import System
 
 
 def slab(metal: str = "Pt", adsorbate: str = "CO", n: int = 2, layers: int = 3, tags: str = "ASE") -> Atoms:
@@ -102,3 +105,22 @@ def write_catalysis_hub(path: Path, reactions: list[tuple[dict, dict, float, str
     connection.commit()
     connection.close()
     return path
+
+
+def found(path: Path, **options: object) -> Found:
+    return read_systems([path], Wanted(**options))  # type: ignore[arg-type]
+
+
+def one(path: Path, **options: object) -> System:
+    """The only system of a file."""
+    (system,) = (result := found(path, **options)).systems
+    assert result.read == 1
+    return system
+
+
+def refusal(path: Path, **options: object) -> str:
+    """Reason and message of the only record of a file."""
+    result = found(path, **options)
+    assert not result.items and result.refused.total() == result.read == 1
+    ((reason, (message,)),) = result.examples.items()
+    return f"{reason}: {message}"

@@ -186,7 +186,7 @@ def _by_tags(bare: Bare) -> tuple[Mask, str] | None:
         if bare.oc20 or sunk or (mean[2] > rest and mean[2] > mean.get(1, -np.inf)):
             return tags == 2, "tags of OC20's kind (2)"
     falling = all(mean[a] > mean[b] for a, b in pairwise(layers))
-    if 0 in values and layers[0] == 1 and falling and mean[0] > mean[1]:
+    if 0 in values and layers[:1] == [1] and falling and mean[0] > mean[1]:
         return tags == 0, "tags of ASE's kind (0, over layers 1, 2, …)"
     if set(values) <= {0, 1} or (0 not in values and falling):
         return None  # a slab's own tags: no atom is said to be an adsorbate

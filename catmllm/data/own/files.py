@@ -6,15 +6,18 @@ there was.
 
 from __future__ import annotations
 
+import bz2
 import csv
 import gzip
 import io
 import json
+import lzma
 import os
 import re
 import sqlite3
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,8 +27,8 @@ import numpy as np
 from catmllm.data.oc20 import readers
 from catmllm.data.oc20.readers import Problem, Record, Unit, from_atoms
 from catmllm.data.own import keys
+from catmllm.structure.cif import header_identity, require_whole_atoms
 from catmllm.structure.elements import NUMBER
-from catmllm.structure.formula import parse_identity
 from rewards_fast import parse_cif
 
 if TYPE_CHECKING:
@@ -40,7 +43,6 @@ PACKED = (".gz", ".xz", ".bz2")
 # Of a VASP calculation the first that can be read counts: it says most.
 VASP = ("vasprun.xml", "OUTCAR", "CONTCAR", "POSCAR")
 _VASP_NAME = re.compile(r"(POSCAR|CONTCAR|OUTCAR|vasprun)([._-].*)?|.*vasprun\.xml")
-RELAXATIONS = ("vasprun.xml", "OUTCAR")  # their frames are always steps of one relaxation
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Source:
     name: str
 
 
-def find(paths: Sequence[str | Path]) -> tuple[list[Source], Problems, int]:
+def find(paths: Sequence[str | Path]) -> tuple[list[Source], list[Problem], int]:
     """The sources under some files and folders, sorted; what is missing; how many files were left alone."""
     problems: list[Problem] = []
     found: list[tuple[Path, ...]] = []
@@ -78,9 +80,6 @@ def find(paths: Sequence[str | Path]) -> tuple[list[Source], Problems, int]:
     return [Source(p, name) for p, name in zip(found, names)], problems, left
 
 
-Problems = list[Problem]
-
-
 def _folder(folder: Path) -> tuple[list[tuple[Path, ...]], int]:
     """The sources in a folder and all under it, and the number of files that are none."""
     found: list[tuple[Path, ...]] = []
@@ -95,9 +94,7 @@ def _folder(folder: Path) -> tuple[list[tuple[Path, ...]], int]:
         if vasp:
             found.append(tuple(vasp))
         for name in sorted(set(names) - {p.name for p in vasp}):
-            stem = name
-            for ending in PACKED:
-                stem = stem.removesuffix(ending)
+            stem = unpacked(name)
             if stem.lower().endswith(ENDINGS) or _VASP_NAME.fullmatch(stem):
                 found.append((here / name,))
             else:
@@ -105,15 +102,27 @@ def _folder(folder: Path) -> tuple[list[tuple[Path, ...]], int]:
     return found, left
 
 
+def unpacked(name: str) -> str:
+    """The name of a file without the ending that says how it is packed."""
+    for ending in PACKED:
+        name = name.removesuffix(ending)
+    return name
+
+
 def read(source: Source) -> Iterator[Record | Problem]:
     """The records of a source, their sids by its name and the frame; of a VASP calculation those of the first
-    file that can be read."""
+    file that can be read, which say what could not (`passed over`)."""
     items: list[Record | Problem] = []
+    passed = []
     for path in source.paths:
         items = list(_named(path, source.name))
         if any(isinstance(item, Record) for item in items):
             break
-    yield from items
+        passed.append(path.name)
+    for item in items:
+        if isinstance(item, Record) and passed:
+            item.beside["passed over"] = f"read from {path.name}: {', '.join(passed)} could not be read"
+        yield item
 
 
 def _named(path: Path, name: str) -> Iterator[Record | Problem]:
@@ -140,9 +149,7 @@ def _guarded_file(path: Path) -> Iterator[Record | Problem]:
 
 
 def _items(path: Path) -> Iterator[Record | Problem]:
-    name = path.name
-    for ending in PACKED:
-        name = name.removesuffix(ending)
+    name = unpacked(path.name)
     suffix = Path(name).suffix.lower()
     if suffix in (".lmdb", ".aselmdb", ".pkl") or path.is_dir():
         for item in readers.read(Unit((str(path),))):
@@ -156,8 +163,7 @@ def _items(path: Path) -> Iterator[Record | Problem]:
     elif suffix == ".jsonl":
         yield from _rows(path, _json_lines(path))
     elif suffix in (".csv", ".tsv"):
-        table = csv.DictReader(io.StringIO(_text(path)), delimiter="\t" if suffix == ".tsv" else ",")
-        yield from _rows(path, ({k: keys.plain(v) for k, v in row.items() if k} for row in table))
+        yield from _rows(path, _cells(path, "\t" if suffix == ".tsv" else ","))
     elif suffix == ".parquet":
         yield from _rows(path, _parquet(path))
     elif suffix == ".cif":
@@ -167,10 +173,8 @@ def _items(path: Path) -> Iterator[Record | Problem]:
 
 
 def _text(path: Path) -> str:
-    if path.suffix == ".gz":
-        with gzip.open(path, "rt", encoding="utf-8") as file:
-            return file.read()
-    return path.read_text(encoding="utf-8-sig")
+    unpack = {".gz": gzip.decompress, ".xz": lzma.decompress, ".bz2": bz2.decompress}.get(path.suffix, bytes)
+    return unpack(path.read_bytes()).decode("utf-8-sig")
 
 
 # --------------------------------------------------------------------------- ASE
@@ -180,7 +184,8 @@ def _by_ase(path: Path, name: str) -> Iterator[Record | Problem]:
     import ase.io
     from ase.io.formats import UnknownFileTypeError
 
-    only_last = name in RELAXATIONS or name.startswith("OUTCAR") or name.endswith("vasprun.xml")
+    # their frames are always steps of one relaxation
+    only_last = name.startswith("OUTCAR") or name.endswith("vasprun.xml")
     # ASE goes by the name, where `x.poscar` and `POSCAR_clean` are nothing it knows
     vasp = name.lower().endswith((".poscar", ".vasp")) or name.startswith(("POSCAR", "CONTCAR"))
     format = "vasp" if vasp else "extxyz" if name.endswith(".extxyz") else None
@@ -198,23 +203,21 @@ def _by_ase(path: Path, name: str) -> Iterator[Record | Problem]:
 
 
 def _from_ase(atoms: Any, frame: int = 0) -> Record:
-    """The record of an ase.Atoms; a lattice vector along which it is not periodic and that is shorter than an
-    atom is none."""
     record = from_atoms(atoms, "", frame)
-    record.beside.pop("spacegroup", None)
-    for name in ("initial_magmoms", "adsorbate_mask"):
-        if atoms.has(name):
-            record.beside[name] = atoms.get_array(name)
+    record.beside.pop("spacegroup", None)  # ASE's own, of a CIF or a builder
     return record
 
 
 # --------------------------------------------------------------------------- databases
 
 
+def _sqlite(path: Path) -> closing[sqlite3.Connection]:
+    return closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True))
+
+
 def _database(path: Path) -> Iterator[Record | Problem]:
-    with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as connection:
+    with _sqlite(path) as connection:
         tables = {row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type='table'")}
-    connection.close()
     if {"reaction", "reaction_system"} <= tables:
         yield from _catalysis_hub(path)
         return
@@ -242,13 +245,12 @@ def _catalysis_hub(path: Path) -> Iterator[Record | Problem]:
     from ase.db import connect
 
     database = connect(str(path), use_lock_file=False)
-    with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as connection:
+    with _sqlite(path) as connection:
         connection.row_factory = sqlite3.Row
         reactions = connection.execute("SELECT * FROM reaction ORDER BY id").fetchall()
         systems: dict[int, dict[str, str]] = {}
         for name, ase_id, reaction in connection.execute("SELECT name, ase_id, id FROM reaction_system"):
             systems.setdefault(reaction, {})[name] = ase_id
-    connection.close()
     for row in reactions:
         where = f"{path}, reaction {row['id']}"
         try:
@@ -275,6 +277,16 @@ def _catalysis_hub(path: Path) -> Iterator[Record | Problem]:
 
 
 # --------------------------------------------------------------------------- tables
+
+
+def _cells(path: Path, delimiter: str) -> Iterator[dict[str, Any] | Problem]:
+    """The rows of a CSV or TSV by its heading."""
+    for number, row in enumerate(csv.DictReader(io.StringIO(_text(path)), delimiter=delimiter), start=1):
+        if None in row:  # DictReader's place for them; the cells before may be shifted as well
+            message = f"{len(row) - 1} columns and more cells; a cell that holds a {delimiter!r} needs quotes"
+            yield Problem("unreadable record", f"{path}, row {number}: {message}")
+        else:
+            yield {k: keys.plain(v) for k, v in row.items() if k}
 
 
 def _json_lines(path: Path) -> Iterator[dict[str, Any] | Problem]:
@@ -478,25 +490,14 @@ def one_cif(text: str) -> Record:
     """The record of one CIF; adsorbate and Miller index by a `data_` line like that of `write_cif`. Raises
     ValueError, also for partly occupied sites."""
     crystal = parse_cif(text)
-    counts: dict[str, int] = {}
-    if not crystal.numbers.all():
-        raise ValueError(f"site {int(np.argmin(crystal.numbers))} is no element")
-    symbols = list(NUMBER)
-    for z in crystal.numbers.tolist():
-        counts[symbols[z - 1]] = counts.get(symbols[z - 1], 0) + 1
-    if any(abs(crystal.composition.get(s, 0) - n) > 1e-3 for s, n in counts.items()):
-        raise ValueError(f"partly occupied sites: {counts} on sites that hold {crystal.composition}")
+    require_whole_atoms(crystal)
     record = Record(
         sid="",
         lattice=np.array(crystal.lattice),
         positions=np.array(crystal.frac @ crystal.lattice),
         numbers=np.array(crystal.numbers, dtype=np.int64),
     )
-    header = re.search(r"^\s*data_(.+)$", text, re.MULTILINE)
-    try:
-        identity = parse_identity(header[1]) if header else None
-    except ValueError:
-        identity = None
+    identity = header_identity(text)
     if identity is not None:
         record.adsorbate, record.miller = identity.adsorbate, identity.miller
     return record
@@ -508,26 +509,26 @@ def one_cif(text: str) -> Record:
 def words_of(path: Path) -> set[str]:
     """The values of a table that may name files; nothing where the table cannot be read."""
     try:
-        if path.name.removesuffix(".gz").endswith(".jsonl"):
-            rows: Iterable[Any] = [r for r in _json_lines(path) if isinstance(r, dict)]
-        else:
-            rows = csv.DictReader(
-                io.StringIO(_text(path)), delimiter="\t" if path.name.endswith(".tsv") else ","
-            )
-        found = {str(keys.value(row, "file")) for row in rows if keys.value(row, "structure") is None}
-        return found - {"None"}
+        name = unpacked(path.name)
+        rows = (
+            _json_lines(path)
+            if name.endswith(".jsonl")
+            else _cells(path, "\t" if name.endswith(".tsv") else ",")
+        )
+        found = [r for r in rows if not isinstance(r, Problem) and keys.value(r, "structure") is None]
+        return {str(keys.value(row, "file")) for row in found} - {"None"}
     except (OSError, ValueError, csv.Error):
         return set()
 
 
-def name_and_energy(path: Path) -> dict[str, float] | None:
-    """The energies by name of a table `name,energy` (CSV, TSV, JSON, YAML); None for a file that is none.
+def name_and_energy(path: Path) -> list[tuple[str, float]] | None:
+    """Names and energies of a table `name,energy` (CSV, TSV, JSON, YAML); None for a file that is none.
     Raises ValueError for a value that is no number."""
     if not path.is_file() or path.suffix not in (".csv", ".tsv", ".json", ".yaml", ".yml"):
         return None
     text = _text(path)
     if path.suffix in (".csv", ".tsv"):
-        rows = [
+        rows: list[Any] = [
             r for r in csv.reader(io.StringIO(text), delimiter="\t" if path.suffix == ".tsv" else ",") if r
         ]
         if any(len(row) != 2 for row in rows):
@@ -536,11 +537,11 @@ def name_and_energy(path: Path) -> dict[str, float] | None:
             float(rows[0][1])
         except (ValueError, IndexError):
             rows = rows[1:]  # its heading
-        content: Any = dict(rows)
     else:
         import yaml
 
-        content = yaml.safe_load(text) if path.suffix != ".json" else json.loads(text)
+        content: Any = yaml.safe_load(text) if path.suffix != ".json" else json.loads(text)
         if not isinstance(content, dict) or any(isinstance(v, dict | list) for v in content.values()):
             return None
-    return {str(name).strip(): keys.number(value, str(name)) for name, value in content.items()}
+        rows = list(content.items())
+    return [(str(name).strip(), keys.number(value, str(name))) for name, value in rows]

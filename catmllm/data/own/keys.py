@@ -30,7 +30,6 @@ KEYS: dict[str, tuple[str, ...]] = {
     "id": ("sid", "system_id", "id", "name", "uid", "unique_id"),
     "clean slab": ("slab_file", "clean_slab"),
     "split": ("split",),
-    "text": ("text",),
     "file": ("file", "filename", "path", "structure_file"),
     "cell": ("cell", "lattice"),
     "positions": ("pos", "positions", "coords", "coordinates"),
@@ -38,7 +37,6 @@ KEYS: dict[str, tuple[str, ...]] = {
     "start positions": ("pos_start", "initial_positions"),
     "elements": ("symbols", "elements", "species", "numbers", "atomic_numbers"),
     "tags": ("tags",),
-    "fixed atoms": ("fixed",),
     "largest force": ("fmax", "max_force"),
     "structure": ("structure", "cif", "poscar", "contcar", "extxyz", "xyz", "atoms"),
     "usable": ("ok",),
@@ -99,11 +97,15 @@ def miller(value: Any) -> Miller | None:
     """(1, 1, 1) of [1, 1, 1], "1 1 1", "111", "fcc(111)", "1-11" and of four indices of a hexagonal lattice,
     "0001"; None for what names no plane. Raises ValueError for what is none."""
     if isinstance(value, str):
-        text = re.sub(r"^\s*(fcc|bcc|hcp|rutile|anatase)?", "", value.strip(), flags=re.IGNORECASE)
-        if not re.fullmatch(r"[\s(\[\d,;x-]*[)\]]?", text) or not re.search(r"\d", text):
-            return None  # "stepped", "edge": a name, not an index
-        separated = re.search(r"\d[\s,;x]+-?\d", text)
-        indices = [int(i) for i in re.findall(r"-?\d+" if separated else r"-?\d", text)]
+        text = re.sub(
+            r"^(fcc|bcc|hcp|rutile|anatase)?[\s([]*|[\s)\]]*$", "", value.strip(), flags=re.IGNORECASE
+        )
+        if re.fullmatch(r"(-?\d)*", text):
+            indices = [int(i) for i in re.findall(r"-?\d", text)]
+        elif re.fullmatch(r"-?\d+([\s,;x]+-?\d+)+", text):
+            indices = [int(i) for i in re.findall(r"-?\d+", text)]
+        else:
+            return None  # "stepped", "111-4x4": a name, not an index
     else:
         flat = np.asarray(value).reshape(-1)
         if flat.dtype.kind not in "iuf" or not np.equal(flat, np.round(flat)).all():

@@ -130,7 +130,7 @@ def read_systems(paths: Sequence[str | Path], wanted: Wanted | None = None) -> F
     alike = 0
     seen: dict[str, Item] = {}
     for source in sources:
-        if source.paths[0].resolve() in named:
+        if not named.isdisjoint(p.resolve() for p in source.paths):
             continue  # a table's row has it
         items = list(files.read(source))
         alike += not wanted.trajectories and _is_relaxation(items)
@@ -165,7 +165,7 @@ def _named_in_tables(sources: Iterable[files.Source]) -> set[Path]:
     named: set[Path] = set()
     for source in sources:
         path = source.paths[0]
-        if path.name.removesuffix(".gz").endswith((".csv", ".tsv", ".jsonl")):
+        if files.unpacked(path.name).endswith((".csv", ".tsv", ".jsonl")):
             for word in files.words_of(path):
                 target = path.parent / word
                 if word and target.is_file() and target != path:
@@ -207,21 +207,26 @@ def _same(a: System, b: System) -> bool:
 def to_item(record: Record, wanted: Wanted, references: References, slabs: Sequence[Bare]) -> Item:
     """The system of one record. Raises Refused, Unclear or ValueError."""
     beside = record.beside
-    if keys.value(beside, "usable") is False:
+    if str(keys.value(beside, "usable")).strip().lower() in ("false", "f", "no", "0"):
         raise Refused("marked unusable", "its `ok` is false")
-    if record.fmax is not None and wanted.labelled and not record.fmax <= wanted.fmax:
-        raise Refused(
-            "unconverged", f"largest force {record.fmax:.3f} eV/Å, allowed {wanted.fmax:g} (--fmax)"
-        )
+    fmax = record.fmax
+    if fmax is None and (said := keys.find(beside, "largest force")) is not None:
+        fmax = keys.number(said[1], said[0])
+    if fmax is not None and wanted.labelled and not fmax <= wanted.fmax:
+        raise Refused("unconverged", f"largest force {fmax:.3f} eV/Å, allowed {wanted.fmax:g} (--fmax)")
     if not (np.isfinite(record.positions).all() and np.isfinite(record.lattice).all()):
         raise Refused("not finite", "a position or the cell is not a number")
     if not len(record.numbers) or len(record.positions) != len(record.numbers):
         raise Refused("incomplete", f"{len(record.numbers)} elements and {len(record.positions)} positions")
+    if not (record.numbers.min() >= 1 and record.numbers.max() < len(SYMBOLS)):
+        raise Refused("no element", f"atomic numbers are {sorted(set(record.numbers.tolist()))}")
     given = wanted.miller or record.miller
     plane = keys.find(beside, "Miller index")
     if given is None and plane is not None:
         given = keys.miller(plane[1])
     bare, given, marks = _bare(record, given)
+    if "passed over" in beside:
+        marks.append(beside["passed over"])
     name = wanted.adsorbate or record.adsorbate or _text(keys.value(beside, "adsorbate"))
     name = name.replace("*", "") if name else None
     indices = keys.value(beside, "adsorbate atoms")
@@ -406,10 +411,12 @@ def read_references(paths: Sequence[str | Path], unit: str = "eV") -> References
         if rows is None:
             structures.append(path)
             continue
-        for name, value in rows.items():
+        for name, value in rows:
             gas = name.removesuffix("(g)").removesuffix("_g").removesuffix("gas")
-            target = references.gases if is_molecule(gas) else references.by_name
-            target[gas if is_molecule(gas) else name] = value * UNITS[unit]
+            if is_molecule(gas):
+                _put(references.gases, gas, value * UNITS[unit])
+            else:
+                _put(references.by_name, name, value * UNITS[unit])
     for record in _records(structures, "--reference"):
         energy = record.energy
         if energy is None and (found := keys.find(record.beside, "total energy")) is not None:
@@ -418,13 +425,16 @@ def read_references(paths: Sequence[str | Path], unit: str = "eV") -> References
             raise ValueError(f"--reference: {record.sid} says no energy")
         formula = "".join(_in_order(record))
         if is_molecule(formula):
-            if references.gases.get(formula, energy * UNITS[unit]) != energy * UNITS[unit]:
-                raise ValueError(f"--reference: two energies of {formula}")
-            references.gases[formula] = energy * UNITS[unit]
+            _put(references.gases, formula, energy * UNITS[unit])
         else:
             references.slabs.append((_bare(record)[0], energy * UNITS[unit], record.sid))
     references.check()
     return references
+
+
+def _put(energies: dict[str, float], name: str, energy: float) -> None:
+    if energies.setdefault(name, energy) != energy:
+        raise ValueError(f"--reference: two energies of {name}: {energies[name]:.3f} and {energy:.3f} eV")
 
 
 def _in_order(record: Record) -> list[str]:
@@ -456,7 +466,7 @@ def _use(key: str, wanted: Wanted) -> str:
         return "energy, as --energy-key says"
     if key == wanted.group:
         return "groups of the split, as --group says"
-    if key in ("source", "tags of OC20", "energy column", "gases", "method"):
+    if key in ("source", "tags of OC20", "energy column", "gases", "method", "passed over"):
         return "ours"
     return keys.meaning(key) or "not used"
 
