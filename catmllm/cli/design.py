@@ -88,6 +88,8 @@ def run(args: argparse.Namespace) -> int:
     config.ga_grpo.sampling.grammar = not args.free
     seed = Stream.COMMAND_SEARCH.key(args.seed)
     begun = [given if given is not None and t.target == given.target else None for t in tasks]
+    if given is not None and not args.metals and not any(begun):
+        raise ValueError(f"--from {args.given}: its atoms are {given.identity}, not those of {args.identity}")
     states = search(model, collate, config, tasks, seed, progress=True, given=begun)
     predictions = budgets(config)[-1]
     controls = ideal_controls(model, collate, tasks, predictions, args.seed)
@@ -101,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
     )
     report = write_design_report(records, args.out, conditions, predictions)
     if args.metals:  # the nearest composition first
-        records = sorted(records, key=lambda r: _distance(r))
+        records = sorted(records, key=_distance)
     for record in records:
         _print(record)
     print(f"{hits(records, predictions)}\nreport: {report}")

@@ -7,7 +7,7 @@ import argparse
 import json
 from pathlib import Path
 
-from catmllm.cli.own import reading_options, wanted
+from catmllm.cli.own import label_options, reading_options, wanted
 from catmllm.cli.trained import best_stage, load_to_read
 
 HELP = "measure the stages of a run again and rewrite its report; or measure it on your own structures"
@@ -24,6 +24,7 @@ def options(parser: argparse.ArgumentParser) -> None:
         "more",
     )
     reading_options(parser)
+    label_options(parser)
     parser.add_argument("--report-only", action="store_true", help="rewrite report.html from metrics.json")
 
 
@@ -64,11 +65,11 @@ def _on(args: argparse.Namespace) -> int:
     from catmllm.evaluate.property import agreement
 
     folder = best_stage(args.run)
-    found = read_systems(args.on, wanted(args, labelled=False))
-    systems = [s for s in found.systems if s.energy is not None]
+    found = read_systems(args.on, wanted(args))
+    systems = found.systems
     print(summary(found))
     if len(systems) < 2:
-        raise ValueError(f"{len(systems)} structures with an energy; at least two are needed")
+        raise ValueError(f"{len(systems)} structures with an energy; at least two are needed; see above")
     model, collate = load_to_read(folder)
     truth, names = [s.known_energy for s in systems], [s.adsorbate for s in systems]
     for mode in MODES:

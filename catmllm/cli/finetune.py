@@ -74,14 +74,13 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.leave_one_out:
         return _leave_one_out(args, folder, out, config)
-    shares = [int(n * share) for share in CURVE] if args.learning_curve else []
-    for some in [s for s in shares if s >= 8]:
+    sizes = [s for share in CURVE if (s := int(n * share)) >= 8] if args.learning_curve else []
+    for some in sizes:
         changes = [*args.changes, f"data.train_systems={some}"]
         if status := run(configured(folder, args.data, out / "curve" / str(some), changes, some)):
             return status
     status = run(configured(folder, args.data, out, args.changes, n))
     if not status and args.learning_curve:
-        sizes = [s for s in shares if s >= 8]
         folders = [out / "curve" / str(s) for s in sizes]
         print(_errors("training systems", [f"{s:,}" for s in (*sizes, n)], [*folders, out]))
     return status
@@ -92,19 +91,23 @@ def _leave_one_out(args: argparse.Namespace, folder: Path, out: Path, config: Co
     from catmllm.data.open import open_data
     from catmllm.pipeline import run
 
+    by = args.leave_one_out
+
     def of(system: System) -> list[str]:
         kinds = {"metal": [*system.slab_counts], "adsorbate": [system.adsorbate], "formula": [system.bulk]}
         return kinds[by]
 
-    by = args.leave_one_out
     systems = [s for part in open_data(config.data).values() for s in part]
     names = sorted({name for s in systems for name in of(s)})
-    for name in names:
-        n = sum(name not in of(s) for s in systems)
+    rest = {name: sum(name not in of(s) for s in systems) for name in names}
+    for name in [name for name, n in rest.items() if not n]:
+        print(f"every system has {name}, so it is not left out: nothing would be left to train on")
+        del rest[name]
+    for name, n in rest.items():
         changes = [*args.changes, f"data.split_by={by}", f'data.hold_out=["{name}"]']
         if status := run(configured(folder, args.data, out / f"without-{name}", changes, n)):
             return status
-    print(_errors(f"{by} left out", names, [out / f"without-{name}" for name in names]))
+    print(_errors(f"{by} left out", [*rest], [out / f"without-{name}" for name in rest]))
     return 0
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from catmllm.cli.own import limit_options
+
 HELP = "OC20 and OC20-Dense from their files to a training set"
 
 
@@ -38,20 +40,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", required=True, metavar="DIR", type=Path, help="folder of the dataset")
     parser.add_argument("--workers", type=int, help="processes (default: all cores)")
-    parser.add_argument(
-        "--max-energy",
-        type=float,
-        default=10.0,
-        metavar="EV",
-        help="largest |energy| kept (default %(default)s)",
-    )
-    parser.add_argument(
-        "--fmax",
-        type=float,
-        default=0.05,
-        metavar="EV/Å",
-        help="largest force of a relaxed structure, where the file has forces (default %(default)s)",
-    )
+    limit_options(parser)
     parser.add_argument(
         "--total-energies",
         action="store_true",

@@ -25,6 +25,12 @@ def options(parser: argparse.ArgumentParser) -> None:
         "--check", action="store_true", help="say what would be read and refused; write nothing"
     )
     reading_options(parser)
+    label_options(parser)
+    parser.add_argument("--group", metavar="COLUMN", help="column that data.split_by=column goes by")
+
+
+def label_options(parser: argparse.ArgumentParser) -> None:
+    """The options that say how energies are read and which count, where labels are needed."""
     parser.add_argument(
         "--energies",
         choices=("adsorption", "total"),
@@ -43,7 +49,11 @@ def options(parser: argparse.ArgumentParser) -> None:
         "molecules as structures with energies",
     )
     parser.add_argument("--reference-state", metavar="TEXT", help="the zero of the energies, in words")
-    parser.add_argument("--group", metavar="COLUMN", help="column that data.split_by=column goes by")
+    limit_options(parser)
+
+
+def limit_options(parser: argparse.ArgumentParser) -> None:
+    """The options that say which labels are too odd to learn from."""
     parser.add_argument(
         "--max-energy",
         type=float,
@@ -56,7 +66,8 @@ def options(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=0.05,
         metavar="EV/Å",
-        help="largest force on a free atom, where the file has forces (default %(default)s)",
+        help="largest force on a free atom of a relaxed structure, where the file has forces "
+        "(default %(default)s)",
     )
 
 

@@ -46,9 +46,13 @@ def run(args: argparse.Namespace) -> int:
     model, collate = load_to_read(folder)
     domain = load_domain(folder)
     found = read_systems(args.files, wanted(args, labelled=False))
-    for examples in found.examples.values():
-        for example in examples:
+    for reason, n in found.refused.items():
+        for example in found.examples[reason]:
             print(example, file=sys.stderr)
+        if more := n - len(found.examples[reason]):
+            print(f"and {more:,} more refused: {reason}", file=sys.stderr)
+    for note in found.notes:
+        print(f"note: {note}", file=sys.stderr)
     items, failed = _with_graph(found.items, collate)
     failed += found.refused.total()
     energies = predict_energies(model, collate, [question(i.system, args.mode) for i in items])

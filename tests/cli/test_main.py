@@ -207,6 +207,9 @@ def test_design_from_a_structure_over_free_metals(
     assert len(records) == 5 and records[0]["identity"] == system.identity
     assert out.count("(the given structure)") == 1 and "out of reach" in err
     assert [p["iteration"] for r in records for p in r["pool"]].count(-1) == 1
+    other = ["design", "CO</s>Pt12 (1 1 1)", *command[1:5], "--model", str(unbroken)]
+    assert main([*other, "--out", str(tmp_path / "other")]) == 1
+    assert f"its atoms are {system.identity}, not those of CO" in capsys.readouterr().err
 
 
 def test_finetune_takes_over_a_stage(unbroken: Path, tmp_path: Path) -> None:
@@ -265,6 +268,35 @@ def test_evaluate_on_structures_of_ones_own(
     assert f"both: n {len(truth)}, MAE {error:.3f} eV" in said
 
 
+def test_evaluate_reads_energies_as_it_is_told_and_says_what_it_refuses(
+    unbroken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An extxyz of a calculation: its energies are total ones unless it is said that they are not."""
+    import ase.io
+    from ase.calculators.singlepoint import SinglePointCalculator
+
+    frames = []
+    for system in load_slabs()[:40:5]:
+        frames.append(system.as_ase())
+        frames[-1].calc = SinglePointCalculator(frames[-1], energy=system.known_energy)
+    ase.io.write(tmp_path / "mine.extxyz", frames)
+    command = ["evaluate", str(unbroken), "--on", str(tmp_path / "mine.extxyz")]
+    assert main(command) == 1
+    out, err = capsys.readouterr()
+    assert "8  refused: no reference energy" in out and "0 structures with an energy" in err
+    assert main([*command, "--energies", "adsorption"]) == 0
+    assert "both: n 8, MAE" in capsys.readouterr().out
+
+
+def test_predict_counts_all_that_it_refuses(
+    unbroken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "rows.jsonl").write_text("{}\n" * 9)
+    assert main(["predict", str(tmp_path / "rows.jsonl"), "--model", str(unbroken)]) == 1
+    err = capsys.readouterr().err
+    assert err.count("the row has no structure") == 5 and "and 4 more refused: unreadable record" in err
+
+
 def test_finetune_leaves_out_each_metal_and_draws_a_learning_curve(
     unbroken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -292,6 +324,12 @@ def test_finetune_leaves_out_each_metal_and_draws_a_learning_curve(
     ]
     table = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in table[-3:]] == [["Cu", "0.125"], ["Ni", "0.250"], ["Pt", "0.375"]]
+    asked.clear()
+    write_shards(tmp_path / "of_pt", [s for s in systems if "Pt" in s.slab_counts])
+    command[3] = str(tmp_path / "of_pt")
+    assert main([*command, "--leave-one-out", "metal"]) == 0
+    assert [c.data.hold_out for c in asked] == [("Cu",), ("Ni",)]
+    assert "every system has Pt, so it is not left out" in capsys.readouterr().out
     asked.clear()
     assert main([*command, "--learning-curve"]) == 0
     sizes = [c.data.train_systems for c in asked]
