@@ -207,19 +207,7 @@ def _same(a: System, b: System) -> bool:
 def to_item(record: Record, wanted: Wanted, references: References, slabs: Sequence[Bare]) -> Item:
     """The system of one record. Raises Refused, Unclear or ValueError."""
     beside = record.beside
-    if str(keys.value(beside, "usable")).strip().lower() in ("false", "f", "no", "0"):
-        raise Refused("marked unusable", "its `ok` is false")
-    fmax = record.fmax
-    if fmax is None and (said := keys.find(beside, "largest force")) is not None:
-        fmax = keys.number(said[1], said[0])
-    if fmax is not None and wanted.labelled and not fmax <= wanted.fmax:
-        raise Refused("unconverged", f"largest force {fmax:.3f} eV/Å, allowed {wanted.fmax:g} (--fmax)")
-    if not (np.isfinite(record.positions).all() and np.isfinite(record.lattice).all()):
-        raise Refused("not finite", "a position or the cell is not a number")
-    if not len(record.numbers) or len(record.positions) != len(record.numbers):
-        raise Refused("incomplete", f"{len(record.numbers)} elements and {len(record.positions)} positions")
-    if not (record.numbers.min() >= 1 and record.numbers.max() < len(SYMBOLS)):
-        raise Refused("no element", f"atomic numbers are {sorted(set(record.numbers.tolist()))}")
+    _check(record, wanted)
     given = wanted.miller or record.miller
     plane = keys.find(beside, "Miller index")
     if given is None and plane is not None:
@@ -268,6 +256,23 @@ def to_item(record: Record, wanted: Wanted, references: References, slabs: Seque
     return Item(
         system, str(beside.get("source", "")), how, marks, state, gases, "" if group is None else str(group)
     )
+
+
+def _check(record: Record, wanted: Wanted) -> None:
+    """Raises Refused for a record that says or shows that it is of no use."""
+    if str(keys.value(record.beside, "usable")).strip().lower() in ("false", "f", "no", "0"):
+        raise Refused("marked unusable", "its `ok` is false")
+    fmax = record.fmax
+    if fmax is None and (said := keys.find(record.beside, "largest force")) is not None:
+        fmax = keys.number(said[1], said[0])
+    if fmax is not None and wanted.labelled and not fmax <= wanted.fmax:
+        raise Refused("unconverged", f"largest force {fmax:.3f} eV/Å, allowed {wanted.fmax:g} (--fmax)")
+    if not (np.isfinite(record.positions).all() and np.isfinite(record.lattice).all()):
+        raise Refused("not finite", "a position or the cell is not a number")
+    if not len(record.numbers) or len(record.positions) != len(record.numbers):
+        raise Refused("incomplete", f"{len(record.numbers)} elements and {len(record.positions)} positions")
+    if not (record.numbers.min() >= 1 and record.numbers.max() < len(SYMBOLS)):
+        raise Refused("no element", f"atomic numbers are {sorted(set(record.numbers.tolist()))}")
 
 
 def _bare(record: Record, miller: Miller | None = None) -> tuple[Bare, Miller | None, list[str]]:
