@@ -8,6 +8,7 @@ import torch
 from catmllm.data.prompts import property_sample
 from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.models.half_precision import keep_large_values, rounded
+from catmllm.stages.supervised import standardise
 from catmllm.train.sharding import shard
 from catmllm.world import DTYPES
 from tests.contexts import MakeContext, small
@@ -149,6 +150,7 @@ def test_a_rounded_model_reads_as_training_does(
     context = make_context(config)
     context.config.encoder_precision = encoder  # type: ignore[assignment]
     batch = context.collate([property_sample(s) for s in context.data["train"][:6]])
+    standardise(context)  # centres that are many deviations away from zero
     head = context.model.energy_head
     with torch.no_grad():  # zero in a new model, and then nothing would hang on the LLM
         head.correction.weight.copy_(head.text.weight.flip(1))

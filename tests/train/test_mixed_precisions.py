@@ -22,8 +22,9 @@ from tests.contexts import MakeContext, small
 LLM, GRAPH = 2.0**-8, 2.0**-11  # unit roundoffs of bfloat16 and float16
 
 
-def paired() -> Config:
+def paired(projector: str = "max") -> Config:
     config = small()
+    config.model.projector = projector
     config.joint.batch_size = 2
     return dataclasses.replace(config, precision="bf16", encoder_precision="fp16")
 
@@ -86,9 +87,10 @@ def relative(a: Tensor, b: Tensor) -> float:
     return off / size if size else math.inf if off else 0.0
 
 
-def test_a_step_is_float32s_to_rounding(make_context: MakeContext, definitions: None) -> None:
-    exact, bounds = exact_and_bounds(make_context(paired()))
-    context = make_context(paired())
+@pytest.mark.parametrize("projector", ["max", "atoms"])
+def test_a_step_is_float32s_to_rounding(make_context: MakeContext, definitions: None, projector: str) -> None:
+    exact, bounds = exact_and_bounds(make_context(paired(projector)))
+    context = make_context(paired(projector))
     seen: dict[str, Any] = {}
     context.model.encoder.register_forward_hook(lambda _, __, out: seen.update(features=out.detach()))
     ready = prepare(Joint(context), context)
@@ -100,9 +102,10 @@ def test_a_step_is_float32s_to_rounding(make_context: MakeContext, definitions: 
     shares = {n: relative(found[n].detach(), exact[n]) / bounds[n] for n in exact if bounds[n]}
     assert max(shares.values()) < 1, max(shares.items(), key=lambda kv: kv[1])
     assert min(shares.values()) > 0
-    # It could fail. (What bfloat16 loses behind the encoder is as large as some of the encoder's gradients.)
-    behind = [bound for name, bound in bounds.items() if not name.startswith("encoder.")]
-    assert statistics.median(behind) < 0.25
+    # It could fail. Rounding changes which atom has the largest component, and then the gradients that go
+    # through a pooling are another atom's: the encoder's are held where every atom is a token.
+    sharp = [bound for name, bound in bounds.items() if projector != "max" or not name.startswith("encoder.")]
+    assert statistics.median(sharp) < 0.25
 
 
 def weights(context: Context) -> dict[str, Tensor]:
