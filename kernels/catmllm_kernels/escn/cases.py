@@ -132,7 +132,7 @@ SIZES = {
     "L2M1 s2, whole tiles": Size(
         2, 1, "s2", (3, 0, 8, 5), 16, 16, 2, 8, 8, 16, (6, 5)
     ),  # as models: no masks
-    "L2M2 gate, whole tiles": Size(2, 2, "gate", (16, 16), 16, 32, 2, 8, 8, 16),
+    "L2M2 gate, whole tiles": Size(2, 2, "gate", (16, 0), 16, 32, 2, 8, 8, 16),
     "one atom, no edges": Size(2, 1, "s2", (0,)),
     "no edges, gate": Size(1, 1, "gate", (0, 0, 0)),
 }

@@ -43,17 +43,22 @@ def edge_attention(a: EdgeAttention) -> tuple[Tensor, Tensor, Tensor, Tensor, Te
     lmax, mmax, n_alpha = a.lmax, a.mmax, a.alpha_dot.numel()
     weights = F.linear(a.radial, a.radial_weight, a.radial_bias)
     rows = gather_rotate(a.x, weights, a.wigner, a.graph, lmax, mmax)
-    extra, hidden = so2_product(rows, a.conv1, a.conv1_bias, a.n_extra, lmax, mmax)
-    scalars, gates = extra[:, :n_alpha], extra[:, n_alpha:]
-    if a.sphere is None:
-        active = gate_activation(hidden, gates, lmax, mmax)
-    else:
-        active = sphere_activation(hidden, gates, a.sphere, lmax, mmax)
-    alpha = attention_weights(scalars, a.alpha_norm, a.alpha_dot, a.graph, len(a.x))
+    extra, hidden, active = product_and_activation(a, rows)
+    alpha = attention_weights(extra[:, :n_alpha], a.alpha_norm, a.alpha_dot, a.graph, len(a.x))
     _, values = so2_product(active, a.conv2, a.conv2_bias, 0, lmax, mmax)
     weighted = alpha if a.keep is None else alpha * a.keep
     total = rotate_back_sum(values, weighted, a.wigner, a.graph, len(a.x), lmax, mmax)
     return total, extra, hidden.flatten(1), active.flatten(1), alpha
+
+
+def product_and_activation(a: EdgeAttention, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows [E, R, 2C] through the first product: (extra [E, heads·A + gates], hidden [E, R, C'] before and
+    after the activation)."""
+    extra, hidden = so2_product(rows, a.conv1, a.conv1_bias, a.n_extra, a.lmax, a.mmax)
+    gates = extra[:, a.alpha_dot.numel() :]
+    if a.sphere is None:
+        return extra, hidden, gate_activation(hidden, gates, a.lmax, a.mmax)
+    return extra, hidden, sphere_activation(hidden, gates, a.sphere, a.lmax, a.mmax)
 
 
 def gather_rotate(
