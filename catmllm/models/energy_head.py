@@ -43,9 +43,11 @@ class EnergyHead(nn.Module):
         self.register_buffer("deviation", torch.ones(SURROUNDINGS))
 
     def of_structures(self, features: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
-        """Energies [n] of features [n, F] and surroundings [n, SURROUNDINGS] (`GraphBatch.local`)."""
+        """Energies [n] of features [n, F] and surroundings [n, SURROUNDINGS] (`GraphBatch.local`; float32,
+        since half of a surrounding is too coarse before its centre is taken away)."""
         local = ((local - self.centre) / self.deviation).clamp(-LIMIT, LIMIT)
-        read = torch.cat([features, local.to(features.dtype)], 1)
+        dtype = self.correction.weight.dtype
+        read = torch.cat([features.to(dtype), local.to(dtype)], 1)
         return self.graph(read).sum(1)  # of one column; a view would make FSDP warn
 
     def forward(
@@ -60,6 +62,7 @@ class EnergyHead(nn.Module):
         seen = self.of_structures(features, local)
         if query is None or sample is None:
             return seen.float()
+        query = query.to(seen.dtype)
         shown = torch.zeros(len(query), dtype=torch.bool, device=query.device)
         shown[sample] = True
         corrected = self.correction(query).squeeze(1).index_add(0, sample, seen)

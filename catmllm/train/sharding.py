@@ -72,7 +72,7 @@ def shard(
     unit(model.projector, graph)
     # A unit of its own: passes that train no energy leave its gradient out, and gradients accumulated over
     # passes must be of one dtype within a unit.
-    unit(model.energy_head, replace(graph, cast_forward_inputs=True))
+    unit(model.energy_head, graph)
     layers = [unit(layer, llm) for layer in model.text.layers]
     visual, whole = model.llm.model.visual, set()
     if any(p.requires_grad for p in visual.parameters()):
