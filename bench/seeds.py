@@ -34,7 +34,7 @@ def rows() -> list[tuple[str, Value]]:
                 )
             )
     out.append(("after ga_grpo: test MAE (eV)", lambda m: m["property"]["ga_grpo"]["both"]["mae"]))
-    for judge in ("own", "sevennet"):
+    for judge in ("own", "judge"):
         for key in ("success", "shuffled", "shuffled_same_adsorbate", "retrieval"):
             out.append(
                 (

@@ -552,10 +552,10 @@ def tiny_designs() -> str:
     design = _run()["design"]
     n, rows = design["n"], []
     for key, name in {"success": "**closed loop**", **CONTROLS}.items():
-        if not any(key in design[judge] for judge in ("own", "sevennet")):
+        if not any(key in design[judge] for judge in ("own", "judge")):
             continue
         cells = []
-        for judge in ("own", "sevennet"):
+        for judge in ("own", "judge"):
             share = design[judge].get(key)
             sampled = n if key == "success" else sampled_tasks(design, key)
             low, high = wilson_interval(share, sampled) if sampled and share is not None else (None, None)
@@ -563,7 +563,7 @@ def tiny_designs() -> str:
             cells.append("–" if share is None else f"{100 * share:.1f} %{spread}")
         rows.append([name, *cells])
     head = f"designs within {design['tolerance']} eV (n = {n})"
-    return table([head, "by the own predictor", "by SevenNet-0"], rows)
+    return table([head, "by the own predictor", f"by {design['judge_name']}"], rows)
 
 
 FIGURES: dict[str, Callable[[], str]] = {

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from catmllm.config import Config, SamplingConfig, to_dict
 from catmllm.data.batches import Collator
 from catmllm.data.open import open_data
+from catmllm.data.oracle import POTENTIALS
 from catmllm.data.shards import Shards
 from catmllm.data.splits import describe
 from catmllm.design.domain import FILE as DOMAIN
@@ -324,7 +325,7 @@ def _labels(config: Config, data: Mapping[str, Sequence[System]]) -> tuple[str, 
     """Who made the labels, and their zero."""
     train = data["train"]
     if config.data.path is None:
-        return "SevenNet-0 (an MLIP, not DFT)", "gas CO, H2, H2O, N2"
+        return f"{POTENTIALS[config.data.labels]}, an MLIP, not DFT", "gas CO, H2, H2O, N2"
     return config.data.path, train.facts.get("reference") if isinstance(train, Shards) else None
 
 

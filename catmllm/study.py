@@ -152,7 +152,7 @@ def values_of(metrics: Metrics) -> dict[str, Values]:
     found[f"{last}: test error, eV"] = off.tolist(), pairs
     items = metrics.get("design", {}).get("items", [])
     tasks = [item["identity"].partition("</s>")[2] for item in items]
-    for judge in ("own", "sevennet"):
+    for judge in ("own", "judge"):
         if items and f"success_{judge}" in items[0]:
             hits = [float(item[f"success_{judge}"]) for item in items]
             found[f"design success, {judge}"] = hits, tasks

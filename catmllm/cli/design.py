@@ -65,7 +65,10 @@ def options(parser: argparse.ArgumentParser) -> None:
         "--free", action="store_true", help="let answers break a CIF's form and the composition"
     )
     parser.add_argument(
-        "--judge", choices=("none", "sevennet"), default="none", help="also relax each answer with SevenNet-0"
+        "--judge",
+        choices=("none", "diep", "sevennet"),
+        default="none",
+        help="also relax each answer with DIEP, which made the shipped labels, or with SevenNet-0",
     )
 
 
@@ -94,8 +97,8 @@ def run(args: argparse.Namespace) -> int:
     predictions = budgets(config)[-1]
     controls = ideal_controls(model, collate, tasks, predictions, args.seed)
     records = save_designs(states, controls, args.out)
-    if args.judge == "sevennet":
-        judge_designs(records)
+    if args.judge != "none":
+        judge_designs(records, args.judge)
     o = config.ga_grpo
     conditions = (
         f"{args.model}, {o.initial} candidates then {o.iterations} refinements of {o.group_size}, "
@@ -122,8 +125,8 @@ def _print(record: dict[str, Any]) -> None:
         print(f"  no candidate met the hard constraints ({CONSTRAINTS}): the best others")
     for row in record["pool"]:
         begun_with = "  (the given structure)" if row["iteration"] == GIVEN else ""
-        judged = row.get("sevennet", "")
-        judged = f"  SevenNet-0 {judged:.3f} eV" if isinstance(judged, float) else f"  {judged}"
+        judged = row.get("judged", "")
+        judged = f"  {record['judge']} {judged:.3f} eV" if isinstance(judged, float) else f"  {judged}"
         print(
             f"  {row['file']}: predicted {row['predicted']:.3f} eV, PVCP {row['pvcp']:.2f}, "
             f"{adsorbate(row)}{judged}{begun_with}"
@@ -132,6 +135,7 @@ def _print(record: dict[str, Any]) -> None:
 
 def _tasks(args: argparse.Namespace, given: System | None) -> list[Task]:
     """What is asked for, checked against what the model has seen. Raises ValueError."""
+    from catmllm.data.oracle import POTENTIALS
     from catmllm.design.domain import load_domain
     from catmllm.models.state import stage_folder
     from catmllm.report.design import free_composition, make_task, read_targets
@@ -152,9 +156,10 @@ def _tasks(args: argparse.Namespace, given: System | None) -> list[Task]:
         print(f"{args.model} says nothing of its training data: nothing is checked", file=sys.stderr)
         return tasks
     _check(tasks, domain)
-    if args.judge == "sevennet" and not domain.labels.startswith("SevenNet-0"):
+    name = POTENTIALS.get(args.judge)
+    if name and not domain.labels.startswith(name):
         print(
-            f"SevenNet-0 judges from gas CO, H2, H2O, N2 by its own energies, the model was trained on "
+            f"{name} judges from gas CO, H2, H2O, N2 by its own energies, the model was trained on "
             f"{domain.labels} (zero: {domain.reference or 'not said'}): the two energies differ by more than "
             "their errors",
             file=sys.stderr,

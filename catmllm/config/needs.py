@@ -42,6 +42,11 @@ def _missing(config: Config) -> Iterator[str]:
         yield "`lora.r` needs peft: pip install peft"
     if "ga_grpo" in stages and config.evaluate.judge == "sevennet" and not _installed("sevenn"):
         yield "`evaluate.judge: sevennet` needs sevenn: pip install sevenn; or take `evaluate.judge: none`"
+    if "ga_grpo" in stages and config.evaluate.judge == "diep" and not _installed("diep"):
+        yield (
+            "`evaluate.judge: diep` needs DIEP's weights: pip install --no-deps --group weights; or take "
+            "`evaluate.judge: none`"
+        )
     if "grpo" in stages and config.grpo.vllm is not None:
         yield from _missing_vllm(config.grpo.vllm)
     if config.data.path is not None and not Path(config.data.path).exists():

@@ -29,6 +29,9 @@ class DataConfig:
         "folder made by `catmllm data import` or `oc20`, or JSONL(.gz) of adsorption systems; null: "
         "the slabs shipped with the package",
     )
+    labels: Literal["diep", "sevennet"] = key(
+        "diep", "whose energies and relaxed structures the shipped slabs have; of no matter with a path"
+    )
     split_by: Literal["pair", "metal", "adsorbate", "formula", "column"] = key(
         "pair",
         "whole groups of one (bulk, Miller index) pair, of the same metals, adsorbate or formula, or of one "
@@ -568,7 +571,9 @@ class EvaluateConfig:
     )
     generation_samples: int = key(512, "answers sampled per stage to count failures in", ge=0)
     design_tasks: int = key(48, "design tasks after the closed loop", ge=0)
-    judge: Literal["sevennet", "none"] = key("sevennet", "MLIP that relaxes the designs, or none")
+    judge: Literal["diep", "sevennet", "none"] = key(
+        "diep", "potential that relaxes the designs: of the shipped labels, independent of them, or none"
+    )
     budgets: tuple[int, ...] = key(
         (4, 16),
         "numbers of predictions for a task, each above 0, after which its success is told too, besides one "

@@ -59,9 +59,9 @@ def reproduce_shipped(
     The shipped slabs of a seed share one random stream, and where it goes depends on the relaxed slabs: only
     its beginning can be repeated, in order and in one process. `limit` stops after so many systems.
     """
-    from catmllm.data.slabs import SHIPPED  # pulls in Numba, which no worker needs
+    from catmllm.data.slabs import SHIPPED_SEVENNET  # pulls in Numba, which no worker needs
 
-    with gzip.open(SHIPPED, "rt", encoding="utf-8") as file:
+    with gzip.open(SHIPPED_SEVENNET, "rt", encoding="utf-8") as file:
         shipped = {record["sid"]: record for record in map(json.loads, file)}
     import torch
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from catmllm.config import DataConfig
 from catmllm.data.shards import Shards
-from catmllm.data.slabs import load_slabs, split
+from catmllm.data.slabs import SHIPPED, SHIPPED_SEVENNET, load_slabs, split
 from catmllm.data.splits import parts_of
 from catmllm.structure.formula import SEPARATOR
 from catmllm.structure.system import System
@@ -52,7 +52,7 @@ def parts(config: DataConfig) -> dict[str, Sequence[System]]:
         pairs = [names[p] for p in shards.pairs]
         chosen = np.array(parts_of(texts, pairs, groups, config.split_by, config.hold_out, seed))
         return {part: shards[np.flatnonzero(chosen == part)] for part in PARTS}
-    systems = load_slabs(path)
+    systems = load_slabs(path or (SHIPPED if config.labels == "diep" else SHIPPED_SEVENNET))
     if by_pair:
         return {str(part): some for part, some in split(systems, seed).items()}
     texts = [f"{s.adsorbate}{SEPARATOR}{s.bulk}" for s in systems]

@@ -1,9 +1,10 @@
 """The potentials that label and judge, and their gas-phase references: the zero of every adsorption energy.
 
-SevenNet-0 (Park et al., J. Chem. Theory Comput. 20, 4857 (2024); `sevenn`, MIT) made the shipped labels and
-judges designs; DIEP (`catmllm/potentials/diep.py`) labels new data. Both are machine-learned, offline and run
-on one core, because their weights come in their wheels. What they say is not DFT. Data and judge share this
-file, so that their energies have one zero.
+DIEP (`catmllm/potentials/diep.py`; trained on r2SCAN) made the labels of the shipped systems and judges
+designs. SevenNet-0 (Park et al., J. Chem. Theory Comput. 20, 4857 (2024); `sevenn`, MIT) made older ones and
+judges independently of them. Both are machine-learned, offline and run on one core, because their weights
+come in their wheels. What they say is not DFT. Data and judge share this file, so that their energies have
+one zero.
 """
 
 from __future__ import annotations
@@ -96,7 +97,30 @@ def atomic_references(
     return found
 
 
-@lru_cache(maxsize=2)
-def sevennet_references(device: str = "cpu") -> dict[str, float]:
-    """`atomic_references` by SevenNet-0, computed once a process (about 2 s)."""
-    return atomic_references(by_calculator(sevennet(device)))
+POTENTIALS = {"diep": "DIEP (r2SCAN)", "sevennet": "SevenNet-0"}  # by the name that configurations use
+# eV by which a walk may swing and still count (`potentials.relax`): DIEP's cut of its triplets makes kinks.
+SWING = {"diep": 0.02, "sevennet": 0.0}
+
+
+def potential_of(name: str, device: str = "cpu") -> Potential:
+    """One of `POTENTIALS`, loaded once a process. Raises `PotentialMissing` where it is not installed."""
+    if name == "sevennet":
+        return by_calculator(sevennet(device))
+    from catmllm.potentials.diep import diep
+
+    return diep()
+
+
+def elements_of(name: str, device: str = "cpu") -> frozenset[int]:
+    """Atomic numbers that one of `POTENTIALS` knows."""
+    if name == "sevennet":
+        return frozenset(sevennet(device).type_map)  # type: ignore[attr-defined]
+    from catmllm.potentials.diep import diep
+
+    return diep().elements
+
+
+@lru_cache(maxsize=4)
+def references_of(name: str, device: str = "cpu") -> dict[str, float]:
+    """`atomic_references` by one of `POTENTIALS`, computed once a process (about 2 s)."""
+    return atomic_references(potential_of(name, device))

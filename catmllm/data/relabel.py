@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from catmllm.data.oracle import GASES, atomic_references
+from catmllm.data.oracle import GASES, SWING, atomic_references
 from catmllm.data.surfaces import refusal
 from catmllm.potentials.hessian import first_hessian
 from catmllm.potentials.relax import BLOWN_UP, Potential, PotentialMissing, Relaxed, Start, Structure, relaxed
@@ -66,7 +66,7 @@ def relabelled(
     lattice = np.array(first["cell"], dtype=np.float64)
     numbers = np.array([atomic_number(s) for s in first["symbols"]])
     start = Start(Structure(numbers[slab], lattice, np.array(first["pos"])[slab], ~bottom))
-    (base,) = relaxed([start], potential, max_steps=100)
+    (base,) = relaxed([start], potential, max_steps=100, swing=SWING["diep"])
     moved = (base.positions - start.structure.positions)[~bottom].mean(0)  # of the surface as a whole
     starts = []
     for record in records:
@@ -77,7 +77,7 @@ def relabelled(
         positions[adsorbate] += moved
         hessian = first_hessian(own[adsorbate], lattice, positions[adsorbate])
         starts.append(Start(Structure(own, lattice, positions, adsorbate), hessian))
-    ends = relaxed(starts, potential, longest=0.15)
+    ends = relaxed(starts, potential, longest=0.15, swing=SWING["diep"])
     return [_labelled(r, base, e, references, source) for r, e in zip(records, ends)]
 
 

@@ -1,9 +1,10 @@
 """Adsorption systems on fcc slabs, shipped with the package, and the split into training,
 validation and test.
 
-`fcc_slabs_7net.jsonl.gz` holds 3,008 systems (H, O, N, C, CO, OH, NH and CH on 2x2x3 slabs of nine metals and
-their A3B and AB alloys). Their energies are labels by SevenNet-0, a machine-learned interatomic potential,
-not DFT: results on them say whether the pipeline works, nothing about real catalysts.
+3,008 systems (H, O, N, C, CO, OH, NH and CH on 2x2x3 slabs of nine metals and their A3B and AB alloys), in
+two files of the same records. `fcc_slabs_diep.jsonl.gz` has energies and structures by DIEP (r2SCAN),
+`fcc_slabs_7net.jsonl.gz` the older ones by SevenNet-0. Both are machine-learned interatomic potentials, not
+DFT: results on them say whether the pipeline works, nothing about real catalysts.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from typing import Any, Literal
 from catmllm.structure.elements import atomic_number
 from catmllm.structure.system import System, make_system
 
-SHIPPED = Path(__file__).with_name("fcc_slabs_7net.jsonl.gz")
+SHIPPED = Path(__file__).with_name("fcc_slabs_diep.jsonl.gz")
+SHIPPED_SEVENNET = SHIPPED.with_name("fcc_slabs_7net.jsonl.gz")
 
 SplitName = Literal["train", "val", "test"]
 

@@ -2,7 +2,7 @@
 
 Every task asks for a system that training has not seen (a bulk and Miller index of the test split) at the
 energy of one of its members. Success is judged by the model's own predictor, which the search optimises, and
-by SevenNet-0, which it does not know, after one prediction, a few, and all. Beside it stands what needs less:
+by a potential that it does not know, after one prediction, a few, and all. Beside it stands what needs less:
 ideal slabs screened by the same predictor or by kernel ridge regression, one of them at random, a random
 training system, and the answers to other tasks.
 """
@@ -16,6 +16,7 @@ import numpy as np
 
 from catmllm.config import Config
 from catmllm.data.batches import Collator
+from catmllm.data.oracle import POTENTIALS
 from catmllm.design.exemplar_pool import Candidate
 from catmllm.design.predict import predict_energies, question
 from catmllm.design.search import ClosedLoop, Task, TaskState, structure_key, summary
@@ -69,7 +70,7 @@ def search(
 
 
 METHODS = ("search", "enumeration", "kernel_ridge")  # the closed loop, and ideal slabs screened by whom
-JUDGES = ("own", "sevennet")
+JUDGES = ("own", "judge")  # the predictor, and the potential of `evaluate.judge`
 
 
 def candidate_system(candidate: Candidate, identity: str) -> System:
@@ -102,8 +103,8 @@ def evaluate_design(
         item, chosen = _answers(state, slabs, by, limits)
         items.append(item)
         systems += chosen
-    if e.judge == "sevennet":
-        _judge(items, systems, world)
+    if e.judge != "none":
+        _judge(e.judge, items, systems, world)
     items = [item for part in world.gather(items) for item in part]
     return design_metrics(items, limits, data["train"], config)
 
@@ -149,13 +150,15 @@ def _answers(
     return item, chosen
 
 
-def _judge(items: Sequence[dict[str, Any]], systems: Sequence[System | None], world: World) -> None:
-    """SevenNet-0's word on every answer, each structure judged once."""
-    from catmllm.evaluate.judges import SevenNetJudge
+def _judge(
+    name: str, items: Sequence[dict[str, Any]], systems: Sequence[System | None], world: World
+) -> None:
+    """The word of a potential on every answer, each structure judged once."""
+    from catmllm.evaluate.judges import Judge
 
     keys = [None if s is None else structure_key(s) for s in systems]
     different = {key: s for key, s in zip(keys, systems) if key is not None and s is not None}
-    verdicts = SevenNetJudge().judge_many(list(different.values()), progress=world.main)
+    verdicts = Judge(name).judge_many(list(different.values()), progress=world.main)
     said = {
         key: {"energy": v.energy, "ok": v.ok, "reason": v.reason, "steps": v.steps}
         for key, v in zip(different, verdicts)
@@ -217,7 +220,7 @@ def design_metrics(
     e, tol = config.evaluate, config.evaluate.tolerance
     target = np.array([i["energy"] for i in items])
     feasible = np.array([i["feasible"] and i["best"] is not None for i in items])
-    judges = JUDGES if e.judge == "sevennet" else JUDGES[:1]
+    judges = JUDGES if e.judge != "none" else JUDGES[:1]
     curves = design_curves(items, judges, tol)
     adsorbate = [i["identity"].split("</s>")[0] for i in items]
     retrieval = metrics.retrieval_control(
@@ -250,18 +253,18 @@ def design_metrics(
         "curves": curves,
         "own": own_rates,
     }
-    out["sevennet"] = None
+    out["judge"] = None
     final = own_hit
-    if e.judge == "sevennet":
+    if e.judge != "none":
         ok = np.array([bool(i["judged"] and i["judged"]["ok"]) for i in items])
         energy = np.array([i["judged"]["energy"] if k else np.nan for i, k in zip(items, ok)])
-        final, rates = judged_by("sevennet", energy)
+        final, rates = judged_by("judge", energy)
         rates["judged_ok"] = float(ok.mean())
         rates["mae"] = float(np.abs(energy - target)[ok].mean()) if ok.any() else float("nan")
         rates["predictor_mae"] = float(np.abs(energy - own)[ok].mean()) if ok.any() else float("nan")
-        out["sevennet"] = rates
+        out["judge"], out["judge_name"] = rates, POTENTIALS[e.judge]
         for item, hit in zip(items, final):
-            item["success_sevennet"] = bool(hit)
+            item["success_judge"] = bool(hit)
     for item, hit in zip(items, own_hit):
         item["success_own"] = bool(hit)
     out["success_ci"] = list(metrics.bootstrap_interval(final.astype(float)))

@@ -1,10 +1,10 @@
-"""The independent judge of designs: SevenNet-0 relaxes the adsorbate
+"""The judge of designs: a potential relaxes the adsorbate
 on the rigid slab and says the adsorption energy.
 
-The model that searches also predicts energies, and a search finds the errors of what guides it. SevenNet-0 is
-another potential, with other weights, and it made the labels of the shipped systems: same protocol, same zero
-of energy. It is not DFT. Only the adsorbate moves, so the judged slab is the one that was designed, unrelaxed
-as it may be.
+The model that searches also predicts energies, and a search finds the errors of what guides it. DIEP has no
+part in the search, and it made the labels of the shipped systems: same protocol, same zero of energy.
+SevenNet-0 is independent of the labels too, with a zero of its own. Neither is DFT. Only the adsorbate moves,
+so the judged slab is the one that was designed, unrelaxed as it may be.
 """
 
 from __future__ import annotations
@@ -20,7 +20,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from catmllm.data.fcc_slabs import ADSORBATES, BROKEN_BOND, HEIGHT_RANGE, MAX_ENERGY
-from catmllm.data.oracle import atomic_references, sevennet, sevennet_references
+from catmllm.data.oracle import (
+    POTENTIALS,
+    SWING,
+    atomic_references,
+    elements_of,
+    potential_of,
+    references_of,
+)
 from catmllm.potentials.hessian import first_hessian
 from catmllm.potentials.relax import BLOWN_UP, Potential, Relaxed, Start, Structure, by_calculator, relax
 from catmllm.structure.elements import COVALENT_RADIUS, SYMBOLS
@@ -34,7 +41,7 @@ if TYPE_CHECKING:
 # Longest bond (Å) that holds: for the pairs of the shipped adsorbates as in the data, else by covalent radii.
 _LONGEST_BOND = {frozenset(a.symbols): BROKEN_BOND * a.bond for a in ADSORBATES.values() if a.bond}
 _STRETCH = 1.25
-_TOO_CLOSE = 0.5  # Å; SevenNet has seen nothing like it
+_TOO_CLOSE = 0.5  # Å; no potential has seen anything like it
 
 
 @dataclass(frozen=True)
@@ -55,30 +62,27 @@ class JudgedEnergy:
     moved: float = 0.0
 
 
-class SevenNetJudge:
+class Judge:
     """Adsorption energies by relaxing the adsorbate alone (BFGS to `fmax` eV/Å, at most `max_steps`).
 
     E = E(slab + relaxed adsorbate) - E(slab as given) - sum of the atomic references (`oracle.py`). It runs
     on one torch thread and leaves the caller's number as it was, so every rank of a run can judge its share.
-    `calculator` (any of ASE's, for tests) replaces SevenNet-0; its references are then computed with it.
-    Raises `OracleMissing` where sevenn is not installed.
+    potential: one of `oracle.POTENTIALS`, or any of ASE's calculators, whose references are then computed
+    with it. Raises `PotentialMissing` where the potential is not installed.
     """
 
-    def __init__(
-        self,
-        fmax: float = 0.05,
-        max_steps: int = 60,
-        device: str = "cpu",
-        calculator: Calculator | None = None,
-    ) -> None:
-        self.fmax, self.max_steps, self.device = fmax, max_steps, device
-        self._injected = calculator is not None
-        self._calculator = calculator or sevennet(device)
-        self._potential = _on_one_thread(by_calculator(self._calculator))
-        if calculator is None:
+    def __init__(self, potential: str | Calculator = "diep", fmax: float = 0.05, max_steps: int = 60) -> None:
+        self.potential, self.fmax, self.max_steps = potential, fmax, max_steps
+        self._known: frozenset[int] | None = None
+        if isinstance(potential, str):
+            self.name, self._swing = POTENTIALS[potential], SWING[potential]
+            self._known = elements_of(potential)
+            self._potential = _on_one_thread(potential_of(potential))
             with _one_thread():
-                self.references = sevennet_references(device)
+                self.references = references_of(potential)
         else:
+            self.name, self._swing = type(potential).__name__, 0.0
+            self._potential = _on_one_thread(by_calculator(potential))
             self.references = atomic_references(self._potential)
         self._slab_energy: dict[bytes, float] = {}
 
@@ -106,7 +110,7 @@ class SevenNetJudge:
             else:
                 fit.append(i)
         starts = (_start(systems[i]) for i in fit)
-        for place, end in relax(starts, self._potential, self.fmax, self.max_steps):
+        for place, end in relax(starts, self._potential, self.fmax, self.max_steps, swing=self._swing):
             yield fit[place], *self._judged(systems[fit[place]], end)
 
     def _judged(self, system: System, end: Relaxed) -> tuple[JudgedEnergy, System]:
@@ -129,15 +133,14 @@ class SevenNetJudge:
     ) -> list[JudgedEnergy]:
         """Judge systems in order, with a progress bar; `workers` processes of one thread each (1: this one).
 
-        About 0.8 s a 14-atom system on one core. One forward pass of SevenNet-0 over several structures was
-        no faster on a CPU (0.078 s a structure alone, 0.077 in fours, 0.12 in sixteens: the arrays leave the
-        cache), so it sees them one by one.
+        One forward pass of SevenNet-0 over several structures was no faster on a CPU (0.078 s per structure
+        alone, 0.077 in fours, 0.12 in sixteens: the arrays leave the cache), so it sees them one by one.
         """
         from tqdm import tqdm
 
         def bar(results: Any) -> Any:
             return tqdm(
-                results, total=len(systems), desc="SevenNet-0 judge", unit="system", disable=not progress
+                results, total=len(systems), desc=f"{self.name} judge", unit="system", disable=not progress
             )
 
         workers = min(workers, len(systems))
@@ -145,7 +148,7 @@ class SevenNetJudge:
             found = dict[int, JudgedEnergy]()
             found.update((i, judged) for i, judged, _ in bar(self._relaxed(systems)))
             return [found[i] for i in range(len(systems))]
-        settings = (self.fmax, self.max_steps, self.device, self._calculator if self._injected else None)
+        settings = (self.potential, self.fmax, self.max_steps)
         with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, settings) as pool:
             return list(bar(pool.map(_judge_in_worker, systems, chunksize=2)))
 
@@ -158,8 +161,7 @@ class SevenNetJudge:
             return "no_adsorbate"
         if any(SYMBOLS[z] not in self.references for z in system.numbers[adsorbed]):
             return "no_reference"
-        known = getattr(self._calculator, "type_map", None)
-        if known is not None and any(int(z) not in known for z in system.numbers):
+        if self._known is not None and any(int(z) not in self._known for z in system.numbers):
             return "unknown_element"
         period = np.linalg.norm(minkowski_reduce(system.lattice)[0], axis=1).min()
         if not min(period, min_distance(system.lattice, system.frac)) >= _TOO_CLOSE:
@@ -195,11 +197,11 @@ class SevenNetJudge:
         return None if abs(energy) < MAX_ENERGY else "energy_out_of_range"
 
 
-_worker: dict[str, SevenNetJudge] = {}
+_worker: dict[str, Judge] = {}
 
 
-def _start_worker(fmax: float, max_steps: int, device: str, calculator: Calculator | None) -> None:
-    _worker["judge"] = SevenNetJudge(fmax, max_steps, device, calculator)
+def _start_worker(potential: str | Calculator, fmax: float, max_steps: int) -> None:
+    _worker["judge"] = Judge(potential, fmax, max_steps)
 
 
 def _judge_in_worker(system: System) -> JudgedEnergy:

@@ -7,8 +7,10 @@ coordinates are in a state: fixed atoms feel no force, so ASE's larger Hessian d
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +25,7 @@ Floats = NDArray[np.float64]
 BLOWN_UP = (ValueError, ArithmeticError, RuntimeError, np.linalg.LinAlgError)  # what ASE and torch raise then
 STIFFNESS = 70.0  # eV/Å^2, ASE's own first guess of a Hessian
 _STILL = 1e-7  # Å; after smaller moves ASE leaves the Hessian as it was
+_LAST = 20  # steps whose energies say whether a walk only swings
 
 
 class PotentialMissing(RuntimeError):
@@ -57,8 +60,9 @@ class Start:
 @dataclass(frozen=True, eq=False)
 class Relaxed:
     """What became of a structure. energy (eV) and force (eV/Å, the largest on a free atom) are of `positions`
-    [N, 3]; where the potential blew up (`failed`), these are the start's and the energy is nan. frames: the
-    positions and energies on the way, the start first, where they were asked for."""
+    [N, 3]; where the potential blew up (`failed`), these are the start's and the energy is nan. converged:
+    the force is small enough, or the walk swung around a minimum (`relax`). frames: the positions and
+    energies on the way, the start first, where they were asked for."""
 
     positions: Floats
     energy: float
@@ -72,8 +76,8 @@ class Relaxed:
 class _Walk:
     """One relaxation under way."""
 
-    def __init__(self, number: int, start: Start, longest: float, keep: bool) -> None:
-        self.number, self.start, self.longest, self.keep = number, start, longest, keep
+    def __init__(self, number: int, start: Start, longest: float, swing: float, keep: bool) -> None:
+        self.number, self.start, self.longest, self.swing, self.keep = number, start, longest, swing, keep
         self.structure = start.structure
         self.free = (
             np.ones(len(self.structure.numbers), bool) if self.structure.free is None else self.structure.free
@@ -84,6 +88,7 @@ class _Walk:
         self.steps = 0
         self.before: tuple[Floats, Floats] | None = None  # coordinates and forces a step ago
         self.frames: list[tuple[Floats, float]] = []
+        self.last: deque[tuple[float, float, Floats]] = deque(maxlen=_LAST)  # energy, force, positions
 
     def failed(self) -> Relaxed:
         start = self.start.structure.positions
@@ -97,9 +102,14 @@ class _Walk:
             self.frames.append((self.structure.positions.copy(), energy))
         felt = forces[self.free]
         largest = float(np.sqrt((felt**2).sum(1).max(initial=0.0)))
+        self.last.append((energy, largest, self.structure.positions))
         if largest < fmax or self.steps >= most:
-            at = self.structure.positions
-            return Relaxed(at, energy, largest, largest < fmax, self.steps, False, self.frames)
+            converged, at = largest < fmax, self.structure.positions
+            energies = [e for e, _, _ in self.last]
+            if not converged and len(energies) == _LAST and max(energies) - min(energies) <= self.swing:
+                converged = True
+                energy, largest, at = min(self.last, key=itemgetter(0))
+            return Relaxed(at, energy, largest, converged, self.steps, False, self.frames)
         try:
             move = self._step(self.structure.positions[self.free].ravel(), felt.ravel()).reshape(-1, 3)
         except np.linalg.LinAlgError:
@@ -132,6 +142,7 @@ def relax(
     fmax: float = 0.05,
     max_steps: int = 80,
     longest: float = 0.2,
+    swing: float = 0.0,
     batch: int = 16,
     frames: bool = False,
 ) -> Iterator[tuple[int, Relaxed]]:
@@ -139,7 +150,9 @@ def relax(
 
     Yields (place among the starts, result) as they get done, in any order; `starts` is read as there is room.
     longest: how far an atom may go in a step (Å). batch: structures in one call. A structure on which the
-    potential blows up comes back as `failed` and costs the others nothing.
+    potential blows up comes back as `failed` and costs the others nothing. swing (eV): a potential that is
+    cut off has kinks, and a minimum in one is never without force; a walk whose last 20 energies differ by no
+    more than this ends, converged, at the lowest of them.
     """
     waiting = enumerate(starts)
     walks: list[_Walk] = []
@@ -148,7 +161,7 @@ def relax(
             one = next(waiting, None)
             if one is None:
                 break
-            walks.append(_Walk(one[0], one[1], longest, frames))
+            walks.append(_Walk(one[0], one[1], longest, swing, frames))
         if not walks:
             return
         going: list[_Walk] = []

@@ -114,27 +114,31 @@ def save_designs(
     return records
 
 
-def judge_designs(records: Sequence[dict[str, Any]], progress: bool = True) -> None:
-    """Relax every structure of every pool and its controls with SevenNet-0; its energy, or why there is none,
-    as `sevennet`."""
-    from catmllm.evaluate.judges import SevenNetJudge
+def judge_designs(records: Sequence[dict[str, Any]], potential: str, progress: bool = True) -> None:
+    """Relax every structure of every pool and its controls with one of `oracle.POTENTIALS`; its energy, or
+    why there is none, as `judged`, its name as `judge` of the record."""
+    from catmllm.evaluate.judges import Judge
+
+    judge = Judge(potential)
+    for record in records:
+        record["judge"] = judge.name
 
     entries = [(r, p) for r in records for p in (*r["pool"], *r["controls"].values())]
     systems = []
     for record, entry in entries:
         identity = parse_identity(record["identity"])
         systems.append(read_cif(Path(entry["file"]).read_text(), identity.adsorbate, identity.miller))
-    for (_, entry), verdict in zip(entries, SevenNetJudge().judge_many(systems, progress=progress)):
-        entry["sevennet"] = verdict.energy if verdict.ok else verdict.reason
+    for (_, entry), verdict in zip(entries, judge.judge_many(systems, progress=progress)):
+        entry["judged"] = verdict.energy if verdict.ok else verdict.reason
 
 
 def hits(records: Sequence[dict[str, Any]], predictions: int, tolerance: float = TOLERANCE) -> str:
-    """How many of the best designs, and of what needs no search, are near the wanted energies: by SevenNet-0
-    where it has judged them, else by the own predictor."""
-    judged = any("sevennet" in p for r in records for p in r["pool"])
+    """How many of the best designs, and of what needs no search, are near the wanted energies: by the
+    potential that has judged them, else by the own predictor."""
+    judged = any("judged" in p for r in records for p in r["pool"])
 
     def near(record: dict[str, Any], entry: dict[str, Any]) -> bool:
-        energy = entry["sevennet" if judged else "predicted"]
+        energy = entry["judged" if judged else "predicted"]
         return isinstance(energy, float) and abs(energy - record["energy"]) <= tolerance + 1e-9
 
     count = sum(r["feasible"] and near(r, r["pool"][0]) for r in records)
@@ -145,7 +149,7 @@ def hits(records: Sequence[dict[str, Any]], predictions: int, tolerance: float =
             parts.append(f"{says} {sum(near(r, r['controls'][name]) for r in some)} of {len(some)}")
     if not any(r["controls"] for r in records):
         parts.append("no ideal slabs of these systems can be made to compare with")
-    judge = "SevenNet-0" if judged else "the own predictor, which chose all but the random one"
+    judge = records[0]["judge"] if judged else "the own predictor, which chose all but the random one"
     return f"Within {tolerance:g} eV of the wanted energy, by {judge}: {'; '.join(parts)}"
 
 
@@ -182,7 +186,7 @@ def _overview(records: Sequence[dict[str, Any]], predictions: int) -> str:
     ]
     header = ["system", "wanted", "best of the pool", *controls.values(), "pool", "constraints met"]
     notes = [
-        "Energies in eV: predicted / by SevenNet-0 (– where it was not asked).",
+        "Energies in eV: predicted / by the potential that judged (– where none was asked).",
         "Ideal slabs are random ones of the asked composition, unrelaxed; the best is chosen by the same "
         "predictor, from as many as the search has predicted.",
         hits(records, predictions) + ".",
@@ -213,7 +217,7 @@ def adsorbate(entry: dict[str, Any]) -> str:
 
 
 def _energies(entry: dict[str, Any]) -> str:
-    judged = entry.get("sevennet")
+    judged = entry.get("judged")
     judged = number(judged, 3) if isinstance(judged, float) else judged or "–"
     return f"{number(entry.get('predicted'), 3)} / {judged}" if entry else "–"
 
@@ -227,9 +231,9 @@ def _target(record: dict[str, Any]) -> str:
     cards = []
     for entry in record["pool"][:_CARDS]:
         picture = html.views(partial(_read, entry["text"], identity))
-        judged = entry.get("sevennet")
+        judged = entry.get("judged")
         judged = (
-            f" · SevenNet-0 {judged:.3f} eV"
+            f" · {record['judge']} {judged:.3f} eV"
             if isinstance(judged, float)
             else f" · {judged}"
             if judged

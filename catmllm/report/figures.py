@@ -31,6 +31,7 @@ from catmllm.report.summary import (
     STAGE_NAMES,
     Metrics,
     finite,
+    judge_title,
     last_judge,
     number,
     ordered,
@@ -50,7 +51,7 @@ STAGE_COLOURS = {
     "grpo": "#e69f00",
     "ga_grpo": "#009e73",
 }
-JUDGE_COLOURS = {"own": "#cc79a7", "sevennet": "#d55e00"}
+JUDGE_COLOURS = {"own": "#cc79a7", "judge": "#d55e00"}
 METHOD_COLOURS = {"search": "#009e73", "enumeration": "#0072b2", "kernel_ridge": "#e69f00"}
 CONTROL_COLOURS = {
     "enumeration": "#0072b2",
@@ -271,7 +272,7 @@ def draw_design(axes: Axes, design: Metrics) -> None:
             top = max(top, _bar(axes, x, value, sampled or None, 0.92 * width, paint))
     for kind in kinds[1:]:
         axes.bar(0, 0, color=CONTROL_COLOURS[kind], label=f"control: {CONTROLS[kind]}")
-    axes.set_xticks(range(len(judges)), [f"judged by {JUDGES[judge]}" for judge in judges])
+    axes.set_xticks(range(len(judges)), [f"judged by {judge_title(design, judge)}" for judge in judges])
     axes.set(
         xlim=(-0.6, len(judges) - 0.4),
         ylabel="success (%)",
@@ -309,7 +310,7 @@ def draw_curve(axes: Axes, design: Metrics) -> None:
     axes.set(
         xlabel="predictions for a task",
         ylabel="success (%)",
-        title=f"Designs, judged by {JUDGES[judge]}, n = {design['n']} tasks",
+        title=f"Designs, judged by {judge_title(design, judge)}, n = {design['n']} tasks",
     )
     _percent_axis(axes, top)
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))

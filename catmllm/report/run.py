@@ -44,6 +44,7 @@ from catmllm.report.summary import (
     design_table,
     finite,
     generation_table,
+    judge_title,
     missing_parts,
     number,
     ordered,
@@ -243,10 +244,11 @@ def _design(metrics: Metrics) -> str:
         ]
     if any(item.get("trace") for item in items):
         parts.append(_trace_figure(design))
-    pictures = _pictures(items)
+    judge = judge_title(design, "judge")
+    pictures = _pictures(items, judge)
     if pictures:
         parts.append(pictures)
-    parts += [html.table(_refusals(items)), _all_tasks(items)]
+    parts += [html.table(_refusals(items)), _all_tasks(items, judge)]
     return html.section("Design by target energy", *parts)
 
 
@@ -300,7 +302,7 @@ def _miss(item: dict[str, Any]) -> float:
     return abs(best["predicted"] - item["energy"]) if finite(best.get("predicted")) else math.inf
 
 
-def _pictures(items: list[dict[str, Any]]) -> str:
+def _pictures(items: list[dict[str, Any]], judge: str) -> str:
     shown: list[dict[str, Any]] = []
     feasible = [item for item in items if item.get("best") and item["best"].get("feasible")]
     for item in sorted(feasible, key=_miss):
@@ -308,17 +310,17 @@ def _pictures(items: list[dict[str, Any]]) -> str:
             shown.append(item)
     if not shown:
         return ""
-    cards = "\n".join(map(_card, shown))
-    judge = "SevenNet-0" if any(item.get("judged") for item in shown) else "the own predictor"
+    cards = "\n".join(_card(item, judge) for item in shown)
+    by = judge if any(item.get("judged") for item in shown) else "the own predictor"
     note = (
-        f"The {len(shown)} closest of {len(items)} by {judge}, one a system: chosen, not typical; all tasks "
+        f"The {len(shown)} closest of {len(items)} by {by}, one per system: chosen, not typical; all tasks "
         "are below. From above with one cell dashed, and from the side; deeper atoms are paler, the "
         "adsorbate is ringed."
     )
     return f'<p><b>Best designs</b></p>\n<div class="designs">\n{cards}\n</div>{html.notes([note])}'
 
 
-def _card(item: dict[str, Any]) -> str:
+def _card(item: dict[str, Any], judge: str) -> str:
     best = item["best"]
 
     def system() -> System:
@@ -327,31 +329,31 @@ def _card(item: dict[str, Any]) -> str:
 
     facts = (
         f"<b>{html.text(item['identity'])}</b><br>wanted {number(item['energy'], 2)} eV · predicted "
-        f"{number(best.get('predicted'), 2)} eV · {html.text(_judged(item))}"
+        f"{number(best.get('predicted'), 2)} eV · {html.text(_judged(item, judge))}"
     )
     text = html.details("CIF", html.pre(best["text"]))
     return f'<div class="design">{html.views(system)}<p>{facts}</p>{text}</div>'
 
 
-def _judged(item: dict[str, Any]) -> str:
+def _judged(item: dict[str, Any], judge: str) -> str:
     judged = item.get("judged")
     if judged is None:
         return "not judged"
     if not judged.get("ok"):
-        return f"refused by SevenNet-0: {judged.get('reason')}"
-    return f"SevenNet-0 {number(judged.get('energy'), 2)} eV"
+        return f"refused by {judge}: {judged.get('reason')}"
+    return f"{judge} {number(judged.get('energy'), 2)} eV"
 
 
-def _all_tasks(items: list[dict[str, Any]]) -> str:
+def _all_tasks(items: list[dict[str, Any]], judge: str) -> str:
     rows = [
         [
             str(item["identity"]),
             number(item["energy"], 2),
             number((item.get("best") or {}).get("predicted"), 2),
             (item.get("best") or {}).get("fault") or "–",
-            _judged(item).removeprefix("SevenNet-0 ").removesuffix(" eV"),
+            _judged(item, judge).removeprefix(f"{judge} ").removesuffix(" eV"),
             "yes" if item.get("success_own") else "no",
-            "yes" if item.get("success_sevennet") else "no" if item.get("judged") else "–",
+            "yes" if item.get("success_judge") else "no" if item.get("judged") else "–",
         ]
         for item in items
     ]
@@ -360,9 +362,9 @@ def _all_tasks(items: list[dict[str, Any]]) -> str:
         "wanted (eV)",
         "predicted (eV)",
         "AD",
-        "SevenNet-0 (eV)",
+        f"{judge} (eV)",
         "success, own",
-        "success, SevenNet-0",
+        f"success, {judge}",
     ]
     return html.details(f"All {len(items)} tasks", html.table(Table("", header, rows, []))) if rows else ""
 

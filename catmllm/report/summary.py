@@ -61,7 +61,7 @@ RATES = {
     "side of the slab, or out of its reach",
 }
 RATE_NAMES = {"PF": "PF", "VF": "VF", "CM": "CM", "PV": "PV", "PV_eq41": "PV at 1.0 Å", "AD": "AD"}
-JUDGES = {"own": "own predictor", "sevennet": "SevenNet-0"}
+JUDGES = ("own", "judge")  # the more independent one last
 # What success is set beside: answers chosen without the closed loop, then answers that ignore the target.
 CONTROLS = {
     "enumeration": "ideal slabs, same predictor",
@@ -119,9 +119,12 @@ def percent(value: Any, digits: int = 1) -> str:
 def provenance(metrics: Metrics) -> str:
     """Who made labels and judgements: to be read beside every energy."""
     labels = str(metrics.get("data", {}).get("labels") or "not recorded")
-    if labels.startswith("SevenNet-0"):
-        return "labels and judge: SevenNet-0, an MLIP, not DFT"
-    return f"labels: {labels}; judge: SevenNet-0, an MLIP, not DFT"
+    name = (metrics.get("design") or {}).get("judge_name")
+    if not name:
+        return f"labels: {labels}"
+    if labels.startswith(name):
+        return f"labels and judge: {labels}"
+    return f"labels: {labels}; judge: {name}, an MLIP, not DFT"
 
 
 def ordered(parts: Metrics | None) -> list[str]:
@@ -234,7 +237,7 @@ def _design_claim(metrics: Metrics, judge: str) -> Claim | None:
     listed = ", ".join(f"{CONTROLS[key]} {percent(share)}" for key, share in controls.items())
     return Claim(
         verdict,
-        f"Designs hit the wanted energy more often than the controls, judged by {_judge_name(judge)}",
+        f"Designs hit the wanted energy more often than the controls, judged by {_judge_name(design, judge)}",
         f"{percent(rates['success'])} of n = {design['n']} tasks (95\u00a0% interval {percent(low, 0)} to "
         f"{percent(high, 0)}); "
         f"controls: {listed}; {provenance(metrics)}",
@@ -247,8 +250,15 @@ def _beaten(design: Metrics, judge: str, control: str, low: float, share: float)
     return curve["search_more_interval"][-1][0] > 0 if curve else low > share
 
 
-def _judge_name(judge: str) -> str:
-    return "the model's own predictor, which the search optimises" if judge == "own" else "SevenNet-0"
+def _judge_name(design: Metrics, judge: str) -> str:
+    if judge == "own":
+        return "the model's own predictor, which the search optimises"
+    return str(design.get("judge_name", "a potential"))
+
+
+def judge_title(design: Metrics, judge: str) -> str:
+    """One of `JUDGES` in a table's head or a figure."""
+    return "own predictor" if judge == "own" else _judge_name(design, judge)
 
 
 # --------------------------------------------------------------------------- tables
@@ -356,7 +366,7 @@ def design_table(metrics: Metrics) -> Table | None:
             rows.append([name, *(_success_cell(share, sampled_tasks(design, key)) for share in shares)])
     return Table(
         f"Structures designed for a wanted adsorption energy, n = {n} tasks ({provenance(metrics)})",
-        ["success (95\u00a0% interval)", *(f"judged by {JUDGES[judge]}" for judge in judges)],
+        ["success (95\u00a0% interval)", *(f"judged by {judge_title(design, judge)}" for judge in judges)],
         rows,
         _design_notes(design),
     )
@@ -395,7 +405,7 @@ def curve_table(metrics: Metrics) -> Table | None:
                 "a bootstrap over pairs of bulk and facet."
             )
     return Table(
-        f"Success over the number of predictions for a task, judged by {JUDGES[judge]}",
+        f"Success over the number of predictions for a task, judged by {judge_title(design, judge)}",
         ["", *map(str, design["budgets"])],
         rows,
         [*notes, "Ideal slabs: the lattice constant between those of the metals, random order, random site."],
@@ -412,9 +422,9 @@ def _design_notes(design: Metrics) -> list[str]:
     notes = [
         "Success: readable, exactly the atoms asked for, no overlap, a real adsorbate, and the judged "
         "energy within "
-        f"{tolerance} eV of the wanted one. The search optimises the own predictor. SevenNet-0 relaxes the "
-        "adsorbate and has no part in the search; it made the labels of the shipped data, so it is "
-        "independent of the predictor, not of what that was trained on.",
+        f"{tolerance} eV of the wanted one. The search optimises the own predictor. The judge relaxes the "
+        "adsorbate and has no part in the search. Where it made the labels too, it is independent of the "
+        "predictor, not of what that was trained on.",
         "Controls: ideal slabs of the asked composition, as many as the closed loop has predictions, of "
         "which the same predictor or kernel ridge takes one; one of them at random, without a predictor; a "
         "random training system of the adsorbate; the same designs for one another's targets (of all tasks; "
@@ -424,9 +434,9 @@ def _design_notes(design: Metrics) -> list[str]:
     facts = [f"{percent(design.get('feasible'))} of the tasks ended with a valid structure"]
     if finite(design.get("AD")):
         facts.append(f"{percent(design['AD'])} without a real adsorbate (AD)")
-    judged = design.get("sevennet") or {}
+    judged = design.get("judge") or {}
     if "judged_ok" in judged:
-        facts.append(f"SevenNet-0 accepted {percent(judged['judged_ok'])}")
+        facts.append(f"{judge_title(design, 'judge')} accepted {percent(judged['judged_ok'])}")
     if finite(judged.get("mae")):
         facts.append(f"its energies are {number(judged['mae'])} eV from the wanted ones on average")
     if finite(judged.get("predictor_mae")):
@@ -451,7 +461,8 @@ def _chance(design: Metrics) -> list[str]:
     share = percent(min(1.0, random / success), 0) if success else "nothing"
     return [
         f"By chance: one random ideal slab of the asked composition hits {percent(random)} by "
-        f"{JUDGES[judge]}, without any model. Of the closed loop's {percent(success)} that is {share}."
+        f"{judge_title(design, judge)}, without any model. Of the closed loop's {percent(success)} that is "
+        f"{share}."
     ]
 
 
@@ -502,10 +513,10 @@ def missing_parts(metrics: Metrics, logged: Collection[str] | None = None) -> li
     design = metrics.get("design") or {}
     if "ga_grpo" in stages and not design:
         missing.append("design evaluation")
-    if design and not design.get("sevennet"):
+    if design and not design.get("judge"):
         off = (config.get("evaluate") or {}).get("judge") == "none"
         missing.append(
-            "SevenNet-0's judgement of the designs" + (" (off: `evaluate.judge: none`)" if off else "")
+            "a potential's judgement of the designs" + (" (off: `evaluate.judge: none`)" if off else "")
         )
     if not metrics.get("seconds"):
         missing.append("times")

@@ -36,7 +36,7 @@ from catmllm.data.fcc_slabs import (
     slab_records,
 )
 from catmllm.data.make import MakeError, difference, make, part_path, read_finished, reproduce_shipped
-from catmllm.data.slabs import SHIPPED, load_slabs
+from catmllm.data.slabs import SHIPPED_SEVENNET, load_slabs
 from catmllm.potentials.diep import diep
 from catmllm.potentials.relax import Potential
 from tests.data.toy_calculator import EggBox, egg_box
@@ -157,7 +157,7 @@ def test_adsorbates_start_whole_and_over_the_slab() -> None:
 def test_the_shipped_file_is_drawn_again(seed: int) -> None:
     """All random choices of the shipped systems, on their slabs as relaxed then;
     only the relaxing is left out."""
-    with gzip.open(SHIPPED, "rt") as file:
+    with gzip.open(SHIPPED_SEVENNET, "rt") as file:
         records = [r for r in map(json.loads, file) if r["slab"].startswith(f"{seed}-")][: 8 * 50]
     rng, same = Random(seed), 0
     for _, group in itertools.groupby(records, key=lambda r: r["slab"]):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from catmllm.data.relabel import by_slab, relabel, relabelled
-from catmllm.data.slabs import SHIPPED, load_slabs
+from catmllm.data.slabs import SHIPPED_SEVENNET, load_slabs
 from catmllm.data.surfaces import surface_records
 from catmllm.potentials.relax import by_calculator
 from tests.data.toy_calculator import EggBox
@@ -22,7 +22,7 @@ POTENTIAL = by_calculator(EggBox())
 def three(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three shipped slabs with all their systems."""
     path = tmp_path_factory.mktemp("three") / "three.jsonl"
-    groups = list(by_slab(SHIPPED).values())[:3]
+    groups = list(by_slab(SHIPPED_SEVENNET).values())[:3]
     path.write_text("".join(json.dumps(r) + "\n" for group in groups for r in group))
     return path
 

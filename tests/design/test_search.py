@@ -229,14 +229,15 @@ def test_the_same_structure_is_predicted_once(small_model: Model, train_systems:
     loop.model = Counting()  # type: ignore[assignment]
     text = write_cif(system)
     first, _ = loop.judge([task_of(system)] * 3, [text, text, "prose\n" + text], 0)
-    second, _ = loop.judge([task_of(system, -9.0)], [text], 1)
+    nearer = first[0].predicted + 0.1
+    second, _ = loop.judge([task_of(system, nearer)], [text], 1)
     assert calls == [1]
     assert len({c.key for c in first}) == 1 and {c.predicted for c in [*first, *second]} == {
         first[0].predicted
     }
     # another target, another reward: by the energies alone
     near, far = (
-        np.exp(-CONFIG.energy_lambda * abs(e - first[0].predicted)) for e in (system.known_energy, -9.0)
+        np.exp(-CONFIG.energy_lambda * abs(e - first[0].predicted)) for e in (system.known_energy, nearer)
     )
     assert second[0].reward - first[0].reward == pytest.approx(CONFIG.energy_weight * (far - near), abs=1e-9)
     assert second[0].reward != first[0].reward

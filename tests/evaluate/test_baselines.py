@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.spatial.distance import cdist
 
-from catmllm.data.slabs import load_slabs, split
+from catmllm.data.slabs import SHIPPED_SEVENNET, load_slabs, split
 from catmllm.evaluate.baselines import (
     RIDGES,
     SHARED,
@@ -23,7 +23,7 @@ from catmllm.structure.descriptors import local_descriptor
 from catmllm.structure.system import System
 from catmllm.structure.text import three_part_text
 
-SYSTEMS = load_slabs()
+SYSTEMS = load_slabs(SHIPPED_SEVENNET)
 PARTS = split(SYSTEMS, 0)
 
 

@@ -129,15 +129,15 @@ def test_curves_by_hand() -> None:
              enumeration=[(2.0, 2.0, True), (2.0, 2.0, True)]),
         item(3.0, search=[(3.0, 3.0, False), (3.0, 3.0, True)]),
     ]  # fmt: skip
-    curves = design.design_curves(items, ("own", "sevennet"), 0.25)
+    curves = design.design_curves(items, ("own", "judge"), 0.25)
     assert [curves[m]["n"] for m in design.METHODS] == [3, 2, 0]
     assert curves["search"]["own"]["success"] == pytest.approx([1 / 3, 1.0])
-    assert curves["search"]["sevennet"]["success"] == pytest.approx([0.0, 2 / 3])
-    assert curves["enumeration"]["sevennet"]["success"] == pytest.approx([0.5, 1.0])
-    assert curves["enumeration"]["sevennet"]["search_more"] == pytest.approx([-0.5, -0.5])
+    assert curves["search"]["judge"]["success"] == pytest.approx([0.0, 2 / 3])
+    assert curves["enumeration"]["judge"]["success"] == pytest.approx([0.5, 1.0])
+    assert curves["enumeration"]["judge"]["search_more"] == pytest.approx([-0.5, -0.5])
     assert curves["enumeration"]["own"]["search_more"] == pytest.approx([-0.5, 0.0])
     assert curves["search"]["own"]["interval"][1] == pytest.approx(wilson_interval(1.0, 3))
-    low, high = curves["enumeration"]["sevennet"]["search_more_interval"][1]
+    low, high = curves["enumeration"]["judge"]["search_more_interval"][1]
     assert (low, high) == (-1.0, 0.0)
     assert set(curves["kernel_ridge"]) == {"n"}
 
@@ -148,8 +148,8 @@ def test_evaluation_with_controls(
     parts: dict[str, Sequence[System]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    judge = judges.SevenNetJudge(calculator=EggBox())
-    monkeypatch.setattr(judges, "SevenNetJudge", lambda: judge)
+    judge = judges.Judge(EggBox())
+    monkeypatch.setattr(judges, "Judge", lambda name: judge)
     config = configured(small_config)
     found = design.evaluate_design(*small_model, config, parts, ONE)
     json.dumps(found)
@@ -172,7 +172,7 @@ def test_evaluation_with_controls(
         assert last["judged"] == of["judged"]
         assert last["predicted"] == (of["best"] or {"predicted": None})["predicted"]
         assert last["feasible"] == of["feasible"] == (of["best"] is not None and of["best"]["fault"] is None)
-    for name in ("own", "sevennet"):
+    for name in ("own", "judge"):
         curve = found["curves"]["enumeration"][name]["success"]
         assert found[name]["random"] == curve[0] and found[name]["enumeration"] == curve[-1]
         assert found[name]["success"] == found["curves"]["search"][name]["success"][-1]
@@ -190,4 +190,4 @@ def test_what_cannot_be_enumerated_has_no_such_controls(
     monkeypatch.setattr(design, "ideal_candidates", lambda *_: [])
     found = design.evaluate_design(*small_model, configured(small_config, judge="none"), parts, ONE)
     assert [found["curves"][m]["n"] for m in design.METHODS] == [2, 0, 0]
-    assert "random" not in found["own"] and "retrieval" in found["own"] and found["sevennet"] is None
+    assert "random" not in found["own"] and "retrieval" in found["own"] and found["judge"] is None

@@ -1,4 +1,4 @@
-"""The judge: SevenNet-0 against the shipped labels and plain ASE, and what it refuses to count."""
+"""The judges against the shipped labels and plain ASE, and what they refuse to count."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from ase.calculators.emt import EMT
 from ase.constraints import FixAtoms
 from ase.optimize import BFGS
 
-from catmllm.data.oracle import OracleMissing, atomic_references, sevennet, sevennet_references
-from catmllm.data.slabs import load_slabs
-from catmllm.evaluate.judges import JudgedEnergy, SevenNetJudge
+from catmllm.data.oracle import OracleMissing, atomic_references, references_of, sevennet
+from catmllm.data.slabs import SHIPPED_SEVENNET, load_slabs
+from catmllm.evaluate.judges import Judge, JudgedEnergy
 from catmllm.potentials.relax import by_calculator
 from catmllm.structure.cif import read_cif, write_cif
 from catmllm.structure.system import System, make_system
 
-SYSTEMS = load_slabs()
+SYSTEMS = load_slabs(SHIPPED_SEVENNET)
 ONE_OF_EACH = [next(s for s in SYSTEMS[100:] if s.adsorbate == name) for name in ("H", "N", "CO", "OH", "CH")]
 
 
@@ -38,21 +38,30 @@ def nudged(system: System, size: float, seed: int = 0) -> System:
 
 
 @pytest.fixture(scope="module")
-def judge() -> SevenNetJudge:
-    return SevenNetJudge()
+def judge() -> Judge:
+    return Judge("sevennet")
 
 
 # --------------------------------------------------------------------------- SevenNet-0 for real
 
 
 @pytest.mark.parametrize("system", ONE_OF_EACH, ids=lambda s: s.adsorbate)
-def test_labels_come_out_again(judge: SevenNetJudge, system: System) -> None:
+def test_labels_come_out_again(judge: Judge, system: System) -> None:
     judged = judge.judge(system)
     assert judged.ok and judged.reason is None
     assert judged.energy == pytest.approx(system.energy, abs=0.01)
 
 
-def test_a_disturbed_adsorbate_goes_back(judge: SevenNetJudge) -> None:
+def test_diep_says_its_own_labels_again() -> None:
+    judge = Judge("diep")
+    systems = load_slabs()[50:]
+    for name in ("H", "N", "CO", "OH", "CH"):
+        system = next(s for s in systems if s.adsorbate == name)
+        judged = judge.judge(system)
+        assert judged.ok and judged.energy == pytest.approx(system.energy, abs=0.01)
+
+
+def test_a_disturbed_adsorbate_goes_back(judge: Judge) -> None:
     for system in ONE_OF_EACH[1:3]:
         judged, relaxed = judge.relax(nudged(system, 0.1))
         assert judged.ok and judged.steps > 0 and judged.moved > 0.05
@@ -63,13 +72,13 @@ def test_a_disturbed_adsorbate_goes_back(judge: SevenNetJudge) -> None:
         assert relaxed.energy == judged.energy
 
 
-def test_a_cif_of_three_decimals_is_judged_like_its_source(judge: SevenNetJudge) -> None:
+def test_a_cif_of_three_decimals_is_judged_like_its_source(judge: Judge) -> None:
     for system in ONE_OF_EACH[:2]:
         again = read_cif(write_cif(system), system.adsorbate, system.miller)
         assert judge.adsorption_energy(again) == pytest.approx(system.energy, abs=0.02)
 
 
-def test_the_energy_is_that_of_plain_ase(judge: SevenNetJudge) -> None:
+def test_the_energy_is_that_of_plain_ase(judge: Judge) -> None:
     system = nudged(ONE_OF_EACH[0], 0.05)
     atoms = system.as_ase()
     atoms.set_constraint(FixAtoms(indices=range(12)))
@@ -88,10 +97,10 @@ def test_the_energy_is_that_of_plain_ase(judge: SevenNetJudge) -> None:
 def test_references_are_the_documented_gases() -> None:
     """On the checked-in values: a change of weights or protocol would shift the zero of all energies."""
     expected = {"H": -3.32261, "O": -7.44865, "N": -8.24159, "C": -7.04387}
-    assert sevennet_references() == pytest.approx(expected, abs=2e-3)
+    assert references_of("sevennet") == pytest.approx(expected, abs=2e-3)
 
 
-def test_threads_are_left_as_they_were(judge: SevenNetJudge) -> None:
+def test_threads_are_left_as_they_were(judge: Judge) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
@@ -103,7 +112,7 @@ def test_threads_are_left_as_they_were(judge: SevenNetJudge) -> None:
 
 @pytest.mark.slow
 def test_sixteen_labels_and_their_disturbed_starts() -> None:
-    judge = SevenNetJudge()
+    judge = Judge("sevennet")
     picks = [SYSTEMS[i] for i in np.random.default_rng(5).choice(len(SYSTEMS), 16, replace=False)]
     same = judge.judge_many(picks, progress=False)
     assert max(abs(j.energy - float(s.energy or 0)) for j, s in zip(same, picks)) < 0.01
@@ -142,8 +151,8 @@ ATOM, MOLECULE = ONE_OF_EACH[1], ONE_OF_EACH[2]
 TOP = float(ATOM.positions[ATOM.tags != 2, 2].max())
 
 
-def spring_judge(height: float, fail: bool = False) -> SevenNetJudge:
-    judge = SevenNetJudge(calculator=Spring(TOP + height, fail=fail))
+def spring_judge(height: float, fail: bool = False) -> Judge:
+    judge = Judge(Spring(TOP + height, fail=fail))
     judge.references = {"H": 0.0, "C": 0.0, "N": -0.5, "O": 0.0}
     return judge
 
@@ -177,7 +186,7 @@ def test_broken_molecules_do_not_count() -> None:
 def test_other_reasons() -> None:
     good = spring_judge(1.0)
     assert spring_judge(1.0, fail=True).judge(ATOM).reason == "failed"
-    short = SevenNetJudge(max_steps=0, calculator=Spring(TOP + 9.0))
+    short = Judge(Spring(TOP + 9.0), max_steps=0)
     assert short.judge(ATOM).reason == "not_converged"
     far = spring_judge(1.0)
     far.references = {"N": 9.0}
@@ -195,7 +204,7 @@ def test_other_reasons() -> None:
     assert good.judge(sulphur).reason == "no_reference"
 
 
-def test_elements_that_sevennet_does_not_know(judge: SevenNetJudge) -> None:
+def test_elements_that_sevennet_does_not_know(judge: Judge) -> None:
     polonium = replace(ATOM, numbers=np.where(ATOM.tags == 0, 84, ATOM.numbers))
     judged = judge.judge(polonium)
     assert judged.reason == "unknown_element" and np.isnan(judged.energy) and not judged.ok
@@ -235,7 +244,7 @@ def test_slabs_are_computed_once() -> None:
 
 def test_workers_judge_as_one_and_in_order() -> None:
     systems = [nudged(s, 0.1, i) for i, s in enumerate(SYSTEMS[:6])]
-    judge = SevenNetJudge(calculator=Spring(TOP + 1.0))
+    judge = Judge(Spring(TOP + 1.0))
     alone = judge.judge_many(systems, progress=False)
     spread = judge.judge_many(systems, workers=2, progress=False)
 
@@ -260,6 +269,6 @@ def test_without_sevenn_the_judge_says_how_to_get_it(monkeypatch: pytest.MonkeyP
     sevennet.cache_clear()
     try:
         with pytest.raises(OracleMissing, match=r"pip install sevenn"):
-            SevenNetJudge()
+            Judge("sevennet")
     finally:
         sevennet.cache_clear()

@@ -13,7 +13,7 @@ from pymatgen.analysis.structure_matcher import StructureMatcher
 from pymatgen.core import Lattice, Structure
 from scipy.stats import bootstrap, pearsonr
 
-from catmllm.data.slabs import load_slabs
+from catmllm.data.slabs import SHIPPED_SEVENNET, load_slabs
 from catmllm.design.constraints import adsorbate_faults, hard_constraints, read_systems
 from catmllm.evaluate import metrics
 from catmllm.structure.adsorbed import Fault
@@ -21,7 +21,7 @@ from catmllm.structure.cif import write_cif
 from catmllm.structure.system import System, make_system
 from rewards_fast import PVCP, Scores, min_distance
 
-SYSTEMS = load_slabs()
+SYSTEMS = load_slabs(SHIPPED_SEVENNET)
 vectors = st.lists(st.floats(-5, 5), min_size=2, max_size=6)
 
 # --------------------------------------------------------------------------- property

@@ -94,6 +94,30 @@ def test_one_that_blows_up_costs_the_others_nothing() -> None:
         np.testing.assert_array_equal(one.positions, other.positions)
 
 
+def test_a_walk_that_swings_around_a_kink_ends_at_its_lowest() -> None:
+    """|x| + x²/2 has its minimum where the force is never small."""
+
+    def kink(structures):
+        x = np.array([s.positions[0, 0] for s in structures])
+        forces = [np.zeros((1, 3)) for _ in structures]
+        for force, at in zip(forces, x):
+            force[0, 0] = -np.sign(at) - at
+        return np.abs(x) + x**2 / 2, forces
+
+    start = Start(Structure(np.array([1]), 9 * np.eye(3), np.array([[0.1003, 0.0, 0.0]])))
+    ((_, walk),) = relax([start], kink, frames=True)
+    swing = max(e for _, e in walk.frames[-20:]) - min(e for _, e in walk.frames[-20:])
+    assert not walk.converged and swing > 0
+    ((_, end),) = relax([start], kink, swing=1.01 * swing, frames=True)
+    lowest = min(walk.frames[-20:], key=lambda frame: frame[1])
+    assert end.converged and end.steps == 80 and end.energy == lowest[1] and end.force >= 1
+    np.testing.assert_array_equal(end.positions, lowest[0])
+    ((_, wide),) = relax([start], kink, swing=0.99 * swing)
+    assert not wide.converged
+    ((_, short),) = relax([start], kink, swing=9.0, max_steps=5)
+    assert not short.converged  # too few energies to tell
+
+
 def test_starts_are_read_as_there_is_room() -> None:
     read = []
 

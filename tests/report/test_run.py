@@ -19,7 +19,7 @@ from PIL import Image
 from scipy.stats import binomtest
 
 from catmllm.config import STAGES, Config, to_dict
-from catmllm.data.slabs import load_slabs
+from catmllm.data.slabs import SHIPPED_SEVENNET, load_slabs
 from catmllm.report import figures, summary
 from catmllm.report.drawing import structure_svg
 from catmllm.report.run import readme_figure, summary_table, with_trained_baselines, write_report
@@ -31,7 +31,7 @@ HOSTILE = '<script>alert("x")</script>&amp;<img src=http://evil.example/x.png>\x
 
 @pytest.fixture(scope="module")
 def systems() -> list[System]:
-    return load_slabs()[:400:25]
+    return load_slabs(SHIPPED_SEVENNET)[:400:25]
 
 
 def made_metrics(systems: list[System]) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def made_metrics(systems: list[System]) -> dict[str, Any]:
             "commit": "abc1234",
         },
         "parameters": {"total": 3247809},
-        "data": {"train": 2347, "val": 301, "test": 200, "labels": "SevenNet-0 (an MLIP, not DFT)"},
+        "data": {"train": 2347, "val": 301, "test": 200, "labels": "SevenNet-0, an MLIP, not DFT"},
         "baselines": {
             "adsorbate_mean": {"mae": 0.7612, "r2": 0.41},
             "text_ridge": {"mae": 0.3444, "r2": 0.86},
@@ -133,14 +133,14 @@ def made_items(systems: list[System]) -> list[dict[str, Any]]:
         judged = {"energy": target + 0.03 * k, "ok": ok, "reason": None if ok else "dissociated", "steps": 9}
         items.append(
             {"identity": system.identity, "energy": target, "feasible": True, "best": best, "judged": judged}
-            | {"success_own": True, "success_sevennet": ok and k < 8, "trace": trace}
+            | {"success_own": True, "success_judge": ok and k < 8, "trace": trace}
         )
     items[1] |= {
         "best": None,
         "feasible": False,
         "judged": None,
         "success_own": False,
-        "success_sevennet": False,
+        "success_judge": False,
     }
     return items
 
@@ -161,11 +161,11 @@ def made_design(systems: list[System]) -> dict[str, Any]:
         "AD": 0.0417,
         "budgets": [1, 4, 96],
         "curves": {
-            "search": {"n": 16, "own": curve([0.4, 0.7, 0.9375]), "sevennet": curve([0.1, 0.2, 0.375])},
+            "search": {"n": 16, "own": curve([0.4, 0.7, 0.9375]), "judge": curve([0.1, 0.2, 0.375])},
             "enumeration": {
                 "n": 16,
                 "own": curve([0.2, 0.5, 0.8], (0.02, 0.25)),
-                "sevennet": curve([0.18, 0.21, 0.2317], (0.07, 0.2)),
+                "judge": curve([0.18, 0.21, 0.2317], (0.07, 0.2)),
             },
             "kernel_ridge": {"n": 0},
         },
@@ -177,7 +177,8 @@ def made_design(systems: list[System]) -> dict[str, Any]:
             "random": 0.2,
             "enumeration": 0.8,
         },
-        "sevennet": {
+        "judge_name": "SevenNet-0",
+        "judge": {
             "success": 0.375,
             "shuffled": 0.13,
             "retrieval": 0.1618,
@@ -353,11 +354,11 @@ def test_an_unfinished_run_says_what_is_missing(
 def test_partial_sections(systems: list[System], tmp_path: Path) -> None:
     metrics = made_metrics(systems[:3])
     metrics["config"]["evaluate"]["judge"] = "none"
-    metrics["design"]["sevennet"] = None
+    metrics["design"]["judge"] = None
     for curve in metrics["design"]["curves"].values():
-        curve.pop("sevennet", None)
+        curve.pop("judge", None)
     for item in metrics["design"]["items"]:
-        item.pop("judged"), item.pop("success_sevennet")
+        item.pop("judged"), item.pop("success_judge")
     del metrics["property"]["ga_grpo"], metrics["generation"]["ga_grpo"]
     metrics["property"]["align"]["both"] |= {"mae": math.nan, "r2": math.nan}
     metrics["property"]["align"]["generated"] = {"mae": math.nan, "r2": math.nan, "n": 0, "unread": 200}
@@ -451,13 +452,13 @@ def test_verdicts_follow_the_numbers(systems: list[System]) -> None:
     assert verdicts(generation__grpo__reward=7.3)[1] == "unclear"
     assert verdicts(generation__grpo__reward=6.0)[1] == "no"
     assert verdicts(generation__ga_grpo__reward=8.0)[2] == "no"
-    assert verdicts(design__sevennet__success=0.25)[4] == "unclear"
-    assert verdicts(design__sevennet__success=0.15)[4] == "no"
+    assert verdicts(design__judge__success=0.25)[4] == "unclear"
+    assert verdicts(design__judge__success=0.15)[4] == "no"
     less = [[-0.1, 0.3]] * 3  # at the same tasks it may be no more than the ideal slabs
-    assert verdicts(design__curves__enumeration__sevennet__search_more_interval=less)[4] == "unclear"
-    assert verdicts(design__sevennet__random=0.4)[4] == "no"
+    assert verdicts(design__curves__enumeration__judge__search_more_interval=less)[4] == "unclear"
+    assert verdicts(design__judge__random=0.4)[4] == "no"
     assert verdicts(design__own__shuffled_same_adsorbate=0.95)[3] == "no"
-    assert len(verdicts(design__sevennet=None)) == 4
+    assert len(verdicts(design__judge=None)) == 4
 
 
 @pytest.mark.parametrize(("hits", "n"), [(0, 48), (1, 16), (18, 48), (256, 256)])

@@ -90,7 +90,7 @@ def test_masks_equal_a_regular_expression_engines(grammar: Grammar, train_system
         of, wanted = parts[len(rows) >= n_slab]
         return not begun or any(s.startswith(begun[1]) and of.count(s) < n for s, n in wanted.items())
 
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(4)
     several = spelled = 0
     for at in sorted({0, *rng.integers(0, len(answer), 18).tolist(), len(answer) - 1}):
         place = pattern.start
@@ -143,7 +143,7 @@ def test_random_weights_write_what_was_asked_for(small_model: Model, train_syste
     # log-probabilities are those among the tokens that the grammar allows, and a forced token's is 0
     grammar = Grammar(collate.tokenizer, collate.end_id)
     narrowed = 0
-    for r in rollouts[:5]:
+    for r in rollouts[:8]:
         ids = torch.tensor([collate.prompt_ids(samples[r.prompt]) + r.ids.tolist()])
         with torch.no_grad():
             logits = model.llm(input_ids=ids).logits[0, -len(r.ids) - 1 : -1]
