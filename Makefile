@@ -35,7 +35,7 @@ constraints:  ## write constraints.txt anew: the newest versions that pyproject.
 	$(PYTHON) -m venv --clear build/constraints
 	build/constraints/bin/python -m pip install --quiet --upgrade pip
 	PIP_CONFIG_FILE=/dev/null PIP_FIND_LINKS= build/constraints/bin/python -m pip install --quiet --dry-run --report build/resolved.json \
-		--ignore-installed torch==2.13.0 pip setuptools wheel cython '.[$(EXTRAS)]'
+		--ignore-installed torch==2.13.0 pip setuptools cython '.[$(EXTRAS)]'
 	build/constraints/bin/python .ci/versions.py resolved < build/resolved.json > build/constraints.txt
 	mv build/constraints.txt $@.txt
 

@@ -7,6 +7,7 @@ which need torch to be of use, take four times as long.
 import os
 import runpy
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from Cython.Build import cythonize
@@ -76,7 +77,19 @@ def together(sources: list[str], folder: Path) -> list[str]:
 
 class Build(build_ext):
     """Objects of each extension in a folder of their own: csrc/vector is compiled for several,
-    each time otherwise."""
+    each time otherwise. Sources are compiled side by side, one a core; setuptools builds only whole
+    extensions so."""
+
+    def build_extensions(self) -> None:
+        compile_all = self.compiler.compile
+
+        def compile_each(sources: list[str], **options: object) -> list[str]:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                made = pool.map(lambda source: compile_all([source], **options), sources)
+                return [path for part in made for path in part]
+
+        self.compiler.compile = compile_each
+        super().build_extensions()
 
     def build_extension(self, ext: Extension) -> None:
         shared, self.build_temp = self.build_temp, str(Path(self.build_temp) / ext.name)
