@@ -1,10 +1,13 @@
 // The atoms of the whole cell: atomic numbers site by site, amounts element by element, the mass.
+#include <algorithm>
 #include <limits>
 
 #include "steps.h"
 
 namespace catmllm::cif {
 namespace {
+
+constexpr std::size_t kFewGroups = 6;  // up to here a pass for each is quicker than one that counts all
 
 void add_count(std::string_view symbol, int number, double amount, std::vector<Count>& counts) {
     for (Count& count : counts) {
@@ -22,7 +25,13 @@ void count_atoms(const Compositions& compositions, const SiteRows& rows, const G
     const std::size_t n_groups = groups.first_row.size();
     std::vector<std::uint32_t>& sites_of_group = scratch.sites_of_group;
     sites_of_group.assign(n_groups, 0);
-    for (std::uint32_t group : groups.of_site) ++sites_of_group[group];
+    if (n_groups <= kFewGroups) {
+        for (std::uint32_t g = 0; g < n_groups; ++g)
+            sites_of_group[g] =
+                static_cast<std::uint32_t>(std::count(groups.of_site.begin(), groups.of_site.end(), g));
+    } else {
+        for (std::uint32_t group : groups.of_site) ++sites_of_group[group];
+    }
 
     // Group after group, as pymatgen adds sites up.
     std::vector<double>& atoms = scratch.atoms_of_species;

@@ -6,6 +6,7 @@
 namespace catmllm::cif {
 
 void rows_as_sites(const SiteRows& rows, std::vector<double>& frac) {
+    if (rows.inside) return frac.assign(rows.at(0), rows.at(rows.size));
     frac.resize(3 * std::size_t{rows.size});
     for (std::uint32_t r = 0; r < rows.size; ++r) wrap(rows.at(r), frac.data() + 3 * std::size_t{r});
 }

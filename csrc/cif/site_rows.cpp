@@ -168,6 +168,7 @@ void take_coordinates(SiteRows& rows, Structure& structure) {
     const Range range = n == 0 ? Range{0, 0, true, false} : range_of(x, n);
     structure.raw_low = range.numbers ? range.low : std::numeric_limits<double>::quiet_NaN();
     structure.raw_high = range.high;
+    rows.inside = range.numbers && range.low >= 0 && range.high < 1;
     rows.far_away = !(range.numbers && range.low > -kFarthest && range.high < kFarthest);
     if (range.thirds)
         for (std::size_t i = 0; i < n; ++i) x[i] = ideal_fraction(x[i]);

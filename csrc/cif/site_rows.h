@@ -20,6 +20,7 @@ struct SiteRows {
     std::vector<SiteRow> rows;
     std::vector<double> x;  // [size, 3], thirds made exact
     std::uint32_t size = 0;
+    bool inside = false;    // all coordinates are in [0, 1)
     bool far_away = false;  // a coordinate is too large for the arithmetic of a PointTable, or no number
     const double* at(std::uint32_t row) const { return x.data() + 3 * std::size_t{row}; }
 };

@@ -47,7 +47,8 @@ void basis_change(const Lattice& lattice, const Cell& cell, double change[9]) {
     }
 }
 
-// The sites in the reduced basis, wrapped into the cell, a column an axis; false where one is not finite.
+// The sites in the reduced basis, wrapped into the cell, a column an axis, nan behind the first; false where
+// one is not finite.
 bool reduce_sites(const double change[9], const double* frac, std::size_t n, DistanceScratch& s) {
     s.stride = n + DistanceScratch::kRoom;
     s.fraction.resize(3 * s.stride);
@@ -64,6 +65,7 @@ bool reduce_sites(const double change[9], const double* frac, std::size_t n, Dis
     if (!exact)
         for (std::size_t i = 0; i < n; ++i)
             for (int k = 0; k < 3; ++k) columns[k][i] = frac[3 * i + k] - floor_of(frac[3 * i + k]);
+    std::fill_n(columns[0] + n, DistanceScratch::kRoom, kNan);
     static constexpr double kSame[9] = {1, 0, 0, 0, 1, 0, 0, 0, 1};
     if (std::memcmp(change, kSame, sizeof kSame) == 0) return true;
     bool finite = true;
@@ -82,7 +84,6 @@ bool reduce_sites(const double change[9], const double* frac, std::size_t n, Dis
 
 double min_distance(const Lattice& lattice, const double* frac, std::size_t n, DistanceScratch& s) {
     if (n < 2) return std::numeric_limits<double>::infinity();
-    constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
     Cell cell;
     if (!reduce_cell(lattice, cell)) return kNan;
     double change[9];

@@ -33,31 +33,51 @@ struct Columns {
 
 Columns columns_of(const DistanceScratch& s) { return {{s.column(0), s.column(1), s.column(2)}}; }
 
+// What is known of eight pairs and their basis, and spares arithmetic without a change in the result.
+enum class Known {
+    kNothing,
+    kNear,     // along the last axis they differ by less than a half, and rounding gives nought
+    kUpright,  // that, and the last axis is along z, the first has no y
+};
+
 // Squared distances of eight sites beginning at q to the point a, each to the image that rounding gives.
-// `near`: along the last axis they differ by less than a half, and rounding gives nought.
-template <bool near>
+template <Known known>
 CATMLLM_INLINE Lanes squares(const Columns& c, std::size_t q, const double* a, const double* basis) {
     Lanes u = load(c.f[0] + q) - a[0];
     Lanes v = load(c.f[1] + q) - a[1];
     Lanes w = load(c.f[2] + q) - a[2];
     u = u - rounded(u);
     v = v - rounded(v);
-    if (!near) w = w - rounded(w);
-    const Lanes x = u * basis[0] + v * basis[3] + w * basis[6];
-    const Lanes y = u * basis[1] + v * basis[4] + w * basis[7];
+    if (known == Known::kNothing) w = w - rounded(w);
+    Lanes x = u * basis[0] + v * basis[3];
+    Lanes y = v * basis[4];
     const Lanes z = u * basis[2] + v * basis[5] + w * basis[8];
+    if (known != Known::kUpright) {
+        x = x + w * basis[6];
+        y = u * basis[1] + y + w * basis[7];
+    }
     return x * x + y * y + z * z;
 }
 
 // The lanes' least squared distances from the site at `a` to sites [from, to).
-template <bool near>
+template <Known known>
 CATMLLM_INLINE Lanes nearest_of(const Columns& c, std::size_t from, std::size_t to, const double* a,
                                 const double* basis, Lanes least) {
     std::size_t q = from;
-    for (; q + kLanes <= to; q += kLanes) least = lesser(squares<near>(c, q, a, basis), least);
+    for (; q + kLanes <= to; q += kLanes) least = lesser(squares<known>(c, q, a, basis), least);
     if (q < to)
         least = lesser(
-            first_lanes(squares<near>(c, q, a, basis), static_cast<std::int64_t>(to - q), kInfinity), least);
+            first_lanes(squares<known>(c, q, a, basis), static_cast<std::int64_t>(to - q), kInfinity), least);
+    return least;
+}
+
+// The same for sites that come later than the one at `a`, in whole vectors: of the sites behind `to` any
+// image may be looked at, since none is nearer than the nearest pair; behind the last site is nan, which is
+// not less.
+template <Known known>
+CATMLLM_INLINE Lanes nearest_later(const Columns& c, std::size_t from, std::size_t to, const double* a,
+                                   const double* basis, Lanes least) {
+    for (std::size_t q = from; q < to; q += kLanes) least = lesser(squares<known>(c, q, a, basis), least);
     return least;
 }
 
@@ -80,6 +100,7 @@ CATMLLM_CLONES double search_runs(const Runs& runs, double best) {
     Lanes least = Lanes{} + best;
     const int n2 = slices[2];
     const bool near = 2 * (reach + 1) < n2;
+    const bool upright = near && basis[1] == 0 && basis[6] == 0 && basis[7] == 0;
     for (int i = 0; i < slices[0]; ++i) {
         for (int j = 0; j < slices[1]; ++j) {
             const std::uint32_t* own = runs.start + static_cast<std::size_t>(i * slices[1] + j) * n2;
@@ -100,13 +121,20 @@ CATMLLM_CLONES double search_runs(const Runs& runs, double best) {
                         const int under = same ? n2 : std::min(n2, n2 + k - reach);
                         for (std::uint32_t p = own[k]; p < own[k + 1]; ++p) {
                             const double a[3] = {c.f[0][p], c.f[1][p], c.f[2][p]};
-                            const std::uint32_t first = same ? p + 1 : from;
-                            least = near ? nearest_of<true>(c, first, to, a, basis, least)
-                                         : nearest_of<false>(c, first, to, a, basis, least);
+                            if (!same)
+                                least = near ? nearest_of<Known::kNear>(c, from, to, a, basis, least)
+                                             : nearest_of<Known::kNothing>(c, from, to, a, basis, least);
+                            else if (upright)
+                                least = nearest_later<Known::kUpright>(c, p + 1, to, a, basis, least);
+                            else
+                                least = near ? nearest_later<Known::kNear>(c, p + 1, to, a, basis, least)
+                                             : nearest_later<Known::kNothing>(c, p + 1, to, a, basis, least);
                             if (over > 0)
-                                least = nearest_of<false>(c, other[0], other[over], a, basis, least);
+                                least =
+                                    nearest_of<Known::kNothing>(c, other[0], other[over], a, basis, least);
                             if (under < n2)
-                                least = nearest_of<false>(c, other[under], other[n2], a, basis, least);
+                                least =
+                                    nearest_of<Known::kNothing>(c, other[under], other[n2], a, basis, least);
                         }
                     }
                 }
@@ -126,7 +154,7 @@ CATMLLM_CLONES double search_steps(const double* basis_in, const Columns& c, std
         double steps[3][kLanes];
         for (int k = 0; k < 3; ++k) store(steps[k], load(c.f[k] + i + 1) - load(c.f[k] + i));
         const Columns step{{steps[0], steps[1], steps[2]}};
-        const Lanes d = squares<false>(step, 0, zero, basis);
+        const Lanes d = squares<Known::kNothing>(step, 0, zero, basis);
         least = lesser(first_lanes(d, static_cast<std::int64_t>(n - 1 - i), kInfinity), least);
     }
     return least_lane(least);
@@ -210,6 +238,7 @@ void sort_runs(const int axes[3], std::size_t n, Runs& runs, DistanceScratch& s)
         const std::uint32_t at = s.box_start[s.box_of_site[i] + 1]++;
         for (int k = 0; k < 3; ++k) sorted[k][at] = s.column(axes[k])[i];
     }
+    std::fill_n(sorted[0] + n, kLanes, kNan);
     runs.start = s.box_start.data();
 }
 

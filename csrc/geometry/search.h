@@ -5,10 +5,13 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 
 #include "min_distance.h"
 
 namespace catmllm::geometry {
+
+constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 
 struct Cell {
     double basis[9];  // Minkowski-reduced, its largest number 1
