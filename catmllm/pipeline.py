@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from catmllm.config import Config, SamplingConfig, to_dict
 from catmllm.data.batches import Collator
-from catmllm.data.open import open_data
+from catmllm.data.open import open_data, texts_only
 from catmllm.data.oracle import POTENTIALS
 from catmllm.data.shards import Shards
 from catmllm.data.splits import describe
@@ -28,6 +28,7 @@ from catmllm.design.domain import FILE as DOMAIN
 from catmllm.design.domain import Domain, calibrate, domain_of
 from catmllm.evaluate.baselines import baselines, evenly_spaced
 from catmllm.evaluate.design import evaluate_design
+from catmllm.evaluate.ensemble import Ensemble, load_ensemble
 from catmllm.evaluate.generation import evaluate_generation
 from catmllm.evaluate.metrics import mae, r2
 from catmllm.evaluate.property import agreement, evaluate_property, validation_energies
@@ -54,6 +55,7 @@ MENDABLE = (
     "name", "tensorboard", "wandb", "mlflow", "trackio", "profile", "threads", "keep_checkpoints",
     "replicate", "data.workers", "hang_after",
 )  # fmt: skip
+OF_TEXTS = ("joint", "instruct")  # stages that can do without structures
 GENERATES = ("instruct", "grpo", "ga_grpo")  # stages after which sampled CIFs are worth measuring
 
 
@@ -127,9 +129,10 @@ def _run(config: Config, world: World) -> int:
     # what cannot be read is said before the folder is claimed
     data = open_data(config.data)
     previous = stage_folder(config.init) if config.init else None
+    texts = _texts(config, data)
     record = _open(config, out, world)
     _say(world, _banner(config, world, data))
-    if _random_encoder(config):
+    if _random_encoder(config) and not texts:
         _say(
             world,
             "note: no stage trains the encoder, which keeps its random weights; put `encoder` into `stages`, "
@@ -149,11 +152,10 @@ def _run(config: Config, world: World) -> int:
             with record.timed(f"evaluate {name}"):
                 domain = domain or domain_of(data["train"], *_labels(config, data))
                 fresh = replace(domain, error={}, validation={})
-                _calibrate(name, folder, fresh, config, data["val"], record, world)
+                _calibrate(name, folder, fresh, config, data, record, world)
         if not record.has("property", name):
-            model, collate = _to_measure(folder, config, world)
             with record.timed(f"evaluate {name}"):
-                _evaluate(name, model, collate, config, data["test"], record, world)
+                _evaluate(name, folder, config, data["test"], record, world)
         previous = folder
     if "ga_grpo" in config.stages and not record.has("design"):
         model, collate = _to_measure(out / config.stages[-1], config, world)
@@ -240,16 +242,23 @@ def _to_measure(folder: Path, config: Config, world: World) -> tuple[CatalyticML
     return rounded(model, DTYPES[config.precision], encoder_dtype(config)).to(world.device), collate
 
 
+def _texts(config: Config, data: Mapping[str, Sequence[System]]) -> bool:
+    """Whether the data are texts alone. Raises ValueError for stages that need structures."""
+    if not texts_only(data["train"]):
+        return False
+    if needy := [s for s in config.stages if s not in OF_TEXTS]:
+        raise ValueError(
+            f"`stages`: {', '.join(needy)} need structures, and {config.data.path} has texts alone; give "
+            "stages=[joint] (configs/tiny/text.yaml)"
+        )
+    return True
+
+
 def _evaluate(
-    name: str,
-    model: CatalyticMLLM,
-    collate: Collator,
-    config: Config,
-    test: Sequence[System],
-    record: Record,
-    world: World,
+    name: str, folder: Path, config: Config, test: Sequence[System], record: Record, world: World
 ) -> None:
-    if name in GENERATES:
+    model, collate = _to_measure(folder, config, world)
+    if name in GENERATES and not texts_only(test):
         e = config.evaluate
 
         def generated(sampling: SamplingConfig) -> dict[str, Any]:
@@ -279,7 +288,9 @@ def _evaluate(
                 )
     some = evenly_spaced(test, config.evaluate.property_systems)
     dtype = DTYPES[config.precision]
-    measured = evaluate_property(model, collate, some, world, llm=name != "encoder", dtype=dtype)
+    measured = evaluate_property(
+        model, collate, some, world, llm=name != "encoder", dtype=dtype, ensemble=load_ensemble(folder)
+    )
     shown = ", ".join(f"{MODES[mode]} {measured[mode]['mae']:.3f}" for mode in MODES if mode in measured)
     _say(world, f"{name}: test MAE in eV: {shown}")
     record.put(measured, "property", name)
@@ -303,17 +314,23 @@ def _calibrate(
     folder: Path,
     domain: Domain,
     config: Config,
-    systems: Sequence[System],
+    data: Mapping[str, Sequence[System]],
     record: Record,
     world: World,
 ) -> None:
     """Leave beside a stage's weights what it has seen and how far its energies are off on at most 1,000
-    validation systems."""
-    some = evenly_spaced(systems, 1000)
-    if name not in ("encoder", "align") and len(systems):
+    validation systems; of texts alone also ridge regression on them and its share."""
+    some = evenly_spaced(data["val"], 1000)
+    if name not in ("encoder", "align") and len(some):
         model, collate = _to_measure(folder, config, world)
         predicted = validation_energies(model, collate, some, world)
         truth = np.array([s.known_energy for s in some])
+        if texts_only(data["train"]):
+            ensemble = Ensemble.fit(data["train"], data["val"], some, predicted)
+            predicted = ensemble.mean(some, predicted)
+            record.put({"share": ensemble.share}, "ensemble", name)
+            if world.main:
+                ensemble.save(folder)
         calibrate(domain, predicted, truth, [s.adsorbate for s in some])
         record.put(domain.validation, "validation", name)
     if world.main:
@@ -330,14 +347,18 @@ def _labels(config: Config, data: Mapping[str, Sequence[System]]) -> tuple[str, 
 
 
 def _data_facts(config: Config, collate: Collator, data: Mapping[str, Sequence[System]]) -> dict[str, Any]:
-    some = data["train"][:500]
-    cifs = [write_cif(s, config.data.decimals) for s in some]
     labels, reference = _labels(config, data)
-    return {
+    facts = {
         **{k: len(v) for k, v in data.items()},
         "split": describe(config.data.split_by, config.data.hold_out, config.data.split_seed),
         "labels": labels,
         "reference": reference,
+    }
+    if texts_only(data["train"]):
+        return facts
+    some = data["train"][:500]
+    cifs = [write_cif(s, config.data.decimals) for s in some]
+    return facts | {
         "tokens_per_cif": sum(len(collate.encode(c)) for c in cifs) / len(cifs),
         "characters_per_cif": sum(map(len, cifs)) / len(cifs),
         "atoms_per_cif": sum(len(s.numbers) for s in some) / len(some),

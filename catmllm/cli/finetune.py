@@ -26,9 +26,9 @@ CURVE = (0.125, 0.25, 0.5)  # shares of the training systems, before all of them
 def options(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Train the encoder's energies and then the joint stage on a data set of `catmllm data import`, at a "
-        "third of the rates of training from scratch, until validation no longer improves. The report sets "
-        "the result beside the mean per adsorbate, ridge, kernel ridge on local features and the model as it "
-        "was."
+        "third of the rates of training from scratch, until validation no longer improves; of texts without "
+        "structures the joint stage alone. The report sets the result beside the mean per adsorbate, ridge, "
+        "kernel ridge on local features and the model as it was."
     )
     parser.add_argument("model", type=Path, help="folder of a run (its best stage is taken) or of a stage")
     parser.add_argument("--data", required=True, type=Path, metavar="DIR", help="by `catmllm data import`")
@@ -56,7 +56,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from catmllm.data.open import open_data
+    from catmllm.data.open import open_data, texts_only
     from catmllm.data.shards import Shards
     from catmllm.design.domain import load_domain
     from catmllm.pipeline import run
@@ -66,6 +66,9 @@ def run(args: argparse.Namespace) -> int:
     config = configured(folder, args.data, out, args.changes)
     train = open_data(config.data)["train"]
     n = len(train)
+    if texts_only(train):
+        args.changes = ["stages=[joint]", *args.changes]
+        config = configured(folder, args.data, out, args.changes)
     domain, said = load_domain(folder), train.facts.get("reference") if isinstance(train, Shards) else None
     if domain is not None and domain.reference != said:
         print(
@@ -141,7 +144,8 @@ def _errors(title: str, names: list[str], folders: list[Path]) -> str:
     lines = ["", f"{title:>18}   test MAE (eV): fine-tuned, as it was, mean per adsorbate"]
     for name, folder in zip(names, folders):
         metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-        found = [metrics["property"]["joint"]["both"]["mae"]]
+        joint = metrics["property"]["joint"]
+        found = [(joint.get("both") or joint["ensemble"])["mae"]]
         found += [
             metrics["baselines"].get(k, {}).get("mae", float("nan")) for k in ("zero_shot", "adsorbate_mean")
         ]

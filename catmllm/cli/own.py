@@ -135,9 +135,7 @@ def run(args: argparse.Namespace) -> int:
     found = read_systems(args.paths, asked)
     print(summary(found))
     if found.mixed:
-        raise ValueError(
-            f"{found.mixed}: import them apart, or say by --reference-state that they are the same"
-        )
+        raise ValueError(found.mixed)
     if not found.items:
         raise ValueError("nothing was kept; the reasons are above")
     if args.check:

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from catmllm.cli.own import reading_options, wanted
 from catmllm.cli.trained import best_stage, load_to_read, model_option
 
@@ -15,9 +17,12 @@ if TYPE_CHECKING:
     from catmllm.data.batches import Collator
     from catmllm.data.own.reading import Item
     from catmllm.design.domain import Domain
+    from catmllm.design.predict import Mode
+    from catmllm.evaluate.ensemble import Ensemble, Floats
+    from catmllm.models.catalytic_mllm import CatalyticMLLM
 
-
-HELP = "relaxed adsorption energies of structures in any format"
+HELP = "relaxed adsorption energies of structures in any format, or of texts"
+BATCH = 64
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +35,10 @@ def options(parser: argparse.ArgumentParser) -> None:
     model_option(parser)
     reading_options(parser)
     parser.add_argument(
-        "--mode", choices=("both", "graph", "text"), default="both", help="what the model sees"
+        "--mode",
+        choices=("both", "graph", "text"),
+        default="both",
+        help="what the model sees; of a text without a structure, and by a model of texts, always the text",
     )
     parser.add_argument("--json", action="store_true", help="one JSON object a structure instead of a table")
 
@@ -38,13 +46,12 @@ def options(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from catmllm.data.own.reading import read_systems
     from catmllm.design.domain import load_domain
-    from catmllm.design.predict import predict_energies, question
+    from catmllm.evaluate.ensemble import load_ensemble
     from catmllm.evaluate.property import agreement
-    from catmllm.structure.adsorbed import adsorbate_fault
 
     folder = best_stage(args.model)
     model, collate = load_to_read(folder)
-    domain = load_domain(folder)
+    domain, of_texts = load_domain(folder), load_ensemble(folder)
     found = read_systems(args.files, wanted(args, labelled=False))
     for reason, n in found.refused.items():
         for example in found.examples[reason]:
@@ -53,25 +60,16 @@ def run(args: argparse.Namespace) -> int:
             print(f"and {more:,} more refused: {reason}", file=sys.stderr)
     for note in found.notes:
         print(f"note: {note}", file=sys.stderr)
-    items, failed = _with_graph(found.items, collate)
-    failed += found.refused.total()
-    energies = predict_energies(model, collate, [question(i.system, args.mode) for i in items])
+    mode: Mode = "text" if of_texts is not None else args.mode
+    items, energies = _energies(model, collate, found.items, mode)
+    if of_texts is not None:
+        energies = of_texts.mean([item.system for item in items], energies)
+    failed = len(found.items) - len(items) + found.refused.total()
     for item, energy in zip(items, energies.tolist()):
-        fault = adsorbate_fault(item.system)
-        outside = [] if domain is None else domain.outside(item.system)
-        width = None if domain is None or outside or fault else domain.half_width(item.system.adsorbate)
-        if args.json:
-            row = {"file": item.system.sid, "system": item.system.identity, "energy": energy, "error": width,
-                   "AD": fault, "outside": outside, "notes": item.marks,
-                   "reference": domain and domain.reference, "labels": domain and domain.labels,
-                   "model": str(folder)}  # fmt: skip
-            print(json.dumps(row))
-            continue
-        spread = "      " if width is None else f"±{width:5.2f}"
-        warning = f"  AD: {fault}, so no adsorption energy" if fault else ""
-        warning += f"  OUTSIDE of training: {'; '.join(outside)}" if outside else ""
-        print(f"{energy:9.3f} {spread} eV  {item.system.identity:32s} {item.system.sid}{warning}")
-    print(_conditions(folder, domain), file=sys.stderr)
+        # errors on validation are of what the model was shown there
+        told = domain is not None and (of_texts is not None or (mode == "both" and item.system.text is None))
+        print(_line(item, energy, folder, domain, told, args.json))
+    print(_conditions(folder, domain, of_texts), file=sys.stderr)
     known = [k for k, item in enumerate(items) if item.system.energy is not None]
     if len(known) > 1:
         truth = [items[k].system.known_energy for k in known]
@@ -80,26 +78,48 @@ def run(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _with_graph(items: list[Item], collate: Collator) -> tuple[list[Item], int]:
-    """The items whose graphs can be made, and the number of the others, which are told."""
-    kept, failed = [], 0
-    for k in range(0, len(items), 64):
-        some = items[k : k + 64]
+def _line(item: Item, energy: float, folder: Path, domain: Domain | None, told: bool, as_json: bool) -> str:
+    """What is said of one structure; told: whether the domain knows an error of such predictions."""
+    from catmllm.structure.adsorbed import adsorbate_fault
+
+    system = item.system
+    fault = None if system.text is not None else adsorbate_fault(system)
+    outside = [] if domain is None else domain.outside(system)
+    width = domain.half_width(system.adsorbate) if domain and told and not (outside or fault) else None
+    if as_json:
+        row = {"file": system.sid, "system": system.identity, "energy": energy, "error": width, "AD": fault,
+               "outside": outside, "notes": item.marks, "reference": domain and domain.reference,
+               "labels": domain and domain.labels, "model": str(folder)}  # fmt: skip
+        return json.dumps(row)
+    spread = "      " if width is None else f"±{width:5.2f}"
+    warning = f"  AD: {fault}, so no adsorption energy" if fault else ""
+    warning += f"  OUTSIDE of training: {'; '.join(outside)}" if outside else ""
+    return f"{energy:9.3f} {spread} eV  {system.identity:32s} {system.sid}{warning}"
+
+
+def _energies(
+    model: CatalyticMLLM, collate: Collator, items: list[Item], mode: Mode
+) -> tuple[list[Item], Floats]:
+    """The items whose graphs can be made and their energies (eV); the others are told."""
+    from catmllm.design.predict import predict_energies, question
+
+    kept: list[Item] = []
+    parts: list[Floats] = [np.zeros(0)]
+    groups = [items[k : k + BATCH] for k in range(0, len(items), BATCH)]
+    while groups:
+        some = groups.pop(0)
         try:
-            collate.graphs([item.system for item in some])
+            parts.append(predict_energies(model, collate, [question(i.system, mode) for i in some], BATCH))
             kept += some
-        except ValueError:  # of one of them
-            for item in some:
-                try:
-                    collate.graphs([item.system])
-                    kept.append(item)
-                except ValueError as error:
-                    failed += 1
-                    print(f"{item.system.sid}: {error}", file=sys.stderr)
-    return kept, failed
+        except ValueError as error:
+            if len(some) > 1:  # of one of them
+                groups[:0] = [[item] for item in some]
+            else:
+                print(f"{some[0].system.sid}: {error}", file=sys.stderr)
+    return kept, np.concatenate(parts)
 
 
-def _conditions(folder: Path, domain: Domain | None) -> str:
+def _conditions(folder: Path, domain: Domain | None, of_texts: Ensemble | None) -> str:
     if domain is None:
         return (
             f"{folder}: it says nothing of its training data (`catmllm evaluate RUN` writes it), so nothing "
@@ -109,4 +129,9 @@ def _conditions(folder: Path, domain: Domain | None) -> str:
     if domain.validation:
         error = f"; MAE {domain.validation['mae']:.3f} eV on {domain.validation['n']:.0f} validation systems"
     zero = domain.reference or "not said by the training data"
-    return f"{folder}: adsorption energies, zero: {zero}; labels: {domain.labels or 'not said'}{error}"
+    how = (
+        ""
+        if of_texts is None
+        else f" of texts, {of_texts.share:.0%} the model's, the rest ridge regression's"
+    )
+    return f"{folder}: adsorption energies{how}, zero: {zero}; labels: {domain.labels or 'not said'}{error}"

@@ -28,6 +28,11 @@ def open_data(config: DataConfig | None = None) -> dict[str, Sequence[System]]:
     return found
 
 
+def texts_only(systems: Sequence[System]) -> bool:
+    """Whether a data set is one of texts without structures; no data set has both."""
+    return len(systems) > 0 and systems[0].text is not None
+
+
 def parts(config: DataConfig) -> dict[str, Sequence[System]]:
     """Systems as "train", "val" and "test": of a folder of shards (`catmllm data import` or `oc20`), of a
     JSON-lines file, or, where `data.path` is None, the shipped ones.

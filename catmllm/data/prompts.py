@@ -105,9 +105,10 @@ def property_sample(
     graph: System | None = None,
     words: Words = PAPER,
 ) -> Sample:
-    """Energy question with its answer; `graph` replaces the structure shown (a noised copy, say)."""
+    """Energy question with its answer; `graph` replaces the structure shown (a noised copy, say). Of a system
+    without a structure only its text can be shown."""
     text = None if mode == "graph" else three_part_text(system)
-    shown = None if mode == "text" else (graph or system)
+    shown = None if mode == "text" or system.text is not None else (graph or system)
     answer = "" if system.energy is None else PROPERTY_ANSWER.format(energy=system.energy) + END
     return Sample(property_prompt(text, shown is not None, words), answer, shown, system.energy)
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, overload
@@ -116,6 +117,7 @@ class Shards(Sequence[System]):
             energy=energy,
             sid=_words(shard, "sid", row),
             start=_start(shard, a, b),
+            text=text if a == b else None,
         )
 
     def __iter__(self) -> Iterator[System]:
@@ -154,6 +156,7 @@ class Shards(Sequence[System]):
 
 
 _PARTS: tuple[SplitName, ...] = ("train", "val", "test")
+_COMPOSITION = re.compile(r"(\w+)(?: \((-?\d+) (-?\d+) (-?\d+)\))?")  # `Pt3Ni (1 1 1)`
 _INDEX_COLUMNS = ("shard", "row", "n_atoms", "energy", "pair", "source")
 
 
@@ -163,7 +166,7 @@ def shard_name(number: int) -> str:
 
 def _start(shard: Arrays, first: int, end: int) -> NDArray[np.float64] | None:
     """Where a system's atoms stood before the relaxation, if its shard says so."""
-    start = shard["start"][first:end] if "start" in shard else None
+    start = shard["start"][first:end] if "start" in shard and end > first else None
     return None if start is None or np.isnan(start[:1]).any() else np.array(start)
 
 
@@ -276,9 +279,13 @@ def write_shards(
 
 
 def pair_name(text: str) -> str:
-    """`IrPd (1, 1, 1)`, by which systems are split, of a three-part text."""
-    bulk, _, miller = text.split(SEPARATOR)[1].partition(" ")
-    return f"{bulk} {tuple(int(i) for i in miller.strip('()').split())}" if miller else f"{bulk} (?)"
+    """`IrPd (1, 1, 1)`, by which systems are split, of a three-part text; of another text itself."""
+    _, _, rest = text.partition(SEPARATOR)
+    found = _COMPOSITION.fullmatch(rest.partition(SEPARATOR)[0])
+    if found is None:
+        return f"{' '.join(text.split())} (?)"
+    bulk, *miller = found.groups()
+    return f"{bulk} {tuple(int(i) for i in miller)}" if miller[0] else f"{bulk} (?)"
 
 
 def _keys(texts: Sequence[str]) -> NDArray[np.int64]:

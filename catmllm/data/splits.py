@@ -66,11 +66,16 @@ def parts_of(
 
 
 def _names(text: str, pair: str, group: str, by: By) -> frozenset[str]:
-    adsorbate, composition = text.split(SEPARATOR)[:2]
+    if by in ("pair", "column"):
+        return frozenset((pair if by == "pair" else group,))
+    adsorbate, _, rest = text.partition(SEPARATOR)
+    if not rest:
+        raise ValueError(f"`data.split_by: {by}`: the text {text[:60]!r} does not name it; split by column")
+    composition = rest.partition(SEPARATOR)[0]
     formula = composition.partition(" ")[0]
     if by == "metal":
         return frozenset(parse_formula(formula))
-    return frozenset(({"pair": pair, "adsorbate": adsorbate, "formula": formula, "column": group}[by],))
+    return frozenset((adsorbate if by == "adsorbate" else formula,))
 
 
 def describe(by: By, hold_out: Sequence[str] | None, seed: int) -> str:

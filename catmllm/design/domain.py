@@ -29,15 +29,16 @@ LEAST = 20  # systems of an adsorbate from which it has an error of its own
 @dataclass
 class Domain:
     """Ranges of the training systems. contact: nearest adsorbate-slab distance, between: nearest slab-slab
-    distance, both in sums of covalent radii; area: Å² of surface for one adsorbate; energy: eV. reference:
+    distance, both in sums of covalent radii; area: Å² of surface for one adsorbate; all None where training
+    had texts alone; energy: eV. reference:
     the zero of the labels; labels: who made them. error: half widths (eV) that hold 68 and 95 % of the
     validation errors, of all and by adsorbate; validation: MAE (eV) and number."""
 
     elements: list[str]
     adsorbates: list[str]
-    contact: tuple[float, float]
-    between: tuple[float, float]
-    area: tuple[float, float]
+    contact: tuple[float, float] | None
+    between: tuple[float, float] | None
+    area: tuple[float, float] | None
     energy: tuple[float, float]
     energies: dict[str, tuple[float, float]]  # by adsorbate
     labels: str = ""
@@ -57,6 +58,8 @@ class Domain:
             found.append(f"{', '.join(unseen)} in no training slab")
         if system.adsorbate not in self.adsorbates:
             found.append(f"adsorbate {system.adsorbate} not in training")
+        if system.text is not None or not (self.contact and self.between and self.area):
+            return found
         contact, between, area = shape(system)
         for name, value, (low, high) in (
             ("adsorbate-slab distance", contact, self.contact),
@@ -103,21 +106,23 @@ def domain_of(systems: Sequence[System], labels: str, reference: str | None) -> 
     if not len(systems):
         raise ValueError("no training system, so no domain")
     some = [systems[int(i)] for i in np.unique(np.linspace(0, len(systems) - 1, SAMPLE).astype(np.int64))]
-    shapes = np.array([shape(s) for s in some])
-    shapes[~np.isfinite(shapes)] = REACH
-    low, high = np.quantile(shapes, [0.001, 0.999], axis=0)
+    ranges: list[tuple[float, float] | None] = [None, None, None]
+    if some[0].text is None:
+        shapes = np.array([shape(s) for s in some])
+        shapes[~np.isfinite(shapes)] = REACH
+        ranges = [(float(a), float(b)) for a, b in np.quantile(shapes, [0.001, 0.999], axis=0).T]
     by_adsorbate: dict[str, list[float]] = {}
     for s in some:
         by_adsorbate.setdefault(s.adsorbate, []).append(s.known_energy)
-    ranges = {a: (min(e), max(e)) for a, e in sorted(by_adsorbate.items())}
+    energies = {a: (min(e), max(e)) for a, e in sorted(by_adsorbate.items())}
     return Domain(
         elements=sorted(Counter(e for s in some for e in s.slab_counts)),
         adsorbates=sorted(by_adsorbate),
-        contact=(float(low[0]), float(high[0])),
-        between=(float(low[1]), float(high[1])),
-        area=(float(low[2]), float(high[2])),
-        energy=(min(e for e, _ in ranges.values()), max(e for _, e in ranges.values())),
-        energies=ranges,
+        contact=ranges[0],
+        between=ranges[1],
+        area=ranges[2],
+        energy=(min(e for e, _ in energies.values()), max(e for _, e in energies.values())),
+        energies=energies,
         labels=labels,
         reference=reference,
     )

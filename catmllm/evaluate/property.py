@@ -10,8 +10,10 @@ import torch
 
 from catmllm.config import SamplingConfig
 from catmllm.data.batches import Collator
+from catmllm.data.open import texts_only
 from catmllm.data.prompts import Sample, read_energy
 from catmllm.design.predict import MODES, encoder_energies, predict_energies, question
+from catmllm.evaluate.ensemble import Ensemble
 from catmllm.evaluate.metrics import mae, r2
 from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.sample.engine import RolloutEngine
@@ -51,23 +53,29 @@ def evaluate_property(
     world: World,
     llm: bool = True,
     dtype: torch.dtype = torch.float32,
+    ensemble: Ensemble | None = None,
 ) -> dict[str, Any]:
     """MAE and R² on labelled systems; ranks share the work. `dtype`: what the LLM calculates in.
 
     By the head in every mode (`both`, `graph`, `text`), by the `encoder` only, by the written answer
     (`generated`), and, where every system has a start, from unrelaxed structures (`start`, `encoder_start`);
-    without `llm` by the encoder only. No outlier is dropped; a written answer without a number is counted in
-    `unread`, and left out of its MAE only.
+    without `llm` by the encoder only. Of texts without structures by `text`, `generated`, and with an
+    `ensemble` by that. No outlier is dropped; a written answer without a number is counted in `unread`, and
+    left out of its MAE only.
     """
     mine = list(systems[world.rank :: world.size])
+    texts = texts_only(systems)
+    modes = MODES[-1:] if texts else MODES
     starts = [s.frame(0.0) for s in mine] if all(s.start is not None for s in systems) else []
-    values: dict[str, np.ndarray] = {"encoder": encoder_energies(model, collate, mine)}
+    values: dict[str, np.ndarray] = {} if texts else {"encoder": encoder_energies(model, collate, mine)}
     if starts:
         values["encoder_start"] = encoder_energies(model, collate, starts)
     if llm:
-        samples = {mode: [question(s, mode) for s in mine] for mode in MODES}
-        values |= {mode: predict_energies(model, collate, samples[mode]) for mode in MODES}
-        values["generated"] = written_energies(model, collate, samples["both"], dtype)
+        samples = {mode: [question(s, mode) for s in mine] for mode in modes}
+        values |= {mode: predict_energies(model, collate, samples[mode]) for mode in modes}
+        values["generated"] = written_energies(model, collate, samples[modes[0]], dtype)
+        if ensemble is not None:
+            values["ensemble"] = ensemble.mean(mine, values["text"])
         if starts:
             values["start"] = predict_energies(model, collate, [question(s) for s in starts])
     gathered = world.gather(values)
@@ -82,7 +90,7 @@ def evaluate_property(
         out[name] |= {"n": int(read.sum())}
         if name == "generated":
             out[name]["unread"] = int((~read).sum())
-        if name == ("both" if llm else "encoder"):
+        if name == ("encoder" if not llm else "ensemble" if ensemble is not None else modes[0]):
             out["parity"] = {
                 "energy": truth.round(4).tolist(),
                 "predicted": merged.round(4).tolist(),

@@ -13,6 +13,7 @@ from torch import nn
 from catmllm.config import Config, EncoderConfig, EncoderSizes
 from catmllm.data.batches import Collator
 from catmllm.data.images import IMAGE_PAD, VISION_END, VISION_START
+from catmllm.data.open import texts_only
 from catmllm.data.prompts import ENERGY, GRAPH, cif_sample, design_sample, property_sample
 from catmllm.data.tokenizer import tiny_tokenizer
 from catmllm.models.catalytic_mllm import CatalyticMLLM
@@ -33,17 +34,18 @@ def new_model(config: Config, train_systems: Sequence[System]) -> tuple[Catalyti
     tokenizer = None
     if config.model.llm.pretrained is None:
         d = config.data.decimals
-        samples = [
-            sample
-            for s in train_systems[:600]
-            for sample in (
-                property_sample(s),
-                property_sample(s, "graph"),
-                cif_sample(s, d),
-                design_sample(s, None, d),
-                design_sample(s, s, d),
-            )
-        ]
+        samples = [property_sample(s) for s in train_systems[:600]]
+        if not texts_only(train_systems):
+            samples += [
+                sample
+                for s in train_systems[:600]
+                for sample in (
+                    property_sample(s, "graph"),
+                    cif_sample(s, d),
+                    design_sample(s, None, d),
+                    design_sample(s, s, d),
+                )
+            ]
         tokenizer = tiny_tokenizer((s.prompt + s.answer for s in samples), decimals=d)
     model, tokenizer = build_model(config, tokenizer)
     return model, collator(model, tokenizer, config)

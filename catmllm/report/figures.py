@@ -131,7 +131,7 @@ def draw_parity(axes: Axes, result: Metrics, title: str) -> None:
         )
     axes.set(xlim=ends, ylim=ends, xlabel="label (eV)", ylabel="predicted (eV)", title=title)
     axes.set_aspect("equal")
-    both = result.get("both") or result.get("encoder") or {}
+    both = result.get("both") or result.get("ensemble") or result.get("encoder") or {}
     lost = f", {int((~known).sum())} not a number" if not known.all() else ""
     axes.text(
         0.03,

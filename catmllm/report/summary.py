@@ -37,7 +37,9 @@ MODES = {
     "encoder": "encoder",
     "start": "at start",
     "generated": "written answer",
+    "ensemble": "mean with ridge",
 }
+OF_TEXTS = ("text", "ensemble", "generated")  # where texts are all there is
 BASELINE_NAMES = {
     "adsorbate_mean": "mean per adsorbate",
     "text_ridge": "ridge on words",
@@ -171,12 +173,15 @@ def _property_claim(metrics: Metrics) -> Claim | None:
     if not stages or not baselines:
         return None
     result = metrics["property"][stages[-1]]
-    error = result.get("both", {}).get("mae")
+    texts = "ensemble" in result
+    shown = result.get("ensemble" if texts else "both", {})
+    error = shown.get("mae")
     against = ", ".join(
         f"{number(b.get('mae'))} for {BASELINE_NAMES.get(k, k)}" for k, b in baselines.items()
     )
-    sentence = f"Energies from text and graph after {STAGE_NAMES[stages[-1]]} beat all baselines"
-    n = result.get("both", {}).get("n", "?")
+    way = "of texts by the model and ridge together" if texts else "from text and graph"
+    sentence = f"Energies {way} after {STAGE_NAMES[stages[-1]]} beat all baselines"
+    n = shown.get("n", "?")
     if not finite(error):
         return Claim("no", sentence, f"the MAE is not a number (n = {n}); baselines: {against}")
     spread = _mae_standard_error(result)
@@ -271,18 +276,15 @@ def property_table(metrics: Metrics) -> Table | None:
         return None
     tested = [next(iter(metrics["property"][stage].values())).get("n") for stage in stages]
     n = tested[-1] if tested else metrics.get("data", {}).get("test", "?")
+    texts = any("ensemble" in metrics["property"][stage] for stage in stages)
+    modes = OF_TEXTS if texts else tuple(m for m in MODES if m != "ensemble")
     rows = [
-        [
-            f"{BASELINE_NAMES.get(k, k)} (baseline)",
-            *(_baseline_cell(k, b, mode) for mode in MODES),
-        ]
+        [f"{BASELINE_NAMES.get(k, k)} (baseline)", *(_baseline_cell(k, b, mode, texts) for mode in modes)]
         for k, b in baselines.items()
     ]
     for stage in stages:
         result = metrics["property"][stage]
-        cells = [_error_cell(result.get(mode)) for mode in ("both", "graph", "text", "encoder")]
-        cells.append(number((result.get("start") or {}).get("mae")))
-        rows.append([STAGE_NAMES[stage], *cells, _written_cell(result.get("generated"))])
+        rows.append([STAGE_NAMES[stage], *(_cell(result.get(mode), mode) for mode in modes)])
     notes = [
         f"Mean absolute error in eV / R² (1 is perfect, 0 is no better than the mean) on n = {n} test "
         "systems whose pair of bulk metal and facet does not occur in training. No outlier is dropped.",
@@ -294,11 +296,25 @@ def property_table(metrics: Metrics) -> Table | None:
         "Written answer: the energy read from the text that the model writes; the other columns are its "
         "energy head.",
     ]
-    return Table(f"Predicted adsorption energies ({provenance(metrics)})", ["", *MODES.values()], rows, notes)
+    if texts:
+        share = ", ".join(f"{e['share']:.0%}" for e in (metrics.get("ensemble") or {}).values())
+        notes[1:3] = [
+            "Baselines: the mean training energy of the adsorbate, and a ridge regression on the words of "
+            "the text, its strength by validation.",
+            f"Mean with ridge: that of the model's energy ({share} of it, by validation) and of the ridge's.",
+        ]
+    headings = ["", *(MODES[mode] for mode in modes)]
+    return Table(f"Predicted adsorption energies ({provenance(metrics)})", headings, rows, notes)
 
 
-def _baseline_cell(name: str, result: Metrics, mode: str) -> str:
-    if mode == ("text" if name in TEXT_BASELINES else "graph"):
+def _cell(result: Metrics | None, mode: str) -> str:
+    if mode == "generated":
+        return _written_cell(result)
+    return number((result or {}).get("mae")) if mode == "start" else _error_cell(result)
+
+
+def _baseline_cell(name: str, result: Metrics, mode: str, texts: bool) -> str:
+    if mode == ("text" if texts or name in TEXT_BASELINES else "graph"):
         return _error_cell(result)
     return number(result["start"].get("mae")) if mode == "start" and "start" in result else ""
 

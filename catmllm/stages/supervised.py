@@ -14,6 +14,7 @@ from catmllm.config import DataConfig, MixedConfig, OptimConfig, SupervisedConfi
 from catmllm.data.augment import symmetric_copy
 from catmllm.data.batches import Batch, draw, shuffled
 from catmllm.data.loader import Loader, Windows
+from catmllm.data.open import texts_only
 from catmllm.data.prompts import Sample, cif_sample, design_sample, draw_words, jitter, property_sample
 from catmllm.models.catalytic_mllm import CatalyticMLLM, counts
 from catmllm.seeds import Key, Stream, generator
@@ -46,7 +47,7 @@ def standardise(context: Context) -> None:
     model.energy_mean.copy_(torch.where(new, energies.mean(), model.energy_mean))
     model.energy_std.copy_(torch.where(new, energies.std(), model.energy_std))
     head, train = model.energy_head, context.data["train"]
-    if bool((head.deviation == 1).all()):
+    if bool((head.deviation == 1).all()) and not texts_only(train):
         some = [train[i] for i in range(0, len(train), -(-len(train) // DESCRIBED))]
         local = np.array([surroundings(s) for s in some])
         deviation = local.std(0)
@@ -73,7 +74,10 @@ def property_with_dropout(
     frames: float = 0.0,
 ) -> Sample:
     """A property sample, sometimes without its text or without its graph, never without both; a share
-    `frames` of them shows an unrelaxed structure, in graph and text alike."""
+    `frames` of them shows an unrelaxed structure, in graph and text alike. Of a text without a structure,
+    the text."""
+    if system.text is not None:
+        return property_sample(system, "text", words=draw_words(rng, phrasings))
     system = some_frame(system, rng, frames)
     u = rng.random()
     mode: Literal["both", "graph", "text"] = (
@@ -175,7 +179,8 @@ class Mixture:
     property samples evenly among CIF and design samples.
 
     `property_of` makes a property sample, `design_share` is of the rest. A sample's random numbers are a
-    function of key and position, so that neither ranks nor passes nor workers change it.
+    function of key and position, so that neither ranks nor passes nor workers change it. Texts without
+    structures make property samples alone.
     """
 
     systems: Sequence[System]
@@ -194,6 +199,8 @@ class Mixture:
         i = shuffled(position, len(self.systems), self.order)
         rng = generator((*self.samples, position))
         system = self.systems[i]
+        if system.text is not None:
+            return self.property_of(system, rng)
         if self.data.augment:
             system = symmetric_copy(system, rng)
         if is_property(position, self.property_share):

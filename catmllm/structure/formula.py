@@ -101,6 +101,14 @@ def pieces(adsorbate: str) -> int:
     return sum(int(count or 1) for _, count in groups) if groups and whole == adsorbate else 1
 
 
+def text_identity(text: str) -> Identity:
+    """What the first two parts of a three-part text say; of any other text an adsorbate `` and no slab."""
+    try:
+        return parse_identity(text)
+    except ValueError:
+        return Identity("", {}, None)
+
+
 def parse_identity(text: str) -> Identity:
     """Adsorbate, counts of the composition and Miller index of `CO</s>Pt9Cu3 (1 1 1)`, whose Miller index may
     be left out; a third part is passed over.

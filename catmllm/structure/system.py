@@ -21,6 +21,7 @@ from catmllm.structure.formula import (
     format_formula,
     format_identity,
     reduce_counts,
+    text_identity,
 )
 from rewards_fast import Crystal
 
@@ -37,7 +38,8 @@ class System(Crystal):
     From Crystal: lattice float64 [3, 3] (rows a, b, c, Å), frac float64 [N, 3], numbers int64 [N]. tags int8
     [N]: 0 bulk, 1 surface, 2 adsorbate. adsorbate: its name as published, `CHCH2OH`. miller: None where
     unknown. energy: adsorption energy (eV), None where unknown. sid: where the system is from. start: where
-    the atoms stood before the relaxation, as frac, None where unknown.
+    the atoms stood before the relaxation, as frac, None where unknown. text: the words of a system of which
+    nothing else is known (`text_system`): it has no atoms; None where there is a structure.
     """
 
     tags: NDArray[np.int8]
@@ -46,6 +48,7 @@ class System(Crystal):
     energy: float | None = None
     sid: str = ""
     start: NDArray[np.float64] | None = None
+    text: str | None = None
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -62,7 +65,10 @@ class System(Crystal):
 
     @property
     def slab_counts(self) -> dict[str, int]:
-        """Counts by element of the atoms that are not adsorbate, in canonical order."""
+        """Counts by element of the atoms that are not adsorbate, in canonical order; of a system without a
+        structure those of the composition that its text names."""
+        if self.text is not None:
+            return text_identity(self.text).slab
         return count_elements(SYMBOLS[z] for z in self.numbers[self.tags != ADSORBATE])
 
     @property
@@ -77,7 +83,10 @@ class System(Crystal):
 
     @property
     def identity(self) -> str:
-        """`CO</s>Pd6Ir6 (1 1 1)`, the line that names a system in CIF tasks."""
+        """`CO</s>Pd6Ir6 (1 1 1)`, the line that names a system in CIF tasks; the begin of a text that says no
+        such thing."""
+        if self.text is not None and not self.slab_counts:
+            return self.text[:60]
         return format_identity(self.adsorbate, self.slab_counts, self.miller)
 
     @property
@@ -171,6 +180,28 @@ def make_system(
         energy=None if energy is None else float(energy),
         sid=sid,
         start=start,
+    )
+
+
+def text_system(text: str, energy: float | None = None, sid: str = "") -> System:
+    """A system of which only words are known, the three-part text or any other; it has no atoms. Adsorbate
+    and Miller index are those of a three-part text. Raises ValueError for an empty text or energy that is no
+    number."""
+    if not text.strip():
+        raise ValueError(f"the text of {sid!r} is empty")
+    if energy is not None and not np.isfinite(energy):
+        raise ValueError(f"the energy of {sid!r} is {energy}")
+    identity = text_identity(text)
+    return System(
+        lattice=np.eye(3),
+        frac=np.empty((0, 3)),
+        numbers=np.empty(0, dtype=np.int64),
+        tags=np.empty(0, dtype=np.int8),
+        adsorbate=identity.adsorbate,
+        miller=identity.miller,
+        energy=energy,
+        sid=sid,
+        text=text,
     )
 
 

@@ -19,7 +19,9 @@ _SITES = (" atop", " bridge", " hollow")
 
 def three_part_text(system: System, scale: float = 1.0, max_characters: int | None = None) -> str:
     """`CO</s>PdIr (1 1 1)</s>[C Pd atop [Pd Ir Ir Pd C]]`; an unknown Miller index is left out. scale,
-    max_characters: see `configuration`."""
+    max_characters: see `configuration`. Of a system without a structure its text as it is."""
+    if system.text is not None:
+        return system.text
     plane = "" if system.miller is None else f" {format_miller(system.miller)}"
     composition = f"{system.bulk}{plane}"
     return SEPARATOR.join((system.adsorbate, composition, configuration(system, scale, max_characters)))

@@ -187,7 +187,8 @@ def test_the_small_files_of_the_page(tmp_path: Path) -> None:
 
     blocks = dict(re.findall(r"```([\w.]+\.\w+|POSCAR)\n(.*?)```", PAGE, re.DOTALL))
     assert set(blocks) == {
-        "slab.extxyz", "POSCAR", "labels.csv", "rows.jsonl", "slab.cif", "pymatgen.json", "gas.csv"
+        "slab.extxyz", "POSCAR", "labels.csv", "rows.jsonl", "slab.cif", "pymatgen.json", "gas.csv",
+        "texts.csv",
     }  # fmt: skip
     for name, text in blocks.items():
         (tmp_path / name).write_text(text)
@@ -196,6 +197,7 @@ def test_the_small_files_of_the_page(tmp_path: Path) -> None:
         system = one(tmp_path / name, labelled=labelled)
         assert system.identity == "O</s>Pt3 (1 1 1)" and system.energy == (-1.2 if labelled else None), name
         assert system.tags.tolist() == [0, 0, 1, 2]
+    assert one(tmp_path / "texts.csv").text == "O</s>Pt (1 1 1)</s>[O Pt Pt bridge [Pt Pt O] [Pt Pt O]]"
     ase.io.write(tmp_path / "total.extxyz", made.calculated(ase.io.read(tmp_path / "POSCAR"), -24.7))
     system = one(tmp_path / "total.extxyz", references=[tmp_path / "gas.csv"])
     assert system.energy == pytest.approx(-24.7 + 16.1 + 14.22 - 6.76)

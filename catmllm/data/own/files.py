@@ -369,10 +369,14 @@ def _row(path: Path, row: dict[str, Any]) -> Record:
             raise ValueError(f"{file} holds {len(found)} structures, one is needed{problem}")
         record = found[0]
         record.sid = ""
+    elif keys.value(row, "text") is not None:
+        none = np.empty(0)  # words are all that is known
+        record = Record("", np.eye(3), none.reshape(0, 3), none.astype(np.int64))
     else:
         raise ValueError(
             "the row has no structure: give columns cell, positions and symbols, or structure (CIF, POSCAR, "
-            f"extxyz or pymatgen's JSON), or file; it has {', '.join(map(str, list(row)[:12]))}"
+            "extxyz or pymatgen's JSON), or file, or text alone; it has "
+            f"{', '.join(map(str, list(row)[:12]))}"
         )
     structural = ("structure", "cell", "positions", "fractional positions", "start positions", "elements",
                   "tags")  # fmt: skip

@@ -38,6 +38,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "elements": ("symbols", "elements", "species", "numbers", "atomic_numbers"),
     "tags": ("tags",),
     "largest force": ("fmax", "max_force"),
+    "text": ("text", "description", "three_part_text"),
     "structure": ("structure", "cif", "poscar", "contcar", "extxyz", "xyz", "atoms"),
     "usable": ("ok",),
 }  # fmt: skip

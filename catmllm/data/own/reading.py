@@ -25,7 +25,7 @@ from catmllm.structure.adsorbed import adsorbate_fault
 from catmllm.structure.elements import SYMBOLS
 from catmllm.structure.formula import Miller
 from catmllm.structure.periodic import bond_matrix
-from catmllm.structure.system import ADSORBATE, BULK, SURFACE, System, make_system
+from catmllm.structure.system import ADSORBATE, BULK, SURFACE, System, make_system, text_system
 from catmllm.structure.tags import LAYER_HEIGHT
 
 # eV of one unit; what is per mole is divided by Avogadro's number (CODATA 2018)
@@ -198,6 +198,7 @@ def _take(
 def _same(a: System, b: System) -> bool:
     return (
         len(a) == len(b)
+        and a.text == b.text
         and a.energy == b.energy
         and bool((a.numbers == b.numbers).all())
         and np.allclose(a.positions, b.positions, atol=1e-6)
@@ -207,7 +208,10 @@ def _same(a: System, b: System) -> bool:
 def to_item(record: Record, wanted: Wanted, references: References, slabs: Sequence[Bare]) -> Item:
     """The system of one record. Raises Refused, Unclear or ValueError."""
     beside = record.beside
-    _check(record, wanted)
+    words = keys.value(beside, "text") if not len(record.numbers) else None
+    _check(record, wanted, structure=words is None)
+    if words is not None:
+        return _of_text(record, str(words), wanted)
     given = wanted.miller or record.miller
     plane = keys.find(beside, "Miller index")
     if given is None and plane is not None:
@@ -252,13 +256,26 @@ def to_item(record: Record, wanted: Wanted, references: References, slabs: Seque
     fault = adsorbate_fault(system)
     if fault is not None:
         marks.append(FAULTS[fault])
+    return Item(system, str(beside.get("source", "")), how, marks, state, gases, _group(record, wanted))
+
+
+def _of_text(record: Record, words: str, wanted: Wanted) -> Item:
+    """The system of a row that has words alone; its energy must be an adsorption energy."""
+    energy, state, gases = _energy(record, wanted, References(), None, np.empty(0, dtype=np.bool_))
+    system = text_system(words, energy, record.sid)
+    mark = [] if system.slab_counts else ["no three-part text: taken as it is"]
+    source, group = str(record.beside.get("source", "")), _group(record, wanted)
+    return Item(system, source, "its text alone", mark, state, gases, group)
+
+
+def _group(record: Record, wanted: Wanted) -> str:
+    """The value of the column that a split may go by."""
+    beside = record.beside
     group = beside.get(wanted.group) if wanted.group else keys.value(beside, "split")
-    return Item(
-        system, str(beside.get("source", "")), how, marks, state, gases, "" if group is None else str(group)
-    )
+    return "" if group is None else str(group)
 
 
-def _check(record: Record, wanted: Wanted) -> None:
+def _check(record: Record, wanted: Wanted, structure: bool) -> None:
     """Raises Refused for a record that says or shows that it is of no use."""
     if str(keys.value(record.beside, "usable")).strip().lower() in ("false", "f", "no", "0"):
         raise Refused("marked unusable", "its `ok` is false")
@@ -267,6 +284,8 @@ def _check(record: Record, wanted: Wanted) -> None:
         fmax = keys.number(said[1], said[0])
     if fmax is not None and wanted.labelled and not fmax <= wanted.fmax:
         raise Refused("unconverged", f"largest force {fmax:.3f} eV/Å, allowed {wanted.fmax:g} (--fmax)")
+    if not structure:
+        return
     if not (np.isfinite(record.positions).all() and np.isfinite(record.lattice).all()):
         raise Refused("not finite", "a position or the cell is not a number")
     if not len(record.numbers) or len(record.positions) != len(record.numbers):
@@ -295,9 +314,10 @@ def _text(value: Any) -> str | None:
 
 
 def _energy(
-    record: Record, wanted: Wanted, references: References, bare: Bare, mask: np.ndarray
+    record: Record, wanted: Wanted, references: References, bare: Bare | None, mask: np.ndarray
 ) -> tuple[float | None, str | None, frozenset[str]]:
-    """Adsorption energy (eV), its zero, and the gas molecules of its reaction."""
+    """Adsorption energy (eV), its zero, and the gas molecules of its reaction; without a structure (`bare`)
+    references are those beside the record."""
     beside = record.beside
     unit = UNITS[wanted.unit]
     state = wanted.reference_state or _text(keys.value(beside, "reference state")) or beside.get("method")
@@ -361,7 +381,7 @@ def _said_energy(record: Record, wanted: Wanted) -> tuple[float, bool] | None:
 
 
 def _adsorption(
-    energy: float, record: Record, references: References, bare: Bare, mask: np.ndarray, unit: float
+    energy: float, record: Record, references: References, bare: Bare | None, mask: np.ndarray, unit: float
 ) -> tuple[float, str | None]:
     """The adsorption energy (eV) of a total one, and its zero. Raises NoReference."""
     beside = record.beside
@@ -370,6 +390,8 @@ def _adsorption(
         reference = keys.number(found[1], found[0])
     if reference is not None:
         return energy - reference * unit, None
+    if bare is None:
+        raise NoReference("a text needs `reference_energy` beside it")
     slab, gas = keys.find(beside, "slab energy"), keys.find(beside, "gas energy")
     if gas is not None:
         gas_energy, state = keys.number(gas[1], gas[0]) * unit, "the gas energy beside each record"
@@ -453,7 +475,7 @@ def _in_order(record: Record) -> list[str]:
 def _is_relaxation(items: Sequence[Record | Problem]) -> bool:
     """Whether the frames of a file are steps of one relaxation: equal atoms and cell, little moved."""
     frames = [item for item in items if isinstance(item, Record)]
-    if len(frames) < 3:
+    if len(frames) < 3 or not len(frames[0].numbers):
         return False
     for a, b in pairwise(frames):
         if len(a.numbers) != len(b.numbers) or (a.numbers != b.numbers).any():
@@ -493,7 +515,9 @@ def _look_over(found: Found, wanted: Wanted, references: References) -> None:
             )
         _offsets(found, name, items)
     shapes = Counter(
-        (i.system.numbers.tobytes(), (np.round(i.system.positions, 4) + 0.0).tobytes()) for i in found.items
+        (i.system.numbers.tobytes(), (np.round(i.system.positions, 4) + 0.0).tobytes())
+        for i in found.items
+        if i.system.text is None
     )
     if copies := sum(n - 1 for n in shapes.values()):
         found.notes.append(
@@ -507,6 +531,14 @@ def _look_over(found: Found, wanted: Wanted, references: References) -> None:
         )
     elif gases and (dependent := dependent_gases(gases)):
         found.mixed = f"energies of several zeros: the reactions hold {', '.join(gases)}, and {dependent}"
+    if found.mixed:
+        found.mixed += ": import them apart, or say by --reference-state that they are the same"
+    texts = sum(i.system.text is not None for i in found.items)
+    if 0 < texts < len(found.items):
+        found.mixed = (
+            f"{texts:,} texts and {len(found.items) - texts:,} structures: import them apart; a structure's "
+            "own text is made of it"
+        )
     if states and "not said" not in states:
         found.state = next(iter(states))
     if gases:
