@@ -23,6 +23,12 @@ def options(parser: argparse.ArgumentParser) -> None:
         help="structures with energies, in any format: say how the run's best stage agrees with them, and no "
         "more",
     )
+    parser.add_argument(
+        "--judge",
+        choices=("diep", "sevennet"),
+        help="let a potential that did not make the labels judge the run's designs, beside its own ceiling, "
+        "and add it to the report",
+    )
     reading_options(parser)
     label_options(parser)
     parser.add_argument("--report-only", action="store_true", help="rewrite report.html from metrics.json")
@@ -39,7 +45,9 @@ def run(args: argparse.Namespace) -> int:
     path = args.run / "metrics.json"
     if not path.is_file():
         raise FileNotFoundError(f"{args.run}: no metrics.json there; give the folder of a run")
-    if args.report_only:
+    if args.judge:
+        _second_opinion(args.run, args.judge)
+    if args.judge or args.report_only:
         print(write_report(args.run))
         return 0
     from catmllm.pipeline import run
@@ -56,6 +64,24 @@ def run(args: argparse.Namespace) -> int:
     metrics["config"]["out"] = config.out
     path.write_text(json.dumps(metrics, indent=1))
     return run(config)
+
+
+def _second_opinion(run: Path, name: str) -> None:
+    """Put a potential's word on the designs of a run into its metrics.json."""
+    from catmllm.config import from_dict
+    from catmllm.data.open import open_data
+    from catmllm.evaluate.judges import Judge
+    from catmllm.evaluate.second_opinion import second_opinion
+
+    path = run / "metrics.json"
+    metrics = json.loads(path.read_text())
+    design = metrics.get("design")
+    if not design:
+        raise ValueError(f"{run}: it has no designs to judge; they come after `ga_grpo`")
+    config = from_dict(metrics["config"], str(path))
+    found = second_opinion(Judge(name), design["items"], open_data(config.data), design["tolerance"], 2)
+    design.setdefault("second", {})[name] = found
+    path.write_text(json.dumps(metrics, indent=1))
 
 
 def _on(args: argparse.Namespace) -> int:

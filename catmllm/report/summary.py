@@ -446,6 +446,7 @@ def _design_notes(design: Metrics) -> list[str]:
         "random training system of the adsorbate; the same designs for one another's targets (of all tasks; "
         "of the same adsorbate).",
         *_chance(design),
+        *_second(design),
     ]
     facts = [f"{percent(design.get('feasible'))} of the tasks ended with a valid structure"]
     if finite(design.get("AD")):
@@ -480,6 +481,20 @@ def _chance(design: Metrics) -> list[str]:
         f"{judge_title(design, judge)}, without any model. Of the closed loop's {percent(success)} that is "
         f"{share}."
     ]
+
+
+def _second(design: Metrics) -> list[str]:
+    """What judges say that had no part in the labels."""
+    notes = []
+    for said in (design.get("second") or {}).values():
+        low, high = (percent(share, 0) for share in said["success_interval"])
+        notes.append(
+            f"{said['judge']}, with one offset per adsorbate fitted on training systems, finds "
+            f"{percent(said['success'])} of the closed loop's designs within the tolerance (n = {said['n']}, "
+            f"95\u00a0% interval {low} to {high}), and {percent(said['ceiling'])} of the test systems whose "
+            "energies were asked for."
+        )
+    return notes
 
 
 def time_table(metrics: Metrics) -> Table | None:

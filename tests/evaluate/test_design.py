@@ -19,7 +19,7 @@ from catmllm.design.enumeration import enumerable
 from catmllm.design.exemplar_pool import Candidate, ExemplarPool
 from catmllm.design.predict import predict_energies, question
 from catmllm.design.search import Task, TaskState
-from catmllm.evaluate import design, judges
+from catmllm.evaluate import design, judges, second_opinion
 from catmllm.evaluate.baselines import FRAMES, KernelRidge
 from catmllm.evaluate.controls import budgets, closest, ideal_candidates
 from catmllm.evaluate.metrics import bootstrap_interval, wilson_interval
@@ -191,3 +191,43 @@ def test_what_cannot_be_enumerated_has_no_such_controls(
     found = design.evaluate_design(*small_model, configured(small_config, judge="none"), parts, ONE)
     assert [found["curves"][m]["n"] for m in design.METHODS] == [2, 0, 0]
     assert "random" not in found["own"] and "retrieval" in found["own"] and found["judge"] is None
+
+
+def test_a_second_opinion_by_a_potential_that_is_the_labels_but_for_an_offset(
+    parts: dict[str, Sequence[System]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A judge that is the labels and 2 eV accepts every true system and the designs at the right energy."""
+    test = [s for s in parts["test"] if not adsorbate_faults([s])[0]][:6]
+    off = {"CO": 2.0, "H": -1.0}
+
+    class Knows(judges.Judge):
+        def judge_many(self, systems, workers=1, progress=True):
+            return [
+                judges.JudgedEnergy(s.known_energy + off.get(s.adsorbate, 0.5), True, None) for s in systems
+            ]
+
+    def of(system: System, best: System | None, feasible: bool = True) -> dict[str, Any]:
+        text = None if best is None else write_cif(best, 6)
+        made = text and {"text": text, "reward": 1.0, "predicted": 0.0, "pvcp": 10.0, "fault": None,
+                         "feasible": feasible, "key": "", "iteration": 0}  # fmt: skip
+        return {
+            "identity": system.identity,
+            "energy": system.known_energy,
+            "best": made or None,
+            "feasible": feasible,
+        }
+
+    monkeypatch.setattr(second_opinion, "candidate_system", lambda best, _: by_text[best.text])
+    by_text = {write_cif(s, 6): s for s in test}
+    other = max(test[1:], key=lambda s: abs(s.known_energy - test[0].known_energy))
+    items = [of(test[0], test[0]), of(test[1], test[1]), of(test[2], test[2], False), of(test[3], None)]
+    judge = Knows(EggBox())
+    found = second_opinion.second_opinion(judge, items, parts, 0.05)
+    assert (found["n"], found["success"], found["ceiling"], found["share"]) == (4, 0.5, 1.0, 0.5)
+    assert all(
+        shift == pytest.approx(-off.get(name, 0.5), abs=1e-9) for name, shift in found["offsets"].items()
+    )
+    missed = second_opinion.second_opinion(judge, [of(test[0], other)], parts, 0.05)
+    assert (missed["success"], missed["ceiling"]) == (0.0, 1.0)
+    with pytest.raises(ValueError, match="other data"):
+        second_opinion.second_opinion(judge, [of(parts["train"][0], None)], parts, 0.05)
