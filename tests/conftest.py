@@ -96,6 +96,7 @@ def small_model(small_config: Config, train_systems: list[System]) -> tuple[Cata
                 parameter.mul_(25 if "lm_head" in name else 5)
         # zero in a new model, so that nothing would hang on it
         model.energy_head.correction.weight.copy_(model.energy_head.text.weight.flip(1))
+        model.energy_head.graph[-1].weight.copy_(model.energy_head.graph[2].weight[:1])
         model.energy_mean.fill_(-1.25)
         model.energy_std.fill_(1.5)
     return model.eval(), collate

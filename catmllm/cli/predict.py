@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,6 +41,11 @@ def options(parser: argparse.ArgumentParser) -> None:
         default="both",
         help="what the model sees; of a text without a structure, and by a model of texts, always the text",
     )
+    parser.add_argument(
+        "--unrelaxed",
+        action="store_true",
+        help="the structures are guesses: predict what they relax to; else they are taken as relaxed",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object a structure instead of a table")
 
 
@@ -61,6 +67,8 @@ def run(args: argparse.Namespace) -> int:
     for note in found.notes:
         print(f"note: {note}", file=sys.stderr)
     mode: Mode = "text" if of_texts is not None else args.mode
+    for item in found.items:
+        item.system = replace(item.system, relaxed=not args.unrelaxed)
     items, energies = _energies(model, collate, found.items, mode)
     if of_texts is not None:
         energies = of_texts.mean([item.system for item in items], energies)

@@ -19,7 +19,7 @@ from catmllm.config import ConfigError, DataConfig
 from catmllm.data.images import IMAGE_PAD, TOKENS, VISION_END, VISION_START, mrope_positions, render
 from catmllm.data.prompts import ENERGY, GRAPH, Sample
 from catmllm.seeds import Key, generator
-from catmllm.structure.descriptors import surroundings
+from catmllm.structure.descriptors import known, surroundings
 from catmllm.structure.elements import SYMBOLS
 from catmllm.structure.graph import neighbour_graphs
 from catmllm.structure.system import System
@@ -35,7 +35,8 @@ class GraphBatch:
 
     numbers [N] int64, edge_index [2, E] int64 (source, target; sorted by target), edge_vec [E, 3] float32 Å,
     batch [N] int64 (system of each atom), n_systems. local [n_systems, SURROUNDINGS] float32: what is around
-    the adsorbates (`structure/descriptors.py`), for the energy head; None in what only the encoder reads.
+    the adsorbates, known [n_systems, 3] int64: what the call says (`structure/descriptors.py`), both for the
+    energy; None in what only the encoder reads.
     """
 
     numbers: torch.Tensor
@@ -44,6 +45,7 @@ class GraphBatch:
     batch: torch.Tensor
     n_systems: int
     local: torch.Tensor | None = None
+    known: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> GraphBatch:
         return each_tensor(self, lambda t: t.to(device, non_blocking=True))
@@ -189,8 +191,9 @@ class Collator:
         answer = self.encode(sample.answer) if sample.answer else []
         return Encoded(self.prompt_ids(sample), answer, sample.energy, sample.graph)
 
-    def graphs(self, systems: Sequence[System]) -> GraphBatch | None:
-        """The neighbour graphs of some systems as one, or None for none.
+    def graphs(self, systems: Sequence[System], held_out: Sequence[bool] | None = None) -> GraphBatch | None:
+        """The neighbour graphs of some systems as one, or None for none. held_out: of each system whether, in
+        training, only closed-form fits without its pair may speak of it; None: of none.
 
         Raises ValueError for a cell too small to search and for an element that the encoder does not know.
         """
@@ -211,6 +214,7 @@ class Collator:
             torch.from_numpy(np.repeat(np.arange(len(systems)), [len(s.numbers) for s in systems])),
             len(systems),
             torch.from_numpy(np.array([surroundings(s) for s in systems], dtype=np.float32)),
+            torch.from_numpy(known(systems, held_out)),
         )
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
@@ -261,7 +265,10 @@ class Collator:
             torch.from_numpy(energy_at),
             torch.tensor([np.nan if r.energy is None else r.energy for r in rows], dtype=torch.float32),
             torch.from_numpy(np.flatnonzero(ids == self.graph_id)),
-            self.graphs([r.graph for r in rows if r.graph is not None]),
+            self.graphs(
+                [r.graph for r in rows if r.graph is not None],
+                [r.energy is not None for r in rows if r.graph is not None],
+            ),
             int(lengths.max()),
             padded=not self.data.packed,
             **pictures,

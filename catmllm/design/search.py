@@ -232,6 +232,7 @@ class ClosedLoop:
         sites, and structure keys of scored texts."""
         identities = [parse_identity(t.identity) for t in task]
         systems = read_systems(scores, [(i.adsorbate, i.miller) for i in identities])
+        systems = [None if s is None else replace(s, relaxed=False) for s in systems]
         keys = ["" if s is None else f"{t.identity}|{structure_key(s)}" for t, s in zip(task, systems)]
         new: dict[str, System] = {}
         for key, system in zip(keys, systems):

@@ -19,6 +19,7 @@ from catmllm.models.attention import no_mask, shares_prompts
 from catmllm.models.encoder_graphs import EncoderGraphs
 from catmllm.models.energy_head import EnergyHead
 from catmllm.models.equiformer_v2 import EquiformerV2
+from catmllm.models.kernel_prior import KernelPrior
 from catmllm.models.projector import Projector
 from catmllm.structure.descriptors import SURROUNDINGS
 from catmllm_kernels.linear_logprob import Allowed, LogProbs, allowed_logprobs, linear_logprobs
@@ -67,6 +68,7 @@ class CatalyticMLLM(nn.Module):
         super().__init__()
         self.llm, self.encoder, self.projector = llm, encoder, projector
         self.energy_head = EnergyHead(llm.config.get_text_config().hidden_size, projector.linear.in_features)
+        self.prior = KernelPrior()
         self._graphs = EncoderGraphs(encoder)
         self.graph_id, self.energy_id = graph_id, energy_id
         # Set when sharded: ranks then run every unit in every pass,
@@ -156,20 +158,21 @@ class CatalyticMLLM(nn.Module):
         return hidden[batch.energy_at.clamp_min(0)]
 
     def energy(self, hidden: torch.Tensor, batch: Batch, features: torch.Tensor | None) -> torch.Tensor:
-        """Standardised energies [S] float32 of the samples' `<energy>` tokens, with what the features of
-        their structures say; NaN for a sample without `<energy>`."""
+        """Standardised energies [S] float32 of the samples' `<energy>` tokens: what the closed form says of
+        their structures, and what head and features add; NaN for a sample without `<energy>`."""
         head = self.energy_head
         query = self.query_states(hidden, batch).to(head.text.weight.dtype)
         if features is None or batch.graph is None:
             read, sample = query.new_zeros(0, self.projector.linear.in_features), batch.sample.new_zeros(0)
-            local = query.new_zeros(0, SURROUNDINGS)
+            local, prior = query.new_zeros(0, SURROUNDINGS), torch.zeros(0, device=query.device)
         else:
             read, sample = self._by_system(features, batch.graph), batch.sample[batch.graph_at]
-            local = surroundings_of(batch.graph)
+            local, known = said_of(batch.graph)
+            prior = self.prior(local, known)
             if self.projector.mode == "atoms":
                 first = torch.arange(len(read), device=sample.device)
                 sample = sample[torch.searchsorted(batch.graph.batch, first)]
-        value = head(read.to(query.dtype), local, query, sample)
+        value = head(read.to(query.dtype), local, query, sample).index_add(0, sample, prior)
         return torch.where(batch.energy_at >= 0, value, torch.nan)
 
     def _by_system(self, rows: torch.Tensor, graph: GraphBatch) -> torch.Tensor:
@@ -223,10 +226,12 @@ class CatalyticMLLM(nn.Module):
         return allowed_logprobs(hidden[at], weight, targets[at], allowed, temperature, entropy, reference)
 
     def graph_energy(self, graph: GraphBatch) -> tuple[torch.Tensor]:
-        """Standardised energies [n_systems] by the encoder and the head's graph part;
+        """Standardised energies [n_systems] by the closed form, the encoder and the head's graph part;
         the LLM does not run."""
         features = self._by_system(self.features(graph), graph)
-        return (self.energy_head(features.to(self.energy_head.text.weight.dtype), surroundings_of(graph)),)
+        local, known = said_of(graph)
+        seen = self.energy_head(features.to(self.energy_head.text.weight.dtype), local)
+        return (seen + self.prior(local, known),)
 
     def head(
         self,
@@ -289,11 +294,11 @@ class CatalyticMLLM(nn.Module):
         ).last_hidden_state[0]
 
 
-def surroundings_of(graph: GraphBatch) -> torch.Tensor:
-    """What is around the adsorbates of a batch, which the energy head reads."""
-    if graph.local is None:
+def said_of(graph: GraphBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """What is around the adsorbates of a batch and what is known of the calls, of which energies are made."""
+    if graph.local is None or graph.known is None:
         raise ValueError("these structures were made for the encoder alone; energies need `Collator.graphs`")
-    return graph.local
+    return graph.local, graph.known
 
 
 def segment_mean(x: torch.Tensor, batch: torch.Tensor, n: int) -> torch.Tensor:

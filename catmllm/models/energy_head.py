@@ -37,8 +37,9 @@ class EnergyHead(nn.Module):
             nn.Linear(WIDTH, 1),
         )
         self.correction = nn.Linear(width, 1)
-        nn.init.zeros_(self.correction.weight)
-        nn.init.zeros_(self.correction.bias)
+        for last in (self.graph[-1], self.correction):
+            nn.init.zeros_(last.weight)  # type: ignore[arg-type]
+            nn.init.zeros_(last.bias)  # type: ignore[arg-type]
         self.register_buffer("centre", torch.zeros(SURROUNDINGS))
         self.register_buffer("deviation", torch.ones(SURROUNDINGS))
 

@@ -18,13 +18,13 @@ from catmllm.data.open import texts_only
 from catmllm.data.prompts import Sample, cif_sample, design_sample, draw_words, jitter, property_sample
 from catmllm.models.catalytic_mllm import CatalyticMLLM, counts
 from catmllm.seeds import Key, Stream, generator
-from catmllm.structure.descriptors import surroundings
+from catmllm.structure.descriptors import fold_of, known, surroundings
 from catmllm.structure.system import System
 from catmllm.train.stage import Context, Metrics, MicroBatch, Plain, Step, Validation
 from catmllm.train.stop import TrainingError
 from catmllm.world import loader_workers
 
-DESCRIBED = 4000  # training systems at most by which surroundings are scaled
+DESCRIBED = 2500  # training systems at most by which surroundings are scaled and the closed form is fitted
 VISUAL = "llm.model.visual."  # the image tower's parameters
 
 
@@ -39,8 +39,8 @@ def relatives(systems: Sequence[System]) -> list[list[int]]:
 
 def standardise(context: Context) -> None:
     """Take mean and deviation of the training energies as the scale of energies, and those of the structures'
-    surroundings as theirs, where the model has none yet. One that has been trained on energies keeps its own,
-    or its predictions would jump."""
+    surroundings as theirs, and fit the closed form to at most `DESCRIBED` of them, where the model has none
+    yet. One that has been trained on energies keeps its own, or its predictions would jump."""
     model = context.model
     energies = torch.tensor([s.known_energy for s in context.data["train"]])
     new = (model.energy_std == 1) & (model.energy_mean == 0)
@@ -54,6 +54,25 @@ def standardise(context: Context) -> None:
         # what hardly varies in training would be all there is of a structure in which it does
         head.deviation.copy_(torch.from_numpy(np.maximum(deviation, 0.02 * deviation.max() or 1.0)))
         head.centre.copy_(torch.from_numpy(local.mean(0)))
+        _fit_closed_form(context, some, local)
+
+
+def _fit_closed_form(context: Context, systems: list[System], local: np.ndarray) -> None:
+    """Fit the model's closed form to systems, whose surroundings are `local`, and to their starts. Every rank
+    does, with the same result."""
+    model = context.model
+    starts = [s.frame(0.0) for s in systems if s.start is not None]
+    shown = [*systems, *starts]
+    mean, std = float(model.energy_mean), float(model.energy_std)
+    found = model.prior.fit(
+        np.stack([*local, *(surroundings(s) for s in starts)]),
+        known(shown),
+        np.array([fold_of(s) for s in shown]),
+        (np.array([s.known_energy for s in shown]) - mean) / std,
+    )
+    if context.world.main:
+        errors = ", ".join(f"{e * std:.3f} eV from {kind} structures" for kind, e in found.items())
+        print(f"closed form: on (bulk, Miller index) pairs not seen {errors}", flush=True)
 
 
 def some_frame(system: System, rng: np.random.Generator, share: float) -> System:

@@ -9,6 +9,9 @@ and their neighbours' properties. The structure counts as it is given; nothing i
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -22,6 +25,7 @@ Floats = NDArray[np.float64]
 CUTOFF = 7.0  # Å
 SHELLS = np.array([0.9, 1.05, 1.2, 1.4, 1.7, 2.1, 2.6])  # centres, in sums of covalent radii
 WIDTHS = np.array([0.08, 0.08, 0.1, 0.14, 0.2, 0.25, 0.3])
+FOLDS = 5  # into which (bulk, Miller index) pairs fall
 BONDED = 1.3  # sums of covalent radii: where the weight of a bond has fallen to a half
 
 
@@ -122,3 +126,18 @@ def surroundings(system: System) -> Floats:
     own = PROPERTIES[system.numbers[adsorbate][np.argsort(height, kind="stable")]]
     others = own[1:].mean(0) if len(own) > 1 else np.zeros(own.shape[1])
     return np.concatenate([local_descriptor(system), own[0], others])
+
+
+def known(systems: Sequence[System], held_out: Sequence[bool] | None = None) -> NDArray[np.int64]:
+    """What the call says of structures [n, 3]: adsorbate (a hash of its name), whether unrelaxed, and the
+    fold of its (bulk, Miller index) pair, -1 where all fits may speak (`held_out` false, or None for all)."""
+    out = np.empty((len(systems), 3), dtype=np.int64)
+    for i, s in enumerate(systems):
+        fold = fold_of(s) if held_out is not None and held_out[i] else -1
+        out[i] = zlib.crc32(s.adsorbate.encode()), not s.relaxed, fold
+    return out
+
+
+def fold_of(system: System) -> int:
+    """0 to FOLDS - 1, the same for systems of one (bulk, Miller index) pair."""
+    return zlib.crc32(f"{system.bulk} {system.miller}".encode()) % FOLDS

@@ -39,7 +39,8 @@ class System(Crystal):
     [N]: 0 bulk, 1 surface, 2 adsorbate. adsorbate: its name as published, `CHCH2OH`. miller: None where
     unknown. energy: adsorption energy (eV), None where unknown. sid: where the system is from. start: where
     the atoms stood before the relaxation, as frac, None where unknown. text: the words of a system of which
-    nothing else is known (`text_system`): it has no atoms; None where there is a structure.
+    nothing else is known (`text_system`): it has no atoms; None where there is a structure. relaxed: false
+    where the atoms need not stand where the forces on them vanish, as in a start or a design.
     """
 
     tags: NDArray[np.int8]
@@ -49,6 +50,7 @@ class System(Crystal):
     sid: str = ""
     start: NDArray[np.float64] | None = None
     text: str | None = None
+    relaxed: bool = True
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -105,12 +107,13 @@ class System(Crystal):
 
     def frame(self, progress: float) -> System:
         """The system on its way from the start (0) to the relaxed structure (1), on straight lines; its
-        energy stays that of the relaxed one. Raises ValueError where the start is unknown."""
+        energy stays that of the relaxed one, and it is `relaxed` at 1 only. Raises ValueError where the start
+        is unknown."""
         if self.start is None:
             raise ValueError(f"system {self.sid!r} has no start; give `start_positions` when it is made")
         way = self.frac - self.start
         way -= np.round(way)
-        return replace(self, frac=self.frac - (1.0 - progress) * way)
+        return replace(self, frac=self.frac - (1.0 - progress) * way, relaxed=self.relaxed and progress == 1)
 
     def as_ase(self) -> Atoms:
         """The same as ase.Atoms, periodic in three directions, with tags."""

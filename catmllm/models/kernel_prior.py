@@ -1,0 +1,171 @@
+"""What kernel ridge regression says of a structure: the part of an energy that no training step changes.
+
+On a few thousand systems a kernel on local descriptors is better than any network trained beside it. So the
+model starts from it, in closed form, and its networks learn what it leaves. What it says of a training system
+is said by fits that have not seen the system's (bulk, Miller index) pair: what they leave is then as large as
+it will be on new surfaces.
+
+Relaxed structures and unrelaxed ones are two tasks: the same descriptor has another energy. A fit serves
+each: of relaxed structures alone, and of both kinds, in which the other kind counts a little less.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from catmllm.structure.descriptors import FOLDS, SIZE
+
+Floats = NDArray[np.float64]
+Integers = NDArray[np.int64]
+
+SHARED = 0.6  # kernel of two adsorbates: of 0.1, 0.3, 0.6, 0.9 the best on validation, split seeds 0 and 1
+RELATED = 0.9  # kernel of a relaxed and an unrelaxed structure, where unrelaxed ones are asked for
+RATE = 0.02  # of the squared distance over the number of descriptors; 0.05 and 0.1 are worse by 0.003 eV
+STRENGTHS = (2e-4, 1e-3, 3e-3)
+SMALLEST = 0.05  # scales below this share of the largest do not blow up what hardly varies
+
+
+def matern(a: Floats, b: Floats, rate: float) -> Floats:
+    """Matérn 3/2 kernel [n, m] of scaled descriptors [n, D], [m, D]."""
+    reach = a @ b.T
+    reach *= -2
+    reach += (a**2).sum(1)[:, None] + (b**2).sum(1)
+    reach *= 6 * rate / a.shape[1]
+    np.sqrt(np.maximum(reach, 0.0, out=reach), out=reach)
+    kernel = np.exp(-reach)
+    kernel *= np.add(reach, 1.0, out=reach)
+    return np.asarray(kernel, dtype=np.float64)
+
+
+def scales(raw: Floats) -> tuple[Floats, Floats]:
+    """Centre and scale [D] of descriptors [n, D]."""
+    deviation = raw.std(0)
+    return raw.mean(0), np.maximum(deviation, SMALLEST * deviation.max()) + 1e-12
+
+
+class KernelPrior(nn.Module):
+    """Standardised energies by kernel ridge regression on training systems; 0 where it has none.
+
+    Columns of `means` and `coefficients`: the fit of relaxed structures to all, then without each fold, then
+    the same for unrelaxed structures.
+    """
+
+    centre: torch.Tensor
+    scale: torch.Tensor
+    landmarks: torch.Tensor  # [m, SIZE], scaled
+    adsorbates: torch.Tensor  # [m] int64
+    coefficients: torch.Tensor  # [m, 2 (FOLDS + 1)]
+    names: torch.Tensor  # [A] int64, adsorbates
+    means: torch.Tensor  # [A + 1, 2 (FOLDS + 1)]; the last row is of those that training lacks
+
+    def __init__(self) -> None:
+        super().__init__()
+        columns = 2 * (FOLDS + 1)
+        self.register_buffer("centre", torch.zeros(SIZE))
+        self.register_buffer("scale", torch.ones(SIZE))
+        self.register_buffer("landmarks", torch.zeros(0, SIZE))
+        self.register_buffer("adsorbates", torch.zeros(0, dtype=torch.int64))
+        self.register_buffer("coefficients", torch.zeros(0, columns))
+        self.register_buffer("names", torch.zeros(0, dtype=torch.int64))
+        self.register_buffer("means", torch.zeros(1, columns))
+
+    @torch.no_grad()
+    def forward(self, local: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+        """Energies [n] float32 of surroundings [n, SURROUNDINGS] and what is `known` [n, 3] of the calls.
+        While the model trains, a system with a fold is seen by the fit without it."""
+        if not len(self.landmarks):
+            return torch.zeros(len(local), device=local.device)
+        x = (local[:, :SIZE].to(self.centre.dtype) - self.centre) / self.scale
+        a, b = x, self.landmarks
+        reach = (a**2).sum(1)[:, None] + (b**2).sum(1) - 2 * a @ b.T
+        reach = (reach * (6 * RATE / SIZE)).clamp_min(0).sqrt()
+        kernel = (1 + reach) * torch.exp(-reach)
+        kernel = torch.where(known[:, :1] == self.adsorbates, kernel, SHARED * kernel)
+        fold = known[:, 2] if self.training else torch.full_like(known[:, 2], -1)
+        column = known[:, 1] * (FOLDS + 1) + 1 + fold
+        same = known[:, :1] == self.names
+        row = torch.where(same.any(1), same.int().argmax(1) if len(self.names) else 0, len(self.names))
+        return ((kernel * self.coefficients.T[column]).sum(1) + self.means[row, column]).float()
+
+    def fit(self, local: Floats, known: Integers, folds: Integers, energies: Floats) -> dict[str, float]:
+        """Fit to surroundings [n, SURROUNDINGS], `known` [n, 3] (its folds do not count), folds [n] and
+        standardised energies [n]. Returns the standardised MAE on pairs that the fits have not seen, by which
+        their strengths are chosen, of `relaxed` and `unrelaxed` structures.
+
+        One inverse a strength: coefficients without a fold follow from its block. Float64 throughout.
+        """
+        raw = np.asarray(local[:, :SIZE], dtype=np.float64)
+        centre, scale = scales(raw)
+        x, unrelaxed = (raw - centre) / scale, known[:, 1] == 1
+        names = np.unique(known[:, 0])
+        means = np.array([_means(names, known[:, 0], folds, energies, f) for f in range(-1, FOLDS)]).T
+        left = energies[:, None] - means[np.searchsorted(names, known[:, 0])]
+        columns, found = np.zeros((2, len(x), FOLDS + 1)), {}
+        for kind, name in enumerate(("relaxed", "unrelaxed")):
+            part = np.arange(len(x)) if kind else np.flatnonzero(~unrelaxed)
+            asked = unrelaxed[part] if kind else np.ones(len(part), dtype=bool)
+            if (
+                not len(part) or not asked.any()
+            ):  # no unrelaxed structure in training: what is known of relaxed
+                columns[kind] = columns[0]
+                continue
+            kernel = matern(x[part], x[part], RATE)
+            kernel[known[part, 0][:, None] != known[part, 0]] *= SHARED
+            kernel[unrelaxed[part][:, None] != unrelaxed[part]] *= RELATED
+            fits = [_held_out(kernel, strength, left[part], folds[part]) for strength in STRENGTHS]
+            errors = [float(np.abs(residual[asked]).mean()) for _, residual in fits]
+            best = int(np.argmin(errors))
+            found[name] = errors[best]
+            columns[kind, part] = fits[best][0]
+            if kind:
+                columns[kind, ~unrelaxed] *= RELATED
+        self._put(centre=centre, scale=scale, landmarks=x, names=names, adsorbates=known[:, 0])
+        self._put(coefficients=np.hstack(list(columns)), means=np.hstack([means, means]))
+        return found
+
+    def _put(self, **arrays: NDArray[np.generic]) -> None:
+        """New values of buffers, of any length, in their own dtype."""
+        for name, array in arrays.items():
+            old = getattr(self, name)
+            setattr(self, name, torch.from_numpy(np.ascontiguousarray(array)).to(old.device, old.dtype))
+
+    def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *rest: object) -> None:
+        """Training systems are as many as the file has."""
+        for name, mine in list(self.named_buffers()):
+            if (theirs := state_dict.get(prefix + name)) is not None and theirs.shape != mine.shape:
+                setattr(self, name, mine.new_empty(theirs.shape))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+def _means(names: Integers, adsorbates: Integers, folds: Integers, energies: Floats, fold: int) -> Floats:
+    """Mean energies [A + 1] of adsorbates without a fold, and of all for those that are then not there."""
+    seen = folds != fold if (folds != fold).any() else np.ones(len(folds), dtype=bool)
+    overall = energies[seen].mean()
+    some = [energies[seen & (adsorbates == name)] for name in names]
+    return np.array([*(group.mean() if len(group) else overall for group in some), overall])
+
+
+def _held_out(kernel: Floats, strength: float, wanted: Floats, folds: Integers) -> tuple[Floats, Floats]:
+    """Coefficients [n, FOLDS + 1] of kernel ridge regression on all (targets `wanted` [:, 0]) and without
+    each fold (targets [:, 1 + fold], 0 in the fold), and the residuals [n] of every fold by the fit without
+    it."""
+    from scipy.linalg import cho_factor, cho_solve, lapack
+
+    factor, _ = cho_factor(kernel + strength * np.eye(len(kernel)), lower=True, overwrite_a=True)
+    coefficients = cho_solve((factor, True), wanted)
+    inverse, _ = lapack.dpotri(factor, lower=1, overwrite_c=1)
+    residuals = np.zeros(len(kernel))
+    for fold in range(FOLDS):
+        block = np.flatnonzero(folds == fold)
+        if not len(block):
+            continue
+        # the lower triangle is what there is of the inverse
+        columns = np.where(np.arange(len(kernel))[:, None] >= block, inverse[:, block], inverse[block].T)
+        mine = coefficients[:, 1 + fold]
+        residuals[block] = np.linalg.solve(columns[block], mine[block])
+        mine -= columns @ residuals[block]
+        mine[block] = 0.0
+    return coefficients, residuals

@@ -1,0 +1,130 @@
+"""The closed form of energies beside scikit-learn's kernel ridge regression in float64."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from sklearn.gaussian_process.kernels import Matern
+from sklearn.kernel_ridge import KernelRidge
+
+from catmllm.models.kernel_prior import RATE, RELATED, SHARED, STRENGTHS, KernelPrior
+from catmllm.structure.descriptors import FOLDS, SIZE, fold_of, known, surroundings
+from catmllm.structure.system import System
+
+
+class Fitted:
+    """A prior, what it was fitted to, and how to ask it."""
+
+    def __init__(self, systems: list[System], starts: bool = True) -> None:
+        self.shown = [*systems, *(s.frame(0.0) for s in systems if starts)]
+        self.local = np.array([surroundings(s) for s in self.shown])
+        self.folds = np.array([fold_of(s) for s in self.shown])
+        self.energies = np.array([s.known_energy for s in self.shown])
+        self.prior = KernelPrior()
+        self.errors = self.prior.fit(self.local, known(self.shown), self.folds, self.energies)
+
+    def __call__(self, systems: list[System], held_out: bool = False) -> np.ndarray:
+        self.prior.train(held_out)
+        local = torch.tensor(np.array([surroundings(s) for s in systems]), dtype=torch.float32)
+        facts = torch.from_numpy(known(systems, [held_out] * len(systems)))
+        return self.prior(local, facts).double().numpy()
+
+
+@pytest.fixture(scope="module")
+def fitted(train_systems: list[System]) -> Fitted:
+    return Fitted(train_systems[::12])
+
+
+def by_scikit_learn(fit: Fitted, asked: list[System], rows: np.ndarray, strength: float) -> np.ndarray:
+    """The same regression on the rows of what was fitted, by means and kernels of scikit-learn."""
+    some = [fit.shown[i] for i in rows]
+    energies = fit.energies[rows]
+    raw, scale = fit.local[:, :SIZE], fit.local[:, :SIZE].std(0)
+    scale = np.maximum(scale, 0.05 * scale.max())
+    matern = Matern(length_scale=np.sqrt(SIZE / (2 * RATE)), nu=1.5)
+
+    def kernel(a: list[System], b: list[System]) -> np.ndarray:
+        x, y = ((np.array([surroundings(s)[:SIZE] for s in part]) - raw.mean(0)) / scale for part in (a, b))
+        same = np.array([[s.adsorbate == t.adsorbate for t in b] for s in a])
+        alike = np.array([[s.relaxed == t.relaxed for t in b] for s in a])
+        return matern(x, y) * np.where(same, 1.0, SHARED) * np.where(alike, 1.0, RELATED)
+
+    def mean(s: System) -> float:
+        group = energies[[t.adsorbate == s.adsorbate for t in some]]
+        return float(group.mean() if len(group) else energies.mean())
+
+    ridge = KernelRidge(alpha=strength, kernel="precomputed")
+    ridge.fit(kernel(some, some), energies - np.array([mean(s) for s in some]))
+    return ridge.predict(kernel(asked, some)) + np.array([mean(s) for s in asked])
+
+
+@pytest.mark.parametrize("relaxed", [True, False])
+def test_it_is_kernel_ridge_regression(fitted: Fitted, train_systems: list[System], relaxed: bool) -> None:
+    """On all, and for training systems on all but their fold; at one of the strengths, the same for all."""
+    rows = np.array([i for i, s in enumerate(fitted.shown) if s.relaxed or not relaxed])
+    asked = [s if relaxed else s.frame(0.0) for s in train_systems[5::60]]
+    mine = fitted(asked)
+    errors = [np.abs(mine - by_scikit_learn(fitted, asked, rows, s)).max() for s in STRENGTHS]
+    best = int(np.argmin(errors))
+    # coefficients of some 50 eV in float32, and kernels of distances that are differences of float32 products
+    assert errors[best] < 2e-3, errors
+    own = [s for s in fitted.shown if s.relaxed == relaxed][::9]
+    found = fitted(own, held_out=True)
+    for fold in range(FOLDS):
+        part = [i for i, s in enumerate(own) if fold_of(s) == fold]
+        expected = by_scikit_learn(
+            fitted, [own[i] for i in part], rows[fitted.folds[rows] != fold], STRENGTHS[best]
+        )
+        np.testing.assert_allclose(found[part], expected, atol=2e-3)
+
+
+def test_errors_are_those_of_unseen_pairs(fitted: Fitted) -> None:
+    found = np.abs(fitted(fitted.shown, held_out=True) - fitted.energies)
+    relaxed = np.array([s.relaxed for s in fitted.shown])
+    assert fitted.errors["relaxed"] == pytest.approx(found[relaxed].mean(), abs=1e-3)
+    assert fitted.errors["unrelaxed"] == pytest.approx(found[~relaxed].mean(), abs=1e-3)
+    # what has been seen is known nearly by heart
+    assert np.abs(fitted(fitted.shown) - fitted.energies)[relaxed].mean() < 0.3 * found[relaxed].mean()
+
+
+def test_without_a_label_all_fits_speak_in_training_too(fitted: Fitted) -> None:
+    systems = fitted.shown[:5]
+    whole = fitted(systems)
+    fitted.prior.train()
+    local = torch.tensor(np.array([surroundings(s) for s in systems]), dtype=torch.float32)
+    np.testing.assert_array_equal(fitted.prior(local, torch.from_numpy(known(systems))).double(), whole)
+
+
+def test_without_starts_unrelaxed_structures_are_told_as_relaxed_ones(train_systems: list[System]) -> None:
+    fit = Fitted(train_systems[::40], starts=False)
+    asked = train_systems[3::200]
+    np.testing.assert_array_equal(fit([replace(s, relaxed=False) for s in asked]), fit(asked))
+    assert set(fit.errors) == {"relaxed"}
+
+
+def test_an_adsorbate_that_training_lacks_has_the_mean_of_all(train_systems: list[System]) -> None:
+    some = [s for s in train_systems[::10] if s.adsorbate != "CO"]
+    fit = Fitted(some)
+    far = replace(train_systems[0], adsorbate="CO", numbers=np.full_like(train_systems[0].numbers, 55))
+    assert fit([far])[0] == pytest.approx(np.mean([s.known_energy for s in some]), abs=0.3)
+
+
+def test_a_prior_of_any_size_is_loaded(fitted: Fitted) -> None:
+    new, state = KernelPrior(), fitted.prior.state_dict()
+    assert not new(torch.zeros(2, 500), torch.zeros(2, 3, dtype=torch.int64)).any()
+    new.load_state_dict(state, strict=True, assign=True)
+    for name, tensor in state.items():
+        assert torch.equal(getattr(new, name), tensor)
+
+
+def test_a_frame_on_the_way_is_not_relaxed(train_systems: list[System]) -> None:
+    system = next(s for s in train_systems if s.start is not None)
+    assert system.relaxed and system.frame(1.0).relaxed
+    assert not system.frame(0.9).relaxed
+    assert known([system, system.frame(0.0)], [True, False])[:, 1:].tolist() == [
+        [0, fold_of(system)],
+        [1, -1],
+    ]
