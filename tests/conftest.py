@@ -95,6 +95,7 @@ def small_model(small_config: Config, train_systems: list[System]) -> tuple[Cata
             if parameter.ndim == 2 and name.startswith(("llm.", "projector.", "energy_head.")):
                 parameter.mul_(25 if "lm_head" in name else 5)
         # zero in a new model, so that nothing would hang on it
+        model.energy_head.text.weight.uniform_(-0.6, 0.6)
         model.energy_head.correction.weight.copy_(model.energy_head.text.weight.flip(1))
         model.energy_head.graph[-1].weight.copy_(model.energy_head.graph[2].weight[:1])
         model.energy_mean.fill_(-1.25)

@@ -19,7 +19,7 @@ STAGES = ("encoder", "align", "joint", "instruct", "grpo", "ga_grpo")
 ENCODER = ("encoder.", "energy_head.graph.")
 FROZEN = {
     "align": ("llm.", "energy_head.", "encoder."),
-    "joint": (*ENCODER, "prior."),
+    "joint": (*ENCODER, "prior.", "text_prior."),
     "instruct": (*ENCODER, "projector."),
     "grpo": (*ENCODER, "projector."),
     "ga_grpo": (*ENCODER, "projector.", "llm.model.", "energy_head."),
@@ -56,7 +56,14 @@ def test_the_first_stage_moves_what_reads_structures_only(unbroken: Path, run_co
     moved = {k for k in trained if not torch.equal(trained[k], first[k])}
     assert any(k.startswith("encoder.blocks.0.") for k in moved)
     assert "energy_head.graph.0.weight" in moved
-    statistics = ("energy_mean", "energy_std", "energy_head.centre", "energy_head.deviation", "prior.")
+    statistics = (
+        "energy_mean",
+        "energy_std",
+        "energy_head.centre",
+        "energy_head.deviation",
+        "prior.",
+        "text_prior.",
+    )
     assert all(k.startswith((*ENCODER, *statistics)) for k in moved), moved
 
 

@@ -19,10 +19,11 @@ from catmllm.config import ConfigError, DataConfig
 from catmllm.data.images import IMAGE_PAD, TOKENS, VISION_END, VISION_START, mrope_positions, render
 from catmllm.data.prompts import ENERGY, GRAPH, Sample
 from catmllm.seeds import Key, generator
-from catmllm.structure.descriptors import known, surroundings
+from catmllm.structure.descriptors import known, surroundings, told
 from catmllm.structure.elements import SYMBOLS
 from catmllm.structure.graph import neighbour_graphs
 from catmllm.structure.system import System
+from catmllm.structure.text import three_part_text
 from catmllm_kernels.varlen_attention import Prefix, continued
 
 if TYPE_CHECKING:
@@ -66,6 +67,9 @@ class Batch:
     restarting in each sample; None without any. `padded`: the LLM reads a rectangle, each sample padded to
     the longest, instead of the samples end to end; results are the same, speed is not.
 
+    told_at [n]: the samples whose energy is asked for by text only; told [n, TOLD] float32 what their texts
+    tell, told_known [n, 3] int64 what the call says (`structure/descriptors.py`); None without any.
+
     With `prefix`, samples that continue a prompt share its tokens (`Collator.join_answers`);
     answer_sample then counts answers, not samples.
     """
@@ -86,6 +90,9 @@ class Batch:
     picture_at: torch.Tensor | None = None
     mrope: torch.Tensor | None = None
     prefix: Prefix | None = None
+    told: torch.Tensor | None = None
+    told_known: torch.Tensor | None = None
+    told_at: torch.Tensor | None = None
 
     def __len__(self) -> int:
         """S, the number of samples."""
@@ -139,6 +146,7 @@ class Encoded(NamedTuple):
     answer: list[int]
     energy: float | None = None
     graph: System | None = None
+    told: System | None = None
 
     @property
     def length(self) -> int:
@@ -189,7 +197,7 @@ class Collator:
 
     def encoded(self, sample: Sample) -> Encoded:
         answer = self.encode(sample.answer) if sample.answer else []
-        return Encoded(self.prompt_ids(sample), answer, sample.energy, sample.graph)
+        return Encoded(self.prompt_ids(sample), answer, sample.energy, sample.graph, sample.told)
 
     def graphs(self, systems: Sequence[System], held_out: Sequence[bool] | None = None) -> GraphBatch | None:
         """The neighbour graphs of some systems as one, or None for none. held_out: of each system whether, in
@@ -272,6 +280,7 @@ class Collator:
             int(lengths.max()),
             padded=not self.data.packed,
             **pictures,
+            **_told(rows),
         )
 
     def join_answers(self, prompts: Sequence[Encoded], answers: Sequence[Sequence[list[int]]]) -> Batch:
@@ -310,6 +319,19 @@ class Collator:
             answer_sample=(answer.cumsum(0) - 1)[sample[targets]],
             prefix=continued(batch.cu_seqlens, owners),
         )
+
+
+def _told(rows: Sequence[Encoded]) -> dict[str, Any]:
+    """What the texts of samples without a structure tell."""
+    at = [k for k, r in enumerate(rows) if r.told is not None]
+    if not at:
+        return {}
+    systems = [s for r in rows if (s := r.told) is not None]
+    return {
+        "told": torch.from_numpy(np.array([told(three_part_text(s)) for s in systems], dtype=np.float32)),
+        "told_known": torch.from_numpy(known(systems, [rows[k].energy is not None for k in at])),
+        "told_at": torch.tensor(at),
+    }
 
 
 @functools.lru_cache(maxsize=4)

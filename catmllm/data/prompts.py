@@ -75,6 +75,7 @@ class Sample:
     answer: str = ""
     graph: System | None = None
     energy: float | None = None  # eV, the label of h_reg
+    told: System | None = None  # whom the text is of, where no structure is shown
 
 
 def chat(user: str, tail: str = "") -> str:
@@ -110,7 +111,8 @@ def property_sample(
     text = None if mode == "graph" else three_part_text(system)
     shown = None if mode == "text" or system.text is not None else (graph or system)
     answer = "" if system.energy is None else PROPERTY_ANSWER.format(energy=system.energy) + END
-    return Sample(property_prompt(text, shown is not None, words), answer, shown, system.energy)
+    of = system if shown is None else None
+    return Sample(property_prompt(text, shown is not None, words), answer, shown, system.energy, of)
 
 
 def cif_sample(system: System, decimals: int = 3, words: Words = PAPER) -> Sample:

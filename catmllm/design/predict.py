@@ -21,7 +21,7 @@ MODES: tuple[Mode, ...] = ("both", "graph", "text")
 def question(system: System, mode: Mode = "both") -> Sample:
     """The property prompt of a system without its answer."""
     sample = property_sample(system, mode)
-    return Sample(sample.prompt, "", sample.graph)
+    return Sample(sample.prompt, "", sample.graph, told=sample.told)
 
 
 @torch.no_grad()

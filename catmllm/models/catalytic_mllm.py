@@ -21,7 +21,7 @@ from catmllm.models.energy_head import EnergyHead
 from catmllm.models.equiformer_v2 import EquiformerV2
 from catmllm.models.kernel_prior import KernelPrior
 from catmllm.models.projector import Projector
-from catmllm.structure.descriptors import SURROUNDINGS
+from catmllm.structure.descriptors import SIZE, SURROUNDINGS, TOLD
 from catmllm_kernels.linear_logprob import Allowed, LogProbs, allowed_logprobs, linear_logprobs
 
 P = ParamSpec("P")
@@ -30,6 +30,10 @@ R = TypeVar("R")
 
 # Which of a batch's answer tokens [M] are read, [F] int64, and the words that each may be
 Chosen = tuple[torch.Tensor, Allowed]
+
+
+# of the squared distance over the number of descriptors, of surroundings and of what a text tells
+RATE, TEXT_RATE = 0.02, 0.1
 
 
 class Answer(NamedTuple):
@@ -68,7 +72,7 @@ class CatalyticMLLM(nn.Module):
         super().__init__()
         self.llm, self.encoder, self.projector = llm, encoder, projector
         self.energy_head = EnergyHead(llm.config.get_text_config().hidden_size, projector.linear.in_features)
-        self.prior = KernelPrior()
+        self.prior, self.text_prior = KernelPrior(SIZE, RATE), KernelPrior(TOLD, TEXT_RATE)
         self._graphs = EncoderGraphs(encoder)
         self.graph_id, self.energy_id = graph_id, energy_id
         # Set when sharded: ranks then run every unit in every pass,
@@ -173,6 +177,8 @@ class CatalyticMLLM(nn.Module):
                 first = torch.arange(len(read), device=sample.device)
                 sample = sample[torch.searchsorted(batch.graph.batch, first)]
         value = head(read.to(query.dtype), local, query, sample).index_add(0, sample, prior)
+        if batch.told is not None and batch.told_known is not None and batch.told_at is not None:
+            value = value.index_add(0, batch.told_at, self.text_prior(batch.told, batch.told_known))
         return torch.where(batch.energy_at >= 0, value, torch.nan)
 
     def _by_system(self, rows: torch.Tensor, graph: GraphBatch) -> torch.Tensor:

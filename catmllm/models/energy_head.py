@@ -37,7 +37,7 @@ class EnergyHead(nn.Module):
             nn.Linear(WIDTH, 1),
         )
         self.correction = nn.Linear(width, 1)
-        for last in (self.graph[-1], self.correction):
+        for last in (self.graph[-1], self.correction, self.text):
             nn.init.zeros_(last.weight)  # type: ignore[arg-type]
             nn.init.zeros_(last.bias)  # type: ignore[arg-type]
         self.register_buffer("centre", torch.zeros(SURROUNDINGS))

@@ -16,15 +16,14 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from catmllm.structure.descriptors import FOLDS, SIZE
+from catmllm.structure.descriptors import FOLDS
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 
 SHARED = 0.6  # kernel of two adsorbates: of 0.1, 0.3, 0.6, 0.9 the best on validation, split seeds 0 and 1
 RELATED = 0.9  # kernel of a relaxed and an unrelaxed structure, where unrelaxed ones are asked for
-RATE = 0.02  # of the squared distance over the number of descriptors; 0.05 and 0.1 are worse by 0.003 eV
-STRENGTHS = (2e-4, 1e-3, 3e-3)
+STRENGTHS = (2e-4, 2e-3)
 SMALLEST = 0.05  # scales below this share of the largest do not blow up what hardly varies
 
 
@@ -55,18 +54,19 @@ class KernelPrior(nn.Module):
 
     centre: torch.Tensor
     scale: torch.Tensor
-    landmarks: torch.Tensor  # [m, SIZE], scaled
+    landmarks: torch.Tensor  # [m, D], scaled
     adsorbates: torch.Tensor  # [m] int64
     coefficients: torch.Tensor  # [m, 2 (FOLDS + 1)]
     names: torch.Tensor  # [A] int64, adsorbates
     means: torch.Tensor  # [A + 1, 2 (FOLDS + 1)]; the last row is of those that training lacks
 
-    def __init__(self) -> None:
+    def __init__(self, size: int, rate: float) -> None:
+        """size: descriptors D of a structure; rate: of the squared distance over their number."""
         super().__init__()
-        columns = 2 * (FOLDS + 1)
-        self.register_buffer("centre", torch.zeros(SIZE))
-        self.register_buffer("scale", torch.ones(SIZE))
-        self.register_buffer("landmarks", torch.zeros(0, SIZE))
+        self.rate, columns = rate, 2 * (FOLDS + 1)
+        self.register_buffer("centre", torch.zeros(size))
+        self.register_buffer("scale", torch.ones(size))
+        self.register_buffer("landmarks", torch.zeros(0, size))
         self.register_buffer("adsorbates", torch.zeros(0, dtype=torch.int64))
         self.register_buffer("coefficients", torch.zeros(0, columns))
         self.register_buffer("names", torch.zeros(0, dtype=torch.int64))
@@ -74,14 +74,15 @@ class KernelPrior(nn.Module):
 
     @torch.no_grad()
     def forward(self, local: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
-        """Energies [n] float32 of surroundings [n, SURROUNDINGS] and what is `known` [n, 3] of the calls.
+        """Energies [n] float32 of descriptors [n, D or more] and what is `known` [n, 3] of the calls.
         While the model trains, a system with a fold is seen by the fit without it."""
         if not len(self.landmarks):
             return torch.zeros(len(local), device=local.device)
-        x = (local[:, :SIZE].to(self.centre.dtype) - self.centre) / self.scale
+        size = len(self.centre)
+        x = (local[:, :size].to(self.centre.dtype) - self.centre) / self.scale
         a, b = x, self.landmarks
         reach = (a**2).sum(1)[:, None] + (b**2).sum(1) - 2 * a @ b.T
-        reach = (reach * (6 * RATE / SIZE)).clamp_min(0).sqrt()
+        reach = (reach * (6 * self.rate / size)).clamp_min(0).sqrt()
         kernel = (1 + reach) * torch.exp(-reach)
         kernel = torch.where(known[:, :1] == self.adsorbates, kernel, SHARED * kernel)
         fold = known[:, 2] if self.training else torch.full_like(known[:, 2], -1)
@@ -91,13 +92,13 @@ class KernelPrior(nn.Module):
         return ((kernel * self.coefficients.T[column]).sum(1) + self.means[row, column]).float()
 
     def fit(self, local: Floats, known: Integers, folds: Integers, energies: Floats) -> dict[str, float]:
-        """Fit to surroundings [n, SURROUNDINGS], `known` [n, 3] (its folds do not count), folds [n] and
+        """Fit to descriptors [n, D or more], `known` [n, 3] (its folds do not count), folds [n] and
         standardised energies [n]. Returns the standardised MAE on pairs that the fits have not seen, by which
         their strengths are chosen, of `relaxed` and `unrelaxed` structures.
 
         One inverse a strength: coefficients without a fold follow from its block. Float64 throughout.
         """
-        raw = np.asarray(local[:, :SIZE], dtype=np.float64)
+        raw = np.asarray(local[:, : len(self.centre)], dtype=np.float64)
         centre, scale = scales(raw)
         x, unrelaxed = (raw - centre) / scale, known[:, 1] == 1
         names = np.unique(known[:, 0])
@@ -112,7 +113,7 @@ class KernelPrior(nn.Module):
             ):  # no unrelaxed structure in training: what is known of relaxed
                 columns[kind] = columns[0]
                 continue
-            kernel = matern(x[part], x[part], RATE)
+            kernel = matern(x[part], x[part], self.rate)
             kernel[known[part, 0][:, None] != known[part, 0]] *= SHARED
             kernel[unrelaxed[part][:, None] != unrelaxed[part]] *= RELATED
             fits = [_held_out(kernel, strength, left[part], folds[part]) for strength in STRENGTHS]

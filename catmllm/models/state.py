@@ -15,7 +15,6 @@ from catmllm.models.attention import by_part
 from catmllm.models.build import assemble, build_encoder, collator, on_meta
 from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.models.energy_head import EnergyHead
-from catmllm.models.kernel_prior import KernelPrior
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -79,8 +78,8 @@ def load_model(folder: str | Path, attention: str | None = None) -> tuple[Cataly
         model = assemble(llm, encoder, config, tokenizer)
     # The file's own pages become the weights: ranks of one machine share them until they are sharded.
     state = load_file(folder / "model.safetensors")
-    # an export from before there was a closed form has none
-    state = {f"prior.{name}": tensor for name, tensor in KernelPrior().state_dict().items()} | state
+    # an export from before there were closed forms has none
+    state = {k: v for k, v in model.state_dict().items() if "prior." in k} | state
     if "energy_head.weight" in state:
         state |= _parted_head(
             state.pop("energy_head.weight"), state.pop("energy_head.bias"), model.projector.linear.in_features

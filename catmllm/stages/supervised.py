@@ -18,8 +18,9 @@ from catmllm.data.open import texts_only
 from catmllm.data.prompts import Sample, cif_sample, design_sample, draw_words, jitter, property_sample
 from catmllm.models.catalytic_mllm import CatalyticMLLM, counts
 from catmllm.seeds import Key, Stream, generator
-from catmllm.structure.descriptors import fold_of, known, surroundings
+from catmllm.structure.descriptors import fold_of, known, surroundings, told
 from catmllm.structure.system import System
+from catmllm.structure.text import three_part_text
 from catmllm.train.stage import Context, Metrics, MicroBatch, Plain, Step, Validation
 from catmllm.train.stop import TrainingError
 from catmllm.world import loader_workers
@@ -58,21 +59,25 @@ def standardise(context: Context) -> None:
 
 
 def _fit_closed_form(context: Context, systems: list[System], local: np.ndarray) -> None:
-    """Fit the model's closed form to systems, whose surroundings are `local`, and to their starts. Every rank
-    does, with the same result."""
+    """Fit the model's closed forms, of structures and of texts, to systems, whose surroundings are `local`,
+    and to their starts. Every rank does, with the same result."""
     model = context.model
     starts = [s.frame(0.0) for s in systems if s.start is not None]
     shown = [*systems, *starts]
     mean, std = float(model.energy_mean), float(model.energy_std)
-    found = model.prior.fit(
-        np.stack([*local, *(surroundings(s) for s in starts)]),
-        known(shown),
-        np.array([fold_of(s) for s in shown]),
-        (np.array([s.known_energy for s in shown]) - mean) / std,
-    )
+    facts = known(shown), np.array([fold_of(s) for s in shown])
+    energies = (np.array([s.known_energy for s in shown]) - mean) / std
+    found = {
+        "structures": model.prior.fit(
+            np.stack([*local, *(surroundings(s) for s in starts)]), *facts, energies
+        ),
+        "texts": model.text_prior.fit(np.array([told(three_part_text(s)) for s in shown]), *facts, energies),
+    }
     if context.world.main:
-        errors = ", ".join(f"{e * std:.3f} eV from {kind} structures" for kind, e in found.items())
-        print(f"closed form: on (bulk, Miller index) pairs not seen {errors}", flush=True)
+        errors = (f"{kind} {what} {e * std:.3f}" for what, by in found.items() for kind, e in by.items())
+        print(
+            f"closed form, MAE (eV) on (bulk, Miller index) pairs not seen: {', '.join(errors)}", flush=True
+        )
 
 
 def some_frame(system: System, rng: np.random.Generator, share: float) -> System:

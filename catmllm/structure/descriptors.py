@@ -9,13 +9,15 @@ and their neighbours' properties. The structure counts as it is given; nothing i
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from catmllm.structure.elements import ATOMIC_RADIUS, COVALENT_RADIUS, ELECTRONEGATIVITY
+from catmllm.structure.elements import ATOMIC_RADIUS, COVALENT_RADIUS, ELECTRONEGATIVITY, NUMBER
+from catmllm.structure.formula import SEPARATOR
 from catmllm.structure.graph import neighbour_graph
 from catmllm.structure.system import ADSORBATE, System
 from catmllm.structure.tags import heights
@@ -126,6 +128,42 @@ def surroundings(system: System) -> Floats:
     own = PROPERTIES[system.numbers[adsorbate][np.argsort(height, kind="stable")]]
     others = own[1:].mean(0) if len(own) > 1 else np.zeros(own.shape[1])
     return np.concatenate([local_descriptor(system), own[0], others])
+
+
+TOLD = 6 * PROPERTIES.shape[1] + 9
+
+
+def told(text: str) -> Floats:
+    """What a three-part text tells, as numbers [TOLD]: mean and spread of the element properties of the
+    metals bound, of what these are bound to and of the slab; sites, numbers of bonds, Miller index.
+
+    Raises ValueError for a text that has not three parts.
+    """
+    name, surface, configuration = text.split(SEPARATOR)
+    formula, _, miller = surface.partition(" ")
+    slab = [NUMBER[e] for e, n in re.findall(r"([A-Z][a-z]?)(\d*)", formula) for _ in range(int(n or 1))]
+    plane = [abs(float(x)) for x in re.findall(r"-?\d+", miller)] or [0.0, 0.0, 0.0]
+    own = set(re.findall(r"[A-Z][a-z]?", name))
+    depth, binding = 0, 0.0
+    sites = dict.fromkeys(("atop", "bridge", "hollow"), 0.0)
+    bound: tuple[list[int], list[int]] = ([], [])  # metals, and metals around these
+    for word in re.findall(r"\[|\]|[^\s\[\]]+", configuration):
+        if word in "[]":
+            depth += 1 if word == "[" else -1
+            binding += word == "[" and depth == 1
+        elif word in sites:
+            sites[word] += 1
+        elif word not in own:
+            bound[depth > 1].append(NUMBER[word])
+    first, second = (float(len(some)) for some in bound)
+    counts = [*sites.values(), first, second / max(first, 1.0), binding]
+    return np.concatenate([*map(_spread, (*bound, slab)), counts, plane])
+
+
+def _spread(elements: list[int]) -> Floats:
+    """Mean and deviation of element properties; zeros of no element."""
+    some = PROPERTIES[elements] if elements else np.zeros((1, PROPERTIES.shape[1]))
+    return np.concatenate([some.mean(0), some.std(0)])
 
 
 def known(systems: Sequence[System], held_out: Sequence[bool] | None = None) -> NDArray[np.int64]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,9 +11,18 @@ import torch
 from sklearn.gaussian_process.kernels import Matern
 from sklearn.kernel_ridge import KernelRidge
 
-from catmllm.models.kernel_prior import RATE, RELATED, SHARED, STRENGTHS, KernelPrior
-from catmllm.structure.descriptors import FOLDS, SIZE, fold_of, known, surroundings
+from catmllm.config import Config
+from catmllm.design.predict import encoder_energies, predict_energies, question
+from catmllm.models.build import new_model
+from catmllm.models.catalytic_mllm import RATE
+from catmllm.models.kernel_prior import RELATED, SHARED, STRENGTHS, KernelPrior
+from catmllm.models.state import load_model, save_model
+from catmllm.stages.supervised import standardise
+from catmllm.structure.descriptors import FOLDS, SIZE, fold_of, known, surroundings, told
 from catmllm.structure.system import System
+from catmllm.structure.text import three_part_text
+from catmllm.train.stage import Context
+from catmllm.world import World
 
 
 class Fitted:
@@ -23,7 +33,7 @@ class Fitted:
         self.local = np.array([surroundings(s) for s in self.shown])
         self.folds = np.array([fold_of(s) for s in self.shown])
         self.energies = np.array([s.known_energy for s in self.shown])
-        self.prior = KernelPrior()
+        self.prior = KernelPrior(SIZE, RATE)
         self.errors = self.prior.fit(self.local, known(self.shown), self.folds, self.energies)
 
     def __call__(self, systems: list[System], held_out: bool = False) -> np.ndarray:
@@ -35,7 +45,7 @@ class Fitted:
 
 @pytest.fixture(scope="module")
 def fitted(train_systems: list[System]) -> Fitted:
-    return Fitted(train_systems[::12])
+    return Fitted(train_systems[::20])
 
 
 def by_scikit_learn(fit: Fitted, asked: list[System], rows: np.ndarray, strength: float) -> np.ndarray:
@@ -113,7 +123,7 @@ def test_an_adsorbate_that_training_lacks_has_the_mean_of_all(train_systems: lis
 
 
 def test_a_prior_of_any_size_is_loaded(fitted: Fitted) -> None:
-    new, state = KernelPrior(), fitted.prior.state_dict()
+    new, state = KernelPrior(SIZE, RATE), fitted.prior.state_dict()
     assert not new(torch.zeros(2, 500), torch.zeros(2, 3, dtype=torch.int64)).any()
     new.load_state_dict(state, strict=True, assign=True)
     for name, tensor in state.items():
@@ -128,3 +138,41 @@ def test_a_frame_on_the_way_is_not_relaxed(train_systems: list[System]) -> None:
         [0, fold_of(system)],
         [1, -1],
     ]
+
+
+def test_a_new_model_says_what_the_closed_forms_say(
+    small_config: Config, train_systems: list[System], tmp_path: Path
+) -> None:
+    """In every mode; relaxed or not, as the call says; and so does what is read from its export."""
+    model, collate = new_model(small_config, train_systems[::40])
+    some = train_systems[::40]
+    world = World(0, 1, torch.device("cpu"))
+    standardise(Context(small_config, model, collate, {"train": some}, world, tmp_path))
+    asked = train_systems[1::500]
+    save_model(tmp_path, model, model.state_dict(), small_config, collate.tokenizer)
+    read = load_model(tmp_path)[0]
+    for relaxed in (True, False):
+        systems = [replace(s, relaxed=relaxed) for s in asked]
+        facts = torch.from_numpy(known(systems))
+        local = np.array([surroundings(s) for s in systems])
+        texts = np.array([told(three_part_text(s)) for s in systems])
+        priors = {
+            "both": (model.prior, local),
+            "graph": (model.prior, local),
+            "text": (model.text_prior, texts),
+        }
+        for mode, (prior, descriptors) in priors.items():
+            said = prior.eval()(torch.tensor(descriptors, dtype=torch.float32), facts)
+            expected = (said * model.energy_std + model.energy_mean).numpy()
+            assert np.ptp(expected) > 0.1
+            for one in (model.eval(), read):
+                questions = [question(s, mode) for s in systems]  # type: ignore[arg-type]
+                np.testing.assert_allclose(predict_energies(one, collate, questions), expected, atol=1e-4)
+        np.testing.assert_allclose(
+            encoder_energies(model, collate, systems),
+            (
+                model.prior(torch.tensor(local, dtype=torch.float32), facts) * model.energy_std
+                + model.energy_mean
+            ),
+            atol=1e-4,
+        )

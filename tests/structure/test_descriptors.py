@@ -5,8 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import pytest
 
-from catmllm.structure.descriptors import PROPERTIES, SURROUNDINGS, local_descriptor, surroundings
+from catmllm.structure.descriptors import (
+    PROPERTIES,
+    SURROUNDINGS,
+    TOLD,
+    local_descriptor,
+    surroundings,
+    told,
+)
 from catmllm.structure.elements import NUMBER
 from catmllm.structure.system import System
 
@@ -36,3 +44,19 @@ def test_surroundings_do_not_depend_on_order_or_origin(train_systems: list[Syste
 def test_without_an_adsorbate_there_is_nothing_around_it(train_systems: list[System]) -> None:
     bare = replace(train_systems[0], tags=np.zeros(len(train_systems[0]), dtype=np.int8))
     assert not surroundings(bare).any()
+
+
+def test_a_text_tells_metals_sites_and_surroundings() -> None:
+    bridge = told("CO</s>PdIr (1 -1 1)</s>[C Pd Ir bridge [Pd Ir Ir Pd C] [Ir Pd Pd C]]")
+    width = 2 * PROPERTIES.shape[1]
+    pd, ir = PROPERTIES[NUMBER["Pd"]], PROPERTIES[NUMBER["Ir"]]
+    of_pair = np.concatenate([(pd + ir) / 2, abs(pd - ir) / 2])
+    np.testing.assert_allclose(bridge[:width], of_pair, atol=1e-12)
+    # the brackets name the bound metals again: Pd Ir Ir Pd, Ir Pd Pd
+    np.testing.assert_allclose(bridge[width : 3 * width // 2], (4 * pd + 3 * ir) / 7, atol=1e-12)
+    np.testing.assert_allclose(bridge[2 * width : 3 * width], of_pair, atol=1e-12)
+    assert bridge[3 * width :].tolist() == [0, 1, 0, 2, 3.5, 1, 1, 1, 1]
+    assert len(bridge) == TOLD
+    assert told("H</s>Pt</s>[]")[3 * width :].tolist() == [0, 0, 0, 0, 0, 1, 0, 0, 0]
+    with pytest.raises(ValueError, match="unpack"):
+        told("H</s>Pt")
