@@ -75,7 +75,8 @@ def run(args: argparse.Namespace) -> int:
     failed = len(found.items) - len(items) + found.refused.total()
     for item, energy in zip(items, energies.tolist()):
         # errors on validation are of what the model was shown there
-        told = domain is not None and (of_texts is not None or (mode == "both" and item.system.text is None))
+        shown = mode == "both" and item.system.text is None and item.system.relaxed
+        told = domain is not None and (of_texts is not None or shown)
         print(_line(item, energy, folder, domain, told, args.json))
     print(_conditions(folder, domain, of_texts), file=sys.stderr)
     known = [k for k, item in enumerate(items) if item.system.energy is not None]

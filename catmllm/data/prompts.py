@@ -75,7 +75,7 @@ class Sample:
     answer: str = ""
     graph: System | None = None
     energy: float | None = None  # eV, the label of h_reg
-    told: System | None = None  # whom the text is of, where no structure is shown
+    told: System | None = None  # what the text is of, where no structure is shown
 
 
 def chat(user: str, tail: str = "") -> str:

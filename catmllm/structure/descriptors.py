@@ -135,13 +135,16 @@ TOLD = 6 * PROPERTIES.shape[1] + 9
 
 def told(text: str) -> Floats:
     """What a three-part text tells, as numbers [TOLD]: mean and spread of the element properties of the
-    metals bound, of what these are bound to and of the slab; sites, numbers of bonds, Miller index.
-
-    Raises ValueError for a text that has not three parts.
+    metals bound, of what these are bound to and of the slab; sites, numbers of bonds, Miller index. A text of
+    other than three parts tells nothing: zeros.
     """
-    name, surface, configuration = text.split(SEPARATOR)
+    parts = text.split(SEPARATOR)
+    if len(parts) != 3:
+        return np.zeros(TOLD)
+    name, surface, configuration = parts
     formula, _, miller = surface.partition(" ")
-    slab = [NUMBER[e] for e, n in re.findall(r"([A-Z][a-z]?)(\d*)", formula) for _ in range(int(n or 1))]
+    counts = re.findall(r"([A-Z][a-z]?)(\d*)", formula)
+    slab = [NUMBER[e] for e, n in counts if e in NUMBER for _ in range(int(n or 1))]
     plane = [abs(float(x)) for x in re.findall(r"-?\d+", miller)] or [0.0, 0.0, 0.0]
     own = set(re.findall(r"[A-Z][a-z]?", name))
     depth, binding = 0, 0.0
@@ -153,11 +156,11 @@ def told(text: str) -> Floats:
             binding += word == "[" and depth == 1
         elif word in sites:
             sites[word] += 1
-        elif word not in own:
+        elif word in NUMBER and word not in own:
             bound[depth > 1].append(NUMBER[word])
     first, second = (float(len(some)) for some in bound)
-    counts = [*sites.values(), first, second / max(first, 1.0), binding]
-    return np.concatenate([*map(_spread, (*bound, slab)), counts, plane])
+    bonds = [*sites.values(), first, second / max(first, 1.0), binding]
+    return np.concatenate([*map(_spread, (*bound, slab)), bonds, plane])
 
 
 def _spread(elements: list[int]) -> Floats:
