@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from catmllm.data.open import open_data
 from catmllm.data.prompts import cif_sample, property_sample
@@ -17,6 +16,7 @@ from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.train.sharding import shard, whole
 from catmllm.world import start
 from tests.contexts import small
+from tests.ranks import two_ranks
 from tests.seeing import save_qwen, seeing_config
 
 
@@ -58,6 +58,6 @@ def test_a_rank_without_structures_keeps_step(tmp_path: Path, pictures: bool) ->
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    mp.spawn(pass_of_rank, args=(port, str(tmp_path), pictures), nprocs=2)
+    two_ranks(pass_of_rank, port, str(tmp_path), pictures)
     norms = torch.load(tmp_path / "norms.pt", weights_only=True)
     torch.testing.assert_close(norms["found"], norms["expected"], rtol=1e-4, atol=1e-6)

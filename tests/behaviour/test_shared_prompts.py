@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 import catmllm.stages.grpo as grpo
 from catmllm.config import Config
@@ -26,6 +25,7 @@ from catmllm.train.sharding import shard, whole
 from catmllm.train.stage import Context, Step
 from catmllm.world import World, start
 from tests.contexts import MakeContext, small
+from tests.ranks import two_ranks
 
 LENGTHS = [[9, 1, 14], [5, 30, 2], [11, 3, 7], [8, 8, 20]]  # tokens of the answers to each prompt
 # One group without a signal, and a hole in another: rank 1 keeps 2 answers where rank 0 keeps 5,
@@ -160,7 +160,7 @@ def test_two_ranks_give_the_step_of_one(make_context: MakeContext, tmp_path: Pat
     heads = head_step(make_context(configured(1)))
     assert expected["tokens"] < apart["tokens"]
     assert expected["kl"] > 1e-3 and len(expected["gradients"]) > 20
-    mp.spawn(rank_of_two, args=(port, str(tmp_path)), nprocs=2)
+    two_ranks(rank_of_two, port, str(tmp_path))
     found = {p.stem: torch.load(p, weights_only=True) for p in tmp_path.glob("*.pt")}
     same_step(apart, expected)
     same_step(found.pop("heads"), heads)

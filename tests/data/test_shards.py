@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pickle
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ from catmllm.data.shards import Shards, map_arrays, write_arrays, write_shards
 from catmllm.data.slabs import load_slabs, split
 from catmllm.structure.system import System
 from catmllm.structure.text import three_part_text
+from tests.ranks import forks
 from tests.structure.systems import slabs
 
 SHIPPED = load_slabs()[::3]
@@ -95,7 +95,7 @@ def _read(shards: Shards) -> list[float | None]:
 def test_workers_read_a_pickled_dataset(shards: Shards) -> None:
     some = shards[5::40]
     assert len(pickle.dumps(shards)) < 1000
-    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(2, mp_context=forks()) as pool:
         assert pool.submit(_read, some).result() == [s.energy for s in SHIPPED[5::40]]
 
 

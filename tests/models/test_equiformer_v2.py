@@ -20,6 +20,7 @@ from catmllm.models.so3 import SphereTables, real_spherical_harmonics, sphere_gr
 from catmllm_kernels.escn.layout import lost_order_scale, rows_of, unpack_wigner
 from catmllm_kernels.escn.reference import index_of
 from catmllm_kernels.so3_pool_project import so3_pool
+from tests.ranks import two_ranks
 
 ROOT = Path(__file__).parents[2]
 REFERENCES = Path(os.environ.get("CATMLLM_ESCN_REFERENCES", ROOT.parent / "shared" / "reference" / "escn"))
@@ -495,7 +496,7 @@ def test_fully_sharded_blocks(tmp_path, checkpointing):
         dist.destroy_process_group()
 
 
-def two_ranks(rank, folder):
+def sharded_rank(rank, folder):
     """What `test_two_ranks` runs in each process: its own graph through the sharded model, kept by rank 0."""
     import torch.distributed as dist
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -523,7 +524,7 @@ def two_ranks(rank, folder):
 def test_two_ranks(tmp_path):
     """FSDP2 on every block and the root, two ranks with graphs of their own:
     the embeddings of one process, and the mean of its two gradients."""
-    torch.multiprocessing.spawn(two_ranks, args=(str(tmp_path),), nprocs=2)
+    two_ranks(sharded_rank, str(tmp_path))
     found = torch.load(tmp_path / "sharded.pt", weights_only=True)
     model = make_model(SMALL, torch.float32)
     for rank in range(2):

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,6 +19,7 @@ from catmllm.models.losses import info_nce, mmtg_loss
 from catmllm.stages.align import text_keys
 from catmllm.structure.system import System
 from catmllm.structure.text import three_part_text
+from tests.ranks import two_ranks
 
 losses = st.floats(0, 50, allow_subnormal=False)
 lambdas = st.floats(0.01, 1.0)
@@ -160,7 +160,7 @@ def info_nce_rank(rank: int, store: str, out: str) -> None:
 
 
 def test_two_processes_give_the_loss_and_gradient_of_the_whole_batch(tmp_path: Path) -> None:
-    mp.spawn(info_nce_rank, (str(tmp_path / "store"), str(tmp_path / "rank")), nprocs=2)
+    two_ranks(info_nce_rank, str(tmp_path / "store"), str(tmp_path / "rank"))
     parts = [torch.load(tmp_path / f"rank{r}.pt") for r in range(2)]
     graph, text = (t.clone().requires_grad_() for t in pairs())
     loss = info_nce(graph, text, 0.2, KEY)

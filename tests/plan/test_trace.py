@@ -72,7 +72,7 @@ def test_sharded_state_is_a_share_of_the_parameters(data: dict[str, list[System]
     model, _ = new_model(config(), data["train"])
     size = sum(p.numel() for n, p in model.named_parameters() if "visual" not in n)
     everything = ("precision=fp32", "joint.train_encoder=true")
-    plans = {n: trace(config(*everything), "joint", n, data=data) for n in (1, 4)}
+    plans = {n: trace(config(*everything), "joint", n, data=data, steps=1) for n in (1, 4)}
     for n, plan in plans.items():
         assert plan.parts["parameters"] * GIB == pytest.approx(4 * size / n, rel=0.05)
         assert plan.parts["optimizer states"] * GIB == pytest.approx(8 * size / n, rel=0.05)
@@ -86,7 +86,7 @@ def test_sharded_state_is_a_share_of_the_parameters(data: dict[str, list[System]
 
 def test_switches_save_what_they_promise(data: dict[str, list[System]]) -> None:
     def plan(*overrides: str) -> Plan:
-        return trace(config("joint.batch_size=16", *overrides), "joint", 2, data=data)
+        return trace(config("joint.batch_size=16", *overrides), "joint", 2, data=data, steps=1)
 
     none, selective, full = (plan(f"checkpointing={m}") for m in ("none", "selective", "full"))
     kept = [p.parts["activations"] + p.parts.get("encoder activations", 0) for p in (none, selective, full)]
@@ -227,7 +227,9 @@ def test_pictures_and_their_tower_are_planned(data: dict[str, list[System]], tmp
     unused it takes nothing."""
     save_qwen(tmp_path, data["train"])
     options = {"off": ["data.images=false"], "frozen": [], "trained": ["model.llm.train_images=true"]}
-    plans = {k: trace(seeing_config(tmp_path, *o), "joint", 2, data=data) for k, o in options.items()}
+    plans = {
+        k: trace(seeing_config(tmp_path, *o), "joint", 2, data=data, steps=1) for k, o in options.items()
+    }
     tower = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path).model.visual.num_parameters()
     parameters = {k: p.parts["parameters"] * GIB for k, p in plans.items()}
     states = {k: p.parts["optimizer states"] * GIB for k, p in plans.items()}
@@ -271,10 +273,10 @@ def test_what_to_turn_on_is_found() -> None:
     systems = synthetic_systems(80, 24)
     data = {"train": systems, "val": systems, "test": systems}
     one = with_micro_batch(config("joint.property_share=0"), "joint", 1)
-    plain = trace(one, "joint", 2, data=data)
-    saving = trace(replace(one, checkpointing="full"), "joint", 2, data=data)
+    plain = trace(one, "joint", 2, data=data, steps=1)
+    saving = trace(replace(one, checkpointing="full"), "joint", 2, data=data, steps=1)
     assert saving.peak < plain.peak
-    advice = advise(one, "joint", 2, (saving.peak + plain.peak) / 2, data=data)
+    advice = advise(one, "joint", 2, (saving.peak + plain.peak) / 2, data=data, steps=1)
     assert advice.largest >= 1 and advice.turn_on[0] == "checkpointing=selective"
 
 
