@@ -19,14 +19,14 @@ from catmllm_kernels.registry import OPS
 
 ROOT = Path(__file__).resolve().parents[2]
 ARCHS = ("sm_80", "sm_90")
-# One for each architecture; in float16 of other compilers too: `aot_sm_80.triton-3.6.0.json`.
+# One for each architecture; of the compilers at the ends of the range too: `aot_sm_90.triton-3.6.0.json`.
 TABLES = {
     path.stem: json.loads(path.read_text())
     for path in sorted((ROOT / "kernels/catmllm_kernels").glob("aot_sm_*.json"))
 }
 # What is not as it should be: 254 registers of 255 by a Triton that no torch of the range brings.
 FAULTS = {
-    "aot_sm_90.triton-3.9.0": [("product_kernel", "L6M3 s2 153M", "spills 12 B, 24 B on the stack")] * 2,
+    "aot_sm_90.triton-3.9.0": [("product_kernel", "L6M3 s2 153M", "spills 12 B, 24 B on the stack")] * 4,
 }
 NAMES = ("op", "case", "kernel", "config", "dtype")
 
@@ -84,10 +84,8 @@ def test_the_table_holds_every_rule(name: str) -> None:
     assert {row["kernel"] for row in table} > set(PRODUCTS)
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype"),
-    [(n, d) for n in TABLES for d in ("fp16", "bf16", "fp32") if d == "fp16" or "triton" not in n],
-)
+@pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
+@pytest.mark.parametrize("name", TABLES)
 def test_the_table_is_complete(name: str, dtype: str) -> None:
     """Every launch of every model-sized case, forward and backward,
     with every tile that tuning may choose; and nothing else."""
