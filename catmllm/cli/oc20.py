@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from catmllm.cli.own import limit_options
+from catmllm.cli.own import limit_options, several
 
 HELP = "OC20 and OC20-Dense from their files to a training set"
 
@@ -20,23 +20,12 @@ def options(parser: argparse.ArgumentParser) -> None:
         "databases. docs/data.md says which energies each holds and what is dropped."
     )
     parser.add_argument("sources", nargs="*", metavar="SRC", type=Path, help="files or folders of OC20")
-    parser.add_argument(
-        "--dense",
-        nargs="+",
-        default=[],
-        metavar="SRC",
-        type=Path,
-        help="files or folders of OC20-Dense; what overlaps with OC20 is left out",
-    )
-    parser.add_argument(
+    several(parser, "--dense", "files or folders of OC20-Dense; what overlaps with OC20 is left out", "SRC")
+    several(
+        parser,
         "--mapping",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="FILE.pkl",
-        type=Path,
-        help="oc20_data_mapping.pkl, oc20dense_{mapping,targets,ref_energies,tags}.pkl, oc20_ref.pkl: "
-        "any of them",
+        "oc20_data_mapping.pkl, oc20dense_{mapping,targets,ref_energies,tags}.pkl, oc20_ref.pkl: any of them",
+        "FILE.pkl",
     )
     parser.add_argument("--out", required=True, metavar="DIR", type=Path, help="folder of the dataset")
     parser.add_argument("--workers", type=int, help="processes (default: all cores)")

@@ -29,6 +29,11 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--group", metavar="COLUMN", help="column that data.split_by=column goes by")
 
 
+def several(parser: argparse.ArgumentParser, name: str, says: str, metavar: str = "FILE") -> None:
+    """An option that takes one path or more and may come again."""
+    parser.add_argument(name, nargs="+", action="extend", default=[], metavar=metavar, type=Path, help=says)
+
+
 def label_options(parser: argparse.ArgumentParser) -> None:
     """The options that say how energies are read and which count, where labels are needed."""
     parser.add_argument(
@@ -38,14 +43,10 @@ def label_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--energy-key", metavar="KEY", help="the column or key that holds the energy")
     parser.add_argument("--unit", default="eV", help="of the energies, references too (default %(default)s)")
-    parser.add_argument(
+    several(
+        parser,
         "--reference",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="FILE",
-        type=Path,
-        help="energies that total ones are counted from: tables `name,energy`, or clean slabs and gas "
+        "energies that total ones are counted from: tables `name,energy`, or clean slabs and gas "
         "molecules as structures with energies",
     )
     parser.add_argument("--reference-state", metavar="TEXT", help="the zero of the energies, in words")
@@ -79,15 +80,7 @@ def reading_options(parser: argparse.ArgumentParser) -> None:
         metavar="WHICH",
         help="which atoms it is: last (as many as the formula has), last:N, tag:N, or indices from 0: 12,13",
     )
-    parser.add_argument(
-        "--slab",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="FILE",
-        type=Path,
-        help="clean slabs; what they lack is the adsorbate",
-    )
+    several(parser, "--slab", "clean slabs; what they lack is the adsorbate")
     parser.add_argument(
         "--miller",
         nargs=3,

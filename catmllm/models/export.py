@@ -74,6 +74,14 @@ def save_tokenizer(tokenizer: Any, out: Path) -> None:
             (out / Path(file).name).unlink(missing_ok=True)
 
 
+# What the two classes have in common; the default of rms_norm_eps differs.
+SHARED = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "hidden_act", "max_position_embeddings", "rms_norm_eps", "bos_token_id",
+    "eos_token_id", "pad_token_id",
+)  # fmt: skip
+
+
 def text_config(model: CatalyticMLLM) -> Any:
     """The text tower's sizes as transformers' Qwen2Config."""
     from transformers import Qwen2Config
@@ -82,21 +90,10 @@ def text_config(model: CatalyticMLLM) -> Any:
     rope = {k: v for k, v in c.rope_parameters.items() if k != "mrope_section"} | {"rope_type": "default"}
     return Qwen2Config(
         architectures=["Qwen2ForCausalLM"],
-        vocab_size=c.vocab_size,
-        hidden_size=c.hidden_size,
-        intermediate_size=c.intermediate_size,
-        num_hidden_layers=c.num_hidden_layers,
-        num_attention_heads=c.num_attention_heads,
-        num_key_value_heads=c.num_key_value_heads,
-        hidden_act=c.hidden_act,
-        max_position_embeddings=c.max_position_embeddings,
-        rms_norm_eps=c.rms_norm_eps,  # the defaults of the two classes differ
+        **{name: getattr(c, name) for name in SHARED},
         rope_parameters=rope,
         tie_word_embeddings=False,
         use_sliding_window=False,
-        bos_token_id=c.bos_token_id,
-        eos_token_id=c.eos_token_id,
-        pad_token_id=c.pad_token_id,
     )
 
 

@@ -8,11 +8,7 @@ from __future__ import annotations
 
 from catmllm.config import InstructConfig
 from catmllm.seeds import Stream
-from catmllm.stages.supervised import (
-    VISUAL,
-    Mixed,
-    supervised_step,
-)
+from catmllm.stages.supervised import VISUAL, Mixed, supervised_step
 from catmllm.train.setup import READS_GRAPHS
 from catmllm.train.stage import Context, Step
 

@@ -14,7 +14,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import ArrayLike, NDArray
 
-from catmllm.structure.periodic import wrap, wrap_into
+from catmllm.structure.periodic import image_vector, wrap, wrap_into
 from catmllm.structure.system import System
 
 SHELL_TOLERANCE = 0.01  # Å
@@ -144,9 +144,7 @@ def _neighbours(cell, points, frac, spacings, i, reach, source, edges):
         for a in range(a0, a1 + 1):
             for b in range(b0, b1 + 1):
                 for c in range(c0, c1 + 1):
-                    x = points[j, 0] - points[i, 0] + a * cell[0, 0] + b * cell[1, 0] + c * cell[2, 0]
-                    y = points[j, 1] - points[i, 1] + a * cell[0, 1] + b * cell[1, 1] + c * cell[2, 1]
-                    z = points[j, 2] - points[i, 2] + a * cell[0, 2] + b * cell[1, 2] + c * cell[2, 2]
+                    x, y, z = image_vector(cell, points, i, j, a, b, c)
                     squared = x * x + y * y + z * z
                     if CLOSEST * CLOSEST < squared <= squared_reach:
                         if found == len(source):

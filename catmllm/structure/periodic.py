@@ -137,6 +137,15 @@ def _bond_matrix(cell, points, frac, spacings, radii, slack):
     return bonded
 
 
+@njit(cache=True, nogil=True, inline="always")
+def image_vector(cell, points, i, j, a, b, c):
+    """From i to the image (a, b, c) of j, three numbers in Å."""
+    x = points[j, 0] - points[i, 0] + a * cell[0, 0] + b * cell[1, 0] + c * cell[2, 0]
+    y = points[j, 1] - points[i, 1] + a * cell[0, 1] + b * cell[1, 1] + c * cell[2, 1]
+    z = points[j, 2] - points[i, 2] + a * cell[0, 2] + b * cell[1, 2] + c * cell[2, 2]
+    return x, y, z
+
+
 @njit(cache=True, nogil=True)
 def any_image_within(cell, points, frac, spacings, i, j, reach):
     """Whether an image of j (for i = j, another one) is nearer to i than reach."""
@@ -152,9 +161,7 @@ def any_image_within(cell, points, frac, spacings, i, j, reach):
     for a in range(a0, a1 + 1):
         for b in range(b0, b1 + 1):
             for c in range(c0, c1 + 1):
-                x = points[j, 0] - points[i, 0] + a * cell[0, 0] + b * cell[1, 0] + c * cell[2, 0]
-                y = points[j, 1] - points[i, 1] + a * cell[0, 1] + b * cell[1, 1] + c * cell[2, 1]
-                z = points[j, 2] - points[i, 2] + a * cell[0, 2] + b * cell[1, 2] + c * cell[2, 2]
+                x, y, z = image_vector(cell, points, i, j, a, b, c)
                 if x * x + y * y + z * z < reach * reach and (i != j or a != 0 or b != 0 or c != 0):
                     return True
     return False

@@ -133,6 +133,15 @@ class Growing:
         return good & near(slab, REACH * radii[slab])
 
 
+@njit(cache=True, nogil=True, inline="always")
+def _sideways(cell, p, q):
+    """Of the vector p·a + q·b: its square, and its product with c (Å²)."""
+    u = p * cell[0, 0] + q * cell[1, 0]
+    v = p * cell[0, 1] + q * cell[1, 1]
+    w = p * cell[0, 2] + q * cell[1, 2]
+    return u * u + v * v + w * w, u * cell[2, 0] + v * cell[2, 1] + w * cell[2, 2]
+
+
 @njit(cache=True, nogil=True)
 def _near(cell, spacings, frac, reach, x, y, fractions):
     """Which third coordinates [n] of a point (x, y, ·) are within `reach` [m] (Å) of an image of any of the
@@ -149,12 +158,9 @@ def _near(cell, spacings, frac, reach, x, y, fractions):
         b0, b1 = first_and_last(dy, r, spacings[1])
         for a in range(a0, a1 + 1):
             for b in range(b0, b1 + 1):
-                p, q = dx + a, dy + b
-                u = p * cell[0, 0] + q * cell[1, 0]
-                v = p * cell[0, 1] + q * cell[1, 1]
-                w = p * cell[0, 2] + q * cell[1, 2]
-                along = (u * c[0] + v * c[1] + w * c[2]) / cc
-                inside = along * along - (u * u + v * v + w * w - r * r) / cc
+                square, along = _sideways(cell, dx + a, dy + b)
+                along /= cc
+                inside = along * along - (square - r * r) / cc
                 if inside <= 0:
                     continue
                 half = np.sqrt(inside)
@@ -185,10 +191,6 @@ def _beside(cell, spacings, frac, reach, known, fractions):
             b0, b1 = first_and_last(dy, r, spacings[1])
             for a in range(a0, a1 + 1):
                 for b in range(b0, b1 + 1):
-                    p, q = dx + a, dy + b
-                    u = p * cell[0, 0] + q * cell[1, 0]
-                    v = p * cell[0, 1] + q * cell[1, 1]
-                    w = p * cell[0, 2] + q * cell[1, 2]
-                    along = u * c[0] + v * c[1] + w * c[2]
-                    found[k] = found[k] or u * u + v * v + w * w - along * along / cc < r * r
+                    square, along = _sideways(cell, dx + a, dy + b)
+                    found[k] = found[k] or square - along * along / cc < r * r
     return found

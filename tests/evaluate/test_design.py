@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -142,7 +142,18 @@ def test_curves_by_hand() -> None:
     assert set(curves["kernel_ridge"]) == {"n"}
 
 
+@pytest.fixture
+def evaluated(
+    small_model: tuple[CatalyticMLLM, Collator], small_config: Config, parts: dict[str, Sequence[System]]
+) -> Callable[..., dict[str, Any]]:
+    """The evaluation of the small model, with other options of `evaluate`."""
+    return lambda **options: design.evaluate_design(
+        *small_model, configured(small_config, **options), parts, ONE
+    )
+
+
 def test_evaluation_with_controls(
+    evaluated: Callable[..., dict[str, Any]],
     small_model: tuple[CatalyticMLLM, Collator],
     small_config: Config,
     parts: dict[str, Sequence[System]],
@@ -150,15 +161,14 @@ def test_evaluation_with_controls(
 ) -> None:
     judge = judges.Judge(EggBox())
     monkeypatch.setattr(judges, "Judge", lambda name: judge)
-    config = configured(small_config)
-    found = design.evaluate_design(*small_model, config, parts, ONE)
+    found = evaluated()
     json.dumps(found)
     assert found["budgets"] == [1, 4, 5] and found["n"] == 2 and 0 <= found["AD"] <= 1
-    tasks = design.design_tasks(parts["test"], 2, config.seed)
+    tasks = design.design_tasks(parts["test"], 2, small_config.seed)
     ridge = KernelRidge.fit(parts["train"], parts["val"], FRAMES)
     for k, (task, of) in enumerate(zip(tasks, found["items"])):
         assert of["identity"] == task.identity
-        slabs = ideal_candidates(task, 5, config.seed, k)
+        slabs = ideal_candidates(task, 5, small_config.seed, k)
         own = predict_energies(*small_model, [question(s) for s in slabs])
         for method, energies in (("enumeration", own), ("kernel_ridge", ridge.predict(slabs))):
             answers = of["answers"][method]
@@ -182,13 +192,10 @@ def test_evaluation_with_controls(
 
 
 def test_what_cannot_be_enumerated_has_no_such_controls(
-    small_model: tuple[CatalyticMLLM, Collator],
-    small_config: Config,
-    parts: dict[str, Sequence[System]],
-    monkeypatch: pytest.MonkeyPatch,
+    evaluated: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(design, "ideal_candidates", lambda *_: [])
-    found = design.evaluate_design(*small_model, configured(small_config, judge="none"), parts, ONE)
+    found = evaluated(judge="none")
     assert [found["curves"][m]["n"] for m in design.METHODS] == [2, 0, 0]
     assert "random" not in found["own"] and "retrieval" in found["own"] and found["judge"] is None
 
