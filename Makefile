@@ -8,13 +8,13 @@ BIN      := $(VENV)/bin
 READY    := $(VENV)/.ready
 RUN      ?= runs/tiny
 RANKS    ?=
-EXTRAS   := train,lora,oracle,trl,server,dev
+EXTRAS   := train,lora,oracle,trl,server,completion,dev
 TESTS    ?=
 
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup constraints run test test-slow test-newest test-oldest test-python frameworks environments vllm baselines labels wheels bench gpu gpu-prefill tables lint format clean \
+.PHONY: help setup constraints run test test-slow test-newest test-oldest test-python docs frameworks environments vllm baselines labels wheels bench gpu gpu-prefill tables lint format clean \
 	engine test-engine test-so2 fuzz
 
 help:  ## this list
@@ -35,7 +35,7 @@ constraints:  ## write constraints.txt anew: the newest versions that pyproject.
 	$(PYTHON) -m venv --clear build/constraints
 	build/constraints/bin/python -m pip install --quiet --upgrade pip
 	PIP_CONFIG_FILE=/dev/null PIP_FIND_LINKS= build/constraints/bin/python -m pip install --quiet --dry-run --report build/resolved.json \
-		--ignore-installed torch==2.13.0 pip setuptools cython '.[$(EXTRAS)]'
+		--ignore-installed torch==2.13.0 pip setuptools cython '.[$(EXTRAS)]' --group docs
 	build/constraints/bin/python .ci/versions.py resolved < build/resolved.json > build/constraints.txt
 	mv build/constraints.txt $@.txt
 
@@ -143,6 +143,19 @@ gpu-prefill:  ## compile the kernels of `make gpu` for sm_80 and sm_90, without 
 
 tables: setup  ## the figures of README.md and docs/ from bench/results
 	$(BIN)/python bench/tables.py
+
+# MkDocs lives in an environment of its own: what runs and tests need not wait for it. The pages of keys and commands and the figures
+# in them are in the tree already; tests hold them to the code.
+DOCS := .docs
+docs: $(DOCS)/.ready  ## the site of docs/, strictly, in build/site, and how well each page reads
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --quiet --strict
+	$(DOCS)/bin/python .ci/site.py
+
+$(DOCS)/.ready: constraints.txt pyproject.toml
+	test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --constraint constraints.txt --upgrade pip
+	$(DOCS)/bin/python -m pip install --quiet --constraint constraints.txt --group docs
+	@touch $@
 
 SOURCES := $(wildcard csrc/*/*.h csrc/*/*.cpp)
 

@@ -204,8 +204,8 @@ def run_serve(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `rewards-fast`."""
+def command_line() -> argparse.ArgumentParser:
+    """The parser of `rewards-fast`, from which its page of the documentation is made too."""
     parser = argparse.ArgumentParser(prog="rewards-fast", description=__doc__)
     parser.add_argument("--version", action="version", version=importlib.metadata.version("catmllm"))
     commands = parser.add_subparsers(dest="command", required=True)
@@ -246,6 +246,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     serve.add_argument("--drain-seconds", type=float, default=1, help="of answering on after SIGTERM")
     serve.add_argument("--log", default="info", choices=("debug", "info", "warning", "error"))
     serve.set_defaults(run=run_serve)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `rewards-fast`."""
+    parser = command_line()
     arguments, rest = parser.parse_known_args(argv)
     if rest and (not hasattr(arguments, "settings") or any(item.startswith("-") for item in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")

@@ -204,7 +204,9 @@ def test_what_a_page_says_runs(page: Path, tmp_path: Path) -> None:
 
 
 def test_the_pages_are_there() -> None:
-    assert {p.stem for p in PAGES} == {"trl", "verl", "openrlhf", "frameworks", "server", "scores", "tuning"}
+    assert {p.stem for p in PAGES} == {
+        *("trl", "verl", "openrlhf", "frameworks", "server", "scores", "reasons", "tuning")
+    }
     front = (ROOT / "README.md").read_text() + (ROOT / "docs" / "rewards_fast.md").read_text()
     for page in PAGES:
         assert f"rewards/{page.name}" in front

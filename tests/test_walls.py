@@ -254,7 +254,7 @@ def test_a_structure_needs_no_torch() -> None:
 
 
 def test_the_configuration_and_the_command_line_are_quick_to_load() -> None:
-    names = loaded_after("import catmllm.config, catmllm.cli.main")
+    names = loaded_after("import catmllm.config, catmllm.cli.main; catmllm.cli.main.command_line()")
     assert "torch" not in names and "transformers" not in names
 
 

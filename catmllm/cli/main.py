@@ -1,7 +1,8 @@
 """The `catmllm` command, a file a subcommand: plan | predict | design | finetune | evaluate | export |
-study | data make, relabel, import, oc20, inspect.
+study | doctor | completion | data make, relabel, import, oc20, inspect.
 
-Each subcommand has a line of help, its `options`, and `run`, which loads only what it needs.
+Each subcommand has a line of help, its `options`, and `run`, which loads only what it needs. What they name
+themselves is loaded where the parser is made, so that `doctor` runs where a package is missing.
 """
 
 from __future__ import annotations
@@ -11,25 +12,33 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from catmllm.cli import design, evaluate, export, finetune, inspect, oc20, own, plan, predict, study
-from catmllm.data import make, relabel
+from catmllm.cli import doctor
 
-COMMANDS = {
-    "predict": predict,
-    "design": design,
-    "finetune": finetune,
-    "evaluate": evaluate,
-    "export": export,
-    "plan": plan,
-    "study": study,
-}
-KINDS = {"import": own, "oc20": oc20, "inspect": inspect}  # of `catmllm data`
+EXAMPLES = """\
+what people do:
+  catmllm predict slab.cif                                   energies of structures at hand
+  catmllm design "CO</s>Pt9Cu3 (1 1 1)" --energy -1.2        CIFs of new systems at a wanted energy
+  catmllm data import calcs/ --out data/mine                 their own structures to a training set
+  catmllm finetune runs/tiny --data data/mine                a trained model on that
+  catmllm plan a100x8/7b.yaml a100x8/joint.yaml              whether a large run fits, without a GPU
+
+catmllm COMMAND --help has the arguments; catmllm doctor says what is missing on this machine.
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status. What the user can mend is one line on stderr, without a trace."""
-    parser = _parser()
-    args = parser.parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    try:
+        parser = command_line()
+    except ModuleNotFoundError as error:
+        if given[:1] != ["doctor"]:
+            mend = "pip install '.[train]' in the clone; `catmllm doctor` says what else is missing"
+            print(f"catmllm: {error.name} is not installed: {mend}", file=sys.stderr)
+            return 1
+        parser = _empty()
+        _add(parser.add_subparsers(dest="command"), "doctor", doctor.HELP, doctor.options, doctor.run)
+    args = parser.parse_args(given)
     try:
         return int(args.run_command(args) or 0)
     except (ValueError, OSError, ModuleNotFoundError, RuntimeError) as error:
@@ -40,22 +49,57 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _empty() -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(
         prog="catmllm",
-        description="Language models on catalysts: predict energies, design structures, evaluate.",
+        description="Language models on catalysts: predict energies, design structures, train, measure.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
+
+def command_line() -> argparse.ArgumentParser:
+    """The parser of `catmllm`; docs/commands.md and the shells' completion are made from it too.
+
+    Raises ModuleNotFoundError where a package of the extra `train` is missing.
+    """
+    from catmllm.cli import design, evaluate, export, finetune, inspect, oc20, own, plan, predict, study
+    from catmllm.data import make, relabel
+
+    modules = {"predict": predict, "design": design, "finetune": finetune, "evaluate": evaluate,
+               "export": export, "plan": plan, "study": study, "doctor": doctor}  # fmt: skip
+    parser = _empty()
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, module in COMMANDS.items():
+    for name, module in modules.items():
         _add(commands, name, module.HELP, module.options, module.run)
     data = commands.add_parser("data", help="make training data, and look at it")
     kinds = data.add_subparsers(dest="kind", required=True, metavar="KIND")
     made = "adsorption systems on random slabs, labelled by DIEP (an MLIP, not DFT)"
     _add(kinds, "make", made, make.add_arguments, make.main)
     _add(kinds, "relabel", "new labels for such systems, by DIEP", relabel.add_arguments, relabel.main)
-    for name, module in KINDS.items():
+    for name, module in (("import", own), ("oc20", oc20), ("inspect", inspect)):
         _add(kinds, name, module.HELP, module.options, module.run)
+    _add(commands, "completion", "print the completion of a shell", _completion_options, _completion)
     return parser
+
+
+def _completion_options(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Print a script that completes catmllm's commands and options. For bash: catmllm completion bash > "
+        "~/.local/share/bash-completion/completions/catmllm"
+    )
+    parser.add_argument("shell", choices=("bash", "zsh", "tcsh"))
+
+
+def _completion(args: argparse.Namespace) -> int:
+    try:
+        import shtab
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(
+            "shtab writes the script: pip install '.[completion]' in the clone"
+        ) from None
+    print(shtab.complete(command_line(), args.shell))
+    return 0
 
 
 def _add(

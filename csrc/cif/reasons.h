@@ -1,5 +1,5 @@
 // Why a text is refused, in one table: the codes, what they mean, and an example of each.
-// rewards_fast._core.REASONS is made of it, and a test holds the table of docs/rewards_fast.md against that.
+// rewards_fast._core.REASONS is made of it, and a test holds that of docs/rewards/reasons.md against that.
 #pragma once
 
 #include <cstddef>

@@ -397,9 +397,10 @@ def test_reasons_name_what_is_wrong() -> None:
 
 def test_the_page_has_the_reasons_of_the_engine() -> None:
     """One table, csrc/cif/reasons.h: the page and the messages of errors say the same."""
-    page = (Path(__file__).parents[2] / "docs" / "rewards_fast.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "rewards" / "reasons.md").read_text(encoding="utf-8")
     table = page.partition("| reason |")[2].partition("\n\n")[0]
     rows = re.findall(r"^\| `(\w+)` \| (.*) \| (.*) \|$", table, re.MULTILINE)
     assert rows == [(code, *texts) for code, texts in _core.REASONS.items()]
+    assert all(f"'{code}'\n```" in page for code in _core.REASONS), "each has an example, which is run"
     with pytest.raises(CIFError, match=re.escape(_core.REASONS["no_block"][0])):
         parse_cif("no CIF at all")
