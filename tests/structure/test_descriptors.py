@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -16,6 +17,7 @@ from catmllm.structure.descriptors import (
 )
 from catmllm.structure.elements import NUMBER
 from catmllm.structure.system import System
+from catmllm.structure.text import configuration
 
 
 def test_surroundings_hold_the_descriptor_and_the_adsorbates_elements(train_systems: list[System]) -> None:
@@ -38,6 +40,29 @@ def test_surroundings_do_not_depend_on_order_or_origin(train_systems: list[Syste
         frac = (system.frac + [*rng.random(2), 0.0])[order]
         moved = replace(system, frac=frac, numbers=system.numbers[order], tags=system.tags[order])
         np.testing.assert_allclose(surroundings(moved), surroundings(system), atol=1e-9)
+
+
+def test_sites_are_those_of_the_three_part_text(train_systems: list[System]) -> None:
+    """To how many slab atoms of what elements it binds, and these to how many of what: read from words."""
+    some = [s for s in train_systems if len(s.adsorbate) == 1][::97]  # of more, the order differs
+    for system in some:
+        first, rest, number, plane = np.split(local_descriptor(system)[-64:], [30, 60, 61])
+        assert not rest.any() and plane[0] == 1
+        np.testing.assert_allclose(plane * max(system.miller or ()), sorted(system.miller or ())[::-1])
+        text = configuration(system)
+        if text == "[]":
+            assert not first.any() and not number.any()
+            continue
+        assert number == 1
+        bound = re.sub(r"\[[^\[\]]*\]", "", text[1:-1]).split()[1:-1]
+        inner = [words.split()[1:] for words in re.findall(r"\[([^\[\]]*)\]", text[1:-1])]
+        around = [word for words in inner for word in words if word != text[1:].split()[0]]
+        of, n = PROPERTIES[[NUMBER[w] for w in bound]], len(bound)
+        counts = [n == 1, n == 2, n == 3, n > 3, n, len(around) / n / 9]
+        second = PROPERTIES[[NUMBER[w] for w in around]].sum(0) / max(len(around), 1)
+        expected = [counts, of.mean(0), of.min(0), of.max(0), second]
+        np.testing.assert_allclose(first, np.concatenate(expected), atol=1e-12)
+    assert any(configuration(s) == "[]" for s in some) and any("hollow" in configuration(s) for s in some)
 
 
 def test_without_an_adsorbate_there_is_nothing_around_it(train_systems: list[System]) -> None:
