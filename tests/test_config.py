@@ -81,22 +81,6 @@ def test_a_subclass_with_another_default_keeps_help_and_bounds() -> None:
         JointConfig(steps=0)
 
 
-@pytest.mark.parametrize(
-    ("key", "nearest"),
-    [
-        ("grpo.groupsize", "grpo.group_size"),
-        ("ga_grpo.sampling.temprature", "ga_grpo.sampling.temperature"),
-        ("model.encoder.l_max", "model.encoder.lmax"),
-        ("modle", "model"),
-        ("joint.mmtg_lamda", "joint.mmtg_lambda"),
-    ],
-)
-def test_an_unknown_key_is_named_with_its_nearest(key: str, nearest: str) -> None:
-    with pytest.raises(ConfigError) as error:
-        load_config(None, [f"{key}=1"])
-    assert f"`{key}`" in str(error.value) and f"`{nearest}`" in str(error.value)
-
-
 def test_an_unknown_key_like_no_other_lists_the_valid_ones() -> None:
     with pytest.raises(ConfigError, match=r"valid keys: .*temperature.*top_p"):
         load_config(None, ["grpo.sampling.xyzxyz=1"])
@@ -190,6 +174,14 @@ def test_whatever_is_written_gives_a_configuration_or_a_configuration_error(text
         ("model.llm.num_key_value_heads=4", "multiple of `model.llm.num_key_value_heads`, got 6 and 4"),
         ("temperature=1", "there is `align.temperature`, `grpo.sampling.temperature`"),
         ("lr.x=1", "unknown key `lr`; there is `encoder.lr`"),
+        ("grpo.groupsize=1", "unknown key `grpo.groupsize`; did you mean `grpo.group_size`?"),
+        (
+            "ga_grpo.sampling.temprature=1",
+            "unknown key `ga_grpo.sampling.temprature`; did you mean `ga_grpo.sampling.temperature`?",
+        ),
+        ("model.encoder.l_max=1", "unknown key `model.encoder.l_max`; did you mean `model.encoder.lmax`?"),
+        ("modle=1", "unknown key `modle`; did you mean `model`?"),
+        ("joint.mmtg_lamda=1", "unknown key `joint.mmtg_lamda`; did you mean `joint.mmtg_lambda`?"),
         ("grpo.betas=[0.9]", "`grpo.betas` must have 2 entries"),
         ("precision=fp8", "one of fp32, bf16, fp16"),
         ("model.projector=invarant", "did you mean invariant"),
