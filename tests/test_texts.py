@@ -27,7 +27,7 @@ SMALL = [
     "intermediate_size: 64}",
     "model.encoder={num_layers: 1, sphere_channels: 16, attn_hidden_channels: 16, num_heads: 2, "
     "ffn_hidden_channels: 16}",
-    "joint={steps: 6, batch_size: 8, warmup: 2, validate_every: 3}",
+    "joint={steps: 6, batch_size: 8, warmup: 2, validate_every: 3, checkpoint_every: 2}",
 ]
 
 
@@ -85,6 +85,19 @@ def test_predict_reads_texts_and_the_text_of_a_structure(
     assert rows[0]["system"].startswith(f"{some[0].adsorbate}</s>{some[0].bulk}")
     assert rows[3]["system"] == "a bare word" and rows[3]["outside"] and rows[3]["error"] is None
     assert rows[0]["error"] > 0 and "the rest ridge regression's" in err
+
+
+def test_a_run_of_texts_goes_on_from_its_checkpoint(trained: Path) -> None:
+    """Nothing without a gradient trains, or its optimizer state would be missing from every checkpoint."""
+    from safetensors.numpy import load_file
+
+    again = trained / "run"
+    whole = load_file(again / "joint" / "model.safetensors")
+    (again / "joint" / "model.safetensors").unlink()
+    settings = [*SMALL, f"data.path={trained / 'mine'}", f"out={again}"]
+    assert run(load_config(["tiny/text.yaml"], settings)) == 0
+    for name, values in load_file(again / "joint" / "model.safetensors").items():
+        assert np.array_equal(values, whole[name]), name
 
 
 def test_stages_of_structures_refuse_texts(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:

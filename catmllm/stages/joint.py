@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 
 from catmllm.config import JointConfig
+from catmllm.data.open import texts_only
 from catmllm.models.losses import mmtg_loss
 from catmllm.seeds import Stream
 from catmllm.stages.supervised import (
@@ -14,7 +15,7 @@ from catmllm.stages.supervised import (
     standardise,
     supervised_step,
 )
-from catmllm.train.setup import READS_ENERGY
+from catmllm.train.setup import READS_ENERGY, READS_GRAPHS
 from catmllm.train.stage import Context, Step
 
 
@@ -38,6 +39,8 @@ class Joint(Mixed):
     def trains(self, parameter: str) -> bool:
         if parameter.startswith(VISUAL):
             return self.context.config.model.llm.train_images
+        if texts_only(self.context.data["train"]) and parameter.startswith(READS_GRAPHS):
+            return False  # without a gradient there would be no state of it in a checkpoint
         return self.config.train_encoder or not parameter.startswith(READS_ENERGY)
 
     def step(self, step: int) -> Step:

@@ -11,6 +11,7 @@ import ase.io
 import numpy as np
 import pytest
 from ase import Atoms
+from ase.constraints import FixAtoms
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,6 +19,7 @@ from catmllm.data.own import keys
 from catmllm.data.own.reading import summary
 from tests.data import own_files as made
 from tests.data.own_files import found, one
+from tests.data.vasp_files import write_outcar, write_vasprun
 from tests.structure.systems import read_back
 
 METALS, MOLECULES = ("Pt", "Cu", "Ni", "Ag"), ("CO", "O", "H", "OH", "NH3")
@@ -201,3 +203,46 @@ def test_the_small_files_of_the_page(tmp_path: Path) -> None:
     ase.io.write(tmp_path / "total.extxyz", made.calculated(ase.io.read(tmp_path / "POSCAR"), -24.7))
     system = one(tmp_path / "total.extxyz", references=[tmp_path / "gas.csv"])
     assert system.energy == pytest.approx(-24.7 + 16.1 + 14.22 - 6.76)
+
+
+# --------------------------------------------------------------------------- VASP
+
+
+def test_a_vasp_calculation_reads_as_pymatgen_reads_it(tmp_path: Path) -> None:
+    """A vasprun.xml and an OUTCAR of two steps with fixed atoms, whose forces stay large: the last step, its
+    energy without smearing, and only free atoms are held to `--fmax`."""
+    from pymatgen.io.vasp import Outcar, Vasprun
+
+    start = made.slab("Pt", "CO", tags="none")
+    end, fixed = start.copy(), [0, 1, 2, 3]
+    end.positions[-2:] += [0.02, 0.01, 0.05]
+    forces = np.zeros((2, len(start), 3))
+    forces[0, -1], forces[1, -1], forces[1, fixed] = 0.3, 0.02, 0.5
+    steps = [(start, -77.1, forces[0]), (end, -77.6, forces[1])]
+    xml = write_vasprun(tmp_path / "vasprun.xml", steps, fixed)
+    theirs = Vasprun(str(xml), parse_dos=False, parse_eigen=False, parse_potcar_file=False)
+    (tmp_path / "gas.csv").write_text("Pt12,-61.0\nCO,-14.8\n")
+    asked = {"references": [tmp_path / "gas.csv"]}
+    system = one(xml, **asked)
+    assert system.energy == pytest.approx(float(theirs.final_energy) + 61.0 + 14.8)
+    frac = theirs.final_structure.frac_coords - end.get_scaled_positions()
+    assert np.abs(frac - np.round(frac)).max() < 1e-6
+    away = system.as_ase().get_all_distances(mic=True) - end.get_all_distances(mic=True)
+    assert np.abs(away).max() < 1e-6 and system.identity == "CO</s>Pt12 (1 1 1)"
+
+    assert found(write_vasprun(xml, steps, []), **asked).refused == {"unconverged": 1}
+    # cut by a queue in its third step: the second counts
+    assert one(write_vasprun(xml, steps, fixed, whole=False), **asked).energy == system.energy
+    assert found(write_vasprun(xml, steps[:1], fixed, whole=False), **asked).refused == {"unconverged": 1}
+
+    xml.write_text("<modeling><generator>")
+    outcar = write_outcar(tmp_path / "OUTCAR", steps)
+    (tmp_path / "gas.csv").rename(tmp_path.parent / "gas.csv")
+    asked = {"references": [tmp_path.parent / "gas.csv"]}
+    assert "unconverged" in found(tmp_path, **asked).refused  # nothing says which atoms are fixed
+    end.set_constraint(FixAtoms(fixed))
+    ase.io.write(tmp_path / "CONTCAR", end, format="vasp")
+    (item,) = found(tmp_path, **asked).items
+    assert Outcar(str(outcar)).final_energy == pytest.approx(-77.6)
+    assert item.system.energy == pytest.approx(system.energy)
+    assert "read from OUTCAR: vasprun.xml could not be read" in item.marks

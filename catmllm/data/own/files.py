@@ -7,6 +7,7 @@ there was.
 from __future__ import annotations
 
 import bz2
+import contextlib
 import csv
 import gzip
 import io
@@ -17,7 +18,6 @@ import re
 import sqlite3
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -193,13 +193,28 @@ def _by_ase(path: Path, name: str) -> Iterator[Record | Problem]:
     frame = 0
     try:
         if only_last:
-            frames = (ase.io.read(path, index=-1),)
+            last: Any = ase.io.read(path, index=-1)
+            if name.startswith("OUTCAR"):  # it says forces on all atoms and not which are fixed
+                last.set_constraint(_fixed(path.parent, len(last)))
+            frames = (last,)
         else:
             frames = ase.io.iread(path, index=":", format=format)
         for frame, atoms in enumerate(frames):
             yield _from_ase(atoms, frame)
     except UnknownFileTypeError as error:
         yield Problem("unknown format", f"{path}: ASE does not know it ({error}); give .extxyz, .cif, .db, …")
+
+
+def _fixed(folder: Path, n: int) -> list[Any]:
+    """The constraints of the CONTCAR or POSCAR of a calculation of n atoms, none where neither has any."""
+    import ase.io
+
+    for path in (folder / "CONTCAR", folder / "POSCAR"):
+        with contextlib.suppress(Exception):  # each way to be damaged raises its own
+            beside: Any = ase.io.read(path, format="vasp")
+            if len(beside) == n and beside.constraints:
+                return list(beside.constraints)
+    return []
 
 
 def _from_ase(atoms: Any, frame: int = 0) -> Record:
@@ -211,8 +226,8 @@ def _from_ase(atoms: Any, frame: int = 0) -> Record:
 # --------------------------------------------------------------------------- databases
 
 
-def _sqlite(path: Path) -> closing[sqlite3.Connection]:
-    return closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True))
+def _sqlite(path: Path) -> contextlib.closing[sqlite3.Connection]:
+    return contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True))
 
 
 def _database(path: Path) -> Iterator[Record | Problem]:
