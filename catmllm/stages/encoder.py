@@ -22,6 +22,7 @@ from catmllm.stages.supervised import (
     some_frame,
     standardise,
     validation_systems,
+    weigh,
 )
 from catmllm.structure.system import System
 from catmllm.train.setup import READS_ENERGY
@@ -88,6 +89,20 @@ class Encoder(FromLoader):
         if starts := [s.frame(0.0) for s in systems if s.start is not None]:
             found["val_start"] = mae(starts)
         return {"val": sum(found.values()) / len(found), **found}
+
+    def finish(self) -> str:
+        if not len(self.context.data["val"]):
+            return ""
+        systems = validation_systems(self.context, self.config)
+        shown = [_shown(s) for s in [*systems, *(s.frame(0.0) for s in systems if s.start is not None)]]
+
+        def energies(batch: Batch) -> torch.Tensor:
+            assert batch.graph is not None
+            (energy,) = self.context.model(CatalyticMLLM.graph_energy, batch.graph)
+            return energy
+
+        head = self.context.model.energy_head
+        return weigh(self.context, "graph", head.graph[-1], shown, self.config.batch_size, energies)
 
     def _batch(self, systems: list[System]) -> Batch:
         return self.context.collate([_shown(s) for s in systems]).to(self.context.world.device)

@@ -88,6 +88,8 @@ def _steps(context: Context, stage: Stage, ready: Ready) -> None:
             log.note(
                 f"{stage.name}: the weights of step {run.best_step} are kept (validation {run.best:.4g})"
             )
+        if note := stage.finish():
+            log.note(note)
 
 
 class _Run:

@@ -101,6 +101,9 @@ class Stage(Protocol):
     def step(self, step: int) -> Step:
         """The passes of optimizer step `step` on this rank; every rank must return equally many."""
 
+    def finish(self) -> str:
+        """Called when all steps are done, with the weights that are to stay; returns what is to be noted."""
+
     def end(self) -> None:
         """Called once, however training ended."""
 
@@ -125,6 +128,9 @@ class Plain:
 
     def begin(self) -> None:
         """Nothing to prepare."""
+
+    def finish(self) -> str:
+        return ""
 
     def end(self) -> None:
         """Nothing to put away."""

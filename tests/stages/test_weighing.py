@@ -1,0 +1,90 @@
+"""What a stage's network adds to the closed form of energies counts only as far as it helps."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from catmllm.models.catalytic_mllm import CatalyticMLLM
+from catmllm.stages import supervised
+from catmllm.stages.encoder import Encoder
+from catmllm.stages.joint import Joint
+from catmllm.train.loop import train
+from catmllm.train.stage import Context
+from tests.contexts import MakeContext, small
+
+
+@pytest.fixture
+def context(make_context: MakeContext) -> Context:
+    made = make_context(small())
+    made.data["val"] = made.data["val"][:12]
+    return made
+
+
+def spoiled(stage: type, number: float) -> type:
+    """The stage, whose read-outs of energies are this number in every place after training."""
+
+    class Spoiled(stage):  # type: ignore[misc]
+        @torch.no_grad()
+        def finish(self) -> str:
+            head = self.context.model.energy_head
+            others = () if stage is Joint else (head.graph[-1],)
+            for last in (*others, head.correction, head.text):
+                for p in last.parameters():
+                    p.fill_(number)
+            self.said = super().finish()
+            return str(self.said)
+
+    return Spoiled
+
+
+def test_networks_of_nonsense_do_not_count(context: Context) -> None:
+    state, stage = train(spoiled(Encoder, 1e6), context)
+    assert state["energy_head.graph.4.weight"].abs().sum() == 0
+    assert (state["energy_head.text.weight"] == 1e6).all()  # the LLM is not this stage's
+    assert "graph part of the energy head: counts by 0," in stage.said  # type: ignore[attr-defined]
+
+
+def test_read_outs_of_the_llm_are_weighed_each_by_its_own_prompts(context: Context) -> None:
+    state, stage = train(spoiled(Joint, 1e6), context)
+    for part in ("text", "correction"):
+        assert state[f"energy_head.{part}.weight"].abs().sum() == 0
+        assert f"{part} part of the energy head: counts by 0," in stage.said  # type: ignore[attr-defined]
+
+
+def test_the_share_is_that_of_the_smallest_error(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is noted are the errors of the model without the part, with it, and with the share that stays."""
+    found: dict[str, float] = {}
+    weigh = supervised.weigh
+
+    def measured(context, part, last, samples, batch_size, energies):
+        def error() -> float:
+            batch = context.collate(samples)
+            energy = context.model(CatalyticMLLM.graph_energy, batch.graph)[0]
+            return float(
+                (energy * context.model.energy_std + context.model.energy_mean - batch.energy).abs().mean()
+            )
+
+        context.model.eval()
+        whole = [p.detach().clone() for p in last.parameters()]
+        found["whole"] = error()
+        said = weigh(context, part, last, samples, batch_size, energies)
+        context.model.eval()
+        found["best"] = error()
+        found["share"] = float((last.weight.full_tensor() / whole[0].full_tensor()).mean())
+        found["samples"] = len(samples)
+        return said
+
+    monkeypatch.setattr("catmllm.stages.encoder.weigh", measured)
+    _, stage = train(spoiled(Encoder, 0.02), context)
+    said = stage.said  # type: ignore[attr-defined]
+    assert f"({found['best']:.4g} eV; whole {found['whole']:.4g}" in said
+    assert found["best"] <= found["whole"] and found["samples"] == 24
+    assert any(found["share"] == pytest.approx(s, abs=1e-6) for s in np.linspace(0, 1, 21))
+
+
+def test_without_validation_systems_nothing_is_weighed(context: Context) -> None:
+    context.data["val"] = []
+    state, stage = train(spoiled(Encoder, 1.0), context)
+    assert stage.said == "" and (state["energy_head.graph.4.weight"] == 1).all()  # type: ignore[attr-defined]
