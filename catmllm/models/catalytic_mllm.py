@@ -172,14 +172,24 @@ class CatalyticMLLM(nn.Module):
         else:
             read, sample = self._by_system(features, batch.graph), batch.sample[batch.graph_at]
             local, known = said_of(batch.graph)
-            prior = self.prior(local, known)
+            prior = self._closed_form(self.prior, local, known)
             if self.projector.mode == "atoms":
                 first = torch.arange(len(read), device=sample.device)
                 sample = sample[torch.searchsorted(batch.graph.batch, first)]
         value = head(read.to(query.dtype), local, query, sample).index_add(0, sample, prior)
         if batch.told is not None and batch.told_known is not None and batch.told_at is not None:
-            value = value.index_add(0, batch.told_at, self.text_prior(batch.told, batch.told_known))
+            value = value.index_add(
+                0, batch.told_at, self._closed_form(self.text_prior, batch.told, batch.told_known)
+            )
         return torch.where(batch.energy_at >= 0, value, torch.nan)
+
+    def _closed_form(
+        self, prior: KernelPrior, descriptors: torch.Tensor, known: torch.Tensor
+    ) -> torch.Tensor:
+        """Standardised energies [n] float32 of a closed form; 0 where it has not been fitted."""
+        if not len(prior.landmarks):
+            return torch.zeros(len(descriptors), device=descriptors.device)
+        return ((prior(descriptors, known) - self.energy_mean) / self.energy_std).float()
 
     def _by_system(self, rows: torch.Tensor, graph: GraphBatch) -> torch.Tensor:
         """One row [n_systems, F] per structure of what is per atom with the `atoms` projector."""
@@ -237,7 +247,7 @@ class CatalyticMLLM(nn.Module):
         features = self._by_system(self.features(graph), graph)
         local, known = said_of(graph)
         seen = self.energy_head(features.to(self.energy_head.text.weight.dtype), local)
-        return (seen + self.prior(local, known),)
+        return (seen + self._closed_form(self.prior, local, known),)
 
     def head(
         self,

@@ -46,7 +46,7 @@ def scales(raw: Floats) -> tuple[Floats, Floats]:
 
 
 class KernelPrior(nn.Module):
-    """Standardised energies by kernel ridge regression on training systems; 0 where it has none.
+    """Energies (eV) by kernel ridge regression on training systems; 0 where it has none.
 
     Columns of `means` and `coefficients`: the fit of relaxed structures to all, then without each fold, then
     the same for unrelaxed structures.
@@ -93,7 +93,7 @@ class KernelPrior(nn.Module):
 
     def fit(self, local: Floats, known: Integers, folds: Integers, energies: Floats) -> dict[str, float]:
         """Fit to descriptors [n, D or more], `known` [n, 3] (its folds do not count), folds [n] and
-        standardised energies [n]. Returns the standardised MAE on pairs that the fits have not seen, by which
+        energies (eV) [n]. Returns the MAE (eV) on pairs that the fits have not seen, by which
         their strengths are chosen, of `relaxed` and `unrelaxed` structures.
 
         One inverse a strength: coefficients without a fold follow from its block. Float64 throughout.

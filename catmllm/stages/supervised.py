@@ -64,9 +64,8 @@ def _fit_closed_form(context: Context, systems: list[System], local: np.ndarray)
     model = context.model
     starts = [s.frame(0.0) for s in systems if s.start is not None]
     shown = [*systems, *starts]
-    mean, std = float(model.energy_mean), float(model.energy_std)
     facts = known(shown), np.array([fold_of(s) for s in shown])
-    energies = (np.array([s.known_energy for s in shown]) - mean) / std
+    energies = np.array([s.known_energy for s in shown])
     found = {
         "structures": model.prior.fit(
             np.stack([*local, *(surroundings(s) for s in starts)]), *facts, energies
@@ -74,7 +73,7 @@ def _fit_closed_form(context: Context, systems: list[System], local: np.ndarray)
         "texts": model.text_prior.fit(np.array([told(three_part_text(s)) for s in shown]), *facts, energies),
     }
     if context.world.main:
-        errors = (f"{kind} {what} {e * std:.3f}" for what, by in found.items() for kind, e in by.items())
+        errors = (f"{kind} {what} {e:.3f}" for what, by in found.items() for kind, e in by.items())
         print(
             f"closed form, MAE (eV) on (bulk, Miller index) pairs not seen: {', '.join(errors)}", flush=True
         )
