@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -74,9 +75,8 @@ def _fit_closed_form(context: Context, systems: list[System], local: np.ndarray)
     }
     if context.world.main:
         errors = (f"{kind} {what} {e:.3f}" for what, by in found.items() for kind, e in by.items())
-        print(
-            f"closed form, MAE (eV) on (bulk, Miller index) pairs not seen: {', '.join(errors)}", flush=True
-        )
+        told_of = f"closed form, MAE (eV) on (bulk, Miller index) pairs not seen: {', '.join(errors)}"
+        print(told_of, file=sys.stderr, flush=True)  # a plan's output is JSON
 
 
 def some_frame(system: System, rng: np.random.Generator, share: float) -> System:
