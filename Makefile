@@ -13,6 +13,8 @@ TESTS    ?=
 
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
+# Tests start some sixty processes, each of which would compile every source anew where this is set.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help setup constraints run test test-slow test-newest test-oldest test-python docs frameworks environments vllm baselines labels wheels bench gpu gpu-prefill tables lint format clean \
 	engine test-engine test-so2 fuzz

@@ -11,9 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
-from tests.small_run import ROOT, finish, kill, launch
+from catmllm.data.shards import write_shards
+from catmllm.data.slabs import load_slabs
+from tests.behaviour.test_layouts import forks
+from tests.small_run import ROOT, kill, launch
 
 STAGES = ("encoder", "align", "joint", "instruct", "grpo", "ga_grpo")
 ENCODER = ("encoder.", "energy_head.graph.")
@@ -82,18 +86,31 @@ def test_run_leaves_complete_records(unbroken: Path) -> None:
     assert (unbroken / "grpo" / "samples.jsonl").read_text().count("\n") >= 1
 
 
-def test_killed_and_resumed_run_repeats_the_unbroken_one(unbroken: Path, run_config: Path) -> None:
-    out = unbroken.parent / "killed"
-    for stage, step in (("encoder", 2), ("joint", 3), ("grpo", 2), ("ga_grpo", 2)):
-        process = launch(run_config, out)
-        deadline = time.monotonic() + 300
-        while len(rows(out, stage)) <= step:
-            assert process.poll() is None, out.with_suffix(".log").read_text()[-4000:]
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        kill(process, out)
-        assert not (out / stage / "model.safetensors").exists(), "killed too late to show anything"
-    finish(run_config, out)
+@pytest.fixture(scope="session")
+def again(unbroken: Path, run_config: Path) -> Path:
+    """The folder of two more runs. `killed`: by a kill of torchrun in its first stage, then on forked ranks
+    in three others; `from_shards`: the first stage, of the same systems in shards."""
+    folder = unbroken.parent
+    settings = yaml.safe_load(run_config.read_text())
+    systems = sorted(load_slabs(settings["data"]["path"]), key=lambda s: s.sid)
+    write_shards(folder / "shards", systems, shard_size=50)
+    settings["data"]["path"], settings["stages"] = str(folder / "shards"), ["encoder"]
+    (folder / "shards.yaml").write_text(yaml.safe_dump(settings))
+    out = folder / "killed"
+    process = launch(run_config, out)
+    deadline = time.monotonic() + 300
+    while len(rows(out, "encoder")) <= 2:
+        assert process.poll() is None, out.with_suffix(".log").read_text()[-4000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    kill(process, out)
+    assert not (out / "encoder" / "model.safetensors").exists(), "killed too late to show anything"
+    forks("pipelines", folder)
+    return folder
+
+
+def test_killed_and_resumed_run_repeats_the_unbroken_one(unbroken: Path, again: Path) -> None:
+    out = again / "killed"
     for stage in STAGES:
         expected, found = rows(unbroken, stage), rows(out, stage)
         assert [r["step"] for r in found] == [r["step"] for r in expected]
@@ -137,21 +154,9 @@ def test_unknown_key_names_the_nearest() -> None:
     assert "grpo.beta" in process.stderr
 
 
-def test_a_folder_of_shards_trains_as_the_file_does(unbroken: Path, run_config: Path) -> None:
+def test_a_folder_of_shards_trains_as_the_file_does(unbroken: Path, again: Path) -> None:
     """The same systems in the same order, so every loss is the same to the last bit."""
-    import yaml
-
-    from catmllm.data.shards import write_shards
-    from catmllm.data.slabs import load_slabs
-
-    settings = yaml.safe_load(run_config.read_text())
-    systems = sorted(load_slabs(settings["data"]["path"]), key=lambda s: s.sid)
-    folder = unbroken.parent / "shards"
-    write_shards(folder, systems, shard_size=50)
-    settings["data"]["path"], settings["stages"] = str(folder), ["encoder"]
-    config, out = unbroken.parent / "shards.yaml", unbroken.parent / "from_shards"
-    config.write_text(yaml.safe_dump(settings))
-    finish(config, out)
+    out = again / "from_shards"
     assert [r["loss"] for r in rows(out, "encoder")] == [r["loss"] for r in rows(unbroken, "encoder")]
     mine, theirs = (json.loads((p / "metrics.json").read_text()) for p in (out, unbroken))
     assert mine["baselines"] == theirs["baselines"]

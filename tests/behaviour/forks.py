@@ -17,7 +17,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -75,41 +75,52 @@ class Prepared:
     def fork(self, ranks: int, overrides: Sequence[str], folder: Path, stage: str = "joint") -> list[int]:
         """Start a run; returns the ids of its processes."""
         config = load_config(None, [*BASE, *overrides])
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        children = []
-        folder.mkdir(parents=True, exist_ok=True)
-        for rank in range(ranks):
-            child = os.fork()
-            if child:
-                children.append(child)
-                continue
-            status = 1
-            try:
-                os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
-                os.environ["MASTER_PORT"] = str(port)
-                out = os.open(folder / f"rank-{rank}.txt", os.O_CREAT | os.O_APPEND | os.O_WRONLY)
-                os.dup2(out, 1)
-                os.dup2(out, 2)
-                status = self.rank(config, stage, folder)
-            except BaseException:
-                import traceback
-
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(status)
-        return children
+        return fork(ranks, folder, partial(self.rank, config, stage, folder))
 
     def run(self, ranks: int, overrides: Sequence[str], folder: Path, stage: str = "joint") -> list[int]:
         return wait(self.fork(ranks, overrides, folder, stage))
 
 
+def fork(ranks: int, folder: Path, rank: Callable[[], int]) -> list[int]:
+    """Processes that find each other as torchrun's do and end with the status of `rank()`; their ids. What
+    they print goes to `folder`/rank-N.txt."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    children = []
+    folder.mkdir(parents=True, exist_ok=True)
+    for k in range(ranks):
+        child = os.fork()
+        if child:
+            children.append(child)
+            continue
+        status = 1
+        try:
+            os.environ |= {"RANK": str(k), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
+            os.environ["MASTER_PORT"] = str(port)
+            out = os.open(folder / f"rank-{k}.txt", os.O_CREAT | os.O_APPEND | os.O_WRONLY)
+            os.dup2(out, 1)
+            os.dup2(out, 2)
+            status = rank()
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+    return children
+
+
 def wait(children: Sequence[int]) -> list[int]:
     """Exit statuses; minus the signal's number where one ended a process."""
     return [os.waitstatus_to_exitcode(os.waitpid(c, 0)[1]) for c in children]
+
+
+def said(folder: Path) -> str:
+    """The end of what a run's first rank has printed."""
+    return (folder / "rank-0.txt").read_text()[-4000:]
 
 
 def losses(folder: Path) -> list[float]:
@@ -143,7 +154,7 @@ def layouts(folder: Path, chosen: dict[str, tuple[int, Sequence[str]]] = LAYOUTS
     prepared, out = Prepared(), {}
     for name, (ranks, overrides) in chosen.items():
         place = folder / name.replace(" ", "-")
-        assert prepared.run(ranks, overrides, place) == [0] * ranks, (place / "rank-0.txt").read_text()
+        assert prepared.run(ranks, overrides, place) == [0] * ranks, said(place)
         out[name] = losses(place)
     return out
 
@@ -159,9 +170,7 @@ def resumes(folder: Path) -> dict[str, Any]:
     assert prepared.run(2, lora, folder / "unbroken lora") == [0, 0]
     out["unbroken lora"] = losses(folder / "unbroken lora")
     apex = (*steps, "optimizer=apex")
-    assert prepared.run(2, apex, folder / "unbroken apex") == [0, 0], (
-        folder / "unbroken apex" / "rank-0.txt"
-    ).read_text()
+    assert prepared.run(2, apex, folder / "unbroken apex") == [0, 0], said(folder / "unbroken apex")
     out["unbroken apex"] = losses(folder / "unbroken apex")
     for name, number, hit, options in (
         ("term", signal.SIGTERM, [0, 1], steps),
@@ -203,7 +212,7 @@ def kills(folder: Path, count: int = 20) -> dict[str, Any]:
             time.sleep(0.001)
         time.sleep(rng.uniform(0.0, 0.2 if more else 2.0))
         running = [c for c in children if os.waitpid(c, os.WNOHANG)[0] == 0]
-        assert len(running) == 2, (place / "rank-0.txt").read_text()[-3000:]
+        assert len(running) == 2, said(place)
         for child in rng.sample(children, 2):
             os.kill(child, signal.SIGKILL)
         wait(children)
@@ -212,7 +221,7 @@ def kills(folder: Path, count: int = 20) -> dict[str, Any]:
         starts.append(len(losses(place)))
         if (place / "model.safetensors").exists():
             raise AssertionError(f"the run ended before kill {done}; steps seen: {starts}")
-    assert prepared.run(2, steps, place) == [0, 0], (place / "rank-0.txt").read_text()[-3000:]
+    assert prepared.run(2, steps, place) == [0, 0], said(place)
     return {
         "kills": done,
         "while saving": while_saving,
@@ -236,6 +245,34 @@ def half(folder: Path) -> dict[str, Any]:
         assert prepared.run(1, steps, folder / name) == [0]
         out[name] = [json.loads(r) for r in (folder / name / "log.jsonl").read_text().splitlines()]
     return out
+
+
+def pipelines(folder: Path) -> dict[str, Any]:
+    """Runs of all stages of a configuration, as `train.py` starts them, on two ranks: `killed` goes on, is
+    killed (-9) in three of its stages and then left to end; `from_shards` is that of `shards.yaml`."""
+    import transformers.models.qwen2_5_vl.modeling_qwen2_5_vl  # noqa: F401  once, before the forks
+
+    from catmllm import pipeline
+
+    os.environ["CATMLLM_TRACEBACK"] = "1"
+    killed, from_shards = folder / "killed", folder / "from_shards"
+
+    def begin(name: str, out: Path) -> list[int]:
+        config = load_config(folder / name, [f"out={out}"])
+        return fork(2, out / "ranks", partial(pipeline.run, config))
+
+    for stage, step in (("joint", 3), ("grpo", 2), ("ga_grpo", 2)):
+        children = begin("small.yaml", killed)
+        while len(losses(killed / stage)) <= step:
+            assert not os.waitpid(children[0], os.WNOHANG)[0], said(killed / "ranks")
+            time.sleep(0.02)
+        for child in children:
+            os.kill(child, signal.SIGKILL)
+        wait(children)
+        assert not (killed / stage / "model.safetensors").exists(), "killed too late to show anything"
+    assert wait(begin("small.yaml", killed)) == [0, 0], said(killed / "ranks")
+    assert wait(begin("shards.yaml", from_shards)) == [0, 0], said(from_shards / "ranks")
+    return {}
 
 
 def agent(folder: Path, overrides: Sequence[str]) -> int:
@@ -268,6 +305,7 @@ if __name__ == "__main__":
         "compiled": partial(layouts, chosen=COMPILED),
         "resumes": resumes,
         "kills": kills,
+        "pipelines": pipelines,
         "half": half,
     }
     (folder / "result.json").write_text(json.dumps(cases[case](folder)))
