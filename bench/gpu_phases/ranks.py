@@ -207,8 +207,8 @@ def killed(bench: Bench, everyone: Ranks) -> None:
     alone."""
     with tempfile.TemporaryDirectory() as place:
         whole, broken = Path(place) / "whole", Path(place) / "broken"
-        everyone.run(small_run, str(whole))
-        made = everyone.start(small_run, str(broken))
+        everyone.run(small_run, str(whole), RESUMED_STEPS)
+        made = everyone.start(small_run, str(broken), 2)
         while len(losses(broken)) < KILLED_AFTER and all(p.exitcode is None for p in made):
             time.sleep(0.01)
         os.kill(made[-1].pid, signal.SIGKILL)
@@ -218,15 +218,16 @@ def killed(bench: Bench, everyone: Ranks) -> None:
         noticed = time.monotonic() - began
         end(made)
         at = len(losses(broken))
-        everyone.run(small_run, str(broken))
+        everyone.run(small_run, str(broken), RESUMED_STEPS)
         equal = losses(broken) == losses(whole)
         bench.row("killed and resumed", killed_after=at, others_ended_s=noticed, steps=len(losses(broken)),
                   equal_losses=equal, **({} if equal else {"wrong": True}))  # fmt: skip
 
 
-def small_run(bench: Bench, world: World, folder: str) -> None:
-    words = [*options("tiny"), "tensorboard=false", "joint.log_every=1", "joint.checkpoint_every=2",
-             f"joint.steps={RESUMED_STEPS}", "joint.batch_size=2", "data.cutoff=4.0"]  # fmt: skip
+def small_run(bench: Bench, world: World, folder: str, checkpoint_every: int) -> None:
+    words = [*options("tiny"), "tensorboard=false", "joint.log_every=1", "joint.batch_size=2",
+             f"joint.checkpoint_every={checkpoint_every}", f"joint.steps={RESUMED_STEPS}",
+             "data.cutoff=4.0"]  # fmt: skip
     config = load_config(None, words)
     Path(folder).mkdir(parents=True, exist_ok=True)
     maker = Maker(systems(True))
