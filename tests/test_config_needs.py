@@ -18,7 +18,8 @@ MISSING = {
     "flash_attn": ("model.llm.attention=flash_attention_2", "pip install --no-build-isolation flash-attn"),
     "apex": ("optimizer=apex", "github.com/NVIDIA/apex"),
     "peft": ("lora.r=8", "pip install peft"),
-    "sevenn": ("stages=[ga_grpo]", "pip install sevenn"),
+    "sevenn": ("evaluate.judge=sevennet", "pip install sevenn"),
+    "diep": ("evaluate.judge=diep", "pip install --no-deps --group weights"),
 }
 
 
@@ -45,9 +46,9 @@ def test_a_missing_package_is_a_line_with_its_install_command(
     option, says = MISSING[package]
     without(monkeypatch, package)
     with pytest.raises(ConfigError) as error:
-        check_needs(load_config(None, ["evaluate.judge=none", option] if package != "sevenn" else [option]))
+        check_needs(load_config(None, ["evaluate.judge=none", option]))
     message = str(error.value)
-    key = "evaluate.judge" if package == "sevenn" else option.partition("=")[0]
+    key = option.partition("=")[0]
     assert says in message and "\n" not in message and message.startswith(f"`{key}")
 
 

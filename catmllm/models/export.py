@@ -1,7 +1,7 @@
 """A trained stage in the layouts of other programs: transformers, vLLM, fairchem.
 
 `hf` is the LLM as transformers' Qwen2.5-VL with our tokenizer, and beside it graph.safetensors with encoder,
-projector and energy head: together the whole model. `text` is the text tower as Qwen2ForCausalLM, which vLLM
+projector, energy head and the closed forms of energies: together the whole model. `text` is the text tower as Qwen2ForCausalLM, which vLLM
 serves; with text alone its positions make it equal Qwen2.5-VL's. `fairchem` is the encoder as a checkpoint of
 fairchem 1.x.
 """
@@ -26,7 +26,6 @@ from catmllm.models.state import load_model
 
 LAYOUTS = ("hf", "text", "fairchem")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-GRAPH_PARTS = ("encoder.", "projector.", "energy_")
 RESTARTS = ("optimizer", "scheduler", "ema", "amp")  # of a fairchem file: what its training went on from
 
 
@@ -51,7 +50,7 @@ def export(
         save_tokenizer(collate.tokenizer, out)
         return out
     collate.tokenizer.save_pretrained(out)
-    parts = {k: v.contiguous() for k, v in model.state_dict().items() if k.startswith(GRAPH_PARTS)}
+    parts = {k: v.contiguous() for k, v in model.state_dict().items() if not k.startswith("llm.")}
     save_file(parts, out / "graph.safetensors")
     (out / "catmllm.json").write_text(json.dumps(to_dict(config), indent=1))
     model.llm.to(DTYPES[dtype]).save_pretrained(out, max_shard_size=shard)

@@ -51,7 +51,9 @@ def test_exactly_the_adapters_and_what_the_stage_names_change(make_context: Make
     assert len(linears) == 7 * 2 and linears <= moved
     rest = {k.split(".")[0] for k in moved - linears}
     if stage == "joint":  # through the adapted LLM the loss reaches the encoder's first block
-        assert rest == {"encoder", "projector", "energy_head", "energy_mean", "energy_std"}
+        assert rest == {
+            "encoder", "projector", "energy_head", "energy_mean", "energy_std", "prior", "text_prior"
+        }  # fmt: skip
         assert any(k.startswith("encoder.blocks.0.ga.") for k in moved)
     else:
         assert rest == {"energy_head"}
