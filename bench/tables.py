@@ -547,9 +547,11 @@ def tiny_energies() -> str:
 
 def tiny_cifs() -> str:
     run, rows = _run(), []
-    for stage, found in run["generation"].items():
+    both = [(f"after `{stage}`", found) for stage, found in run["generation"].items()]
+    both += [(f"{name}, without the grammar", found["free"]) for name, found in both if "free" in found]
+    for name, found in both:
         shares = [f"{100 * found[k]:.1f} %" if k in found else "–" for k in ("PF", "CM", "PV", "AD")]
-        rows.append([f"after `{stage}`", f"{found['reward']:.2f} ± {found['reward_se']:.2f}", *shares])
+        rows.append([name, f"{found['reward']:.2f} ± {found['reward_se']:.2f}", *shares])
     head = f"sampled CIFs (n = {found['n']})"
     names = ["does not parse", "wrong composition", "atoms too close", "no real adsorbate"]
     return table([head, "reward", *names], rows)
