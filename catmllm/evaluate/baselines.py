@@ -205,8 +205,8 @@ class KernelRidge:
         (without it: the middle ones), by fits to at most `_SEARCHED`.
 
         frames: points between start (0) and relaxed (1) at which each training system that has a start also
-        counts, so that unrelaxed structures are not strangers. Test MAE on the shipped systems (split 0), relaxed
-        and as they started: 0.10 and 0.70 eV without, 0.18 and 0.32 eV with frames (0,).
+        counts, so that unrelaxed structures are not strangers. Test MAE on the shipped systems (split 0),
+        relaxed and as they started: 0.10 and 0.70 eV without, 0.18 and 0.32 eV with frames (0,).
         """
         from scipy.linalg import cho_factor, cho_solve
 

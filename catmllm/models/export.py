@@ -1,9 +1,9 @@
 """A trained stage in the layouts of other programs: transformers, vLLM, fairchem.
 
-`hf` is the LLM as transformers' Qwen2.5-VL with our tokenizer, and beside it graph.safetensors with encoder,
-projector, energy head and the closed forms of energies: together the whole model. `text` is the text tower as Qwen2ForCausalLM, which vLLM
-serves; with text alone its positions make it equal Qwen2.5-VL's. `fairchem` is the encoder as a checkpoint of
-fairchem 1.x.
+`hf` is the LLM as transformers' Qwen2.5-VL with our tokenizer, and beside it graph.safetensors with the rest:
+encoder, projector, energy head and the closed forms of energies. `text` is the text tower as
+Qwen2ForCausalLM, which vLLM serves; with text alone its positions make it equal Qwen2.5-VL's. `fairchem` is
+the encoder as a checkpoint of fairchem 1.x.
 """
 
 from __future__ import annotations

@@ -272,15 +272,16 @@ def draw_design(axes: Axes, design: Metrics) -> None:
             top = max(top, _bar(axes, x, value, sampled or None, 0.92 * width, paint))
     for kind in kinds[1:]:
         axes.bar(0, 0, color=CONTROL_COLOURS[kind], label=f"control: {CONTROLS[kind]}")
-    axes.set_xticks(range(len(judges)), [f"judged by {judge_title(design, judge)}" for judge in judges])
+    axes.set_xticks(range(len(judges)), [judge_title(design, judge) for judge in judges])
     axes.set(
         xlim=(-0.6, len(judges) - 0.4),
+        xlabel="judge",
         ylabel="success (%)",
         title=f"Designs within {design.get('tolerance', TOLERANCE):g} eV of the target, n = {design['n']} "
         "tasks",
     )
     _percent_axis(axes, top)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=3, columnspacing=1.2)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2, columnspacing=1.2)
 
 
 def draw_curve(axes: Axes, design: Metrics) -> None:
@@ -313,7 +314,7 @@ def draw_curve(axes: Axes, design: Metrics) -> None:
         title=f"Designs, judged by {judge_title(design, judge)}, n = {design['n']} tasks",
     )
     _percent_axis(axes, top)
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2, columnspacing=1.2)
 
 
 def draw_rewards(figure: Figure, generation: Metrics) -> None:
@@ -507,7 +508,7 @@ def readme_figure(run: Path, out: Path) -> None:
     metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
     for dpi in (130, 110, 90, 70):
         with rc_context({**_STYLE, "svg.hashsalt": "readme"}):
-            figure = Figure(figsize=(10.5, 8.0), layout="constrained")
+            figure = Figure(figsize=(11.5, 9.5), layout="constrained")
             _draw_readme(figure, metrics)
             figure.savefig(out, dpi=dpi, metadata={"Date": None} if out.suffix == ".svg" else None)
         if out.suffix == ".svg" or out.stat().st_size <= README_LIMIT:
