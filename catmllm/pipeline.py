@@ -148,7 +148,8 @@ def _run(config: Config, world: World) -> int:
         if not (folder / "model.safetensors").is_file():
             with record.timed(name):
                 _train(name, config, previous, folder, data, record, world)
-        if not (folder / DOMAIN).is_file():
+        # asked of one rank: it writes the file before a slower one has looked
+        if world.gather(not (folder / DOMAIN).is_file())[0]:
             with record.timed(f"evaluate {name}"):
                 domain = domain or domain_of(data["train"], *_labels(config, data))
                 fresh = replace(domain, error={}, validation={})
