@@ -885,10 +885,10 @@ def test_requests_that_are_running_at_sigterm_are_answered() -> None:
 
 def test_settings_and_token_of_the_command(tmp_path: Path) -> None:
     (tmp_path / "reward.yaml").write_text("near: 0.7\ncomp: 0\n")
-    (tmp_path / "token").write_text("abc\n")
+    (tmp_path / "token").write_text("sesame\n")
     files = [str(tmp_path / "reward.yaml"), "parse=1", "--token-file", str(tmp_path / "token")]
     with command(*files) as (process, port, lines):
-        headers = {**JSON, "authorization": "Bearer abc"}
+        headers = {**JSON, "authorization": "Bearer sesame"}
         assert ask(port, "/v1/score", {"texts": ["x"]}, headers=headers)[2]["total"] == [-22]
         assert ask(port, "/v1/score?parse=0", {"texts": ["x"]}, headers=headers)[2]["total"] == [-2]
         assert ask(port, "/v1/score", {"texts": ["x"]})[0] == 401
@@ -898,7 +898,7 @@ def test_settings_and_token_of_the_command(tmp_path: Path) -> None:
         process.send_signal(signal.SIGINT)
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
-        assert not any("Traceback" in line or "abc" in line for line in lines)
+        assert not any("Traceback" in line or "sesame" in line for line in lines)
 
 
 @pytest.mark.parametrize(
