@@ -40,7 +40,7 @@ BASE = (
     "joint.train_encoder=true",  # every part of the model trains
     "tensorboard=false",
     "precision=fp32",
-    "joint.steps=8",
+    "joint.steps=12",
     "joint.batch_size=8",
     "joint.warmup=2",
     "joint.log_every=1",
@@ -162,7 +162,7 @@ def layouts(folder: Path, chosen: dict[str, tuple[int, Sequence[str]]] = LAYOUTS
 def resumes(folder: Path) -> dict[str, Any]:
     """A run ended by signals and gone on with, also on another number of ranks."""
     prepared, out = Prepared(), {}
-    steps = ("joint.batch_size=4", "joint.steps=12")
+    steps = ("joint.batch_size=4",)
     sys.path.insert(0, str(Path(__file__).parent / "standin"))  # for `optimizer=apex`
     prepared.run(2, steps, folder / "unbroken")
     out["unbroken"] = losses(folder / "unbroken")
@@ -187,7 +187,7 @@ def resumes(folder: Path) -> dict[str, Any]:
         shutil.copytree(folder / name, folder / f"{name} one rank")
         assert prepared.run(2, options, folder / name) == [0, 0]
         out[name] = losses(folder / name)
-    one = ("joint.batch_size=8", "joint.steps=12")
+    one = ("joint.batch_size=8",)
     assert prepared.run(1, one, folder / "term one rank") == [0]
     out["term one rank"] = losses(folder / "term one rank")
     out["equal weights"] = equal_weights(folder / "unbroken", folder / "term") and equal_weights(
