@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -545,6 +546,19 @@ def tiny_energies() -> str:
     return table([head, "text + graph", "unrelaxed structure", "only graph", "only text"], rows)
 
 
+def closed_form() -> str:
+    one = newest("closed_form")
+    by = one["conditions"]["by split"]
+    names = list(dict.fromkeys(who for case in by.values() for who in case))
+
+    def cell(values: list[float] | None) -> str:
+        return "–" if values is None else f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
+
+    rows = [[who, *(cell(case.get(who)) for case in by.values())] for who in names]
+    head = f"test MAE in eV, mean ± sd over {one['conditions']['splits']} splits"
+    return table([head, *(f"from {case}" for case in by)], rows) + f"\n\n{source(one)}"
+
+
 def tiny_cifs() -> str:
     run, rows = _run(), []
     both = [(f"after `{stage}`", found) for stage, found in run["generation"].items()]
@@ -579,8 +593,8 @@ FIGURES: dict[str, Callable[[], str]] = {
     made.__name__: made
     for made in (peers, reward_sentence, reward, reward_threads, encoder_speed, encoder_kept, encoder_counts,
                  data_text, data_pictures, labels, labels_published, data_command, loader, rl, scale,
-                 rl_scaling, rl_seeds, server, server_soak, plan, tiny_run, tiny_energies, tiny_cifs,
-                 tiny_designs)
+                 rl_scaling, rl_seeds, server, server_soak, plan, tiny_run, tiny_energies,
+                 closed_form, tiny_cifs, tiny_designs)
 }  # fmt: skip
 
 
