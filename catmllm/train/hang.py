@@ -35,7 +35,8 @@ class Watchdog:
         self.folder, self.rank, self.ranks, self.limit = folder, rank, ranks, limit
         self.thread = threading.get_ident()
         self.beat("the first step")
-        self._over = threading.Event()
+        self._over, self._telling = threading.Event(), threading.Event()
+        self._watcher = threading.Thread(target=self._watch, name="catmllm-watchdog", daemon=True)
 
     def beat(self, what: str) -> None:
         self._now = (what, time.monotonic())
@@ -44,16 +45,21 @@ class Watchdog:
         if self.limit:
             if self.rank == 0:
                 shutil.rmtree(self.folder, ignore_errors=True)
-            threading.Thread(target=self._watch, name="catmllm-watchdog", daemon=True).start()
+            self._watcher.start()
         return self
 
     def __exit__(self, *error: object) -> None:
         self._over.set()
+        if (
+            self._telling.is_set()
+        ):  # who ended first has broken our collective: no news
+            self._watcher.join()
 
     def _watch(self) -> None:
         while not self._over.wait(min(5.0, self.limit / 4)):
             what, since = self._now
             if (spent := time.monotonic() - since) > self.limit:
+                self._telling.set()
                 try:
                     self._tell(what, spent)
                 finally:

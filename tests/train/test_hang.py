@@ -50,6 +50,19 @@ def test_the_rank_that_hangs_is_named(tmp_path: Path) -> None:
     assert "in sleeps" in (tmp_path / "hang" / "rank-1.txt").read_text()
 
 
+def test_a_rank_whose_collective_breaks_while_it_tells_still_tells(tmp_path: Path) -> None:
+    """Rank 1 ends first; the error of rank 0's collective does not hide the verdict."""
+    script = SCRIPT.replace("hang.GRACE = 3.0", "hang.GRACE = 4.0 if sys.argv[1] == '0' else 1.0")
+    command = [sys.executable, "-c", script]
+    ranks = [
+        subprocess.Popen([*command, str(rank), str(tmp_path)], stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    said = [r.communicate(timeout=100)[1] for r in ranks]
+    assert [r.returncode for r in ranks] == [EXIT_HUNG] * 2, said
+    assert "error: the run hangs" in said[0] and "rank 1 is in sleeps at" in said[0]
+
+
 def test_a_rank_that_says_nothing_is_named(tmp_path: Path) -> None:
     one = {"rank": 0, "in": "step 3", "seconds": 9.0, "collective": "barrier", "call": "f", "line": "a.py:1"}
     said = verdict([one], 3, tmp_path)
