@@ -50,9 +50,7 @@ class Watchdog:
 
     def __exit__(self, *error: object) -> None:
         self._over.set()
-        if (
-            self._telling.is_set()
-        ):  # who ended first has broken our collective: no news
+        if self._telling.is_set():  # who ended first has broken our collective: no news
             self._watcher.join()
 
     def _watch(self) -> None:
