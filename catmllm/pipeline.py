@@ -36,7 +36,7 @@ from catmllm.models.build import new_model
 from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.models.half_precision import rounded
 from catmllm.models.state import load_model, save_model, stage_folder
-from catmllm.report.run import summary_table, with_trained_baselines, write_report
+from catmllm.report.run import ANSWERS, summary_table, with_trained_baselines, write_report
 from catmllm.report.summary import MODES
 from catmllm.sample.vllm_engine import VLLMError
 from catmllm.stages import STAGES
@@ -278,6 +278,12 @@ def _evaluate(
         found = generated(e.sampling)
         if e.sampling.grammar:  # beside it what the policy does where nothing holds it
             found["free"] = generated(replace(e.sampling, grammar=False))
+        answers = found.pop("answers")
+        if "free" in found:
+            answers += [{**row, "free": True} for row in found["free"].pop("answers")]
+        if world.main:  # beside the weights, not in the record: megabytes of text
+            with (folder / ANSWERS).open("w", encoding="utf-8") as file:
+                file.writelines(json.dumps(row) + "\n" for row in answers)
         record.put(found, "generation", name)
         for way, one in ((name, found), (f"{name}, free", found.get("free"))):
             if one is not None:

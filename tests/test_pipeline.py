@@ -84,6 +84,10 @@ def test_run_leaves_complete_records(unbroken: Path) -> None:
     assert (unbroken / "report.html").stat().st_size > 10_000
     assert [r["step"] for r in rows(unbroken, "grpo")] == list(range(4))
     assert (unbroken / "grpo" / "samples.jsonl").read_text().count("\n") >= 1
+    answers = [json.loads(line) for line in (unbroken / "grpo" / "answers.jsonl").open()]
+    held = [row["reward"] for row in answers if not row.get("free")]
+    assert (len(held), len(answers)) == (8, 16) and sum(row["energy"] is None for row in answers) == 8
+    assert np.isclose(np.mean(held), metrics["generation"]["grpo"]["reward"], atol=1e-4)
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from catmllm.config import RewardConfig, SamplingConfig
 from catmllm.data.batches import Collator
@@ -22,8 +23,10 @@ from catmllm.sample.answers import answer_limits
 from catmllm.sample.engine import RolloutEngine
 from catmllm.sample.grammar import answer_pattern
 from catmllm.seeds import Stream
+from catmllm.structure.adsorbed import Fault
 from catmllm.structure.system import System
 from catmllm.world import World
+from rewards_fast import Scores
 
 
 def generation_prompts(systems: Sequence[System], n: int) -> list[tuple[Sample, System]]:
@@ -49,6 +52,8 @@ def evaluate_generation(
     """Sample one answer to each of n prompts and score them all; ranks share the work.
 
     The prompts and seeds are the same for every stage, so that stages are compared on equal terms.
+    `answers` has one row per text: what was asked (`energy` in eV, None where only the CIF was asked for),
+    the text, its terms, why it could not be read and why its adsorbate is none.
     """
     prompts = generation_prompts(systems, n)
     mine = prompts[world.rank :: world.size]
@@ -66,12 +71,17 @@ def evaluate_generation(
         patterns=patterns,
         limits=answer_limits(collate, sampling, [(s.identity, s.target) for _, s in mine]),
     )
-    answered = [(r.text, mine[r.prompt][1]) for r in rollouts]
-    rows = [(text, s.target, (s.adsorbate, s.miller)) for text, s in answered]
+    rows = []
+    for rollout in rollouts:
+        s = mine[rollout.prompt][1]
+        designs = (world.rank + world.size * rollout.prompt) % 2 == 1
+        asked = {"identity": s.identity, "energy": s.known_energy if designs else None}
+        rows.append((rollout.text, s.target, (s.adsorbate, s.miller), asked))
     rows = list(itertools.chain(*world.gather(rows)))
-    texts = [text for text, _, _ in rows]
-    scores = reward.scorer().score(texts, [target for _, target, _ in rows])
-    faults = adsorbate_faults(read_systems(scores, [asked for _, _, asked in rows]))
+    texts = [text for text, *_ in rows]
+    scores = reward.scorer().score(texts, [target for _, target, _, _ in rows])
+    faults = adsorbate_faults(read_systems(scores, [wanted for _, _, wanted, _ in rows]))
+    terms = {k: getattr(scores, k) for k in PVCP_TERMS} | {"adsorbate": adsorbate_term(faults)}
     counts, edges = np.histogram(scores.total, bins=np.arange(-15.0, 10.51, 0.5))
     rates = generation_rates(scores, faults)
     rates["PV_eq41"] = rates.pop("PV")
@@ -81,10 +91,26 @@ def evaluate_generation(
         "reward": float(scores.total.mean()),
         "reward_se": float(scores.total.std(ddof=1) / np.sqrt(len(texts))) if len(texts) > 1 else 0.0,
         "reward_hist": {"edges": edges.tolist(), "counts": counts.tolist()},
-        "terms": {k: float(getattr(scores, k).mean()) for k in PVCP_TERMS}
-        | {"adsorbate": float(adsorbate_term(faults).mean())},
+        "terms": {k: float(values.mean()) for k, values in terms.items()},
         **rates,
         "reasons": dict(collections.Counter(r for r in scores.reason if r)),
         "faults": dict(collections.Counter(f for f, r in zip(faults, scores.reason) if f and not r)),
         "examples": texts[:3],
+        "answers": [
+            {**asked, "text": text, **_scored(i, scores, terms, faults)}
+            for i, (text, _, _, asked) in enumerate(rows)
+        ],
+    }
+
+
+def _scored(
+    i: int, scores: Scores, terms: dict[str, NDArray[np.float64]], faults: Sequence[Fault | None]
+) -> dict[str, Any]:
+    """The reward of one answer, its terms and what is wrong with it."""
+    reason = scores.reason[i]
+    return {
+        "reward": round(float(scores.total[i]), 4),
+        **{k: round(float(values[i]), 4) for k, values in terms.items()},
+        "reason": reason,
+        "fault": None if reason else faults[i],
     }

@@ -59,8 +59,9 @@ from catmllm.train.metrics import read_log
 from rewards_fast import extract_cif
 from rewards_fast.pvcp import FLOORS
 
-__all__ = ["readme_figure", "summary_table", "with_trained_baselines", "write_report"]
+__all__ = ["ANSWERS", "readme_figure", "summary_table", "with_trained_baselines", "write_report"]
 
+ANSWERS = "answers.jsonl"  # of a stage's folder: what was sampled to measure it, with every reward term
 _PICTURES = 6  # designs that are drawn
 
 
