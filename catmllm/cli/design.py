@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--from {args.given}: its atoms are {given.identity}, not those of {args.identity}")
     states = search(model, collate, config, tasks, seed, progress=True, given=begun)
     predictions = budgets(config)[-1]
-    controls = ideal_controls(model, collate, tasks, predictions, args.seed)
+    controls = ideal_controls(model, collate, config.ga_grpo, tasks, predictions, args.seed)
     records = save_designs(states, controls, args.out)
     if args.judge != "none":
         judge_designs(records, args.judge)
@@ -116,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
 def _print(record: dict[str, Any]) -> None:
     """The designs of one task."""
     from catmllm.design.search import GIVEN
-    from catmllm.report.design import CONSTRAINTS, adsorbate
+    from catmllm.report.design import CONSTRAINTS, adsorbate, predicted
 
     print(f"{record['identity']} at {record['energy']:.2f} eV")
     if not record["pool"]:
@@ -128,7 +128,7 @@ def _print(record: dict[str, Any]) -> None:
         judged = row.get("judged", "")
         judged = f"  {record['judge']} {judged:.3f} eV" if isinstance(judged, float) else f"  {judged}"
         print(
-            f"  {row['file']}: predicted {row['predicted']:.3f} eV, PVCP {row['pvcp']:.2f}, "
+            f"  {row['file']}: predicted {predicted(row)}, PVCP {row['pvcp']:.2f}, "
             f"{adsorbate(row)}{judged}{begun_with}"
         )
 

@@ -538,6 +538,11 @@ class GAGRPOConfig(OptimConfig):
     energy_weight: float = key(0.7, "weight of the energy term of the reward", ge=0)
     pvcp_weight: float = key(0.3, "weight of PVCP in the reward", ge=0)
     energy_lambda: float = key(1.0, "λ of exp(-λ |E - E*|), which is the energy term", unit="1/eV", ge=0)
+    expected_error: bool = key(
+        False,
+        "the energy term counts the expected |E - E*|, by the error that the closed form expects at each "
+        "structure; or that of the prediction, as the paper does",
+    )
     adsorbate_weight: float = key(0.3, "weight of a real adsorbate in the reward: 1, or 0 for none", ge=0)
     pvcp_scale: Literal["unit", "raw"] = key(
         "unit", "PVCP scaled to [0, 1] from the floor and the top of its weights, or as printed"

@@ -17,7 +17,7 @@ from catmllm.structure.adsorbed import Fault
 @dataclass(frozen=True)
 class Candidate:
     """One scored text. reward: of the closed loop; predicted: eV or NaN; fault: why its adsorbate is none,
-    or None; feasible: meets the hard constraints."""
+    or None; feasible: meets the hard constraints; error: how far the prediction is expected to be off, eV."""
 
     text: str
     reward: float
@@ -27,6 +27,7 @@ class Candidate:
     feasible: bool
     key: str  # equal keys are equal structures
     iteration: int  # 0: drawn from the text alone
+    error: float = np.nan
 
     def to_json(self) -> dict[str, Any]:
         return dict(self.__dict__)

@@ -3,13 +3,13 @@ the evaluation and `catmllm predict` alike."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import numpy as np
 import torch
 
-from catmllm.data.batches import Collator
+from catmllm.data.batches import Batch, Collator
 from catmllm.data.prompts import Sample, property_sample
 from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.structure.system import System
@@ -43,9 +43,25 @@ def predict_energies(
     model: CatalyticMLLM, collate: Collator, questions: Sequence[Sample], batch_size: int = 64
 ) -> np.ndarray:
     """Adsorption energies [n] in eV that answer property prompts."""
-    device = model.energy_mean.device
+    parts = [model.predict(batch) for batch in _batches(model, collate, questions, batch_size)]
+    return torch.cat(parts).float().cpu().numpy() if parts else np.zeros(0)
+
+
+@torch.no_grad()
+def energies_and_errors(
+    model: CatalyticMLLM, collate: Collator, questions: Sequence[Sample], batch_size: int = 64
+) -> tuple[np.ndarray, np.ndarray]:
+    """The same, and how far each is expected to be off [n] in eV."""
     parts = [
-        model.predict(collate(questions[i : i + batch_size]).to(device)).float().cpu().numpy()
-        for i in range(0, len(questions), batch_size)
+        torch.stack([model.predict(batch).float(), model.expected_errors(batch)])
+        for batch in _batches(model, collate, questions, batch_size)
     ]
-    return np.concatenate(parts) if parts else np.zeros(0)
+    energies, errors = torch.cat(parts, 1).cpu().numpy() if parts else np.zeros((2, 0))
+    return energies, errors
+
+
+def _batches(
+    model: CatalyticMLLM, collate: Collator, questions: Sequence[Sample], batch_size: int
+) -> Iterator[Batch]:
+    for i in range(0, len(questions), batch_size):
+        yield collate(questions[i : i + batch_size]).to(model.energy_mean.device)

@@ -51,19 +51,38 @@ def adsorbate_term(faults: Sequence[Fault | None]) -> Floats:
     return np.array([10.0 if fault is None else -10.0 for fault in faults])
 
 
-def energy_reward(predicted: np.ndarray, target: np.ndarray, lam: float) -> np.ndarray:
-    """exp(-lam |E_pred - E*|) in (0, 1] (paper Eq. 5 with the sign its text means); 0 where E_pred is NaN."""
-    return np.where(np.isnan(predicted), 0.0, np.exp(-lam * np.abs(np.nan_to_num(predicted) - target)))
+def energy_reward(distance: np.ndarray, lam: float) -> np.ndarray:
+    """exp(-lam |E - E*|) in (0, 1] of distances (eV) [n] (paper Eq. 5 with the sign its text means); 0 of
+    NaN."""
+    return np.where(np.isnan(distance), 0.0, np.exp(-lam * np.nan_to_num(distance)))
+
+
+def expected_distance(predicted: np.ndarray, target: np.ndarray | float, errors: np.ndarray) -> np.ndarray:
+    """Mean |E - E*| [n] of an E that lies around E_pred by Laplace's distribution of mean error `errors` [n]:
+    |E_pred - E*| where that is large, the error where it is 0. NaN where E_pred is NaN."""
+    distance = np.abs(predicted - target)
+    width = np.maximum(errors, 1e-12)
+    return np.asarray(distance + errors * np.exp(-distance / width))
+
+
+def distances(
+    predicted: np.ndarray, target: np.ndarray | float, errors: np.ndarray, config: GAGRPOConfig
+) -> np.ndarray:
+    """From the wanted energy (eV) [n]: of the predictions, or with `expected_error` what is to be expected of
+    such predictions. NaN where E_pred is NaN."""
+    if not config.expected_error:
+        return np.asarray(np.abs(predicted - target))
+    return expected_distance(predicted, target, np.nan_to_num(errors))
 
 
 def design_reward(
     pvcp: np.ndarray,
     faults: Sequence[Fault | None],
-    predicted: np.ndarray,
-    target: np.ndarray,
+    distance: np.ndarray,
     config: GAGRPOConfig,
 ) -> np.ndarray:
-    """0.7 R_energy + 0.3 R_PVCP (paper Eq. 4) + 0.3 for a real adsorbate, [n].
+    """0.7 R_energy + 0.3 R_PVCP (paper Eq. 4) + 0.3 for a real adsorbate, [n]. `distance` [n] from the wanted
+    energy in eV is NaN where an answer has no energy.
 
     PVCP is rescaled to [0, 1] from the floor and the top of its own weights unless `raw` is asked for.
     """
@@ -72,5 +91,5 @@ def design_reward(
         floor, top = score_range(config.reward.scorer().weights)
         quality = (pvcp - floor) / (top - floor or 1.0)  # 0 where no term counts
     real = np.array([fault is None for fault in faults], dtype=np.float64)
-    energy = energy_reward(predicted, target, config.energy_lambda)
+    energy = energy_reward(distance, config.energy_lambda)
     return config.energy_weight * energy + config.pvcp_weight * quality + config.adsorbate_weight * real

@@ -22,8 +22,8 @@ from catmllm.data.batches import Collator
 from catmllm.data.prompts import Sample, design_prompt
 from catmllm.design.constraints import adsorbate_faults, hard_constraints, read_systems
 from catmllm.design.exemplar_pool import Candidate, ExemplarPool
-from catmllm.design.predict import predict_energies, question
-from catmllm.design.reward import design_reward
+from catmllm.design.predict import energies_and_errors, question
+from catmllm.design.reward import design_reward, distances
 from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.sample.answers import Rollout, answer_limits
 from catmllm.sample.engine import RolloutEngine
@@ -94,8 +94,8 @@ class ClosedLoop:
         self.model, self.collate, self.config = model, collate, config
         self.pvcp = config.reward.scorer()
         self.seconds = {"reward": 0.0, "predict": 0.0}  # spent so far
-        # by structure key: energy, fault and the site of the first bond to the slab
-        self._known: dict[str, tuple[float, Fault | None, str]] = {}
+        # by structure key: energy, its expected error, fault and the site of the first bond to the slab
+        self._known: dict[str, tuple[float, float, Fault | None, str]] = {}
 
     def judge(
         self, task: Sequence[Task], texts: Sequence[str], iteration: int
@@ -104,17 +104,18 @@ class ClosedLoop:
         began = time.perf_counter()
         scores = self.pvcp.score(texts, [t.target for t in task])
         scored = time.perf_counter()
-        predicted, faults, sites, keys = self._predict(task, scores)
+        predicted, errors, faults, sites, keys = self._predict(task, scores)
         self.seconds["reward"] += scored - began
         self.seconds["predict"] += time.perf_counter() - scored
         target = np.array([t.energy for t in task])
-        rewards = design_reward(scores.total, faults, predicted, target, self.config)
+        distance = distances(predicted, target, errors, self.config)
+        rewards = design_reward(scores.total, faults, distance, self.config)
         feasible = hard_constraints(scores, faults) & ~np.isnan(predicted)
         feasible &= np.array([not t.sites or site in t.sites for t, site in zip(task, sites)], dtype=bool)
         return [
-            Candidate(text, float(r), float(e), float(p), fault, bool(f), key, iteration)
-            for text, r, e, p, fault, f, key in zip(
-                texts, rewards, predicted, scores.total, faults, feasible, keys
+            Candidate(text, float(r), float(e), float(p), fault, bool(f), key, iteration, float(off))
+            for text, r, e, p, fault, f, key, off in zip(
+                texts, rewards, predicted, scores.total, faults, feasible, keys, errors
             )
         ], scores
 
@@ -227,9 +228,9 @@ class ClosedLoop:
 
     def _predict(
         self, task: Sequence[Task], scores: Scores
-    ) -> tuple[np.ndarray, list[Fault | None], list[str], list[str]]:
-        """Energies (NaN where no adsorption system can be read), what is wrong with the adsorbates, their
-        sites, and structure keys of scored texts."""
+    ) -> tuple[np.ndarray, np.ndarray, list[Fault | None], list[str], list[str]]:
+        """Energies (NaN where no adsorption system can be read), their expected errors, what is wrong with
+        the adsorbates, their sites, and structure keys of scored texts."""
         identities = [parse_identity(t.identity) for t in task]
         systems = read_systems(scores, [(i.adsorbate, i.miller) for i in identities])
         systems = [None if s is None else replace(s, relaxed=False) for s in systems]
@@ -243,18 +244,20 @@ class ClosedLoop:
                 self.collate.graphs([system])
                 three_part_text(system)
             except ValueError:
-                self._known[key] = np.nan, adsorbate_faults([system])[0], ""
+                self._known[key] = np.nan, np.nan, adsorbate_faults([system])[0], ""
             else:
                 new[key] = system
         questions = [question(system) for system in new.values()]
-        energies = predict_energies(self.model, self.collate, questions, batch_size=128)
+        said = energies_and_errors(self.model, self.collate, questions, batch_size=128)
         sites = [site_of(system) for system in new.values()]
-        self._known |= zip(new, zip(energies.tolist(), adsorbate_faults(list(new.values())), sites))
-        known = [self._known.get(key, (np.nan, "no_adsorbate", "")) for key in keys]
+        faults = adsorbate_faults(list(new.values()))
+        self._known |= zip(new, zip(*(numbers.tolist() for numbers in said), faults, sites))
+        known = [self._known.get(key, (np.nan, np.nan, "no_adsorbate", "")) for key in keys]
         return (
-            np.array([energy for energy, _, _ in known]),
-            [fault for _, fault, _ in known],
-            [site for _, _, site in known],
+            np.array([energy for energy, _, _, _ in known]),
+            np.array([error for _, error, _, _ in known]),
+            [fault for _, _, fault, _ in known],
+            [site for _, _, _, site in known],
             keys,
         )
 

@@ -13,10 +13,11 @@ from random import Random
 import numpy as np
 from numpy.typing import ArrayLike
 
-from catmllm.config import Config
+from catmllm.config import Config, GAGRPOConfig
 from catmllm.data.batches import Collator
 from catmllm.design.enumeration import enumerable, ideal_system
-from catmllm.design.predict import predict_energies, question
+from catmllm.design.predict import energies_and_errors, question
+from catmllm.design.reward import distances
 from catmllm.design.search import Task
 from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.seeds import Stream, hash_seed
@@ -51,22 +52,23 @@ def ideal_candidates(task: Task, n: int, seed: int, place: int) -> list[System]:
 
 
 def ideal_controls(
-    model: CatalyticMLLM, collate: Collator, tasks: Sequence[Task], n: int, seed: int
+    model: CatalyticMLLM, collate: Collator, config: GAGRPOConfig, tasks: Sequence[Task], n: int, seed: int
 ) -> list[dict[str, tuple[System, float]]]:
     """For each task, with their energies by the model: `random` one ideal slab, `enumeration` of n the one
-    whose energy is nearest to the wanted one. Neither where no ideal slab can be made."""
+    that is nearest to the wanted energy, as the closed loop counts it. Neither where no ideal slab can be
+    made."""
     ideal = [ideal_candidates(task, n, seed, k) for k, task in enumerate(tasks)]
     flat = [question(s) for slabs in ideal for s in slabs]
-    energies = iter(predict_energies(model, collate, flat, batch_size=128).tolist())
+    said = np.stack(energies_and_errors(model, collate, flat, batch_size=128))
+    ends = np.cumsum([len(slabs) for slabs in ideal])[:-1]
     found = []
-    for task, slabs in zip(tasks, ideal):
-        mine = [next(energies) for _ in slabs]
-        picks = closest(mine, task.energy, [1, n]) if slabs else []
-        found.append({name: (slabs[k], mine[k]) for name, k in zip(("random", "enumeration"), picks)})
+    for task, slabs, (mine, errors) in zip(tasks, ideal, np.split(said, ends, axis=1)):
+        picks = closest(distances(mine, task.energy, errors, config), [1, n]) if slabs else []
+        found.append({name: (slabs[k], float(mine[k])) for name, k in zip(("random", "enumeration"), picks)})
     return found
 
 
-def closest(energies: ArrayLike, target: float, limits: Sequence[int]) -> list[int]:
-    """Of the first b of energies [n] (eV), for each b of `limits`, the one nearest to the target."""
-    distance = np.abs(np.asarray(energies, dtype=np.float64) - target)
+def closest(distance: ArrayLike, limits: Sequence[int]) -> list[int]:
+    """Of the first b of distances [n] from a target, for each b of `limits`, the place of the least."""
+    distance = np.asarray(distance, dtype=np.float64)
     return [int(np.argmin(distance[:b])) for b in limits]

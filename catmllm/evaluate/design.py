@@ -18,7 +18,8 @@ from catmllm.config import Config
 from catmllm.data.batches import Collator
 from catmllm.data.oracle import POTENTIALS
 from catmllm.design.exemplar_pool import Candidate
-from catmllm.design.predict import predict_energies, question
+from catmllm.design.predict import energies_and_errors, question
+from catmllm.design.reward import distances
 from catmllm.design.search import ClosedLoop, Task, TaskState, structure_key, summary
 from catmllm.evaluate import metrics
 from catmllm.evaluate.baselines import FRAMES, KernelRidge, some
@@ -97,10 +98,10 @@ def evaluate_design(
     )
     limits = budgets(config)
     ideal = [ideal_candidates(t, limits[-1], config.seed, k) for k, t in zip(places, mine)]
-    screens = _screened(model, collate, data, ideal)
+    energies, *screens = _screened(model, collate, config, data, mine, ideal)
     items, systems = [], []
-    for state, slabs, by in zip(states, ideal, zip(*screens)):
-        item, chosen = _answers(state, slabs, by, limits)
+    for state, slabs, own, by in zip(states, ideal, energies, zip(*screens)):
+        item, chosen = _answers(state, slabs, own, by, limits)
         items.append(item)
         systems += chosen
     if e.judge != "none":
@@ -112,24 +113,34 @@ def evaluate_design(
 def _screened(
     model: CatalyticMLLM,
     collate: Collator,
+    config: Config,
     data: Mapping[str, Sequence[System]],
+    tasks: Sequence[Task],
     ideal: Sequence[Sequence[System]],
 ) -> list[list[np.ndarray]]:
-    """Energies of every task's ideal slabs by the model and by kernel ridge."""
+    """Of every task's ideal slabs: energies by the model, and distances from the wanted energy by the model,
+    as the closed loop counts them, and by kernel ridge."""
     flat = [s for slabs in ideal for s in slabs]
-    own = predict_energies(model, collate, [question(s) for s in flat], batch_size=128)
+    target = np.repeat([t.energy for t in tasks], [len(slabs) for slabs in ideal])
+    own, errors = energies_and_errors(model, collate, [question(s) for s in flat], batch_size=128)
     ridge = np.zeros(0)
     if flat:
         ridge = KernelRidge.fit(some(data["train"]), some(data["val"]), FRAMES).predict(flat)
     ends = np.cumsum([len(slabs) for slabs in ideal])[:-1]
-    return [np.split(own, ends), np.split(ridge, ends)]
+    found = [own, distances(own, target, errors, config.ga_grpo), np.abs(ridge - target)]
+    return [np.split(numbers, ends) for numbers in found]
 
 
 def _answers(
-    state: TaskState, slabs: Sequence[System], by: Sequence[np.ndarray], limits: Sequence[int]
+    state: TaskState,
+    slabs: Sequence[System],
+    energies: np.ndarray,
+    by: Sequence[np.ndarray],
+    limits: Sequence[int],
 ) -> tuple[dict[str, Any], list[System | None]]:
     """The record of a task with every method's answer after each number of predictions, and the structures of
-    these answers in turn. A method that cannot be had for the task has no answers."""
+    these answers in turn. A method that cannot be had for the task has no answers. `energies` of the ideal
+    slabs are the model's; `by` has their distances from the wanted energy by method."""
     item, chosen = summary(state), list[System | None]()
     answers: dict[str, list[dict[str, Any]]] = {"search": []}
     item["answers"] = answers
@@ -142,10 +153,10 @@ def _answers(
             }
         )
         chosen.append(None if best is None else candidate_system(best, state.task.identity))
-    for method, energies in zip(METHODS[1:], by):
-        picks = closest(energies, state.task.energy, limits) if slabs else []
+    for method, distance in zip(METHODS[1:], by):
+        picks = closest(distance, limits) if slabs else []
         # The predictor whose word counts is the model's, whoever chose.
-        answers[method] = [{"predicted": float(by[0][k]), "feasible": True} for k in picks]
+        answers[method] = [{"predicted": float(energies[k]), "feasible": True} for k in picks]
         chosen += [slabs[k] for k in picks]
     return item, chosen
 

@@ -170,18 +170,33 @@ class CatalyticMLLM(nn.Module):
             read, sample = query.new_zeros(0, self.projector.linear.in_features), batch.sample.new_zeros(0)
             local, prior = query.new_zeros(0, SURROUNDINGS), torch.zeros(0, device=query.device)
         else:
-            read, sample = self._by_system(features, batch.graph), batch.sample[batch.graph_at]
+            read, sample = self._by_system(features, batch.graph), self._samples(batch, batch.graph)
             local, known = said_of(batch.graph)
             prior = self._closed_form(self.prior, local, known)
-            if self.projector.mode == "atoms":
-                first = torch.arange(len(read), device=sample.device)
-                sample = sample[torch.searchsorted(batch.graph.batch, first)]
         value = head(read.to(query.dtype), local, query, sample).index_add(0, sample, prior)
         if batch.told is not None and batch.told_known is not None and batch.told_at is not None:
             value = value.index_add(
                 0, batch.told_at, self._closed_form(self.text_prior, batch.told, batch.told_known)
             )
         return torch.where(batch.energy_at >= 0, value, torch.nan)
+
+    def expected_errors(self, batch: Batch) -> torch.Tensor:
+        """Expected |error| (eV) [S] float32 of the energies by the closed form of what a sample is shown, its
+        structure or else its text; NaN where there is none."""
+        found = torch.full((len(batch),), torch.nan, device=self.energy_mean.device)
+        if batch.told is not None and batch.told_known is not None and batch.told_at is not None:
+            found[batch.told_at] = self.text_prior.doubt(batch.told, batch.told_known)
+        if batch.graph is not None:
+            found[self._samples(batch, batch.graph)] = self.prior.doubt(*said_of(batch.graph))
+        return found
+
+    def _samples(self, batch: Batch, graph: GraphBatch) -> torch.Tensor:
+        """Whose each structure of a batch is [n_systems]."""
+        sample = batch.sample[batch.graph_at]
+        if self.projector.mode != "atoms":
+            return sample
+        first = torch.arange(graph.n_systems, device=sample.device)
+        return sample[torch.searchsorted(graph.batch, first)]
 
     def _closed_form(
         self, prior: KernelPrior, descriptors: torch.Tensor, known: torch.Tensor

@@ -7,6 +7,10 @@ it will be on new surfaces.
 
 Relaxed structures and unrelaxed ones are two tasks: the same descriptor has another energy. A fit serves
 each: of relaxed structures alone, and of both kinds, in which the other kind counts a little less.
+
+How far a fit is off differs from structure to structure, more than its mean error tells: an adsorbate in a
+hollow stays, one on a bridge may slide away. So a second regression, on the same kernel, says how large the
+error will be. It learns from what the fits leave of systems that they have not seen.
 """
 
 from __future__ import annotations
@@ -24,6 +28,8 @@ Integers = NDArray[np.int64]
 SHARED = 0.6  # kernel of two adsorbates: of 0.1, 0.3, 0.6, 0.9 the best on validation, split seeds 0 and 1
 RELATED = 0.9  # kernel of a relaxed and an unrelaxed structure, where unrelaxed ones are asked for
 STRENGTHS = (2e-4, 2e-3)
+DOUBT_STRENGTHS = (0.3, 1.0)  # errors are noisy: most of the kernel's detail is none
+CERTAIN = 0.15  # root of the least error (eV) that is ever expected
 SMALLEST = 0.05  # scales below this share of the largest do not blow up what hardly varies
 
 
@@ -59,6 +65,10 @@ class KernelPrior(nn.Module):
     coefficients: torch.Tensor  # [m, 2 (FOLDS + 1)]
     names: torch.Tensor  # [A] int64, adsorbates
     means: torch.Tensor  # [A + 1, 2 (FOLDS + 1)]; the last row is of those that training lacks
+    doubts: (
+        torch.Tensor
+    )  # [m, 2], coefficients of the root of the error, of relaxed and of unrelaxed structures
+    usual: torch.Tensor  # [2], what they are added to
 
     def __init__(self, size: int, rate: float) -> None:
         """size: descriptors D of a structure; rate: of the squared distance over their number."""
@@ -71,6 +81,8 @@ class KernelPrior(nn.Module):
         self.register_buffer("coefficients", torch.zeros(0, columns))
         self.register_buffer("names", torch.zeros(0, dtype=torch.int64))
         self.register_buffer("means", torch.zeros(1, columns))
+        self.register_buffer("doubts", torch.zeros(0, 2))
+        self.register_buffer("usual", torch.zeros(2))
 
     @torch.no_grad()
     def forward(self, local: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
@@ -78,18 +90,32 @@ class KernelPrior(nn.Module):
         While the model trains, a system with a fold is seen by the fit without it."""
         if not len(self.landmarks):
             return torch.zeros(len(local), device=local.device)
+        kernel = self._kernel(local, known)
+        fold = known[:, 2] if self.training else torch.full_like(known[:, 2], -1)
+        column = known[:, 1] * (FOLDS + 1) + 1 + fold
+        same = known[:, :1] == self.names
+        row = torch.where(same.any(1), same.int().argmax(1) if len(self.names) else 0, len(self.names))
+        return ((kernel * self.coefficients.T[column]).sum(1) + self.means[row, column]).float()
+
+    @torch.no_grad()
+    def doubt(self, local: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+        """Expected |error| (eV) [n] float32 of what `forward` says of them in a trained model; 0 where
+        there is no fit."""
+        if not len(self.landmarks):
+            return torch.zeros(len(local), device=local.device)
+        kind = known[:, 1]
+        root = (self._kernel(local, known) * self.doubts.T[kind]).sum(1) + self.usual[kind]
+        return root.clamp_min(CERTAIN).square().float()
+
+    def _kernel(self, local: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+        """[n, m]: how near descriptors are to those of the training systems."""
         size = len(self.centre)
         x = (local[:, :size].to(self.centre.dtype) - self.centre) / self.scale
         a, b = x, self.landmarks
         reach = (a**2).sum(1)[:, None] + (b**2).sum(1) - 2 * a @ b.T
         reach = (reach * (6 * self.rate / size)).clamp_min(0).sqrt()
         kernel = (1 + reach) * torch.exp(-reach)
-        kernel = torch.where(known[:, :1] == self.adsorbates, kernel, SHARED * kernel)
-        fold = known[:, 2] if self.training else torch.full_like(known[:, 2], -1)
-        column = known[:, 1] * (FOLDS + 1) + 1 + fold
-        same = known[:, :1] == self.names
-        row = torch.where(same.any(1), same.int().argmax(1) if len(self.names) else 0, len(self.names))
-        return ((kernel * self.coefficients.T[column]).sum(1) + self.means[row, column]).float()
+        return torch.where(known[:, :1] == self.adsorbates, kernel, SHARED * kernel)
 
     def fit(self, local: Floats, known: Integers, folds: Integers, energies: Floats) -> dict[str, float]:
         """Fit to descriptors [n, D or more], `known` [n, 3] (its folds do not count), folds [n] and
@@ -104,14 +130,19 @@ class KernelPrior(nn.Module):
         names = np.unique(known[:, 0])
         means = np.array([_means(names, known[:, 0], folds, energies, f) for f in range(-1, FOLDS)]).T
         left = energies[:, None] - means[np.searchsorted(names, known[:, 0])]
-        columns, found = np.zeros((2, len(x), FOLDS + 1)), {}
+        columns, doubts, usual, found = (
+            np.zeros((2, len(x), FOLDS + 1)),
+            np.zeros((2, len(x))),
+            np.zeros(2),
+            {},
+        )
         for kind, name in enumerate(("relaxed", "unrelaxed")):
             part = np.arange(len(x)) if kind else np.flatnonzero(~unrelaxed)
             asked = unrelaxed[part] if kind else np.ones(len(part), dtype=bool)
             if (
                 not len(part) or not asked.any()
             ):  # no unrelaxed structure in training: what is known of relaxed
-                columns[kind] = columns[0]
+                columns[kind], doubts[kind], usual[kind] = columns[0], doubts[0], usual[0]
                 continue
             kernel = matern(x[part], x[part], self.rate)
             kernel[known[part, 0][:, None] != known[part, 0]] *= SHARED
@@ -120,11 +151,15 @@ class KernelPrior(nn.Module):
             errors = [float(np.abs(residual[asked]).mean()) for _, residual in fits]
             best = int(np.argmin(errors))
             found[name] = errors[best]
-            columns[kind, part] = fits[best][0]
+            columns[kind, part], residuals = fits[best]
+            doubts[kind, part[asked]], usual[kind] = _doubts(
+                kernel[np.ix_(asked, asked)], residuals[asked], folds[part[asked]]
+            )
             if kind:
                 columns[kind, ~unrelaxed] *= RELATED
         self._put(centre=centre, scale=scale, landmarks=x, names=names, adsorbates=known[:, 0])
         self._put(coefficients=np.hstack(list(columns)), means=np.hstack([means, means]))
+        self._put(doubts=doubts.T, usual=usual)
         return found
 
     def _put(self, **arrays: NDArray[np.generic]) -> None:
@@ -170,3 +205,16 @@ def _held_out(kernel: Floats, strength: float, wanted: Floats, folds: Integers) 
         mine -= columns @ residuals[block]
         mine[block] = 0.0
     return coefficients, residuals
+
+
+def _doubts(kernel: Floats, residuals: Floats, folds: Integers) -> tuple[Floats, float]:
+    """Coefficients [n] and constant of the root of |residuals| [n]. Their strength is chosen on folds that
+    the fits have not seen, and they are so scaled that the squares have the mean of |residuals| there."""
+    roots = np.sqrt(np.abs(residuals))
+    usual = float(roots.mean())
+    wanted = np.repeat((roots - usual)[:, None], FOLDS + 1, axis=1)
+    fits = [_held_out(kernel, strength, wanted, folds) for strength in DOUBT_STRENGTHS]
+    coefficients, missed = min(fits, key=lambda fit: float((fit[1] ** 2).mean()))
+    expected = np.maximum(roots - missed, CERTAIN) ** 2
+    scale = float(np.sqrt(np.abs(residuals).mean() / expected.mean()))
+    return scale * coefficients[:, 0], scale * usual

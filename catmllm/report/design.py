@@ -216,6 +216,12 @@ def adsorbate(entry: dict[str, Any]) -> str:
     return f"AD: {entry['fault']}" if entry["fault"] else "a real adsorbate"
 
 
+def predicted(entry: dict[str, Any]) -> str:
+    """A candidate's energy and, where the model knows it, how far that is expected to be off."""
+    off = f" ± {entry['error']:.2f}" if entry["error"] > 0 else ""
+    return f"{entry['predicted']:.3f}{off} eV"
+
+
 def _energies(entry: dict[str, Any]) -> str:
     judged = entry.get("judged")
     judged = number(judged, 3) if isinstance(judged, float) else judged or "–"
@@ -240,7 +246,7 @@ def _target(record: dict[str, Any]) -> str:
             else ""
         )
         facts = (
-            f"{html.text(Path(entry['file']).name)}: predicted {number(entry['predicted'], 3)} eV, "
+            f"{html.text(Path(entry['file']).name)}: predicted {predicted(entry)}, "
             f"PVCP {number(entry['pvcp'], 2)}, {adsorbate(entry)}, "
             f"iteration {entry['iteration']}{html.text(judged)}"
         )

@@ -72,8 +72,8 @@ def test_ideal_candidates_meet_the_constraints(parts: dict[str, Sequence[System]
 
 
 def test_the_closest_of_the_first() -> None:
-    assert closest([3.0, 1.0, -0.9, -1.0], -1.0, [1, 2, 3, 4]) == [0, 1, 2, 3]
-    assert closest([-1.0, 5.0], -1.0, [1, 2]) == [0, 0]
+    assert closest([4.0, 2.0, 0.1, 0.0], [1, 2, 3, 4]) == [0, 1, 2, 3]
+    assert closest([0.0, 6.0], [1, 2]) == [0, 0]
 
 
 def test_the_best_after_n_is_the_pools_after_n() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,10 +13,10 @@ from sklearn.gaussian_process.kernels import Matern
 from sklearn.kernel_ridge import KernelRidge
 
 from catmllm.config import Config
-from catmllm.design.predict import encoder_energies, predict_energies, question
+from catmllm.design.predict import encoder_energies, energies_and_errors, predict_energies, question
 from catmllm.models.build import new_model
 from catmllm.models.catalytic_mllm import RATE
-from catmllm.models.kernel_prior import RELATED, SHARED, STRENGTHS, KernelPrior
+from catmllm.models.kernel_prior import CERTAIN, DOUBT_STRENGTHS, RELATED, SHARED, STRENGTHS, KernelPrior
 from catmllm.models.state import load_model, save_model
 from catmllm.stages.supervised import standardise
 from catmllm.structure.descriptors import FOLDS, SIZE, fold_of, known, surroundings, told
@@ -41,6 +42,11 @@ class Fitted:
         local = torch.tensor(np.array([surroundings(s) for s in systems]), dtype=torch.float32)
         facts = torch.from_numpy(known(systems, [held_out] * len(systems)))
         return self.prior(local, facts).double().numpy()
+
+
+def doubt_of(prior: KernelPrior, systems: list[System]) -> np.ndarray:
+    local = torch.tensor(np.array([surroundings(s) for s in systems]), dtype=torch.float32)
+    return prior.doubt(local, torch.from_numpy(known(systems))).double().numpy()
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +104,52 @@ def test_errors_are_those_of_unseen_pairs(fitted: Fitted) -> None:
     assert fitted.errors["unrelaxed"] == pytest.approx(found[~relaxed].mean(), abs=1e-3)
     # what has been seen is known nearly by heart
     assert np.abs(fitted(fitted.shown) - fitted.energies)[relaxed].mean() < 0.3 * found[relaxed].mean()
+
+
+def test_expected_errors_are_kernel_ridge_regression_too(fitted: Fitted, train_systems: list[System]) -> None:
+    """Of the roots of what is left on unseen pairs, up to a scale; at one of the strengths."""
+    rows = np.array([i for i, s in enumerate(fitted.shown) if not s.relaxed])
+    some = [fitted.shown[i] for i in rows]
+    roots = np.sqrt(np.abs(fitted(some, held_out=True) - fitted.energies[rows]))
+    raw = fitted.local[:, :SIZE]
+    scale = np.maximum(raw.std(0), 0.05 * raw.std(0).max())
+    matern = Matern(length_scale=np.sqrt(SIZE / (2 * RATE)), nu=1.5)
+
+    def kernel(a: list[System]) -> np.ndarray:
+        x, y = ((np.array([surroundings(s)[:SIZE] for s in p]) - raw.mean(0)) / scale for p in (a, some))
+        return matern(x, y) * np.where([[s.adsorbate == t.adsorbate for t in some] for s in a], 1.0, SHARED)
+
+    asked = [s.frame(0.0) for s in train_systems[5::60]]
+    found = doubt_of(fitted.prior, asked)
+    worst = []
+    for strength in DOUBT_STRENGTHS:
+        ridge = KernelRidge(alpha=strength, kernel="precomputed").fit(kernel(some), roots - roots.mean())
+        expected = ridge.predict(kernel(asked)) + roots.mean()
+        free = expected > 2 * CERTAIN  # the floor is not reached, whatever the scale
+        scales = np.sqrt(found[free]) / expected[free]
+        worst.append(np.ptp(scales) / scales.mean())
+    # residuals of coefficients in float32
+    assert min(worst) < 5e-3, worst
+
+
+def test_expected_errors_hold_on_new_pairs(train_systems: list[System]) -> None:
+    """Fitted without a third of the pairs, they have the errors' mean there, and know large from small."""
+    new = [s for s in train_systems if zlib.crc32(f"new {s.bulk} {s.miller}".encode()) % 3 == 0][::3]
+    pairs = {(s.bulk, s.miller) for s in new}
+    fit = Fitted([s for s in train_systems if (s.bulk, s.miller) not in pairs][::3])
+    starts = [s.frame(0.0) for s in new]
+    errors = np.abs(fit(starts) - [s.known_energy for s in new])
+    expected = doubt_of(fit.prior, starts)
+    assert expected.mean() == pytest.approx(errors.mean(), rel=0.3)
+    order = np.argsort(expected)
+    surest, rest = errors[order[: len(order) // 4]], errors[order[len(order) // 4 :]]
+    assert surest.mean() < 0.6 * rest.mean()
+    assert doubt_of(fit.prior, new).mean() < 0.75 * expected.mean()  # relaxed structures are surer
+
+
+def test_without_a_fit_nothing_is_expected() -> None:
+    prior = KernelPrior(SIZE, RATE)
+    assert not prior.doubt(torch.zeros(2, SIZE), torch.zeros(2, 3, dtype=torch.int64)).any()
 
 
 def test_without_a_label_all_fits_speak_in_training_too(fitted: Fitted) -> None:
@@ -167,5 +219,9 @@ def test_a_new_model_says_what_the_closed_forms_say(
             for one in (model.eval(), read):
                 questions = [question(s, mode) for s in systems]  # type: ignore[arg-type]
                 np.testing.assert_allclose(predict_energies(one, collate, questions), expected, atol=1e-4)
+                energies, errors = energies_and_errors(one, collate, questions, batch_size=2)
+                np.testing.assert_allclose(energies, expected, atol=1e-4)
+                doubt = prior.doubt(torch.tensor(descriptors, dtype=torch.float32), facts)
+                np.testing.assert_allclose(errors, doubt, atol=1e-4)
         said = model.prior(torch.tensor(local, dtype=torch.float32), facts)
         np.testing.assert_allclose(encoder_energies(model, collate, systems), said, atol=1e-4)
