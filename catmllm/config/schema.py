@@ -53,6 +53,11 @@ class DataConfig:
         "paper", "how joint and instruct ask: in the paper's words, or also in those of data/phrasings.json"
     )
     augment: bool = key(True, "supervised stages see a system through a random symmetry of its slab's sites")
+    written: Literal["relaxed", "start"] = key(
+        "relaxed",
+        "the structures that answers and exemplars show: relaxed ones as in the paper, or where a relaxation "
+        "began, which is what a search should propose",
+    )
     images: bool = key(
         False, "property prompts that show a structure show a picture of it too; needs model.llm.pretrained"
     )

@@ -36,6 +36,7 @@ from catmllm.stages.policy import Correction, Pass, Read, add_policy, on_device,
 from catmllm.stages.scoring import BATCH, Reward, Scored, Scoring, joined
 from catmllm.stages.supervised import (
     VISUAL,
+    as_written,
     chosen,
     property_with_dropout,
     relatives,
@@ -264,7 +265,7 @@ class GRPO(Plain):
             return Sample(cif_prompt(s.identity))
         if k % 3 == 1 or not self.kin[i]:
             return Sample(design_prompt(s.identity, s.known_energy))
-        exemplar = self.systems[rng.choice(self.kin[i])]
+        exemplar = as_written(self.systems[rng.choice(self.kin[i])], self.context.config.data)
         return Sample(design_prompt(s.identity, s.known_energy, exemplar=True), "", exemplar)
 
     def add_policy(

@@ -87,6 +87,11 @@ def some_frame(system: System, rng: np.random.Generator, share: float) -> System
     return system.frame(max(0.0, 2.0 * rng.random() - 1.0))
 
 
+def as_written(system: System, data: DataConfig) -> System:
+    """The structure that answers and exemplars show of a system."""
+    return system if data.written == "relaxed" or system.start is None else system.frame(0.0)
+
+
 def property_with_dropout(
     system: System,
     rng: np.random.Generator,
@@ -228,9 +233,11 @@ class Mixture:
             system = symmetric_copy(system, rng)
         if is_property(position, self.property_share):
             return self.property_of(system, rng)
-        kin = [self.systems[j] for j in self.kin[i]]
         d = self.data
-        return task_sample(system, kin, rng, self.design_share, self.noise, d.decimals, d.phrasings)
+        kin = [as_written(self.systems[j], d) for j in self.kin[i]]
+        return task_sample(
+            as_written(system, d), kin, rng, self.design_share, self.noise, d.decimals, d.phrasings
+        )
 
 
 class Mixed(FromLoader):

@@ -3,20 +3,26 @@ and what a step draws is a function."""
 
 import json
 import math
+from typing import Literal
 
 import numpy as np
 import pytest
 import torch
 
+from catmllm.config import DataConfig
+from catmllm.data.batches import shuffled
+from catmllm.data.prompts import property_sample
 from catmllm.models.losses import mmtg_loss
 from catmllm.stages.joint import Joint
 from catmllm.stages.supervised import (
+    Mixture,
     is_property,
     property_with_dropout,
     relatives,
     sample_losses,
     task_sample,
 )
+from catmllm.structure.cif import write_cif
 from catmllm.train.loop import train
 from catmllm.world import World
 from tests.contexts import MakeContext, small
@@ -113,6 +119,25 @@ def test_the_loss_of_packs_is_the_mean_over_their_samples(make_context: MakeCont
     assert work.metrics["cross_entropy"] == pytest.approx(float(ce.mean()), rel=1e-5)
     in_ev = float(mae[labelled].mean()) * float(context.model.energy_std)
     assert work.metrics["energy_mae"] == pytest.approx(in_ev, rel=1e-5)
+
+
+@pytest.mark.parametrize("written", ["start", "relaxed"])
+def test_answers_and_exemplars_show_what_is_to_be_written(written: Literal["start", "relaxed"]) -> None:
+    from catmllm.data.slabs import load_slabs
+
+    systems = load_slabs()[:300]
+    shown = [s.frame(0.0) if written == "start" else s for s in systems]
+    data = DataConfig(written=written, augment=False)
+    mixture = Mixture(systems, data, (1,), (2,), 0.0, lambda s, r: property_sample(s), 0.5, 0.0)
+    exemplars = 0
+    for position in range(100):
+        i, sample = shuffled(position, len(systems), (1,)), mixture(position)
+        assert write_cif(shown[i]).strip() in sample.answer
+        if sample.graph is not None:
+            like = [shown[j] for j in relatives(systems)[i]] or [shown[i]]
+            assert any(np.array_equal(sample.graph.frac, s.frac) for s in like)
+            exemplars += 1
+    assert exemplars > 10
 
 
 def test_relatives_share_identity_and_leave_out_the_system_itself(make_context: MakeContext) -> None:
