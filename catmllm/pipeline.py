@@ -32,7 +32,7 @@ from catmllm.evaluate.ensemble import Ensemble, load_ensemble
 from catmllm.evaluate.generation import evaluate_generation
 from catmllm.evaluate.metrics import mae, r2
 from catmllm.evaluate.property import agreement, evaluate_property, validation_energies
-from catmllm.models.build import new_model
+from catmllm.models.build import collator, new_model
 from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.models.half_precision import rounded
 from catmllm.models.state import load_model, save_model, stage_folder
@@ -223,7 +223,7 @@ def _train(
             raise ValueError(
                 f"`data.cutoff`: the encoder of {previous} was trained at {trained.data.cutoff} Å"
             )
-        collate = replace(collate, data=config.data)
+        collate = collator(model, collate.tokenizer, config)
     else:
         model, collate = new_model(config, data["train"])
     if not record.has("parameters"):

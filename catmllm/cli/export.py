@@ -12,8 +12,8 @@ HELP = "a trained model for transformers, vLLM or fairchem"
 
 def options(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "hf: Qwen2.5-VL with tokenizer, beside it graph.safetensors (encoder, projector, energy head). "
-        "text: the text tower as Qwen2ForCausalLM, which vLLM serves. fairchem: "
+        "hf: the LLM with tokenizer, beside it graph.safetensors (encoder, projector, energy head). "
+        "text: the text tower as Qwen2ForCausalLM or Qwen3ForCausalLM, which vLLM serves. fairchem: "
         "the encoder as fairchem 1.x reads it."
     )
     parser.add_argument("layout", choices=("hf", "text", "fairchem"))

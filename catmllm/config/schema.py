@@ -75,10 +75,12 @@ class DataConfig:
 
 @section
 class LLMConfig:
-    """Qwen2.5-VL: pretrained weights, or random ones of the size given here."""
+    """A Qwen: pretrained weights, or random ones of the size given here."""
 
     pretrained: str | None = key(
-        None, "folder or hub id of a Qwen2.5-VL, whose sizes then hold; null: random weights"
+        None,
+        "folder or hub id of a Qwen2.5-VL, Qwen3-VL, Qwen2.5 or Qwen3, whose sizes then hold; "
+        "null: random weights",
     )
     hidden_size: int = key(192, "width of the residual stream; a multiple of num_attention_heads", gt=0)
     num_hidden_layers: int = key(4, "blocks", gt=0)

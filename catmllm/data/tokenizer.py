@@ -77,7 +77,8 @@ def extend_tokenizer(
     new = [t for t in cif_tokens(decimals, elements) if t not in vocabulary]
     before = {t: tokenizer.encode(t, add_special_tokens=False) for t in new}
     tokenizer.add_tokens([AddedToken(t, normalized=False, special=False) for t in new])
-    markers = [t for t in (prompts.GRAPH, prompts.ENERGY) if t not in vocabulary]
+    frame = (prompts.START, prompts.END)  # of a chat: every Qwen has them
+    markers = [t for t in (*frame, prompts.GRAPH, prompts.ENERGY) if t not in vocabulary]
     before |= {t: tokenizer.encode(t, add_special_tokens=False) for t in markers}
     tokenizer.add_tokens([AddedToken(t, normalized=False, special=True) for t in markers])
     vocabulary = tokenizer.get_vocab()

@@ -1,4 +1,4 @@
-"""`varlen` in transformers' attention interface: Qwen's own layers over samples laid end to end.
+"""`varlen` in transformers' attention interface: a Qwen's own layers over samples laid end to end.
 
 The bounds of the samples come the way transformers passes them to
 FlashAttention (`cu_seq_lens_q`, `max_length_q`).
@@ -16,19 +16,26 @@ NAME = "varlen"
 
 
 def by_part(attention: str) -> dict[str, str]:
-    """The `attn_implementation` of a Qwen2.5-VL: the image tower's
+    """The `attn_implementation` of an LLM: an image tower's
     attention is not causal and stays transformers'."""
     _register()
-    return {"text_config": attention, "vision_config": "sdpa" if attention == NAME else attention}
+    seeing = "sdpa" if attention == NAME else attention
+    return {"": attention, "text_config": attention, "vision_config": seeing}
 
 
 def no_mask(text: Any) -> dict[str, None] | None:
     """The `attention_mask` of a text tower over samples end to end: none where their bounds are enough.
     transformers' own `eager` and `sdpa` need a dense mask, which the tower makes of the positions when given
-    None."""
-    if text.config._attn_implementation != NAME:
+    None; so would a tower for `varlen` whose positions are those of the text (Qwen3-VL takes no other)."""
+    kinds = getattr(text.config, "layer_types", None)
+    if text.config._attn_implementation != NAME or kinds is None:
         return None
-    return dict.fromkeys(set(text.config.layer_types))
+    return dict.fromkeys(set(kinds))
+
+
+def has_sections(text: Any) -> bool:
+    """Whether a token has three positions (M-RoPE): that of its frame, its row and its column."""
+    return hasattr(text.rotary_emb, "mrope_section")
 
 
 def shares_prompts(text: Any) -> bool:

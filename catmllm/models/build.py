@@ -20,7 +20,7 @@ from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.models.equiformer_v2 import EquiformerV2, EquiformerV2Config
 from catmllm.models.fairchem_checkpoint import load_fairchem_checkpoint
 from catmllm.models.projector import Projector
-from catmllm.models.qwen import outline_llm, pretrained_llm, random_llm
+from catmllm.models.qwen import outline_llm, pretrained_llm, random_llm, sees
 from catmllm.seeds import Stream, hash_seed
 from catmllm.structure.system import System
 
@@ -62,7 +62,7 @@ def build_model(
     torch.manual_seed(hash_seed(Stream.WEIGHTS.key(config.seed)))
     encoder = build_encoder(config.model.encoder, config.data.cutoff)
     if config.model.llm.pretrained:
-        llm, tokenizer = pretrained_llm(config.model.llm, config.data.decimals)
+        llm, tokenizer = pretrained_llm(config.model.llm, config.data)
     elif tokenizer is None:
         raise ValueError("a random LLM needs a tokenizer")
     else:
@@ -90,8 +90,9 @@ def assemble(
     e, width = encoder.config, llm.config.get_text_config().hidden_size
     projector = Projector(config.model.projector, e.lmax, e.sphere_channels, width)
     vocabulary = tokenizer.get_vocab()
-    fuse(llm.model.language_model)
-    return CatalyticMLLM(llm, encoder, projector, vocabulary[GRAPH], vocabulary[ENERGY])
+    model = CatalyticMLLM(llm, encoder, projector, vocabulary[GRAPH], vocabulary[ENERGY])
+    fuse(model.text)
+    return model
 
 
 def build_encoder(config: EncoderConfig, cutoff: float) -> EquiformerV2:
@@ -107,7 +108,8 @@ def build_encoder(config: EncoderConfig, cutoff: float) -> EquiformerV2:
 
 
 def collator(model: CatalyticMLLM, tokenizer: PreTrainedTokenizerBase, config: Config) -> Collator:
-    """What makes batches of samples for a model."""
+    """What makes batches of samples for a model. Raises ConfigError for pictures that its LLM cannot see."""
+    sees(model.llm.config, config.data)
     return Collator(
         tokenizer,
         config.data,

@@ -1,4 +1,4 @@
-"""CatalyticMLLM: EquiformerV2, a projector and Qwen2.5-VL with an energy head (paper Fig. 3, §6.7, §7).
+"""CatalyticMLLM: EquiformerV2, a projector and a Qwen with an energy head (paper Fig. 3, §6.7, §7).
 
 A structure enters as the vector(s) that replace the embedding of its `<graph>` marker; the energy is read
 from the final hidden state of the `<energy>` query token; text comes from the LM head, which is never tied to
@@ -15,7 +15,7 @@ from torch import nn
 
 from catmllm.data.batches import Batch, GraphBatch
 from catmllm.data.images import MERGE, PATCH, patches
-from catmllm.models.attention import no_mask, shares_prompts
+from catmllm.models.attention import has_sections, no_mask, shares_prompts
 from catmllm.models.encoder_graphs import EncoderGraphs
 from catmllm.models.energy_head import EnergyHead
 from catmllm.models.equiformer_v2 import EquiformerV2
@@ -60,7 +60,7 @@ class Contrast(NamedTuple):
 
 class CatalyticMLLM(nn.Module):
     """The whole model. Parameters: `encoder`, `projector`,
-    `llm` (transformers' Qwen2.5-VL), `energy_head`."""
+    `llm` (transformers' class, see `models.qwen`), `energy_head`."""
 
     energy_mean: torch.Tensor
     energy_std: torch.Tensor
@@ -85,7 +85,12 @@ class CatalyticMLLM(nn.Module):
     @property
     def text(self) -> Any:
         """The text tower without its LM head."""
-        return self.llm.model.language_model
+        return getattr(self.llm.model, "language_model", self.llm.model)
+
+    @property
+    def visual(self) -> nn.Module:
+        """The image tower; an empty module where the LLM reads text alone."""
+        return getattr(self.llm.model, "visual", None) or nn.Module()
 
     def features(self, graph: GraphBatch) -> torch.Tensor:
         """What the encoder pools for the projector: [n_systems, F], or [N, F] with the `atoms` projector."""
@@ -299,16 +304,13 @@ class CatalyticMLLM(nn.Module):
             # What stands after a sample's end is what follows in x: causal attention never looks there.
             column = torch.arange(batch.max_length, device=x.device)
             place = (batch.cu_seqlens[:-1, None] + column).clamp_max(len(x) - 1)
-            positions = column.expand(3, len(batch), -1) if batch.mrope is None else batch.mrope[:, place]
+            positions = column.expand(len(batch), -1)
+            if has_sections(self.text):
+                positions = positions.expand(3, -1, -1) if batch.mrope is None else batch.mrope[:, place]
             wide = self.text(
                 inputs_embeds=x[place], position_ids=positions, use_cache=False
             ).last_hidden_state
             return wide.flatten(0, 1)[batch.sample * batch.max_length + batch.position_ids]
-        # transformers' convention for samples without padding: the text's positions before the three of
-        # M-RoPE (all equal where there is no image), and the bounds of the samples for attention.
-        positions = batch.position_ids.expand(4, -1)
-        if batch.mrope is not None:
-            positions = torch.cat([positions[:1], batch.mrope])
         bounds: dict[str, Any] = {"cu_seq_lens_q": batch.cu_seqlens, "cu_seq_lens_k": batch.cu_seqlens}
         longest = {"max_length_q": batch.max_length, "max_length_k": batch.max_length}
         if batch.prefix is not None:
@@ -318,11 +320,20 @@ class CatalyticMLLM(nn.Module):
         return self.text(
             inputs_embeds=x[None],
             attention_mask=no_mask(self.text),
-            position_ids=positions[:, None],
+            position_ids=self._positions(batch),
             use_cache=False,
             **bounds,
             **longest,
         ).last_hidden_state[0]
+
+    def _positions(self, batch: Batch) -> torch.Tensor:
+        """Positions of samples end to end by transformers' convention: the text's [1, T]; with M-RoPE its
+        three [3, 1, T], all equal where there is no picture, behind the text's if a mask is made of these."""
+        own = batch.position_ids[None]
+        if not has_sections(self.text):
+            return own
+        mrope = own.expand(3, -1) if batch.mrope is None else batch.mrope
+        return (mrope if shares_prompts(self.text) else torch.cat([own, mrope]))[:, None]
 
 
 def said_of(graph: GraphBatch) -> tuple[torch.Tensor, torch.Tensor]:

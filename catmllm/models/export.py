@@ -1,9 +1,9 @@
 """A trained stage in the layouts of other programs: transformers, vLLM, fairchem.
 
-`hf` is the LLM as transformers' Qwen2.5-VL with our tokenizer, and beside it graph.safetensors with the rest:
+`hf` is the LLM as transformers' own class with our tokenizer, and beside it graph.safetensors with the rest:
 encoder, projector, energy head and the closed forms of energies. `text` is the text tower as
-Qwen2ForCausalLM, which vLLM serves; with text alone its positions make it equal Qwen2.5-VL's. `fairchem` is
-the encoder as a checkpoint of fairchem 1.x.
+Qwen2ForCausalLM or Qwen3ForCausalLM, which vLLM serves; with text alone its positions make it equal that of
+the VL models. `fairchem` is the encoder as a checkpoint of fairchem 1.x.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from catmllm.models.build import on_meta
 from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.models.equiformer_v2 import EquiformerV2
 from catmllm.models.fairchem_checkpoint import without_wrapper
+from catmllm.models.qwen import llm_class
 from catmllm.models.state import load_model
 
 LAYOUTS = ("hf", "text", "fairchem")
@@ -49,11 +50,11 @@ def export(
         text_tower(model).to(DTYPES[dtype]).save_pretrained(out, max_shard_size=shard)
         save_tokenizer(collate.tokenizer, out)
         return out
-    collate.tokenizer.save_pretrained(out)
     parts = {k: v.contiguous() for k, v in model.state_dict().items() if not k.startswith("llm.")}
     save_file(parts, out / "graph.safetensors")
     (out / "catmllm.json").write_text(json.dumps(to_dict(config), indent=1))
     model.llm.to(DTYPES[dtype]).save_pretrained(out, max_shard_size=shard)
+    save_tokenizer(collate.tokenizer, out)
     return out
 
 
@@ -73,35 +74,36 @@ def save_tokenizer(tokenizer: Any, out: Path) -> None:
             (out / Path(file).name).unlink(missing_ok=True)
 
 
-# What the two classes have in common; the default of rms_norm_eps differs.
+# What the classes have in common; the default of rms_norm_eps differs.
 SHARED = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "hidden_act", "max_position_embeddings", "rms_norm_eps", "bos_token_id",
     "eos_token_id", "pad_token_id",
 )  # fmt: skip
+OF_QWEN3 = ("head_dim", "attention_bias")
 
 
 def text_config(model: CatalyticMLLM) -> Any:
-    """The text tower's sizes as transformers' Qwen2Config."""
-    from transformers import Qwen2Config
+    """The text tower's sizes as transformers' Qwen2Config, or Qwen3Config where heads have norms."""
+    from transformers import Qwen2Config, Qwen3Config
 
     c = model.llm.config.get_text_config()
-    rope = {k: v for k, v in c.rope_parameters.items() if k != "mrope_section"} | {"rope_type": "default"}
-    return Qwen2Config(
-        architectures=["Qwen2ForCausalLM"],
-        **{name: getattr(c, name) for name in SHARED},
-        rope_parameters=rope,
+    normed = hasattr(model.text.layers[0].self_attn, "q_norm")
+    kind: Any = Qwen3Config if normed else Qwen2Config
+    return kind(
+        architectures=["Qwen3ForCausalLM" if normed else "Qwen2ForCausalLM"],
+        **{name: getattr(c, name, None) for name in (*SHARED, *(OF_QWEN3 if normed else ()))},
+        rope_parameters={k: v for k, v in c.rope_parameters.items() if not k.startswith("mrope")},
         tie_word_embeddings=False,
         use_sliding_window=False,
     )
 
 
 def text_tower(model: CatalyticMLLM) -> Any:
-    """The text tower and LM head as transformers' Qwen2ForCausalLM, sharing the weights of `model`."""
-    from transformers import Qwen2ForCausalLM
-
+    """The text tower and LM head as transformers' class for text alone, sharing the weights of `model`."""
+    config = text_config(model)
     with on_meta():
-        tower: Any = Qwen2ForCausalLM._from_config(text_config(model))
+        tower: Any = llm_class(config)._from_config(config)
     weights = {f"model.{k}": v for k, v in model.text.state_dict().items()}
     tower.load_state_dict(weights | {"lm_head.weight": model.llm.lm_head.weight}, strict=True, assign=True)
     return tower.eval()

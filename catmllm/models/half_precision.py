@@ -50,9 +50,10 @@ def _llm(text: Any, half: torch.dtype) -> None:
         layer.mlp.down_proj.register_forward_hook(lambda module, args, out: out.float() / MLP_SCALE)
         if text.config._attn_implementation == "eager":
             # Fused attention keeps its scores in float32. The eager one multiplies first and scales after:
-            # large key biases overflow there, so that the scale goes on the queries.
+            # large key biases overflow there, so that the scale goes on the queries, behind any norm.
             attention, scale = layer.self_attn, layer.self_attn.scaling
-            attention.q_proj.register_forward_hook(lambda module, args, out, scale=scale: out * scale)
+            query = getattr(attention, "q_norm", attention.q_proj)
+            query.register_forward_hook(lambda module, args, out, scale=scale: out * scale)
             attention.scaling = 1.0
 
 

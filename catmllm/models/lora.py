@@ -36,7 +36,7 @@ def add_lora(model: CatalyticMLLM, config: LoRAConfig, seed: int) -> None:
         r=config.r,
         lora_alpha=config.alpha,  # type: ignore[arg-type]  # peft says int and divides it
         lora_dropout=config.dropout,
-        target_modules=rf"model\.language_model\.layers\.\d+\.\w+\.({'|'.join(LINEARS)})",
+        target_modules=rf"model\.(language_model\.)?layers\.\d+\.\w+\.({'|'.join(LINEARS)})",
     )
     torch.manual_seed(hash_seed(Stream.ADAPTERS.key(seed)))
     inject_adapter_in_model(adapters, model.llm, adapter_name=NAME)

@@ -1,5 +1,9 @@
-"""Qwen2.5-VL by a configuration: random and small, pretrained with our tokens added,
-or an outline of published sizes."""
+"""The LLM by a configuration: random and small, pretrained with our tokens added,
+or an outline of published sizes.
+
+A pretrained one is a Qwen2.5-VL, a Qwen3-VL (whose image tower sees nothing), a Qwen2.5 or a Qwen3, by the
+`model_type` of its config.json; a random one is a Qwen2.5-VL.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +15,30 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from catmllm.config import ConfigError, LLMConfig
+from catmllm.config import ConfigError, DataConfig, LLMConfig
+from catmllm.data.prompts import END
 from catmllm.data.tokenizer import extend_tokenizer
 from catmllm.models.attention import by_part
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+# transformers' class of each `model_type` that is read
+KINDS = {
+    "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
+    "qwen3_vl": "Qwen3VLForConditionalGeneration",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+SEES = "qwen2_5_vl"  # whose image tower reads our pictures
+# What a text tower may have: our attention has no window and no dropout, our MLP one activation, and decoding
+# takes the frequencies as they are at first.
+FITTING = {
+    "layer_types": ("full_attention",),
+    "hidden_act": ("silu",),
+    "attention_dropout": (0.0,),
+    "rope_type": ("default", "linear", "llama3", "yarn"),
+}
 
 # The published text towers, so that a plan needs neither the hub nor the weights.
 QWEN = {
@@ -60,6 +82,8 @@ NO_VISION = {
 
 def random_llm(config: LLMConfig, tokenizer: PreTrainedTokenizerBase) -> Any:
     """Random weights of the configuration's sizes. Raises ConfigError for fewer rows than tokens."""
+    from transformers import Qwen2_5_VLConfig
+
     rows = len(tokenizer) if config.vocab_size is None else config.vocab_size
     if rows < len(tokenizer):
         raise ConfigError(f"`model.llm.vocab_size`: {rows} rows for a tokenizer of {len(tokenizer)} tokens")
@@ -72,7 +96,8 @@ def random_llm(config: LLMConfig, tokenizer: PreTrainedTokenizerBase) -> Any:
         "vocab_size": rows,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": section},
     }
-    return _made(text, NO_VISION | {"out_hidden_size": config.hidden_size}, tokenizer, config.attention)
+    vision = NO_VISION | {"out_hidden_size": config.hidden_size}
+    return _made(Qwen2_5_VLConfig(text_config=text, vision_config=vision), tokenizer, config.attention)
 
 
 def outline_llm(config: LLMConfig, tokenizer: PreTrainedTokenizerBase, images: bool) -> Any:
@@ -82,24 +107,28 @@ def outline_llm(config: LLMConfig, tokenizer: PreTrainedTokenizerBase, images: b
     Without `images` the image tower is as small as it can be: a run leaves the real one on the CPU.
     Raises ConfigError for a name of unknown size.
     """
-    text, vision = _published(str(config.pretrained))
-    if not images:
-        vision = NO_VISION | {"out_hidden_size": text["hidden_size"]}
+    llm_config = _published(str(config.pretrained))
+    seeing = getattr(llm_config, "vision_config", None)
+    if seeing is not None and not images:
+        width = llm_config.get_text_config().hidden_size
+        llm_config.vision_config = type(seeing)(
+            **NO_VISION, out_hidden_size=width, deepstack_visual_indexes=[]
+        )
     # flash-attn may be missing where shapes are all that is asked for;
     # torch's fused attention keeps the same: the output and a row of sums.
     attention = "sdpa" if config.attention == "flash_attention_2" else config.attention
-    llm = _made(text, vision, tokenizer, attention)
-    llm.model.visual.to(torch.bfloat16)  # as published
+    llm = _made(llm_config, tokenizer, attention)
+    if seeing is not None:
+        llm.model.visual.to(torch.bfloat16)  # as published
     return llm
 
 
-def _published(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Sizes of the text and of the image tower."""
+def _published(name: str) -> Any:
+    """The configuration of a folder here, or by the size in a published name."""
     from transformers import Qwen2_5_VLConfig
 
     if (Path(name) / "config.json").is_file():
-        read: Any = Qwen2_5_VLConfig.from_pretrained(name, local_files_only=True)
-        return read.get_text_config().to_dict(), read.vision_config.to_dict()
+        return read_config(name)
     if found := re.search(r"Qwen2\.5-VL-(3B|7B)", name):
         rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
         text: dict[str, Any] = QWEN[found[1]] | {
@@ -107,57 +136,94 @@ def _published(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
             "max_position_embeddings": 128000,
             "rms_norm_eps": 1e-6,
         }
-        return text, QWEN_VISION | {"out_hidden_size": text["hidden_size"]}
+        vision = QWEN_VISION | {"out_hidden_size": text["hidden_size"]}
+        return Qwen2_5_VLConfig(text_config=text, vision_config=vision)
     raise ConfigError(
         f"`model.llm.pretrained: {name}` is no folder here, and its sizes are not known; a plan knows "
         f"Qwen2.5-VL-{' and Qwen2.5-VL-'.join(QWEN)}, or reads the config.json of a downloaded model"
     )
 
 
-def _made(
-    text: dict[str, Any], vision: dict[str, Any], tokenizer: PreTrainedTokenizerBase, attention: str
-) -> Any:
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-
-    ids = {
-        "bos_token_id": None,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    qwen = Qwen2_5_VLConfig(
-        text_config=text | ids | {"tie_word_embeddings": False},
-        vision_config=vision,
-        tie_word_embeddings=False,
-    )
-    return Qwen2_5_VLForConditionalGeneration._from_config(qwen, attn_implementation=by_part(attention))
+def _made(config: Any, tokenizer: PreTrainedTokenizerBase, attention: str) -> Any:
+    """An LLM of random weights, its head untied."""
+    text = config.get_text_config()
+    text.bos_token_id, text.eos_token_id = None, tokenizer.eos_token_id
+    text.pad_token_id = tokenizer.pad_token_id
+    config.tie_word_embeddings = text.tie_word_embeddings = False
+    return llm_class(config)._from_config(config, attn_implementation=by_part(attention))
 
 
-def pretrained_llm(config: LLMConfig, decimals: int) -> tuple[Any, PreTrainedTokenizerBase]:
+def read_config(folder: str | Path) -> Any:
+    """transformers' configuration of an LLM's folder or hub id.
+
+    Raises ConfigError for a `model_type` that is none of `KINDS` and for a text tower that our parts would
+    compute wrongly.
+    """
+    from transformers import AutoConfig, PretrainedConfig
+
+    kind = PretrainedConfig.get_config_dict(folder)[0].get("model_type")
+    if kind not in KINDS:
+        raise ConfigError(
+            f"`model.llm.pretrained: {folder}`: its config.json has `model_type: {kind}`; supported are "
+            + ", ".join(KINDS)
+        )
+    config: Any = AutoConfig.from_pretrained(folder)
+    text = config.get_text_config()
+    found = {name: getattr(text, name, None) for name in FITTING}
+    found["layer_types"] = found["layer_types"] or ["full_attention"]
+    found["rope_type"] = text.rope_parameters["rope_type"]
+    for name, value in found.items():
+        if not {*(value if isinstance(value, list) else [value])} <= {*FITTING[name]}:
+            raise ConfigError(
+                f"`model.llm.pretrained: {folder}`: its config.json has `{name}: {value}`; supported are "
+                + ", ".join(map(str, FITTING[name]))
+            )
+    return config
+
+
+def llm_class(config: Any) -> Any:
+    """transformers' class of an LLM with a language model's head."""
+    import transformers
+
+    return getattr(transformers, KINDS[config.model_type])
+
+
+def sees(config: Any, data: DataConfig) -> None:
+    """Raises ConfigError where `data` has pictures and an LLM of this configuration reads none of ours."""
+    if data.images and config.model_type != SEES:
+        raise ConfigError(
+            "`data.images` needs the image tower of a pretrained Qwen2.5-VL; this LLM is a "
+            f"{config.model_type}: set `data.images: false`, or another `model.llm.pretrained`"
+        )
+
+
+def pretrained_llm(config: LLMConfig, data: DataConfig) -> tuple[Any, PreTrainedTokenizerBase]:
     """The LLM of `config.pretrained` with its own tokenizer, extended by our markers and the tokens of
-    CIFs."""
-    from transformers import (
-        AutoConfig,
-        AutoTokenizer,
-        Qwen2_5_VLConfig,
-        Qwen2_5_VLForConditionalGeneration,
-    )
+    CIFs. Raises ConfigError for an LLM that does not fit."""
+    from transformers import AutoTokenizer
 
     name = str(config.pretrained)
-    kind = AutoConfig.from_pretrained(name).model_type
-    if kind != Qwen2_5_VLConfig.model_type:
-        raise ConfigError(f"`model.llm.pretrained: {name}` is a {kind}, not a Qwen2.5-VL")
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    kind = read_config(name)
+    sees(kind, data)
+    own = (
+        Path(name) / "tokenizer"
+    )  # where our export puts one that transformers would misread beside the model
+    tokenizer = AutoTokenizer.from_pretrained(own if own.is_dir() else name)
     # In the dtype of the files, read through the page cache: sharding makes float32 of it, a block at a time.
-    llm: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+    llm: Any = llm_class(kind).from_pretrained(
         name, attn_implementation=by_part(config.attention), dtype="auto"
     )
-    extend(llm, tokenizer, decimals)
+    extend(llm, tokenizer, data.decimals)
     return llm, tokenizer
 
 
 def extend(llm: Any, tokenizer: PreTrainedTokenizerBase, decimals: int) -> None:
     """Add our tokens to a pretrained LLM and its tokenizer, in place; the LM head gets weights of its own."""
     added = extend_tokenizer(tokenizer, decimals, elements=False)
+    if tokenizer.eos_token != END:  # a base model's own ends documents, ours ends answers
+        tokenizer.eos_token = END
+        llm.generation_config.eos_token_id = tokenizer.eos_token_id
+        llm.config.get_text_config().eos_token_id = tokenizer.eos_token_id
     untie(llm)
     if len(tokenizer) > llm.get_input_embeddings().num_embeddings:
         llm.resize_token_embeddings(len(tokenizer), mean_resizing=False)

@@ -15,6 +15,7 @@ from catmllm.models.attention import by_part
 from catmllm.models.build import assemble, build_encoder, collator, on_meta
 from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.models.energy_head import EnergyHead
+from catmllm.models.qwen import llm_class, read_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,7 +29,7 @@ def save_model(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     """An export that `load_model` reads: model.safetensors, catmllm.json, tokenizer,
-    and Qwen's own config in llm/.
+    and the LLM's own config in llm/.
 
     `state` is the whole state dict of `model`, gathered from its shards; the weights file appears last,
     at once.
@@ -63,17 +64,17 @@ def load_model(folder: str | Path, attention: str | None = None) -> tuple[Cataly
     `attention`: how this one computes it (`model.llm.attention`); None: as when it was trained.
     """
     from safetensors.torch import load_file
-    from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+    from transformers import PreTrainedTokenizerFast
 
     folder = Path(folder)
     if not (folder / "model.safetensors").is_file():
         raise FileNotFoundError(f"{folder}: no model.safetensors; give the folder of a finished stage")
     config = from_dict(json.loads((folder / "catmllm.json").read_text()), str(folder / "catmllm.json"))
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    qwen = Qwen2_5_VLConfig.from_pretrained(folder / "llm")
+    qwen = read_config(folder / "llm")
     attention = attention or config.model.llm.attention
     with on_meta():
-        llm = Qwen2_5_VLForConditionalGeneration._from_config(qwen, attn_implementation=by_part(attention))
+        llm = llm_class(qwen)._from_config(qwen, attn_implementation=by_part(attention))
         encoder = build_encoder(replace(config.model.encoder, checkpoint=None), config.data.cutoff)
         model = assemble(llm, encoder, config, tokenizer)
     # The file's own pages become the weights: ranks of one machine share them until they are sharded.

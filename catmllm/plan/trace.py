@@ -129,7 +129,7 @@ def _trace(
     with Ledger(cuda) as ledger, backend_forced("triton") if cuda else nullcontext():
         ledger.phase("load")
         model, collate = _model(config, data["train"])
-        if not config.data.images:
+        if not config.data.images and hasattr(model.llm.model, "visual"):
             model.llm.model.visual = torch.nn.Module()  # the trainer leaves the image tower on the CPU
         context = Context(config, model, collate, data, world, Path())
         stage = STAGES[name](context)
@@ -307,7 +307,7 @@ def sampling_bytes(stage: Stage, context: Context) -> dict[str, int]:
     searches = stage.name == "ga_grpo"
     rows = min(256, o.batch_size * (max(o.group_size, o.initial) if searches else o.group_size))
     prompts = min(rows, o.batch_size)
-    head = text.hidden_size // text.num_attention_heads
+    head = model.text.layers[0].self_attn.head_dim
     slot = 2 * text.num_hidden_layers * text.num_key_value_heads * head * size
     new = longest_answer(context, o.sampling)
     return {

@@ -115,7 +115,7 @@ class VLLMEngine:
         self.seconds["sync"] += time.perf_counter() - began
 
     def _weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Name and value of every weight of Qwen2ForCausalLM, adapters multiplied out, on the CPU."""
+        """Name and value of every weight of the text tower, adapters multiplied out, on the CPU."""
         for name, module in self.model.text.named_modules():
             if (
                 isinstance(getattr(module, "weight", None), torch.Tensor)

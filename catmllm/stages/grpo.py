@@ -382,7 +382,8 @@ def frozen_outline(model: CatalyticMLLM) -> CatalyticMLLM:
         id(p): torch.nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
         for p in model.parameters()
     }
-    memo[id(model.llm.model.visual)] = torch.nn.Module()
+    visual = model.visual  # held, so that nothing else gets its id
+    memo[id(visual)] = torch.nn.Module()
     return copy.deepcopy(model, memo).eval()
 
 

@@ -27,7 +27,7 @@ def describe(context: Context, stage: str) -> str:
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
     forced = os.environ.get("CATMLLM_KERNELS")
     kernels = forced or ("Triton" if world.device.type == "cuda" else "CPU")
-    seen = f", {part('image tower', model.llm.model.visual.parameters())}" if config.data.images else ""
+    seen = f", {part('image tower', model.visual.parameters())}" if config.data.images else ""
     return (
         f"{stage}: {part('LLM', llm)}, {part('encoder', graph)}{seen} on {world.size} x {device} ({mesh}); "
         f"LLM in {config.precision}, encoder in {config.encoder_precision}, master weights fp32; attention "

@@ -74,7 +74,8 @@ def shard(
     # passes must be of one dtype within a unit.
     unit(model.energy_head, graph)
     layers = [unit(layer, llm) for layer in model.text.layers]
-    visual, whole = model.llm.model.visual, set()
+    visual: Any = model.visual
+    whole = set()
     if any(p.requires_grad for p in visual.parameters()):
         # float16 ends below what image towers reach; bfloat16 runs at its speed
         seeing = replace(llm, param_dtype=DTYPES["fp32" if config.precision == "fp32" else "bf16"])

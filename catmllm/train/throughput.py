@@ -45,9 +45,8 @@ class ModelFlops:
             self.forward += 2 * p.numel()
             self.backward += (4 if p.requires_grad else 2) * p.numel() if gradient else 0
         c = model.text.config
-        per_position = (
-            4 * c.num_hidden_layers * c.num_attention_heads * (c.hidden_size // c.num_attention_heads)
-        )
+        head = model.text.layers[0].self_attn.head_dim
+        per_position = 4 * c.num_hidden_layers * c.num_attention_heads * head
         self.attention = per_position * (3 if gradient else 1)
 
     def of(self, tokens: int, sequences: int) -> float:
