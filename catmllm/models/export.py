@@ -93,7 +93,7 @@ def text_config(model: CatalyticMLLM) -> Any:
     return kind(
         architectures=["Qwen3ForCausalLM" if normed else "Qwen2ForCausalLM"],
         **{name: getattr(c, name, None) for name in (*SHARED, *(OF_QWEN3 if normed else ()))},
-        rope_parameters={k: v for k, v in c.rope_parameters.items() if not k.startswith("mrope")},
+        rope_parameters={k: v for k, v in c.rope_parameters.items() if not k.startswith(("mrope", "type"))},
         tie_word_embeddings=False,
         use_sliding_window=False,
     )
