@@ -164,7 +164,7 @@ def _run(config: Config, world: World) -> int:
             result = evaluate_design(model, collate, config, data, world)
         record.put(result, "design")
     if world.main:
-        report = write_report(out)
+        report = write_report(out, evenly_spaced(data["test"], config.evaluate.property_systems))
         print(
             "\n"
             + summary_table(with_trained_baselines(record.values, out))

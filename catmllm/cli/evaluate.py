@@ -5,10 +5,15 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from catmllm.cli.own import label_options, reading_options, wanted
 from catmllm.cli.trained import best_stage, load_to_read
+
+if TYPE_CHECKING:
+    from catmllm.structure.system import System
 
 HELP = "measure the stages of a run again and rewrite its report; or measure it on your own structures"
 
@@ -48,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     if args.judge:
         _second_opinion(args.run, args.judge)
     if args.judge or args.report_only:
-        print(write_report(args.run))
+        print(write_report(args.run, _tested(path)))
         return 0
     from catmllm.pipeline import run
 
@@ -64,6 +69,20 @@ def run(args: argparse.Namespace) -> int:
     metrics["config"]["out"] = config.out
     path.write_text(json.dumps(metrics, indent=1))
     return run(config)
+
+
+def _tested(path: Path) -> Sequence[System]:
+    """The systems that a run was measured on; none, and why, where they are not at hand."""
+    from catmllm.config import from_dict
+    from catmllm.data.open import open_data
+    from catmllm.evaluate.baselines import evenly_spaced
+
+    try:
+        config = from_dict(json.loads(path.read_text())["config"], str(path))
+        return evenly_spaced(open_data(config.data)["test"], config.evaluate.property_systems)
+    except (KeyError, OSError, ValueError) as error:
+        print(f"the report names and shows no test systems: {error}")
+        return ()
 
 
 def _second_opinion(run: Path, name: str) -> None:

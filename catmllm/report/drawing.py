@@ -28,7 +28,7 @@ def structure_svg(system: System, view: Literal["top", "side"], width: int = 170
     """
     if len(system) > MAX_ATOMS:
         raise ValueError(f"{len(system)} atoms are too many to draw; the limit is {MAX_ATOMS}")
-    points = _unbroken(system)
+    points = unbroken(system)
     adsorbed = system.tags == ADSORBATE
     centre = points[adsorbed if adsorbed.any() else slice(None)].mean(axis=0)
     edge = float(np.linalg.norm(system.lattice[:2], axis=1).max())
@@ -70,7 +70,7 @@ def legend(system: System) -> str:
     return '<span class="elements">' + " ".join(dots) + "</span>"
 
 
-def _unbroken(system: System) -> Floats:
+def unbroken(system: System) -> Floats:
     """Positions [N, 3] (Å) with the slab in one piece along c: z is the height over the lowest atom."""
     height = heights(system.lattice, system.frac)
     along_c = system.lattice[2] / system.lattice[2, 2]

@@ -61,8 +61,8 @@ CONTROL_COLOURS = {
     "shuffled": "#7a7a7a",
     "shuffled_same_adsorbate": "#a3a3a3",
 }
-_ADSORBATE_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9") + (
-    "#5b5b5b",
+ADSORBATE_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9") + (
+    "#808080",
     "#b3a100",
     "#7b3294",
     "#00525e",
@@ -84,7 +84,14 @@ _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "text.parse_math": False,  # names come from data: a `$` in one is no formula
 }
-_LOSSES = {
+_SHADES = {
+    "#000000": "currentColor",
+    "#222222": "currentColor",
+    "#444444": "var(--soft)",
+    "#ffffff": "var(--paper)",
+    "#e6e6e6": "var(--line)",
+}
+LOSSES = {
     "encoder": "|error|/σ",
     "align": "InfoNCE (nats)",
     "joint": "MMTG loss",
@@ -92,7 +99,7 @@ _LOSSES = {
     "grpo": "policy loss",
     "ga_grpo": "policy loss",
 }
-_PROGRESS = {
+PROGRESS = {
     "encoder": ("energy_mae", "MAE, training batch (eV)"),
     "align": ("retrieval", "pairs matched in a batch"),
     "joint": ("energy_mae", "MAE, training batch (eV)"),
@@ -122,7 +129,7 @@ def draw_parity(axes: Axes, result: Metrics, title: str) -> None:
             energy[mine],
             predicted[mine],
             "o",
-            color=_ADSORBATE_COLOURS[k % len(_ADSORBATE_COLOURS)],
+            color=ADSORBATE_COLOURS[k % len(ADSORBATE_COLOURS)],
             markersize=3.2,
             markeredgewidth=0,
             alpha=0.75,
@@ -349,8 +356,8 @@ def draw_training(figure: Figure, logs: dict[str, list[dict[str, Any]]]) -> None
     stages = ordered(logs)
     panels = figure.subplots(2, len(stages), squeeze=False)
     for column, stage in enumerate(stages):
-        key, label = _PROGRESS[stage]
-        curves = [("loss", _LOSSES[stage]), (key, label)]
+        key, label = PROGRESS[stage]
+        curves = [("loss", LOSSES[stage]), (key, label)]
         if not any(key in row for row in logs[stage]):
             curves.pop()
             panels[1, column].set_axis_off()
@@ -490,6 +497,8 @@ def _inline(svg: str, description: str) -> str:
     svg = re.sub(
         r"(font(?:-family)?:[^;\"]*?)'DejaVu Sans'[^;\"]*", r"\1Verdana, 'DejaVu Sans', sans-serif", svg
     )
+    for shade, name in _SHADES.items():  # the page's own, so that a dark page has light ink
+        svg = svg.replace(shade, name)
     svg = re.sub(r"\n\s*", "\n", re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL))
     return svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(description)}"', 1).strip()
 

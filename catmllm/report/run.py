@@ -2,8 +2,8 @@
 the numbers and figures behind them.
 
 A run may be unfinished: the report shows what is there and says what is missing. Texts that models wrote are
-escaped and control characters replaced; the page forbids itself scripts and requests
-(Content-Security-Policy).
+escaped and control characters replaced; the page forbids itself requests and every script but its two own
+ones (Content-Security-Policy). What these make live (`page.live`) is a picture or a table without them.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from catmllm.report.figures import (
     readme_figure,
     solved_by_iteration,
 )
+from catmllm.report.live import SCRIPTS, encoded, records
 from catmllm.report.summary import (
     STAGE_MEANINGS,
     STAGE_NAMES,
@@ -65,10 +67,12 @@ ANSWERS = "answers.jsonl"  # of a stage's folder: what was sampled to measure it
 _PICTURES = 6  # designs that are drawn
 
 
-def write_report(run: Path) -> Path:
-    """Write run/report.html from run/metrics.json and run/<stage>/log.jsonl; returns its path.
+def write_report(run: Path, tested: Sequence[System] = ()) -> Path:
+    """Write run/report.html from run/metrics.json, run/<stage>/log.jsonl and run/<stage>/answers.jsonl;
+    returns its path.
 
-    Parts that are missing, and a metrics.json that cannot be read, are told in the report. Raises
+    tested: the systems whose energies were predicted, in the order of the record; the page then names and
+    shows them. Parts that are missing, and a metrics.json that cannot be read, are told in the report. Raises
     FileNotFoundError where there is no run folder.
     """
     run = Path(run)
@@ -79,20 +83,28 @@ def write_report(run: Path) -> Path:
     logs = {stage: rows for stage in STAGES if (rows := read_log(run / stage / "log.jsonl"))}
     missing = ([problem] if problem else []) + missing_parts(metrics, logs)
     title = f"Run {run.resolve().name}"
+    answers = {stage: rows for stage in STAGES if (rows := read_log(run / stage / ANSWERS))}
+    live = records(metrics, logs, tested, answers)
+    sections = {
+        "What holds, what does not": _headlines(metrics),
+        "Energy prediction": _property(metrics),
+        "Generated CIFs": _generation(metrics),
+        "Sampled answers": _texts(metrics, bool(answers)),
+        "Design by target energy": _design(metrics),
+        "Training": _training(metrics, logs),
+        "Configuration": _configuration(metrics),
+    }
+    shown = {name: content for name, content in sections.items() if content}
     body = [
         f"<h1>{html.text(title)}</h1>",
         f'<p class="conditions">{html.text(conditions(metrics))}</p>',
+        html.contents(shown),
         _missing(missing),
-        _headlines(metrics),
-        _property(metrics),
-        _generation(metrics),
-        _design(metrics),
-        _training(metrics, logs),
-        _texts(metrics),
-        _configuration(metrics),
+        *(html.section(name, content) for name, content in shown.items()),
     ]
     path = run / "report.html"
-    path.write_text(html.page(title, body), encoding="utf-8")
+    scripts = (encoded(live), SCRIPTS) if live else ()
+    path.write_text(html.page(title, body, *scripts), encoding="utf-8")
     return path
 
 
@@ -146,7 +158,7 @@ def _headlines(metrics: Metrics) -> str:
     )
     listed = f'<ul class="claims">\n{items}\n</ul>' if found else "<p>Nothing has been measured yet.</p>"
     notes = [explained, *STAGE_MEANINGS] if found else STAGE_MEANINGS
-    return html.section("What holds, what does not", listed, html.notes(notes))
+    return listed + html.notes(notes)
 
 
 def _property(metrics: Metrics) -> str:
@@ -158,13 +170,14 @@ def _property(metrics: Metrics) -> str:
         caption = (
             f"Energy head with text and graph, after {STAGE_NAMES[stages[-1]]}. Line: perfect prediction."
         )
-        parity = html.figure(
+        still = html.figure(
             "parity",
             caption,
             (5.4, 4.3),
             lambda f: draw_parity(f.subplots(), result, "Energies of test systems"),
         )
-    return html.section("Energy prediction", html.table(table), parity) if table else ""
+        parity = html.live("parity", still)
+    return html.table(table) + parity if table else ""
 
 
 def _generation(metrics: Metrics) -> str:
@@ -189,7 +202,7 @@ def _generation(metrics: Metrics) -> str:
         html.table(_counts_table(generation, "reasons", "Why texts could not be read as a CIF")),
         html.table(_counts_table(generation, "faults", "Why the adsorbate of a readable text is none (AD)")),
     ]
-    return html.section("Generated CIFs", *parts)
+    return "\n".join(parts)
 
 
 def _terms_table(generation: Metrics) -> Table | None:
@@ -246,11 +259,13 @@ def _design(metrics: Metrics) -> str:
     if any(item.get("trace") for item in items):
         parts.append(_trace_figure(design))
     judge = judge_title(design, "judge")
-    pictures = _pictures(items, judge)
-    if pictures:
-        parts.append(pictures)
-    parts += [html.table(_refusals(items)), _all_tasks(items, judge)]
-    return html.section("Design by target energy", *parts)
+    parts += [
+        "<h3>Every task</h3>",
+        html.live("tasks", _all_tasks(items, judge)),
+        *_pictures(items, judge),
+        html.table(_refusals(items)),
+    ]
+    return "\n".join(parts)
 
 
 def _trace_figure(design: Metrics) -> str:
@@ -303,25 +318,40 @@ def _miss(item: dict[str, Any]) -> float:
     return abs(best["predicted"] - item["energy"]) if finite(best.get("predicted")) else math.inf
 
 
-def _pictures(items: list[dict[str, Any]], judge: str) -> str:
-    shown: list[dict[str, Any]] = []
-    feasible = [item for item in items if item.get("best") and item["best"].get("feasible")]
-    for item in sorted(feasible, key=_miss):
-        if len(shown) < _PICTURES and item["identity"] not in {other["identity"] for other in shown}:
-            shown.append(item)
-    if not shown:
-        return ""
-    cards = "\n".join(_card(item, judge) for item in shown)
-    by = judge if any(item.get("judged") for item in shown) else "the own predictor"
-    note = (
-        f"The {len(shown)} closest of {len(items)} by {by}, one per system: chosen, not typical; all tasks "
-        "are below. From above with one cell dashed, and from the side; deeper atoms are paler, the "
-        "adsorbate is ringed."
+def _pictures(items: list[dict[str, Any]], judge: str) -> list[str]:
+    """The best designs and the farthest from their targets."""
+    by = judge if any(item.get("judged") for item in items) else "the own predictor"
+    some = [k for k, item in enumerate(items) if item.get("best")]
+    feasible = [k for k in some if items[k]["best"].get("feasible")]
+    failed = [
+        k for k in some if not items[k].get("success_judge" if items[k].get("judged") else "success_own")
+    ]
+    drawn = (
+        "From above with one cell dashed, and from the side; deeper atoms are paler, the adsorbate is ringed."
     )
-    return f'<p><b>Best designs</b></p>\n<div class="designs">\n{cards}\n</div>{html.notes([note])}'
+    return [
+        _gallery("Best designs", items, judge, sorted(feasible, key=lambda k: _miss(items[k])))
+        + html.notes([f"The closest of {len(items)} by {by}, one per system: chosen, not typical. {drawn}"])
+        if feasible
+        else "",
+        _gallery("Failures", items, judge, sorted(failed, key=lambda k: -_miss(items[k])))
+        + html.notes([f"Refused, or farthest from the wanted energy by {by}, one per system."])
+        if failed
+        else "",
+    ]
 
 
-def _card(item: dict[str, Any], judge: str) -> str:
+def _gallery(title: str, items: list[dict[str, Any]], judge: str, order: list[int]) -> str:
+    """Cards of the first designs in an order (positions in `items`), one per system."""
+    shown: dict[str, int] = {}
+    for k in order:
+        if len(shown) < _PICTURES:
+            shown.setdefault(str(items[k]["identity"]), k)
+    cards = "\n".join(_card(k, items[k], judge) for k in shown.values())
+    return f'<h3>{title}</h3>\n<div class="designs">\n{cards}\n</div>'
+
+
+def _card(k: int, item: dict[str, Any], judge: str) -> str:
     best = item["best"]
 
     def system() -> System:
@@ -333,7 +363,7 @@ def _card(item: dict[str, Any], judge: str) -> str:
         f"{number(best.get('predicted'), 2)} eV · {html.text(_judged(item, judge))}"
     )
     text = html.details("CIF", html.pre(best["text"]))
-    return f'<div class="design">{html.views(system)}<p>{facts}</p>{text}</div>'
+    return f'<div class="design" data-task="{k}">{html.views(system)}<p>{facts}</p>{text}</div>'
 
 
 def _judged(item: dict[str, Any], judge: str) -> str:
@@ -381,7 +411,8 @@ def _training(metrics: Metrics, logs: dict[str, list[dict[str, Any]]]) -> str:
             "line: running mean). GA-GRPO's reward falls whenever new tasks begin."
         )
         size = (max(4.5, 2.35 * len(logs)), 4.2)
-        parts.append(html.figure("training", caption, size, lambda f: draw_training(f, logs)))
+        still = html.figure("training", caption, size, lambda f: draw_training(f, logs))
+        parts.append(html.live("training", still))
     timed = {s: rows for s, rows in logs.items() if any("seconds_decode" in row for row in rows)}
     if timed:
         caption = (
@@ -398,21 +429,23 @@ def _training(metrics: Metrics, logs: dict[str, list[dict[str, Any]]]) -> str:
             html.table(time_table(metrics)),
             html.figure("seconds", caption, size, lambda f: draw_seconds(f.subplots(), seconds)),
         ]
-    return html.section("Training", *parts) if parts else ""
+    return "\n".join(parts)
 
 
-def _texts(metrics: Metrics) -> str:
+def _texts(metrics: Metrics, answered: bool) -> str:
+    """Sampled answers: a table where a run has kept them all, else the first of each evaluation."""
     generation = metrics.get("generation") or {}
     parts = [
         html.details(f"Sampled after {STAGE_NAMES[stage]}, example {k}", html.pre(text))
         for stage in ordered(generation)
         for k, text in enumerate(generation[stage].get("examples") or [], start=1)
     ]
-    return (
-        html.section("Example answers", *parts, html.notes(["As sampled, the first of each evaluation."]))
-        if parts
-        else ""
-    )
+    still = "\n".join([*parts, html.notes(["As sampled, the first of each evaluation."])]) if parts else ""
+    notes = [
+        "Every row is one answer with its reward terms (10 is nothing to object to); a press on it shows "
+        "the structure and the text. Fails are those of the table of generated CIFs."
+    ]
+    return html.live("answers", still) + html.notes(notes) if answered else still
 
 
 def _configuration(metrics: Metrics) -> str:
@@ -426,4 +459,4 @@ def _configuration(metrics: Metrics) -> str:
         )
         if metrics.get(key)
     ]
-    return html.section("Configuration", *parts) if parts else ""
+    return "\n".join(parts)

@@ -3,12 +3,16 @@ gaps told."""
 
 from __future__ import annotations
 
+import base64
 import copy
+import gzip
+import hashlib
 import json
 import math
 import re
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -20,11 +24,13 @@ from scipy.stats import binomtest
 
 from catmllm.config import STAGES, Config, to_dict
 from catmllm.data.slabs import SHIPPED_SEVENNET, load_slabs
+from catmllm.design.reward import TERMS
 from catmllm.report import figures, summary
 from catmllm.report.drawing import structure_svg
+from catmllm.report.live import SCRIPTS, encoded, records
 from catmllm.report.run import readme_figure, summary_table, with_trained_baselines, write_report
 from catmllm.structure.cif import write_cif
-from catmllm.structure.system import System, make_system
+from catmllm.structure.system import ADSORBATE, System, make_system
 
 HOSTILE = '<script>alert("x")</script>&amp;<img src=http://evil.example/x.png>\x1b[31m\u202e\ud800'
 
@@ -282,7 +288,7 @@ def test_figures_are_inline_svg_with_text_and_unique_ids(page: str) -> None:
     labelled = [a for a in svgs if a.get("class") != "atoms"]
     assert len(labelled) == 8  # parity, failures, rewards, design, curve, trace, training, seconds
     assert all(a.get("aria-label") for a in svgs)
-    assert sum(a.get("class") == "atoms" for a in svgs) == 2 * 6
+    assert sum(a.get("class") == "atoms" for a in svgs) == 2 * (6 + 6)  # best designs and failures
     for words in ("predicted (eV)", "reward R", "|E_pred - E*| (eV)", "iteration of the closed loop", "step"):
         assert words in outline.text
     ids = [attrs["id"] for _, attrs in outline.tags if "id" in attrs]
@@ -291,8 +297,19 @@ def test_figures_are_inline_svg_with_text_and_unique_ids(page: str) -> None:
     assert used <= set(ids)
 
 
+def own(page: str) -> tuple[str, dict[str, Any]]:
+    """A page without the scripts that are ours to the letter, and what it gives them to read."""
+    for script in SCRIPTS:
+        assert page.count(f"<script>{script}</script>") == 1 and "</script" not in script
+        page = page.replace(f"<script>{script}</script>", "")
+    packed = re.search(r'<script type="text/plain" id="records">([A-Za-z0-9+/=]+)</script>', page)
+    assert packed
+    return page.replace(packed[0], ""), json.loads(gzip.decompress(base64.b64decode(packed[1])))
+
+
 def test_nothing_comes_from_outside(page: str) -> None:
-    shown = Outline(page)
+    rest, _ = own(page)
+    shown = Outline(rest)
     for tag, attrs in shown.tags:
         assert tag not in ("script", "link", "iframe", "object", "embed", "base", "form", "img")
         for name, value in attrs.items():
@@ -301,21 +318,103 @@ def test_nothing_comes_from_outside(page: str) -> None:
                 assert value is not None and value.startswith(("#", "data:image/"))
             if name == "style":
                 assert "url(http" not in (value or "")
-    without_texts = re.sub(r"<pre>.*?</pre>", "", page, flags=re.DOTALL)
+    without_texts = re.sub(r"<pre>.*?</pre>", "", rest, flags=re.DOTALL)
     assert "http://" not in without_texts and "https://" not in without_texts
     assert "@import" not in page
     policy = next(
-        a for t, a in shown.tags if t == "meta" and a.get("http-equiv") == "Content-Security-Policy"
+        a["content"] or ""
+        for t, a in shown.tags
+        if t == "meta" and a.get("http-equiv") == "Content-Security-Policy"
     )
-    assert "default-src 'none'" in (policy["content"] or "")
+    # every request is forbidden, and every script but the two, by their digests
+    allowed = [f"'sha256-{base64.b64encode(hashlib.sha256(s.encode()).digest()).decode()}'" for s in SCRIPTS]
+    assert "default-src 'none'" in policy and policy.split("script-src ")[1].split() == allowed
+    assert not any("\r" in script for script in SCRIPTS)  # the digest is of the page's text
 
 
 def test_text_of_models_is_escaped(page: str) -> None:
-    assert "<script" not in page and "<img" not in page
-    assert "&lt;script&gt;alert(&quot;x&quot;)&lt;/script&gt;&amp;amp;" in page
+    rest, _ = own(page)
+    assert "<script" not in rest and "<img" not in rest
+    assert "&lt;script&gt;alert(&quot;x&quot;)&lt;/script&gt;&amp;amp;" in rest
     assert "\x1b" not in page and "\u202e" not in page  # and the lone surrogate did not stop the writing
-    assert "Some &lt;Processor&gt;" in page
-    assert "made &amp; up" in page
+    assert "Some &lt;Processor&gt;" in rest
+    assert "made &amp; up" in rest
+
+
+def test_what_the_scripts_read_is_the_run(run: Path, systems: list[System], page: str) -> None:
+    metrics = made_metrics(systems)
+    _, found = own(page)
+    items = metrics["design"]["items"]
+    rows = found["tasks"]["rows"]
+    assert [row["name"] for row in rows] == [item["identity"].replace("</s>", " on ") for item in items]
+    assert [row["structure"] is None for row in rows] == [item["best"] is None for item in items]
+    packed = found["structures"][rows[4]["structure"]]
+    symbols = [s for s, n in zip(packed["e"][::2], packed["e"][1::2]) for _ in range(n)]
+    assert symbols == systems[4].symbols
+    assert packed["a"] == np.flatnonzero(systems[4].tags == ADSORBATE).tolist()
+    # the same distances as the system's, through the CIF's three decimals of a cell of at most 30 Å
+    off = np.array(packed["x"]).reshape(-1, 3) / 100
+    off = (off[:, None] - off) - (systems[4].positions[:, None] - systems[4].positions)
+    lattice = np.array(packed["l"]).reshape(3, 3) / 1000
+    off -= np.rint(off @ np.linalg.inv(lattice)) @ lattice
+    assert np.abs(off).max() < 2 * (0.0005 * 30 + 0.005)
+    parity = metrics["property"]["ga_grpo"]["parity"]
+    assert found["parity"]["energy"] == parity["energy"] and len(found["parity"]["stages"]) == len(STAGES)
+    curve = found["training"][-1]["curves"][1]
+    assert (curve["key"], curve["values"][7]) == ("reward", pytest.approx(0.7))
+    assert found["tasks"]["judge"] == "SevenNet-0" and "answers" not in found
+
+
+def full_run(answers: int) -> tuple[dict[str, Any], list[System], dict[str, list[dict[str, Any]]]]:
+    """Of a run of the size of `make run`: its record, its test systems, and so many answers after each stage
+    that samples. A design, its name, and an answer's text, name and reason are hostile."""
+    tested = load_slabs(SHIPPED_SEVENNET)[:984:3]
+    rng = np.random.default_rng(1)
+    metrics = made_metrics(tested[:48])
+    energy = [s.known_energy for s in tested]
+    for part in metrics["property"].values():
+        predicted = (np.array(energy) + rng.normal(0.0, 0.2, len(energy))).tolist()
+        names = [s.adsorbate for s in tested]
+        part["parity"] = {"energy": energy, "predicted": predicted, "adsorbate": names}
+    metrics["design"]["items"][5]["best"]["text"] = HOSTILE
+    metrics["design"]["items"][7] |= {"identity": HOSTILE}
+    found = {}
+    for stage in ("instruct", "grpo", "ga_grpo"):
+        rows = []
+        for i in range(answers):
+            system = tested[i % len(tested)]
+            moved = replace(system, frac=(system.frac + rng.normal(0, 0.01, system.frac.shape)) % 1)
+            row = {"identity": system.identity, "energy": system.energy if i % 3 else None}
+            row |= {"text": "Ok:\n" + write_cif(moved), "free": i % 2 == 1, "reward": 10.0}
+            rows.append(row | dict.fromkeys(TERMS, 10.0) | {"reason": None, "fault": None})
+        rows[0] |= {"text": HOSTILE, "reason": HOSTILE, "reward": -15.0, "comp": -15.0}
+        rows[2] |= {"identity": HOSTILE}
+        found[stage] = rows
+    return metrics, tested, found
+
+
+def test_a_page_of_a_whole_run_is_small_and_harmless(page: str) -> None:
+    metrics, tested, answers = full_run(40)
+    found = records(metrics, {}, tested, answers)
+    text = encoded(found)
+    read = json.loads(gzip.decompress(base64.b64decode(text)))
+    assert (
+        "\u202e" not in json.dumps(read, ensure_ascii=False) and "\ufffd" in read["tasks"]["rows"][7]["name"]
+    )
+    assert [s["name"] for s in read["parity"]["systems"]] == [
+        s.identity.replace("</s>", " on ") for s in tested
+    ]
+    assert all(s["structure"] is not None for s in read["parity"]["systems"])
+    rows = read["answers"]["rows"]
+    assert len(rows) == 120 and sum(row[-2] is None for row in rows) == 3  # hostile texts alone have no cell
+    # `make run` has 512 answers per stage and way: what an answer costs, times as many, beside the rest
+    few = {stage: rows[:4] for stage, rows in answers.items()}
+    less = len(encoded(records(metrics, {}, tested, few)))
+    rest, _ = own(page)
+    whole = 3 * len(rest) + sum(map(len, SCRIPTS)) + less + (len(text) - less) / 108 * 2 * 3 * 512
+    assert whole < 5_000_000
+    others = records(metrics, {}, tested[::-1], {})  # other systems than those measured are not shown
+    assert not any("structure" in s for s in others["parity"]["systems"])
 
 
 def test_hostile_designs_and_names_do_no_harm(systems: list[System], tmp_path: Path) -> None:
@@ -325,7 +424,7 @@ def test_hostile_designs_and_names_do_no_harm(systems: list[System], tmp_path: P
         item["judged"] = None
     metrics["property"]["ga_grpo"]["parity"]["adsorbate"][0] = "$\\frac{</svg><script>$"
     metrics["generation"]["grpo"]["reasons"] = {"</td><script>": 3}
-    page = write_report(made_run(tmp_path / "run", metrics)).read_text()
+    page, _ = own(write_report(made_run(tmp_path / "run", metrics)).read_text())
     assert "<script" not in page and "cannot be drawn" in page
     Outline(page)
 
