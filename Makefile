@@ -16,7 +16,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # Tests start some sixty processes, each of which would compile every source anew where this is set.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup constraints run test test-slow test-newest test-oldest test-python docs frameworks environments vllm baselines labels wheels bench gpu gpu-prefill tables lint format clean \
+.PHONY: help setup constraints run test test-slow test-newest test-oldest test-python test-report docs frameworks environments vllm baselines labels wheels bench gpu gpu-prefill tables lint format clean \
 	engine test-engine test-so2 fuzz
 
 help:  ## this list
@@ -37,7 +37,7 @@ constraints:  ## write constraints.txt anew: the newest versions that pyproject.
 	$(PYTHON) -m venv --clear build/constraints
 	build/constraints/bin/python -m pip install --quiet --upgrade pip
 	PIP_CONFIG_FILE=/dev/null PIP_FIND_LINKS= build/constraints/bin/python -m pip install --quiet --dry-run --report build/resolved.json \
-		--ignore-installed torch==2.13.0 pip setuptools cython '.[$(EXTRAS)]' --group docs
+		--ignore-installed torch==2.13.0 pip setuptools cython '.[$(EXTRAS)]' --group docs --group browser
 	build/constraints/bin/python .ci/versions.py resolved < build/resolved.json > build/constraints.txt
 	mv build/constraints.txt $@.txt
 
@@ -62,6 +62,11 @@ test-oldest: .oldest/versions.txt  ## the tests with the oldest, in .oldest
 
 test-python:  ## the tests on another Python: make test-python PYTHON=python3.12, in .venv-python3.12
 	$(MAKE) test VENV=.venv-$(notdir $(PYTHON))
+
+# Playwright drives a Chromium that is there already: `apt-get install chromium`, or CHROMIUM=path.
+test-report: setup  ## report.html in a real Chromium: loads, turns, filters, prints
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group browser
+	$(BIN)/python -m pytest -q -m browser tests/report
 
 # verl, Ray and OpenRLHF want other versions than the trainer: they live in an environment of their own, for tests alone.
 FRAMEWORKS := .frameworks

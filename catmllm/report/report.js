@@ -271,7 +271,7 @@ function range(values, margin = 0.05) {
 
 /** A select of [value, words] pairs; the first is what stands at the start. */
 function choice(label, options, changed) {
-  const select = make("select", { onchange: changed }, ...options.map(([value, words]) => make("option", { value }, words)));
+  const select = make("select", { "aria-label": label, onchange: changed }, ...options.map(([value, words]) => make("option", { value }, words)));
   return { node: make("label", {}, label, select), get value() { return select.value; }, set value(v) { select.value = v; } };
 }
 
@@ -489,7 +489,11 @@ function answers(records) {
       && (!sought || `${r.system.name} ${wrong(r)}`.toLowerCase().includes(sought)));
     count.textContent = `${some.length} of ${rows.length} answers`;
     list.set(some);
-    if (!started && some.length) { started = true; list.select(some[0]); show(some[0]); }
+    if (started) return;
+    started = true;
+    const drawn = some.find((r) => r.structure !== null) ?? some[0];
+    list.select(drawn);
+    show(drawn);
   }
   return [make("div", { class: "filters" }, when.node, way.node, fault.node, ...kind.nodes, make("label", {}, "search", search), count),
     make("div", { class: "side" }, list.host, shown.host), update];
