@@ -232,7 +232,7 @@ def test_what_is_saved_and_exported_sees_the_same(
     text = export(tmp_path / "stage", "text", tmp_path / "text", "fp32")
     assert Qwen2ForCausalLM.from_pretrained(text).num_parameters() < theirs.num_parameters()
     # the text tower alone: a clear refusal instead of an image tower of random weights
-    with pytest.raises(ConfigError, match=r"is a qwen2, not a Qwen2\.5-VL"):
+    with pytest.raises(ConfigError, match=r"tower of a pretrained Qwen2\.5-VL; this LLM is a qwen2"):
         new_model(seeing_config(text), [])
 
 
@@ -242,7 +242,7 @@ def test_what_cannot_see_is_refused(folder: Path, tmp_path: Path, train_systems:
     with pytest.raises(ConfigError, match=r"trains nothing without `data\.images`"):
         load_config(None, ["model.llm.train_images=true"])
     Qwen2Config().save_pretrained(tmp_path / "text")
-    with pytest.raises(ConfigError, match=r"is a qwen2, not a Qwen2\.5-VL"):
+    with pytest.raises(ConfigError, match=r"tower of a pretrained Qwen2\.5-VL; this LLM is a qwen2"):
         new_model(seeing_config(tmp_path / "text"), train_systems[:2])
     # a Qwen2.5-VL with a tokenizer that knows no pictures
     (tmp_path / "mute").mkdir()
