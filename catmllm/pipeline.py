@@ -310,7 +310,7 @@ def _zero_shot(previous: Path, config: Config, test: Sequence[System], record: R
         return
     model, collate = _to_measure(previous, config, world)
     shown = evenly_spaced(test, config.evaluate.property_systems)
-    predicted = validation_energies(model, collate, shown, world)
+    predicted, _ = validation_energies(model, collate, shown, world)
     truth = [s.known_energy for s in shown]
     record.put({"mae": mae(predicted, truth), "r2": r2(predicted, truth)}, "baselines", "zero_shot")
     _say(world, f"{previous} as it is: {agreement(predicted, truth, [s.adsorbate for s in shown])}")
@@ -326,11 +326,11 @@ def _calibrate(
     world: World,
 ) -> None:
     """Leave beside a stage's weights what it has seen and how far its energies are off on at most 1,000
-    validation systems; of texts alone also ridge regression on them and its share."""
+    validation systems, relaxed and as they started; of texts only also ridge regression and its share."""
     some = evenly_spaced(data["val"], 1000)
     if name not in ("encoder", "align") and len(some):
         model, collate = _to_measure(folder, config, world)
-        predicted = validation_energies(model, collate, some, world)
+        predicted, expected = validation_energies(model, collate, some, world)
         truth = np.array([s.known_energy for s in some])
         if texts_only(data["train"]):
             ensemble = Ensemble.fit(data["train"], data["val"], some, predicted)
@@ -338,7 +338,13 @@ def _calibrate(
             record.put({"share": ensemble.share}, "ensemble", name)
             if world.main:
                 ensemble.save(folder)
-        calibrate(domain, predicted, truth, [s.adsorbate for s in some])
+            calibrate(domain, predicted, truth, [s.adsorbate for s in some])
+        else:
+            calibrate(domain, predicted, truth, [s.adsorbate for s in some], expected)
+            begun = [s for s in some if s.start is not None]
+            at_start = validation_energies(model, collate, [s.frame(0.0) for s in begun], world)
+            truth, names = np.array([s.known_energy for s in begun]), [s.adsorbate for s in begun]
+            calibrate(domain, at_start[0], truth, names, at_start[1], relaxed=False)
         record.put(domain.validation, "validation", name)
     if world.main:
         domain.save(folder)

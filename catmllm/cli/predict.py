@@ -29,8 +29,9 @@ BATCH = 64
 def options(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Predict relaxed adsorption energies of all structures in files and folders (docs/own_data.md has "
-        "the formats). ± holds 68 % of the errors on validation systems; what lies outside of the training "
-        "data is marked and has none. Of a run the stage with the best validation is taken."
+        "the formats). ± holds 68 % of the errors on validation systems and is wider where the model expects "
+        "more; what lies outside of the training data is marked and has none. Of a run the stage with the "
+        "best validation is taken."
     )
     parser.add_argument("files", nargs="+", metavar="PATH", type=Path, help="files or folders")
     model_option(parser)
@@ -69,15 +70,18 @@ def run(args: argparse.Namespace) -> int:
     mode: Mode = "text" if of_texts is not None else args.mode
     for item in found.items:
         item.system = replace(item.system, relaxed=not args.unrelaxed)
-    items, energies = _energies(model, collate, found.items, mode)
+    items, (energies, errors) = _energies(model, collate, found.items, mode)
     if of_texts is not None:
         energies = of_texts.mean([item.system for item in items], energies)
     failed = len(found.items) - len(items) + found.refused.total()
-    for item, energy in zip(items, energies.tolist()):
+    for item, energy, error in zip(items, energies.tolist(), errors.tolist()):
         # errors on validation are of what the model was shown there
-        shown = mode == "both" and item.system.text is None and item.system.relaxed
+        shown = mode == "both" and item.system.text is None
         told = domain is not None and (of_texts is not None or shown)
-        print(_line(item, energy, folder, domain, told, args.json))
+        width = (
+            domain.half_width(item.system.adsorbate, item.system.relaxed, error) if domain and told else None
+        )
+        print(_line(item, energy, width, folder, domain, args.json))
     print(_conditions(folder, domain, of_texts), file=sys.stderr)
     known = [k for k, item in enumerate(items) if item.system.energy is not None]
     if len(known) > 1:
@@ -87,14 +91,17 @@ def run(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _line(item: Item, energy: float, folder: Path, domain: Domain | None, told: bool, as_json: bool) -> str:
-    """What is said of one structure; told: whether the domain knows an error of such predictions."""
+def _line(
+    item: Item, energy: float, width: float | None, folder: Path, domain: Domain | None, as_json: bool
+) -> str:
+    """What is said of one structure; width: the error of such predictions, where it is known."""
     from catmllm.structure.adsorbed import adsorbate_fault
 
     system = item.system
     fault = None if system.text is not None else adsorbate_fault(system)
     outside = [] if domain is None else domain.outside(system)
-    width = domain.half_width(system.adsorbate) if domain and told and not (outside or fault) else None
+    if outside or fault:
+        width = None
     if as_json:
         row = {"file": system.sid, "system": system.identity, "energy": energy, "error": width, "AD": fault,
                "outside": outside, "notes": item.marks, "reference": domain and domain.reference,
@@ -109,23 +116,25 @@ def _line(item: Item, energy: float, folder: Path, domain: Domain | None, told: 
 def _energies(
     model: CatalyticMLLM, collate: Collator, items: list[Item], mode: Mode
 ) -> tuple[list[Item], Floats]:
-    """The items whose graphs can be made and their energies (eV); the others are told."""
-    from catmllm.design.predict import predict_energies, question
+    """The items whose graphs can be made, and [2, n] their energies and the errors that the model expects
+    (eV); the others are told."""
+    from catmllm.design.predict import energies_and_errors, question
 
     kept: list[Item] = []
-    parts: list[Floats] = [np.zeros(0)]
+    parts: list[Floats] = [np.zeros((2, 0))]
     groups = [items[k : k + BATCH] for k in range(0, len(items), BATCH)]
     while groups:
         some = groups.pop(0)
         try:
-            parts.append(predict_energies(model, collate, [question(i.system, mode) for i in some], BATCH))
+            said = energies_and_errors(model, collate, [question(i.system, mode) for i in some], BATCH)
+            parts.append(np.stack(said))
             kept += some
         except ValueError as error:
             if len(some) > 1:  # of one of them
                 groups[:0] = [[item] for item in some]
             else:
                 print(f"{some[0].system.sid}: {error}", file=sys.stderr)
-    return kept, np.concatenate(parts)
+    return kept, np.concatenate(parts, axis=1)
 
 
 def _conditions(folder: Path, domain: Domain | None, of_texts: Ensemble | None) -> str:

@@ -31,8 +31,9 @@ class Domain:
     """Ranges of the training systems. contact: nearest adsorbate-slab distance, between: nearest slab-slab
     distance, both in sums of covalent radii; area: Å² of surface for one adsorbate; all None where training
     had texts alone; energy: eV. reference:
-    the zero of the labels; labels: who made them. error: half widths (eV) that hold 68 and 95 % of the
-    validation errors, of all and by adsorbate; validation: MAE (eV) and number."""
+    the zero of the labels; labels: who made them. error: half widths that hold 68 and 95 % of the errors on
+    relaxed validation systems, of all and by adsorbate, start_error: on their starts; in eV, or where
+    `relative` in what the model expects each error to be. validation: MAE (eV) and number."""
 
     elements: list[str]
     adsorbates: list[str]
@@ -44,6 +45,8 @@ class Domain:
     labels: str = ""
     reference: str | None = None
     error: dict[str, tuple[float, float]] = field(default_factory=dict)
+    start_error: dict[str, tuple[float, float]] = field(default_factory=dict)
+    relative: bool = False
     validation: dict[str, float] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
@@ -71,10 +74,14 @@ class Domain:
             found.append(f"one adsorbate on {area:.1f} Å², training from {self.area[0]:.1f} Å²")
         return found
 
-    def half_width(self, adsorbate: str) -> float | None:
-        """The half width (eV) that holds 68 % of the errors on validation systems; None: not known."""
-        known = self.error.get(adsorbate, self.error.get(""))
-        return None if known is None else known[0]
+    def half_width(self, adsorbate: str, relaxed: bool = True, expected: float = np.nan) -> float | None:
+        """The half width (eV) that holds 68 % of the errors on validation systems, with the error that the
+        model expects of this structure (eV); None: not known."""
+        errors = self.error if relaxed else self.start_error
+        known = errors.get(adsorbate, errors.get(""))
+        if known is None or (self.relative and np.isnan(expected)):
+            return None
+        return known[0] * (expected if self.relative else 1.0)
 
 
 def load_domain(folder: Path) -> Domain | None:
@@ -129,12 +136,22 @@ def domain_of(systems: Sequence[System], labels: str, reference: str | None) -> 
 
 
 def calibrate(
-    domain: Domain, predicted: NDArray[np.float64], truth: NDArray[np.float64], adsorbates: Sequence[str]
+    domain: Domain,
+    predicted: NDArray[np.float64],
+    truth: NDArray[np.float64],
+    adsorbates: Sequence[str],
+    expected: NDArray[np.float64] | None = None,
+    relaxed: bool = True,
 ) -> None:
-    """Put the errors on validation systems [n] into the domain: the quantiles of split conformal prediction
-    (Vovk et al. 2005), ceil((n + 1) q)-th smallest, of all and by adsorbate where there are 20."""
+    """Put the errors on validation systems [n], relaxed or at their starts, into the domain: the quantiles of
+    split conformal prediction (Vovk et al. 2005), ceil((n + 1) q)-th smallest, of all and by adsorbate where
+    there are 20. Where the model has `expected` errors [n], of the ratios to these (Lei et al. 2018)."""
     wrong = np.abs(np.asarray(predicted, dtype=np.float64) - truth)
-    domain.validation = {"mae": float(wrong.mean()), "n": float(len(wrong))} if len(wrong) else {}
+    if relaxed and len(wrong):
+        domain.validation = {"mae": float(wrong.mean()), "n": float(len(wrong))}
+    domain.relative = expected is not None and bool((expected > 0).all())
+    if domain.relative:
+        wrong = wrong / expected
     groups: Mapping[str, Any] = {"": np.ones(len(wrong), dtype=np.bool_)} | {
         name: np.array([a == name for a in adsorbates]) for name in set(adsorbates)
     }
@@ -142,4 +159,5 @@ def calibrate(
         mine = np.sort(wrong[rows])
         if len(mine) >= (LEAST if name else 1):
             at = [min(len(mine), int(np.ceil((len(mine) + 1) * q))) - 1 for q in (0.68, 0.95)]
-            domain.error[name] = (float(mine[at[0]]), float(mine[at[1]]))
+            errors = domain.error if relaxed else domain.start_error
+            errors[name] = (float(mine[at[0]]), float(mine[at[1]]))

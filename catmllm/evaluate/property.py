@@ -12,7 +12,13 @@ from catmllm.config import SamplingConfig
 from catmllm.data.batches import Collator
 from catmllm.data.open import texts_only
 from catmllm.data.prompts import Sample, read_energy
-from catmllm.design.predict import MODES, encoder_energies, predict_energies, question
+from catmllm.design.predict import (
+    MODES,
+    encoder_energies,
+    energies_and_errors,
+    predict_energies,
+    question,
+)
 from catmllm.evaluate.ensemble import Ensemble
 from catmllm.evaluate.metrics import mae, r2
 from catmllm.models.catalytic_mllm import CatalyticMLLM
@@ -34,16 +40,16 @@ def written_energies(
 
 def validation_energies(
     model: CatalyticMLLM, collate: Collator, systems: Sequence[System], world: World
-) -> np.ndarray:
-    """Energies [n] in eV from text and graph, by which the error of a prediction is calibrated; ranks share
-    the work."""
+) -> tuple[np.ndarray, np.ndarray]:
+    """Energies [n] in eV from text and graph and the errors that the model expects of them, by which the
+    error of a prediction is calibrated; ranks share the work."""
     gathered = world.gather(
-        predict_energies(model, collate, [question(s) for s in systems[world.rank :: world.size]])
+        energies_and_errors(model, collate, [question(s) for s in systems[world.rank :: world.size]])
     )
-    merged = np.empty(len(systems))
+    merged = np.empty((2, len(systems)))
     for rank, part in enumerate(gathered):
-        merged[rank :: world.size] = part
-    return merged
+        merged[:, rank :: world.size] = part
+    return merged[0], merged[1]
 
 
 def evaluate_property(

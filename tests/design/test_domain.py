@@ -58,3 +58,18 @@ def test_intervals_hold_what_they_say() -> None:
         held.append(float((np.abs(rng.normal(0, 0.3, 2000)) <= width).mean()))
     # of 60 calibration errors the share has a standard deviation of 0.06, of 40 repeats 0.0095
     assert np.mean(held) == pytest.approx(0.685, abs=0.03)
+
+
+def test_widths_follow_what_is_expected() -> None:
+    """Errors as large as expected, up to one factor: 68 % are held among the sure and the doubtful."""
+    rng = np.random.default_rng(0)
+    domain, held = domain_of(SYSTEMS[:20], "", None), np.zeros(2)
+    for _ in range(40):
+        expected = rng.choice([0.1, 0.6], 100)
+        calibrate(domain, rng.normal(0, 2 * expected), np.zeros(100), ["H"] * 100, expected, relaxed=False)
+        widths = [domain.half_width("H", False, e) for e in (0.1, 0.6)]
+        assert widths[0] is not None and widths[1] == pytest.approx(6 * widths[0])
+        held += [(np.abs(rng.normal(0, 2 * e, 2000)) <= w).mean() for e, w in zip((0.1, 0.6), widths)]
+    np.testing.assert_allclose(held / 40, 0.685, atol=0.03)
+    assert domain.half_width("H", True, 0.1) is None  # nothing was shown relaxed
+    assert domain.half_width("H", False) is None  # nothing is expected of this one
