@@ -3,6 +3,7 @@
 "use strict";
 
 const SVG = "http://www.w3.org/2000/svg";
+const PACE = matchMedia("(prefers-reduced-motion: reduce)").matches ? "auto" : "smooth";
 const DASH = "\u2013";
 
 /** An element ("svg:line" in SVG's namespace) with attributes, "on…" listeners, and children; strings are text. */
@@ -20,9 +21,12 @@ function make(name, attributes = {}, ...children) {
 const number = (value, digits = 2) => (value === null || value === undefined ? DASH
   : Math.abs(value) >= 1e5 || (digits > 3 && value !== 0 && Math.abs(value) < 1e-3)
     ? value.toExponential(1) : value.toFixed(digits)).replace("-", "\u2212");
+const short = (value) => (value === null || value === undefined ? DASH : String(Number(value.toFixed(1))).replace("-", "\u2212"));
 const signed = (value, digits = 2) => (value > 0 ? "+" : "") + number(value, digits);
 
 // ---------------------------------------------------------------- a structure that turns
+
+const CLOSER = 1.35; // than 3Dmol.js goes, which leaves room for every turn of a long molecule
 
 /** Atoms as 3Dmol.js wants them: `repeat` cells along a and b, bonds by covalent radii. */
 function atomsOf(structure, elements, repeat) {
@@ -58,6 +62,13 @@ function edgesOf(structure) {
   return edges;
 }
 
+let webgl;
+/** Whether this browser can draw in 3D; 3Dmol.js fails in silence where it cannot. */
+function drawsWebGL() {
+  const canvas = document.createElement("canvas");
+  return webgl ??= !!(canvas.getContext("webgl2") ?? canvas.getContext("webgl"));
+}
+
 /** A place where one structure is shown, with what is to say of it; made when it first comes into sight. */
 function stage(records) {
   const canvas = make("div", { class: "canvas", tabindex: 0, role: "img" });
@@ -73,7 +84,7 @@ function stage(records) {
     view.rotate(-angle, "x");
     view.rotate(about, "z");
     view.zoomTo();
-    view.zoom(1.25);
+    view.zoom(CLOSER);
     view.render();
   }
   function draw() {
@@ -81,14 +92,12 @@ function stage(records) {
     absent.hidden = !!structure;
     absent.style.display = structure ? "none" : "";
     if (!structure || !seen) return;
-    try {
-      view ??= $3Dmol.createViewer(canvas, { backgroundAlpha: 0, disableFog: true });
-    } catch { view = null; }
-    if (!view) {
+    if (!drawsWebGL()) {
       absent.style.display = "";
       absent.textContent = "This browser shows no WebGL, which a structure in 3D needs.";
       return;
     }
+    view ??= $3Dmol.createViewer(canvas, { backgroundAlpha: 0, disableFog: true });
     const cells = structure.x.length > 450 ? 1 : repeat, before = view.getView();
     view.removeAllModels();
     view.removeAllShapes();
@@ -105,6 +114,7 @@ function stage(records) {
     for (const [start, end] of edgesOf(structure)) view.addLine({ start, end, color: ink, linewidth: 1 });
     if (turned) {
       view.zoomTo();
+      view.zoom(CLOSER);
       const now = view.getView();
       view.setView([...now.slice(0, 4), ...before.slice(4)]);
     } else {
@@ -332,7 +342,7 @@ function grid(columns, pick) {
 /** Bring a stage into sight where a narrow page has it above what was pressed. */
 function reveal(host) {
   const { top, bottom } = host.getBoundingClientRect();
-  if (top < 0 || bottom > innerHeight) host.scrollIntoView({ block: "nearest", behavior: "smooth" });
+  if (top < 0 || bottom > innerHeight) host.scrollIntoView({ block: "nearest", behavior: PACE });
 }
 
 // ---------------------------------------------------------------- the parts of the page
@@ -398,7 +408,8 @@ function tasks(records) {
     const some = rows.filter((row) => row.trace.length && fits(row));
     const last = Math.max(1, ...rows.map((row) => row.trace.length - 1));
     const best = (row) => row.trace.map(([off], k) => [k, off]);
-    const top = Math.max(tolerance * 1.5, ...[...some, chosen].flatMap((row) => row.trace.flat()).filter((v) => v !== null));
+    const top = Math.max(tolerance * 1.5, ...chosen.trace.flat().filter((v) => v !== null),
+      ...some.flatMap((row) => row.trace.map(([off]) => off)));
     return { title: `Search for ${chosen.name}`, x: "iteration of the closed loop", y: "off the wanted energy (eV)",
       xs: [0, last], ys: [0, top * 1.04], ratio: 0.62, pinned: chosen,
       lines: [...some.map((row) => ({ points: best(row), colour: "var(--soft)", width: 1, pale: 0.28 })),
@@ -434,7 +445,7 @@ function tasks(records) {
   }
   for (const card of document.querySelectorAll("[data-task]")) {
     const row = rows[Number(card.dataset.task)];
-    const turn = () => { choose(row); shown.host.scrollIntoView({ block: "center", behavior: "smooth" }); };
+    const turn = () => { choose(row); shown.host.scrollIntoView({ block: "center", behavior: PACE }); };
     card.querySelector(".views")?.addEventListener("click", turn);
     card.append(make("button", { type: "button", onclick: turn }, "turn it in 3D"));
   }
@@ -473,11 +484,11 @@ function answers(records) {
     { head: "after", words: true, cell: (r) => r.stage + (r.free ? ", free" : ""), key: (r) => r.stage + r.free },
     { head: "asked", cell: asked, key: (r) => r.energy },
     { head: "R", cell: (r) => number(r.reward), key: (r) => r.reward, low: (r) => r.reward < 10 },
-    ...terms.map((name, k) => ({ head: name, cell: (r) => number(r.terms[k], 1), key: (r) => r.terms[k], low: (r) => r.terms[k] < 10 })),
+    ...terms.map((name, k) => ({ head: name, cell: (r) => short(r.terms[k]), key: (r) => r.terms[k], low: (r) => r.terms[k] < 10 })),
   ], (row) => { show(row); reveal(shown.host); });
   const show = (r) => shown.show({ structure: r.structure, title: r.system.name, facts: [
     `after ${r.stage}${r.free ? ", free" : ""}; asked for ${r.energy === null ? "a CIF" : `a structure at ${number(r.energy)} eV`}`,
-    `R ${number(r.reward)} · ${terms.map((name, k) => `${name} ${number(r.terms[k], 1)}`).join(" · ")}`,
+    `R ${number(r.reward)} · ${terms.map((name, k) => `${name} ${short(r.terms[k])}`).join(" · ")}`,
     ...(r.fails.length ? [`fails: ${wrong(r)}`] : [])], text: r.text, open: r.structure === null,
   absent: r.reason ? `Unreadable (${r.reason}): see its text.` : "No cell of whole atoms can be drawn from it." });
   let started = false;

@@ -193,6 +193,17 @@ def test_a_phone_needs_no_scrolling_sideways_and_a_dark_page_is_dark(browser: An
     phone.page.close()
 
 
+def test_a_browser_without_webgl_says_so(browser: Any, report: Path) -> None:
+    page = browser.new_page()
+    page.add_init_script("HTMLCanvasElement.prototype.getContext = () => null")
+    page.goto(report.as_uri())
+    stage = page.locator("[data-live=parity] .stage")
+    stage.scroll_into_view_if_needed()
+    stage.get_by_text("This browser shows no WebGL").wait_for()
+    assert page.locator("[data-live=answers] tbody tr").count() == 100  # the rest is as live as ever
+    page.close()
+
+
 def test_without_scripts_the_figures_are_there(browser: Any, report: Path) -> None:
     page = browser.new_page(java_script_enabled=False)
     page.goto(report.as_uri())
