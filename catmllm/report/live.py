@@ -27,8 +27,10 @@ from catmllm.structure.formula import SEPARATOR, parse_identity
 from catmllm.structure.system import ADSORBATE, BULK, System, make_system
 from rewards_fast import PVCP, Crystal
 
-_HERE = Path(__file__).parent
-SCRIPTS = tuple((_HERE / name).read_text(encoding="utf-8") for name in ("vendor/3Dmol-min.js", "report.js"))
+SCRIPTS = tuple(
+    Path(__file__).with_name(f"{name}.js").read_text(encoding="utf-8")
+    for name in ("3Dmol-min", "elements", "structures", "plots", "tables", "report")
+)
 _ATOMS = 150_000  # that a page holds: about a megabyte
 _ANSWERS = 512  # of a stage and way of sampling
 _TEXT = 6000  # characters of an answer

@@ -2,8 +2,8 @@
 the numbers and figures behind them.
 
 A run may be unfinished: the report shows what is there and says what is missing. Texts that models wrote are
-escaped and control characters replaced; the page forbids itself requests and every script but its two own
-ones (Content-Security-Policy). What these make live (`page.live`) is a picture or a table without them.
+escaped and control characters replaced; the page forbids itself requests and every script but its own
+(Content-Security-Policy). What these make live (`page.live`) is a picture or a table without them.
 """
 
 from __future__ import annotations

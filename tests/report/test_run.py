@@ -326,7 +326,7 @@ def test_nothing_comes_from_outside(page: str) -> None:
         for t, a in shown.tags
         if t == "meta" and a.get("http-equiv") == "Content-Security-Policy"
     )
-    # every request is forbidden, and every script but the two, by their digests
+    # every request is forbidden, and every script but ours, by their digests
     allowed = [f"'sha256-{base64.b64encode(hashlib.sha256(s.encode()).digest()).decode()}'" for s in SCRIPTS]
     assert "default-src 'none'" in policy and policy.split("script-src ")[1].split() == allowed
     assert not any("\r" in script for script in SCRIPTS)  # the digest is of the page's text
