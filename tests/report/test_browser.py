@@ -125,6 +125,11 @@ def test_the_table_of_answers_filters_sorts_and_shows(opened: Opened) -> None:
     part.locator("tbody tr").first.click()
     assert "<script>alert" in part.locator(".stage pre").inner_text()  # as text
     assert "Unreadable (<script>" in part.locator(".absent").inner_text()
+    # nothing lies over these words, the structure of before least of all
+    part.locator(".absent").scroll_into_view_if_needed()
+    box = part.locator(".absent").bounding_box()
+    at = f"document.elementFromPoint({box['x'] + 9}, {box['y'] + 9}).className"
+    assert opened.page.evaluate(at) == "absent"
     part.get_by_label("fails").select_option("")
     part.get_by_label("decoding").select_option("free")
     part.get_by_label("adsorbate").select_option("OH")
