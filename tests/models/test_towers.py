@@ -53,7 +53,13 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return out
 
 
-@pytest.fixture(params=KINDS)
+def usual(*kinds: str) -> pytest.MarkDecorator:
+    """All kinds, of which these in every run of the tests and the others with the slow ones."""
+    every = [pytest.param(k, marks=() if k in kinds else pytest.mark.slow) for k in KINDS]
+    return pytest.mark.parametrize("folder", every, indirect=True)
+
+
+@pytest.fixture
 def folder(request: pytest.FixtureRequest, folders: dict[str, Path]) -> Path:
     return folders[request.param]
 
@@ -94,7 +100,15 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+USUAL = [(kind, "csrc") for kind in KINDS] + [("qwen3", "padded"), ("qwen3_vl", "sdpa")]
+EVERY = [(kind, way) for kind in KINDS for way in WAYS]
+
+
+@pytest.mark.parametrize(
+    ("folder", "way"),
+    [pytest.param(*at, marks=() if at in USUAL else pytest.mark.slow) for at in EVERY],
+    indirect=["folder"],
+)
 def test_packed_logits_and_gradients_are_transformers_own(
     folder: Path, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -125,6 +139,7 @@ def test_packed_logits_and_gradients_are_transformers_own(
         assert (found[name] - of).abs().max() <= max(least, 2e-5 if "k_proj.bias" in name else 0), name
 
 
+@usual("qwen3_vl")
 def test_the_fused_passes_are_what_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[str] = []
     for name in ("rms_norm", "rotate", "swiglu"):
@@ -136,9 +151,14 @@ def test_the_fused_passes_are_what_runs(folder: Path, monkeypatch: pytest.Monkey
     assert sorted(ran) == ["rms_norm"] * norms + ["rotate"] * 2 + ["swiglu"] * 2
 
 
+@usual("qwen3")
 @pytest.mark.parametrize(
     ("dtype", "attention"),
-    [(torch.bfloat16, "varlen"), (torch.float16, "varlen"), (torch.float16, "eager")],
+    [
+        (torch.float16, "eager"),
+        pytest.param(torch.float16, "varlen", marks=pytest.mark.slow),
+        pytest.param(torch.bfloat16, "varlen", marks=pytest.mark.slow),
+    ],
 )
 def test_half_precision(folder: Path, dtype: torch.dtype, attention: str) -> None:
     """With what keeps large values in float32 no worse than transformers' own in the same dtype;
@@ -166,6 +186,7 @@ def test_half_precision(folder: Path, dtype: torch.dtype, attention: str) -> Non
         assert rms[0] <= 1.5 * rms[1]
 
 
+@usual("qwen3")
 def test_exports_are_read_and_continued_by_transformers(
     folder: Path, tmp_path: Path, train_systems: list[System]
 ) -> None:
@@ -181,8 +202,8 @@ def test_exports_are_read_and_continued_by_transformers(
     own, served = own_model(out), transformers.AutoModelForCausalLM.from_pretrained(text)
     assert type(own).__name__ == type(own_model(folder)).__name__
     assert type(served).__name__ == f"Qwen{folder.name[4]}ForCausalLM"
-    prompts = [Sample(cif_prompt(s.identity)) for s in train_systems[:60:20]]
-    params = SamplingConfig(temperature=1.0, top_p=1e-6, max_new_tokens=12)
+    prompts = [Sample(cif_prompt(s.identity)) for s in train_systems[:40:20]]
+    params = SamplingConfig(temperature=1.0, top_p=1e-6, max_new_tokens=8)
     rollouts = RolloutEngine(model, collate).generate(prompts, params, [0])
     assert len({tuple(r.ids.tolist()) for r in rollouts}) > 1
     for prompt, rollout in zip(prompts, rollouts):
@@ -191,7 +212,7 @@ def test_exports_are_read_and_continued_by_transformers(
             written = of.generate(
                 ids,
                 do_sample=False,
-                max_new_tokens=12,
+                max_new_tokens=8,
                 eos_token_id=collate.end_id,
                 suppress_tokens=[collate.graph_id, collate.energy_id],
             )
@@ -202,6 +223,7 @@ def test_exports_are_read_and_continued_by_transformers(
     assert all(torch.equal(v, model.llm.state_dict()[k]) for k, v in restarted.llm.state_dict().items())
 
 
+@pytest.mark.slow
 def test_what_sampling_reports_is_what_training_reads(
     folders: dict[str, Path], train_systems: list[System]
 ) -> None:
@@ -224,6 +246,7 @@ def test_what_sampling_reports_is_what_training_reads(
     torch.testing.assert_close(read, told, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_positions_of_pictures_turn_the_frequencies_that_qwen3_vl_says(folders: dict[str, Path]) -> None:
     """Its three sections take turns, those of Qwen2.5-VL lie end to end."""
     model, _ = built(folders["qwen3_vl"])
@@ -237,6 +260,7 @@ def test_positions_of_pictures_turn_the_frequencies_that_qwen3_vl_says(folders: 
     assert Tower(model, torch.float32).axis.tolist() == [0, 1, 2, 0, 1, 2, 0, 1, 2, 0]
 
 
+@usual("qwen3")
 def test_new_words_are_means_and_old_ones_stay(folder: Path) -> None:
     """Of a base model, whose texts end otherwise than turns do."""
     (model, collate), own = built(folder), own_model(folder)
@@ -252,6 +276,7 @@ def test_new_words_are_means_and_old_ones_stay(folder: Path) -> None:
     assert model.llm.generation_config.eos_token_id == collate.end_id
 
 
+@usual("qwen3")
 def test_adapters_sit_on_the_linears_of_the_text(folder: Path) -> None:
     model, collate = built(folder)
     batch, _ = problem(collate, 200)
@@ -259,6 +284,8 @@ def test_adapters_sit_on_the_linears_of_the_text(folder: Path) -> None:
     lora = LoRAConfig(r=2)
     add_lora(model, lora, 0)
     assert len(adapted(model)) == 7 * 2
+    frozen = frozen_outline(model)  # GRPO's reference
+    assert all(p.is_meta for p in frozen.parameters()) and type(frozen.text) is type(model.text)
     with torch.no_grad():
         for linear in adapted(model):
             linear.lora_B["default"].weight.normal_(0, 0.1)
@@ -274,6 +301,7 @@ def test_adapters_sit_on_the_linears_of_the_text(folder: Path) -> None:
     torch.testing.assert_close(found[0], expected[: LENGTHS[0]], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_plan_has_the_flops_that_torch_counts(kind: str, tmp_path: Path) -> None:
     save_tower(
@@ -303,6 +331,7 @@ def test_a_plan_has_the_flops_that_torch_counts(kind: str, tmp_path: Path) -> No
     assert plan.parts["parameters"] * 2**30 < 4 * size * 1.1 + sum(b.nbytes for b in model.buffers())
 
 
+@pytest.mark.slow
 def test_a_stage_shards_trains_and_resumes(make_context: MakeContext, folders: dict[str, Path]) -> None:
     """A run that breaks and goes on ends where an unbroken one does."""
     config = tower_config(folders["qwen3"], "joint.train_encoder=true", "tensorboard=false", "lora.r=2")
@@ -333,8 +362,6 @@ def test_a_stage_shards_trains_and_resumes(make_context: MakeContext, folders: d
     assert losses[0] == losses[1] and len(losses[0]) == 4
     assert all(torch.equal(v, states[1][k]) for k, v in states[0].items())
     assert any(".q_norm." in k for k in states[0])
-    frozen = frozen_outline(copy.deepcopy(build_model(config)[0]))  # GRPO's reference
-    assert all(p.is_meta for p in frozen.parameters())
 
 
 def test_what_is_not_supported_is_said(tmp_path: Path, folders: dict[str, Path]) -> None:
@@ -360,6 +387,7 @@ def test_what_is_not_supported_is_said(tmp_path: Path, folders: dict[str, Path])
             build_model(tower_config(tmp_path))
 
 
+@pytest.mark.slow
 def test_a_longer_context_by_yarn_is_decoded_as_transformers_does(tmp_path: Path) -> None:
     rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8, "rope_theta": 1e4}
     save_tower(tmp_path, "qwen2", rope_parameters=rope, max_position_embeddings=32)
