@@ -42,6 +42,7 @@ from catmllm.stages.supervised import (
     relatives,
     sample_losses,
     validation_systems,
+    weigh_llm,
 )
 from catmllm.structure.system import System
 from catmllm.train.setup import READS_GRAPHS
@@ -240,6 +241,9 @@ class GRPO(Plain):
                     prompts, o.sampling, seed, group_size, patterns=patterns, on_answer=take, limits=limits
                 )
         return rollouts, scoring.finish(), seconds
+
+    def finish(self) -> str:
+        return weigh_llm(self.context, self.config.batch_size) if self.config.property_share else ""
 
     @property
     def validation(self) -> Validation | None:

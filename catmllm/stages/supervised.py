@@ -246,21 +246,7 @@ class Mixed(FromLoader):
     config: MixedConfig
 
     def finish(self) -> str:
-        """Of what the LLM says of energies, the shares that help."""
-        context, o = self.context, self.config
-        if not len(context.data["val"]):
-            return ""
-
-        def energies(batch: Batch) -> torch.Tensor:
-            return context.model(CatalyticMLLM.answer, batch).energy
-
-        systems, head = validation_systems(context, o), context.model.energy_head
-        texts = [property_sample(s, "text") for s in systems]
-        notes = [weigh(context, "text", head.text, texts, o.batch_size, energies)]
-        if not texts_only(systems):
-            shown = [property_sample(s) for s in systems]
-            notes.append(weigh(context, "correction", head.correction, shown, o.batch_size, energies))
-        return "\n".join(notes)
+        return weigh_llm(self.context, self.config.batch_size)
 
     def mix(self, order: Stream, samples: Stream, design_share: float, position_noise: float = 0.0) -> None:
         """Begin to read a mixture; `design_share` is of what is no property sample."""
@@ -350,6 +336,26 @@ def over_ranks(
 
 
 SHARES = np.linspace(0.0, 1.0, 21)
+WEIGHED = 1024
+
+
+def weigh_llm(context: Context, batch_size: int) -> str:
+    """Scale what the LLM says of energies, of texts and of structures, by the shares that help on at most
+    `WEIGHED` validation systems."""
+    val = context.data["val"]
+    if not len(val):
+        return ""
+
+    def energies(batch: Batch) -> torch.Tensor:
+        return context.model(CatalyticMLLM.answer, batch).energy
+
+    systems, head = [val[i] for i in range(0, len(val), -(-len(val) // WEIGHED))], context.model.energy_head
+    texts = [property_sample(s, "text") for s in systems]
+    notes = [weigh(context, "text", head.text, texts, batch_size, energies)]
+    if not texts_only(systems):
+        shown = [property_sample(s) for s in systems]
+        notes.append(weigh(context, "correction", head.correction, shown, batch_size, energies))
+    return "\n".join(notes)
 
 
 @torch.no_grad()

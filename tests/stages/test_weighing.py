@@ -9,6 +9,7 @@ import torch
 from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.stages import supervised
 from catmllm.stages.encoder import Encoder
+from catmllm.stages.grpo import GRPO
 from catmllm.stages.joint import Joint
 from catmllm.train.loop import train
 from catmllm.train.stage import Context
@@ -29,7 +30,7 @@ def spoiled(stage: type, number: float) -> type:
         @torch.no_grad()
         def finish(self) -> str:
             head = self.context.model.energy_head
-            others = () if stage is Joint else (head.graph[-1],)
+            others = (head.graph[-1],) if stage is Encoder else ()
             for last in (*others, head.correction, head.text):
                 for p in last.parameters():
                     p.fill_(number)
@@ -46,8 +47,10 @@ def test_networks_of_nonsense_do_not_count(context: Context) -> None:
     assert "graph part of the energy head: counts by 0," in stage.said  # type: ignore[attr-defined]
 
 
-def test_read_outs_of_the_llm_are_weighed_each_by_its_own_prompts(context: Context) -> None:
-    state, stage = train(spoiled(Joint, 1e6), context)
+@pytest.mark.parametrize("of", [Joint, GRPO])
+def test_read_outs_of_the_llm_are_weighed_each_by_its_own_prompts(context: Context, of: type) -> None:
+    context.config.grpo.property_share = 0.5
+    state, stage = train(spoiled(of, 1e6), context)
     for part in ("text", "correction"):
         assert state[f"energy_head.{part}.weight"].abs().sum() == 0
         assert f"{part} part of the energy head: counts by 0," in stage.said  # type: ignore[attr-defined]
