@@ -119,20 +119,19 @@ def _indices(neighbours: Floats, shell: Floats, normal: Floats) -> Miller | None
 def _frame(a: Floats, b: Floats) -> Floats:
     """Right-handed orthonormal rows with a along the first and b in the plane of the first two."""
     y = b - (a @ b) * a
-    y /= np.linalg.norm(y)
-    return np.array([a, y, np.cross(a, y)])
+    y /= np.sqrt(y @ y)
+    (p, q, r), (u, v, w) = a.tolist(), y.tolist()
+    return np.array([(p, q, r), (u, v, w), (q * w - r * v, r * u - p * w, p * v - q * u)])
+
+
+_FACETS: list[Miller] = [
+    (h, k, l) for h in range(1, 6) for k in range(h + 1) for l in range(k + 1) if gcd(h, k, l) == 1
+]
+_NORMALS = np.array(_FACETS) / np.linalg.norm(_FACETS, axis=1, keepdims=True)
 
 
 def _whole(direction: Floats) -> Miller | None:
     """Small whole numbers along a direction, or None where none are within 2 degrees."""
-    found: tuple[float, Miller] | None = None
-    for h in range(1, 6):
-        for k in range(h + 1):
-            for l in range(k + 1):
-                if gcd(h, k, l) != 1:
-                    continue
-                vector = np.array([h, k, l])
-                cosine = float(vector @ direction / np.linalg.norm(vector))
-                if cosine > np.cos(np.radians(2.0)) and (found is None or cosine > found[0]):
-                    found = cosine, (h, k, l)
-    return None if found is None else found[1]
+    cosines = _NORMALS @ direction
+    best = int(cosines.argmax())
+    return _FACETS[best] if cosines[best] > np.cos(np.radians(2.0)) else None
