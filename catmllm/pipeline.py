@@ -224,6 +224,9 @@ def _train(
                 f"`data.cutoff`: the encoder of {previous} was trained at {trained.data.cutoff} Å"
             )
         collate = collator(model, collate.tokenizer, config)
+        before, now = trained.data, config.data
+        if (before.path, before.labels) != (now.path, now.labels) and not texts_only(data["train"]):
+            model.forget_energies()  # their zero and scale, and what is known by heart, are of other labels
     else:
         model, collate = new_model(config, data["train"])
     if not record.has("parameters"):

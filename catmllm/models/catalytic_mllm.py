@@ -82,6 +82,16 @@ class CatalyticMLLM(nn.Module):
         self.register_buffer("energy_mean", torch.zeros(()))
         self.register_buffer("energy_std", torch.ones(()))
 
+    @torch.no_grad()
+    def forget_energies(self) -> None:
+        """Scale, closed forms and read-outs of energies as in a new model: other labels have others. What
+        encoder and LLM have learned of structures stays."""
+        for prior in (self.prior, self.text_prior):
+            prior.clear()
+        self.energy_mean.zero_()
+        self.energy_std.fill_(1.0)
+        self.energy_head.clear()
+
     @property
     def text(self) -> Any:
         """The text tower without its LM head."""

@@ -37,11 +37,17 @@ class EnergyHead(nn.Module):
             nn.Linear(WIDTH, 1),
         )
         self.correction = nn.Linear(width, 1)
+        self.register_buffer("centre", torch.zeros(SURROUNDINGS))
+        self.register_buffer("deviation", torch.ones(SURROUNDINGS))
+        self.clear()
+
+    def clear(self) -> None:
+        """Nothing is added to what the closed forms say, and surroundings have no scale yet."""
         for last in (self.graph[-1], self.correction, self.text):
             nn.init.zeros_(last.weight)  # type: ignore[arg-type]
             nn.init.zeros_(last.bias)  # type: ignore[arg-type]
-        self.register_buffer("centre", torch.zeros(SURROUNDINGS))
-        self.register_buffer("deviation", torch.ones(SURROUNDINGS))
+        nn.init.zeros_(self.centre)
+        nn.init.ones_(self.deviation)
 
     def of_structures(self, features: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
         """Energies [n] of features [n, F] and surroundings [n, SURROUNDINGS] (`GraphBatch.local`; float32,

@@ -73,7 +73,12 @@ class KernelPrior(nn.Module):
     def __init__(self, size: int, rate: float) -> None:
         """size: descriptors D of a structure; rate: of the squared distance over their number."""
         super().__init__()
-        self.rate, columns = rate, 2 * (FOLDS + 1)
+        self.rate, self.size = rate, size
+        self.clear()
+
+    def clear(self) -> None:
+        """As before any fit."""
+        size, columns = self.size, 2 * (FOLDS + 1)
         self.register_buffer("centre", torch.zeros(size))
         self.register_buffer("scale", torch.ones(size))
         self.register_buffer("landmarks", torch.zeros(0, size))

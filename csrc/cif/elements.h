@@ -11,8 +11,10 @@ struct Element {
     std::uint8_t number;
     std::uint8_t isotope;      // 1 for D and T, which are elements of their own with the symbol H
     double mass;               // amu
-    double electronegativity;  // Pauling's; above all others where there is none
+    double electronegativity;  // Pauling's; kNoElectronegativity where there is none
 };
+
+constexpr double kNoElectronegativity = 99;  // above all others; as in generate_tables.py
 
 constexpr int kNoElement = -1;
 constexpr int kElementSlots = 120;

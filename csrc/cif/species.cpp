@@ -67,11 +67,18 @@ bool Compositions::less(const Composition& a, const Composition& b) const {
     for (const Composition& c : {a, b})
         for (std::uint32_t i = 0; i < c.size && n < 2 * kMostSpecies; ++i)
             ids[n++] = amounts[c.first + i].species;
+    // A dummy's electronegativity is 0 to pymatgen. Beside an element that has none (nan) it comes last; with
+    // other elements there is no order of all three.
+    const bool dummies_last = std::all_of(ids, ids + n, [&](std::uint32_t i) {
+        const Species& s = species[i];
+        return s.element == kNoElement || element(s.element).electronegativity == kNoElectronegativity;
+    });
+    const double of_dummies = dummies_last ? 2 * kNoElectronegativity : 0;
     std::sort(ids, ids + n, [&](std::uint32_t i, std::uint32_t j) {  // sorted(set(a.elements + b.elements))
         const Species& s = species[i];
         const Species& t = species[j];
-        const double x = s.element == kNoElement ? 0 : element(s.element).electronegativity;
-        const double y = t.element == kNoElement ? 0 : element(t.element).electronegativity;
+        const double x = s.element == kNoElement ? of_dummies : element(s.element).electronegativity;
+        const double y = t.element == kNoElement ? of_dummies : element(t.element).electronegativity;
         if (x != y) return x < y;
         const std::string_view p =
             s.element == kNoElement ? s.dummy : std::string_view(element(s.element).symbol);

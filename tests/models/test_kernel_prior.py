@@ -13,9 +13,10 @@ from sklearn.gaussian_process.kernels import Matern
 from sklearn.kernel_ridge import KernelRidge
 
 from catmllm.config import Config
+from catmllm.data.batches import Collator
 from catmllm.design.predict import encoder_energies, energies_and_errors, predict_energies, question
 from catmllm.models.build import new_model
-from catmllm.models.catalytic_mllm import RATE
+from catmllm.models.catalytic_mllm import RATE, CatalyticMLLM
 from catmllm.models.kernel_prior import CERTAIN, DOUBT_STRENGTHS, RELATED, SHARED, STRENGTHS, KernelPrior
 from catmllm.models.state import load_model, save_model
 from catmllm.stages.supervised import standardise
@@ -190,6 +191,29 @@ def test_a_frame_on_the_way_is_not_relaxed(train_systems: list[System]) -> None:
         [0, fold_of(system)],
         [1, -1],
     ]
+
+
+def test_other_labels_have_closed_forms_of_their_own(
+    small_config: Config, train_systems: list[System], tmp_path: Path
+) -> None:
+    """Whose zero is another and whose adsorbates stand otherwise; nothing of the former ones is left."""
+    some, asked = train_systems[::40], [question(s) for s in train_systems[1::400]]
+    other = [replace(s, energy=2 * s.known_energy - 30.0) for s in some]
+    world = World(0, 1, torch.device("cpu"))
+
+    def fitted(model: CatalyticMLLM, collate: Collator, systems: list[System]) -> np.ndarray:
+        standardise(Context(small_config, model, collate, {"train": systems}, world, tmp_path))
+        return predict_energies(model.eval(), collate, asked)
+
+    model, collate = new_model(small_config, some)
+    before = fitted(model, collate, some)
+    with torch.no_grad():
+        model.energy_head.text.bias.fill_(3.0)
+        model.energy_head.correction.bias.fill_(3.0)
+    model.forget_energies()
+    after = fitted(model, collate, other)
+    np.testing.assert_allclose(after, fitted(*new_model(small_config, other), other), atol=1e-3)
+    assert np.corrcoef(before, after)[0, 1] > 0.95 and after.max() < before.min() - 20
 
 
 def test_a_new_model_says_what_the_closed_forms_say(

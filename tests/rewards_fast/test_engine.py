@@ -153,6 +153,13 @@ RULES = {
         [("Fe", 0, 0, 0), ("Co", 0.5, 0.5, 0.5), ("O", 0.2, 0.2, 0.2)],
         occupancies=["1e-9"] * 3,
     ),
+    "an occupancy of 1e-9 of a dummy, before an element without electronegativity": cell_cif(
+        (6, 7, 8, 90, 90, 90), [("X", 0.1, 0.1, 0.1), ("Og", 0.5, 0.5, 0.5)], occupancies=["1e-9", 1]
+    ),
+    "the same with oxidation numbers": cell_cif(
+        (6, 7, 8, 90, 90, 90), [("X", 0.1, 0.1, 0.1), ("Og", 0.5, 0.5, 0.5)], occupancies=["1e-9", 1]
+    )
+    + "loop_\n_atom_type_symbol\n_atom_type_oxidation_number\nFe3+ 3\n",
     "occupancies within the tolerance": cell_cif(
         (5, 5, 5, 90, 90, 90),
         [("Fe", 0, 0, 0), ("Fe", 0.5, 0.5, 0.5), ("Co", 0.3, 0, 0)],
