@@ -183,17 +183,24 @@ class CatalyticMLLM(nn.Module):
         query = self.query_states(hidden, batch).to(head.text.weight.dtype)
         if features is None or batch.graph is None:
             read, sample = query.new_zeros(0, self.projector.linear.in_features), batch.sample.new_zeros(0)
-            local, prior = query.new_zeros(0, SURROUNDINGS), torch.zeros(0, device=query.device)
+            local = query.new_zeros(0, SURROUNDINGS)
         else:
             read, sample = self._by_system(features, batch.graph), self._samples(batch, batch.graph)
-            local, known = said_of(batch.graph)
-            prior = self._closed_form(self.prior, local, known)
-        value = head(read.to(query.dtype), local, query, sample).index_add(0, sample, prior)
-        if batch.told is not None and batch.told_known is not None and batch.told_at is not None:
-            value = value.index_add(
-                0, batch.told_at, self._closed_form(self.text_prior, batch.told, batch.told_known)
-            )
+            local, _ = said_of(batch.graph)
+        value = head(read.to(query.dtype), local, query, sample) + self._closed_forms(batch)
         return torch.where(batch.energy_at >= 0, value, torch.nan)
+
+    def _closed_forms(self, batch: Batch) -> torch.Tensor:
+        """Standardised energies [S] float32 by the closed form of what a sample is shown, 0 where there is
+        none."""
+        value = torch.zeros(len(batch), device=self.energy_mean.device)
+        if batch.graph is not None:
+            of_structures = self._closed_form(self.prior, *said_of(batch.graph))
+            value = value.index_add(0, self._samples(batch, batch.graph), of_structures)
+        if batch.told is not None and batch.told_known is not None and batch.told_at is not None:
+            of_texts = self._closed_form(self.text_prior, batch.told, batch.told_known)
+            value = value.index_add(0, batch.told_at, of_texts)
+        return value
 
     def expected_errors(self, batch: Batch) -> torch.Tensor:
         """Expected |error| (eV) [S] float32 of the energies by the closed form of what a sample is shown, its
@@ -305,8 +312,21 @@ class CatalyticMLLM(nn.Module):
         return Contrast(vectors, text)
 
     def predict(self, batch: Batch) -> torch.Tensor:
-        """Energies [S] in eV of property prompts."""
-        return self.read(batch)[1] * self.energy_std + self.energy_mean
+        """Energies [S] in eV of property prompts. Networks whose read-outs count by 0 do not run."""
+        if self._networks_are_silent(batch):
+            value = torch.where(batch.energy_at >= 0, self._closed_forms(batch), torch.nan)
+        else:
+            value = self.read(batch)[1]
+        return value * self.energy_std + self.energy_mean
+
+    def _networks_are_silent(self, batch: Batch) -> bool:
+        """Whether every read-out of energies that a batch has a use for is 0 everywhere."""
+        if self.lockstep:
+            return False
+        head, shown = self.energy_head, 0 if batch.graph is None else batch.graph.n_systems
+        parts = [head.graph[-1], head.correction] if shown else []
+        parts += [head.text] if shown < len(batch) else []
+        return not any(bool(p.any()) for part in parts for p in part.parameters())
 
     def _tower(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Embeddings [T, H] to final hidden states [T, H], each sample for itself."""

@@ -367,9 +367,9 @@ def weigh(
     batch_size: int,
     energies: Callable[[Batch], torch.Tensor],
 ) -> str:
-    """Scale a part of the energy head, whose last layer is linear, by the share with the smallest error on
-    validation samples: beside a good closed form, a network of few systems easily adds more noise than
-    knowledge. `energies`: of a batch, standardised. Returns what is to be noted."""
+    """Scale a part of the energy head, whose last layer is linear, by the least share that is as good as the
+    best on validation samples: beside a good closed form, a network of few systems easily adds more noise
+    than knowledge. `energies`: of a batch, standardised. Returns what is to be noted."""
     world, model = context.world, context.model
     head: Any = model.energy_head
     whole = [p.detach().clone() for p in last.parameters()]
@@ -394,14 +394,22 @@ def weigh(
     without, truth = predicted().T
     count(1.0)
     added = predicted()[:, 0] - without
-    errors = np.abs(without + SHARES[:, None] * added - truth).mean(1)
-    best = float(SHARES[errors.argmin()])
-    count(best)
+    errors = np.abs(without + SHARES[:, None] * added - truth)
+    chosen, means = least_share(errors), errors.mean(1)
+    count(float(SHARES[chosen]))
     model.train()
     return (
-        f"{part} part of the energy head: counts by {best:.2g}, by its error on validation systems "
-        f"({errors.min():.4g} eV; whole {errors[-1]:.4g}, without it {errors[0]:.4g})"
+        f"{part} part of the energy head: counts by {SHARES[chosen]:.2g}, by its error on validation systems "
+        f"({means[chosen]:.4g} eV; best {means.min():.4g}, whole {means[-1]:.4g}, without it {means[0]:.4g})"
     )
+
+
+def least_share(errors: np.ndarray) -> int:
+    """Of |errors| [shares, systems] the first row whose mean is within a standard error of the best one's,
+    system by system (Breiman et al. 1984): what helps by chance does not count."""
+    means = errors.mean(1)
+    noise = (errors - errors[means.argmin()]).std(1) / np.sqrt(errors.shape[1])
+    return int(np.argmax(means - means.min() <= noise))
 
 
 def validation_error(context: Context, config: SupervisedConfig) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -214,6 +215,29 @@ def test_other_labels_have_closed_forms_of_their_own(
     after = fitted(model, collate, other)
     np.testing.assert_allclose(after, fitted(*new_model(small_config, other), other), atol=1e-3)
     assert np.corrcoef(before, after)[0, 1] > 0.95 and after.max() < before.min() - 20
+
+
+@pytest.mark.parametrize("mode", ["both", "graph", "text"])
+def test_networks_that_count_by_0_do_not_run(
+    small_config: Config, train_systems: list[System], tmp_path: Path, mode: Literal["both", "graph", "text"]
+) -> None:
+    """And what is said is what they would have left of it."""
+    model, collate = new_model(small_config, train_systems[::40])
+    world = World(0, 1, torch.device("cpu"))
+    standardise(Context(small_config, model, collate, {"train": train_systems[::40]}, world, tmp_path))
+    ran = []
+    model.text.register_forward_hook(lambda *_: ran.append("LLM"))
+    batch = collate([question(s, mode) for s in train_systems[1::500]])
+    head = model.eval().energy_head
+    with torch.no_grad():
+        silent = model.predict(batch)
+        assert not ran
+        whole = model.read(batch)[1] * model.energy_std + model.energy_mean
+        assert ran == ["LLM"] and torch.equal(silent, whole)
+        (head.text if mode == "text" else head.correction).bias.fill_(0.1)
+        heard = model.predict(batch)
+    assert len(ran) == 2
+    torch.testing.assert_close(heard - silent, (0.1 * model.energy_std).expand(len(batch)))
 
 
 def test_a_new_model_says_what_the_closed_forms_say(
