@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from catmllm.structure.elements import COVALENT_RADIUS, SYMBOLS
+from catmllm.structure.elements import COLOUR, COVALENT_RADIUS, SYMBOLS
 from catmllm.structure.system import ADSORBATE, System
 from catmllm.structure.tags import heights
 
@@ -54,17 +54,10 @@ def structure_svg(system: System, view: Literal["top", "side"], width: int = 170
     return f'<svg {size} role="img" aria-label="{view} view" class="atoms">{"".join(shapes)}</svg>'
 
 
-def colour(number: int) -> str:
-    """The jmol colour of an element as `#rrggbb`."""
-    from ase.data.colors import jmol_colors
-
-    return _hex(np.asarray(jmol_colors[number], dtype=np.float64))
-
-
 def legend(system: System) -> str:
     """The elements of a system as coloured dots with their symbols, HTML."""
     dots = (
-        f'<span class="dot" style="background:{colour(int(z))}"></span>{SYMBOLS[z]}'
+        f'<span class="dot" style="background:{COLOUR[z]}"></span>{SYMBOLS[z]}'
         for z in dict.fromkeys(system.numbers.tolist())
     )
     return '<span class="elements">' + " ".join(dots) + "</span>"
@@ -103,9 +96,8 @@ def _circle(
     system: System, atom: int, at: Floats, box: tuple[float, float, float, float], scale: float, pale: float
 ) -> str:
     z = int(system.numbers[atom])
-    from ase.data.colors import jmol_colors
-
-    fill = _hex(np.asarray(jmol_colors[z]) * (1 - pale) + pale)
+    full = np.array([int(COLOUR[z][k : k + 2], 16) for k in (1, 3, 5)]) / 255
+    fill = _hex(full * (1 - pale) + pale)
     ringed = system.tags[atom] == ADSORBATE
     x, y = (at[0] - box[0]) * scale, (box[1] + box[3] - at[1]) * scale
     radius = float(COVALENT_RADIUS[z]) * scale * (1.0 if ringed else 0.95)

@@ -17,12 +17,12 @@ import numpy as np
 
 from catmllm.design.reward import TERMS
 from catmllm.evaluate.metrics import TOLERANCE
-from catmllm.report.drawing import MAX_ATOMS, colour, unbroken
+from catmllm.report.drawing import MAX_ATOMS, unbroken
 from catmllm.report.figures import ADSORBATE_COLOURS, JUDGE_COLOURS, LOSSES, PROGRESS, STAGE_COLOURS
 from catmllm.report.page import clean
 from catmllm.report.summary import STAGE_NAMES, Metrics, finite, judge_title, last_judge, ordered
 from catmllm.structure.cif import system_from_crystal
-from catmllm.structure.elements import COVALENT_RADIUS, NUMBER, SYMBOLS
+from catmllm.structure.elements import COLOUR, COVALENT_RADIUS, NUMBER, SYMBOLS
 from catmllm.structure.formula import SEPARATOR, parse_identity
 from catmllm.structure.system import ADSORBATE, BULK, System, make_system
 from rewards_fast import PVCP, Crystal
@@ -61,7 +61,7 @@ class Structures:
         """Colour and covalent radius (Å) of every element that occurs."""
         symbols = {symbol for one in self.packed for symbol in one["e"][::2]}
         return {
-            s: {"c": colour(NUMBER[s]), "r": round(float(COVALENT_RADIUS[NUMBER[s]]), 3)}
+            s: {"c": COLOUR[NUMBER[s]], "r": round(float(COVALENT_RADIUS[NUMBER[s]]), 3)}
             for s in sorted(symbols)
         }
 

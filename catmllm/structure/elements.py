@@ -32,6 +32,7 @@ ELECTRONEGATIVITY = _column(1)  # Pauling, pymatgen's Element.X; nan for the lig
 ATOMIC_RADIUS = _column(2)  # Å, pymatgen's Element.atomic_radius; nan where unknown
 AVERAGE_IONIC_RADIUS = _column(3)  # Å, pymatgen's Element.average_ionic_radius; pymatgen's 0 where unknown
 COVALENT_RADIUS = _column(4)  # Å, ase.data.covalent_radii, what ASE's natural_cutoffs gives
+COLOUR: tuple[str, ...] = ("#000000", *(row[5] for row in _TABLE))  # ase.data.colors.jmol_colors, #rrggbb
 
 
 def atomic_number(symbol: str) -> int:

@@ -9,13 +9,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-COLUMNS = ("symbol", "electronegativity", "atomic_radius", "average_ionic_radius", "covalent_radius")
+COLUMNS = (
+    "symbol", "electronegativity", "atomic_radius", "average_ionic_radius", "covalent_radius", "colour",
+)  # fmt: skip
 
 
 def element_rows() -> list[list[Any]]:
     """One row of `COLUMNS` for each of the 118 elements, by atomic number; radii in Å,
-    None where there is no value."""
+    colours as jmol's `#rrggbb` (beyond Mt that of Mt), None where there is no value."""
     from ase.data import covalent_radii
+    from ase.data.colors import jmol_colors
     from pymatgen.core import Element
 
     rows = []
@@ -32,6 +35,7 @@ def element_rows() -> list[list[Any]]:
                     None if radius is None else float(radius),
                     round(float(element.average_ionic_radius), 6),
                     float(covalent_radii[z]),
+                    "#" + bytes(round(float(c) * 255) for c in jmol_colors[min(z, 109)]).hex(),
                 ]
             )
     return rows

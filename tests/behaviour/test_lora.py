@@ -37,6 +37,7 @@ def test_exactly_the_adapters_and_what_the_stage_names_change(make_context: Make
     if stage == "grpo":
         config.grpo.property_share = 0.5
     context = make_context(config)
+    context.data["val"] = []  # read-outs keep what they learn, helpful or not
     before = {k: v.clone() for k, v in context.model.state_dict().items()}
 
     def make(c: Context):

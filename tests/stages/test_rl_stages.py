@@ -48,6 +48,7 @@ def test_grpo_moves_the_llm_and_nothing_frozen(
     config = small()
     config.precision, config.grpo.property_share = precision, replay  # type: ignore[assignment]
     context = make_context(config)
+    context.data["val"] = []  # read-outs keep what they learn, helpful or not
     before = {k: v.clone() for k, v in context.model.state_dict().items()}
     seen = []
 
