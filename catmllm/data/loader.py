@@ -9,6 +9,7 @@ order, prefetch, pinning.
 from __future__ import annotations
 
 import functools
+import gc
 import itertools
 import signal
 from collections.abc import Callable, Iterable, Iterator
@@ -187,6 +188,8 @@ def _run(
     windows: Windows, entries: _Entries, taken: int, workers: int, pin: bool
 ) -> Iterator[tuple[Batch, tuple[int, int], int]]:
     """Each pack, the place after it, and how many samples were left out since the last."""
+    if workers:
+        gc.collect()  # a process group that is garbage ends here, where its threads are, and in no fork
     loaded: Iterable[Window] = DataLoader(
         windows,  # type: ignore[arg-type]
         sampler=entries,
@@ -222,5 +225,6 @@ def _as_it_is(window: Window) -> Window:
 
 def _quiet(worker: int) -> None:
     """A worker ends with its parent; the signals that the parent answers by saving are not its own."""
+    gc.freeze()  # what the parent made is not this process's to end: it waits for threads that are not here
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

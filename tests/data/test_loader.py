@@ -7,7 +7,10 @@ import gc
 import itertools
 import json
 import multiprocessing
+import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +18,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.utils.data import get_worker_info
 
 from catmllm.data.batches import Batch, Collator
 from catmllm.data.loader import Loader, Windows
@@ -221,3 +225,35 @@ def test_a_fault_in_a_worker_names_its_cause(small_model: Model) -> None:
     for workers in (0, 1):
         with pytest.raises(ValueError, match="sample 0 is bad"):
             next(Loader(Windows(example, small_model[1], batch_size=2), workers=workers))
+
+
+def test_a_worker_ends_nothing_that_its_parent_made(windows: Callable[..., Windows], tmp_path: Path) -> None:
+    """Garbage in circles, a process group with threads say, ends before the fork; what becomes garbage in the
+    fork stays. Its destructor would wait for threads that a fork has not."""
+    ended = tmp_path / "ended"
+
+    class Group:
+        def __init__(self) -> None:
+            self.me = self
+
+        def __del__(self) -> None:
+            with ended.open("a") as file:
+                file.write(f"{os.getpid()} ")
+
+    made = windows(batch_size=3)
+    held = [Group()]
+
+    def example(position: int) -> Sample:
+        if get_worker_info() is not None:
+            held.clear()
+            gc.collect()
+        return made.example(position)
+
+    gc.disable()
+    try:
+        Group()
+        loader = Loader(replace(made, example=example), workers=1)
+        assert take(loader, 3) == take(Loader(made), 3)
+        assert ended.read_text().split() == [str(os.getpid())] and len(held) == 1
+    finally:
+        gc.enable()
