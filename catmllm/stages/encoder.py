@@ -94,7 +94,8 @@ class Encoder(FromLoader):
         if not len(self.context.data["val"]):
             return ""
         systems = validation_systems(self.context, self.config)
-        shown = [_shown(s) for s in [*systems, *(s.frame(0.0) for s in systems if s.start is not None)]]
+        systems = [*systems, *(s.frame(0.0) for s in systems if s.start is not None)]
+        shown = [_shown(s) for s in systems]
 
         def energies(batch: Batch) -> torch.Tensor:
             assert batch.graph is not None
@@ -102,7 +103,7 @@ class Encoder(FromLoader):
             return energy
 
         head = self.context.model.energy_head
-        return weigh(self.context, "graph", head.graph[-1], shown, self.config.batch_size, energies)
+        return weigh(self.context, "graph", head.graph[-1], shown, systems, self.config.batch_size, energies)
 
     def _batch(self, systems: list[System]) -> Batch:
         return self.context.collate([_shown(s) for s in systems]).to(self.context.world.device)

@@ -351,10 +351,10 @@ def weigh_llm(context: Context, batch_size: int) -> str:
 
     systems, head = [val[i] for i in range(0, len(val), -(-len(val) // WEIGHED))], context.model.energy_head
     texts = [property_sample(s, "text") for s in systems]
-    notes = [weigh(context, "text", head.text, texts, batch_size, energies)]
+    notes = [weigh(context, "text", head.text, texts, systems, batch_size, energies)]
     if not texts_only(systems):
         shown = [property_sample(s) for s in systems]
-        notes.append(weigh(context, "correction", head.correction, shown, batch_size, energies))
+        notes.append(weigh(context, "correction", head.correction, shown, systems, batch_size, energies))
     return "\n".join(notes)
 
 
@@ -364,15 +364,18 @@ def weigh(
     part: str,
     last: Any,
     samples: list[Sample],
+    systems: list[System],
     batch_size: int,
     energies: Callable[[Batch], torch.Tensor],
 ) -> str:
     """Scale a part of the energy head, whose last layer is linear, by the least share that is as good as the
     best on validation samples: beside a good closed form, a network of few systems easily adds more noise
-    than knowledge. `energies`: of a batch, standardised. Returns what is to be noted."""
+    than knowledge. `systems`: of the samples. `energies`: of a batch, standardised. Returns what is to
+    be noted."""
     world, model = context.world, context.model
     head: Any = model.energy_head
     whole = [p.detach().clone() for p in last.parameters()]
+    pairs = np.unique([f"{s.bulk} {s.miller}" for s in systems], return_inverse=True)[1].tolist()
 
     def count(share: float) -> None:
         head.reshard()  # gathered weights would be those from before
@@ -381,21 +384,22 @@ def weigh(
 
     def predicted() -> np.ndarray:
         size = min(batch_size, -(-len(samples) // world.size))
-        mine: list[tuple[float, float]] = []
+        mine: list[tuple[float, float, int]] = []
         for start in range(0, len(samples), size * world.size):
             own = samples[start : start + size * world.size][world.rank :: world.size]
+            of = pairs[start : start + size * world.size][world.rank :: world.size]
             batch = context.collate(own or samples[:1]).to(world.device)
             found = (energies(batch).float() * model.energy_std + model.energy_mean).tolist()
-            mine += list(zip(found[: len(own)], batch.energy.tolist()))
-        return np.array([pair for pairs in world.gather(mine) for pair in pairs])
+            mine += list(zip(found[: len(own)], batch.energy.tolist(), of))
+        return np.array([row for rows in world.gather(mine) for row in rows])
 
     model.eval()
     count(0.0)
-    without, truth = predicted().T
+    without, truth, of_pair = predicted().T
     count(1.0)
     added = predicted()[:, 0] - without
     errors = np.abs(without + SHARES[:, None] * added - truth)
-    chosen, means = least_share(errors), errors.mean(1)
+    chosen, means = least_share(errors, of_pair), errors.mean(1)
     count(float(SHARES[chosen]))
     model.train()
     return (
@@ -404,11 +408,16 @@ def weigh(
     )
 
 
-def least_share(errors: np.ndarray) -> int:
-    """Of |errors| [shares, systems] the first row whose mean is within a standard error of the best one's,
-    system by system (Breiman et al. 1984): what helps by chance does not count."""
-    means = errors.mean(1)
-    noise = (errors - errors[means.argmin()]).std(1) / np.sqrt(errors.shape[1])
+def least_share(errors: np.ndarray, pairs: np.ndarray) -> int:
+    """Of |errors| [shares, n] the first row whose mean is within a standard error of the best one's (Breiman
+    et al. 1984): what helps by chance does not count. Systems of one of the (bulk, Miller index) `pairs` [n]
+    err alike, so the error is that of pairs; a single one tells nothing."""
+    means, names = errors.mean(1), np.unique(pairs)
+    if len(names) < 2:
+        return 0
+    lead = errors - errors[means.argmin()]
+    sums = (lead - lead.mean(1, keepdims=True)) @ (pairs[:, None] == names)
+    noise = np.sqrt((sums**2).sum(1) * len(names) / (len(names) - 1)) / errors.shape[1]
     return int(np.argmax(means - means.min() <= noise))
 
 

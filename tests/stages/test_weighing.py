@@ -61,13 +61,18 @@ def test_what_helps_by_chance_does_not_count() -> None:
     error = rng.normal(0, 0.3, 300)
     shares = supervised.SHARES[:, None]
     noise = rng.normal(0, 0.1, 300)
-    assert supervised.least_share(np.abs(error - shares * noise)) == 0
+    alone = np.arange(300)
+    assert supervised.least_share(np.abs(error - shares * noise), alone) == 0
     # what explains the error is taken, up to where more is no gain
-    chosen = supervised.least_share(np.abs(error - shares * (error + noise)))
+    chosen = supervised.least_share(np.abs(error - shares * (error + noise)), alone)
     means = np.abs(error - shares * (error + noise)).mean(1)
     assert 0.5 < supervised.SHARES[chosen] <= supervised.SHARES[means.argmin()]
-    assert supervised.least_share(np.abs(error - shares * error)) == 20
-    assert supervised.least_share(np.ones((21, 5))) == 0
+    assert supervised.least_share(np.abs(error - shares * error), alone) == 20
+    assert supervised.least_share(np.ones((21, 5)), np.arange(5)) == 0
+    # a shift of one surface that is right there by chance
+    assert supervised.least_share(np.abs(error - shares * error), np.zeros(300)) == 0
+    moved = np.abs(np.where(alone < 290, error, error - 0.5 * shares * np.sign(error)))
+    assert supervised.least_share(moved, np.minimum(alone // 29, 10)) < 20
 
 
 def test_what_is_noted_is_what_is_left(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,7 +80,7 @@ def test_what_is_noted_is_what_is_left(context: Context, monkeypatch: pytest.Mon
     found: dict[str, float] = {}
     weigh = supervised.weigh
 
-    def measured(context, part, last, samples, batch_size, energies):
+    def measured(context, part, last, samples, systems, batch_size, energies):
         def error() -> float:
             batch = context.collate(samples)
             energy = context.model(CatalyticMLLM.graph_energy, batch.graph)[0]
@@ -86,7 +91,7 @@ def test_what_is_noted_is_what_is_left(context: Context, monkeypatch: pytest.Mon
         context.model.eval()
         whole = [p.detach().clone() for p in last.parameters()]
         found["whole"] = error()
-        said = weigh(context, part, last, samples, batch_size, energies)
+        said = weigh(context, part, last, samples, systems, batch_size, energies)
         context.model.eval()
         found["best"] = error()
         found["share"] = float((last.weight.full_tensor() / whole[0].full_tensor()).mean())
