@@ -559,6 +559,22 @@ def closed_form() -> str:
     return table([head, *(f"from {case}" for case in by)], rows) + f"\n\n{source(one)}"
 
 
+def texts() -> str:
+    one = newest("texts")
+    by, shares = one["conditions"]["by split"], one["conditions"]["share of the model"]
+    rows = [
+        [
+            who,
+            *(f"{e:.3f}" for e in errors),
+            f"{statistics.mean(errors):.3f} ± {statistics.stdev(errors):.3f}",
+        ]
+        for who, errors in by.items()
+    ]
+    rows.append(["share of the model in it", *(f"{share:.2f}" for share in shares), ""])
+    head = ["test MAE in eV, split", *map(str, range(len(shares))), "mean ± sd"]
+    return table(head, rows) + f"\n\n{source(one)}"
+
+
 def tiny_cifs() -> str:
     run, rows = _run(), []
     both = [(f"after `{stage}`", found) for stage, found in run["generation"].items()]
@@ -594,7 +610,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     for made in (peers, reward_sentence, reward, reward_threads, encoder_speed, encoder_kept, encoder_counts,
                  data_text, data_pictures, labels, labels_published, data_command, loader, rl, scale,
                  rl_scaling, rl_seeds, server, server_soak, plan, tiny_run, tiny_energies,
-                 closed_form, tiny_cifs, tiny_designs)
+                 closed_form, texts, tiny_cifs, tiny_designs)
 }  # fmt: skip
 
 

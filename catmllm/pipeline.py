@@ -56,6 +56,7 @@ MENDABLE = (
     "replicate", "data.workers", "hang_after",
 )  # fmt: skip
 OF_TEXTS = ("joint", "instruct")  # stages that can do without structures
+FIT_ENERGIES = ("encoder", "joint")  # stages that fit scale and closed forms of energies where there are none
 GENERATES = ("instruct", "grpo", "ga_grpo")  # stages after which sampled CIFs are worth measuring
 
 
@@ -152,7 +153,7 @@ def _run(config: Config, world: World) -> int:
         if world.gather(not (folder / DOMAIN).is_file())[0]:
             with record.timed(f"evaluate {name}"):
                 domain = domain or domain_of(data["train"], *_labels(config, data))
-                fresh = replace(domain, error={}, validation={})
+                fresh = replace(domain, error={}, start_error={}, validation={})
                 _calibrate(name, folder, fresh, config, data, record, world)
         if not record.has("property", name):
             with record.timed(f"evaluate {name}"):
@@ -224,9 +225,8 @@ def _train(
                 f"`data.cutoff`: the encoder of {previous} was trained at {trained.data.cutoff} Å"
             )
         collate = collator(model, collate.tokenizer, config)
-        before, now = trained.data, config.data
-        if (before.path, before.labels) != (now.path, now.labels) and not texts_only(data["train"]):
-            model.forget_energies()  # their zero and scale, and what is known by heart, are of other labels
+        if begins_anew(trained, config) and not texts_only(data["train"]):
+            model.forget_energies()
     else:
         model, collate = new_model(config, data["train"])
     if not record.has("parameters"):
@@ -237,6 +237,15 @@ def _train(
     if world.main:
         save_model(folder, model, state, config, collate.tokenizer)
     world.barrier()
+
+
+def begins_anew(trained: Config, config: Config) -> bool:
+    """Whether a run fits scale and closed forms of energies to labels other than those that its first model
+    has: their zero may be another, and what that one knows by heart is of other systems. A run without a
+    stage that fits them keeps what there is."""
+    before, now = trained.data, config.data
+    fits = any(stage in FIT_ENERGIES for stage in config.stages)
+    return fits and (before.path, before.labels) != (now.path, now.labels)
 
 
 def _to_measure(folder: Path, config: Config, world: World) -> tuple[CatalyticMLLM, Collator]:
@@ -344,10 +353,12 @@ def _calibrate(
             calibrate(domain, predicted, truth, [s.adsorbate for s in some])
         else:
             calibrate(domain, predicted, truth, [s.adsorbate for s in some], expected)
-            begun = [s for s in some if s.start is not None]
-            at_start = validation_energies(model, collate, [s.frame(0.0) for s in begun], world)
-            truth, names = np.array([s.known_energy for s in begun]), [s.adsorbate for s in begun]
-            calibrate(domain, at_start[0], truth, names, at_start[1], relaxed=False)
+            if begun := [s for s in some if s.start is not None]:
+                predicted, expected = validation_energies(
+                    model, collate, [s.frame(0.0) for s in begun], world
+                )
+                truth, names = np.array([s.known_energy for s in begun]), [s.adsorbate for s in begun]
+                calibrate(domain, predicted, truth, names, expected, relaxed=False)
         record.put(domain.validation, "validation", name)
     if world.main:
         domain.save(folder)

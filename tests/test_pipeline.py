@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,8 +15,10 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from catmllm.config import Config, DataConfig
 from catmllm.data.shards import write_shards
 from catmllm.data.slabs import load_slabs
+from catmllm.pipeline import begins_anew
 from tests.behaviour.test_layouts import forks
 from tests.small_run import ROOT, kill, launch
 
@@ -48,6 +51,23 @@ def test_every_stage_moves_what_it_trains_and_nothing_else(unbroken: Path) -> No
             assert any(k.startswith("llm.model.language_model.layers.0.") for k in moved)
             for part in ("energy_head.correction.weight", "energy_head.text.weight"):
                 assert part in moved or not weights[stage][part].any()  # what does not help counts by 0
+
+
+@pytest.mark.parametrize(
+    ("stages", "data", "anew"),
+    [
+        (["encoder", "joint"], {"path": "other"}, True),
+        (["align", "joint"], {"path": "other"}, True),
+        (["joint"], {"labels": "sevennet"}, True),
+        (["joint"], {"split_seed": 3, "train_systems": 100}, False),
+        (["instruct", "grpo", "ga_grpo"], {"path": "other"}, False),  # or they would know no energy at all
+    ],
+)
+def test_energies_begin_anew_where_labels_are_others_and_are_fitted(
+    stages: list[str], data: dict[str, Any], anew: bool
+) -> None:
+    now = Config(stages=tuple(stages), data=DataConfig(**data))  # type: ignore[arg-type]
+    assert begins_anew(Config(), now) == anew
 
 
 def test_the_first_stage_moves_what_reads_structures_only(unbroken: Path, run_config: Path) -> None:

@@ -341,21 +341,21 @@ WEIGHED = 1024
 
 def weigh_llm(context: Context, batch_size: int) -> str:
     """Scale what the LLM says of energies, of texts and of structures, by the shares that help on at most
-    `WEIGHED` validation systems."""
+    `WEIGHED` validation systems. Data of texts only have no closed form, so there the LLM counts whole."""
     val = context.data["val"]
-    if not len(val):
+    if not len(val) or texts_only(val):
         return ""
 
     def energies(batch: Batch) -> torch.Tensor:
         return context.model(CatalyticMLLM.answer, batch).energy
 
-    systems, head = [val[i] for i in range(0, len(val), -(-len(val) // WEIGHED))], context.model.energy_head
-    texts = [property_sample(s, "text") for s in systems]
-    notes = [weigh(context, "text", head.text, texts, systems, batch_size, energies)]
-    if not texts_only(systems):
-        shown = [property_sample(s) for s in systems]
-        notes.append(weigh(context, "correction", head.correction, shown, systems, batch_size, energies))
-    return "\n".join(notes)
+    systems = [val[i] for i in range(0, len(val), -(-len(val) // WEIGHED))]
+    head = context.model.energy_head
+    parts: list[tuple[str, Any, list[Sample]]] = [
+        ("text", head.text, [property_sample(s, "text") for s in systems]),
+        ("correction", head.correction, [property_sample(s) for s in systems]),
+    ]
+    return "\n".join(weigh(context, *part, systems, batch_size, energies) for part in parts)
 
 
 @torch.no_grad()

@@ -200,7 +200,7 @@ def hash_decides(text: str) -> bool:
 def blas_decides(text: str) -> bool:
     """Whether pymatgen sees the sites of a magnetic structure otherwise with other kernels of its BLAS: the
     inverse of a change of axes is rounded by them, and sites at the tolerance are one or two by that."""
-    if "magn" not in text:
+    if "_magn" not in text and "_moment" not in text:
         return False
     code = (
         "import sys, pickle; from tests.oracles.reward_agreement import judge;"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -102,6 +104,8 @@ def test_what_is_noted_is_what_is_left(context: Context, monkeypatch: pytest.Mon
     _, stage = train(spoiled(Encoder, 0.02), context)
     said = stage.said  # type: ignore[attr-defined]
     assert f"({found['best']:.4g} eV; best " in said and f", whole {found['whole']:.4g}," in said
+    best = float(re.search(r"best ([\d.e+-]+),", said)[1])  # type: ignore[index]
+    assert best <= found["best"] * (1 + 1e-3) and best <= found["whole"] * (1 + 1e-3)  # of four digits
     assert found["samples"] == 24
     assert any(found["share"] == pytest.approx(s, abs=1e-6) for s in np.linspace(0, 1, 21))
 
