@@ -583,7 +583,7 @@ def tiny_cifs() -> str:
         shares = [f"{100 * found[k]:.1f} %" if k in found else "–" for k in ("PF", "CM", "PV", "AD")]
         rows.append([name, f"{found['reward']:.2f} ± {found['reward_se']:.2f}", *shares])
     head = f"sampled CIFs (n = {found['n']})"
-    names = ["does not parse", "wrong composition", "atoms too close", "no real adsorbate"]
+    names = ["does not parse", "wrong composition", "bad distance or volume", "no real adsorbate"]
     return table([head, "reward", *names], rows)
 
 
