@@ -202,6 +202,7 @@ class Grammar:
         self._values: dict[
             tuple[int, int], tuple[torch.Tensor, NDArray[np.float64] | None]
         ] = {}  # by a set's number
+        self._short: dict[tuple[int, str, int], tuple[torch.Tensor, torch.Tensor]] = {}  # as well
         self._spelled: dict[str, torch.Tensor] = {}  # the token with which a text begins
 
     def allowed(self, pattern: Pattern, place: Place) -> torch.Tensor:
@@ -261,6 +262,16 @@ class Grammar:
             # with the set itself, whose number is then no other's
             self._values[key] = tokens, np.array([float(t) for t in texts]) if whole else None
         return self._values[key][1]
+
+    def short(self, tokens: torch.Tensor, written: str, longest: float) -> torch.Tensor:
+        """Those of some tokens [n] that go on from a begun number to one of at most `longest`, by its digits
+        before the point; all where none does."""
+        key = id(tokens), written, int(longest)
+        if key not in self._short:
+            whole = [(written + self.text[t]).partition("\n")[0].partition(".")[0] for t in tokens.tolist()]
+            fits = torch.tensor([int(digits or 0) <= longest for digits in whole])
+            self._short[key] = tokens, tokens[fits] if fits.any() and not fits.all() else tokens
+        return self._short[key][1]
 
     def _first(self, text: str) -> int:
         """The first token of a text as the tokenizer writes it."""
@@ -330,9 +341,8 @@ class Walk:
         """The structure of an answer that these tokens begin; None for a pattern without a slab."""
         if not pattern.slab:
             return None
-        part = slice(pattern.slab, None)
-        adsorbate: dict[str, int] = dict(zip(pattern.symbols[part], pattern.counts[part]))
-        growing = Growing(sum(pattern.counts[: pattern.slab]), adsorbate, pattern.pieces)
+        atoms = list(zip(pattern.symbols, pattern.counts))
+        growing = Growing(dict(atoms[: pattern.slab]), dict(atoms[pattern.slab :]), pattern.pieces)
         growing.read("".join(self.grammar.text[t] for t in begun))
         return growing
 
@@ -348,10 +358,15 @@ class Walk:
 
     def allowed(self, row: int) -> torch.Tensor:
         """The tokens [n] that may come next in an answer: of coordinates those that keep its atoms apart and
-        its adsorbate whole and on the surface, where there are any."""
+        its adsorbate whole and on the surface, where there are any; of a cell's edges those that its slab can
+        span."""
         found, growing = self._at[row].allowed, self._growing[row]
+        if growing is None:
+            return found
+        if (edge := growing.edge()) is not None:
+            return self.grammar.short(found, edge, growing.longest)
         fractions = self.grammar.fractions(found, self.patterns[row].decimals)
-        if growing is None or fractions is None:
+        if fractions is None:
             return found
         free = growing.free(fractions)
         return found if free is None else found[torch.from_numpy(free)]

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from catmllm.structure.adsorbed import (
     ADSORBATE_PAIR,
     LEAST,
+    LONGEST,
     LOWEST,
     MOST,
     REACH,
@@ -43,10 +44,13 @@ class Growing:
     """A structure while its CIF is being written: `read` its text as it comes, ask `free` before a
     coordinate."""
 
-    def __init__(self, n_slab: int, adsorbate: Mapping[str, int], pieces: int = 1) -> None:
-        """`n_slab` rows of the slab, and then those of the adsorbate's atoms by element; of several molecules
+    def __init__(self, slab: Mapping[str, int], adsorbate: Mapping[str, int], pieces: int = 1) -> None:
+        """The rows of the slab, and then those of the adsorbate's atoms, by element; of several molecules
         each atom has to be in reach of the slab, but need not hang on another."""
-        self.n_slab, self.n_atoms = n_slab, n_slab + sum(adsorbate.values())
+        self.n_slab = sum(slab.values())
+        self.n_atoms = self.n_slab + sum(adsorbate.values())
+        # Å: a chain of all atoms of the slab. No edge along a slab is longer, or it would not hang together.
+        self.longest = self.n_slab * LONGEST * 2 * max(float(COVALENT_RADIUS[NUMBER[s]]) for s in slab)
         self.hydrogen = set(adsorbate) == {"H"}  # and nothing else
         self.whole = pieces == 1
         self.cell: list[float] = []  # its six parameters, as far as they are known
@@ -90,6 +94,14 @@ class Growing:
         level = float(height[height >= height.max() - LAYER_HEIGHT].mean())
         middle = float(height.max() + self.spacings[2]) / 2
         self.levels = float(self.frac[int(height.argmin()), 2]), level, middle
+
+    def edge(self) -> str | None:
+        """What of an edge along the slab has been written, `5` of `5.346`; None where none is being
+        written."""
+        row = self._line.split(" ")
+        if len(row) == 2 and len(self.cell) < 2 and self._line.startswith(_CELL[len(self.cell)]):
+            return row[1]
+        return None
 
     def free(self, fractions: Floats) -> Bools | None:
         """Which of some values [n] the coordinate that comes next may have; None where all may, where none

@@ -4,6 +4,7 @@ the right composition in a CIF that parses."""
 from __future__ import annotations
 
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from catmllm.data.batches import Collator
 from catmllm.data.prompts import CIF_ANSWER, END, Sample, cif_prompt, cif_sample, design_prompt, design_sample
 from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.sample.engine import RolloutEngine
-from catmllm.sample.grammar import Grammar, Pattern, answer_pattern
+from catmllm.sample.grammar import Grammar, Pattern, Walk, answer_pattern
 from catmllm.structure.formula import parse_formula
 from catmllm.structure.system import System
 from rewards_fast import PVCP, parse_cif
@@ -161,6 +162,28 @@ def test_random_weights_write_what_was_asked_for(small_model: Model, train_syste
                 place = grammar.after(patterns[r.prompt], place, token)
         assert 0 < len(sets) < len(r.ids)
     assert narrowed > 0
+
+
+def test_a_cell_is_no_longer_than_its_slab_can_span(grammar: Grammar) -> None:
+    """A chain of twelve atoms of rhodium has 40.9 Å: an edge of 5.3 or 38 Å may be, one of 51 or 42 Å not."""
+    pattern = answer_pattern("O</s>Rh12 (1 0 0)", {"Rh": 12, "O": 1}, design=False)
+
+    def ways(written: str) -> set[str]:
+        walk = Walk(grammar, [pattern], sys.maxsize)
+        assert "".join(grammar.text[t] for t in walk.begun[0]).endswith("_cell_length_a ")
+        tokens = grammar.tokenizer.encode(written, add_special_tokens=False)
+        while tokens:
+            taken = walk.take(0, tokens[0])
+            assert taken == tokens[: len(taken)]
+            tokens = tokens[len(taken) :]
+        return {grammar.text[t][0] for t in walk.allowed(0).tolist()}
+
+    assert ways("") == set("0123456789")
+    assert ways("5") == {"."}
+    assert ways("3") == {".", *"0123456789"}
+    assert ways("4") == {".", "0"}
+    assert ways("5.346\n_cell_length_b 5") == {"."}
+    assert ways("5.346\n_cell_length_b 5.346\n_cell_length_c 5") == {".", *"0123456789"}
 
 
 def test_any_tokenizer_will_do(plain_tokenizer: PreTrainedTokenizerBase, train_systems: list[System]) -> None:

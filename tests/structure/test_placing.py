@@ -11,7 +11,7 @@ from catmllm.structure.adsorbed import adsorbate_fault
 from catmllm.structure.cif import read_cif, write_cif
 from catmllm.structure.formula import parse_formula
 from catmllm.structure.placing import Growing
-from catmllm.structure.system import ADSORBATE, System
+from catmllm.structure.system import System, lattice_parameters
 
 VALUES = np.arange(1000) / 1000
 
@@ -20,7 +20,7 @@ def growing(system: System, rows: int) -> tuple[Growing, str]:
     """A structure whose CIF is written as far as so many rows, and the row that comes next."""
     head, _, sites = write_cif(system).partition("_atom_site_occupancy\n")
     lines = sites.splitlines(keepends=True)
-    found = Growing(int((system.tags != ADSORBATE).sum()), parse_formula(system.adsorbate))
+    found = Growing(system.slab_counts, parse_formula(system.adsorbate))
     text = head + "_atom_site_occupancy\n" + "".join(lines[:rows])
     for i in range(0, len(text), 7):  # in whatever pieces
         found.read(text[i : i + 7])
@@ -72,3 +72,24 @@ def test_what_the_data_holds_is_free(train_systems: list[System]) -> None:
                 free = found.free(VALUES)
                 value = round(float(row.split()[3 + coordinate]) * 1000)
                 assert free is None or free[value], (system.sid, k, coordinate)
+
+
+def test_no_slab_is_longer_than_a_chain_of_its_atoms(train_systems: list[System]) -> None:
+    """The bound on a cell's edges refuses nothing that the data has, and an edge of ten times the length."""
+    for system in train_systems[::7]:
+        longest = Growing(system.slab_counts, parse_formula(system.adsorbate)).longest
+        edges = lattice_parameters(system.lattice)[:2]
+        assert max(edges) < longest < 10 * min(edges)
+
+
+def test_an_edge_is_told_while_it_is_written(train_systems: list[System]) -> None:
+    head = write_cif(train_systems[0]).partition("_cell_length_b ")
+    found = Growing(train_systems[0].slab_counts, parse_formula(train_systems[0].adsorbate))
+    found.read(head[0])
+    assert found.edge() is None
+    found.read("_cell_length_b ")
+    assert found.edge() == ""
+    found.read("5")
+    assert found.edge() == "5"
+    found.read(".346\n_cell_length_c 1")
+    assert found.edge() is None
