@@ -389,6 +389,7 @@ def loader() -> str:
     step, rate, large = (newest(f"loader_{n}") for n in ("step", "rate", "large"))
     s, v = step["peer"]["step"], large["value"]
     by = ", ".join(f"{number(x)} with {case}" for case, x in rate["value"].items())
+    by = by.replace(" 1 workers", " 1 worker")
     return (
         f"On one core, tiny model, `joint` in bf16: {number(step['value']['step'])} tokens/s end to end, "
         f"{number(s['padded, eager'])} padded with eager attention, {number(s['padded, sdpa'])} with SDPA. "
