@@ -31,13 +31,14 @@ from catmllm.evaluate.design import evaluate_design
 from catmllm.evaluate.ensemble import Ensemble, load_ensemble
 from catmllm.evaluate.generation import evaluate_generation
 from catmllm.evaluate.metrics import mae, r2
+from catmllm.evaluate.missing import evaluate_missing, pairs_of
 from catmllm.evaluate.property import agreement, evaluate_property, validation_energies
 from catmllm.models.build import collator, new_model
 from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.models.half_precision import rounded
 from catmllm.models.state import load_model, save_model, stage_folder
 from catmllm.report.run import ANSWERS, summary_table, with_trained_baselines, write_report
-from catmllm.report.summary import MODES
+from catmllm.report.summary import ARMS, MODES
 from catmllm.sample.vllm_engine import VLLMError
 from catmllm.stages import STAGES
 from catmllm.structure.cif import write_cif
@@ -131,6 +132,8 @@ def _run(config: Config, world: World) -> int:
     data = open_data(config.data)
     previous = stage_folder(config.init) if config.init else None
     texts = _texts(config, data)
+    if config.evaluate.indicative:
+        pairs_of(data["test"])
     record = _open(config, out, world)
     _say(world, _banner(config, world, data))
     if _random_encoder(config) and not texts:
@@ -158,6 +161,9 @@ def _run(config: Config, world: World) -> int:
         if not record.has("property", name):
             with record.timed(f"evaluate {name}"):
                 _evaluate(name, folder, config, data["test"], record, world)
+        if config.evaluate.indicative and name in GENERATES and not record.has("missing", name):
+            with record.timed(f"evaluate {name}"):
+                _without_structures(name, folder, config, data, record, world)
         previous = folder
     if "ga_grpo" in config.stages and not record.has("design"):
         model, collate = _to_measure(out / config.stages[-1], config, world)
@@ -313,6 +319,22 @@ def _evaluate(
     shown = ", ".join(f"{MODES[mode]} {measured[mode]['mae']:.3f}" for mode in MODES if mode in measured)
     _say(world, f"{name}: test MAE in eV: {shown}")
     record.put(measured, "property", name)
+
+
+def _without_structures(
+    name: str,
+    folder: Path,
+    config: Config,
+    data: Mapping[str, Sequence[System]],
+    record: Record,
+    world: World,
+) -> None:
+    model, collate = _to_measure(folder, config, world)
+    e, dtype = config.evaluate, DTYPES[config.precision]
+    found = evaluate_missing(model, collate, data, e.indicative, e.sampling, config.seed, world, dtype)
+    record.put(found, "missing", name)
+    shown = ", ".join(f"{ARMS[arm]} {found['arms'][arm]['pir']:.1%}" for arm in ARMS)
+    _say(world, f"{name}: predictions in the range of energies, no structure known: {shown}")
 
 
 def _zero_shot(previous: Path, config: Config, test: Sequence[System], record: Record, world: World) -> None:

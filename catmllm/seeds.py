@@ -48,6 +48,8 @@ class Stream(IntEnum):
     GRPO_REFILL_PROMPTS = 28
     GRPO_REFILL_ANSWERS = 29
     NETWORK_BASELINES = 26  # first weights, batches and frames
+    MISSING = 40  # indicative CIFs of the evaluation [rank, 0], random systems [pair, 1]
+    COMMAND_INDICATIVE = 41  # CIFs of `catmllm predict`
 
     def key(self, seed: int, *place: int) -> Key:
         """What a draw is a function of; further places may be appended to it."""

@@ -27,6 +27,7 @@ from catmllm.config import ConfigError, from_dict, load_config, to_dict
 from catmllm.data.open import open_data
 from catmllm.evaluate.baselines import evenly_spaced
 from catmllm.evaluate.metrics import bootstrap_interval
+from catmllm.evaluate.missing import hits_of
 from catmllm.pipeline import differences
 
 Metrics = dict[str, Any]
@@ -150,6 +151,14 @@ def values_of(metrics: Metrics) -> dict[str, Values]:
     pairs = [f"{s.bulk} {s.miller}" for s in test]
     off = np.abs(np.array(parity["predicted"]) - np.array(parity["energy"]))
     found[f"{last}: test error, eV"] = off.tolist(), pairs
+    if missing := metrics.get("missing", {}).get(last):
+        surfaces = [pair["surface"] for pair in missing["pairs"]]
+        for arm in ("two_parts", "indicative_1", "indicative_4", "true"):
+            inside, distance = hits_of(missing["pairs"], arm)
+            found[f"{last}: PIR, {arm}"] = inside.tolist(), surfaces
+            found[f"{last}: PIR of means, {arm}"] = hits_of(missing["pairs"], arm, True)[0].tolist(), surfaces
+            if not np.isnan(distance).any():
+                found[f"{last}: off the middle, eV, {arm}"] = distance.tolist(), surfaces
     items = metrics.get("design", {}).get("items", [])
     tasks = [item["identity"].partition("</s>")[2] for item in items]
     for judge in ("own", "judge"):

@@ -95,7 +95,11 @@ def test_the_first_stage_moves_what_reads_structures_only(unbroken: Path, run_co
 def test_run_leaves_complete_records(unbroken: Path) -> None:
     metrics = json.loads((unbroken / "metrics.json").read_text())
     assert set(metrics["property"]) == set(STAGES)
-    assert set(metrics["generation"]) == {"instruct", "grpo", "ga_grpo"}
+    assert set(metrics["generation"]) == set(metrics["missing"]) == {"instruct", "grpo", "ga_grpo"}
+    pairs = metrics["missing"]["grpo"]["pairs"]  # one by each rank; answers of 40 tokens are no CIFs
+    assert [len(pair["energies"]) for pair in pairs] == [3, 3]
+    assert all(np.isfinite(pair["predicted"]["true"]).all() for pair in pairs)
+    assert metrics["missing"]["grpo"]["arms"]["indicative_1"]["unread"] == 4
     for stage in STAGES:
         for mode in ("encoder",) if stage == "encoder" else ("both", "graph", "text", "encoder", "start"):
             assert np.isfinite(metrics["property"][stage][mode]["mae"])
@@ -146,6 +150,7 @@ def test_killed_and_resumed_run_repeats_the_unbroken_one(unbroken: Path, again: 
     for part in (
         "design",
         "generation",
+        "missing",
         "property",
     ):  # as text: a mean over nothing is NaN, which equals nothing
         assert json.dumps(mine[part]) == json.dumps(theirs[part])

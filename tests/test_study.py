@@ -139,6 +139,30 @@ def test_intervals_know_that_systems_of_a_pair_go_together(data: Path) -> None:
     assert row["sd"] is None and table({"x": {"a": row}}).count("\n") == 2
 
 
+def test_predictions_without_structures_are_rows(data: Path) -> None:
+    config = load_config(overrides=["stages=[instruct]", f"data.path={data}", "evaluate.property_systems=4"])
+
+    def run(shift: float) -> dict[str, object]:
+        pairs = [
+            {"surface": f"Pt {k // 2}", "energies": [0.0, 1.0, 0.5]}
+            | {
+                "predicted": {
+                    a: [shift + 0.1 * k] for a in ("two_parts", "true", "indicative_1", "indicative_4")
+                }
+            }
+            for k in range(6)
+        ]
+        parity = {"energy": [0.0] * 4, "predicted": [0.1] * 4}
+        missing = {"instruct": {"pairs": pairs}}
+        return {"config": to_dict(config), "property": {"instruct": {"parity": parity}}, "missing": missing}
+
+    rows = compared({"default": [run(0.8)], "trained": [run(0.3)]})
+    row = rows["instruct: PIR, two_parts"]
+    assert (row["default"]["mean"], row["trained"]["mean"]) == (3 / 6, 6 / 6)
+    off = rows["instruct: off the middle, eV, indicative_1"]
+    assert off["default"]["mean"] == pytest.approx(np.mean([abs(0.3 + 0.1 * k) for k in range(6)]))
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from catmllm.cli.own import label_options, reading_options, wanted
-from catmllm.cli.trained import best_stage, load_to_read
+from catmllm.cli.trained import best_stage, load_to_read, must_write
 
 if TYPE_CHECKING:
     from catmllm.structure.system import System
@@ -34,6 +34,13 @@ def options(parser: argparse.ArgumentParser) -> None:
         help="let a potential that did not make the labels judge the run's designs, beside its own ceiling, "
         "and add it to the report",
     )
+    parser.add_argument(
+        "--indicative",
+        type=int,
+        metavar="N",
+        help="measure predictions where no structure is known, by N CIFs that the run's last stage writes "
+        "for each adsorbate and catalyst of the test part (the paper's PIR), and add that to the report",
+    )
     reading_options(parser)
     label_options(parser)
     parser.add_argument("--report-only", action="store_true", help="rewrite report.html from metrics.json")
@@ -52,7 +59,9 @@ def run(args: argparse.Namespace) -> int:
         raise FileNotFoundError(f"{args.run}: no metrics.json there; give the folder of a run")
     if args.judge:
         _second_opinion(args.run, args.judge)
-    if args.judge or args.report_only:
+    if args.indicative is not None:
+        _without_structures(args.run, args.indicative)
+    if args.judge or args.indicative is not None or args.report_only:
         print(write_report(args.run, _tested(path)))
         return 0
     from catmllm.pipeline import run
@@ -103,6 +112,40 @@ def _second_opinion(run: Path, name: str) -> None:
     path.write_text(json.dumps(metrics, indent=1))
 
 
+def _without_structures(run: Path, candidates: int) -> None:
+    """Put what a run's last stage says where no structure is known into its metrics.json."""
+    import torch.distributed as dist
+
+    from catmllm.data.open import open_data
+    from catmllm.evaluate.missing import evaluate_missing
+    from catmllm.models.state import stage_folder
+    from catmllm.world import DTYPES, start
+
+    if candidates < 1:
+        raise ValueError(f"--indicative {candidates}: give a number of CIFs of 1 or more")
+    folder = stage_folder(run)
+    model, collate, config = load_to_read(folder)
+    must_write(folder, config)
+    world = start(config)
+    try:
+        found = evaluate_missing(
+            model.to(world.device),
+            collate,
+            open_data(config.data),
+            candidates,
+            config.evaluate.sampling,
+            config.seed,
+            world,
+            DTYPES[config.precision],
+        )
+    finally:
+        dist.destroy_process_group()
+    path = run / "metrics.json"
+    metrics = json.loads(path.read_text())
+    metrics.setdefault("missing", {})[folder.name] = found
+    path.write_text(json.dumps(metrics, indent=1))
+
+
 def _on(args: argparse.Namespace) -> int:
     """How the energies of a run's best stage agree with those of structures at hand, in each mode."""
     from catmllm.data.own.reading import read_systems, summary
@@ -115,7 +158,7 @@ def _on(args: argparse.Namespace) -> int:
     print(summary(found))
     if len(systems) < 2:
         raise ValueError(f"{len(systems)} structures with an energy; at least two are needed; see above")
-    model, collate = load_to_read(folder)
+    model, collate, _ = load_to_read(folder)
     truth, names = [s.known_energy for s in systems], [s.adsorbate for s in systems]
     for mode in MODES:
         predicted = predict_energies(model, collate, [question(s, mode) for s in systems])

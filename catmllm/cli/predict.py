@@ -1,10 +1,13 @@
-"""`catmllm predict`: relaxed adsorption energies of structures in any format."""
+"""`catmllm predict`: relaxed adsorption energies of structures in any format, of texts, and of systems
+that have no structure."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,9 +15,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from catmllm.cli.own import reading_options, wanted
-from catmllm.cli.trained import best_stage, load_to_read, model_option
+from catmllm.cli.trained import best_stage, load_to_read, model_option, must_write
 
 if TYPE_CHECKING:
+    from catmllm.config import Config
     from catmllm.data.batches import Collator
     from catmllm.data.own.reading import Item
     from catmllm.design.domain import Domain
@@ -29,11 +33,38 @@ BATCH = 64
 def options(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Predict relaxed adsorption energies of all structures in files and folders (docs/own_data.md has "
-        "the formats). ± holds 68 % of the errors on validation systems and is wider where the model expects "
-        "more; what lies outside of the training data is marked and has none. Of a run the stage with the "
-        "best validation is taken."
+        "the formats), of texts, and of systems that have no structure. ± holds 68 % of the errors on "
+        "validation systems and is wider where the model expects more; what lies outside of the training "
+        "data is marked and has none. Of a run the stage with the best validation is taken."
     )
-    parser.add_argument("files", nargs="+", metavar="PATH", type=Path, help="files or folders")
+    parser.add_argument("files", nargs="*", metavar="PATH", type=Path, help="files or folders")
+    parser.add_argument(
+        "--system",
+        action="append",
+        default=[],
+        metavar="SYSTEM",
+        help='a system without a structure, "CO</s>Pt9Cu3 (1 1 1)", every slab atom counted: predicted by '
+        "the bonds of CIFs that the model writes for it; may come again",
+    )
+    parser.add_argument(
+        "--candidates", type=int, default=12, metavar="N", help="CIFs for each SYSTEM (default %(default)s)"
+    )
+    parser.add_argument(
+        "--scale",
+        type=float,
+        default=1.0,
+        help="what covalent radii are multiplied by to find the bonds of those CIFs (default %(default)s; "
+        "the paper's 4 is for models trained with relaxed_text)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of those CIFs (default %(default)s)")
+    parser.add_argument(
+        "--text",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help='a text alone, "CO</s>Pt3Cu (1 1 1)</s>[C Pt atop [Pt Cu Pt C]]", its third part where it is '
+        "known; may come again",
+    )
     model_option(parser)
     reading_options(parser)
     parser.add_argument(
@@ -51,15 +82,18 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from catmllm.data.own.reading import read_systems
+    from catmllm.data.own.reading import Found, read_systems
     from catmllm.design.domain import load_domain
     from catmllm.evaluate.ensemble import load_ensemble
     from catmllm.evaluate.property import agreement
 
+    if not (args.files or args.system or args.text):
+        raise ValueError("give files or folders, or --system or --text")
     folder = best_stage(args.model)
-    model, collate = load_to_read(folder)
+    model, collate, config = load_to_read(folder)
     domain, of_texts = load_domain(folder), load_ensemble(folder)
-    found = read_systems(args.files, wanted(args, labelled=False))
+    asked = _asked(args, folder, config)
+    found = read_systems(args.files, wanted(args, labelled=False)) if args.files else Found()
     for reason, n in found.refused.items():
         for example in found.examples[reason]:
             print(example, file=sys.stderr)
@@ -67,6 +101,7 @@ def run(args: argparse.Namespace) -> int:
             print(f"and {more:,} more refused: {reason}", file=sys.stderr)
     for note in found.notes:
         print(f"note: {note}", file=sys.stderr)
+    found.items += _texts(args.text, of_texts is not None)
     mode: Mode = "text" if of_texts is not None else args.mode
     for item in found.items:
         item.system = replace(item.system, relaxed=not args.unrelaxed)
@@ -82,6 +117,7 @@ def run(args: argparse.Namespace) -> int:
             domain.half_width(item.system.adsorbate, item.system.relaxed, error) if domain and told else None
         )
         print(_line(item, energy, width, folder, domain, args.json))
+    failed += _without_structures(args, asked, model, collate, config, folder, domain)
     print(_conditions(folder, domain, of_texts), file=sys.stderr)
     known = [k for k, item in enumerate(items) if item.system.energy is not None]
     if len(known) > 1:
@@ -89,6 +125,100 @@ def run(args: argparse.Namespace) -> int:
         words = agreement(energies[known], truth, [items[k].system.adsorbate for k in known])
         print(f"against the energies in the files: {words}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _texts(texts: Sequence[str], any_words: bool) -> list[Item]:
+    """The texts of --text. A model of structures reads those that name a system, one of texts any words.
+    Raises ValueError."""
+    from catmllm.data.own.reading import Item
+    from catmllm.structure.system import text_system
+
+    items = []
+    for text in texts:
+        system = text_system(text, sid="--text")
+        if not any_words and not (system.adsorbate and system.slab_counts):
+            raise ValueError(
+                f"--text {text[:80]!r} names no system; write it like 'CO</s>Pt3Cu (1 1 1)', or with the "
+                "bonds behind it 'CO</s>Pt3Cu (1 1 1)</s>[C Pt atop [Pt Cu Pt C]]'"
+            )
+        items.append(Item(system, "--text"))
+    return items
+
+
+def _asked(args: argparse.Namespace, folder: Path, config: Config) -> list[tuple[str, dict[str, int]]]:
+    """Identity lines and counts of the cells of --system. Raises ValueError."""
+    from catmllm.structure.formula import cell_counts, format_identity, parse_identity
+
+    if not args.system:
+        return []
+    must_write(folder, config)
+    if args.candidates < 1 or not args.scale > 0:
+        raise ValueError(f"--candidates {args.candidates} --scale {args.scale:g}: both must be above 0")
+    asked = []
+    for line in args.system:
+        named = parse_identity(line)
+        if not (named.adsorbate and named.slab):
+            raise ValueError(f"--system {line!r} names no system; write it like 'CO</s>Pt9Cu3 (1 1 1)'")
+        asked.append((format_identity(*named), cell_counts(named)))
+    return asked
+
+
+def _without_structures(
+    args: argparse.Namespace,
+    asked: Sequence[tuple[str, dict[str, int]]],
+    model: CatalyticMLLM,
+    collate: Collator,
+    config: Config,
+    folder: Path,
+    domain: Domain | None,
+) -> int:
+    """Print what the model says of systems by two parts and by the bonds of CIFs that it writes: a line for
+    different bonds, and their mean and range. Returns for how many systems no CIF could be read."""
+    from catmllm.design.indicative import CHARACTERS, indicated, indicative_systems
+    from catmllm.design.predict import predict_energies, question
+    from catmllm.seeds import Stream
+    from catmllm.structure.system import text_system
+    from catmllm.structure.text import two_part_text
+
+    if not asked:
+        return 0
+    seed = Stream.COMMAND_INDICATIVE.key(args.seed)
+    written = indicative_systems(model, collate, asked, args.candidates, config.evaluate.sampling, seed)
+    if not (config.joint.drop_configuration or config.instruct.drop_configuration):
+        print("note: this model was not trained on two parts alone (drop_configuration)", file=sys.stderr)
+    cap = CHARACTERS if args.scale > 1 else None
+    failed = 0
+    for (line, _), systems in zip(asked, written):
+        bare = two_part_text(text_system(line))
+        read = [indicated(bare, s, args.scale, cap) for s in systems if s is not None]
+        times = Counter(s.text for s in read)
+        texts = list({s.text: s for s in read}.values())
+        alone, *energies = predict_energies(
+            model, collate, [question(s) for s in (text_system(bare), *texts)]
+        ).tolist()
+        failed += not texts
+        of_text = {str(s.text): e for s, e in zip(texts, energies)}
+        outside = [] if domain is None else domain.outside(text_system(bare))
+        found = {"system": line, "two_parts": alone, "candidates": args.candidates, "read": len(read),
+                 "outside": outside, "model": str(folder)}  # fmt: skip
+        if read:
+            every = np.repeat(energies, [times[s.text] for s in texts])
+            found |= {"energy": float(every.mean()), "low": float(every.min()), "high": float(every.max())}
+        if args.json:
+            rows = [{"text": text, "energy": e, "times": times[text]} for text, e in of_text.items()]
+            print(json.dumps(found | {"texts": rows}))
+            continue
+        print(f"{alone:9.3f}        eV  {line:32s} two parts alone")
+        for text, energy in sorted(of_text.items(), key=lambda pair: pair[1]):
+            bonds = text.rpartition("</s>")[2]
+            print(f"{energy:9.3f}        eV  {line:32s} {times[text]} of {args.candidates} CIFs: {bonds}")
+        warning = f"  OUTSIDE of training: {'; '.join(outside)}" if outside else ""
+        if read:
+            spread = f"{found['low']:.3f} to {found['high']:.3f} eV by {len(read)} CIFs"
+            print(f"{found['energy']:9.3f}        eV  {line:32s} their mean; {spread}{warning}")
+        else:
+            print(f"{line}: none of {args.candidates} CIFs could be read{warning}", file=sys.stderr)
+    return failed
 
 
 def _line(

@@ -29,15 +29,16 @@ def load(folder: Path) -> tuple[CatalyticMLLM, Collator, Config]:
     return load_model(stage_folder(folder))
 
 
-def load_to_read(folder: Path) -> tuple[CatalyticMLLM, Collator]:
-    """A stage's model in the precision that it was trained and measured in, and its collator."""
+def load_to_read(folder: Path) -> tuple[CatalyticMLLM, Collator, Config]:
+    """A stage's model in the precision that it was trained and measured in, its collator, and the
+    configuration that it was trained with."""
     from catmllm.models.half_precision import rounded
     from catmllm.models.state import load_model
     from catmllm.world import DTYPES, encoder_dtype, settled
 
     model, collate, config = load_model(folder)
     device = model.energy_mean.device.type
-    return rounded(model, DTYPES[config.precision], encoder_dtype(settled(config, device))), collate
+    return rounded(model, DTYPES[config.precision], encoder_dtype(settled(config, device))), collate, config
 
 
 def best_stage(folder: Path) -> Path:
@@ -57,3 +58,18 @@ def best_stage(folder: Path) -> Path:
     if not asked or any(f not in found for f in asked):
         return last
     return min(reversed(asked), key=lambda f: found[f])
+
+
+def must_write(folder: Path, config: Config) -> None:
+    """Raises ValueError for a stage whose model has not learned to write CIFs."""
+    from catmllm.evaluate.ensemble import load_ensemble
+
+    reason = ""
+    if folder.name in ("encoder", "align"):
+        reason = f"`{folder.name}` comes before the stages that teach it"
+    elif load_ensemble(folder) is not None:
+        reason = "it was trained on texts alone"
+    elif folder.name == "joint" and config.joint.property_share == 1:
+        reason = "it was trained with joint.property_share 1"
+    if reason:
+        raise ValueError(f"{folder}: this model writes no CIFs, for {reason}; give --text, or another model")

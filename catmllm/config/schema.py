@@ -348,6 +348,28 @@ class MixedConfig(SupervisedConfig):
     exemplar_noise: float = key(
         0.05, "Gaussian noise where a design prompt shows the sample's own structure", unit="Å", ge=0
     )
+    drop_configuration: float = key(
+        0.0,
+        "share of the prompts with the text only that name adsorbate and catalyst and no bond",
+        ge=0,
+        le=1,
+    )
+    relaxed_text: float = key(
+        0.0,
+        "share of them whose bonds are those of relaxed_scale, as they are read from indicative CIFs",
+        ge=0,
+        le=1,
+    )
+    relaxed_scale: float = key(4.0, "there, what covalent radii are multiplied by", gt=0)
+    relaxed_characters: int = key(400, "there, longest string of bonds", unit="characters", ge=2)
+
+    @model_validator(mode="after")
+    def _texts_are_one_kind(self) -> MixedConfig:
+        if self.drop_configuration + self.relaxed_text > 1:
+            raise ValueError(
+                "`.drop_configuration` and `.relaxed_text` are shares of the same prompts: at most 1 together"
+            )
+        return self
 
 
 @section
@@ -582,6 +604,12 @@ class EvaluateConfig:
         4096, "test systems, evenly spaced, whose energies are predicted after each stage", gt=0
     )
     generation_samples: int = key(512, "answers sampled per stage to count failures in", ge=0)
+    indicative: int = key(
+        0,
+        "CIFs sampled for each adsorbate and catalyst of the test part, by which energies are predicted "
+        "where no structure is known (PIR); 0: not measured",
+        ge=0,
+    )
     design_tasks: int = key(48, "design tasks after the closed loop", ge=0)
     judge: Literal["diep", "sevennet", "none"] = key(
         "diep", "potential that relaxes the designs: of the shipped labels, independent of them, or none"

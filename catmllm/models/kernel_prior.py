@@ -122,15 +122,18 @@ class KernelPrior(nn.Module):
         kernel = (1 + reach) * torch.exp(-reach)
         return torch.where(known[:, :1] == self.adsorbates, kernel, SHARED * kernel)
 
-    def fit(self, local: Floats, known: Integers, folds: Integers, energies: Floats) -> dict[str, float]:
+    def fit(
+        self, local: Floats, known: Integers, folds: Integers, energies: Floats, scaled: int | None = None
+    ) -> dict[str, float]:
         """Fit to descriptors [n, D or more], `known` [n, 3] (its folds do not count), folds [n] and
-        energies (eV) [n]. Returns the MAE (eV) on pairs that the fits have not seen, by which
-        their strengths are chosen, of `relaxed` and `unrelaxed` structures.
+        energies (eV) [n]; centre and scale are those of the first `scaled` rows (None: of all). Returns the
+        MAE (eV) on pairs that the fits have not seen, by which their strengths are chosen, of `relaxed` and
+        `unrelaxed` structures.
 
         One inverse a strength: coefficients without a fold follow from its block. Float64 throughout.
         """
         raw = np.asarray(local[:, : len(self.centre)], dtype=np.float64)
-        centre, scale = scales(raw)
+        centre, scale = scales(raw[:scaled])
         x, unrelaxed = (raw - centre) / scale, known[:, 1] == 1
         names = np.unique(known[:, 0])
         means = np.array([_means(names, known[:, 0], folds, energies, f) for f in range(-1, FOLDS)]).T

@@ -20,7 +20,7 @@ from catmllm.report.figures import draw_trace
 from catmllm.report.summary import Table, number
 from catmllm.structure.cif import read_cif, write_cif
 from catmllm.structure.elements import NUMBER
-from catmllm.structure.formula import Identity, format_identity, parse_formula, parse_identity
+from catmllm.structure.formula import Identity, cell_counts, format_identity, parse_identity
 from catmllm.structure.system import System
 from rewards_fast import extract_cif
 
@@ -32,10 +32,7 @@ def make_task(identity: str, energy: float) -> Task:
     """The task of an identity line: its target is slab and adsorbate together.
     Raises ValueError for what is no such line."""
     parsed = parse_identity(identity)
-    target = dict(parsed.slab)
-    for symbol, count in parse_formula(parsed.adsorbate).items():
-        target[symbol] = target.get(symbol, 0) + count
-    return Task(format_identity(*parsed), target, energy)
+    return Task(format_identity(*parsed), cell_counts(parsed), energy)
 
 
 def free_composition(task: Task, metals: Sequence[str]) -> list[Task]:

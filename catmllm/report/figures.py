@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from catmllm.evaluate.metrics import TOLERANCE
 from catmllm.report.summary import (
+    ARMS,
     CONTROLS,
     JUDGES,
     METHOD_NAMES,
@@ -60,6 +61,15 @@ CONTROL_COLOURS = {
     "retrieval": "#cccccc",
     "shuffled": "#7a7a7a",
     "shuffled_same_adsorbate": "#a3a3a3",
+}
+_BEST_ARM = "indicative_1"  # whose predictions are drawn beside those by two parts
+ARM_COLOURS = {
+    "two_parts": "#e69f00",
+    "indicative_1": "#0072b2",
+    "indicative_2": "#56b4e9",
+    "indicative_4": "#56b4e9",
+    "random": "#a3a3a3",
+    "true": "#009e73",
 }
 ADSORBATE_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9") + (
     "#808080",
@@ -289,6 +299,49 @@ def draw_design(axes: Axes, design: Metrics) -> None:
     )
     _percent_axis(axes, top)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2, columnspacing=1.2)
+
+
+def draw_ranges(axes: Axes, missing: Metrics) -> None:
+    """Twelve pairs of adsorbate and catalyst, evenly spaced by the width of their range: dots are energies of
+    their configurations, bars what is predicted without a structure, by bonds of indicative CIFs and by two
+    parts (the paper's Fig. 6a)."""
+    pairs = sorted(missing["pairs"], key=lambda pair: np.ptp(pair["energies"]))
+    shown = [pairs[k] for k in np.unique(np.linspace(0, len(pairs) - 1, 12).round().astype(int))]
+    for x, pair in enumerate(shown):
+        energies = np.array(pair["energies"])
+        axes.vlines(x, energies.min(), energies.max(), color="#e6e6e6", linewidth=9, zorder=1)
+        axes.plot(np.full(len(energies), x), energies, "o", color="#444444", markersize=3, zorder=2)
+        for arm, side in (("two_parts", -1), (_BEST_ARM, 1)):
+            predicted = [p for p in pair["predicted"][arm] if finite(p)]
+            left, right = sorted((x + 0.12 * side, x + 0.42 * side))
+            axes.hlines(predicted, left, right, colors=ARM_COLOURS[arm], linewidth=1.3, alpha=0.8, zorder=3)
+    axes.plot([], [], "o", color="#444444", markersize=3, label="energies of configurations")
+    for arm in ("two_parts", _BEST_ARM):
+        axes.plot([], [], color=ARM_COLOURS[arm], label=f"predicted by {ARMS[arm]}")
+    names = [str(pair["identity"]).replace("</s>", " on ") for pair in shown]
+    axes.set_xticks(range(len(shown)), names, rotation=40, ha="right", fontsize=7.0)
+    axes.set(ylabel="energy (eV)", title=f"{len(shown)} of {len(pairs)} pairs of adsorbate and catalyst")
+    axes.grid(axis="x", visible=False)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.42), ncols=1)
+
+
+def draw_inclusion(axes: Axes, missing: Metrics) -> None:
+    """PIR by what is read, of the model and of ridge regression, with bootstrap intervals (Fig. 6b)."""
+    arms, top = missing["arms"], 1.0
+    for i, arm in enumerate(ARMS):
+        for row, shift, colour in ((arm, -0.2, ARM_COLOURS[arm]), (f"ridge_{arm}", 0.2, "#cccccc")):
+            low, high = (100 * end for end in arms[row]["interval"])
+            axes.bar(i + shift, 100 * arms[row]["pir"], 0.38, color=colour)
+            axes.plot([i + shift] * 2, [low, high], color="#222222", linewidth=0.9)
+            top = max(top, high)
+    mean = 100 * arms["adsorbate_mean"]["pir"]
+    axes.axhline(mean, color="#7a7a7a", linewidth=0.9, linestyle="--", label="mean of the adsorbate")
+    axes.bar(0, 0, color="#cccccc", label="ridge regression on the same")
+    short = ["two parts", *(f"indicative\n× {a[-1]}" for a in ARMS if a.startswith("ind")), "random", "true"]
+    axes.set_xticks(range(len(ARMS)), short)
+    axes.set(ylabel="PIR (%)", title="Predictions in the range of energies")
+    _percent_axis(axes, top)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
 
 
 def draw_curve(axes: Axes, design: Metrics) -> None:

@@ -24,7 +24,9 @@ from catmllm.report.figures import (
     draw_curve,
     draw_design,
     draw_failures,
+    draw_inclusion,
     draw_parity,
+    draw_ranges,
     draw_rewards,
     draw_seconds,
     draw_solved,
@@ -48,6 +50,7 @@ from catmllm.report.summary import (
     generation_table,
     judge_title,
     missing_parts,
+    missing_table,
     number,
     ordered,
     property_table,
@@ -89,6 +92,7 @@ def write_report(run: Path, tested: Sequence[System] = ()) -> Path:
         "What holds, what does not": _headlines(metrics),
         "Energy prediction": _property(metrics),
         "Generated CIFs": _generation(metrics),
+        "Predictions without a structure": _without_structures(metrics),
         "Sampled answers": _texts(metrics, bool(answers)),
         "Design by target energy": _design(metrics),
         "Training": _training(metrics, logs),
@@ -203,6 +207,25 @@ def _generation(metrics: Metrics) -> str:
         html.table(_counts_table(generation, "faults", "Why the adsorbate of a readable text is none (AD)")),
     ]
     return "\n".join(parts)
+
+
+def _without_structures(metrics: Metrics) -> str:
+    table = missing_table(metrics)
+    if table is None:
+        return ""
+    missing = metrics["missing"]
+    found = missing[ordered(missing)[-1]]
+
+    def draw(figure: Figure) -> None:
+        left, right = figure.subplots(1, 2, width_ratios=(1.5, 1.0))
+        draw_ranges(left, found)
+        draw_inclusion(right, found)
+
+    caption = (
+        "Left: energies of configurations and predictions without a structure, pairs in the order of their "
+        "ranges. Right: share of predictions in the range; lines: 95 % bootstrap intervals over surfaces."
+    )
+    return html.table(table) + html.figure("missing", caption, (11.0, 4.6), draw)
 
 
 def _terms_table(generation: Metrics) -> Table | None:

@@ -63,6 +63,15 @@ RATES = {
     "side of the slab, or out of its reach",
 }
 RATE_NAMES = {"PF": "PF", "VF": "VF", "CM": "CM", "PV": "PV", "PV_eq41": "PV at 1.0 Å", "AD": "AD"}
+# What is read where no structure is known, the paper's comparison first.
+ARMS = {
+    "two_parts": "two parts alone",
+    "indicative_1": "bonds of indicative CIFs",
+    "indicative_2": "... by twice the radii",
+    "indicative_4": "... by four times the radii",
+    "random": "bonds of random systems",
+    "true": "true bonds",
+}
 JUDGES = ("own", "judge")  # the more independent one last
 # What success is set beside: answers chosen without the closed loop, then answers that ignore the target.
 CONTROLS = {
@@ -366,6 +375,46 @@ def _sampling(metrics: Metrics) -> str:
     return f" at temperature {settings['temperature']:g} and top-p {settings['top_p']:g}"
 
 
+def missing_table(metrics: Metrics) -> Table | None:
+    """Predictions where no structure is known, after the last stage that was measured: by what is read, of
+    the model and of ridge regression on the same."""
+    missing = metrics.get("missing") or {}
+    if not (stages := ordered(missing)):
+        return None
+    found = missing[stages[-1]]
+    arms = found["arms"]
+
+    def cells(arm: str, means: bool) -> list[str]:
+        row, kind = arms[arm], "mean_" if means else ""
+        return [percent(row[f"{kind}pir"]), number(row[f"{kind}distance"], 2)]
+
+    rows = []
+    for arm, name in ARMS.items():
+        row = arms[arm]
+        low, high, less, more = (100 * end for end in (*row["interval"], *row["more_interval"]))
+        beside = "" if arm == "two_parts" else f"{100 * row['more']:+.0f} ({less:+.0f} to {more:+.0f})"
+        pir, off = cells(arm, False)
+        single = [f"{pir} ({low:.0f}-{high:.0f})", off, beside]
+        rows.append([name, *single, *cells(arm, True), *cells(f"ridge_{arm}", False)])
+    rows.append(["the adsorbate's mean", *cells("adsorbate_mean", False), "", "", "", "", ""])
+    written = arms["indicative_1"]
+    notes = [
+        "PIR: share of predictions inside the range of energies that adsorbate and catalyst leave open, over "
+        f"{len(found['pairs'])} pairs of these in the test part with 3 or more configurations. Half of the "
+        f"ranges are wider than {number(found['width'], 2)} eV, and wide ones are easily hit, so beside it "
+        "stands how far predictions are off the middle of the range. A pair counts once.",
+        f"In brackets 95 % intervals by a bootstrap over {found['surfaces']} surfaces. More: points above "
+        "two parts, at the same pairs. Of means: one prediction a pair, the mean of its predictions.",
+        f"Indicative CIFs: {found['candidates']} a pair, written by the model for adsorbate, composition and "
+        f"Miller index; {written['unread']} of {written['n']} could not be read and count as missed. Ridge: "
+        "regression fitted to training texts of the row's kind.",
+    ]
+    header = ["what is read", "PIR", "off (eV)", "more", "of means", "off (eV)", "ridge", "off (eV)"]
+    return Table(
+        f"Energies where no structure is known, after {STAGE_NAMES[stages[-1]]}", header, rows, notes
+    )
+
+
 def design_table(metrics: Metrics) -> Table | None:
     """Design success by method, the controls below, in a column a judge."""
     design = metrics.get("design") or {}
@@ -588,7 +637,7 @@ def summary_table(metrics: Metrics) -> str:
 
 def tables(metrics: Metrics) -> list[Table]:
     """All tables that a run has numbers for."""
-    made = (property_table, generation_table, design_table, curve_table, time_table)
+    made = (property_table, generation_table, missing_table, design_table, curve_table, time_table)
     return [table for make in made if (table := make(metrics)) is not None]
 
 

@@ -320,7 +320,7 @@ class GRPO(Plain):
         if not count:
             return
         samples = [
-            property_with_dropout(self.systems[i], rng, 0.1, 0.5, 0.0, frames=0.4)
+            property_with_dropout(self.systems[i], rng, 0.1, 0.5, 0.0, frames=0.4, texts=c.config.instruct)
             for i, rng in self._chosen(Stream.REPLAY_ORDER, Stream.REPLAY_SAMPLES, count, step)
         ]
         batch = c.collate(samples).to(c.world.device)

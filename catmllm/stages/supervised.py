@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from catmllm.config import DataConfig, MixedConfig, OptimConfig, SupervisedConfig
+from catmllm.config import Config, DataConfig, MixedConfig, OptimConfig, SupervisedConfig
 from catmllm.data.augment import symmetric_copy
 from catmllm.data.batches import Batch, draw, shuffled
 from catmllm.data.loader import Loader, Windows
@@ -21,7 +21,7 @@ from catmllm.models.catalytic_mllm import CatalyticMLLM, counts
 from catmllm.seeds import Key, Stream, generator
 from catmllm.structure.descriptors import fold_of, known, surroundings, told
 from catmllm.structure.system import System
-from catmllm.structure.text import three_part_text
+from catmllm.structure.text import three_part_text, two_part_text, worded
 from catmllm.train.stage import Context, Metrics, MicroBatch, Plain, Step, Validation
 from catmllm.train.stop import TrainingError
 from catmllm.world import loader_workers
@@ -65,18 +65,41 @@ def _fit_closed_form(context: Context, systems: list[System], local: np.ndarray)
     model = context.model
     starts = [s.frame(0.0) for s in systems if s.start is not None]
     shown = [*systems, *starts]
-    facts = known(shown), np.array([fold_of(s) for s in shown])
-    energies = np.array([s.known_energy for s in shown])
+    read = [*shown, *further_texts(shown, context.config)]
+
+    def facts(some: list[System]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        energies = np.array([s.known_energy for s in some])
+        return known(some), np.array([fold_of(s) for s in some]), energies
+
     found = {
-        "structures": model.prior.fit(
-            np.stack([*local, *(surroundings(s) for s in starts)]), *facts, energies
+        "structures": model.prior.fit(np.stack([*local, *(surroundings(s) for s in starts)]), *facts(shown)),
+        "texts": model.text_prior.fit(
+            np.array([told(three_part_text(s)) for s in read]), *facts(read), scaled=len(shown)
         ),
-        "texts": model.text_prior.fit(np.array([told(three_part_text(s)) for s in shown]), *facts, energies),
     }
     if context.world.main:
         errors = (f"{kind} {what} {e:.3f}" for what, by in found.items() for kind, e in by.items())
         told_of = f"closed form, MAE (eV) on (bulk, Miller index) pairs not seen: {', '.join(errors)}"
         print(told_of, file=sys.stderr, flush=True)  # a plan's output is JSON
+
+
+def further_texts(systems: Sequence[System], config: Config) -> list[System]:
+    """What the closed form of texts reads beside whole texts, where `joint` or `instruct` trains it: for two
+    parts a system per text, at the mean energy of those that share it, which is the best that can be said;
+    of relaxed strings an evenly spaced share, `relaxed_text` of all."""
+    found: list[System] = []
+    stages = (config.joint, config.instruct)
+    if any(o.drop_configuration for o in stages):
+        same: dict[tuple[str, bool], list[System]] = {}
+        for s in systems:
+            same.setdefault((two_part_text(s), s.relaxed), []).append(s)
+        for (text, _), some in same.items():
+            mean = float(np.mean([s.known_energy for s in some]))
+            found.append(replace(worded(some[0], text), energy=mean))
+    o = max(stages, key=lambda o: o.relaxed_text)
+    for s in systems[:: round(1 / o.relaxed_text)] if o.relaxed_text else ():
+        found.append(worded(s, three_part_text(s, o.relaxed_scale, o.relaxed_characters)))
+    return found
 
 
 def some_frame(system: System, rng: np.random.Generator, share: float) -> System:
@@ -100,10 +123,11 @@ def property_with_dropout(
     noise: float,
     phrasings: str = "paper",
     frames: float = 0.0,
+    texts: MixedConfig | None = None,
 ) -> Sample:
     """A property sample, sometimes without its text or without its graph, never without both; a share
-    `frames` of them shows an unrelaxed structure, in graph and text alike. Of a text without a structure,
-    the text."""
+    `frames` of them shows an unrelaxed structure, in graph and text alike. Without a graph the text may be
+    one of those that `texts` asks for (`in_other_words`). Of a text without a structure, the text."""
     if system.text is not None:
         return property_sample(system, "text", words=draw_words(rng, phrasings))
     system = some_frame(system, rng, frames)
@@ -112,7 +136,23 @@ def property_with_dropout(
         "graph" if u < drop_text else "text" if u < drop_text + drop_graph else "both"
     )
     shown = None if mode == "text" else jitter(system, noise, rng)
+    if mode == "text" and texts is not None:
+        system = in_other_words(system, rng, texts)
     return property_sample(system, mode, shown, draw_words(rng, phrasings))
+
+
+def in_other_words(system: System, rng: np.random.Generator, o: MixedConfig) -> System:
+    """A system whose text alone is shown, with the chance `drop_configuration` by the two parts that are
+    known without a structure, with the chance `relaxed_text` by bonds as an indicative CIF has them. Takes no
+    draw where both are 0."""
+    if o.drop_configuration == o.relaxed_text == 0.0:
+        return system
+    u = rng.random()
+    if u < o.drop_configuration:
+        return worded(system, two_part_text(system))
+    if u < o.drop_configuration + o.relaxed_text:
+        return worded(system, three_part_text(system, o.relaxed_scale, o.relaxed_characters))
+    return system
 
 
 def chosen(
@@ -254,7 +294,7 @@ class Mixed(FromLoader):
 
         def property_of(system: System, rng: np.random.Generator) -> Sample:
             return property_with_dropout(
-                system, rng, o.drop_text, o.drop_graph, position_noise, c.data.phrasings, o.frames
+                system, rng, o.drop_text, o.drop_graph, position_noise, c.data.phrasings, o.frames, o
             )
 
         mixture = Mixture(

@@ -163,12 +163,12 @@ TOLD = 6 * PROPERTIES.shape[1] + 9
 def told(text: str) -> Floats:
     """What a three-part text tells, as numbers [TOLD]: mean and spread of the element properties of the
     metals bound, of what these are bound to and of the slab; sites, numbers of bonds, Miller index. A text of
-    other than three parts tells nothing: zeros.
+    two parts names no bond; one of other than two or three tells nothing: zeros.
     """
     parts = text.split(SEPARATOR)
-    if len(parts) != 3:
+    if len(parts) not in (2, 3):
         return np.zeros(TOLD)
-    name, surface, configuration = parts
+    name, surface, configuration = (*parts, "")[:3]
     formula, _, miller = surface.partition(" ")
     counts = re.findall(r"([A-Z][a-z]?)(\d*)", formula)
     slab = [NUMBER[e] for e, n in counts if e in NUMBER for _ in range(int(n or 1))]

@@ -101,6 +101,14 @@ def pieces(adsorbate: str) -> int:
     return sum(int(count or 1) for _, count in groups) if groups and whole == adsorbate else 1
 
 
+def cell_counts(identity: Identity) -> dict[str, int]:
+    """Counts by element of slab and adsorbate together."""
+    counts = dict(identity.slab)
+    for symbol, count in parse_formula(identity.adsorbate).items():
+        counts[symbol] = counts.get(symbol, 0) + count
+    return counts
+
+
 def text_identity(text: str) -> Identity:
     """What the first two parts of a three-part text say; of any other text an adsorbate `` and no slab."""
     try:

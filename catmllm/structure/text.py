@@ -5,13 +5,15 @@ The composition is the reduced formula of the slab, as in the paper's property p
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from numba import njit
 
 from catmllm.structure.elements import COVALENT_RADIUS, SYMBOLS
 from catmllm.structure.formula import SEPARATOR, format_miller
 from catmllm.structure.periodic import any_image_within, complain, wrap_into
-from catmllm.structure.system import ADSORBATE, System
+from catmllm.structure.system import ADSORBATE, System, text_system
 
 BOND_SLACK = 0.10  # Å; CatBERTa asks ASE's neighbour list with a skin of 0.05 Å for either atom
 _SITES = (" atop", " bridge", " hollow")
@@ -22,9 +24,19 @@ def three_part_text(system: System, scale: float = 1.0, max_characters: int | No
     max_characters: see `configuration`. Of a system without a structure its text as it is."""
     if system.text is not None:
         return system.text
+    return SEPARATOR.join((two_part_text(system), configuration(system, scale, max_characters)))
+
+
+def two_part_text(system: System) -> str:
+    """`CO</s>PdIr (1 1 1)`: adsorbate and catalyst, all that is known where the structure is missing."""
     plane = "" if system.miller is None else f" {format_miller(system.miller)}"
-    composition = f"{system.bulk}{plane}"
-    return SEPARATOR.join((system.adsorbate, composition, configuration(system, scale, max_characters)))
+    return SEPARATOR.join((system.adsorbate, f"{system.bulk}{plane}"))
+
+
+def worded(system: System, text: str) -> System:
+    """The system as one of which only this text is known. Energy and name stay, and whether what the text is
+    of was relaxed."""
+    return replace(text_system(text, system.energy, system.sid), relaxed=system.relaxed)
 
 
 def configuration(system: System, scale: float = 1.0, max_characters: int | None = None) -> str:

@@ -12,6 +12,7 @@ from catmllm.cli.main import main
 from catmllm.data.slabs import load_slabs
 from catmllm.report.design import adsorbate
 from catmllm.structure.cif import read_cif, write_cif
+from catmllm.structure.text import three_part_text
 from rewards_fast import parse_cif
 
 
@@ -29,6 +30,64 @@ def test_predict_prints_an_energy_for_every_file(
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert len(rows) == 2 and rows[0]["energy"] == pytest.approx(rows[1]["energy"], abs=1e-5)
     assert rows[0]["system"] == load_slabs()[0].identity and rows[0]["AD"] is None
+
+
+def test_predict_reads_a_text_alone(
+    unbroken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same as of a table with it; of two parts something else; with a warning for what is unknown."""
+    text = three_part_text(load_slabs()[0])
+    two = text.rpartition("</s>")[0]
+    (tmp_path / "table.csv").write_text(f'text\n"{text}"\n')
+    model = ["--model", str(unbroken), "--json"]
+    assert main(["predict", str(tmp_path / "table.csv"), "--text", text, "--text", two, *model]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert rows[0]["energy"] == pytest.approx(rows[1]["energy"], abs=1e-5)
+    assert rows[2]["energy"] != pytest.approx(rows[1]["energy"], abs=1e-4) and rows[2]["error"] is None
+    assert main(["predict", "--text", "CO</s>Ru (1 1 1)", *model]) == 0
+    assert "Ru" in json.loads(capsys.readouterr().out)["outside"][0]
+
+
+def test_predict_of_a_system_without_a_structure(unbroken: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A line for each different text, then their mean and range; a run of a few steps may write CIFs that
+    cannot be read, and then says so."""
+    command = ["predict", "--system", "CO</s>Pt9Cu3 (1 1 1)", "--candidates", "3", "--model", str(unbroken)]
+    status = main([*command, "--json"])
+    row = json.loads(capsys.readouterr().out)
+    assert (
+        row["system"] == "CO</s>Cu3Pt9 (1 1 1)" and row["candidates"] == 3 and np.isfinite(row["two_parts"])
+    )
+    assert sum(text["times"] for text in row["texts"]) == row["read"] and status == (row["read"] == 0)
+    assert all(text["text"].startswith("CO</s>CuPt3 (1 1 1)</s>[") for text in row["texts"])
+    if row["read"]:
+        energies = [text["energy"] for text in row["texts"] for _ in range(text["times"])]
+        assert row["energy"] == pytest.approx(np.mean(energies))
+        assert (row["low"], row["high"]) == (min(energies), max(energies))
+    assert main(command) == status
+    out, err = capsys.readouterr()
+    assert out.count("CO</s>Cu3Pt9 (1 1 1)") == 1 + len(row["texts"]) + bool(row["read"])
+    assert "two parts alone" in out and "drop_configuration" in err
+    assert ("none of 3 CIFs" in err) == (row["read"] == 0)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "or --system or --text"),
+        (["--system", "CO on Pt"], "cannot read the identity"),
+        (["--system", "</s>Pt9 (1 1 1)"], "names no system"),
+        (["--text", "CO on platinum"], "names no system"),
+        (["--system", "CO</s>Pt9 (1 1 1)", "--candidates", "0"], "must be above 0"),
+        (["--system", "CO</s>Pt9 (1 1 1)", "--model", "align"], "writes no CIFs"),
+    ],
+)
+def test_predict_refuses_what_is_no_system(
+    unbroken: Path, words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage = [str(unbroken / words.pop())] if "--model" in words else ["--model", str(unbroken)]
+    assert main(["predict", *words, *stage]) == 1
+    err = capsys.readouterr().err
+    assert said in err and "Traceback" not in err and len(err.splitlines()) == 1
 
 
 def test_predict_says_where_there_is_no_adsorbate(
@@ -147,6 +206,21 @@ def test_evaluate_rewrites_the_report(unbroken: Path, tmp_path: Path) -> None:
     (run / "report.html").unlink()
     assert main(["evaluate", str(run), "--report-only"]) == 0
     assert (run / "report.html").stat().st_size > 10_000
+
+
+def test_evaluate_measures_a_finished_run_without_structures(unbroken: Path, tmp_path: Path) -> None:
+    run = tmp_path / "copy"
+    shutil.copytree(unbroken, run)
+    metrics = json.loads((run / "metrics.json").read_text())
+    before = metrics.pop("missing")["ga_grpo"]
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    assert main(["evaluate", str(run), "--indicative", "2"]) == 0
+    after = json.loads((run / "metrics.json").read_text())["missing"]["ga_grpo"]
+    for arm in ("true", "two_parts", "ridge_true"):
+        for old, new in zip(before["pairs"], after["pairs"]):
+            np.testing.assert_allclose(new["predicted"][arm], old["predicted"][arm], atol=2e-2)  # bf16
+    assert "Predictions without a structure" in (run / "report.html").read_text()
+    assert main(["evaluate", str(run), "--indicative", "0"]) == 1
 
 
 def test_predict_reads_any_format_and_marks_what_it_has_not_seen(

@@ -99,6 +99,17 @@ def test_it_is_kernel_ridge_regression(fitted: Fitted, train_systems: list[Syste
         np.testing.assert_allclose(found[part], expected, atol=2e-3)
 
 
+def test_rows_behind_those_that_give_the_scale_do_not_change_it(fitted: Fitted) -> None:
+    n = len(fitted.shown) // 2
+    facts = known(fitted.shown), fitted.folds, fitted.energies
+    some, half = KernelPrior(SIZE, RATE), KernelPrior(SIZE, RATE)
+    some.fit(fitted.local, *facts, scaled=n)
+    half.fit(fitted.local[:n], *(fact[:n] for fact in facts))
+    assert torch.equal(some.scale, half.scale) and torch.equal(some.centre, half.centre)
+    assert torch.equal(some.landmarks[:n], half.landmarks) and len(some.landmarks) == 2 * n
+    assert not torch.equal(some.scale, fitted.prior.scale)
+
+
 def test_errors_are_those_of_unseen_pairs(fitted: Fitted) -> None:
     found = np.abs(fitted(fitted.shown, held_out=True) - fitted.energies)
     relaxed = np.array([s.relaxed for s in fitted.shown])

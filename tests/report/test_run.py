@@ -79,6 +79,7 @@ def made_metrics(systems: list[System]) -> dict[str, Any]:
             "grpo": made_generation(systems, 9.2345, 0.11, 0.025, {"loop": 6}),
             "ga_grpo": made_generation(systems, 9.1, 0.12, 0.031, {"loop": 8}),
         },
+        "missing": {"instruct": made_missing(systems)},
         "design": made_design(systems),
         "seconds": {"align": 60.0, "evaluate align": 30.0, "joint": 90.0, "design": 120.0},
     }
@@ -107,6 +108,25 @@ def made_generation(
         "reasons": reasons,
         "faults": {"buried": 17},
         "examples": [write_cif(systems[0]), HOSTILE],
+    }
+
+
+def made_missing(systems: list[System]) -> dict[str, Any]:
+    """Two pairs, of which an unread CIF; PIR of two parts 0.375."""
+    arms = [*summary.ARMS, *(f"ridge_{arm}" for arm in summary.ARMS), "adsorbate_mean"]
+    row = {"pir": 0.375, "interval": [0.31, 0.42], "more": 0.125, "more_interval": [-0.04, 0.2]}
+    row |= {"distance": 0.4567, "mean_pir": 0.5, "mean_distance": math.nan, "n": 4, "unread": 1}
+    pairs = [
+        {"identity": s.identity, "surface": "x", "energies": [-1.0, -0.5, 0.2 * k]}
+        | {"predicted": {arm: [-0.7, math.nan] for arm in arms}}
+        for k, s in enumerate(systems[:2])
+    ]
+    return {
+        "candidates": 2,
+        "width": 0.311,
+        "surfaces": 1,
+        "arms": {a: dict(row) for a in arms},
+        "pairs": pairs,
     }
 
 
@@ -468,6 +488,14 @@ def test_partial_sections(systems: list[System], tmp_path: Path) -> None:
     assert "sampled CIFs after GRPO" not in text
 
 
+def test_predictions_without_a_structure_are_drawn(page: str, systems: list[System]) -> None:
+    text = Outline(page).text
+    assert "Predictions without a structure" in text and "Energies where no structure is known" in text
+    assert "2 of 2 pairs of adsorbate and catalyst" in text
+    for system in systems[:2]:
+        assert system.identity.replace("</s>", " on ") in text
+
+
 def test_a_stage_that_was_not_asked_for_is_not_missing(systems: list[System]) -> None:
     metrics = made_metrics(systems)
     metrics["config"]["stages"] = ["align", "joint"]
@@ -515,6 +543,11 @@ def test_summary_for_the_terminal(systems: list[System]) -> None:
         "PF: cannot be read as a CIF",
         "at temperature 0.65 and top-p 0.85",
         "n = 16 tasks",
+        "two parts alone",
+        "37.5\u00a0% (31-42)",
+        "+12 (-4 to +20)",
+        "0.46",
+        "1 of 4 could not be read",
         "shuffled targets",
         "random training system",
         "Minutes on 2 cores",

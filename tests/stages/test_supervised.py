@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from catmllm.config import DataConfig
+from catmllm.config import Config, ConfigError, DataConfig, MixedConfig
 from catmllm.data.batches import shuffled
 from catmllm.data.prompts import property_sample
 from catmllm.models.losses import mmtg_loss
 from catmllm.stages.joint import Joint
 from catmllm.stages.supervised import (
     Mixture,
+    further_texts,
     is_property,
     property_with_dropout,
     relatives,
@@ -23,6 +24,8 @@ from catmllm.stages.supervised import (
     task_sample,
 )
 from catmllm.structure.cif import write_cif
+from catmllm.structure.descriptors import told
+from catmllm.structure.text import three_part_text, two_part_text
 from catmllm.train.loop import train
 from catmllm.world import World
 from tests.contexts import MakeContext, small
@@ -192,3 +195,66 @@ def test_varied_phrasings_reach_the_batches_of_every_task(make_context: MakeCont
         drawn[choice] = [mixture(k).prompt for k in range(60)]
     assert tokens["paper"] <= 5 < 15 < tokens["varied"]
     assert sum(a != b for a, b in zip(drawn["paper"], drawn["varied"])) > 20
+
+
+def test_other_texts_take_no_draw_where_nobody_asks_for_them() -> None:
+    """Prompts, and every random number behind them, are those of a run without the keys."""
+    from catmllm.data.slabs import load_slabs
+
+    for k, system in enumerate(load_slabs()[:60]):
+        a, b = (np.random.default_rng([3, k]) for _ in range(2))
+        before = property_with_dropout(system, a, 0.1, 0.5, 0.05, "varied", 0.4)
+        after = property_with_dropout(system, b, 0.1, 0.5, 0.05, "varied", 0.4, MixedConfig())
+        assert before.prompt == after.prompt and before.answer == after.answer
+        assert (before.graph is None) == (after.graph is None) and a.random() == b.random()
+
+
+def test_texts_without_a_graph_may_be_two_parts_or_relaxed_strings(make_context: MakeContext) -> None:
+    """In the shares asked for, of prompts with the text alone; the closed form is told what they say."""
+    from catmllm.data.slabs import load_slabs
+
+    o = MixedConfig(drop_configuration=0.25, relaxed_text=0.25, relaxed_scale=4.0, relaxed_characters=300)
+    counts = {"two": 0, "relaxed": 0, "whole": 0}
+    some = []
+    for k, system in enumerate(load_slabs()[:400]):
+        sample = property_with_dropout(system, np.random.default_rng([4, k]), 0.1, 0.8, 0.0, texts=o)
+        plain = property_with_dropout(system, np.random.default_rng([4, k]), 0.1, 0.8, 0.0)
+        assert (sample.graph is None) == (plain.graph is None) and sample.energy == system.energy
+        if sample.graph is not None:
+            assert sample.prompt == plain.prompt
+            continue
+        texts = {
+            "two": two_part_text(system),
+            "relaxed": three_part_text(system, 4.0, 300),
+            "whole": three_part_text(system),
+        }
+        (kind,) = [k for k, text in texts.items() if f":\n{text}.\nPlease" in sample.prompt]
+        counts[kind] += 1
+        some.append((sample, texts[kind]))
+    n = sum(counts.values())
+    for kind, share in (("two", 0.25), ("relaxed", 0.25), ("whole", 0.5)):
+        assert abs(counts[kind] / n - share) < 4 * np.sqrt(share * (1 - share) / n)  # four deviations
+    batch = make_context(small()).collate([sample for sample, _ in some])
+    np.testing.assert_array_equal(batch.told, np.array([told(t) for _, t in some], dtype=np.float32))
+    assert batch.labelled.all()
+    with pytest.raises(ConfigError, match="at most 1 together"):
+        MixedConfig(drop_configuration=0.6, relaxed_text=0.5)
+
+
+def test_the_closed_form_reads_further_texts_where_they_are_trained() -> None:
+    from catmllm.data.slabs import load_slabs
+
+    systems = load_slabs()[:200]
+    shown = [*systems, *(s.frame(0.0) for s in systems)]
+    config = Config()
+    assert further_texts(shown, config) == []
+    config.instruct.drop_configuration = 0.1
+    found = further_texts(shown, config)
+    assert len(found) == 2 * len({two_part_text(s) for s in systems}) < 300
+    for text in found:
+        same = [s.known_energy for s in systems if two_part_text(s) == text.text]
+        assert text.known_energy == pytest.approx(np.mean(same))
+    assert sum(text.relaxed for text in found) == len(found) / 2
+    config.joint.relaxed_text = 0.25
+    more = further_texts(shown, config)[len(found) :]
+    assert [s.text for s in more] == [three_part_text(s, 4.0, 400) for s in shown[::4]]

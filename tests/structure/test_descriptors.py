@@ -82,4 +82,6 @@ def test_a_text_tells_metals_sites_and_surroundings() -> None:
     assert bridge[3 * width :].tolist() == [0, 1, 0, 2, 3.5, 1, 1, 1, 1]
     assert len(bridge) == TOLD
     assert told("H</s>Pt</s>[]")[3 * width :].tolist() == [0, 0, 0, 0, 0, 1, 0, 0, 0]
+    two, unbound = told("H</s>Pt (1 1 1)"), told("H</s>Pt (1 1 1)</s>[]")
+    assert (unbound - two).tolist() == [float(k == TOLD - 4) for k in range(TOLD)]  # `[]` is one bundle
     assert told("CO on Pt").tolist() == [0.0] * TOLD

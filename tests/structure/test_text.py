@@ -20,8 +20,8 @@ from catmllm.data.oc20.pickles import fields, load_pickle
 from catmllm.data.oc20.readers import from_data
 from catmllm.data.slabs import SHIPPED_SEVENNET, load_slabs
 from catmllm.structure.periodic import bond_matrix
-from catmllm.structure.system import System, make_system
-from catmllm.structure.text import configuration, three_part_text
+from catmllm.structure.system import System, make_system, text_system
+from catmllm.structure.text import configuration, three_part_text, two_part_text, worded
 from tests.oracles.structure_ase import ase_configuration, ase_three_part_text
 from tests.structure.systems import cells, rotations, slabs
 
@@ -74,6 +74,18 @@ def test_format_of_each_site() -> None:
     assert configuration(hollow) == "[N Rh Rh Rh hollow [Rh Rh Rh N] [Rh Rh Rh N] [Rh Rh Rh N]]"
     far = _system([*slab, [0, 0, 6.0]], "Rh3N", [1, 1, 1, 2], "N")
     assert three_part_text(far) == "N</s>Rh (2 -1 2)</s>[]"
+
+
+def test_two_parts_are_those_of_the_whole_text_however_a_system_is_known() -> None:
+    for system in SHIPPED[::200]:
+        text = three_part_text(system)
+        two = text.rpartition("</s>")[0]
+        asked = text_system(system.identity)
+        assert two_part_text(system) == two_part_text(text_system(text)) == two_part_text(asked) == two
+        start = dataclasses.replace(system, relaxed=False)
+        told = worded(start, two)
+        assert (told.text, told.energy, told.sid, told.relaxed) == (two, system.energy, system.sid, False)
+        assert (told.bulk, told.miller, len(told)) == (system.bulk, system.miller, 0)
 
 
 def test_bundles_are_joined_without_separator() -> None:
