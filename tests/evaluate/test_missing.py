@@ -33,7 +33,8 @@ class Rank(World):
         self.given.append(value)
         if not self.played:
             return [value] * self.size
-        return [given[len(self.given) - 1] for given in self.played]
+        at = len(self.given) - 1
+        return [value if k == self.rank else given[at] for k, given in enumerate(self.played)]
 
 
 def rank(k: int, size: int, played: list[list[Any]] | None = None) -> Rank:
@@ -123,10 +124,9 @@ def test_numbers_are_those_of_the_predictions_on_one_rank_and_two(
     assert arms["indicative_1"]["pir"] == 0 and np.isnan(arms["indicative_1"]["distance"])
     assert arms["true"]["n"] == 7 and arms["ridge_true"]["unread"] == 0
     assert arms["true"]["pir"] == pytest.approx(hits_of(found["pairs"], "true")[0].mean())
-    worlds = [rank(0, 2), rank(1, 2)]
-    for world in worlds:
-        measured(world)
-    played = [world.given for world in worlds]
+    measured(first := rank(0, 2))  # as if the other rank had the same
+    measured(second := rank(1, 2, [first.given, first.given]))
+    played = [first.given, second.given]
     of_two = measured(rank(0, 2, played))
     for arm in ("two_parts", "true", "random", "ridge_random", "adsorbate_mean"):
         for one, other in zip(found["pairs"], of_two["pairs"]):
