@@ -3,7 +3,7 @@ lengths and reward.
 
     python bench/rl.py [--part step …] [--precision fp32] [--plot FILE.png] [--quick] [--json] [--base COMMIT]
 
-Five parts, each in turn with its peer, on one thread and in processor time (steps:
+Six parts, each in turn with its peer, on one thread and in processor time (steps:
 each trainer's own clock), in float32 unless it says otherwise:
 - step: a GRPO step (sampling, reward, update) compared with TRL's GRPOTrainer, and the reward's share of it;
 - rollout: tokens per second compared with `generate`, for single samples and for 16 per prompt,
@@ -11,7 +11,9 @@ each trainer's own clock), in float32 unless it says otherwise:
 - update: the third stage's update of the head, from hidden states kept or recomputed,
   compared with a full-model update;
 - grammar: tokens per second with and without the CIF-aware mask;
-- scaling: seconds and peak memory of an update against answer length and group size.
+- scaling: seconds and peak memory of an update against answer length and group size;
+- overlap: a GRPO step whose answers a service samples on a core of its own, beside the update
+  (`staleness: 1`) and before it, compared with the longer of both and with one process on both cores.
 Every answer has exactly the given length (the end token is disabled on both sides); under the grammar, at
 most. The peers run with eager attention and with SDPA, and the faster one counts.
 """
@@ -21,7 +23,9 @@ from __future__ import annotations
 import copy
 import logging
 import os
+import socket
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -47,6 +51,7 @@ from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.sample.answers import Rollout
 from catmllm.sample.engine import RolloutEngine
 from catmllm.sample.grammar import answer_pattern, grammar_of
+from catmllm.sample.wire import Client
 from catmllm.stages.advantages import policy_loss
 from catmllm.stages.grpo import GRPO, rollout_batch
 from catmllm.structure.text import three_part_text
@@ -57,7 +62,7 @@ from catmllm.world import start
 from catmllm_kernels.linear_logprob import linear_logprobs
 from rewards_fast import PVCP
 
-PARTS = ("step", "rollout", "update", "grammar", "scaling")
+PARTS = ("step", "rollout", "update", "grammar", "scaling", "overlap")
 ATTENTIONS = ("eager", "sdpa")  # of the peers
 
 
@@ -111,6 +116,9 @@ def main() -> None:
             claims += rows
             if args.plot:
                 draw(rows, args.plot)
+        if "overlap" in parts and len(os.sched_getaffinity(0)) > 1:
+            with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+                claims += overlap(config, model, collate, systems, size, world, Path(folder))
         torch.distributed.destroy_process_group()
     record.finish(args, claims)
 
@@ -165,6 +173,23 @@ def step(
 ) -> tuple[dict[str, list[float]], dict[str, float]]:
     """Seconds of each whole GRPO step, ours and TRL's, by each one's own clock, the first left out;
     ours in parts."""
+    rows = our_steps(config, model, collate, systems, size, world, folder)[1:]
+    samples = {"ours": [r["seconds"] for r in rows]}
+    for a in ATTENTIONS:
+        samples[f"TRL, {a}"] = trl_steps(model, collate, systems, config, size, folder / a, a)
+    ours = statistics.median(samples["ours"])
+    of = {
+        name: statistics.median(r[f"seconds_{name}"] for r in rows)
+        for name in ("prefill", "decode", "reward")
+    }
+    of["update"] = statistics.median(r["seconds"] - r["prepare_seconds"] for r in rows)
+    return samples, of | {"reward, % of the step": 100 * of["reward"] / ours}
+
+
+def our_steps(
+    config: Config, model: Any, collate: Any, systems: list, size: Size, world: Any, folder: Path
+) -> list[dict[str, Any]]:
+    """The log of all steps of a run of ours."""
     folder.mkdir()
     data = {"train": systems[: 8 * size.prompts]}
     context = Context(config, copy.deepcopy(model), collate, data, world, folder)
@@ -178,17 +203,56 @@ def step(
         return stage
 
     train(make, context)
-    rows = read_log(folder / "log.jsonl")[1:]
-    samples = {"ours": [r["seconds"] for r in rows]}
-    for a in ATTENTIONS:
-        samples[f"TRL, {a}"] = trl_steps(model, collate, systems, config, size, folder / a, a)
-    ours = statistics.median(samples["ours"])
-    of = {
-        name: statistics.median(r[f"seconds_{name}"] for r in rows)
-        for name in ("prefill", "decode", "reward")
+    return read_log(folder / "log.jsonl")
+
+
+def overlap(
+    config: Config, model: Any, collate: Any, systems: list, size: Size, world: Any, folder: Path
+) -> list[dict[str, Any]]:
+    """Seconds of a step with its sampling on a second core: beside the update, before it, and by one process
+    with two threads. Of each run the first two steps are left out: they are sampled by the first weights."""
+    first, second, *_ = sorted(os.sched_getaffinity(0))
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    command = [sys.executable, "-m", "catmllm.cli", "rollouts", "--port", str(port)]
+    service = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    os.sched_setaffinity(service.pid, {second})
+    rows: dict[str, list[dict[str, Any]]] = {}
+    try:
+        o = replace(config.grpo, steps=size.repeats + 4)
+        Client(f"http://127.0.0.1:{port}", 120.0).wait()
+        ways: dict[str, dict[str, Any]] = {"two threads": {}}
+        ways |= {f"staleness {k}": {"rollout": "service", "staleness": k} for k in (0, 1)}
+        for name, options in ways.items():
+            os.sched_setaffinity(0, {first} if options else {first, second})
+            torch.set_num_threads(1 if options else 2)
+            grpo = replace(o, service=f"http://127.0.0.1:{port}", **options)
+            way = replace(config, grpo=grpo)
+            rows[name] = our_steps(way, model, collate, systems, size, world, folder / name)[2:]
+    finally:
+        os.sched_setaffinity(0, {first, second})
+        torch.set_num_threads(1)
+        service.kill()
+        service.wait()
+    parts = [(r["seconds_rollouts"], r["seconds"] - r["seconds_rollouts"]) for r in rows["staleness 0"]]
+    samples = {
+        "staleness 1": [r["seconds"] for r in rows["staleness 1"]],
+        "staleness 0": [r["seconds"] for r in rows["staleness 0"]],
+        "the longer of sampling and update": [max(p) for p in parts],
+        "one process, two threads": [r["seconds"] for r in rows["two threads"]],
     }
-    of["update"] = statistics.median(r["seconds"] - r["prepare_seconds"] for r in rows)
-    return samples, of | {"reward, % of the step": 100 * of["reward"] / ours}
+    of = {
+        "sampling": statistics.median(p[0] for p in parts),
+        "update": statistics.median(p[1] for p in parts),
+    }
+    of |= {
+        name: statistics.median(r[name] for r in rows["staleness 1"])
+        for name in ("seconds_rollouts", "seconds_sync")
+    }
+    says = "a GRPO step whose answers a service samples on a second core, beside the update"
+    conditions = size.conditions() | {"turns": len(parts), "staleness 0, in parts": of}
+    return [record.claim("grpo_overlap", says, "s", {"fp32": samples}, conditions)]
 
 
 def reward_of_noise(texts: list[str], targets: list) -> list[float]:

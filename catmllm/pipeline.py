@@ -54,7 +54,7 @@ from catmllm.world import DTYPES, World, encoder_dtype, loader_workers, settled,
 # What may be another when a run goes on.
 MENDABLE = (
     "name", "tensorboard", "wandb", "mlflow", "trackio", "profile", "threads", "keep_checkpoints",
-    "replicate", "data.workers", "hang_after",
+    "replicate", "data.workers", "hang_after", "grpo.service", "grpo.service_patience",
 )  # fmt: skip
 OF_TEXTS = ("joint", "instruct")  # stages that can do without structures
 FIT_ENERGIES = ("encoder", "joint")  # stages that fit scale and closed forms of energies where there are none

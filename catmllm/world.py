@@ -104,7 +104,7 @@ def start(config: Config) -> World:
                 f"(torchrun --nproc-per-node {found})"
             )
         torch.cuda.set_device(device)
-        _set_products(settled(config, "cuda"))
+        set_products(settled(config, "cuda"))
         dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, timeout=patience, **alone)
     else:
         device = torch.device("cpu")
@@ -143,7 +143,7 @@ def loader_workers(config: Config, device: str) -> int:
     return max(1, min(WORKERS, share - 1)) if device == "cuda" else 0
 
 
-def _set_products(config: Config) -> None:
+def set_products(config: Config) -> None:
     """How a GPU multiplies.
 
     A weight's gradient is a sum over all edges or tokens of a pass, 32,000 and more. cuBLAS cuts such a

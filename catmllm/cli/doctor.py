@@ -28,7 +28,7 @@ EXTRAS = {
     "lora": "training of adapters",
     "oracle": "SevenNet-0 as a judge of designs",
     "trl": "the reward in TRL",
-    "server": "the reward over HTTP",
+    "server": "the reward and rollouts over HTTP",
     "completion": "completion in the shell",
     "dev": "tests and linters",
 }

@@ -1,5 +1,5 @@
 """The `catmllm` command, a file a subcommand: plan | predict | design | finetune | evaluate | export |
-study | doctor | completion | data make, relabel, import, oc20, inspect.
+rollouts | study | doctor | completion | data make, relabel, import, oc20, inspect.
 
 Each subcommand has a line of help, its `options`, and `run`, which loads only what it needs. What they name
 themselves is loaded where the parser is made, so that `doctor` runs where a package is missing.
@@ -63,11 +63,24 @@ def command_line() -> argparse.ArgumentParser:
 
     Raises ModuleNotFoundError where a package of the extra `train` is missing.
     """
-    from catmllm.cli import design, evaluate, export, finetune, inspect, oc20, own, plan, predict, study
+    from catmllm.cli import (
+        design,
+        evaluate,
+        export,
+        finetune,
+        inspect,
+        oc20,
+        own,
+        plan,
+        predict,
+        rollouts,
+        study,
+    )
     from catmllm.data import make, relabel
 
     modules = {"predict": predict, "design": design, "finetune": finetune, "evaluate": evaluate,
-               "export": export, "plan": plan, "study": study, "doctor": doctor}  # fmt: skip
+               "export": export, "plan": plan, "rollouts": rollouts, "study": study,
+               "doctor": doctor}  # fmt: skip
     parser = _empty()
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, module in modules.items():

@@ -484,7 +484,7 @@ class GRPOConfig(OptimConfig):
     importance: Literal["none", "token", "sequence"] | None = key(
         None,
         "weights for what the sampler differs from the policy, truncated: of tokens or of answers; "
-        "null: token with vllm, else none",
+        "null: token with vllm or staleness 1, else none",
     )
     importance_cap: float = key(2.0, "largest of those weights", gt=0)
     property_share: float = key(0.1, "property samples replayed with the rollouts, per answer", ge=0, le=1)
@@ -514,6 +514,24 @@ class GRPOConfig(OptimConfig):
     vllm_memory: float = key(
         0.3, "share of a GPU's memory (without one: of the host's) for vLLM's weights and caches", ge=0, le=1
     )
+    rollout: Literal["colocated", "service"] = key(
+        "colocated",
+        "where answers are sampled: in the trainer's own processes, or by `catmllm rollouts` at `service`",
+    )
+    service: str = key("http://127.0.0.1:8100", "address of that service, which all ranks share")
+    service_patience: float = key(
+        600.0,
+        "how long a service may be away, or take for a step's answers; below hang_after",
+        unit="s",
+        gt=0,
+    )
+    staleness: int = key(
+        0,
+        "0: a step's answers are of the weights that it updates; 1: of those one rollout before, sampled by "
+        "the service during that update",
+        ge=0,
+        le=1,
+    )
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     adsorbate_weight: float = key(
@@ -534,6 +552,18 @@ class GRPOConfig(OptimConfig):
                 "`.sampling.grammar` and `.sampling.stop` need our own decoding; leave `.vllm` empty, or set "
                 "`.sampling.grammar: false` for a policy that is free"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _a_service_samples_by_our_decoding(self) -> GRPOConfig:
+        if self.rollout == "service" and self.vllm is not None:
+            raise ValueError("`.rollout: service` samples by our own decoding; leave `.vllm` empty")
+        if self.staleness and self.rollout != "service":
+            raise ValueError(
+                "`.staleness: 1` needs `.rollout: service`: what samples beside an update is another process"
+            )
+        if not self.service.startswith("http://"):
+            raise ValueError(f"`.service` is an address such as http://127.0.0.1:8100, not {self.service}")
         return self
 
 

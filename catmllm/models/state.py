@@ -36,10 +36,7 @@ def save_model(
     """
     from safetensors.torch import save_file
 
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save_pretrained(folder)
-    model.llm.config.save_pretrained(folder / "llm")
-    (folder / "catmllm.json").write_text(json.dumps(to_dict(config), indent=1))
+    save_description(folder, model, config, tokenizer)
     temporary = folder / "model.safetensors.tmp"
     save_file({k: v.contiguous() for k, v in state.items()}, temporary)
     temporary.rename(folder / "model.safetensors")
@@ -64,19 +61,11 @@ def load_model(folder: str | Path, attention: str | None = None) -> tuple[Cataly
     `attention`: how this one computes it (`model.llm.attention`); None: as when it was trained.
     """
     from safetensors.torch import load_file
-    from transformers import PreTrainedTokenizerFast
 
     folder = Path(folder)
     if not (folder / "model.safetensors").is_file():
         raise FileNotFoundError(f"{folder}: no model.safetensors; give the folder of a finished stage")
-    config = from_dict(json.loads((folder / "catmllm.json").read_text()), str(folder / "catmllm.json"))
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    qwen = read_config(folder / "llm")
-    attention = attention or config.model.llm.attention
-    with on_meta():
-        llm = llm_class(qwen)._from_config(qwen, attn_implementation=by_part(attention))
-        encoder = build_encoder(replace(config.model.encoder, checkpoint=None), config.data.cutoff)
-        model = assemble(llm, encoder, config, tokenizer)
+    model, collate, config = described_model(folder, attention)
     # The file's own pages become the weights: ranks of one machine share them until they are sharded.
     state = load_file(folder / "model.safetensors")
     # an export from before there were closed forms has none
@@ -86,7 +75,33 @@ def load_model(folder: str | Path, attention: str | None = None) -> tuple[Cataly
             state.pop("energy_head.weight"), state.pop("energy_head.bias"), model.projector.linear.in_features
         )
     model.load_state_dict(state, strict=True, assign=True)
-    return model.eval(), collator(model, tokenizer, config), config
+    return model.eval(), collate, config
+
+
+def save_description(
+    folder: Path, model: CatalyticMLLM, config: Config, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """All of an export but the weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(folder)
+    model.llm.config.save_pretrained(folder / "llm")
+    (folder / "catmllm.json").write_text(json.dumps(to_dict(config), indent=1))
+
+
+def described_model(folder: Path, attention: str | None = None) -> tuple[CatalyticMLLM, Collator, Config]:
+    """What `save_description` has written: the model, its parameters without storage, what makes its batches,
+    and the configuration."""
+    from transformers import PreTrainedTokenizerFast
+
+    config = from_dict(json.loads((folder / "catmllm.json").read_text()), str(folder / "catmllm.json"))
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    qwen = read_config(folder / "llm")
+    attention = attention or config.model.llm.attention
+    with on_meta():
+        llm = llm_class(qwen)._from_config(qwen, attn_implementation=by_part(attention))
+        encoder = build_encoder(replace(config.model.encoder, checkpoint=None), config.data.cutoff)
+        model = assemble(llm, encoder, config, tokenizer)
+    return model, collator(model, tokenizer, config), config
 
 
 def _parted_head(weight: torch.Tensor, bias: torch.Tensor, features: int) -> dict[str, torch.Tensor]:

@@ -106,7 +106,8 @@ def trace(
         tensorboard=False,
         optimizer="torch",
         data=replace(config.data, workers=0),
-        grpo=replace(config.grpo, vllm=None),  # a section of its own, which `_step` may change
+        # a section of its own, which `_step` may change
+        grpo=replace(config.grpo, vllm=None, rollout="colocated", staleness=0),
     )
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     try:

@@ -29,10 +29,12 @@ from catmllm.sample.answers import Choices, Rollout, answer_limits
 from catmllm.sample.engine import RolloutEngine
 from catmllm.sample.grammar import answer_pattern
 from catmllm.sample.vllm_engine import VLLMEngine
+from catmllm.sample.wire import prompts_of
 from catmllm.seeds import Stream
 from catmllm.stages.advantages import group_advantages, overlong, recipe
 from catmllm.stages.own_reward import START, OwnReward
 from catmllm.stages.policy import Correction, Pass, Read, add_policy, on_device, validation
+from catmllm.stages.remote import Asked, Remote
 from catmllm.stages.scoring import BATCH, Reward, Scored, Scoring, joined
 from catmllm.stages.supervised import (
     VISUAL,
@@ -53,6 +55,8 @@ from catmllm.world import DTYPES
 
 # prompts, their rollouts, per rollout its advantage and whether it carries a signal; what to log
 Rolled = tuple[list[Sample], list[Rollout], np.ndarray, np.ndarray, Metrics]
+# prompts, their answers and rewards, seconds of sampling by part
+Round = tuple[list[Sample], list[Rollout], Scored, dict[str, float]]
 
 
 class GRPO(Plain):
@@ -78,7 +82,7 @@ class GRPO(Plain):
         dapo = o.loss == "dapo"
         self.refill = o.refill if o.refill is not None else 2 * dapo
         self.overlong = o.overlong or ("soft" if dapo else "keep")
-        kind = o.importance or ("none" if o.vllm is None else "token")
+        kind = o.importance or ("token" if o.vllm is not None or o.staleness else "none")
         self.correction = None if kind == "none" else Correction(kind, o.importance_cap)
         # The stage's starting point, without its weights until `begin`; nobody asks it where beta is 0.
         # With adapters it is the model without them.
@@ -89,6 +93,10 @@ class GRPO(Plain):
         self.rolled: Rolled | None = None
         self.shown: list[dict[str, Any]] = []  # of the newest answers, where the step is one to be shown
         self.vllm: VLLMEngine | None = None
+        self.remote: Remote | None = None
+        self.ahead: Asked | None = None  # answers for a later step
+        self.updates = 0  # that made the weights of this moment
+        self.behind = 0  # updates between the weights of this step and those that sampled its answers
         self.old: dict[int, torch.Tensor] = {}  # log-probabilities of the sampling policy, by pass
 
     def begin(self) -> None:
@@ -97,8 +105,12 @@ class GRPO(Plain):
             shard(self.reference, c.config, c.world, self.config.reshard, like=c.model)
         if self.config.vllm is not None:
             self.vllm = self._start_vllm(self.config.vllm)
+        if self.config.rollout == "service":
+            self.remote = Remote(self.context, self.config)
 
     def end(self) -> None:
+        if self.remote is not None:
+            self.remote.close()
         if self.vllm is not None:
             self.vllm.close()
         if self.own is not None:
@@ -119,6 +131,7 @@ class GRPO(Plain):
     def step(self, step: int) -> Step:
         """New rollouts every `updates_per_rollout` steps; the steps between go over the same ones again."""
         self.shown = []
+        self.updates = step
         if step % self.config.updates_per_rollout == 0 or self.rolled is None:
             self.rolled = self._roll(step)
         prompts, rollouts, advantages, informative, metrics = self.rolled
@@ -127,6 +140,7 @@ class GRPO(Plain):
         self.add_policy(work, prompts, rollouts, advantages, informative)
         self.add_replay(work, step)
         work.table = self.shown
+        self.updates = step + 1
         return work
 
     def _chosen(
@@ -139,14 +153,14 @@ class GRPO(Plain):
 
     def _roll(self, step: int) -> Rolled:
         c, o = self.context, self.config
-        picks = self._chosen(Stream.GRPO_ORDER, Stream.GRPO_PROMPTS, o.batch_size, step)
-        seed = Stream.GRPO_ANSWERS.key(c.config.seed, step, c.world.rank)
-        prompts, rollouts, scored, seconds = self._round(picks, seed)
+        prompts, rollouts, scored, seconds = self._first_round(step)
         advantages, informative = self._advantages(rollouts, scored)
         for k in range(self.refill):
             missing = o.batch_size - int(informative.any(1).sum())
             if not c.world.maximum(missing):
                 break
+            if self.remote is not None:
+                self.remote.publish(step)
             # Each round of each step has a part of the stream of its own, whatever it took before.
             at = step * self.refill + k
             picks = self._chosen(Stream.GRPO_REFILL_ORDER, Stream.GRPO_REFILL_PROMPTS, o.batch_size, at)
@@ -159,6 +173,10 @@ class GRPO(Plain):
             advantages, informative = self._advantages(rollouts, scored)
         self.skipped += int((~informative.any(1)).sum())
         self.old.clear()
+        behind: Metrics = {}
+        if self.remote is not None:
+            self._ask_ahead(self.remote, step)
+            seconds, behind = seconds | self.remote.seconds, {"staleness": float(self.behind)}
         metrics: Metrics = {f"reward_{k}": float(np.nanmean(v)) for k, v in scored.terms.items()}
         metrics |= {
             "reward": float(np.nanmean(scored.total)) if np.isfinite(scored.total).any() else float("nan"),
@@ -170,6 +188,7 @@ class GRPO(Plain):
             **{f"seconds_{k}": v for k, v in seconds.items()},
             "seconds_reward": scored.busy,  # beside decoding
             "seconds_wait": scored.waited,  # for the last rewards, after it
+            **behind,
         }
         if "comp" in scored.terms:
             metrics["exact_composition"] = float(np.mean(scored.terms["comp"] >= 10.0))
@@ -180,12 +199,53 @@ class GRPO(Plain):
             self.shown = answer_table(prompts, rollouts, scored, advantages.reshape(-1))
         return prompts, rollouts, advantages.reshape(-1), informative.reshape(-1), metrics
 
-    def _round(
-        self, picks: list[tuple[int, np.random.Generator]], seed: Sequence[int]
-    ) -> tuple[list[Sample], list[Rollout], Scored, dict[str, float]]:
-        """Prompts for some systems, their answers with rewards, and the seconds of sampling by part."""
+    def _first_round(self, step: int) -> Round:
+        """Prompts of a step with their answers: those that were asked for a rollout before, where there are
+        any, else by the weights of this moment."""
+        ahead, self.ahead = self.ahead, None
+        if self.remote is None:
+            return self._round(*self._picks(step))
+        self.remote.seconds = dict.fromkeys(self.remote.seconds, 0.0)
+        if ahead is None or ahead.step != step:
+            self.remote.publish(step)
+            self.behind = 0
+            return self._round(*self._picks(step))
+        self.behind = step - ahead.ask.version
+        return ahead.samples, *self.remote.collect(ahead)
+
+    def _ask_ahead(self, remote: Remote, step: int) -> None:
+        """Have the next rollout sampled by the weights of this moment, while they are updated."""
+        every = self.config.updates_per_rollout
+        following = step - step % every + every
+        if self.config.staleness and following < self.config.steps:
+            remote.publish(step)
+            self.ahead = remote.begin(self._asked(remote, following, *self._picks(following)))
+
+    def _asked(
+        self, remote: Remote, step: int, picks: list[tuple[int, np.random.Generator]], seed: Sequence[int]
+    ) -> Asked:
+        """The answers of a step's first round, which are yet to be asked for."""
+        prompts, asked, designs = self._prompts(picks)
+        group = self.config.group_size
+        wanted = prompts_of(prompts, asked, designs, self._limits(asked))
+        return remote.asked(step, prompts, wanted, seed, group, self._scoring(asked, group))
+
+    def _picks(self, step: int) -> tuple[list[tuple[int, np.random.Generator]], Sequence[int]]:
+        """This rank's systems of a step with what their prompts draw from, and the seed of the answers."""
+        c = self.context
+        picks = self._chosen(Stream.GRPO_ORDER, Stream.GRPO_PROMPTS, self.config.batch_size, step)
+        return picks, Stream.GRPO_ANSWERS.key(c.config.seed, step, c.world.rank)
+
+    def _prompts(
+        self, picks: list[tuple[int, np.random.Generator]]
+    ) -> tuple[list[Sample], list[System], list[bool]]:
+        """Prompts for some systems, these, and which prompts ask for designs."""
         prompts = [self.prompt(i, k, rng) for k, (i, rng) in enumerate(picks)]
-        asked, designs = [self.systems[i] for i, _ in picks], [k % 3 > 0 for k in range(len(picks))]
+        return prompts, [self.systems[i] for i, _ in picks], [k % 3 > 0 for k in range(len(picks))]
+
+    def _round(self, picks: list[tuple[int, np.random.Generator]], seed: Sequence[int]) -> Round:
+        """Prompts for some systems, their answers with rewards, and the seconds of sampling by part."""
+        prompts, asked, designs = self._prompts(picks)
         return prompts, *self._answers(prompts, asked, designs, seed, self.config.group_size)
 
     def _advantages(self, rollouts: list[Rollout], scored: Scored) -> tuple[np.ndarray, np.ndarray]:
@@ -213,16 +273,17 @@ class GRPO(Plain):
         """Answers to prompts, of which some are for designs, that ask for these systems, and their rewards;
         the seconds of sampling by part."""
         c, o = self.context, self.config
+        limits, scoring = self._limits(asked), self._scoring(asked, group_size)
+        if self.remote is not None:
+            wanted = prompts_of(prompts, asked, designs, limits)
+            now = self.remote.asked(self.updates, prompts, wanted, seed, group_size, scoring)
+            return self.remote.collect(self.remote.begin(now))
         patterns = None
         if o.sampling.grammar:
             patterns = [
                 answer_pattern(s.identity, s.target, design, c.config.data.decimals)
                 for s, design in zip(asked, designs)
             ]
-        limits = answer_limits(c.collate, o.sampling, [(s.identity, s.target) for s in asked])
-        # Processes of one's own reward keep to the limit by themselves.
-        patience = o.reward_timeout if self.own is None else BATCH * (o.reward_timeout + START)
-        scoring = Scoring(self.reward, [s for s in asked for _ in range(group_size)], patience)
 
         def take(i: int, r: Rollout) -> None:
             scoring.take(i, r.text)
@@ -242,6 +303,17 @@ class GRPO(Plain):
                 )
         return rollouts, scoring.finish(), seconds
 
+    def _limits(self, asked: list[System]) -> list[int]:
+        named = [(s.identity, s.target) for s in asked]
+        return answer_limits(self.context.collate, self.config.sampling, named)
+
+    def _scoring(self, asked: list[System], group_size: int) -> Scoring:
+        """What collects the rewards of `group_size` answers for each of these systems."""
+        limit = self.config.reward_timeout
+        # Processes of one's own reward keep to the limit by themselves.
+        patience = limit if self.own is None else BATCH * (limit + START)
+        return Scoring(self.reward, [s for s in asked for _ in range(group_size)], patience)
+
     def finish(self) -> str:
         return weigh_llm(self.context, self.config.batch_size) if self.config.property_share else ""
 
@@ -252,6 +324,10 @@ class GRPO(Plain):
     def _validation_rewards(self) -> np.ndarray:
         """Of an answer to each of this rank's validation systems, CIF and design prompts in turn."""
         c = self.context
+        if self.remote is not None:
+            if self.ahead is not None:  # while the service still has the weights that they are asked of
+                self.remote.collect(self.ahead)
+            self.remote.publish(self.updates)
         systems = validation_systems(c, self.config)
         asked = systems[c.world.rank :: c.world.size]
         designs = [k % 2 == 1 for k in range(len(asked))]
@@ -357,10 +433,17 @@ class GRPO(Plain):
             )
 
     def state(self) -> dict[str, Any]:
-        return {"skipped": self.skipped}
+        state: dict[str, Any] = {"skipped": self.skipped}
+        if self.remote is not None and self.ahead is not None:
+            self.remote.collect(self.ahead)
+            state["ahead"] = self.ahead.kept()
+        return state
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.skipped = state["skipped"]
+        if self.remote is not None and (kept := state.get("ahead")) is not None:
+            step = kept["step"]
+            self.ahead = self.remote.resume(self._asked(self.remote, step, *self._picks(step)), kept)
 
 
 def answer_table(
