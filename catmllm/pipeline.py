@@ -132,7 +132,7 @@ def _run(config: Config, world: World) -> int:
     data = open_data(config.data)
     previous = stage_folder(config.init) if config.init else None
     texts = _texts(config, data)
-    if config.evaluate.indicative:
+    if config.evaluate.indicative and set(GENERATES) & {*config.stages}:
         pairs_of(data["test"])
     record = _open(config, out, world)
     _say(world, _banner(config, world, data))

@@ -73,10 +73,10 @@ def evaluate_missing(
     written = indicative_systems(
         model, collate, asked, candidates, sampling, Stream.MISSING.key(seed, world.rank, 0), dtype
     )
-    texts = []
+    texts, train = [], list(some(data["train"]))
     for k, group, systems in zip(numbers, mine, written):
         rng = generator(Stream.MISSING.key(seed, k, 1))
-        texts.append(arms_of(group, systems, _random(data["train"], group[0].adsorbate, candidates, rng)))
+        texts.append(arms_of(group, systems, _random(train, group[0].adsorbate, candidates, rng)))
     found: list[dict[str, list[float]]] = [{} for _ in pairs]
     for rank, part in enumerate(world.gather(_predicted(model, collate, texts))):
         found[rank :: world.size] = part

@@ -587,9 +587,10 @@ def missing_parts(metrics: Metrics, logged: Collection[str] | None = None) -> li
     if not metrics.get("baselines"):
         missing.append("property baselines")
     missing += _absent("energy prediction after", stages, metrics.get("property"))
-    missing += _absent(
-        "sampled CIFs after", [s for s in stages if s in GENERATING], metrics.get("generation")
-    )
+    generating = [s for s in stages if s in GENERATING]
+    missing += _absent("sampled CIFs after", generating, metrics.get("generation"))
+    if (config.get("evaluate") or {}).get("indicative"):
+        missing += _absent("predictions without a structure after", generating, metrics.get("missing"))
     design = metrics.get("design") or {}
     if "ga_grpo" in stages and not design:
         missing.append("design evaluation")

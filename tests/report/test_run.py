@@ -503,6 +503,10 @@ def test_a_stage_that_was_not_asked_for_is_not_missing(systems: list[System]) ->
     metrics["property"] = {k: metrics["property"][k] for k in ("align", "joint")}
     del metrics["generation"], metrics["design"]
     assert summary.missing_parts(metrics, ["align", "joint"]) == []
+    metrics["config"]["stages"] = ["joint", "instruct", "grpo"]
+    metrics["config"]["evaluate"]["indicative"] = 12  # measured after instruct
+    absent = [part for part in summary.missing_parts(metrics) if part.startswith("predictions")]
+    assert absent == ["predictions without a structure after GRPO"]
 
 
 def test_trained_networks_of_the_same_split_join_the_baselines(systems: list[System], tmp_path: Path) -> None:
