@@ -322,7 +322,7 @@ def draw_ranges(axes: Axes, missing: Metrics) -> None:
     axes.set_xticks(range(len(shown)), names, rotation=40, ha="right", fontsize=7.0)
     axes.set(ylabel="energy (eV)", title=f"{len(shown)} of {len(pairs)} pairs of adsorbate and catalyst")
     axes.grid(axis="x", visible=False)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.42), ncols=1)
+    axes.legend(loc="best")
 
 
 def draw_inclusion(axes: Axes, missing: Metrics) -> None:
@@ -338,7 +338,7 @@ def draw_inclusion(axes: Axes, missing: Metrics) -> None:
     axes.axhline(mean, color="#7a7a7a", linewidth=0.9, linestyle="--", label="mean of the adsorbate")
     axes.bar(0, 0, color="#cccccc", label="ridge regression on the same")
     short = ["two parts", *(f"indicative\n× {a[-1]}" for a in ARMS if a.startswith("ind")), "random", "true"]
-    axes.set_xticks(range(len(ARMS)), short)
+    axes.set_xticks(range(len(ARMS)), short, fontsize=7.5)
     axes.set(ylabel="PIR (%)", title="Predictions in the range of energies")
     _percent_axis(axes, top)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
