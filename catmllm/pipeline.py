@@ -24,6 +24,7 @@ from catmllm.data.open import open_data, texts_only
 from catmllm.data.oracle import POTENTIALS
 from catmllm.data.shards import Shards
 from catmllm.data.splits import describe
+from catmllm.data.subsets import of_property
 from catmllm.design.domain import FILE as DOMAIN
 from catmllm.design.domain import Domain, calibrate, domain_of
 from catmllm.evaluate.baselines import baselines, evenly_spaced
@@ -130,6 +131,7 @@ def _run(config: Config, world: World) -> int:
         raise ValueError(f"`out: {out}` is the folder of a stage; a run's is the one above, {out.parent}")
     # what cannot be read is said before the folder is claimed
     data = open_data(config.data)
+    known = {**data, "train": of_property(data["train"], config.data)}
     previous = stage_folder(config.init) if config.init else None
     texts = _texts(config, data)
     if config.evaluate.indicative and set(GENERATES) & {*config.stages}:
@@ -143,7 +145,7 @@ def _run(config: Config, world: World) -> int:
             "or set joint.train_encoder=true",
         )
     if not record.has("baselines"):
-        record.put(world.gather(baselines(data) if world.main else None)[0], "baselines")
+        record.put(world.gather(baselines(known) if world.main else None)[0], "baselines")
     if previous is not None and not record.has("baselines", "zero_shot"):
         _zero_shot(previous, config, data["test"], record, world)
     domain = None
@@ -155,7 +157,7 @@ def _run(config: Config, world: World) -> int:
         # asked of one rank: it writes the file before a slower one has looked
         if world.gather(not (folder / DOMAIN).is_file())[0]:
             with record.timed(f"evaluate {name}"):
-                domain = domain or domain_of(data["train"], *_labels(config, data))
+                domain = domain or domain_of(known["train"], *_labels(config, data))
                 fresh = replace(domain, error={}, start_error={}, validation={})
                 _calibrate(name, folder, fresh, config, data, record, world)
         if not record.has("property", name):
@@ -163,13 +165,9 @@ def _run(config: Config, world: World) -> int:
                 _evaluate(name, folder, config, data["test"], record, world)
         if config.evaluate.indicative and name in GENERATES and not record.has("missing", name):
             with record.timed(f"evaluate {name}"):
-                _without_structures(name, folder, config, data, record, world)
+                _without_structures(name, folder, config, known, record, world)
         previous = folder
-    if "ga_grpo" in config.stages and not record.has("design"):
-        model, collate = _to_measure(out / config.stages[-1], config, world)
-        with record.timed("design"):
-            result = evaluate_design(model, collate, config, data, world)
-        record.put(result, "design")
+    _design(config, known, record, world)
     if world.main:
         report = write_report(out, evenly_spaced(data["test"], config.evaluate.property_systems))
         print(
@@ -287,7 +285,7 @@ def _evaluate(
                 test,
                 e.generation_samples,
                 sampling,
-                config.grpo.reward,
+                e.reward,
                 config.seed,
                 world,
                 DTYPES[config.precision],
@@ -335,6 +333,19 @@ def _without_structures(
     record.put(found, "missing", name)
     shown = ", ".join(f"{ARMS[arm]} {found['arms'][arm]['pir']:.1%}" for arm in ARMS)
     _say(world, f"{name}: predictions in the range of energies, no structure known: {shown}")
+
+
+def _design(config: Config, data: Mapping[str, Sequence[System]], record: Record, world: World) -> None:
+    """The search for the test tasks after each stage that is asked for: `design` after the last of them,
+    `designs` of the stages before."""
+    asked = [name for name in config.stages if name in config.evaluate.design_after]
+    for name in asked:
+        place = ("design",) if name == asked[-1] else ("designs", name)
+        if not record.has(*place):
+            model, collate = _to_measure(Path(config.out) / name, config, world)
+            with record.timed(" ".join(place).replace("designs", "design")):
+                result = evaluate_design(model, collate, config, data, world)
+            record.put(result, *place)
 
 
 def _zero_shot(previous: Path, config: Config, test: Sequence[System], record: Record, world: World) -> None:

@@ -47,6 +47,7 @@ class Stream(IntEnum):
     GRPO_REFILL_ORDER = 27  # as GRPO_ORDER, GRPO_PROMPTS and GRPO_ANSWERS, of further rounds [step, round, …]
     GRPO_REFILL_PROMPTS = 28
     GRPO_REFILL_ANSWERS = 29
+    PERMUTED_ENERGIES = 31  # which system has whose, of a control
     NETWORK_BASELINES = 26  # first weights, batches and frames
     MISSING = 40  # indicative CIFs of the evaluation [rank, 0], random systems [pair, 1]
     COMMAND_INDICATIVE = 41  # CIFs of `catmllm predict`

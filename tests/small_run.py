@@ -36,7 +36,8 @@ ga_grpo:
   {{tasks: 4, batch_size: 1, initial: 3, pool: 2, iterations: 2, group_size: 3, checkpoint_every: 1,
    validate_every: 0, log_every: 1, sampling: {{max_new_tokens: 40}}}}
 evaluate:
-  {{generation_samples: 8, indicative: 2, design_tasks: 4, judge: none, sampling: {{max_new_tokens: 40}}}}
+  {{generation_samples: 8, indicative: 2, design_tasks: 4, design_after: [grpo, ga_grpo], judge: none,
+   sampling: {{max_new_tokens: 40}}}}
 """
 
 

@@ -22,6 +22,20 @@ def test_configuration_loads(path: Path) -> None:
     assert set(config.stages) <= set(STAGES) and config.stages
 
 
+def test_the_papers_settings_go_over_any_file() -> None:
+    for base in ("tiny/pipeline.yaml", "a100x8/3b.yaml"):
+        c = load_config([base, "paper/printed.yaml"])
+        assert (c.grpo.group_size, c.grpo.beta, c.ga_grpo.kl, c.joint.mmtg_sign) == (3, 0.1, "k1", "-")
+        assert (c.grpo.sampling.temperature, c.grpo.sampling.top_p, c.grpo.sampling.grammar) == (
+            0.7,
+            0.9,
+            False,
+        )
+        assert c.grpo.reward == c.ga_grpo.reward == c.evaluate.reward
+        assert (c.evaluate.reward.near, c.ga_grpo.pvcp_scale) == (1.0, "raw")
+        assert c.model.llm == load_config(base).model.llm
+
+
 def test_there_are_a_base_per_size_and_a_file_per_stage() -> None:
     assert {p.stem for p in A100.iterdir()} == {*SIZES, *TRAINED}
     assert {p.stem for p in H100.iterdir()} == {*SIZES}  # the stages are a100x8's

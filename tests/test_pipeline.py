@@ -105,7 +105,12 @@ def test_run_leaves_complete_records(unbroken: Path) -> None:
             assert np.isfinite(metrics["property"][stage][mode]["mae"])
         assert metrics["seconds"][stage] > 0
     assert metrics["design"]["n"] == 4 and len(metrics["design"]["items"]) == 4
-    assert len(metrics["design"]["items"][0]["trace"]) == 3
+    trace = metrics["design"]["items"][0]["trace"]
+    assert [len(row["energies"]) for row in trace] == [3, 3, 3]
+    (earlier,) = metrics["designs"].items()
+    assert earlier[0] == "grpo" and earlier[1]["n"] == 4 and metrics["seconds"]["design grpo"] > 0
+    page = (unbroken / "report.html").read_text()
+    assert "by the stage whose weights search" in page and "Every candidate" in page
     assert (unbroken / "report.html").stat().st_size > 10_000
     assert [r["step"] for r in rows(unbroken, "grpo")] == list(range(4))
     assert (unbroken / "grpo" / "samples.jsonl").read_text().count("\n") >= 1

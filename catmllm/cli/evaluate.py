@@ -73,8 +73,8 @@ def run(args: argparse.Namespace) -> int:
     if len(done) < len(config.stages):
         missing = [s for s in config.stages if s not in done]
         raise ValueError(f"{args.run}: not trained yet: {', '.join(missing)}; run train.py again to go on")
-    again = ["property", "generation", "design", *(["missing"] if config.evaluate.indicative else [])]
-    for part in again:
+    again = ["property", "generation", "design", "designs"]
+    for part in [*again, *(["missing"] if config.evaluate.indicative else [])]:
         metrics.pop(part, None)
     metrics["config"]["out"] = config.out
     path.write_text(json.dumps(metrics, indent=1))

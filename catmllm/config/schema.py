@@ -45,6 +45,26 @@ class DataConfig:
     train_systems: int | None = key(
         None, "so many of the training systems, evenly spaced, for a learning curve; null: all", gt=0
     )
+    share: float = key(
+        1.0,
+        "share of the training systems, the first in the order of a hash: a smaller one is inside a larger",
+        gt=0,
+        le=1,
+    )
+    property: tuple[float, float] = key(
+        (0.0, 1.0), "from which to which share of those, in that order, energies (and alignment) are learned"
+    )
+    generation: tuple[float, float] = key(
+        (0.0, 1.0), "from which to which share of those CIFs are learned and designs asked for"
+    )
+    unit: Literal["system", "pair"] = key(
+        "system", "what those three count: systems, or whole (bulk, Miller index) pairs"
+    )
+    permute: bool = key(
+        False,
+        "the systems of `generation` have the energies of others of their adsorbate, a control: CIFs without "
+        "what they say of energies",
+    )
     split_seed: int = key(0, "seed of the split into training, validation and test systems", ge=0)
     decimals: int = key(3, "digits after the point of every number in a CIF", ge=1)
     cutoff: float = key(6.0, "atoms nearer than this are neighbours in the graph", unit="Å", gt=0)
@@ -71,6 +91,14 @@ class DataConfig:
         "on a GPU 4, or as many as the rank's share of the cores allows",
         ge=0,
     )
+
+    @model_validator(mode="after")
+    def _parts_are_parts(self) -> DataConfig:
+        for name in ("property", "generation"):
+            low, high = getattr(self, name)
+            if not 0 <= low < high <= 1:
+                raise ValueError(f"`.{name}` must be two shares, 0 <= low < high <= 1, got {[low, high]}")
+        return self
 
 
 @section
@@ -345,6 +373,9 @@ class MixedConfig(SupervisedConfig):
         ge=0,
         le=1,
     )
+    exemplar_share: float = key(
+        0.5, "share of design samples that show another structure of the same identity", ge=0, le=1
+    )
     exemplar_noise: float = key(
         0.05, "Gaussian noise where a design prompt shows the sample's own structure", unit="Å", ge=0
     )
@@ -378,7 +409,9 @@ class JointConfig(MixedConfig):
 
     steps: int = 600
     mmtg_lambda: float = key(1.0, "λ of MMTG's tanh", ge=0)
-    mmtg_sign: Literal["+", "-"] = key("+", "sign of that tanh: Appendix A.4 has +, Eq. 56 prints -")
+    mmtg_sign: Literal["+", "-", "sum"] = key(
+        "+", "sign of that tanh: Appendix A.4 has +, Eq. 56 prints -; sum: the two losses added, without MMTG"
+    )
     train_encoder: bool = key(
         False, "the encoder and the graph part of the energy head train on; encoder_lr is their rate"
     )
@@ -487,6 +520,9 @@ class GRPOConfig(OptimConfig):
         "null: token with vllm or staleness 1, else none",
     )
     importance_cap: float = key(2.0, "largest of those weights", gt=0)
+    exemplar_share: float = key(
+        0.5, "share of design prompts that show another structure of the same identity", ge=0, le=1
+    )
     property_share: float = key(0.1, "property samples replayed with the rollouts, per answer", ge=0, le=1)
     micro_batch: int = key(32, "answers of a forward pass", gt=0)
     batch_tokens: int | None = key(
@@ -628,7 +664,8 @@ class EvaluateSamplingConfig(SamplingConfig):
 
 @section
 class EvaluateConfig:
-    """What is measured after the stages, on systems that no stage trained on."""
+    """What is measured after the stages, on systems that no stage trained on. `reward` scores sampled CIFs,
+    whatever the stages were rewarded by."""
 
     property_systems: int = key(
         4096, "test systems, evenly spaced, whose energies are predicted after each stage", gt=0
@@ -641,6 +678,10 @@ class EvaluateConfig:
         ge=0,
     )
     design_tasks: int = key(48, "design tasks after the closed loop", ge=0)
+    design_after: tuple[Literal["joint", "instruct", "grpo", "ga_grpo"], ...] = key(
+        ("ga_grpo",), "stages after which the closed loop searches for those tasks, with that stage's weights"
+    )
+    reward: RewardConfig = field(default_factory=RewardConfig)
     judge: Literal["diep", "sevennet", "none"] = key(
         "diep", "potential that relaxes the designs: of the shipped labels, independent of them, or none"
     )

@@ -11,6 +11,7 @@ from catmllm.config import DataConfig
 from catmllm.data.shards import Shards
 from catmllm.data.slabs import SHIPPED, SHIPPED_SEVENNET, load_slabs, split
 from catmllm.data.splits import parts_of
+from catmllm.data.subsets import part
 from catmllm.structure.formula import SEPARATOR
 from catmllm.structure.system import System
 
@@ -18,13 +19,14 @@ PARTS = ("train", "val", "test")
 
 
 def open_data(config: DataConfig | None = None) -> dict[str, Sequence[System]]:
-    """`parts`, of whose training systems so many are kept as `data.train_systems` says."""
+    """`parts`, of whose training systems so many are kept as `data.train_systems` and `data.share` say."""
     config = DataConfig() if config is None else config
     found = parts(config)
     train, n = found["train"], config.train_systems
     if n is not None and n < len(train):
         rows = np.linspace(0, len(train) - 1, n).round().astype(np.int64)
         found["train"] = train[rows] if isinstance(train, Shards) else [train[i] for i in rows]
+    found["train"] = part(found["train"], (0.0, config.share), config.split_seed, config.unit, "data.share")
     return found
 
 
@@ -50,17 +52,17 @@ def parts(config: DataConfig) -> dict[str, Sequence[System]]:
     if path is not None and Path(path).is_dir():
         shards = Shards(path)
         if by_pair:
-            return {str(part): some for part, some in shards.split(seed).items()}
+            return {str(name): some for name, some in shards.split(seed).items()}
         rows = range(len(shards))
         texts, groups = [shards.text(i) for i in rows], [shards.group(i) for i in rows]
         names = shards.pair_names
         pairs = [names[p] for p in shards.pairs]
         chosen = np.array(parts_of(texts, pairs, groups, config.split_by, config.hold_out, seed))
-        return {part: shards[np.flatnonzero(chosen == part)] for part in PARTS}
+        return {name: shards[np.flatnonzero(chosen == name)] for name in PARTS}
     systems = load_slabs(path or (SHIPPED if config.labels == "diep" else SHIPPED_SEVENNET))
     if by_pair:
-        return {str(part): some for part, some in split(systems, seed).items()}
+        return {str(name): some for name, some in split(systems, seed).items()}
     texts = [f"{s.adsorbate}{SEPARATOR}{s.bulk}" for s in systems]
     pairs = [f"{s.bulk} {s.miller or '(?)'}" for s in systems]
     named = parts_of(texts, pairs, [""] * len(systems), config.split_by, config.hold_out, seed)
-    return {part: [s for s, p in zip(systems, named) if p == part] for part in PARTS}
+    return {name: [s for s, p in zip(systems, named) if p == name] for name in PARTS}

@@ -128,6 +128,10 @@ class Shards(Sequence[System]):
         shard, row = self._place(index)
         return _words(shard, "text", row)
 
+    def sid(self, index: int) -> str:
+        shard, row = self._place(index)
+        return _words(shard, "sid", row)
+
     def group(self, index: int) -> str:
         """The value of the column that a split may go by; empty where none was given."""
         shard, row = self._place(index)

@@ -56,8 +56,9 @@ class Task:
 
 @dataclass
 class TaskState:
-    """A task's pool, the trace of its search (per iteration the best |E_pred - E*| and reward so far), and
-    all candidates in the order in which they came, of which checkpoints know nothing."""
+    """A task's pool, the trace of its search (per iteration the best |E_pred - E*| and reward so far, and the
+    energies of its candidates, None where one has none), and all candidates in the order in which they came,
+    of which checkpoints know nothing."""
 
     task: Task
     pool: ExemplarPool
@@ -215,6 +216,7 @@ class ClosedLoop:
                     "feasible": state.pool.feasible,
                     "mean_error": float(np.mean(errors)) if errors else None,
                     "mean_reward": float(np.mean([c.reward for c in mine])),
+                    "energies": [None if np.isnan(c.predicted) else round(c.predicted, 4) for c in mine],
                 }
             )
         energy = [abs(c.predicted - t.energy) for c, t in zip(candidates, tasks) if not np.isnan(c.predicted)]

@@ -17,7 +17,7 @@ from catmllm.data.batches import Collator
 from catmllm.data.prompts import Sample, cif_prompt, design_prompt
 from catmllm.design.constraints import adsorbate_faults, read_systems
 from catmllm.design.reward import PVCP_TERMS, adsorbate_term
-from catmllm.evaluate.metrics import generation_rates
+from catmllm.evaluate.metrics import generation_failures, generation_rates
 from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.sample.answers import answer_limits
 from catmllm.sample.engine import RolloutEngine
@@ -83,7 +83,7 @@ def evaluate_generation(
     faults = adsorbate_faults(read_systems(scores, [wanted for _, _, wanted, _ in rows]))
     terms = {k: getattr(scores, k) for k in PVCP_TERMS} | {"adsorbate": adsorbate_term(faults)}
     counts, edges = np.histogram(scores.total, bins=np.arange(-15.0, 10.51, 0.5))
-    rates = generation_rates(scores, faults)
+    failures, rates = generation_failures(scores, faults), generation_rates(scores, faults)
     rates["PV_eq41"] = rates.pop("PV")
     rates["PV"] = rates.pop("PV_0.7")
     return {
@@ -97,20 +97,25 @@ def evaluate_generation(
         "faults": dict(collections.Counter(f for f, r in zip(faults, scores.reason) if f and not r)),
         "examples": texts[:3],
         "answers": [
-            {**asked, "text": text, **_scored(i, scores, terms, faults)}
+            {**asked, "text": text, **_scored(i, scores, terms, faults, failures)}
             for i, (text, _, _, asked) in enumerate(rows)
         ],
     }
 
 
 def _scored(
-    i: int, scores: Scores, terms: dict[str, NDArray[np.float64]], faults: Sequence[Fault | None]
+    i: int,
+    scores: Scores,
+    terms: dict[str, NDArray[np.float64]],
+    faults: Sequence[Fault | None],
+    failures: dict[str, NDArray[np.bool_]],
 ) -> dict[str, Any]:
-    """The reward of one answer, its terms and what is wrong with it."""
+    """The reward of one answer, its terms, what is wrong with it and which checks it fails."""
     reason = scores.reason[i]
     return {
         "reward": round(float(scores.total[i]), 4),
         **{k: round(float(values[i]), 4) for k, values in terms.items()},
         "reason": reason,
         "fault": None if reason else faults[i],
+        "fails": [name for name, failed in failures.items() if failed[i]],
     }

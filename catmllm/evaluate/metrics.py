@@ -105,7 +105,15 @@ def inclusion_ratio(predicted: ArrayLike, low: ArrayLike, high: ArrayLike) -> fl
 def generation_rates(
     scores: Scores, faults: Sequence[Fault | None], thresholds: Thresholds | None = None
 ) -> dict[str, float]:
-    """Failure shares over all texts (Table 3): PF parse, VF any R_valid penalty, CM composition,
+    """Shares of `generation_failures` over all texts; NaN of none."""
+    failures = generation_failures(scores, faults, thresholds)
+    return {name: float(failed.mean()) if len(failed) else float("nan") for name, failed in failures.items()}
+
+
+def generation_failures(
+    scores: Scores, faults: Sequence[Fault | None], thresholds: Thresholds | None = None
+) -> dict[str, Bools]:
+    """Which texts fail [n] (Table 3): PF parse, VF any R_valid penalty, CM composition,
     PV any R_phys penalty; and AD no real adsorbate (ours; `faults` by `adsorbate_faults`).
 
     A text that does not parse fails all of them. PV is that of Eq. 41 (`thresholds.near`, 1.0 Å, which every
@@ -114,8 +122,6 @@ def generation_rates(
     """
     thresholds = thresholds or Thresholds()
     ok = parsed(scores)
-    if not len(ok):
-        return dict.fromkeys(("PF", "VF", "CM", "PV", "PV_0.7", "AD"), float("nan"))
     roomy = sane_volume(scores, thresholds)
     passed = {
         "PF": ok,
@@ -125,7 +131,7 @@ def generation_rates(
         "PV_0.7": ok & roomy & (scores.min_distance >= MIN_DISTANCE),
         "AD": ok & np.array([fault is None for fault in faults], dtype=bool),
     }
-    return {name: float((~fine).mean()) for name, fine in passed.items()}
+    return {name: ~fine for name, fine in passed.items()}
 
 
 # --------------------------------------------------------------------------- design

@@ -87,6 +87,7 @@ def evaluate_property(
     gathered = world.gather(values)
     truth = np.array([s.known_energy for s in systems])
     out: dict[str, Any] = {}
+    others: dict[str, list[float]] = {}  # of the ways that the parity plot does not show
     for name in values:
         merged = np.empty(len(systems))
         for rank, part in enumerate(gathered):
@@ -102,6 +103,9 @@ def evaluate_property(
                 "predicted": merged.round(4).tolist(),
                 "adsorbate": [s.adsorbate for s in systems],
             }
+        else:
+            others[name] = merged.round(4).tolist()
+    out["parity"]["others"] = others
     return out
 
 

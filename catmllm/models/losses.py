@@ -10,12 +10,14 @@ import torch.nn.functional as F
 
 
 def mmtg_loss(mae: torch.Tensor, ce: torch.Tensor, lam: float = 1.0, sign: str = "+") -> torch.Tensor:
-    """Max-min tanh-gated loss L_max (2 ± λ tanh L_min), element by element.
+    """Max-min tanh-gated loss L_max (2 ± λ tanh L_min), element by element; with the sign "sum" their sum.
 
     mae, ce: non-negative losses of the same samples, any equal shape; 0 < lam <= 1. The paper prints `-` in
     Eq. 56 and proves its theorems for `+`. Under `-` the smaller loss has a negative coefficient, so it is
     pushed up; `+` is monotone in both.
     """
+    if sign == "sum":
+        return mae + ce
     high, low = torch.maximum(mae, ce), torch.minimum(mae, ce)
     gate = lam * torch.tanh(low)
     return high * (2 + gate if sign == "+" else 2 - gate)

@@ -243,6 +243,28 @@ def draw_trace(axes: Axes, design: Metrics) -> None:
     _over_iterations(axes, len(steps), top, "upper right")
 
 
+def draw_energies(figure: Figure, design: Metrics) -> None:
+    """Fig. 2 of the paper: every candidate's predicted energy in the order of the search, and the pool's
+    best, towards the wanted energy; of six tasks evenly spaced among all."""
+    items = [i for i in design.get("items", []) if i.get("trace") and "energies" in i["trace"][0]]
+    shown = [items[k] for k in sorted({*np.linspace(0, len(items) - 1, 6).round().astype(int).tolist()})]
+    panels = figure.subplots(-(-len(shown) // 3), min(3, len(shown)), squeeze=False).ravel()
+    for axes, item in zip(panels, shown):
+        ends = np.cumsum([len(row["energies"]) for row in item["trace"]])
+        found = [(k, e) for k, e in enumerate(e for row in item["trace"] for e in row["energies"])]
+        points = np.array([(k, e) for k, e in found if finite(e)], float).reshape(-1, 2)
+        axes.plot(*points.T, ".", color="#7a7a7a", markersize=3, label="candidate")
+        best = [float(e) if finite(e := row.get("best_predicted")) else np.nan for row in item["trace"]]
+        axes.step(ends - 1, best, where="post", color=JUDGE_COLOURS["own"], label="best of the pool")
+        axes.axhline(item["energy"], color="#444444", linewidth=0.9, linestyle="--", label="wanted")
+        axes.set_title(item["identity"].replace("</s>", " on "), fontsize=8)
+    for axes in panels[len(shown) :]:
+        axes.set_axis_off()
+    figure.supxlabel("candidate", fontsize=9)
+    figure.supylabel("E_pred (eV)", fontsize=9)
+    panels[0].legend(fontsize=7)
+
+
 def draw_solved(axes: Axes, design: Metrics) -> None:
     """Share of tasks whose best structure is a success by the own predictor,
     and that have a valid structure at all."""

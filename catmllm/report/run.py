@@ -23,6 +23,7 @@ from catmllm.report import page as html
 from catmllm.report.figures import (
     draw_curve,
     draw_design,
+    draw_energies,
     draw_failures,
     draw_inclusion,
     draw_parity,
@@ -54,6 +55,7 @@ from catmllm.report.summary import (
     number,
     ordered,
     property_table,
+    stages_table,
     summary_table,
     time_table,
 )
@@ -273,6 +275,7 @@ def _design(metrics: Metrics) -> str:
         ),
     ]
     curves = curve_table(metrics)
+    parts.append(html.table(stages_table(metrics)))
     if curves is not None:
         caption = "Success over the number of predictions; lines: 95 % Wilson intervals."
         parts += [
@@ -281,6 +284,12 @@ def _design(metrics: Metrics) -> str:
         ]
     if any(item.get("trace") for item in items):
         parts.append(_trace_figure(design))
+    if any(item.get("trace") and "energies" in item["trace"][0] for item in items):
+        caption = (
+            "Every candidate's energy by the own predictor in the order of the search, the pool's best so "
+            "far and the energy that was wanted (dashed); six tasks evenly spaced among all."
+        )
+        parts.append(html.figure("energies", caption, (8.6, 4.6), lambda f: draw_energies(f, design)))
     judge = judge_title(design, "judge")
     parts += [
         "<h3>Every task</h3>",

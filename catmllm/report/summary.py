@@ -477,6 +477,23 @@ def curve_table(metrics: Metrics) -> Table | None:
     )
 
 
+def stages_table(metrics: Metrics) -> Table | None:
+    """Design success by the stage whose weights search, where more than one was asked for."""
+    earlier, last = metrics.get("designs") or {}, metrics.get("design") or {}
+    if not earlier or not last:
+        return None
+    asked = ((metrics.get("config") or {}).get("evaluate") or {}).get("design_after") or []
+    found = earlier | {stage: last for stage in asked if stage not in earlier}
+    judges = [judge for judge in JUDGES if last.get(judge)]
+    rows = [
+        [STAGE_NAMES[s], *(_success_cell(found[s][judge]["success"], found[s]["n"]) for judge in judges)]
+        + [percent(found[s].get("feasible"))]
+        for s in ordered(found)
+    ]
+    header = ["after stage", *(f"judged by {judge_title(last, judge)}" for judge in judges), "feasible"]
+    return Table("Success of the closed loop by the stage whose weights search", header, rows, [])
+
+
 def last_judge(design: Metrics) -> str:
     """The most independent judge that has spoken."""
     return next((judge for judge in reversed(JUDGES) if design.get(judge)), "own")
@@ -592,7 +609,8 @@ def missing_parts(metrics: Metrics, logged: Collection[str] | None = None) -> li
     if (config.get("evaluate") or {}).get("indicative"):
         missing += _absent("predictions without a structure after", generating, metrics.get("missing"))
     design = metrics.get("design") or {}
-    if "ga_grpo" in stages and not design:
+    asked = (config.get("evaluate") or {}).get("design_after", ["ga_grpo"])
+    if {*asked} & {*stages} and not design:
         missing.append("design evaluation")
     if design and not design.get("judge"):
         off = (config.get("evaluate") or {}).get("judge") == "none"
@@ -638,7 +656,15 @@ def summary_table(metrics: Metrics) -> str:
 
 def tables(metrics: Metrics) -> list[Table]:
     """All tables that a run has numbers for."""
-    made = (property_table, generation_table, missing_table, design_table, curve_table, time_table)
+    made = (
+        property_table,
+        generation_table,
+        missing_table,
+        design_table,
+        stages_table,
+        curve_table,
+        time_table,
+    )
     return [table for make in made if (table := make(metrics)) is not None]
 
 

@@ -8,6 +8,7 @@ import torch
 from catmllm.config import AlignConfig
 from catmllm.data.batches import Batch, shuffled
 from catmllm.data.prompts import Sample
+from catmllm.data.subsets import of_property
 from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.models.losses import info_nce
 from catmllm.seeds import Stream
@@ -25,7 +26,8 @@ class Align(FromLoader):
 
     def __init__(self, context: Context) -> None:
         self.context, self.config = context, context.config.align
-        systems, order = context.data["train"], Stream.ALIGN_ORDER.key(context.config.seed)
+        systems = of_property(context.data["train"], context.config.data)
+        order = Stream.ALIGN_ORDER.key(context.config.seed)
 
         def example(position: int) -> Sample:
             system = systems[shuffled(position, len(systems), order)]

@@ -14,6 +14,7 @@ from catmllm.config import EncoderStageConfig
 from catmllm.data.augment import symmetric_copy
 from catmllm.data.batches import Batch, shuffled
 from catmllm.data.prompts import GRAPH, Sample, jitter
+from catmllm.data.subsets import of_property
 from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.seeds import Stream, generator
 from catmllm.stages.supervised import (
@@ -37,7 +38,8 @@ class Encoder(FromLoader):
 
     def __init__(self, context: Context) -> None:
         self.context, self.config = context, context.config.encoder
-        systems, o, c = context.data["train"], self.config, context.config
+        o, c = self.config, context.config
+        systems = of_property(context.data["train"], c.data)
         order, samples = Stream.ENCODER_ORDER.key(c.seed), Stream.ENCODER_SAMPLES.key(c.seed)
         standardise(context)
 

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from catmllm.data.batches import shuffled
 from catmllm.data.prompts import Sample
+from catmllm.data.subsets import of_generation
 from catmllm.design.exemplar_pool import Candidate, ExemplarPool
 from catmllm.design.search import ClosedLoop, Task, TaskState, summary
 from catmllm.models.catalytic_mllm import CatalyticMLLM
@@ -48,7 +49,7 @@ class GAGRPO(Plain):
         self.context = context
         self.config = replace(o, steps=-(-o.tasks // (o.batch_size * world.size)) * o.iterations)
         self.loop = ClosedLoop(context.model, context.collate, o)
-        self.systems = context.data["train"]
+        self.systems = of_generation(context.data["train"], context.config.data)
         self.running: list[TaskState] = []
         # begun by more ranks than there are now; they go on before others enter
         self.waiting: list[TaskState] = []

@@ -21,6 +21,7 @@ import torch
 
 from catmllm.data.batches import Batch, Collator, Encoded
 from catmllm.data.prompts import Sample, cif_prompt, design_prompt
+from catmllm.data.subsets import of_generation, of_property
 from catmllm.design.reward import AnswerReward
 from catmllm.models.attention import shares_prompts
 from catmllm.models.catalytic_mllm import CatalyticMLLM, Chosen
@@ -40,6 +41,7 @@ from catmllm.stages.supervised import (
     VISUAL,
     as_written,
     chosen,
+    evenly,
     property_with_dropout,
     relatives,
     sample_losses,
@@ -66,7 +68,8 @@ class GRPO(Plain):
 
     def __init__(self, context: Context) -> None:
         self.context, self.config = context, context.config.grpo
-        self.systems = context.data["train"]
+        train, data = context.data["train"], context.config.data
+        self.systems, self.known = of_generation(train, data), of_property(train, data)
         o = self.config
         self.reward: Reward = AnswerReward(o.reward, o.adsorbate_weight)
         self.own: OwnReward | None = None
@@ -144,12 +147,12 @@ class GRPO(Plain):
         return work
 
     def _chosen(
-        self, order: Stream, samples: Stream, count: int, step: int
+        self, order: Stream, samples: Stream, count: int, step: int, n: int | None = None
     ) -> list[tuple[int, np.random.Generator]]:
-        """This rank's systems of a step by two streams; see `chosen`."""
+        """This rank's systems of a step, of those asked for or of n, by two streams; see `chosen`."""
         world, seed = self.context.world, self.context.config.seed
         keys = order.key(seed), samples.key(seed)
-        return chosen(len(self.systems), count, *keys, step, world.rank, world.size)
+        return chosen(n or len(self.systems), count, *keys, step, world.rank, world.size)
 
     def _roll(self, step: int) -> Rolled:
         c, o = self.context, self.config
@@ -339,11 +342,11 @@ class GRPO(Plain):
         return self._answers(prompts, asked, designs, seed, 1)[1].total
 
     def prompt(self, i: int, k: int, rng: np.random.Generator) -> Sample:
-        """CIF prompts, design prompts and design prompts with an exemplar in turn."""
+        """A CIF prompt and two design prompts in turn, of these a share with an exemplar, spread evenly."""
         s = self.systems[i]
         if k % 3 == 0:
             return Sample(cif_prompt(s.identity))
-        if k % 3 == 1 or not self.kin[i]:
+        if not (evenly(k - k // 3 - 1, self.config.exemplar_share) and self.kin[i]):
             return Sample(design_prompt(s.identity, s.known_energy))
         exemplar = as_written(self.systems[rng.choice(self.kin[i])], self.context.config.data)
         return Sample(design_prompt(s.identity, s.known_energy, exemplar=True), "", exemplar)
@@ -396,8 +399,10 @@ class GRPO(Plain):
         if not count:
             return
         samples = [
-            property_with_dropout(self.systems[i], rng, 0.1, 0.5, 0.0, frames=0.4, texts=c.config.instruct)
-            for i, rng in self._chosen(Stream.REPLAY_ORDER, Stream.REPLAY_SAMPLES, count, step)
+            property_with_dropout(self.known[i], rng, 0.1, 0.5, 0.0, frames=0.4, texts=c.config.instruct)
+            for i, rng in self._chosen(
+                Stream.REPLAY_ORDER, Stream.REPLAY_SAMPLES, count, step, len(self.known)
+            )
         ]
         batch = c.collate(samples).to(c.world.device)
 

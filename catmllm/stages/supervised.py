@@ -17,6 +17,7 @@ from catmllm.data.batches import Batch, draw, shuffled
 from catmllm.data.loader import Loader, Windows
 from catmllm.data.open import texts_only
 from catmllm.data.prompts import Sample, cif_sample, design_sample, draw_words, jitter, property_sample
+from catmllm.data.subsets import of_generation, of_property
 from catmllm.models.catalytic_mllm import CatalyticMLLM, counts
 from catmllm.seeds import Key, Stream, generator
 from catmllm.structure.descriptors import fold_of, known, surroundings, told
@@ -44,11 +45,12 @@ def standardise(context: Context) -> None:
     surroundings as theirs, and fit the closed form to at most `DESCRIBED` of them, where the model has none
     yet. One that has been trained on energies keeps its own, or its predictions would jump."""
     model = context.model
-    energies = torch.tensor([s.known_energy for s in context.data["train"]])
+    train = of_property(context.data["train"], context.config.data)
+    energies = torch.tensor([s.known_energy for s in train])
     new = (model.energy_std == 1) & (model.energy_mean == 0)
     model.energy_mean.copy_(torch.where(new, energies.mean(), model.energy_mean))
     model.energy_std.copy_(torch.where(new, energies.std(), model.energy_std))
-    head, train = model.energy_head, context.data["train"]
+    head = model.energy_head
     if bool((head.deviation == 1).all()) and not texts_only(train):
         some = [train[i] for i in range(0, len(train), -(-len(train) // DESCRIBED))]
         local = np.array([surroundings(s) for s in some])
@@ -175,23 +177,23 @@ def task_sample(
     noise: float,
     decimals: int,
     phrasings: str = "paper",
+    exemplar_share: float = 0.5,
 ) -> Sample:
     """A design sample with the chance `design_share`, else a CIF sample.
 
-    Half of the design samples show an exemplar: a relative (same composition and adsorbate),
+    A share of the design samples shows an exemplar: a relative (same composition and adsorbate),
     else the own structure with noise.
     """
     if rng.random() >= design_share:
         return cif_sample(system, decimals, draw_words(rng, phrasings))
     exemplar = None
-    if rng.random() < 0.5:
+    if rng.random() < exemplar_share:
         exemplar = kin[rng.integers(len(kin))] if kin else jitter(system, noise, rng)
     return design_sample(system, exemplar, decimals, draw_words(rng, phrasings))
 
 
-def is_property(position: int, share: float) -> bool:
-    """Whether the sample at this position of the sequence is a property sample: evenly spread,
-    `share` of all."""
+def evenly(position: int, share: float) -> bool:
+    """Whether what is at this position of a sequence is one of a share of all that is spread evenly."""
     return int((position + 1) * share + 1e-9) > int(position * share + 1e-9)
 
 
@@ -248,9 +250,10 @@ class Mixture:
 
     `property_of` makes a property sample, `design_share` is of the rest. A sample's random numbers are a
     function of key and position, so that neither ranks nor passes nor workers change it. Texts without
-    structures make property samples alone.
+    structures make property samples alone. `systems` make CIF and design samples, `known` property samples.
     """
 
+    known: Sequence[System]
     systems: Sequence[System]
     data: DataConfig
     order: Key
@@ -259,24 +262,33 @@ class Mixture:
     property_of: Callable[[System, np.random.Generator], Sample]
     design_share: float
     noise: float
+    exemplar_share: float = 0.5
 
     def __post_init__(self) -> None:
         self.kin = relatives(self.systems)
+        self.texts = texts_only(self.known)
 
     def __call__(self, position: int) -> Sample:
-        i = shuffled(position, len(self.systems), self.order)
+        asks = self.texts or evenly(position, self.property_share)
+        systems = self.known if asks else self.systems
+        i = shuffled(position, len(systems), self.order)
         rng = generator((*self.samples, position))
-        system = self.systems[i]
-        if system.text is not None:
-            return self.property_of(system, rng)
-        if self.data.augment:
+        system = systems[i]
+        if self.data.augment and not self.texts:
             system = symmetric_copy(system, rng)
-        if is_property(position, self.property_share):
+        if asks:
             return self.property_of(system, rng)
         d = self.data
         kin = [as_written(self.systems[j], d) for j in self.kin[i]]
         return task_sample(
-            as_written(system, d), kin, rng, self.design_share, self.noise, d.decimals, d.phrasings
+            as_written(system, d),
+            kin,
+            rng,
+            self.design_share,
+            self.noise,
+            d.decimals,
+            d.phrasings,
+            self.exemplar_share,
         )
 
 
@@ -290,7 +302,7 @@ class Mixed(FromLoader):
 
     def mix(self, order: Stream, samples: Stream, design_share: float, position_noise: float = 0.0) -> None:
         """Begin to read a mixture; `design_share` is of what is no property sample."""
-        c, o = self.context.config, self.config
+        c, o, train = self.context.config, self.config, self.context.data["train"]
 
         def property_of(system: System, rng: np.random.Generator) -> Sample:
             return property_with_dropout(
@@ -298,7 +310,8 @@ class Mixed(FromLoader):
             )
 
         mixture = Mixture(
-            self.context.data["train"],
+            of_property(train, c.data),
+            of_generation(train, c.data),
             c.data,
             order.key(c.seed),
             samples.key(c.seed),
@@ -306,6 +319,7 @@ class Mixed(FromLoader):
             property_of,
             design_share,
             o.exemplar_noise,
+            o.exemplar_share,
         )
         self.load(mixture, o)
 

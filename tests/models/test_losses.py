@@ -43,6 +43,7 @@ def test_mmtg_is_the_formula_and_symmetric(a: float, b: float, lam: float) -> No
         expected = max(a, b) * (2 + s * lam * math.tanh(min(a, b)))
         assert mmtg(a, b, lam, sign) == pytest.approx(expected, rel=1e-12)
         assert mmtg(a, b, lam, sign) == mmtg(b, a, lam, sign)
+    assert mmtg(a, b, lam, "sum") == a + b
 
 
 @given(a=losses, b=losses, more=st.floats(0, 10), lam=lambdas)

@@ -121,6 +121,17 @@ def test_ga_grpo_moves_the_head_alone(context: Context, monkeypatch: pytest.Monk
     assert len(rows) == 3 and all(len(row["trace"]) == 3 and row["step"] == 1 for row in rows)
 
 
+def test_prompts_show_exemplars_by_their_share(context: Context) -> None:
+    """By default the third of every three, where there is one."""
+    stage = GRPO(context)
+    i = next(i for i, kin in enumerate(stage.kin) if kin)
+    for share, shown in ((0.5, {2}), (0.0, set()), (1.0, {1, 2})):
+        stage.config.exemplar_share = share
+        prompts = [stage.prompt(i, k, np.random.default_rng(k)) for k in range(24)]
+        assert {k % 3 for k, p in enumerate(prompts) if p.graph is not None} == shown
+        assert all((p.graph is not None) == (k % 3 in shown) for k, p in enumerate(prompts))
+
+
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_step_without_any_signal_changes_nothing(make_context: MakeContext, precision: str) -> None:
     class Flat(TokenReward):

@@ -11,13 +11,15 @@ import torch
 
 from catmllm.config import Config, ConfigError, DataConfig, MixedConfig
 from catmllm.data.batches import shuffled
-from catmllm.data.prompts import property_sample
+from catmllm.data.prompts import jitter, property_sample
+from catmllm.data.subsets import of_generation, of_property
 from catmllm.models.losses import mmtg_loss
+from catmllm.seeds import generator
 from catmllm.stages.joint import Joint
 from catmllm.stages.supervised import (
     Mixture,
+    evenly,
     further_texts,
-    is_property,
     property_with_dropout,
     relatives,
     sample_losses,
@@ -131,7 +133,7 @@ def test_answers_and_exemplars_show_what_is_to_be_written(written: Literal["star
     systems = load_slabs()[:300]
     shown = [s.frame(0.0) if written == "start" else s for s in systems]
     data = DataConfig(written=written, augment=False)
-    mixture = Mixture(systems, data, (1,), (2,), 0.0, lambda s, r: property_sample(s), 0.5, 0.0)
+    mixture = Mixture(systems, systems, data, (1,), (2,), 0.0, lambda s, r: property_sample(s), 0.5, 0.0)
     exemplars = 0
     for position in range(100):
         i, sample = shuffled(position, len(systems), (1,)), mixture(position)
@@ -173,9 +175,63 @@ def test_ranks_and_passes_share_one_batch(make_context: MakeContext) -> None:
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.7, 1.0])
 def test_property_samples_are_spread_evenly(share: float) -> None:
-    marks = [is_property(i, share) for i in range(400)]
+    marks = [evenly(i, share) for i in range(400)]
     assert sum(marks) == round(400 * share)
     assert all(abs(sum(marks[i : i + 20]) - 20 * share) <= 1 for i in range(380))
+
+
+def test_property_and_generation_have_systems_of_their_own(make_context: MakeContext) -> None:
+    """By default the same ones, and then the draws are those of one list."""
+    config = small()
+    config.data.property, config.data.generation = (0.0, 0.5), (0.5, 1.0)
+    config.joint.property_share = 0.5
+    context = make_context(config)
+    known, shown = (part(context.data["train"], config.data) for part in (of_property, of_generation))
+    mixture = Joint(context).loader.windows.example
+    assert isinstance(mixture, Mixture)
+    asked = [mixture(k) for k in range(60)]
+    assert not {s.sid for s in known} & {s.sid for s in shown}
+    for k, sample in enumerate(asked):
+        mine = known if k % 2 else shown
+        system = mine[shuffled(k, len(mine), mixture.order)]
+        assert sample.energy == (system.known_energy if k % 2 else None)
+        assert k % 2 or system.identity in sample.prompt
+
+
+def test_one_list_draws_as_before_there_were_two() -> None:
+    from catmllm.data.augment import symmetric_copy
+    from catmllm.data.slabs import load_slabs
+
+    systems, data = load_slabs()[:80], DataConfig()
+    whole = of_property(systems, data), of_generation(systems, data)
+    assert whole[0] is systems and whole[1] is systems
+    mixture = Mixture(
+        *whole, data, (1,), (2,), 0.7, lambda s, r: property_sample(jitter(s, 0.1, r)), 0.5, 0.1
+    )
+    kin = relatives(systems)
+    for k in range(40):
+        i, rng = shuffled(k, len(systems), (1,)), generator((2, k))
+        system = symmetric_copy(systems[i], rng)
+        expected = (
+            property_sample(jitter(system, 0.1, rng))
+            if int((k + 1) * 0.7 + 1e-9) > int(k * 0.7 + 1e-9)
+            else task_sample(system, [systems[j] for j in kin[i]], rng, 0.5, 0.1, 3)
+        )
+        found = mixture(k)
+        assert (found.prompt, found.answer) == (expected.prompt, expected.answer)
+        assert (found.graph is None) == (expected.graph is None)
+        if found.graph is not None and expected.graph is not None:
+            assert np.array_equal(found.graph.frac, expected.graph.frac)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_a_share_of_design_samples_shows_an_exemplar(share: float) -> None:
+    from catmllm.data.slabs import load_slabs
+
+    system = load_slabs()[0]
+    rngs = [np.random.default_rng(k) for k in range(20)]
+    samples = [task_sample(system, [], r, 1.0, 0.05, 3, exemplar_share=share) for r in rngs]
+    assert {s.graph is not None for s in samples} == {share == 1.0}
 
 
 def test_varied_phrasings_reach_the_batches_of_every_task(make_context: MakeContext) -> None:
