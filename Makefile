@@ -16,7 +16,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # Tests start some sixty processes, each of which would compile every source anew where this is set.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup constraints run test test-slow test-newest test-oldest test-python test-report docs frameworks environments vllm baselines labels wheels bench gpu gpu-prefill tables lint format clean \
+.PHONY: help setup constraints run test test-slow test-newest test-oldest test-python test-report docs frameworks environments vllm baselines labels wheels bench studies-smoke gpu gpu-prefill tables lint format clean \
 	engine test-engine test-so2 fuzz
 
 help:  ## this list
@@ -147,6 +147,24 @@ gpu:  ## measure the GPU at hand, 8 to 12 minutes: docs/gpu.md; RANKS=8 adds a n
 # With the Triton and from the very tree that will run there.
 gpu-prefill:  ## compile the kernels of `make gpu` for sm_80 and sm_90, without a GPU, into build/triton.tar.xz
 	$(GPU_PYTHON) -m bench.gpu_phases.prefill
+
+# One seed, one rank, two steps of a tiny model on 240 systems: whether every study runs from its file to its page, not what it says.
+SMOKE_OUT := runs/studies-smoke
+SMOKE := data.path=$(SMOKE_OUT)/slabs.jsonl data.max_neighbours=8 data.cutoff=4.0 tensorboard=false \
+	model.llm.hidden_size=64 model.llm.num_hidden_layers=1 model.llm.num_attention_heads=4 model.llm.intermediate_size=96 \
+	model.encoder.num_layers=1 model.encoder.sphere_channels=16 model.encoder.attn_hidden_channels=16 model.encoder.num_heads=2 \
+	model.encoder.ffn_hidden_channels=16 encoder.steps=2 align.steps=2 align.batch_size=4 joint.steps=2 instruct.steps=2 \
+	grpo.steps=2 grpo.batch_size=2 grpo.group_size=2 grpo.validate_every=0 grpo.sampling.max_new_tokens=40 \
+	ga_grpo.tasks=2 ga_grpo.batch_size=2 ga_grpo.initial=3 ga_grpo.pool=2 ga_grpo.iterations=1 ga_grpo.group_size=2 \
+	ga_grpo.validate_every=0 ga_grpo.sampling.max_new_tokens=40 \
+	evaluate.generation_samples=8 evaluate.design_tasks=2 evaluate.judge=none evaluate.sampling.max_new_tokens=40
+STUDIES ?= $(basename $(notdir $(wildcard configs/studies/*.yaml)))
+
+studies-smoke: setup  ## every study with a few steps, in minutes; in runs/studies-smoke
+	mkdir -p $(SMOKE_OUT)
+	gzip -dc catmllm/data/fcc_slabs_diep.jsonl.gz | head -240 > $(SMOKE_OUT)/slabs.jsonl
+	for name in $(STUDIES); do echo "== $$name"; $(BIN)/catmllm study configs/studies/$$name.yaml --out $(SMOKE_OUT)/$$name \
+	  --seeds 1 --ranks 1 --set $(SMOKE) || exit 1; done
 
 tables: setup  ## the figures of README.md and docs/ from bench/results
 	$(BIN)/python bench/tables.py

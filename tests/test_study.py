@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 
 from catmllm.cli.main import main
-from catmllm.config import ConfigError, load_config, to_dict
+from catmllm.config import ConfigError, from_arguments, load_config, to_dict
 from catmllm.config.load import SHIPPED
 from catmllm.data.open import open_data
 from catmllm.data.slabs import SHIPPED as SHIPPED_DATA
 from catmllm.evaluate.baselines import evenly_spaced
-from catmllm.study import compared, read, study, table
+from catmllm.study import compared, read, sentences, study, table, values_of
+from catmllm.study.cells import arguments
+from catmllm.study.compare import over_seeds, seeds_needed
 
 FILE = """
 base: {stages: [encoder], evaluate.judge: none, data.path: DATA}
@@ -40,18 +42,18 @@ def file(tmp_path: Path, data: Path) -> Path:
     return path
 
 
-def pretend(errors: dict[str, float], ran: list[list[str]]):
-    """A trainer that writes what a run of the encoder leaves: errors of a size by the cell, and a larger part
-    that the systems of a pair have in common."""
+def pretend(errors: dict[str, float], ran: list[list[str]], noise: float = 0.001):
+    """A trainer that writes what a run of the encoder leaves: errors of a size by the cell, a larger part
+    that the systems of a pair have in common, and noise from run to run."""
 
     def run(words: list[str], folder: Path) -> None:
         ran.append(words)
-        config = load_config(overrides=words)
+        config = from_arguments(words)
         test = evenly_spaced(open_data(config.data)["test"], config.evaluate.property_systems)
         rng = np.random.default_rng(config.data.split_seed)
         common = {p: abs(rng.normal(0, 0.2)) for p in sorted({f"{s.bulk} {s.miller}" for s in test})}
         truth = np.array([s.known_energy for s in test])
-        size = errors[folder.name]
+        size = errors[folder.name] + noise * np.random.default_rng(len(ran)).normal()
         off = [size + common[f"{s.bulk} {s.miller}"] + 0.01 * rng.random() for s in test]
         parity = {"energy": truth.tolist(), "predicted": (truth + off).tolist()}
         folder.mkdir(parents=True)
@@ -75,11 +77,16 @@ def test_cells_are_compared_seed_by_seed(file: Path, tmp_path: Path) -> None:
         assert {'stages=["encoder"]', "evaluate.judge=none"} <= set(words)
     row = json.loads((out / "study.json").read_text())["rows"]["encoder: test error, eV"]
     # the common part is ten times the difference, and falls out of it
-    assert row["better"]["more"] == pytest.approx(-0.05, abs=1e-6)
+    assert row["better"]["more"] == pytest.approx(-0.05, abs=3e-3)
     assert row["better"]["separate"] and row["plain"]["sd"] > 0
     low, high = row["plain"]["interval"]
     assert high - low > 0.04 and low < row["plain"]["mean"] < high
-    assert "-0.050" in said and (out / "table.md").read_text().strip() == said
+    assert "the difference holds" in said and (out / "table.md").read_text().strip() == said
+    kept = json.loads((out / "study.json").read_text())
+    assert kept["hours"] == {"expected": None, "taken": round(6 * 2 / 3600, 3)}
+    assert (out / "figure.png").stat().st_size > 5000
+    page = (out / "study.html").read_text()
+    assert "the difference holds" in page and "<svg" in page and "encoder.lr" in page
 
 
 def test_what_is_done_is_kept(file: Path, tmp_path: Path) -> None:
@@ -110,7 +117,87 @@ def test_a_part_of_the_test_systems_is_enough(file: Path, tmp_path: Path) -> Non
     file.write_text(file.read_text().replace("base: {", "base: {evaluate.property_systems: 10, "))
     study(file, tmp_path / "out", run=pretend({"plain": 0.2, "better": 0.15}, []))
     row = json.loads((tmp_path / "out" / "study.json").read_text())["rows"]["encoder: test error, eV"]
-    assert row["better"]["more"] == pytest.approx(-0.05, abs=1e-6)
+    assert row["better"]["more"] == pytest.approx(-0.05, abs=3e-3)
+
+
+def test_what_differs_from_run_to_run_is_no_difference_of_cells(file: Path, tmp_path: Path) -> None:
+    """The surfaces of a run have its noise in common, so an interval over surfaces alone would miss it."""
+    said = study(file, tmp_path / "out", run=pretend({"plain": 0.2, "better": 0.2}, [], noise=0.05))
+    cell = json.loads((tmp_path / "out" / "study.json").read_text())["rows"]["encoder: test error, eV"][
+        "better"
+    ]
+    inner, outer = (cell[k][1] - cell[k][0] for k in ("more_interval", "more_over_seeds"))
+    assert outer > 1.5 * inner
+    assert not cell["separate"] and "not separate" in said and "would need" in said
+
+
+def test_intervals_over_seeds_are_students_and_seeds_are_counted_by_them() -> None:
+    from scipy.stats import nct, t, ttest_1samp
+
+    rng = np.random.default_rng(0)
+    differences = rng.normal(0.1, 0.2, 6)
+    found = ttest_1samp(differences, 0.0).confidence_interval(0.95)
+    assert over_seeds(differences.tolist()) == pytest.approx((found.low, found.high))
+    assert over_seeds([0.1]) is None
+    n = seeds_needed(0.1, 0.15)
+    assert n is not None
+    # the power by the noncentral distribution is what was asked for, and not with a seed less or two
+    power = [1 - nct.cdf(t.ppf(0.975, k - 1), k - 1, 0.1 / 0.15 * np.sqrt(k)) for k in (n, n - 2)]
+    assert power[0] > 0.79 and power[1] < 0.8
+    assert seeds_needed(1e-4, 1.0) is None and seeds_needed(0.0, 1.0) is None
+
+
+def test_answers_and_designs_are_compared_too(file: Path, tmp_path: Path) -> None:
+    metrics_of = {}
+    for name, shift in (("plain", 0.0), ("better", -0.4)):
+        folder = tmp_path / name
+        pretend({name: 0.2}, [])([*arguments(read(file), {}, (0, 7), folder)], folder)
+        metrics = json.loads((folder / "metrics.json").read_text())
+        metrics["generation"] = {"grpo": {}}
+        (folder / "grpo").mkdir()
+        fails = ["PF", "PV"] if name == "plain" else []
+        row = {"identity": "CO</s>Pt12 (1 1 1)", "reward": 1.0 - shift, "fails": fails, "free": True}
+        held = row | {"free": False, "fails": [], "reward": 9.0}
+        (folder / "grpo" / "answers.jsonl").write_text(
+            "".join(json.dumps(r) + "\n" for r in (held, row, row))
+        )
+        trace = [{"energies": [None, 1.0, 0.0]}, {"energies": [shift, shift]}]
+        item = {
+            "identity": "CO</s>Pt12 (1 1 1)",
+            "energy": -1.0,
+            "trace": trace,
+            "success_own": name == "better",
+        }
+        metrics["designs"], metrics["design"] = {"grpo": {"items": [item]}}, {"items": [item, item]}
+        metrics_of[name] = [values_of(metrics, folder)]
+    rows = compared(metrics_of)
+    assert rows["grpo: PF"]["plain"]["mean"] == 1 and rows["grpo: PF"]["better"]["more"] == -1
+    assert "grpo: VF" not in rows  # the same in both
+    assert rows["grpo: reward"]["plain"]["each"] == [1.0]  # of what nothing held
+    assert rows["design success after grpo, own"]["better"]["more"] == 1
+    last = rows["last candidates, |E_pred - E*|, eV"]
+    assert (last["plain"]["mean"], last["better"]["mean"]) == pytest.approx((1.0, 0.6))
+    assert "first candidates, |E_pred - E*|, eV" not in rows
+    assert any("one seed says nothing" in s for s in sentences(rows))
+
+
+def test_samples_become_steps_and_a_share(file: Path) -> None:
+    text = "base: {stages: [joint], joint.batch_size: 8}\nranks: 2\nseeds: [[0, 0]]\n"
+    text += "cells:\n  a: {samples: SAMPLES}\n"
+    file.write_text(text.replace("SAMPLES", "{property: 960, design: 320}"))
+    asked = read(file)
+    config = from_arguments(arguments(asked, asked.cells["a"], (0, 0), Path("out")))
+    assert (config.joint.steps, config.joint.property_share) == (1280 // 16, 0.75)
+    assert (
+        from_arguments(
+            arguments(read(file, ["joint.steps=2"]), asked.cells["a"], (0, 0), Path("out"))
+        ).joint.steps
+        == 2
+    )
+    for wrong in ("{property: 961, design: 320}", "{property: 0, design: 0}", "3"):
+        file.write_text(text.replace("SAMPLES", wrong))
+        with pytest.raises(ConfigError, match="samples"):
+            read(file)
 
 
 def test_an_ancestor_is_run_once_a_seed(file: Path, tmp_path: Path) -> None:
@@ -133,7 +220,7 @@ def test_intervals_know_that_systems_of_a_pair_go_together(data: Path) -> None:
     off = [by_pair[f"{s.bulk} {s.miller}"] for s in test]
     parity = {"energy": [0.0] * len(test), "predicted": off}
     metrics = {"config": to_dict(config), "property": {"encoder": {"parity": parity}}}
-    row = compared({"a": [metrics]})["encoder: test error, eV"]["a"]
+    row = compared({"a": [values_of(metrics, data)]})["encoder: test error, eV"]["a"]
     low, high = row["interval"]
     assert high - low > 1.4 * 3.92 * float(np.std(off)) / np.sqrt(len(off))
     assert row["sd"] is None and table({"x": {"a": row}}).count("\n") == 2
@@ -156,7 +243,7 @@ def test_predictions_without_structures_are_rows(data: Path) -> None:
         missing = {"instruct": {"pairs": pairs}}
         return {"config": to_dict(config), "property": {"instruct": {"parity": parity}}, "missing": missing}
 
-    rows = compared({"default": [run(0.8)], "trained": [run(0.3)]})
+    rows = compared({name: [values_of(run(x), data)] for name, x in (("default", 0.8), ("trained", 0.3))})
     row = rows["instruct: PIR, two_parts"]
     assert (row["default"]["mean"], row["trained"]["mean"]) == (3 / 6, 6 / 6)
     off = rows["instruct: off the middle, eV, indicative_1"]
@@ -174,6 +261,9 @@ def test_predictions_without_structures_are_rows(data: Path) -> None:
         ("cells: [a, b]\nseeds: [[0, 0]]", "`cells`"),
         ("cells: {a: 1e-3}\nseeds: [[0, 0]]", "`a` has no"),
         ("cells: {ancestor: {}}\nseeds: [[0, 0]]", "cannot be 'ancestor'"),
+        ("cells: {a: {}}\nseeds: [[0, 0]]\naxis: {name: n, at: {b: 1}}", "names no cell: b"),
+        ("cells: {a: {}}\nseeds: [[0, 0]]\naxis: {at: {a: 1}}", "`axis` has a `name`"),
+        ("cells: {a: {}}\nseeds: [[0, 0]]\nfiles: [absent.yaml]", "absent.yaml"),
     ],
 )
 def test_a_wrong_file_is_told(file: Path, text: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -188,7 +278,11 @@ def test_shipped_studies_can_be_read() -> None:
     paths = sorted((SHIPPED / "studies").glob("*.yaml"))
     assert paths
     for path in paths:
-        assert len(read(path).seeds) >= 5
+        asked = read(path)
+        assert asked.asks.endswith("?") and asked.hours and path.read_text().startswith("# ")
+        assert len(asked.seeds) >= (5 if asked.hours <= 3 else 3)
+        page = (SHIPPED.parent / "docs" / "studies.md").read_text(encoding="utf-8")
+        assert f"configs/studies/{path.name}" in page or f"`{path.stem}`" in page
 
 
 @pytest.mark.slow

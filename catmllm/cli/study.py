@@ -10,13 +10,23 @@ HELP = "run cells of settings over several seeds and compare them"
 
 def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("study", type=Path, help="a YAML file, configs/studies/spread.yaml for example")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the runs, study.json and table.md")
-    parser.add_argument("--ranks", type=int, default=1, help="processes of a run (default %(default)s)")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the runs and of what they say")
+    parser.add_argument("--ranks", type=int, help="processes of a run (default: what the file says)")
+    parser.add_argument("--seeds", type=int, metavar="N", help="the first N seeds of the file alone")
     parser.add_argument("--only", metavar="CELL", help="this cell alone")
+    parser.add_argument(
+        "--set",
+        dest="changes",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="key=value",
+        help="settings of every run, above all others",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     from catmllm.study import study
 
-    print(study(args.study, args.out, args.ranks, args.only))
+    print(study(args.study, args.out, args.ranks, args.only, seeds=args.seeds, more=args.changes))
     return 0

@@ -561,6 +561,14 @@ def figure_svg(name: str, description: str, size: tuple[float, float], draw: Cal
     return _inline(buffer.getvalue(), description)
 
 
+def save_figure(path: Path, size: tuple[float, float], draw: Callable[[Figure], None]) -> None:
+    """A figure as a file of its own, by the suffix; size: inches."""
+    with rc_context(_STYLE):
+        figure = Figure(figsize=size, layout="constrained")
+        draw(figure)
+        figure.savefig(path, dpi=110)
+
+
 def _inline(svg: str, description: str) -> str:
     """Strips what only a file of its own needs: prolog, metadata, namespaces, ids that repeat,
     the font's name."""

@@ -1,0 +1,190 @@
+"""The file of a study, and its runs.
+
+It has `cells` (a name and `key: value` overrides each) and `seeds` (pairs of split seed and seed, the same
+for every cell); `asks` and `hours`, what it is for and the CPU hours that it should take; and if it likes
+`files` (configurations below all overrides), `base` (overrides of all), `ancestor` (overrides of a run per
+seed whose last stage every cell of that seed starts from), `ranks` (processes of a run: batches are by rank)
+and `axis` (what the cells stand at in the figure). A cell may say `samples: {property: P, design: D}` in
+place of `joint.steps` and `joint.property_share`.
+
+A killed study goes on by the same command: what has its report is kept, the trainer resumes the rest.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from catmllm.config import ConfigError, from_arguments, to_dict
+from catmllm.pipeline import differences
+
+Runner = Callable[[list[str], Path], None]
+SAMPLES = "samples"  # of a cell, and no key of the trainer
+_KEYS = {"cells", "seeds", "asks", "hours", "files", "base", "ancestor", "ranks", "axis"}
+
+
+@dataclass(frozen=True)
+class Axis:
+    """What the curve of a figure is over: a place for each cell that is on it; the others are controls."""
+
+    name: str
+    at: Mapping[str, float]
+    log: bool = False
+
+
+@dataclass(frozen=True)
+class Study:
+    """What the file says, and `more`: arguments after those of every run."""
+
+    cells: Mapping[str, Mapping[str, Any]]
+    seeds: Sequence[tuple[int, int]]  # (data.split_seed, seed)
+    base: Mapping[str, Any] = field(default_factory=dict)
+    ancestor: Mapping[str, Any] | None = None
+    files: Sequence[str] = ()
+    ranks: int = 1
+    axis: Axis | None = None
+    asks: str = ""
+    hours: float | None = None
+    more: Sequence[str] = ()
+
+
+def read(path: Path, more: Sequence[str] = (), ranks: int | None = None) -> Study:
+    """Raises ConfigError where the file is none or a cell's settings are not the trainer's."""
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+    tree = tree if isinstance(tree, dict) else {}
+    strange = set(tree) - _KEYS
+    if strange or not isinstance(tree.get("cells"), dict) or not tree["cells"] or not tree.get("seeds"):
+        raise ConfigError(
+            f"{path}: a study has `cells`, `seeds` and perhaps "
+            + ", ".join(sorted(_KEYS - {"cells", "seeds"}))
+            + (f", not {', '.join(map(repr, sorted(strange)))}" if strange else "")
+        )
+    try:
+        seeds = [(int(split), int(seed)) for split, seed in tree["seeds"]]
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{path}: `seeds` are pairs [split seed, seed]: {error}") from error
+    cells = {str(name): values or {} for name, values in tree["cells"].items()}
+    for name in cells:
+        if "/" in name or name in ("ancestor", ".", ".."):
+            raise ConfigError(f"{path}: a cell's runs are in a folder of its name, which cannot be {name!r}")
+    for name, values in {"base": tree.get("base"), "ancestor": tree.get("ancestor"), **cells}.items():
+        if not isinstance(values or {}, dict):
+            raise ConfigError(f"{path}: `{name}` has no `key: value` pairs but {values!r}")
+    study = Study(
+        cells,
+        seeds,
+        tree.get("base") or {},
+        tree.get("ancestor"),
+        tree.get("files") or (),
+        ranks or tree.get("ranks", 1),
+        _axis(path, tree.get("axis"), cells),
+        tree.get("asks", ""),
+        tree.get("hours"),
+        more,
+    )
+    for values in (*cells.values(), study.ancestor or {}):
+        from_arguments(arguments(study, values, seeds[0], Path("out")))
+    return study
+
+
+def _axis(path: Path, tree: Any, cells: Mapping[str, Any]) -> Axis | None:
+    if tree is None:
+        return None
+    try:
+        axis = Axis(tree["name"], {str(k): float(v) for k, v in tree["at"].items()}, tree.get("log", False))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{path}: `axis` has a `name`, and `at`, a number for cells: {error}") from error
+    if strange := axis.at.keys() - cells.keys():
+        raise ConfigError(f"{path}: `axis.at` names no cell: {', '.join(sorted(strange))}")
+    return axis
+
+
+def arguments(study: Study, values: Mapping[str, Any], seeds: tuple[int, int], out: Path) -> list[str]:
+    """The trainer's files and `key=value` arguments of one run."""
+    merged = {**study.base, **values, "data.split_seed": seeds[0], "seed": seeds[1], "out": str(out)}
+    asked = merged.pop(SAMPLES, None)
+    words = [*study.files, *(_word(key, value) for key, value in merged.items())]
+    if asked is not None:
+        words += _sampled(asked, from_arguments(words).joint.batch_size * study.ranks)
+    return [*words, *study.more]
+
+
+def _word(key: str, value: Any) -> str:
+    return f"{key}={value if isinstance(value, str) else json.dumps(value)}"
+
+
+def _sampled(asked: Any, batch: int) -> list[str]:
+    """Steps and share of property samples that `joint` needs for so many of each. Raises ConfigError where a
+    step does not hold whole ones."""
+    try:
+        known, shown = int(asked["property"]), int(asked["design"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"`{SAMPLES}` has numbers for `property` and `design`: {error}") from error
+    if known < 0 or shown < 0 or known + shown == 0 or (known + shown) % batch:
+        raise ConfigError(
+            f"`{SAMPLES}`: {known} + {shown} samples make no whole steps of {batch} (joint.batch_size on all "
+            "ranks)"
+        )
+    share = known / (known + shown)
+    return [f"joint.steps={(known + shown) // batch}", f"joint.property_share={share!r}"]
+
+
+def run_all(study: Study, out: Path, run: Runner, only: str | None = None) -> dict[str, list[Path]]:
+    """Every run that has no report yet; the folders of each cell's runs, in the order of the seeds."""
+    if only is not None and only not in study.cells:
+        raise ConfigError(f"no cell {only!r}: there are {', '.join(study.cells)}")
+    folders: dict[str, list[Path]] = {name: [] for name in study.cells if only in (None, name)}
+    for split, seed in study.seeds:
+        place = out / f"{split}-{seed}"
+        more: dict[str, Any] = {}
+        if study.ancestor is not None:
+            first = place / "ancestor"
+            _once(arguments(study, study.ancestor, (split, seed), first), first, run)
+            stages = json.loads((first / "metrics.json").read_text())["config"]["stages"]
+            more["init"] = str(first / stages[-1])
+        for name in folders:
+            folder = place / name
+            _once(arguments(study, {**study.cells[name], **more}, (split, seed), folder), folder, run)
+            folders[name].append(folder)
+    return folders
+
+
+def _once(words: list[str], folder: Path, run: Runner) -> None:
+    """Raises ConfigError where a finished run is of other settings: the study's file was edited."""
+    if not (folder / "report.html").is_file():
+        return run(words, folder)
+    ran = json.loads((folder / "metrics.json").read_text())["config"]
+    # what is asked for as null has become what fits the device
+    found = differences(ran, to_dict(from_arguments(words)))
+    changed = [f"{key}: {old} -> {new}" for key, old, new in found if new is not None]
+    if changed:
+        raise ConfigError(
+            f"{folder} was run with other settings ({'; '.join(changed[:3])}): give another --out, or remove "
+            "that folder"
+        )
+
+
+def trainer(ranks: int) -> Runner:
+    """Runs the trainer in processes of its own. Raises RuntimeError with its status where it fails."""
+
+    def run(words: list[str], folder: Path) -> None:
+        print(f"== {folder}", file=sys.stderr, flush=True)
+        script = [str(Path(__file__).parents[1] / "train.py"), *words]
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        done = subprocess.run([sys.executable, *(launch if ranks > 1 else []), *script], check=False)
+        if done.returncode:
+            raise RuntimeError(
+                f"{folder}: the trainer ended with {done.returncode}; the same command goes on from there"
+            )
+
+    return run

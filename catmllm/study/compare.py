@@ -1,0 +1,249 @@
+"""What the runs of a study say: each measured thing by cell, and how far a cell is from the first one.
+
+Two things vary besides the cells: systems of one bulk and facet err alike, and two runs of one setting
+differ. So a difference, paired by seed and system, has two intervals: a bootstrap over (seed, bulk, facet),
+and Student's over the seeds. It holds where both leave out 0. The first alone holds back chance among
+surfaces only: with a noise of 0.03 eV from run to run it covered the truth in 63 to 83 % of simulated
+studies in place of 95 % (docs/log.md).
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from catmllm.config import from_dict
+from catmllm.data.open import open_data
+from catmllm.evaluate.baselines import evenly_spaced
+from catmllm.evaluate.metrics import bootstrap_interval
+from catmllm.evaluate.missing import hits_of
+from catmllm.train.metrics import read_log
+
+Metrics = dict[str, Any]
+# Of every system, answer or task one number: what a row averages, and the pair that each belongs to.
+Values = tuple[list[float], list[str]]
+MODES = ("graph", "text", "encoder", "start", "encoder_start")  # besides what the parity plot shows
+FAILURES = ("PF", "VF", "CM", "PV_0.7", "AD")
+MOST_SEEDS = 1000
+
+
+def values_of(metrics: Metrics, folder: Path) -> dict[str, Values]:
+    """Of one finished run: each measured thing, by system, answer or task, with (bulk, facet) of each. What
+    is one number of a whole run is of the pair ""."""
+    return _property(metrics) | _missing(metrics) | _generation(metrics, folder) | _designs(metrics)
+
+
+def _missing(metrics: Metrics) -> dict[str, Values]:
+    """Predictions without a structure, after the last stage."""
+    last = metrics["config"]["stages"][-1]
+    found: dict[str, Values] = {}
+    if missing := metrics.get("missing", {}).get(last):
+        surfaces = [pair["surface"] for pair in missing["pairs"]]
+        for arm in ("two_parts", "indicative_1", "indicative_4", "true"):
+            inside, distance = hits_of(missing["pairs"], arm)
+            found[f"{last}: PIR, {arm}"] = inside.tolist(), surfaces
+            found[f"{last}: PIR of means, {arm}"] = hits_of(missing["pairs"], arm, True)[0].tolist(), surfaces
+            if not np.isnan(distance).any():
+                found[f"{last}: off the middle, eV, {arm}"] = distance.tolist(), surfaces
+    return found
+
+
+def _property(metrics: Metrics) -> dict[str, Values]:
+    config = from_dict(metrics["config"], "metrics.json")
+    test = evenly_spaced(open_data(config.data)["test"], config.evaluate.property_systems)  # as measured
+    pairs = [f"{s.bulk} {s.miller}" for s in test]
+    found: dict[str, Values] = {}
+    for stage, measured in metrics["property"].items():
+        parity = measured["parity"]
+        truth = np.array(parity["energy"])
+
+        def off(predicted: Sequence[float], truth: np.ndarray = truth) -> Values:
+            return np.abs(np.array(predicted) - truth).tolist(), pairs
+
+        found[f"{stage}: test error, eV"] = off(parity["predicted"])
+        if stage != config.stages[-1]:
+            continue
+        others = parity.get("others", {})
+        found |= {f"{stage}: test error, {m}, eV": off(others[m]) for m in MODES if m in others}
+        for mode in ("both", "graph", "text"):
+            if mode in measured:
+                found[f"{stage}: test R², {mode}"] = [measured[mode]["r2"]], [""]
+    for name, said in metrics.get("baselines", {}).items():
+        if isinstance(said.get("mae"), float):
+            found[f"baseline {name}: MAE, eV"] = [said["mae"]], [""]
+    return found
+
+
+def _generation(metrics: Metrics, folder: Path) -> dict[str, Values]:
+    """Rewards and failures of the sampled answers; those that nothing held, where there are such."""
+    found: dict[str, Values] = {}
+    for stage in metrics.get("generation", {}):
+        rows = read_log(folder / stage / "answers.jsonl")
+        rows = [row for row in rows if row.get("free")] or rows
+        pairs = [row["identity"].partition("</s>")[2] for row in rows]
+        if rows:
+            found[f"{stage}: reward"] = [float(row["reward"]) for row in rows], pairs
+        for name in FAILURES if rows else ():
+            found[f"{stage}: {name}"] = [float(name in row["fails"]) for row in rows], pairs
+    return found
+
+
+def _designs(metrics: Metrics) -> dict[str, Values]:
+    """Success of the closed loop and of ideal slabs screened by the same predictor, and how far candidates
+    are from the wanted energy at the start and at the end of the search."""
+    found: dict[str, Values] = {}
+    after = {f"after {stage}": design for stage, design in metrics.get("designs", {}).items()}
+    for when, design in {**after, "": metrics.get("design") or {}}.items():
+        items = design.get("items", [])
+        tasks = [item["identity"].partition("</s>")[2] for item in items]
+        for judge in ("own", "judge"):
+            if items and f"success_{judge}" in items[0]:
+                hits = [float(item[f"success_{judge}"]) for item in items]
+                found[" ".join(filter(None, ("design success", when))) + f", {judge}"] = hits, tasks
+        for name, k in (("first", 0), ("last", -1)):
+            distances = [_distance(item, k) for item in items]
+            if distances and all(math.isfinite(d) for d in distances):
+                named = " ".join(filter(None, (f"{name} candidates", when)))
+                found[f"{named}, |E_pred - E*|, eV"] = distances, tasks
+    curve = (metrics.get("design") or {}).get("curves", {}).get("enumeration", {})
+    for judge in ("own", "judge"):
+        if judge in curve:
+            found[f"ideal slabs, success, {judge}"] = [curve[judge]["success"][-1]], [""]
+    return found
+
+
+def _distance(item: Metrics, k: int) -> float:
+    """Mean |E_pred - E*| (eV) of a task's candidates in an iteration; NaN where none has an energy."""
+    energies = [e for e in item["trace"][k].get("energies", []) if e is not None]
+    return float(np.mean(np.abs(np.array(energies) - item["energy"]))) if energies else math.nan
+
+
+def compared(values: Mapping[str, Sequence[Mapping[str, Values]]]) -> dict[str, Any]:
+    """Rows of the table: by what was measured, each cell's mean over the seeds with its sd and interval, and
+    how far it is from the first cell's, paired by seed and system where both measured the same ones. What is
+    the same in every cell is left out."""
+    first = next(iter(values))
+    names = dict.fromkeys(what for each in values.values() for one in each for what in one)
+    rows: dict[str, Any] = {}
+    for what in names:
+        row: dict[str, Any] = {}
+        for name, each in values.items():
+            if all(what in one for one in each):
+                base = values[first] if all(what in one for one in values[first]) else None
+                row[name] = _cell(what, each, None if name == first else base)
+        same = len(row) > 1 and len({tuple(cell["each"]) for cell in row.values()}) == 1
+        if row and not same:
+            rows[what] = row
+    return rows
+
+
+def _cell(
+    what: str, each: Sequence[Mapping[str, Values]], base: Sequence[Mapping[str, Values]] | None
+) -> dict[str, Any]:
+    by_seed = [np.array(one[what][0]) for one in each]
+    groups = [f"{k} {pair}" for k, one in enumerate(each) for pair in one[what][1]]
+    means = [float(v.mean()) for v in by_seed]
+    cell: dict[str, Any] = {
+        "mean": statistics.fmean(means),
+        "sd": statistics.stdev(means) if len(means) > 1 else None,
+        "each": means,
+        "interval": bootstrap_interval(np.concatenate(by_seed), groups=groups),
+    }
+    if base is None or [one[what][1] for one in each] != [one[what][1] for one in base]:
+        return cell
+    more = [mine - np.array(one[what][0]) for mine, one in zip(by_seed, base)]
+    interval = bootstrap_interval(np.concatenate(more), groups=groups)
+    over = over_seeds([float(m.mean()) for m in more])
+    deviation = math.sqrt(len(more)) * (interval[1] - interval[0]) / (2 * 1.96)
+    if len(more) > 1:
+        deviation = max(deviation, statistics.stdev(float(m.mean()) for m in more))
+    size = statistics.fmean(float(m.mean()) for m in more)
+    return cell | {
+        "more": size,
+        "more_interval": interval,
+        "more_over_seeds": over,
+        "separate": over is not None and all(low > 0 or high < 0 for low, high in (interval, over)),
+        "seeds_needed": seeds_needed(size, deviation),
+    }
+
+
+def over_seeds(differences: Sequence[float], level: float = 0.95) -> tuple[float, float] | None:
+    """Student's interval of the mean of one difference a seed; None of a single one."""
+    from scipy.stats import t
+
+    n = len(differences)
+    if n < 2:
+        return None
+    mean = statistics.fmean(differences)
+    half = float(t.ppf((1 + level) / 2, n - 1)) * statistics.stdev(differences) / math.sqrt(n)
+    return mean - half, mean + half
+
+
+def seeds_needed(size: float, deviation: float) -> int | None:
+    """The least number of seeds by which a difference of this size, whose deviation from seed to seed is this
+    one, leaves out 0 (95 %) with a power of 80 %; None above `MOST_SEEDS`."""
+    from scipy.stats import t
+
+    n = np.arange(2, MOST_SEEDS + 1)
+    reach = (t.ppf(0.975, n - 1) + t.ppf(0.8, n - 1)) * deviation / np.sqrt(n)
+    enough = n[reach <= abs(size)]
+    return int(enough[0]) if size and len(enough) else None
+
+
+def sentences(rows: Mapping[str, Any]) -> list[str]:
+    """For each comparison whether it holds, by its intervals, or how many seeds it would need."""
+    said = []
+    for what, row in rows.items():
+        first = next(iter(row))
+        for name, cell in row.items():
+            if "more" not in cell:
+                continue
+            a, b = cell["more_interval"]
+            words = (
+                f"{what}: `{name}` is {cell['more']:+.3f} from `{first}` ({a:+.3f} to {b:+.3f} over surfaces"
+            )
+            if cell["more_over_seeds"] is None:
+                words += "; one seed says nothing of how runs differ): not separate."
+            else:
+                n, (c, d) = len(cell["each"]), cell["more_over_seeds"]
+                words += f", {c:+.3f} to {d:+.3f} over {n} seeds): "
+                words += "the difference holds." if cell["separate"] else "not separate."
+            if not cell["separate"]:
+                needed = cell["seeds_needed"]
+                few = f"about {needed} seeds" if needed else f"more than {MOST_SEEDS:,} seeds"
+                words += f" A difference of this size would need {few}." if cell["more"] else ""
+            said.append(words)
+    return said
+
+
+HEADER = ["", "cell", "mean ± sd", "95 %", "more than the first cell", "... over seeds"]
+
+
+def cells_of(rows: Mapping[str, Any]) -> list[list[str]]:
+    """The rows as words, under `HEADER`."""
+    lines = []
+    for what, row in rows.items():
+        for name, cell in row.items():
+            low, high = cell["interval"]
+            sd = "" if cell["sd"] is None else f" ± {cell['sd']:.3f}"
+            more = seeds = ""
+            if "more" in cell:
+                a, b = cell["more_interval"]
+                more = f"{cell['more']:+.3f} ({a:+.3f} to {b:+.3f})"
+                more += "" if cell["separate"] else ", not separate"
+                over = cell["more_over_seeds"]
+                seeds = "–" if over is None else f"{over[0]:+.3f} to {over[1]:+.3f}"
+            lines.append([what, name, f"{cell['mean']:.3f}{sd}", f"{low:.3f} to {high:.3f}", more, seeds])
+    return lines
+
+
+def table(rows: Mapping[str, Any]) -> str:
+    """The rows as a Markdown table."""
+    lines = ["| " + " | ".join(HEADER) + " |", "|" + "---|" * len(HEADER)]
+    lines += ["| " + " | ".join(w.replace("|", "\\|") for w in cells) + " |" for cells in cells_of(rows)]
+    return "\n".join(lines)
