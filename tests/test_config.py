@@ -70,7 +70,7 @@ def test_every_key_has_its_help(key: Key) -> None:
     assert (
         bound_words(key.field.metadata)
         or not {int, float} & {key.type, *typing.get_args(key.type)[:1]}
-        or key.name.endswith((".betas", ".budgets"))  # of every number: a rule says it
+        or key.name.endswith((".betas", ".budgets", ".property", ".generation"))  # a rule says it of all
     )
 
 
