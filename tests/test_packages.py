@@ -15,6 +15,10 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from catmllm.data.slabs import load_slabs
+from catmllm.models import SHIPPED
+from catmllm.structure.cif import write_cif
+
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
@@ -38,6 +42,21 @@ def test_every_package_is_listed() -> None:
             ".".join(path.parent.relative_to(root).parts) for path in (root / folder).rglob("__init__.py")
         }
         assert found and found <= listed, sorted(found - listed)
+
+
+def test_the_shipped_model_is_in_the_package() -> None:
+    """Every file of it that git has is package data; 15 MB is what a clone can bear."""
+    tracked = subprocess.run(
+        ["git", "ls-files", str(SHIPPED)], cwd=ROOT, capture_output=True, text=True
+    ).stdout.split() or [str(p.relative_to(ROOT)) for p in SHIPPED.rglob("*") if p.is_file()]
+    packed = {
+        str(path.relative_to(ROOT))
+        for pattern in PROJECT["tool"]["setuptools"]["package-data"]["catmllm.models"]
+        for path in SHIPPED.parent.glob(pattern)
+    }
+    assert {"graph.safetensors", "model.safetensors", "README.md"} <= {Path(name).name for name in tracked}
+    assert set(tracked) <= packed
+    assert sum((ROOT / name).stat().st_size for name in tracked) < 15e6
 
 
 def test_the_changelog_begins_with_this_version() -> None:
@@ -114,6 +133,17 @@ def test_a_wheel_works_in_an_empty_environment(build: str, libraries: list[str],
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert set(module.main(tmp_path)) == {"install", "import", "score"}
+    if build == "all":  # with the torch of these tests, and nothing of the checkout
+        zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
+        (tmp_path / "slab.cif").write_text(write_cif(load_slabs()[0]))
+        predict = [sys.executable, "-m", "catmllm.cli", "predict", "slab.cif", "--json"]
+        environment = os.environ | {"PYTHONPATH": str(tmp_path / "installed")}
+        run = subprocess.run(
+            predict, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+        )
+        row = json.loads(run.stdout)
+        assert row["model"] == str(tmp_path / "installed" / "catmllm" / "models" / "shipped")
+        assert abs(row["energy"] - load_slabs()[0].known_energy) < 1
 
 
 @pytest.mark.slow

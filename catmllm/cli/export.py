@@ -1,4 +1,4 @@
-"""`catmllm export`: a trained model in the layouts of transformers, vLLM and fairchem."""
+"""`catmllm export`: a trained model in the layouts of transformers and the Hub, vLLM and fairchem."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from pathlib import Path
 
 from catmllm.cli.trained import model_option
 
-HELP = "a trained model for transformers, vLLM or fairchem"
+HELP = "a trained model for transformers and the Hub, vLLM or fairchem"
 
 
 def options(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "hf: the LLM with tokenizer, beside it graph.safetensors (encoder, projector, energy head). "
+        "hf: the LLM with tokenizer, beside it graph.safetensors (encoder, projector, energy head) and a "
+        "card: a folder that can go to the Hub as it is, and that --model takes. "
         "text: the text tower as Qwen2ForCausalLM or Qwen3ForCausalLM, which vLLM serves. fairchem: "
         "the encoder as fairchem 1.x reads it."
     )
@@ -31,10 +32,15 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from catmllm.models.export import export
+    from catmllm.models.qwen import TOKENIZER
     from catmllm.models.state import stage_folder
+    from catmllm.report.card import write_card
 
-    out = export(stage_folder(args.model), args.layout, args.out, args.dtype, args.template)
+    source = stage_folder(args.model)
+    out = export(source, args.layout, args.out, args.dtype, args.template)
+    if args.layout == "hf":
+        write_card(source, out)
     print(out)
-    if (own := out / "tokenizer").is_dir():
+    if (own := out / TOKENIZER).is_dir():
         print(f"its tokenizer is none of Qwen's and lies in {own}: vllm serve {out} --tokenizer {own}")
     return 0

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from catmllm.cli.trained import best_stage
+from catmllm.models import SHIPPED
 
 if TYPE_CHECKING:
     from catmllm.config import Config
@@ -30,7 +31,14 @@ def options(parser: argparse.ArgumentParser) -> None:
         "structures the joint stage alone. The report sets the result beside the mean per adsorbate, ridge, "
         "kernel ridge on local features and the model as it was."
     )
-    parser.add_argument("model", type=Path, help="folder of a run (its best stage is taken) or of a stage")
+    parser.add_argument(
+        "model",
+        nargs="?",
+        type=Path,
+        default=SHIPPED,
+        help="folder of a run (its best stage is taken) or of a stage (default: the model that comes with "
+        "the package)",
+    )
     parser.add_argument("--data", required=True, type=Path, metavar="DIR", help="by `catmllm data import`")
     parser.add_argument("--out", type=Path, help="folder of the new run (default: runs/<model>-<data>)")
     parser.add_argument(

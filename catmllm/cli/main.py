@@ -19,9 +19,10 @@ what people do:
   catmllm predict slab.cif                                   energies of structures at hand
   catmllm design "CO</s>Pt9Cu3 (1 1 1)" --energy -1.2        CIFs of new systems at a wanted energy
   catmllm data import calcs/ --out data/mine                 their own structures to a training set
-  catmllm finetune runs/tiny --data data/mine                a trained model on that
+  catmllm finetune --data data/mine                          the trained model on that
   catmllm plan a100x8/7b.yaml a100x8/joint.yaml              whether a large run fits, without a GPU
 
+The model that comes with the package is taken; --model RUN takes another.
 catmllm COMMAND --help has the arguments; catmllm doctor says what is missing on this machine.
 """
 

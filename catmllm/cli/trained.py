@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from catmllm.models import SHIPPED
+
 if TYPE_CHECKING:
     from catmllm.config import Config
     from catmllm.data.batches import Collator
@@ -17,15 +19,19 @@ def model_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         type=Path,
-        default=Path("runs/tiny"),
-        help="folder of a run (its last finished stage is taken) or of one stage (default: runs/tiny)",
+        default=SHIPPED,
+        help="folder of a run (its last finished stage is taken), of one stage or of an export of the layout "
+        "hf (default: the model that comes with the package)",
     )
 
 
 def load(folder: Path) -> tuple[CatalyticMLLM, Collator, Config]:
     """Model, collator and configuration of a stage's or a run's folder."""
+    from transformers.utils import logging
+
     from catmllm.models.state import load_model, stage_folder
 
+    logging.disable_progress_bar()  # of an export's files
     return load_model(stage_folder(folder))
 
 
@@ -33,10 +39,9 @@ def load_to_read(folder: Path) -> tuple[CatalyticMLLM, Collator, Config]:
     """A stage's model in the precision that it was trained and measured in, its collator, and the
     configuration that it was trained with."""
     from catmllm.models.half_precision import rounded
-    from catmllm.models.state import load_model
     from catmllm.world import DTYPES, encoder_dtype, settled
 
-    model, collate, config = load_model(folder)
+    model, collate, config = load(folder)
     device = model.energy_mean.device.type
     return rounded(model, DTYPES[config.precision], encoder_dtype(settled(config, device))), collate, config
 

@@ -1,7 +1,8 @@
 """A trained stage in the layouts of other programs: transformers, vLLM, fairchem.
 
 `hf` is the LLM as transformers' own class with our tokenizer, and beside it graph.safetensors with the rest:
-encoder, projector, energy head and the closed forms of energies. `text` is the text tower as
+encoder, projector, energy head and the closed forms of energies. `load_model` reads it too, and with the card
+that `catmllm export` adds (`report/card.py`) it is a folder for the Hub. `text` is the text tower as
 Qwen2ForCausalLM or Qwen3ForCausalLM, which vLLM serves; with text alone its positions make it equal that of
 the VL models. `fairchem` is the encoder as a checkpoint of fairchem 1.x.
 """
@@ -22,11 +23,12 @@ from catmllm.models.build import on_meta
 from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.models.equiformer_v2 import EquiformerV2
 from catmllm.models.fairchem_checkpoint import without_wrapper
-from catmllm.models.qwen import llm_class
-from catmllm.models.state import load_model
+from catmllm.models.qwen import TOKENIZER, llm_class
+from catmllm.models.state import GRAPH, load_model
 
 LAYOUTS = ("hf", "text", "fairchem")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+BESIDE = ("domain.json", "ridge.json")  # what `design` and `evaluate` keep beside a stage's weights
 RESTARTS = ("optimizer", "scheduler", "ema", "amp")  # of a fairchem file: what its training went on from
 
 
@@ -42,6 +44,8 @@ def export(
     """
     if layout not in LAYOUTS:
         raise ValueError(f"unknown layout {layout!r}; choose one of {', '.join(LAYOUTS)}")
+    if out.resolve() == source.resolve():
+        raise ValueError(f"{out} is the model itself: give another folder")
     model, collate, config = load_model(source)
     if layout == "fairchem":
         return export_encoder(model.encoder, out, template or config.model.encoder.checkpoint)
@@ -50,11 +54,17 @@ def export(
         text_tower(model).to(DTYPES[dtype]).save_pretrained(out, max_shard_size=shard)
         save_tokenizer(collate.tokenizer, out)
         return out
-    parts = {k: v.contiguous() for k, v in model.state_dict().items() if not k.startswith("llm.")}
-    save_file(parts, out / "graph.safetensors")
+    (out / GRAPH).unlink(missing_ok=True)  # it comes last: where it is, the export is whole
     (out / "catmllm.json").write_text(json.dumps(to_dict(config), indent=1))
+    for name in BESIDE:
+        (out / name).unlink(missing_ok=True)
+        if (source / name).is_file():
+            (out / name).write_bytes((source / name).read_bytes())
+    parts = {k: v.contiguous() for k, v in model.state_dict().items() if not k.startswith("llm.")}
     model.llm.to(DTYPES[dtype]).save_pretrained(out, max_shard_size=shard)
     save_tokenizer(collate.tokenizer, out)
+    save_file(parts, out / f"{GRAPH}.tmp")
+    (out / f"{GRAPH}.tmp").rename(out / GRAPH)
     return out
 
 
@@ -70,7 +80,7 @@ def save_tokenizer(tokenizer: Any, out: Path) -> None:
     tokenizer.save_pretrained(out)
     probe = cif_prompt("CO</s>Pt9Cu3 (1 1 1)") + "".join(cif_tokens())
     if AutoTokenizer.from_pretrained(out).encode(probe) != tokenizer.encode(probe):
-        for file in tokenizer.save_pretrained(out / "tokenizer"):
+        for file in tokenizer.save_pretrained(out / TOKENIZER):
             (out / Path(file).name).unlink(missing_ok=True)
 
 

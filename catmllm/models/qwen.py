@@ -30,6 +30,8 @@ KINDS = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
+# Where our export puts a tokenizer that transformers would misread beside the model.
+TOKENIZER = "tokenizer"
 SEES = "qwen2_5_vl"  # whose image tower reads our pictures
 # What a text tower may have: our attention has no window and no dropout, our MLP one activation, and decoding
 # takes the frequencies as they are at first.
@@ -205,9 +207,7 @@ def pretrained_llm(config: LLMConfig, data: DataConfig) -> tuple[Any, PreTrained
     name = str(config.pretrained)
     kind = read_config(name)
     sees(kind, data)
-    own = (
-        Path(name) / "tokenizer"
-    )  # where our export puts one that transformers would misread beside the model
+    own = Path(name) / TOKENIZER
     tokenizer = AutoTokenizer.from_pretrained(own if own.is_dir() else name)
     # In the dtype of the files, read through the page cache: sharding makes float32 of it, a block at a time.
     llm: Any = llm_class(kind).from_pretrained(

@@ -1,4 +1,9 @@
-"""A trained model's folder: what a stage leaves, and the next one, the commands and the evaluation read."""
+"""A trained model's folder: what a stage leaves, and the next one, the commands and the evaluation read.
+
+A stage writes every tensor to model.safetensors. An export of the layout `hf` (`export.py`) has the LLM as
+transformers writes it, and the rest in graph.safetensors. Both are read here. The model that comes with the
+package is such an export.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +20,12 @@ from catmllm.models.attention import by_part
 from catmllm.models.build import assemble, build_encoder, collator, on_meta
 from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.models.energy_head import EnergyHead
-from catmllm.models.qwen import llm_class, read_config
+from catmllm.models.qwen import TOKENIZER, llm_class, read_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+GRAPH = "graph.safetensors"  # of an export: all but the LLM
 
 
 def save_model(
@@ -42,11 +49,16 @@ def save_model(
     temporary.rename(folder / "model.safetensors")
 
 
+def holds_model(folder: Path) -> bool:
+    """Whether a folder is a finished stage's or an export's: both write their weights last."""
+    return (folder / "model.safetensors").is_file() or (folder / GRAPH).is_file()
+
+
 def stage_folder(folder: str | Path) -> Path:
-    """A stage's folder itself, or the last finished stage of a run's.
+    """A stage's or an export's folder itself, or the last finished stage of a run's.
     Raises FileNotFoundError where there is neither."""
     folder = Path(folder)
-    if (folder / "model.safetensors").is_file():
+    if holds_model(folder):
         return folder
     stages = [folder / s for s in STAGES if (folder / s / "model.safetensors").is_file()]
     if not stages:
@@ -55,19 +67,16 @@ def stage_folder(folder: str | Path) -> Path:
 
 
 def load_model(folder: str | Path, attention: str | None = None) -> tuple[CatalyticMLLM, Collator, Config]:
-    """Read an export: the model in float32, what makes its batches,
+    """Read a stage's folder or an export of the layout `hf`: the model in float32, what makes its batches,
     and the configuration it was trained with.
 
     `attention`: how this one computes it (`model.llm.attention`); None: as when it was trained.
     """
-    from safetensors.torch import load_file
-
     folder = Path(folder)
-    if not (folder / "model.safetensors").is_file():
+    if not holds_model(folder):
         raise FileNotFoundError(f"{folder}: no model.safetensors; give the folder of a finished stage")
     model, collate, config = described_model(folder, attention)
-    # The file's own pages become the weights: ranks of one machine share them until they are sharded.
-    state = load_file(folder / "model.safetensors")
+    state = _weights(folder)
     # an export from before there were closed forms has none
     state = {k: v for k, v in model.state_dict().items() if "prior." in k} | state
     if "energy_head.weight" in state:
@@ -89,19 +98,31 @@ def save_description(
 
 
 def described_model(folder: Path, attention: str | None = None) -> tuple[CatalyticMLLM, Collator, Config]:
-    """What `save_description` has written: the model, its parameters without storage, what makes its batches,
-    and the configuration."""
+    """What `save_description` has written, or an export of the layout `hf`: the model, its parameters without
+    storage, what makes its batches, and the configuration."""
     from transformers import PreTrainedTokenizerFast
 
     config = from_dict(json.loads((folder / "catmllm.json").read_text()), str(folder / "catmllm.json"))
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    qwen = read_config(folder / "llm")
+    own = folder / TOKENIZER
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(own if own.is_dir() else folder)
+    qwen = read_config(folder if (folder / GRAPH).is_file() else folder / "llm")
     attention = attention or config.model.llm.attention
     with on_meta():
-        llm = llm_class(qwen)._from_config(qwen, attn_implementation=by_part(attention))
+        llm = llm_class(qwen)._from_config(qwen, attn_implementation=by_part(attention), dtype=torch.float32)
         encoder = build_encoder(replace(config.model.encoder, checkpoint=None), config.data.cutoff)
         model = assemble(llm, encoder, config, tokenizer)
     return model, collator(model, tokenizer, config), config
+
+
+def _weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a folder by its name in the model. A stage's are the file's own pages: ranks of one
+    machine share them until they are sharded. An export's LLM has transformers' names and becomes float32."""
+    from safetensors.torch import load_file
+
+    if not (folder / GRAPH).is_file():
+        return load_file(folder / "model.safetensors")
+    llm = llm_class(read_config(folder)).from_pretrained(folder, dtype=torch.float32)
+    return load_file(folder / GRAPH) | {f"llm.{k}": v for k, v in llm.state_dict().items()}
 
 
 def _parted_head(weight: torch.Tensor, bias: torch.Tensor, features: int) -> dict[str, torch.Tensor]:

@@ -11,8 +11,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 from catmllm.cli.main import main
+from catmllm.cli.trained import load_to_read
 from catmllm.config import load_config
 from catmllm.data.prompts import property_sample
+from catmllm.design.domain import domain_of, load_domain
+from catmllm.design.predict import MODES, predict_energies, question
 from catmllm.models.build import build_model
 from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.models.equiformer_v2 import load_fairchem_checkpoint
@@ -68,6 +71,9 @@ def test_hf_layout_loads_in_transformers_and_as_our_pretrained_llm(
     whole = {f"llm.{k}": v for k, v in llm.state_dict().items()} | graph
     assert whole.keys() == model.state_dict().keys()
     assert all(torch.equal(v, whole[k]) for k, v in model.state_dict().items())
+    ours, its_collate, _ = load_model(out)
+    assert all(torch.equal(v, ours.state_dict()[k]) for k, v in model.state_dict().items())
+    assert its_collate.encode("CO</s>Pt9Cu3 (1 1 1)") == ids[0].tolist()
     config = load_config(None, [f"model.llm.pretrained={out}", "model.encoder.num_layers=1"])
     again, _ = build_model(config)
     n = len(collate.tokenizer)
@@ -75,6 +81,28 @@ def test_hf_layout_loads_in_transformers_and_as_our_pretrained_llm(
         torch.testing.assert_close(
             again.llm(input_ids=ids).logits[..., :n], model.llm(input_ids=ids).logits[..., :n]
         )
+
+
+def test_an_export_in_bfloat16_says_what_the_stage_says(stage: Path, train_systems, tmp_path: Path) -> None:
+    """`predict` rounds an LLM that was trained in bfloat16: not a bit is lost. What lies beside the weights
+    comes along, or goes; an export is exported again, with its card."""
+    domain = domain_of(train_systems[:20], "made up", "gas CO")
+    domain.save(stage)
+    out = tmp_path / "hub"
+    assert main(["export", "hf", str(out), "--model", str(stage)]) == 0
+    questions = [question(s, mode) for s in train_systems[:2] for mode in MODES]
+    said = [predict_energies(*load_to_read(folder), questions) for folder in (stage, out)]
+    assert (said[0] == said[1]).all() and said[0].std() > 0
+    card = (out / "README.md").read_text()
+    assert load_domain(out) == load_domain(stage) and "has no record" in card and "Labels: made up" in card
+    (stage / "domain.json").unlink()
+    (out / "README.md").write_text("mine")
+    assert main(["export", "hf", str(tmp_path / "again"), "--model", str(out), "--dtype", "bf16"]) == 0
+    assert (tmp_path / "again" / "README.md").read_text() == "mine"
+    assert main(["export", "hf", str(out), "--model", str(stage)]) == 0
+    assert not (out / "domain.json").exists()
+    with pytest.raises(ValueError, match="the model itself"):
+        export(out, "hf", out)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

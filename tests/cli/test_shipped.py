@@ -1,0 +1,71 @@
+"""The model that comes with the package: what a newcomer types without any run."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from huggingface_hub import ModelCard
+
+from catmllm.cli.finetune import configured
+from catmllm.cli.main import main
+from catmllm.cli.trained import load_to_read
+from catmllm.data.slabs import load_slabs, split
+from catmllm.design.predict import predict_energies, question
+from catmllm.models import SHIPPED
+from catmllm.structure.cif import write_cif
+
+
+def said(paths: list[Path], capsys: pytest.CaptureFixture[str]) -> list[dict]:
+    assert main(["predict", *map(str, paths), "--json"]) == 0
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_predict_needs_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Systems of the test split, in a folder where nothing was trained: as near as the card says, five times
+    nearer than the mean of the adsorbate."""
+    monkeypatch.chdir(tmp_path)
+    systems = split(load_slabs())["test"][::32]
+    for k, system in enumerate(systems):
+        (tmp_path / f"{k:02}.cif").write_text(write_cif(system))
+    rows = said(sorted(tmp_path.glob("*.cif")), capsys)
+    assert [r["system"] for r in rows] == [s.identity for s in systems]
+    errors = np.abs([r["energy"] - s.known_energy for r, s in zip(rows, systems)])
+    assert errors.mean() < 0.2 and not any(r["outside"] for r in rows)
+    assert all(0 < r["error"] < 1 and r["model"] == str(SHIPPED) for r in rows)
+
+
+def test_design_needs_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = ["design", "CO</s>Pt9Cu3 (1 1 1)", "--energy", "-1.2", "--steps", "1", "--pool", "2"]
+    assert main(command) == 0
+    best = re.search(r"predicted (-?\d+\.\d+)", capsys.readouterr().out)
+    assert best is not None and abs(float(best[1]) + 1.2) < 0.25
+    assert (tmp_path / "designs" / "report.html").is_file()
+
+
+def test_finetune_begins_from_it(tmp_path: Path) -> None:
+    config = configured(SHIPPED, tmp_path, tmp_path / "out", [])
+    assert config.init == str(SHIPPED) and config.stages == ("encoder", "joint")
+
+
+def test_it_is_as_good_as_its_card_says() -> None:
+    """The MAE on all test systems is that of the run's record: these weights are those that were measured."""
+    systems = split(load_slabs())["test"]
+    model, collate = load_to_read(SHIPPED)
+    predicted = predict_energies(model, collate, [question(s) for s in systems])
+    error = np.abs(predicted - [s.known_energy for s in systems]).mean()
+    (told,) = [
+        one.metric_value
+        for one in ModelCard((SHIPPED / "README.md").read_text(encoding="utf-8")).data.eval_results or []
+        if one.task_name.endswith("text and graph") and one.metric_type == "mae"
+    ]
+    # the card rounds to 5e-5; another processor may sum bfloat16 products in another order
+    assert error == pytest.approx(told, abs=1e-3)
