@@ -16,7 +16,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # Tests start some sixty processes, each of which would compile every source anew where this is set.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup constraints run test test-slow test-newest test-oldest test-python test-report docs frameworks environments vllm baselines labels wheels bench studies-smoke gpu gpu-prefill tables lint format clean \
+.PHONY: help setup constraints run test test-slow test-newest test-oldest test-python test-report test-notebook docs frameworks environments vllm baselines labels wheels bench studies-smoke gpu gpu-prefill tables lint format clean \
 	engine test-engine test-so2 fuzz
 
 help:  ## this list
@@ -37,7 +37,7 @@ constraints:  ## write constraints.txt anew: the newest versions that pyproject.
 	$(PYTHON) -m venv --clear build/constraints
 	build/constraints/bin/python -m pip install --quiet --upgrade pip
 	PIP_CONFIG_FILE=/dev/null PIP_FIND_LINKS= build/constraints/bin/python -m pip install --quiet --dry-run --report build/resolved.json \
-		--ignore-installed torch==2.13.0 pip setuptools cython '.[$(EXTRAS)]' --group docs --group browser
+		--ignore-installed torch==2.13.0 pip setuptools cython '.[$(EXTRAS)]' --group docs --group browser --group notebook
 	build/constraints/bin/python .ci/versions.py resolved < build/resolved.json > build/constraints.txt
 	mv build/constraints.txt $@.txt
 
@@ -67,6 +67,11 @@ test-python:  ## the tests on another Python: make test-python PYTHON=python3.12
 test-report: setup  ## report.html in a real Chromium: loads, turns, filters, prints
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group browser
 	$(BIN)/python -m pytest -q -m browser tests/report
+
+test-notebook: setup  ## the notebook of docs/examples in Jupyter's kernel; `make test` runs its cells as a program
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group notebook
+	mkdir -p build/notebook && cp docs/examples/quickstart.ipynb build/notebook
+	$(BIN)/jupyter execute --timeout 600 build/notebook/quickstart.ipynb
 
 # verl, Ray and OpenRLHF want other versions than the trainer: they live in an environment of their own, for tests alone.
 FRAMEWORKS := .frameworks
