@@ -15,7 +15,7 @@ from pathlib import Path
 
 DOCS = Path(__file__).parents[1] / "docs"
 # Made from the code, or lists of it.
-REFERENCE = ("api.md", "commands.md", "configuration.md", "data_card.md", "kernels.md", "kernels_cpu.md")
+REFERENCE = ("api.md", "commands.md", "configuration.md", "kernels.md", "kernels_cpu.md")
 EASE, WORDS = 50, 25  # at least; at most, on average
 FENCE = re.compile(r"^```(\w+) (\S+)$", re.MULTILINE)
 NOT_PROSE = (

@@ -1,9 +1,11 @@
-"""The model that comes with the package: what a newcomer types without any run."""
+"""The model that comes with the package: what a newcomer types without any run.
+
+The notebook (test_notebook.py) designs with it.
+"""
 
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 import numpy as np
@@ -27,10 +29,10 @@ def said(paths: list[Path], capsys: pytest.CaptureFixture[str]) -> list[dict]:
 def test_predict_needs_no_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Systems of the test split, in a folder where nothing was trained: as near as the card says, five times
-    nearer than the mean of the adsorbate."""
+    """Systems of the test split, in a folder where nothing was trained; the mean of the adsorbate errs by
+    0.58 eV on them."""
     monkeypatch.chdir(tmp_path)
-    systems = split(load_slabs())["test"][::32]
+    systems = split(load_slabs())["test"][::48]
     for k, system in enumerate(systems):
         (tmp_path / f"{k:02}.cif").write_text(write_cif(system))
     rows = said(sorted(tmp_path.glob("*.cif")), capsys)
@@ -38,17 +40,6 @@ def test_predict_needs_no_run(
     errors = np.abs([r["energy"] - s.known_energy for r, s in zip(rows, systems)])
     assert errors.mean() < 0.2 and not any(r["outside"] for r in rows)
     assert all(0 < r["error"] < 1 and r["model"] == str(SHIPPED) for r in rows)
-
-
-def test_design_needs_no_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    command = ["design", "CO</s>Pt9Cu3 (1 1 1)", "--energy", "-1.2", "--steps", "1", "--pool", "2"]
-    assert main(command) == 0
-    best = re.search(r"predicted (-?\d+\.\d+)", capsys.readouterr().out)
-    assert best is not None and abs(float(best[1]) + 1.2) < 0.25
-    assert (tmp_path / "designs" / "report.html").is_file()
 
 
 def test_finetune_begins_from_it(tmp_path: Path) -> None:
