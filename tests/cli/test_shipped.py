@@ -50,7 +50,7 @@ def test_finetune_begins_from_it(tmp_path: Path) -> None:
 def test_it_is_as_good_as_its_card_says() -> None:
     """The MAE on all test systems is that of the run's record: these weights are those that were measured."""
     systems = split(load_slabs())["test"]
-    model, collate = load_to_read(SHIPPED)
+    model, collate, _ = load_to_read(SHIPPED)
     predicted = predict_energies(model, collate, [question(s) for s in systems])
     error = np.abs(predicted - [s.known_energy for s in systems]).mean()
     (told,) = [
