@@ -142,30 +142,31 @@ def _model_head(stage: str, mine: Metrics, config: Config) -> Metrics:
 
 def _results(stage: str, mine: Metrics, config: Config) -> list[Metrics]:
     """The Hub's list of results: a task, a data set, numbers."""
-    data = {"name": _data_name(config), "type": _data_name(config).lower().replace(" ", "-"), "split": "test"}
-    found = []
+    name = _data_name(config)
+    data = {"name": name, "type": name.lower().replace(" ", "-"), "split": "test"}
+    found: list[Metrics] = []
     for mode, words in MODES.items():
         result = mine["property"][stage].get(mode)
         if not result or not finite(result.get("mae")):
             continue
         task = {"type": "tabular-regression", "name": f"Relaxed adsorption energy, {words}"}
         numbers = [
-            {"type": kind, "name": name, "value": round(result[key], 4)}
-            for key, kind, name in (("mae", "mae", "MAE (eV)"), ("r2", "r_squared", "R²"))
+            {"type": kind, "name": said, "value": round(result[key], 4)}
+            for key, kind, said in (("mae", "mae", "MAE (eV)"), ("r2", "r_squared", "R²"))
             if finite(result.get(key))
         ]
-        found.append({"task": task, "dataset": {**data}, "metrics": numbers})
+        found.append({"task": task, "dataset": dict(data), "metrics": numbers})
     answers = mine["generation"].get(stage)
     if answers:
         task = {"type": "text-generation", "name": "CIFs of unseen systems, held by the grammar"}
         numbers = [{"type": "reward", "name": "PVCP reward, -15 to 10", "value": round(answers["reward"], 4)}]
-        found.append({"task": task, "dataset": {**data}, "metrics": numbers})
+        found.append({"task": task, "dataset": dict(data), "metrics": numbers})
     design = mine.get("design") or {}
     for judge, words in (("own", "by its own predictor"), ("judge", f"by {design.get('judge_name')}")):
         if finite((design.get(judge) or {}).get("success")):
             task = {"type": "text-generation", "name": f"Designs within {design['tolerance']} eV, {words}"}
             share = {"type": "accuracy", "name": "success", "value": round(design[judge]["success"], 4)}
-            found.append({"task": task, "dataset": {**data}, "metrics": [share]})
+            found.append({"task": task, "dataset": dict(data), "metrics": [share]})
     return found
 
 
