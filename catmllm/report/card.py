@@ -36,6 +36,7 @@ from catmllm.report.summary import (
     generation_table,
     property_table,
 )
+from catmllm.structure.system import System
 
 CARD = "README.md"
 OURS = "apache-2.0"
@@ -51,6 +52,13 @@ LABELLERS = {
     "sevennet": "SevenNet-0 (MIT)",
 }
 SHIPPED_NAME = "catmllm fcc slabs"
+DATA_LIMITS = (
+    "They are for testing a training pipeline. They say nothing about real catalysts.",
+    "One adsorbate per cell, on ideal fcc facets: no steps, no oxides, no water, no other coverage.",
+    "The slabs were drawn at random, and repeat: split them by pair, as above. By slab or by system a test "
+    "system has twins in training.",
+    "SevenNet-0 is wrong for oxygen on nickel; [Data](data.md) has the numbers.",
+)
 MODES = {"both": "text and graph", "start": "unrelaxed structure", "graph": "graph only", "text": "text only",
          "ensemble": "text, mean with ridge"}  # fmt: skip
 CITATION = (
@@ -305,33 +313,56 @@ def data_card() -> str:
     files = {"diep": SHIPPED, "sevennet": SHIPPED_SEVENNET}
     systems = {name: load_slabs(path) for name, path in files.items()}
     records = {name: _records(path) for name, path in files.items()}
-    n = len(records["diep"])
+    configs = [{"config_name": name, "data_files": path.name, "default": name == "diep"}
+               for name, path in files.items()]  # fmt: skip
     head = {
         "license": OURS,
         "pretty_name": SHIPPED_NAME,
         "task_categories": ["tabular-regression", "graph-ml"],
         "size_categories": ["1K<n<10K"],
         "tags": ["catalysis", "adsorption-energy", "crystal-structure", "machine-learned-potential"],
-        "configs": [
-            {"config_name": name, "data_files": path.name, "default": name == "diep"}
-            for name, path in files.items()
-        ],
+        "configs": configs,
     }
-    metals = sorted({e for s in systems["diep"] for e in s.slab_counts})
-    facets = sorted({str(s.miller) for s in systems["diep"]})
-    slabs = {r["slab"] for r in records["diep"]}
-    parts = split(systems["diep"])
-    pairs = {f"{s.bulk} {s.miller}" for s in systems["diep"]}
-    train, val, test = (f"{len(parts[part]):,}" for part in get_args(SplitName))
+    labels = [
+        [f"`{name}`", f"`{path.name}`", LABELLERS[name], f"{len(systems[name]):,}", _refused(records[name])]
+        for name, path in files.items()
+    ]
+    energies = [_energy_row(name, systems["diep"]) for name in sorted({s.adsorbate for s in systems["diep"]})]
     body = [
         "# Card of the shipped data",
-        f"{n:,} adsorption systems on {len(slabs)} slabs of {len(metals)} metals and their alloys, each with "
-        "a relaxed structure, the start of its relaxation and an adsorption energy. This page is made from "
-        "the files in `catmllm/data`, in the form of a data card of Hugging Face. [Data](data.md) says more.",
+        *_contents(records["diep"], systems["diep"]),
+        "## Labels",
+        "Both files have the same systems. The potential that labelled a file also relaxed its structures.",
+        _grid(["`data.labels`", "file", "made with", "usable", "refused"], labels),
+        "**Every energy is a label by a machine-learned potential, not DFT.** No record of another data set "
+        "is in them.",
+        f"## Energies of {POTENTIALS['diep']}, eV",
+        _grid(["adsorbate", "n", "mean", "sd", "least", "largest"], energies),
+        "## Limits",
+        bullets(DATA_LIMITS),
+        "## Licence",
+        "Apache-2.0, as catmllm, which made the structures. "
+        f"The labels were made with {' and with '.join(LABELLERS.values())}.",
+    ]
+    return _head(head) + "\n\n".join(body) + "\n"
+
+
+def _contents(records: Sequence[dict[str, Any]], systems: Sequence[System]) -> tuple[str, ...]:
+    """What the data are, counted; the usable ones are `systems`."""
+    metals = sorted({e for s in systems for e in s.slab_counts})
+    facets = " and ".join(sorted({str(s.miller) for s in systems}))
+    pairs = {f"{s.bulk} {s.miller}" for s in systems}
+    parts = split(systems)
+    train, val, test = (f"{len(parts[part]):,}" for part in get_args(SplitName))
+    return (
+        f"{len(records):,} adsorption systems on {len({r['slab'] for r in records})} slabs of {len(metals)} "
+        "metals and their alloys, each with a relaxed structure, the start of its relaxation and an "
+        "adsorption energy. This page is made from the files in `catmllm/data`, in the form of a data card of Hugging "
+        "Face. [Data](data.md) says more.",
         "## What is in it",
         bullets([
-            f"Slabs: 2x2 cells of three layers, {N_SLAB} metal atoms, and one "
-            f"adsorbate; fcc facets {' and '.join(facets)}; {len(pairs)} pairs of bulk and facet.",
+            f"Slabs: 2x2 cells of three layers, {N_SLAB} metal atoms, and one adsorbate; fcc facets {facets}"
+            f"; {len(pairs)} pairs of bulk and facet.",
             f"Metals: {', '.join(metals)}.",
             f"Split with seed 0, whole pairs of bulk and facet at a time: {train} training, {val} validation "
             f"and {test} test systems.",
@@ -339,36 +370,7 @@ def data_card() -> str:
             "adsorbate), `adsorbate`, `bulk`, `miller`, `energy` (eV), `ok`.",
             "Energy: E(slab + adsorbate) - E(slab) - E(reference), from gas CO, H2, H2O and N2.",
         ]),
-        "## Labels",
-        "Both files have the same systems. The potential that labelled a file also relaxed its structures.",
-        _grid(
-            ["`data.labels`", "file", "made with", "usable", "refused"],
-            [
-                [f"`{name}`", f"`{files[name].name}`", LABELLERS[name], f"{len(systems[name]):,}",
-                 _refused(records[name])]
-                for name in files
-            ],
-        ),
-        "**Every energy is a label by a machine-learned potential, not DFT.** No record of another data "
-        "set is in them.",
-        f"## Energies of {POTENTIALS['diep']}, eV",
-        _grid(
-            ["adsorbate", "n", "mean", "sd", "least", "largest"],
-            [_energy_row(name, systems["diep"]) for name in sorted({s.adsorbate for s in systems["diep"]})],
-        ),
-        "## Limits",
-        bullets([
-            "They are for testing a training pipeline. They say nothing about real catalysts.",
-            "One adsorbate per cell, on ideal fcc facets: no steps, no oxides, no water, no other coverage.",
-            "The slabs were drawn at random, and repeat: split them by pair, as above. By slab or by system "
-            "a test system has twins in training.",
-            "SevenNet-0 is wrong for oxygen on nickel; [Data](data.md) has the numbers.",
-        ]),
-        "## Licence",
-        "Apache-2.0, as catmllm, which made the structures. "
-        f"The labels were made with {' and with '.join(LABELLERS.values())}.",
-    ]  # fmt: skip
-    return _head(head) + "\n\n".join(body) + "\n"
+    )  # fmt: skip
 
 
 def _records(path: Path) -> list[dict[str, Any]]:
@@ -387,7 +389,7 @@ def _refused(records: Sequence[dict[str, Any]]) -> str:
     return ", ".join(f"{n} {reason.replace('_', ' ')}" for reason, n in why.most_common())
 
 
-def _energy_row(adsorbate: str, systems: Sequence[Any]) -> list[str]:
+def _energy_row(adsorbate: str, systems: Sequence[System]) -> list[str]:
     found = np.array([s.known_energy for s in systems if s.adsorbate == adsorbate])
     numbers = (found.mean(), found.std(ddof=1), found.min(), found.max())
     return [adsorbate, str(len(found)), *(f"{x:.2f}" for x in numbers)]
