@@ -357,8 +357,8 @@ def _contents(records: Sequence[dict[str, Any]], systems: Sequence[System]) -> t
     return (
         f"{len(records):,} adsorption systems on {len({r['slab'] for r in records})} slabs of {len(metals)} "
         "metals and their alloys, each with a relaxed structure, the start of its relaxation and an "
-        "adsorption energy. This page is made from the files in `catmllm/data`, in the form of a data card of Hugging "
-        "Face. [Data](data.md) says more.",
+        "adsorption energy. This page is made from the files in `catmllm/data`, in the form of a data card "
+        "of Hugging Face. [Data](data.md) says more.",
         "## What is in it",
         bullets([
             f"Slabs: 2x2 cells of three layers, {N_SLAB} metal atoms, and one adsorbate; fcc facets {facets}"
