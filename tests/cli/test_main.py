@@ -208,6 +208,7 @@ def test_evaluate_rewrites_the_report(unbroken: Path, tmp_path: Path) -> None:
     assert (run / "report.html").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_evaluate_measures_a_finished_run_without_structures(unbroken: Path, tmp_path: Path) -> None:
     run = tmp_path / "copy"
     shutil.copytree(unbroken, run)
