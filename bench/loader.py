@@ -91,7 +91,7 @@ def large(config: Config, collate: Collator, turns: int, quick: bool) -> dict[st
     systems = [made_slab(rng) for _ in range(50 if quick else 200)]
     o = config.joint
     mixture = Mixture(
-        systems,
+        *(systems, systems),  # of property samples, and of the others
         data,
         Stream.JOINT_ORDER.key(0),
         Stream.JOINT_SAMPLES.key(0),
@@ -125,7 +125,7 @@ def main() -> None:
     model, collate = new_model(config, systems)
     o = config.joint
     mixture = Mixture(
-        systems,
+        *(systems, systems),  # of property samples, and of the others
         config.data,
         Stream.JOINT_ORDER.key(0),
         Stream.JOINT_SAMPLES.key(0),
