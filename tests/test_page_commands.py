@@ -1,8 +1,8 @@
-"""Every command in the pages is one that the programs take, and the Python of the first page runs.
+"""Every command in the pages is one that the programs take.
 
 A command line of README.md, CONTRIBUTING.md or docs/ goes through the parser that would read it: options and
 choices are right, configurations load, scripts, modules and make's targets are there. Nothing is started;
-docs/rewards is run line by line in test_reward_docs.
+Python and YAML run in test_page_blocks, docs/rewards line by line in test_reward_docs.
 """
 
 from __future__ import annotations
@@ -110,11 +110,3 @@ def test_a_wrong_command_is_found() -> None:
 def test_the_page_of_commands_is_that_of_the_parsers() -> None:
     page = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
     assert page == markdown(), "python -m catmllm.cli.reference > docs/commands.md"
-
-
-def test_the_python_of_the_first_page_runs() -> None:
-    blocks = [body for language, body in BLOCK.findall((ROOT / "docs" / "index.md").read_text())
-              if language == "python"]  # fmt: skip
-    assert blocks
-    for body in blocks:
-        exec(compile(body, "docs/index.md", "exec"), {})
