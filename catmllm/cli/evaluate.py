@@ -38,8 +38,9 @@ def options(parser: argparse.ArgumentParser) -> None:
         "--indicative",
         type=int,
         metavar="N",
-        help="measure predictions where no structure is known, by N CIFs that the run's last stage writes "
-        "for each adsorbate and catalyst of the test part (the paper's PIR), and add that to the report",
+        help="measure predictions where no structure is known, by N CIFs that the run's last stage "
+        "(or the stage given) writes for each adsorbate and catalyst of the test part "
+        "(the paper's PIR), and add that to the report",
     )
     reading_options(parser)
     label_options(parser)
@@ -52,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.on:
         return _on(args)
+    given = args.run
     if (args.run / "model.safetensors").is_file() and (args.run.parent / "metrics.json").is_file():
         args.run = args.run.parent  # a stage's folder: its run is meant
     path = args.run / "metrics.json"
@@ -60,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     if args.judge:
         _second_opinion(args.run, args.judge)
     if args.indicative is not None:
-        _without_structures(args.run, args.indicative)
+        _without_structures(args.run, given, args.indicative)
     if args.judge or args.indicative is not None or args.report_only:
         print(write_report(args.run, _tested(path)))
         return 0
@@ -113,8 +115,9 @@ def _second_opinion(run: Path, name: str) -> None:
     path.write_text(json.dumps(metrics, indent=1))
 
 
-def _without_structures(run: Path, candidates: int) -> None:
-    """Put what a run's last stage says where no structure is known into its metrics.json."""
+def _without_structures(run: Path, given: Path, candidates: int) -> None:
+    """Put what a run's last stage says where no structure is known into its metrics.json, or what the stage
+    says whose folder was given."""
     import torch.distributed as dist
 
     from catmllm.data.open import open_data
@@ -124,7 +127,7 @@ def _without_structures(run: Path, candidates: int) -> None:
 
     if candidates < 1:
         raise ValueError(f"--indicative {candidates}: give a number of CIFs of 1 or more")
-    folder = stage_folder(run)
+    folder = stage_folder(given)
     model, collate, config = load_to_read(folder)
     must_write(folder, config)
     world = start(config)

@@ -222,6 +222,9 @@ def test_evaluate_measures_a_finished_run_without_structures(unbroken: Path, tmp
             np.testing.assert_allclose(new["predicted"][arm], old["predicted"][arm], atol=2e-2)  # bf16
     assert "Predictions without a structure" in (run / "report.html").read_text()
     assert main(["evaluate", str(run), "--indicative", "0"]) == 1
+    assert main(["evaluate", str(run / "instruct"), "--indicative", "1"]) == 0
+    assert set(json.loads((run / "metrics.json").read_text())["missing"]) == {"ga_grpo", "instruct"}
+    assert main(["evaluate", str(run / "align"), "--indicative", "1"]) == 1
 
 
 def test_predict_reads_any_format_and_marks_what_it_has_not_seen(
