@@ -144,7 +144,7 @@ def bench_config(size: Size) -> Config:
     o = config.grpo
     o.batch_size, o.group_size, o.micro_batch = size.prompts, size.group, size.prompts * size.group
     o.steps, o.warmup, o.property_share, o.checkpoint_every = size.repeats + 1, 1, 0.0, 1000
-    o.beta, o.lr = 0.02, 1e-6
+    o.beta, o.lr, o.validate_every = 0.02, 1e-6, 0
     o.sampling = SamplingConfig(temperature=1.0, top_p=0.95, max_new_tokens=size.tokens, grammar=False)
     return config
 
@@ -196,7 +196,7 @@ def our_steps(
 
     def make(c: Context) -> GRPO:
         stage = GRPO(c)
-        stage.reward = reward_of_noise
+        stage.reward = lambda texts, asked: reward_of_noise(texts, [s.target for s in asked])
         stage.prompt = lambda i, k, rng: Sample(  # type: ignore[method-assign]
             cif_prompt(stage.systems[i].identity)
         )
