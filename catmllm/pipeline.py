@@ -494,11 +494,18 @@ def _random_encoder(config: Config) -> bool:
     return not given and not any(trains.get(stage, False) for stage in config.stages)
 
 
-def differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Keys of two configurations whose values differ, with both values."""
+def differences(old: dict[str, Any], new: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Keys of two configurations whose values differ, with both values. A key that the old one lacks had what
+    is now its default: it is of a version that did not know it."""
+    yield from _differences(old, new, to_dict(Config()), "")
+
+
+def _differences(old: Any, new: Any, default: Any, prefix: str) -> Iterator[tuple[str, Any, Any]]:
     if isinstance(old, dict) and isinstance(new, dict):
+        known = default if isinstance(default, dict) else {}
         for k in sorted(old.keys() | new.keys()):
-            yield from differences(old.get(k), new.get(k), f"{prefix}{k}.")
+            before = old[k] if k in old else known.get(k)
+            yield from _differences(before, new.get(k), known.get(k), f"{prefix}{k}.")
     elif old != new:
         yield prefix[:-1], old, new
 

@@ -35,6 +35,7 @@ from catmllm.config import (
 )
 from catmllm.config.help import describe, markdown, overview
 from catmllm.config.section import Key, bound_words, keys
+from catmllm.pipeline import differences
 
 ROOT = Path(__file__).parents[1]
 
@@ -395,3 +396,16 @@ def test_help_into_a_closed_pipe_is_no_traceback(tmp_path: Path) -> None:
     assert help_.stdout is not None and help_.stderr is not None
     help_.stdout.close()  # before a byte was written
     assert help_.stderr.read() == b"" and help_.wait() == 0
+
+
+def test_a_key_of_a_later_version_had_its_default() -> None:
+    """So that a run goes on under a version that knows more keys."""
+    old, new = to_dict(Config()), to_dict(Config())
+    del old["joint"]["drop_configuration"], old["data"]
+    assert list(differences(old, new)) == []
+    new["joint"]["drop_configuration"] = 0.25
+    old["joint"]["gone"] = 1
+    assert list(differences(old, new)) == [
+        ("joint.drop_configuration", 0.0, 0.25),
+        ("joint.gone", 1, None),
+    ]
