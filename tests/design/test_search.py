@@ -328,7 +328,7 @@ def test_start_samples_from_the_text_alone(
     assert states[0].pool.feasible and states[0].trace[0]["iteration"] == 0
     assert states[1].trace[0] == {
         "iteration": 0, "best_reward": None, "best_predicted": None, "feasible": False,
-        "mean_error": None, "mean_reward": 0.0,
+        "mean_error": None, "mean_reward": 0.0, "energies": [None, None],
     }  # fmt: skip
 
 
