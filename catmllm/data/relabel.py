@@ -23,7 +23,7 @@ import numpy as np
 
 from catmllm.data.oracle import GASES, SWING, atomic_references
 from catmllm.data.surfaces import refusal
-from catmllm.potentials.hessian import first_hessian
+from catmllm.potentials.hessian import on_relaxed_slab
 from catmllm.potentials.relax import BLOWN_UP, Potential, PotentialMissing, Relaxed, Start, Structure, relaxed
 from catmllm.structure.elements import atomic_number
 from catmllm.structure.system import ADSORBATE, BULK
@@ -67,16 +67,13 @@ def relabelled(
     numbers = np.array([atomic_number(s) for s in first["symbols"]])
     start = Start(Structure(numbers[slab], lattice, np.array(first["pos"])[slab], ~bottom))
     (base,) = relaxed([start], potential, max_steps=100, swing=SWING["diep"])
-    moved = (base.positions - start.structure.positions)[~bottom].mean(0)  # of the surface as a whole
     starts = []
     for record in records:
-        adsorbate = np.array(record["tags"]) == ADSORBATE
+        tags = np.array(record["tags"])
         own = np.array([atomic_number(s) for s in record["symbols"]])
-        positions = np.array(record["pos"], dtype=np.float64)
-        positions[~adsorbate] = base.positions
-        positions[adsorbate] += moved
-        hessian = first_hessian(own[adsorbate], lattice, positions[adsorbate])
-        starts.append(Start(Structure(own, lattice, positions, adsorbate), hessian))
+        structure = Structure(own, lattice, np.array(record["pos"], dtype=np.float64), tags == ADSORBATE)
+        surface = (tags != ADSORBATE) & (tags != BULK)
+        starts.append(on_relaxed_slab(structure, base.positions, surface))
     ends = relaxed(starts, potential, longest=0.15, swing=SWING["diep"])
     return [_labelled(r, base, e, references, source) for r, e in zip(records, ends)]
 

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from catmllm.data.fcc_slabs import ADSORBATES as FIRST_ADSORBATES
-from catmllm.potentials.hessian import first_hessian
+from catmllm.potentials.hessian import adsorbate_start
 from catmllm.potentials.relax import Potential, Relaxed, Start, Structure, relaxed, structure_of
 from catmllm.structure.adsorbed import adsorbate_fault
 from catmllm.structure.elements import COVALENT_RADIUS, SYMBOLS, atomic_number
@@ -204,7 +204,7 @@ def surface_records(
     (base,) = relaxed([Start(_free(slab))], potential, max_steps=60)
     names = [rng.choice(list(ADSORBATES)) for _ in range(per_slab)]
     sites, structures = zip(*(place(slab, base.positions, name, rng) for name in names))
-    ends = relaxed([_start(s) for s in structures], potential, longest=0.15, frames=True)
+    ends = relaxed([adsorbate_start(s) for s in structures], potential, longest=0.15, frames=True)
     for k, (name, site, structure, end) in enumerate(zip(names, sites, structures, ends)):
         yield _record(f"diep-{label}-{k}", label, slab, base, name, site, structure, end, references)
 
@@ -212,13 +212,6 @@ def surface_records(
 def _free(slab: Slab) -> Structure:
     s = slab.structure
     return Structure(s.numbers, s.lattice, s.positions, slab.tags == SURFACE)
-
-
-def _start(structure: Structure) -> Start:
-    own = structure.free
-    return Start(
-        structure, first_hessian(structure.numbers[own], structure.lattice, structure.positions[own])
-    )
 
 
 def _record(

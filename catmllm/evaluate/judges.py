@@ -28,7 +28,7 @@ from catmllm.data.oracle import (
     potential_of,
     references_of,
 )
-from catmllm.potentials.hessian import first_hessian
+from catmllm.potentials.hessian import on_relaxed_slab
 from catmllm.potentials.relax import Potential, Relaxed, Start, Structure, by_calculator, relax, relaxed
 from catmllm.structure.elements import COVALENT_RADIUS, SYMBOLS
 from catmllm.structure.system import ADSORBATE, SURFACE, System, make_system
@@ -248,14 +248,9 @@ def _slab(system: System) -> Structure:
 
 
 def _start(system: System, slab: Relaxed) -> Start:
-    """The adsorbate free on the relaxed slab, moved as the surface as a whole has."""
-    free, surface = system.tags == ADSORBATE, system.tags == SURFACE
-    positions = system.positions.copy()
-    positions[~free] = slab.positions
-    if surface.any():
-        positions[free] += (positions - system.positions)[surface].mean(0)
-    structure = Structure(system.numbers, system.lattice, positions, free)
-    return Start(structure, first_hessian(system.numbers[free], system.lattice, positions[free]))
+    free = system.tags == ADSORBATE
+    structure = Structure(system.numbers, system.lattice, system.positions, free)
+    return on_relaxed_slab(structure, slab.positions, system.tags == SURFACE)
 
 
 def _bonds(system: System) -> list[tuple[int, int]]:

@@ -1,12 +1,15 @@
-"""A first guess of how an adsorbate on a rigid slab pushes back: stiff along its bonds, soft elsewhere."""
+"""Where the relaxation of an adsorbate on a slab begins, and a first guess of how it pushes back: stiff
+along its bonds, soft elsewhere."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
 
+from catmllm.potentials.relax import Start, Structure
 from catmllm.structure.elements import COVALENT_RADIUS, SYMBOLS
 
 Floats = NDArray[np.float64]
@@ -43,3 +46,22 @@ def first_hessian(numbers: NDArray[np.int64], lattice: Floats, positions: Floats
             hessian[a, b] -= block
             hessian[b, a] -= block
     return hessian
+
+
+def adsorbate_start(structure: Structure) -> Start:
+    """The free atoms of a structure, an adsorbate that is to relax."""
+    free = slice(None) if structure.free is None else structure.free
+    hessian = first_hessian(structure.numbers[free], structure.lattice, structure.positions[free])
+    return Start(structure, hessian)
+
+
+def on_relaxed_slab(structure: Structure, slab: Floats, surface: NDArray[np.bool_]) -> Start:
+    """The same on the slab as it has relaxed, its positions [N - F, 3] in order: the free atoms [F] are moved
+    as its surface [N] as a whole has. Raises ValueError where no atom is held."""
+    if structure.free is None:
+        raise ValueError("no atom is held: the adsorbate is what is free")
+    positions = structure.positions.copy()
+    positions[~structure.free] = slab
+    if surface.any():
+        positions[structure.free] += (positions - structure.positions)[surface].mean(0)
+    return adsorbate_start(replace(structure, positions=positions))
