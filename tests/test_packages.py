@@ -24,13 +24,13 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
 def test_import_is_quick() -> None:
-    """Processor time, the least of several: NumPy's own import is most of it."""
-    code = "import time; t = time.process_time(); import rewards_fast; print(time.process_time() - t)"
+    """Processor time beside NumPy's own import, most of it (0.11 to 0.17 s); the least of several."""
+    code = "import numpy, time; t = time.process_time(); import rewards_fast; print(time.process_time() - t)"
     seconds = []
     for _ in range(10):
         run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         seconds.append(float(run.stdout))
-        if seconds[-1] < 0.15:
+        if seconds[-1] < 0.06:
             return
     raise AssertionError(f"import rewards_fast takes {min(seconds):.3f} s")
 
