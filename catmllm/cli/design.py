@@ -137,8 +137,9 @@ def _tasks(args: argparse.Namespace, given: System | None) -> list[Task]:
     """What is asked for, checked against what the model has seen. Raises ValueError."""
     from catmllm.data.oracle import POTENTIALS
     from catmllm.design.domain import load_domain
+    from catmllm.design.search import free_composition, make_task
     from catmllm.models.state import stage_folder
-    from catmllm.report.design import free_composition, make_task, read_targets
+    from catmllm.report.design import read_targets
 
     named = args.identity is not None or args.given is not None
     if (args.targets is not None) == named or named != (args.energy is not None):

@@ -1,5 +1,6 @@
-"""The `catmllm` command, a file a subcommand: plan | predict | design | finetune | evaluate | export |
-rollouts | study | doctor | completion | data make, relabel, import, oc20, inspect.
+"""The `catmllm` command, a file a subcommand: plan | predict | design | finetune | evaluate run, generator,
+candidates, tasks | export | rollouts | study | doctor | completion | data make, relabel, import, oc20,
+inspect.
 
 Each subcommand has a line of help, its `options`, and `run`, which loads only what it needs. What they name
 themselves is loaded where the parser is made, so that `doctor` runs where a package is missing.
@@ -9,7 +10,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from catmllm.cli import doctor
@@ -50,6 +52,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
+class _Command(argparse.ArgumentParser):
+    """One of whose kinds may be left out: `catmllm evaluate RUN` is `catmllm evaluate run RUN`."""
+
+    kinds: Mapping[str, Any] = MappingProxyType({})
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if args and self.kinds and args[0] not in (*self.kinds, "-h", "--help"):
+            args = [next(iter(self.kinds)), *args]
+        return super().parse_known_args(args, namespace)
+
+
 def _empty() -> argparse.ArgumentParser:
     return argparse.ArgumentParser(
         prog="catmllm",
@@ -65,6 +78,7 @@ def command_line() -> argparse.ArgumentParser:
     Raises ModuleNotFoundError where a package of the extra `train` is missing.
     """
     from catmllm.cli import (
+        benchmark,
         design,
         evaluate,
         export,
@@ -79,13 +93,20 @@ def command_line() -> argparse.ArgumentParser:
     )
     from catmllm.data import make, relabel
 
-    modules = {"predict": predict, "design": design, "finetune": finetune, "evaluate": evaluate,
-               "export": export, "plan": plan, "rollouts": rollouts, "study": study,
-               "doctor": doctor}  # fmt: skip
+    modules = {"predict": predict, "design": design, "finetune": finetune, "export": export,
+               "plan": plan, "rollouts": rollouts, "study": study, "doctor": doctor}  # fmt: skip
     parser = _empty()
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Command)
     for name, module in modules.items():
         _add(commands, name, module.HELP, module.options, module.run)
+    measure = commands.add_parser("evaluate", help="measure a run, or score the CIFs of any tool")
+    kinds = measure.add_subparsers(dest="kind", required=True, metavar="KIND")
+    _add(kinds, "run", evaluate.HELP, evaluate.options, evaluate.run)
+    b = benchmark
+    _add(kinds, "generator", b.GENERATOR_HELP, b.generator_options, b.generator)
+    _add(kinds, "candidates", b.CANDIDATES_HELP, b.candidates_options, b.candidates)
+    _add(kinds, "tasks", b.TASKS_HELP, b.tasks_options, b.tasks)
+    measure.kinds = kinds.choices
     data = commands.add_parser("data", help="make training data, and look at it")
     kinds = data.add_subparsers(dest="kind", required=True, metavar="KIND")
     made = "adsorption systems on random slabs, labelled by DIEP (an MLIP, not DFT)"

@@ -9,6 +9,7 @@ import argparse
 from collections.abc import Iterator
 
 from catmllm.cli.main import command_line
+from catmllm.evaluate import BENCHMARK
 from catmllm.models import SHIPPED
 from rewards_fast.cli import command_line as reward_command_line
 
@@ -54,7 +55,11 @@ def _row(action: argparse.Action, prog: str) -> str:
     else:
         words = f"{name} {shown}".strip() + (" …" if action.nargs in ("+", "*") else "")
     default = action.default
-    if default in (None, False, SHIPPED, argparse.SUPPRESS) or default == [] or not action.option_strings:
+    if (
+        default in (None, False, SHIPPED, BENCHMARK, argparse.SUPPRESS)
+        or default == []
+        or not action.option_strings
+    ):
         default = ""
     meaning = ((action.help or "") % {**vars(action), "prog": prog}).replace("<", "&lt;")
     cells = (f"`{words}`", f"`{default}`" if default != "" else "", meaning)

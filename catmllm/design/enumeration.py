@@ -8,6 +8,7 @@ anything without it.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from random import Random
 
 from catmllm.data.fcc_slabs import ADSORBATES, FCC_CONSTANT, N_SLAB, build_slab, place_adsorbate
@@ -49,9 +50,10 @@ def ideal_system(identity: str, rng: Random, sid: str = "") -> System:
     slab = build_slab(FACETS[asked.miller], metals[0], metals[-1], share, rng)
     _, _, atoms = place_adsorbate(slab, asked.adsorbate, rng)
     tags = [0] * 8 + [1] * 4 + [2] * (len(atoms) - N_SLAB)
-    return make_system(
+    system = make_system(
         atoms.cell[:], atoms.positions, atoms.numbers, tags, asked.adsorbate, asked.miller, sid=sid
     )
+    return replace(system, relaxed=False)  # to a predictor it is what a design is
 
 
 def _share(asked: Identity) -> float | None:

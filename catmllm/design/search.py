@@ -13,6 +13,7 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,8 @@ from catmllm.sample.grammar import Pattern, answer_pattern
 from catmllm.seeds import generator
 from catmllm.structure.adsorbed import Fault
 from catmllm.structure.cif import read_cif, write_cif
-from catmllm.structure.formula import parse_identity
+from catmllm.structure.elements import NUMBER
+from catmllm.structure.formula import cell_counts, format_identity, parse_identity
 from catmllm.structure.system import System
 from catmllm.structure.text import configuration, three_part_text
 from rewards_fast import CIFError, Crystal, Scores, extract_cif
@@ -52,6 +54,28 @@ class Task:
     @property
     def adsorbate(self) -> str:
         return parse_identity(self.identity).adsorbate
+
+
+def make_task(identity: str, energy: float) -> Task:
+    """The task of an identity line: its target is slab and adsorbate together.
+    Raises ValueError for what is no such line."""
+    parsed = parse_identity(identity)
+    return Task(format_identity(*parsed), cell_counts(parsed), energy)
+
+
+def free_composition(task: Task, metals: Sequence[str]) -> list[Task]:
+    """The same task on each composition of its slab's atoms: each metal alone, and each two at 1:3, 1:1 and
+    3:1 where that is whole atoms. Raises ValueError for a metal that is no element or twice there."""
+    asked = parse_identity(task.identity)
+    n = sum(asked.slab.values())
+    if wrong := [m for m in metals if m not in NUMBER]:
+        raise ValueError(f"--metals: {wrong[0]!r} is no element; write Pt,Cu,Ni")
+    if len(set(metals)) != len(metals):
+        raise ValueError(f"--metals: a metal is there twice in {','.join(metals)}")
+    slabs = [{metal: n} for metal in metals]
+    for a, b in combinations(metals, 2):
+        slabs += [{a: n * k // 4, b: n - n * k // 4} for k in (3, 2, 1) if n * k % 4 == 0]
+    return [make_task(format_identity(asked.adsorbate, slab, asked.miller), task.energy) for slab in slabs]
 
 
 @dataclass

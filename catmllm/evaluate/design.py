@@ -105,7 +105,7 @@ def evaluate_design(
         items.append(item)
         systems += chosen
     if e.judge != "none":
-        _judge(e.judge, items, systems, world)
+        judge_answers(e.judge, items, systems, progress=world.main)
     items = [item for part in world.gather(items) for item in part]
     return design_metrics(items, limits, data["train"], config)
 
@@ -141,18 +141,9 @@ def _answers(
     """The record of a task with every method's answer after each number of predictions, and the structures of
     these answers in turn. A method that cannot be had for the task has no answers. `energies` of the ideal
     slabs are the model's; `by` has their distances from the wanted energy by method."""
-    item, chosen = summary(state), list[System | None]()
-    answers: dict[str, list[dict[str, Any]]] = {"search": []}
-    item["answers"] = answers
-    for limit in limits:
-        best = state.best_of(limit)
-        answers["search"].append(
-            {
-                "predicted": None if best is None else best.predicted,
-                "feasible": best is not None and best.feasible,
-            }
-        )
-        chosen.append(None if best is None else candidate_system(best, state.task.identity))
+    item = summary(state)
+    found, chosen = answers_of(state, limits)
+    answers = item["answers"] = {"search": found}
     for method, distance in zip(METHODS[1:], by):
         picks = closest(distance, limits) if slabs else []
         # The predictor whose word counts is the model's, whoever chose.
@@ -161,20 +152,35 @@ def _answers(
     return item, chosen
 
 
-def _judge(
-    name: str, items: Sequence[dict[str, Any]], systems: Sequence[System | None], world: World
+def answers_of(state: TaskState, limits: Sequence[int]) -> tuple[list[dict[str, Any]], list[System | None]]:
+    """What the candidates of a task come to after each number of predictions, and the structures chosen."""
+    found, chosen = list[dict[str, Any]](), list[System | None]()
+    for limit in limits:
+        best = state.best_of(limit)
+        found.append(
+            {
+                "predicted": None if best is None else best.predicted,
+                "feasible": best is not None and best.feasible,
+            }
+        )
+        chosen.append(None if best is None else candidate_system(best, state.task.identity))
+    return found, chosen
+
+
+def judge_answers(
+    name: str, items: Sequence[dict[str, Any]], systems: Sequence[System | None], progress: bool
 ) -> None:
-    """The word of a potential on every answer, each structure judged once."""
+    """The word of a potential on every answer, whose structures are given in turn; each is judged once."""
     from catmllm.evaluate.judges import Judge
 
     keys = [None if s is None else structure_key(s) for s in systems]
     different = {key: s for key, s in zip(keys, systems) if key is not None and s is not None}
-    verdicts = Judge(name).judge_many(list(different.values()), progress=world.main)
+    verdicts = Judge(name).judge_many(list(different.values()), progress=progress)
     said = {
         key: {"energy": v.energy, "ok": v.ok, "reason": v.reason, "steps": v.steps}
         for key, v in zip(different, verdicts)
     }
-    for answer, key in zip((a for i in items for method in METHODS for a in i["answers"][method]), keys):
+    for answer, key in zip((a for i in items for each in i["answers"].values() for a in each), keys):
         answer["judged"] = None if key is None else said[key]
     for item in items:
         item["judged"] = item["answers"]["search"][-1]["judged"]
@@ -201,7 +207,7 @@ def design_curves(items: Sequence[dict[str, Any]], judges: Sequence[str], tolera
     bootstrap over (bulk, Miller index)."""
     curves: dict[str, Any] = {}
     for method in METHODS:
-        answered = [item for item in items if item["answers"][method]]
+        answered = [item for item in items if item["answers"].get(method)]
         curves[method] = {"n": len(answered)}
         pairs = [item["identity"].partition("</s>")[2] for item in answered]
         for judge in judges if answered else ():

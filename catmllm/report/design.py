@@ -7,47 +7,23 @@ import csv
 import json
 from collections.abc import Mapping, Sequence
 from functools import partial
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from catmllm.design.search import Task, TaskState
+from catmllm.design.search import Task, TaskState, make_task
 from catmllm.evaluate.metrics import TOLERANCE
 from catmllm.report import page as html
 from catmllm.report.figures import draw_trace
 from catmllm.report.summary import Table, number
 from catmllm.structure.cif import read_cif, write_cif
-from catmllm.structure.elements import NUMBER
-from catmllm.structure.formula import Identity, cell_counts, format_identity, parse_identity
+from catmllm.structure.formula import Identity, parse_identity
 from catmllm.structure.system import System
 from rewards_fast import extract_cif
 
 _CARDS = 6  # structures of a pool that are drawn
 CONSTRAINTS = "exact composition, no overlap, a real adsorbate"
-
-
-def make_task(identity: str, energy: float) -> Task:
-    """The task of an identity line: its target is slab and adsorbate together.
-    Raises ValueError for what is no such line."""
-    parsed = parse_identity(identity)
-    return Task(format_identity(*parsed), cell_counts(parsed), energy)
-
-
-def free_composition(task: Task, metals: Sequence[str]) -> list[Task]:
-    """The same task on each composition of its slab's atoms: each metal alone, and each two at 1:3, 1:1 and
-    3:1 where that is whole atoms. Raises ValueError for a metal that is no element or twice there."""
-    asked = parse_identity(task.identity)
-    n = sum(asked.slab.values())
-    if wrong := [m for m in metals if m not in NUMBER]:
-        raise ValueError(f"--metals: {wrong[0]!r} is no element; write Pt,Cu,Ni")
-    if len(set(metals)) != len(metals):
-        raise ValueError(f"--metals: a metal is there twice in {','.join(metals)}")
-    slabs = [{metal: n} for metal in metals]
-    for a, b in combinations(metals, 2):
-        slabs += [{a: n * k // 4, b: n - n * k // 4} for k in (3, 2, 1) if n * k % 4 == 0]
-    return [make_task(format_identity(asked.adsorbate, slab, asked.miller), task.energy) for slab in slabs]
 
 
 def read_targets(path: Path) -> list[Task]:

@@ -1,0 +1,134 @@
+"""`catmllm evaluate tasks`, `candidates` and `generator`: the design tasks as a file, our own rows of CIFs,
+and the score of any tool's."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from catmllm.cli.trained import load, model_option
+from catmllm.evaluate import BENCHMARK
+
+if TYPE_CHECKING:
+    pass
+
+TASKS_HELP = "write the design tasks that any tool can answer with CIFs"
+CANDIDATES_HELP = "write CIFs that answer those tasks: ideal slabs, training systems, or the closed loop's"
+GENERATOR_HELP = "score a tool's CIFs by the rules of our own designs"
+
+
+def _tasks_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--tasks",
+        type=Path,
+        default=BENCHMARK,
+        metavar="FILE",
+        help="tasks by `catmllm evaluate tasks` (default: those that come with the package)",
+    )
+
+
+def tasks_options(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Test systems of the shipped data, or of key=value settings as in training: each once with its "
+        "composition, the paper's task, and once with the metals free. A seed is data.split_seed and seed."
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="a CSV")
+    parser.add_argument("--n", type=int, default=48, help="tasks of each kind (default: 48)")
+    parser.add_argument("set", nargs="*", metavar="key=value", help="data.split_seed=1, for example")
+
+
+def tasks(args: argparse.Namespace) -> int:
+    from catmllm.config import from_arguments
+    from catmllm.data.open import open_data
+    from catmllm.evaluate.benchmark import benchmark_tasks, write_tasks
+
+    config = from_arguments(args.set)
+    found = benchmark_tasks(open_data(config.data), args.n, config.seed)
+    write_tasks(found, args.out)
+    print(f"{args.out}: {len(found)} tasks")
+    return 0
+
+
+def candidates_options(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Rows to stand beside a tool's: random ideal slabs, random training systems of the adsorbate and "
+        "facet, which break the rule that an answer be new, or all candidates of a model's closed loop, "
+        "which answers the tasks of a fixed composition alone."
+    )
+    parser.add_argument("row", choices=("ideal", "training", "search"))
+    _tasks_option(parser)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder for the CIFs")
+    parser.add_argument("--seed", type=int, default=0)
+    model_option(parser)
+
+
+def candidates(args: argparse.Namespace) -> int:
+    from catmllm.data.open import open_data
+    from catmllm.evaluate.benchmark import ideal_of, known_of, read_tasks, write_candidates
+    from catmllm.evaluate.controls import budgets
+    from catmllm.evaluate.design import search
+    from catmllm.seeds import Stream
+    from catmllm.structure.cif import write_cif
+
+    asked = read_tasks(args.tasks)
+    if args.out.exists() and any(args.out.iterdir()):
+        raise ValueError(f"--out {args.out}: there is something in it; give a new folder")
+    model, collate, config = load(args.model)
+    n = budgets(config)[-1]
+    if args.row == "search":
+        fixed = [t for t in asked if t.kind == "fixed"]
+        seed = Stream.DESIGN_SEARCH.key(args.seed, 0)
+        states = search(model, collate, config, [t.task for t in fixed], seed, progress=True)
+        texts = {t.name: [c.text for c in state.tried] for t, state in zip(fixed, states)}
+    elif args.row == "ideal":
+        made = {t.name: ideal_of(t, n, args.seed, k) for k, t in enumerate(asked)}
+        texts = {name: [write_cif(s, collate.data.decimals) for s in some] for name, some in made.items()}
+    else:
+        train = open_data(config.data)["train"]
+        made = {t.name: known_of(t, train, n, args.seed, k) for k, t in enumerate(asked)}
+        texts = {name: [write_cif(s, collate.data.decimals) for s in some] for name, some in made.items()}
+    texts = {name: some for name, some in texts.items() if some}
+    write_candidates(args.out, texts)
+    print(f"{args.out}: {sum(map(len, texts.values()))} CIFs for {len(texts)} of {len(asked)} tasks")
+    return 0
+
+
+def generator_options(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "DIR has a folder for each task, named as the task, with the tool's CIFs in the order of its "
+        "predictions: 1.cif, 2.cif, … Each is read, checked and screened as a candidate of the closed loop, "
+        "and only as many count as that makes. Success is told after 1, 4, 16 and all predictions."
+    )
+    parser.add_argument("dirs", nargs="+", type=Path, metavar="DIR", help="a row of the table each")
+    _tasks_option(parser)
+    parser.add_argument(
+        "--judge",
+        choices=("none", "diep", "sevennet"),
+        default="none",
+        help="also relax each answer with DIEP, which made the shipped labels, or with SevenNet-0",
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="all numbers, task by task, as JSON")
+    model_option(parser)
+
+
+def generator(args: argparse.Namespace) -> int:
+    from catmllm.design.search import ClosedLoop
+    from catmllm.evaluate.benchmark import read_candidates, read_tasks, score, table
+    from catmllm.evaluate.controls import budgets
+
+    asked = read_tasks(args.tasks)
+    model, collate, config = load(args.model)
+    limits = budgets(config)
+    loop, rows = ClosedLoop(model, collate, config.ga_grpo), {}
+    read = {str(folder): read_candidates(folder, asked, limits[-1]) for folder in args.dirs}
+    for name, (texts, more) in read.items():
+        if more:
+            print(f"{name}: {more} CIFs beyond the first {limits[-1]} of a task do not count")
+        rows[name] = score(loop, asked, texts, limits, args.judge, progress=True)
+    if args.out:
+        args.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    print(table(rows))
+    print(f"\nSuccess (95 %) after so many predictions; own: the predictor of {args.model}, which chooses.")
+    return 0
