@@ -26,7 +26,7 @@ from catmllm.data.shards import Shards
 from catmllm.data.splits import describe
 from catmllm.data.subsets import of_property
 from catmllm.design.domain import FILE as DOMAIN
-from catmllm.design.domain import Domain, calibrate, domain_of
+from catmllm.design.domain import SAMPLE, Domain, calibrate, domain_of
 from catmllm.evaluate.baselines import baselines, evenly_spaced
 from catmllm.evaluate.design import evaluate_design
 from catmllm.evaluate.ensemble import Ensemble, load_ensemble
@@ -42,8 +42,10 @@ from catmllm.report.run import ANSWERS, summary_table, with_trained_baselines, w
 from catmllm.report.summary import ARMS, MODES
 from catmllm.sample.vllm_engine import VLLMError
 from catmllm.stages import STAGES
+from catmllm.stages.supervised import as_written
 from catmllm.structure.cif import write_cif
 from catmllm.structure.system import System
+from catmllm.structure.templates import NONE, Templates
 from catmllm.train.checkpoint import CheckpointError
 from catmllm.train.fused_adam import fused_adam
 from catmllm.train.loop import train
@@ -148,12 +150,13 @@ def _run(config: Config, world: World) -> int:
         record.put(world.gather(baselines(known) if world.main else None)[0], "baselines")
     if previous is not None and not record.has("baselines", "zero_shot"):
         _zero_shot(previous, config, data["test"], record, world)
-    domain = None
+    domain = templates = None
     for name in config.stages:
         folder = out / name
         if not (folder / "model.safetensors").is_file():
             with record.timed(name):
-                _train(name, config, previous, folder, data, record, world)
+                templates = templates or _templates(config, data["train"])
+                _train(name, config, previous, folder, data, templates, record, world)
         # asked of one rank: it writes the file before a slower one has looked
         if world.gather(not (folder / DOMAIN).is_file())[0]:
             with record.timed(f"evaluate {name}"):
@@ -219,6 +222,7 @@ def _train(
     previous: Path | None,
     folder: Path,
     data: Mapping[str, Sequence[System]],
+    templates: Templates,
     record: Record,
     world: World,
 ) -> None:
@@ -228,19 +232,27 @@ def _train(
             raise ValueError(
                 f"`data.cutoff`: the encoder of {previous} was trained at {trained.data.cutoff} Å"
             )
-        collate = collator(model, collate.tokenizer, config)
+        collate = collator(model, collate.tokenizer, config, templates)
         if begins_anew(trained, config) and not texts_only(data["train"]):
             model.forget_energies()
     else:
         model, collate = new_model(config, data["train"])
+        collate.templates = templates
     if not record.has("parameters"):
         record.put(_sizes(model), "parameters")
         record.put(_data_facts(config, collate, data), "data")
     folder.mkdir(parents=True, exist_ok=True)
     state, _ = train(STAGES[name], Context(config, model, collate, data, world, folder))
     if world.main:
-        save_model(folder, model, state, config, collate.tokenizer)
+        save_model(folder, model, state, config, collate)
     world.barrier()
+
+
+def _templates(config: Config, systems: Sequence[System]) -> Templates:
+    """What the slabs of CIFs that the model will write have to be, by those of training."""
+    if texts_only(systems):
+        return NONE
+    return Templates.fit([as_written(s, config.data) for s in evenly_spaced(systems, SAMPLE)])
 
 
 def begins_anew(trained: Config, config: Config) -> bool:

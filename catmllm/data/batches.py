@@ -23,6 +23,7 @@ from catmllm.structure.descriptors import known, surroundings, told
 from catmllm.structure.elements import SYMBOLS
 from catmllm.structure.graph import neighbour_graphs
 from catmllm.structure.system import System
+from catmllm.structure.templates import NONE, Templates
 from catmllm.structure.text import three_part_text
 from catmllm_kernels.varlen_attention import Prefix, continued
 
@@ -161,6 +162,7 @@ class Collator:
     data: DataConfig
     tokens_per_atom: bool = False  # projector `atoms`: one marker an atom
     max_elements: int = len(SYMBOLS)  # the encoder knows the elements below this atomic number
+    templates: Templates = NONE  # what slabs of CIFs that a model writes have to be
 
     def __post_init__(self) -> None:
         vocabulary = self.tokenizer.get_vocab()

@@ -43,7 +43,10 @@ def indicative_systems(
     whole on this rank."""
     patterns = None
     if sampling.grammar:
-        patterns = [answer_pattern(line, target, False, collate.data.decimals) for line, target in asked]
+        patterns = [
+            answer_pattern(line, target, False, collate.data.decimals, collate.templates)
+            for line, target in asked
+        ]
     rollouts = RolloutEngine(model, collate, dtype).generate(
         [Sample(cif_prompt(line)) for line, _ in asked],
         sampling,

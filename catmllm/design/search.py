@@ -211,7 +211,8 @@ class ClosedLoop:
     def _patterns(self, tasks: Sequence[Task]) -> list[Pattern] | None:
         if not self.config.sampling.grammar:
             return None
-        return [answer_pattern(t.identity, t.target, True, self.collate.data.decimals) for t in tasks]
+        decimals, templates = self.collate.data.decimals, self.collate.templates
+        return [answer_pattern(t.identity, t.target, True, decimals, templates) for t in tasks]
 
     def _limits(self, tasks: Sequence[Task]) -> list[int]:
         return answer_limits(self.collate, self.config.sampling, [(t.identity, t.target) for t in tasks])

@@ -23,6 +23,7 @@ from catmllm.models.projector import Projector
 from catmllm.models.qwen import outline_llm, pretrained_llm, random_llm, sees
 from catmllm.seeds import Stream, hash_seed
 from catmllm.structure.system import System
+from catmllm.structure.templates import NONE, Templates
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -107,7 +108,12 @@ def build_encoder(config: EncoderConfig, cutoff: float) -> EquiformerV2:
     return encoder
 
 
-def collator(model: CatalyticMLLM, tokenizer: PreTrainedTokenizerBase, config: Config) -> Collator:
+def collator(
+    model: CatalyticMLLM,
+    tokenizer: PreTrainedTokenizerBase,
+    config: Config,
+    templates: Templates = NONE,
+) -> Collator:
     """What makes batches of samples for a model. Raises ConfigError for pictures that its LLM cannot see."""
     sees(model.llm.config, config.data)
     return Collator(
@@ -115,6 +121,7 @@ def collator(model: CatalyticMLLM, tokenizer: PreTrainedTokenizerBase, config: C
         config.data,
         tokens_per_atom=model.projector.mode == "atoms",
         max_elements=model.encoder.config.max_num_elements,
+        templates=templates,
     )
 
 

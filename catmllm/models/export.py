@@ -56,6 +56,7 @@ def export(
         return out
     (out / GRAPH).unlink(missing_ok=True)  # it comes last: where it is, the export is whole
     (out / "catmllm.json").write_text(json.dumps(to_dict(config), indent=1))
+    collate.templates.save(out)
     for name in BESIDE:
         (out / name).unlink(missing_ok=True)
         if (source / name).is_file():

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -21,9 +20,7 @@ from catmllm.models.build import assemble, build_encoder, collator, on_meta
 from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.models.energy_head import EnergyHead
 from catmllm.models.qwen import TOKENIZER, llm_class, read_config
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from catmllm.structure.templates import Templates
 
 GRAPH = "graph.safetensors"  # of an export: all but the LLM
 
@@ -33,9 +30,9 @@ def save_model(
     model: CatalyticMLLM,
     state: dict[str, torch.Tensor],
     config: Config,
-    tokenizer: PreTrainedTokenizerBase,
+    collate: Collator,
 ) -> None:
-    """An export that `load_model` reads: model.safetensors, catmllm.json, tokenizer,
+    """An export that `load_model` reads: model.safetensors, catmllm.json, tokenizer, the templates of slabs,
     and the LLM's own config in llm/.
 
     `state` is the whole state dict of `model`, gathered from its shards; the weights file appears last,
@@ -43,7 +40,7 @@ def save_model(
     """
     from safetensors.torch import save_file
 
-    save_description(folder, model, config, tokenizer)
+    save_description(folder, model, config, collate)
     temporary = folder / "model.safetensors.tmp"
     save_file({k: v.contiguous() for k, v in state.items()}, temporary)
     temporary.rename(folder / "model.safetensors")
@@ -87,12 +84,11 @@ def load_model(folder: str | Path, attention: str | None = None) -> tuple[Cataly
     return model.eval(), collate, config
 
 
-def save_description(
-    folder: Path, model: CatalyticMLLM, config: Config, tokenizer: PreTrainedTokenizerBase
-) -> None:
+def save_description(folder: Path, model: CatalyticMLLM, config: Config, collate: Collator) -> None:
     """All of an export but the weights."""
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save_pretrained(folder)
+    collate.tokenizer.save_pretrained(folder)
+    collate.templates.save(folder)
     model.llm.config.save_pretrained(folder / "llm")
     (folder / "catmllm.json").write_text(json.dumps(to_dict(config), indent=1))
 
@@ -111,7 +107,7 @@ def described_model(folder: Path, attention: str | None = None) -> tuple[Catalyt
         llm = llm_class(qwen)._from_config(qwen, attn_implementation=by_part(attention), dtype=torch.float32)
         encoder = build_encoder(replace(config.model.encoder, checkpoint=None), config.data.cutoff)
         model = assemble(llm, encoder, config, tokenizer)
-    return model, collator(model, tokenizer, config), config
+    return model, collator(model, tokenizer, config, Templates.load(folder)), config
 
 
 def _weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -24,6 +24,7 @@ from catmllm.data.prompts import CIF_ANSWER, DESIGN_ANSWER
 from catmllm.structure.cif import cif_pattern
 from catmllm.structure.formula import parse_formula, parse_identity, pieces
 from catmllm.structure.placing import Growing
+from catmllm.structure.templates import NONE, Shape, Template, Templates
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,6 +44,8 @@ class Pattern:
     """The texts that answer one prompt: parts in order, each fixed text, a number or a site row.
 
     A part is ("text", t), ("number", digits before the point at most), ("fraction",) or ("site", index).
+    layers: atoms of each element of the slab layer by layer, in the order of rows; none where the elements
+    may come in any order. after: pairs of the molecule's elements, the first written after the second.
     """
 
     parts: tuple[tuple, ...]
@@ -51,6 +54,10 @@ class Pattern:
     decimals: int
     slab: int = 0  # elements of the slab, whose rows come before those of the adsorbate's elements
     pieces: int = 1  # molecules that the adsorbate is
+    layers: tuple[tuple[int, ...], ...] = ()
+    after: tuple[tuple[int, int], ...] = ()
+    template: Template | None = field(default=None, compare=False)  # what the slab has to be
+    shape: Shape = field(default_factory=dict, compare=False)  # what the molecule has to be
 
     @property
     def start(self) -> Place:
@@ -121,8 +128,16 @@ class Pattern:
 
     def _next(self, left: tuple[int, ...]) -> list[int]:
         """Which elements the next row may be of, by how often each is still to come."""
-        slab = [k for k, n in enumerate(left[: self.slab]) if n]
-        return slab or [k for k, n in enumerate(left) if n]
+        slab = left[: self.slab]
+        for layer in reversed(self.layers):  # what is left of the one that is being written
+            if sum(slab) <= sum(layer):
+                break
+            slab = tuple(n - m for n, m in zip(slab, layer))
+        found = [k for k, n in enumerate(slab) if n]
+        if found:
+            return found
+        found = [k for k, n in enumerate(left) if n]
+        return [k for k in found if not any((k, other) in self.after for other in found)] or found
 
     def _rows(self, index: int, written: str, left: tuple[int, ...]) -> list[str]:
         """How a site row may begin, by the elements that are still to come and what of it is written."""
@@ -150,25 +165,52 @@ class Pattern:
         return None
 
 
-def answer_pattern(identity: str, target: Mapping[str, int], design: bool, decimals: int = 3) -> Pattern:
+def answer_pattern(
+    identity: str,
+    target: Mapping[str, int],
+    design: bool,
+    decimals: int = 3,
+    templates: Templates = NONE,
+) -> Pattern:
     """The answers to the CIF prompt, or the design prompt,
-    of a system that hold `target` atoms of each element."""
-    name = parse_identity(identity).adsorbate
+    of a system that hold `target` atoms of each element, slab and molecule as `templates` have them."""
+    asked = parse_identity(identity)
+    name = asked.adsorbate
     adsorbate = parse_formula(name)
     slab = {s: n - adsorbate.get(s, 0) for s, n in target.items()}
     if any(n < 0 for n in slab.values()) or not adsorbate.keys() <= target.keys():
         raise ValueError(f"{identity!r} has more of its adsorbate's elements than {dict(target)}")
-    before, after = (DESIGN_ANSWER if design else CIF_ANSWER).split("{cif}")
+    begins, ends = (DESIGN_ANSWER if design else CIF_ANSWER).split("{cif}")
     symbols, parts = cif_pattern(identity, target, decimals)
     whole: list[tuple] = []
-    for part in (("text", before), *parts, ("text", after)):
+    for part in (("text", begins), *parts, ("text", ends)):
         if part[0] == "text" and whole and whole[-1][0] == "text":
             whole[-1] = ("text", whole[-1][1] + part[1])
         elif part != ("text", ""):
             whole.append(part)
     of_slab, on_it = [s for s in symbols if slab[s]], [s for s in symbols if s in adsorbate]
     counts = *(slab[s] for s in of_slab), *(adsorbate[s] for s in on_it)
-    return Pattern(tuple(whole), (*of_slab, *on_it), counts, decimals, len(of_slab), pieces(name))
+    template = templates.slab({s: slab[s] for s in of_slab}, asked.miller, decimals)
+    layers = tuple(tuple(layer[s] for s in of_slab) for layer in (template.layers if template else ()))
+    shape = templates.shape(name)
+    after = tuple(
+        (len(of_slab) + i, len(of_slab) + j)
+        for i, one in enumerate(on_it)
+        for j, other in enumerate(on_it)
+        if (one, other) in shape and (other, one) not in shape
+    )
+    return Pattern(
+        tuple(whole),
+        (*of_slab, *on_it),
+        counts,
+        decimals,
+        len(of_slab),
+        pieces(name),
+        layers,
+        after,
+        template,
+        shape,
+    )
 
 
 @functools.lru_cache(maxsize=2)
@@ -202,7 +244,7 @@ class Grammar:
         self._values: dict[
             tuple[int, int], tuple[torch.Tensor, NDArray[np.float64] | None]
         ] = {}  # by a set's number
-        self._short: dict[tuple[int, str, int], tuple[torch.Tensor, torch.Tensor]] = {}  # as well
+        self._within: dict[tuple, tuple[torch.Tensor, torch.Tensor]] = {}  # as well
         self._spelled: dict[str, torch.Tensor] = {}  # the token with which a text begins
 
     def allowed(self, pattern: Pattern, place: Place) -> torch.Tensor:
@@ -263,15 +305,19 @@ class Grammar:
             self._values[key] = tokens, np.array([float(t) for t in texts]) if whole else None
         return self._values[key][1]
 
-    def short(self, tokens: torch.Tensor, written: str, longest: float) -> torch.Tensor:
-        """Those of some tokens [n] that go on from a begun number to one of at most `longest`, by its digits
-        before the point; all where none does."""
-        key = id(tokens), written, int(longest)
-        if key not in self._short:
-            whole = [(written + self.text[t]).partition("\n")[0].partition(".")[0] for t in tokens.tolist()]
-            fits = torch.tensor([int(digits or 0) <= longest for digits in whole])
-            self._short[key] = tokens, tokens[fits] if fits.any() and not fits.all() else tokens
-        return self._short[key][1]
+    def within(
+        self, tokens: torch.Tensor, written: str, low: float, high: float, digits: int, decimals: int
+    ) -> torch.Tensor:
+        """Those of some tokens [n] that go on from a begun number, with at most so many digits before the
+        point and so many behind it, to one from `low` to `high`, as it rounds; all where none does."""
+        key = id(tokens), written, low, high, digits, decimals
+        if key not in self._within:
+            if len(self._within) > 50_000:
+                self._within.clear()
+            texts = [(written + self.text[t]).partition("\n")[0] for t in tokens.tolist()]
+            fits = torch.tensor([_reaches(text, low, high, digits, decimals) for text in texts])
+            self._within[key] = tokens, tokens[fits] if fits.any() and not fits.all() else tokens
+        return self._within[key][1]
 
     def _first(self, text: str) -> int:
         """The first token of a text as the tokenizer writes it."""
@@ -299,6 +345,20 @@ class Grammar:
                 raise ValueError(f"token {token} ({self.text[token]!r}) breaks the pattern at {place}")
             place = there
         return place
+
+
+def _reaches(begun: str, low: float, high: float, digits: int, decimals: int) -> bool:
+    """Whether a begun number can still become one that rounds to a value from `low` to `high`."""
+    whole, point, part = begun.partition(".")
+    step = 10.0**-decimals
+    low, high = low - 0.5 * step, high + 0.5 * step
+    if point:
+        least = float(f"{whole}.{part:0<{decimals}}")
+        return least <= high and least + 10.0 ** -len(part) - step >= low
+    # `5` may become 5.346 or 53.46, `0` only 0.346
+    more = range(digits - len(whole) + 1) if whole != "0" else range(1)
+    at = int(whole or 0)
+    return not whole or any(at * 10**k <= high and (at + 1) * 10**k - step >= low for k in more)
 
 
 def _completions(pattern: Pattern, ahead: Sequence[tuple[str, Place]]) -> list[str]:
@@ -342,7 +402,8 @@ class Walk:
         if not pattern.slab:
             return None
         atoms = list(zip(pattern.symbols, pattern.counts))
-        growing = Growing(dict(atoms[: pattern.slab]), dict(atoms[pattern.slab :]), pattern.pieces)
+        slab, adsorbate = dict(atoms[: pattern.slab]), dict(atoms[pattern.slab :])
+        growing = Growing(slab, adsorbate, pattern.pieces, pattern.template, pattern.shape)
         growing.read("".join(self.grammar.text[t] for t in begun))
         return growing
 
@@ -358,14 +419,19 @@ class Walk:
 
     def allowed(self, row: int) -> torch.Tensor:
         """The tokens [n] that may come next in an answer: of coordinates those that keep its atoms apart and
-        its adsorbate whole and on the surface, where there are any; of a cell's edges those that its slab can
-        span."""
-        found, growing = self._at[row].allowed, self._growing[row]
+        its adsorbate whole and on the surface, where there are any, and its slab to its template; of the
+        cell's numbers those of the template, or that its slab can span."""
+        found, growing, pattern = self._at[row].allowed, self._growing[row], self.patterns[row]
         if growing is None:
             return found
-        if (edge := growing.edge()) is not None:
-            return self.grammar.short(found, edge, growing.longest)
-        fractions = self.grammar.fractions(found, self.patterns[row].decimals)
+        if (bounds := growing.bounds()) is not None:
+            kind, *digits = pattern.parts[self._at[row].place[0]]
+            return (
+                self.grammar.within(found, *bounds, digits[0], pattern.decimals)
+                if kind == "number"
+                else found
+            )
+        fractions = self.grammar.fractions(found, pattern.decimals)
         if fractions is None:
             return found
         free = growing.free(fractions)
@@ -373,6 +439,14 @@ class Walk:
 
     def take(self, row: int, token: int) -> list[int]:
         """Move an answer past a token and what it forces; returns all of these tokens, the end's included."""
+        taken = self._move(row, token)
+        # What its structure leaves no choice in is forced as well.
+        while taken[-1] != self.grammar.end_id and len(one := self.allowed(row)) == 1:
+            taken += self._move(row, int(one))
+        return taken
+
+    def _move(self, row: int, token: int) -> list[int]:
+        """Move an answer past a token and what its pattern forces."""
         node, pattern, end = self._at[row], self.patterns[row], self.grammar.end_id
         if token == end:
             return [token]

@@ -134,8 +134,10 @@ class Service:
             samples = [Sample(p.text, "", s) for p, s in zip(ask.prompts, shown)]
             patterns = None
             if ask.grammar:
-                decimals = self.config.data.decimals
-                patterns = [answer_pattern(p.identity, p.target, p.design, decimals) for p in ask.prompts]
+                decimals, templates = self.config.data.decimals, self.collate.templates
+                patterns = [
+                    answer_pattern(p.identity, p.target, p.design, decimals, templates) for p in ask.prompts
+                ]
             limits = [p.limit for p in ask.prompts]
             rollouts = engine.generate(
                 samples, ask.sampling, ask.seed, ask.group_size, patterns=patterns, limits=limits

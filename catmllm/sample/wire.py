@@ -111,7 +111,7 @@ class Description(_Message):
     @classmethod
     def of(cls, session: str, model: CatalyticMLLM, collate: Collator, config: Config) -> Description:
         with tempfile.TemporaryDirectory() as folder:
-            save_description(Path(folder), model, config, collate.tokenizer)
+            save_description(Path(folder), model, config, collate)
             paths = [p for p in Path(folder).rglob("*") if p.is_file()]
             files = {p.relative_to(folder).as_posix(): p.read_text(encoding="utf-8") for p in paths}
         return cls(session=session, adapters=bool(adapted(model)), files=files)

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from catmllm.structure.elements import ATOMIC_RADIUS, COVALENT_RADIUS, ELECTRONEGATIVITY, NUMBER
 from catmllm.structure.formula import SEPARATOR
 from catmllm.structure.graph import neighbour_graph
+from catmllm.structure.sites import on_site
 from catmllm.structure.system import ADSORBATE, System
 from catmllm.structure.tags import heights
 from catmllm.structure.text import BOND_SLACK
@@ -147,10 +148,13 @@ SURROUNDINGS = SIZE + 2 * PROPERTIES.shape[1]
 
 def surroundings(system: System) -> Floats:
     """The descriptor with the properties of the adsorbate's own elements, of its lowest atom and the mean
-    over the others: [SURROUNDINGS]. Zeros where no atom is tagged as adsorbate, or all are."""
+    over the others: [SURROUNDINGS]. Zeros where no atom is tagged as adsorbate, or all are. What is not
+    relaxed is described on the site that it is nearest to: how high it was put there tells nothing."""
     adsorbate = system.tags == ADSORBATE
     if not adsorbate.any() or adsorbate.all():
         return np.zeros(SURROUNDINGS)
+    if not system.relaxed:
+        system = on_site(system)
     height = heights(system.lattice, system.frac)[adsorbate]
     own = PROPERTIES[system.numbers[adsorbate][np.argsort(height, kind="stable")]]
     others = own[1:].mean(0) if len(own) > 1 else np.zeros(own.shape[1])

@@ -1,9 +1,9 @@
 """Where the next atom of a CIF may stand, from what of the file has been written so far.
 
 The rules are those of `adsorbed.py`, which judges whole structures: no two atoms nearer than their radii
-allow, the adsorbate on the upper side, in reach of the slab and in one piece. Slab atoms come first, as
-`write_cif` has them. What is asked is cheap: a line through the cell cuts a sphere in one interval, so that
-a coordinate's thousand values take about 50 µs.
+allow, the adsorbate on the upper side, in reach of the slab and in one piece. A slab that has a template
+keeps to it. Slab atoms come first, as `write_cif` has them. What is asked is cheap: a line through the cell
+cuts a sphere in one interval, so that a coordinate's thousand values take about 50 µs.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from catmllm.structure.elements import COVALENT_RADIUS, NUMBER
 from catmllm.structure.periodic import first_and_last
 from catmllm.structure.system import lattice_from_parameters
 from catmllm.structure.tags import LAYER_HEIGHT, heights
+from catmllm.structure.templates import Shape, Template
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -35,18 +36,29 @@ _CELL = tuple(
     f"_cell_{name} "
     for name in ("length_a", "length_b", "length_c", "angle_alpha", "angle_beta", "angle_gamma")
 )
+_VOLUME = "_cell_volume "
 _SURE = 0.99  # of a bond's greatest length, within which a first and a second coordinate leave a third
 _THINNEST = 1.0  # Å between lattice planes; a thinner cell is no slab, whatever stands in it
 _HYDROGEN = NUMBER["H"]
 
 
 class Growing:
-    """A structure while its CIF is being written: `read` its text as it comes, ask `free` before a
-    coordinate."""
+    """A structure while its CIF is being written: `read` its text as it comes, ask `bounds` before a number
+    of its cell and `free` before a coordinate."""
 
-    def __init__(self, slab: Mapping[str, int], adsorbate: Mapping[str, int], pieces: int = 1) -> None:
+    def __init__(
+        self,
+        slab: Mapping[str, int],
+        adsorbate: Mapping[str, int],
+        pieces: int = 1,
+        template: Template | None = None,
+        shape: Shape | None = None,
+    ) -> None:
         """The rows of the slab, and then those of the adsorbate's atoms, by element; of several molecules
-        each atom has to be in reach of the slab, but need not hang on another."""
+        each atom has to be in reach of the slab, but need not hang on another. What is known of the slab and
+        of the molecule's shape holds as far as it can."""
+        self.template = template
+        self.shape = {(NUMBER[a], NUMBER[b]): limits for (a, b), limits in (shape or {}).items()}
         self.n_slab = sum(slab.values())
         self.n_atoms = self.n_slab + sum(adsorbate.values())
         # Å: a chain of all atoms of the slab. No edge along a slab is longer, or it would not hang together.
@@ -95,13 +107,24 @@ class Growing:
         middle = float(height.max() + self.spacings[2]) / 2
         self.levels = float(self.frac[int(height.argmin()), 2]), level, middle
 
-    def edge(self) -> str | None:
-        """What of an edge along the slab has been written, `5` of `5.346`; None where none is being
-        written."""
-        row = self._line.split(" ")
-        if len(row) == 2 and len(self.cell) < 2 and self._line.startswith(_CELL[len(self.cell)]):
-            return row[1]
-        return None
+    def bounds(self) -> tuple[str, float, float] | None:
+        """What of a length (Å), an angle (degrees) or the volume (Å³) of the cell has been written, `5` of
+        `5.346`, and the least and the greatest that it may be; None where none is being written or it may be
+        anything. The volume is that of the cell."""
+        row, known = self._line.split(" "), len(self.cell)
+        if len(row) != 2:
+            return None
+        if known == len(_CELL):
+            if self.lattice is None or not self._line.startswith(_VOLUME):
+                return None
+            volume = abs(float(np.linalg.det(self.lattice)))
+            return row[1], volume, volume
+        if not self._line.startswith(_CELL[known]):
+            return None
+        if self.template is not None:
+            low, high = self.template.cell[known]
+            return row[1], float(low), float(high)
+        return (row[1], 0.0, self.longest) if known < 2 else None
 
     def free(self, fractions: Floats) -> Bools | None:
         """Which of some values [n] the coordinate that comes next may have; None where all may, where none
@@ -123,26 +146,66 @@ class Growing:
             return found
 
         if n < self.n_slab:
-            return ~near(slab, SLAB_PAIR * radii) if len(known) == 2 else None
+            apart = ~near(slab, SLAB_PAIR * radii) if len(known) == 2 else None
+            if self.template is None:
+                return apart
+            off = fractions - self.template.sites[n, len(known)]
+            there: Bools = np.abs(off - np.round(off)) <= self.template.off[n, len(known)]
+            return there if apart is None or not (there & apart).any() else there & apart
         others = self.numbers[:n][adsorbate]
         # Hydrogen hangs on another element, where there is one.
         bonds = np.full(len(others), self.whole)
         if z == _HYDROGEN and not self.hydrogen:
             bonds &= others != _HYDROGEN
         least, most = LEAST[z, others], MOST[z, others]
+        known_of = [self.shape.get((z, other)) for other in others.tolist()]
+        shaped = [(self.n_slab + i, limits) for i, limits in enumerate(known_of) if limits is not None]
         if len(known) < 2:
             if not bonds.any():
                 return None
+            for i, limits in shaped:
+                most[i - self.n_slab] = min(most[i - self.n_slab], _sideways_range(limits)[1])
             at, reach = self.frac[:n][adsorbate][bonds], _SURE * most[bonds]
             found: Bools = _beside(lattice, self.spacings, at, reach, np.array(known), fractions)
-            return found
+            strict = found.copy()
+            for i, limits in shaped if known else ():
+                aside = _aside(lattice, known[0] - self.frac[i, 0], fractions - self.frac[i, 1])
+                low, high = _sideways_range(limits)
+                strict &= (aside * _SURE >= low) & (aside <= _SURE * high)
+            return strict if strict.any() else found
         bottom, level, middle = self.levels
         height = ((fractions - bottom) % 1.0) * self.spacings[2]
         good: Bools = (height > level + LOWEST) & (height < middle)
         good &= ~near(slab, ADSORBATE_PAIR * radii[slab]) & ~near(adsorbate, least)
-        if bonds.any():
-            return good & near(adsorbate, np.where(bonds, most, 0.0))
-        return good & near(slab, REACH * radii[slab])
+        if not bonds.any():
+            return good & near(slab, REACH * radii[slab])
+        good &= near(adsorbate, np.where(bonds, most, 0.0))
+        strict = good.copy()
+        for i, (short, long, low, high) in shaped:
+            one, above = slice(i, i + 1), height - ((self.frac[i, 2] - bottom) % 1.0) * self.spacings[2]
+            strict &= (low <= above) & (above <= high)
+            strict &= near(one, np.array([long])) & ~near(one, np.array([short]))
+        return strict if strict.any() else good
+
+
+def _sideways_range(limits: tuple[float, float, float, float]) -> tuple[float, float]:
+    """How far along the surface an atom is from another at least and at most, by its distance and by how much
+    it stands above it."""
+    short, long, low, high = limits
+    least = 0.0 if low < 0.0 < high else min(abs(low), abs(high))
+    most = max(abs(low), abs(high))
+    return max(short**2 - most**2, 0.0) ** 0.5, max(long**2 - least**2, 0.0) ** 0.5
+
+
+def _aside(lattice: Floats, dx: float, dy: Floats) -> Floats:
+    """How far the lines along c through points are apart (Å): [n], by their first and second coordinates'
+    difference, the nearest images counted."""
+    c = lattice[2] / np.linalg.norm(lattice[2])
+    flat = lattice[:2] - np.outer(lattice[:2] @ c, c)
+    apart = (dx - round(dx)) * flat[0] + (dy - np.round(dy))[:, None] * flat[1]
+    images = np.array([i * flat[0] + j * flat[1] for i in (-1, 0, 1) for j in (-1, 0, 1)])
+    found: Floats = np.linalg.norm(apart[:, None] + images, axis=2).min(1)
+    return found
 
 
 @njit(cache=True, nogil=True, inline="always")

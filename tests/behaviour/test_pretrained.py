@@ -20,7 +20,7 @@ def test_a_stage_starts_from_published_files(make_context: MakeContext, tmp_path
     config = small()
     context = make_context(config)
     weights = context.model.state_dict()
-    save_model(tmp_path / "first", context.model, weights, config, context.collate.tokenizer)
+    save_model(tmp_path / "first", context.model, weights, config, context.collate)
     export(tmp_path / "first", "hf", tmp_path / "qwen", "bf16", shard="200KB")
     export(tmp_path / "first", "fairchem", tmp_path / "encoder.pt")
     assert len(list((tmp_path / "qwen").glob("model-*-of-*.safetensors"))) > 1

@@ -270,7 +270,7 @@ def test_a_head_of_one_read_out_is_still_read(
     state = {k: v for k, v in model.state_dict().items() if not k.startswith("energy_head.")}
     weight, bias = model.energy_head.text.weight.detach(), model.energy_head.text.bias.detach()
     old = state | {"energy_head.weight": weight.clone(), "energy_head.bias": bias.clone()}
-    save_model(tmp_path, model, old, small_config, collate.tokenizer)
+    save_model(tmp_path, model, old, small_config, collate)
     loaded, its_collate, _ = load_model(tmp_path)
     batch = its_collate(samples)
     with torch.no_grad():
@@ -353,7 +353,7 @@ def test_what_is_saved_is_what_is_loaded(
     model.energy_std.fill_(2.0)
     model.eval()
     collate = collator(model, tokenizer, config)
-    save_model(tmp_path / "stage", model, model.state_dict(), config, tokenizer)
+    save_model(tmp_path / "stage", model, model.state_dict(), config, collate)
     loaded, its_collate, its_config = load_model(tmp_path / "stage")
     assert its_config == config and not loaded.training
     a, b = collate(samples), its_collate(samples)
@@ -373,11 +373,11 @@ def test_an_unfinished_or_torn_export_is_an_error(
         load_model(tmp_path)
     state = model.state_dict()
     missing = {k: v for k, v in state.items() if k != "energy_head.text.weight"}
-    save_model(tmp_path / "a", model, missing, small_config, collate.tokenizer)
+    save_model(tmp_path / "a", model, missing, small_config, collate)
     with pytest.raises(RuntimeError, match=r"Missing key.*energy_head\.text\.weight"):
         load_model(tmp_path / "a")
     other = state | {"projector.linear.weight": torch.zeros(3, 3)}
-    save_model(tmp_path / "b", model, other, small_config, collate.tokenizer)
+    save_model(tmp_path / "b", model, other, small_config, collate)
     with pytest.raises(RuntimeError, match="size mismatch"):
         load_model(tmp_path / "b")
     catmllm = tmp_path / "b" / "catmllm.json"
@@ -530,7 +530,7 @@ def test_a_pretrained_llm_is_extended_and_untied(
     with torch.no_grad():
         head.add_(1.0)
     assert not torch.equal(head, embedding)
-    save_model(tmp_path / "out", model, model.state_dict(), config, tokenizer)
+    save_model(tmp_path / "out", model, model.state_dict(), config, collator(model, tokenizer, config))
     loaded, collate, _ = load_model(tmp_path / "out")
     torch.testing.assert_close(loaded.llm.lm_head.weight, head, rtol=0, atol=0)
     torch.testing.assert_close(loaded.text.embed_tokens.weight, embedding, rtol=0, atol=0)

@@ -29,7 +29,7 @@ def stage(small_model, small_config, tmp_path_factory: pytest.TempPathFactory) -
     """The folder of a finished stage."""
     model, collate = small_model
     folder = tmp_path_factory.mktemp("run") / "instruct"
-    save_model(folder, model, model.state_dict(), small_config, collate.tokenizer)
+    save_model(folder, model, model.state_dict(), small_config, collate)
     return folder
 
 

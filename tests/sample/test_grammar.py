@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import re
 import sys
+from collections import Counter
 
 import numpy as np
 import pytest
 import regex
 import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 from catmllm.config import SamplingConfig
@@ -17,10 +20,12 @@ from catmllm.data.batches import Collator
 from catmllm.data.prompts import CIF_ANSWER, END, Sample, cif_prompt, cif_sample, design_prompt, design_sample
 from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.sample.engine import RolloutEngine
-from catmllm.sample.grammar import Grammar, Pattern, Walk, answer_pattern
-from catmllm.structure.formula import parse_formula
-from catmllm.structure.system import System
-from rewards_fast import PVCP, parse_cif
+from catmllm.sample.grammar import Grammar, Pattern, Walk, _reaches, answer_pattern
+from catmllm.structure.cif import read_cif
+from catmllm.structure.formula import parse_formula, parse_identity
+from catmllm.structure.system import System, lattice_parameters
+from catmllm.structure.templates import Templates
+from rewards_fast import PVCP, extract_cif, parse_cif
 
 Model = tuple[CatalyticMLLM, Collator]
 
@@ -184,6 +189,68 @@ def test_a_cell_is_no_longer_than_its_slab_can_span(grammar: Grammar) -> None:
     assert ways("4") == {".", "0"}
     assert ways("5.346\n_cell_length_b 5") == {"."}
     assert ways("5.346\n_cell_length_b 5.346\n_cell_length_c 5") == {".", *"0123456789"}
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.sampled_from(["", "0", "5", "12", "30", "5.", "12.3", "0.0", "30.99"]),
+    st.floats(0, 40),
+    st.sampled_from([0.0, 0.004, 0.3, 11.0]),
+)
+def test_a_begun_number_goes_on_where_one_of_all_numbers_would_do(
+    begun: str, low: float, width: float
+) -> None:
+    """Against all numbers of two digits before and two behind the point, as they round."""
+    first, last = max(0, int(100 * low) - 2), min(10_000, int(100 * (low + width)) + 3)
+    whole = [f"{i // 100}.{i % 100:02d}" for i in range(first, last)]
+    fits = [text for text in whole if low - 0.005 <= float(text) <= low + width + 0.005]
+    near = any(abs(abs(float(t) - edge) - 0.005) < 1e-9 for t in fits for edge in (low, low + width))
+    assume(not near)  # half a step away both ways of rounding are right
+    assert _reaches(begun, low, low + width, 2, 2) == any(text.startswith(begun) for text in fits)
+
+
+@pytest.mark.parametrize("identity", ["CO</s>Pt9Au3 (1 0 0)", "OH</s>Ni6Ir6 (1 1 1)"])
+def test_slab_and_molecule_are_built_as_those_of_the_data(
+    small_model: Model, train_systems: list[System], identity: str
+) -> None:
+    """Noise alone writes unstrained cells, whole layers with their share of each element, upright molecules
+    whose first atom comes first, and the volume of the cell."""
+    model, collate = small_model
+    starts = [s.frame(0.0) for s in train_systems]
+    templates = Templates.fit(starts)
+    asked = parse_identity(identity)
+    target = dict(Counter(asked.slab) + Counter(parse_formula(asked.adsorbate)))
+    pattern = answer_pattern(identity, target, False, templates=templates)
+    params = SamplingConfig(top_p=1.0, max_new_tokens=1500)
+    rollouts = RolloutEngine(model, collate).generate(
+        [Sample(cif_prompt(identity))], params, [0], 12, patterns=[pattern]
+    )
+    template, (shape,) = pattern.template, pattern.shape.values()
+    assert template is not None
+    whole = 0
+    for r in rollouts:
+        text = extract_cif(r.text)
+        system = read_cif(text, asked.adsorbate, asked.miller)
+        cell = np.array(lattice_parameters(system.lattice))
+        assert ((cell > template.cell[:, 0] - 6e-4) & (cell < template.cell[:, 1] + 6e-4)).all()
+        written = re.search(r"_cell_volume (\S+)", text)
+        assert written and float(written[1]) == pytest.approx(system.volume, abs=6e-4)
+        off = system.frac[:12] - template.sites
+        assert (np.abs(off - np.round(off)) <= template.off + 1e-9).all()
+        for k, layer in enumerate(template.layers):
+            assert Counter(system.symbols[4 * k : 4 * k + 4]) == layer
+        assert "".join(system.symbols[12:]) == asked.adsorbate
+        apart = system.frac[13] - system.frac[12]
+        length = float(np.linalg.norm((apart - np.round(apart)) @ system.lattice))
+        rise = float((system.frac[13, 2] - system.frac[12, 2]) % 1.0 * cell[2])
+        whole += shape[0] - 1e-6 < length < shape[1] + 1e-6 and shape[2] - 1e-6 < rise < shape[3] + 1e-6
+    assert whole >= 10  # unless the first atom was written where there is no room for the second
+    # without a choice there is nothing to draw: half of a coordinate's tokens and more are forced
+    free = RolloutEngine(model, collate).generate(
+        [Sample(cif_prompt(identity))], params, [0], 4, patterns=[answer_pattern(identity, target, False)]
+    )
+    drawn, before = (np.mean([len(r.choices.at) for r in some if r.choices]) for some in (rollouts, free))
+    assert drawn < 0.7 * before
 
 
 def test_any_tokenizer_will_do(plain_tokenizer: PreTrainedTokenizerBase, train_systems: list[System]) -> None:

@@ -6,21 +6,25 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from pymatgen.core import Lattice
 
 from catmllm.structure.adsorbed import adsorbate_fault
 from catmllm.structure.cif import read_cif, write_cif
 from catmllm.structure.formula import parse_formula
 from catmllm.structure.placing import Growing
-from catmllm.structure.system import System, lattice_parameters
+from catmllm.structure.system import SURFACE, System, lattice_parameters
+from catmllm.structure.templates import Shape, Template, Templates
 
 VALUES = np.arange(1000) / 1000
 
 
-def growing(system: System, rows: int) -> tuple[Growing, str]:
+def growing(
+    system: System, rows: int, template: Template | None = None, shape: Shape | None = None
+) -> tuple[Growing, str]:
     """A structure whose CIF is written as far as so many rows, and the row that comes next."""
     head, _, sites = write_cif(system).partition("_atom_site_occupancy\n")
     lines = sites.splitlines(keepends=True)
-    found = Growing(system.slab_counts, parse_formula(system.adsorbate))
+    found = Growing(system.slab_counts, parse_formula(system.adsorbate), template=template, shape=shape)
     text = head + "_atom_site_occupancy\n" + "".join(lines[:rows])
     for i in range(0, len(text), 7):  # in whatever pieces
         found.read(text[i : i + 7])
@@ -82,14 +86,54 @@ def test_no_slab_is_longer_than_a_chain_of_its_atoms(train_systems: list[System]
         assert max(edges) < longest < 10 * min(edges)
 
 
-def test_an_edge_is_told_while_it_is_written(train_systems: list[System]) -> None:
-    head = write_cif(train_systems[0]).partition("_cell_length_b ")
-    found = Growing(train_systems[0].slab_counts, parse_formula(train_systems[0].adsorbate))
-    found.read(head[0])
-    assert found.edge() is None
-    found.read("_cell_length_b ")
-    assert found.edge() == ""
-    found.read("5")
-    assert found.edge() == "5"
-    found.read(".346\n_cell_length_c 1")
-    assert found.edge() is None
+def test_a_number_of_the_cell_has_bounds_while_it_is_written(train_systems: list[System]) -> None:
+    system = train_systems[0]
+    slab, molecule = system.slab_counts, parse_formula(system.adsorbate)
+    text = write_cif(system)
+    template = Templates.fit(train_systems).slab(slab, system.miller, 3)
+    assert template is not None
+    free, bound = Growing(slab, molecule), Growing(slab, molecule, template=template)
+    for found in (free, bound):
+        found.read(text[: text.index("_cell_length_b ")])
+        assert found.bounds() is None
+    for written in ("_cell_length_b ", "5"):
+        for found in (free, bound):
+            found.read(written)
+        digits = written.strip("_abcdefghlnt ")
+        assert free.bounds() == (digits, 0.0, free.longest)
+        assert bound.bounds() == (digits, *template.cell[1])
+    for found in (free, bound):
+        found.read(text[text.index("_cell_length_b ") + len("_cell_length_b 5") :].partition("gamma ")[0])
+        found.read("gamma ")
+    assert free.bounds() is None
+    assert bound.bounds() == ("", *template.cell[5])
+    # the volume is that of the cell as it is written
+    rest, volume, _ = text.partition("_cell_volume ")
+    for found in (free, bound):
+        found.read(rest.partition("gamma ")[2] + volume + "4")
+        cell = Lattice.from_parameters(*found.cell)
+        assert found.bounds() == ("4", *[pytest.approx(cell.volume, rel=1e-12)] * 2)
+
+
+def test_what_most_of_the_data_holds_is_free_by_templates(train_systems: list[System]) -> None:
+    """Every coordinate of starts as it is written: in the lower layers and inside the molecule all, in the
+    top layer, which relaxes, nearly all."""
+    starts = [s.frame(0.0) for s in train_systems]
+    templates = Templates.fit(starts)
+    top: list[bool] = []
+    for system in starts[::111]:
+        template, shape = (
+            templates.slab(system.slab_counts, system.miller, 3),
+            templates.shape(system.adsorbate),
+        )
+        for k in range(len(system)):
+            for coordinate in range(3):
+                found, row = growing(system, k, template, shape)
+                begin(found, row, coordinate)
+                free = found.free(VALUES)
+                kept = free is None or bool(free[round(float(row.split()[3 + coordinate]) * 1000)])
+                if system.tags[k] == SURFACE:
+                    top.append(kept)
+                else:
+                    assert kept, (system.sid, k, coordinate)
+    assert len(top) > 200 and np.mean(top) > 0.9

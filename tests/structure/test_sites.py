@@ -1,0 +1,91 @@
+"""The nearest site of a surface, against where ASE puts its own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from ase.build import add_adsorbate, bcc110, fcc100, fcc111
+
+from catmllm.structure.descriptors import surroundings
+from catmllm.structure.elements import COVALENT_RADIUS
+from catmllm.structure.sites import CONTACT, on_site
+from catmllm.structure.system import System, make_system
+from catmllm.structure.tags import heights
+
+BUILT = {
+    "fcc111": (fcc111, ("ontop", "bridge", "fcc", "hcp")),
+    "fcc100": (fcc100, ("ontop", "bridge", "hollow")),
+    # its hollow is no middle of a triangle: ASE has it 0.17 Å from there
+    "bcc110": (bcc110, ("ontop", "longbridge", "shortbridge")),
+}
+
+
+def placed(build: str, site: str, height: float, aside: np.ndarray) -> System:
+    """CO over a site of ASE's, at a height (Å), moved along the surface [2] (Å)."""
+    make, _ = BUILT[build]
+    metal = "Fe" if build == "bcc110" else "Pt"
+    atoms = make(metal, (3, 3, 3), vacuum=8.0, periodic=True)
+    n = len(atoms)
+    add_adsorbate(atoms, "C", height, site, offset=(1, 1))
+    add_adsorbate(atoms, "O", height + 1.16, site, offset=(1, 1))
+    atoms.positions[n:, :2] += aside
+    top = heights(atoms.cell[:], atoms.get_scaled_positions()[:n])
+    tags = [*np.where(top > top.max() - 0.5, 1, 0), 2, 2]
+    return make_system(atoms.cell[:], atoms.positions, atoms.numbers, tags, "CO", (1, 1, 1))
+
+
+@pytest.mark.parametrize(("build", "site"), [(b, s) for b, (_, sites) in BUILT.items() for s in sites])
+def test_an_adsorbate_goes_to_the_site_that_it_is_near(build: str, site: str) -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        way = rng.normal(size=2)
+        aside = 0.15 * way / np.linalg.norm(way)
+        system = placed(build, site, rng.uniform(0.8, 2.5), aside)
+        wanted = placed(build, site, 0.0, np.zeros(2))
+        moved = on_site(replace(system, relaxed=False))
+        apart = moved.frac - wanted.frac
+        apart[:, 2] = 0.0
+        assert np.linalg.norm((apart - np.round(apart)) @ system.lattice, axis=1).max() < 1e-3
+        # the slab and the molecule are as they were
+        np.testing.assert_allclose(moved.positions[:-2], system.positions[:-2], atol=1e-9)
+        bonds = [s.positions[-1] - s.positions[-2] for s in (moved, system)]
+        np.testing.assert_allclose(bonds[0], bonds[1], atol=1e-9)
+        # C touches the slab
+        slab = moved.positions[:-2][:, None] + _images(moved)
+        radii = COVALENT_RADIUS[moved.numbers[:-2]][:, None] + COVALENT_RADIUS[6]
+        assert (np.linalg.norm(slab - moved.positions[-2], axis=2) / radii).min() == pytest.approx(CONTACT)
+
+
+def _images(system: System) -> np.ndarray:
+    return np.array([[i, j, 0] for i in (-1, 0, 1) for j in (-1, 0, 1)]) @ system.lattice
+
+
+def test_a_site_is_the_same_wherever_the_cell_begins() -> None:
+    system = placed("fcc111", "fcc", 1.4, np.array([0.1, -0.05]))
+    first = on_site(system)
+    for shift in ([0.3, 0.8, 0.0], [0.95, 0.1, 0.0]):
+        again = on_site(replace(system, frac=system.frac + shift))
+        apart = again.frac - first.frac - shift
+        assert np.abs((apart - np.round(apart)) @ system.lattice).max() < 1e-9
+
+
+def test_only_what_is_not_relaxed_is_moved() -> None:
+    """How high a start was put changes nothing of its description, but what of a relaxed structure's."""
+    low, high = (placed("fcc111", "fcc", h, np.array([0.1, 0.0])) for h in (1.2, 1.9))
+    assert np.abs(surroundings(low) - surroundings(high)).max() > 0.01
+    starts = [surroundings(replace(s, relaxed=False)) for s in (low, high)]
+    np.testing.assert_allclose(*starts, atol=1e-9)
+
+
+def test_without_a_surface_nothing_moves(train_systems: list[System]) -> None:
+    system = replace(train_systems[0], relaxed=False)
+    bare = replace(system, tags=np.zeros_like(system.tags))
+    assert on_site(bare) is bare
+    # two atoms a layer: a line of atoms has no triangle
+    keep = [0, 1, len(system) - 1]
+    line = make_system(
+        system.lattice, system.positions[keep], system.numbers[keep], [1, 0, 2], system.adsorbate, (1, 1, 1)
+    )
+    assert np.isfinite(on_site(line).positions).all()
