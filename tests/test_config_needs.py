@@ -52,6 +52,12 @@ def test_a_missing_package_is_a_line_with_its_install_command(
     assert says in message and "\n" not in message and message.startswith(f"`{key}")
 
 
+def test_a_predictor_that_is_not_there_is_missed(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"`ga_grpo.predictor: .*/none` is not there"):
+        check_needs(load_config(None, ["evaluate.judge=none", f"ga_grpo.predictor={tmp_path}/none"]))
+    check_needs(load_config(None, ["evaluate.judge=none", f"ga_grpo.predictor={tmp_path}"]))
+
+
 def test_what_is_not_asked_for_is_not_missed(monkeypatch: pytest.MonkeyPatch) -> None:
     without(monkeypatch, *MISSING)
     check_needs(load_config(None, ["evaluate.judge=none"]))

@@ -89,6 +89,23 @@ def test_cells_are_compared_seed_by_seed(file: Path, tmp_path: Path) -> None:
     assert "the difference holds" in page and "<svg" in page and "encoder.lr" in page
 
 
+def test_a_cell_is_set_against_another_and_takes_what_it_left(file: Path, tmp_path: Path) -> None:
+    third = "  best: {ga_grpo.predictor: '{runs}/better/joint'}\nagainst: {best: better}\nseeds:"
+    text = file.read_text().replace("seeds:", third)
+    file.write_text(text)
+    ran: list[list[str]] = []
+    said = study(file, tmp_path / "out", run=pretend({"plain": 0.2, "better": 0.15, "best": 0.12}, ran))
+    assert f"ga_grpo.predictor={tmp_path}/out/0-0/better/joint" not in ran[0]
+    assert f"ga_grpo.predictor={tmp_path}/out/1-8/better/joint" in ran[5]
+    row = json.loads((tmp_path / "out" / "study.json").read_text())["rows"]["encoder: test error, eV"]
+    assert row["better"]["more"] == pytest.approx(-0.05, abs=3e-3)
+    assert row["best"]["more"] == pytest.approx(-0.03, abs=3e-3)
+    assert "`best` is -0.0" in said and "from `better` (" in said
+    file.write_text(text.replace("against: {best: better}", "against: {best: worse}"))
+    with pytest.raises(ConfigError, match="`against` has a cell for some cells"):
+        read(file)
+
+
 def test_what_is_done_is_kept(file: Path, tmp_path: Path) -> None:
     ran: list[list[str]] = []
     run = pretend({"plain": 0.2, "better": 0.2}, ran)

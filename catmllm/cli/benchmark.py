@@ -66,6 +66,7 @@ def candidates_options(parser: argparse.ArgumentParser) -> None:
 
 def candidates(args: argparse.Namespace) -> int:
     from catmllm.data.open import open_data
+    from catmllm.design.predict import predictor_of
     from catmllm.evaluate.benchmark import ideal_of, known_of, read_tasks, write_candidates
     from catmllm.evaluate.controls import budgets
     from catmllm.evaluate.design import search
@@ -80,7 +81,9 @@ def candidates(args: argparse.Namespace) -> int:
     if args.row == "search":
         fixed = [t for t in asked if t.kind == "fixed"]
         seed = Stream.DESIGN_SEARCH.key(args.seed, 0)
-        states = search(model, collate, config, [t.task for t in fixed], seed, progress=True)
+        predictor = predictor_of(config, model.energy_mean.device)
+        asked_of = [t.task for t in fixed]
+        states = search(model, collate, config, asked_of, seed, progress=True, predictor=predictor)
         texts = {t.name: [c.text for c in state.tried] for t, state in zip(fixed, states)}
     elif args.row == "ideal":
         made = {t.name: ideal_of(t, n, args.seed, k) for k, t in enumerate(asked)}
@@ -114,6 +117,7 @@ def generator_options(parser: argparse.ArgumentParser) -> None:
 
 
 def generator(args: argparse.Namespace) -> int:
+    from catmllm.design.predict import predictor_of
     from catmllm.design.search import ClosedLoop
     from catmllm.evaluate.benchmark import read_candidates, read_tasks, score, table
     from catmllm.evaluate.controls import budgets
@@ -121,7 +125,8 @@ def generator(args: argparse.Namespace) -> int:
     asked = read_tasks(args.tasks)
     model, collate, config = load(args.model)
     limits = budgets(config)
-    loop, rows = ClosedLoop(model, collate, config.ga_grpo), {}
+    predictor = predictor_of(config, model.energy_mean.device)
+    loop, rows = ClosedLoop(model, collate, config.ga_grpo, predictor), {}
     read = {str(folder): read_candidates(folder, asked, limits[-1]) for folder in args.dirs}
     for name, (texts, more) in read.items():
         if more:

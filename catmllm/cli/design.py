@@ -59,6 +59,11 @@ def options(parser: argparse.ArgumentParser) -> None:
         dest="iterations",
         help="refinements after the first candidates (default: the run's)",
     )
+    parser.add_argument(
+        "--predictor",
+        metavar="RUN",
+        help="a run, or a stage, whose energies the search takes (default: the run's, its own as a rule)",
+    )
     parser.add_argument("--pool", type=int, help="how many structures to keep (default: the run's)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
@@ -73,6 +78,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from catmllm.design.predict import predictor_of
     from catmllm.evaluate.controls import budgets, ideal_controls
     from catmllm.evaluate.design import search
     from catmllm.report.design import (
@@ -86,16 +92,18 @@ def run(args: argparse.Namespace) -> int:
     given = None if args.given is None else _given(args)
     tasks = _tasks(args, given)
     model, collate, config = load(args.model)
-    changes = {k: v for k, v in (("iterations", args.iterations), ("pool", args.pool)) if v is not None}
+    asked = {"iterations": args.iterations, "pool": args.pool, "predictor": args.predictor}
+    changes = {k: v for k, v in asked.items() if v is not None}
     config.ga_grpo = replace(config.ga_grpo, **changes)
     config.ga_grpo.sampling.grammar = not args.free
     seed = Stream.COMMAND_SEARCH.key(args.seed)
     begun = [given if given is not None and t.target == given.target else None for t in tasks]
     if given is not None and not args.metals and not any(begun):
         raise ValueError(f"--from {args.given}: its atoms are {given.identity}, not those of {args.identity}")
-    states = search(model, collate, config, tasks, seed, progress=True, given=begun)
+    predictor = predictor_of(config, model.energy_mean.device) or (model, collate)
+    states = search(model, collate, config, tasks, seed, progress=True, given=begun, predictor=predictor)
     predictions = budgets(config)[-1]
-    controls = ideal_controls(model, collate, config.ga_grpo, tasks, predictions, args.seed)
+    controls = ideal_controls(predictor, config.ga_grpo, tasks, predictions, args.seed)
     records = save_designs(states, controls, args.out)
     if args.judge != "none":
         judge_designs(records, args.judge)

@@ -54,6 +54,9 @@ def _missing(config: Config) -> Iterator[str]:
             f"`data.path: {config.data.path}` is not there: "
             f"catmllm data oc20 SOURCES --out {config.data.path}"
         )
+    predictor = config.ga_grpo.predictor
+    if predictor is not None and not Path(predictor).is_dir():
+        yield f"`ga_grpo.predictor: {predictor}` is not there; give the folder of a run or of a stage"
     begun = bool(stages) and (Path(config.out) / stages[0] / "model.safetensors").is_file()
     if encoder.checkpoint and config.init is None and not begun and not Path(encoder.checkpoint).is_file():
         yield (

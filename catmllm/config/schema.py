@@ -630,6 +630,10 @@ class GAGRPOConfig(OptimConfig):
     beta: float = key(0.05, "weight of the KL term", ge=0)
     kl: KL = key("k3", KL_HELP)
     delta: float = key(1e-4, "added to a group's standard deviation of rewards", ge=0)
+    predictor: str | None = key(
+        None,
+        "folder of a run, or of a stage, whose energies the search takes; null: those of the model itself",
+    )
     energy_weight: float = key(0.7, "weight of the energy term of the reward", ge=0)
     pvcp_weight: float = key(0.3, "weight of PVCP in the reward", ge=0)
     energy_lambda: float = key(1.0, "λ of exp(-λ |E - E*|), which is the energy term", unit="1/eV", ge=0)

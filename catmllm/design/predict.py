@@ -9,11 +9,16 @@ from typing import Literal
 import numpy as np
 import torch
 
+from catmllm.config import Config
 from catmllm.data.batches import Batch, Collator
 from catmllm.data.prompts import Sample, property_sample
 from catmllm.models.catalytic_mllm import CatalyticMLLM
+from catmllm.models.half_precision import rounded
+from catmllm.models.state import load_model, stage_folder
 from catmllm.structure.system import System
+from catmllm.world import DTYPES, encoder_dtype, settled
 
+Predictor = tuple[CatalyticMLLM, Collator]
 Mode = Literal["both", "graph", "text"]  # what the model is shown of a system
 MODES: tuple[Mode, ...] = ("both", "graph", "text")
 
@@ -22,6 +27,19 @@ def question(system: System, mode: Mode = "both") -> Sample:
     """The property prompt of a system without its answer."""
     sample = property_sample(system, mode)
     return Sample(sample.prompt, "", sample.graph, told=sample.told)
+
+
+def predictor_of(config: Config, device: torch.device) -> Predictor | None:
+    """The model of `ga_grpo.predictor`, whole, in the precision that it was trained in; None where the model
+    that searches predicts for itself. Raises FileNotFoundError and ValueError for what cannot predict."""
+    if config.ga_grpo.predictor is None:
+        return None
+    folder = stage_folder(config.ga_grpo.predictor)
+    if folder.name in ("encoder", "align"):
+        raise ValueError(f"`ga_grpo.predictor: {folder}`: this stage comes before those that train energies")
+    model, collate, trained = load_model(folder)
+    encoder = encoder_dtype(settled(trained, device.type))
+    return rounded(model, DTYPES[trained.precision], encoder).to(device), collate
 
 
 @torch.no_grad()

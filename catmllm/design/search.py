@@ -23,7 +23,7 @@ from catmllm.data.batches import Collator
 from catmllm.data.prompts import Sample, design_prompt
 from catmllm.design.constraints import adsorbate_faults, hard_constraints, read_systems
 from catmllm.design.exemplar_pool import Candidate, ExemplarPool
-from catmllm.design.predict import energies_and_errors, question
+from catmllm.design.predict import Predictor, energies_and_errors, question
 from catmllm.design.reward import design_reward, distances
 from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.sample.answers import Rollout, answer_limits
@@ -112,11 +112,18 @@ class ClosedLoop:
     """Scores and predicts candidates for tasks, and runs the iterations.
 
     `model` must be whole on this rank (unsharded); only this rank's tasks are worked on,
-    without any collective.
+    without any collective. `predictor` says the energies, or the model itself where there is none.
     """
 
-    def __init__(self, model: CatalyticMLLM, collate: Collator, config: GAGRPOConfig) -> None:
-        self.model, self.collate, self.config = model, collate, config
+    def __init__(
+        self,
+        model: CatalyticMLLM,
+        collate: Collator,
+        config: GAGRPOConfig,
+        predictor: Predictor | None = None,
+    ) -> None:
+        self.collate, self.config = collate, config
+        self.predictor = predictor or (model, collate)
         self.pvcp = config.reward.scorer()
         self.seconds = {"reward": 0.0, "predict": 0.0}  # spent so far
         # by structure key: energy, its expected error, fault and the site of the first bond to the slab
@@ -268,14 +275,14 @@ class ClosedLoop:
                 continue
             try:
                 # A cell that has no graph or no text (too small, or of unknown elements) has no energy.
-                self.collate.graphs([system])
+                self.predictor[1].graphs([system])
                 three_part_text(system)
             except ValueError:
                 self._known[key] = np.nan, np.nan, adsorbate_faults([system])[0], ""
             else:
                 new[key] = system
         questions = [question(system) for system in new.values()]
-        said = energies_and_errors(self.model, self.collate, questions, batch_size=128)
+        said = energies_and_errors(*self.predictor, questions, batch_size=128)
         sites = [site_of(system) for system in new.values()]
         faults = adsorbate_faults(list(new.values()))
         self._known |= zip(new, zip(*(numbers.tolist() for numbers in said), faults, sites))

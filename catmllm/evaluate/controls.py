@@ -14,12 +14,10 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from catmllm.config import Config, GAGRPOConfig
-from catmllm.data.batches import Collator
 from catmllm.design.enumeration import enumerable, ideal_system
-from catmllm.design.predict import energies_and_errors, question
+from catmllm.design.predict import Predictor, energies_and_errors, question
 from catmllm.design.reward import distances
 from catmllm.design.search import Task
-from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.seeds import Stream, hash_seed
 from catmllm.structure.adsorbed import adsorbate_fault
 from catmllm.structure.system import System
@@ -52,14 +50,14 @@ def ideal_candidates(task: Task, n: int, seed: int, place: int) -> list[System]:
 
 
 def ideal_controls(
-    model: CatalyticMLLM, collate: Collator, config: GAGRPOConfig, tasks: Sequence[Task], n: int, seed: int
+    predictor: Predictor, config: GAGRPOConfig, tasks: Sequence[Task], n: int, seed: int
 ) -> list[dict[str, tuple[System, float]]]:
-    """For each task, with their energies by the model: `random` one ideal slab, `enumeration` of n the one
-    that is nearest to the wanted energy, as the closed loop counts it. Neither where no ideal slab can be
+    """For each task, with their energies by the predictor: `random` one ideal slab, `enumeration` of n the
+    one that is nearest to the wanted energy, as the closed loop counts it. Neither where no ideal slab can be
     made."""
     ideal = [ideal_candidates(task, n, seed, k) for k, task in enumerate(tasks)]
     flat = [question(s) for slabs in ideal for s in slabs]
-    said = np.stack(energies_and_errors(model, collate, flat, batch_size=128))
+    said = np.stack(energies_and_errors(*predictor, flat, batch_size=128))
     ends = np.cumsum([len(slabs) for slabs in ideal])[:-1]
     found = []
     for task, slabs, (mine, errors) in zip(tasks, ideal, np.split(said, ends, axis=1)):

@@ -18,7 +18,7 @@ from catmllm.config import Config
 from catmllm.data.batches import Collator
 from catmllm.data.oracle import POTENTIALS
 from catmllm.design.exemplar_pool import Candidate
-from catmllm.design.predict import energies_and_errors, question
+from catmllm.design.predict import Predictor, energies_and_errors, predictor_of, question
 from catmllm.design.reward import distances
 from catmllm.design.search import ClosedLoop, Task, TaskState, structure_key, summary
 from catmllm.evaluate import metrics
@@ -55,12 +55,14 @@ def search(
     seed: Sequence[int],
     progress: bool = False,
     given: Sequence[System | None] | None = None,
+    predictor: Predictor | None = None,
 ) -> list[TaskState]:
     """The closed loop with fixed weights: N0 candidates, then `iterations` refinements, of all tasks
-    together. given: of each task the structure that it begins with, or None."""
+    together. given: of each task the structure that it begins with, or None; predictor: what says the
+    energies, where it is not the model."""
     from tqdm import tqdm
 
-    loop = ClosedLoop(model, collate, config.ga_grpo)
+    loop = ClosedLoop(model, collate, config.ga_grpo, predictor)
     engine = RolloutEngine(model, collate, DTYPES[config.precision])
     states = loop.start(tasks, engine, seed, given)
     for iteration in tqdm(
@@ -93,12 +95,12 @@ def evaluate_design(
     tasks = design_tasks(data["test"], e.design_tasks, config.seed)
     places = range(len(tasks))[world.rank :: world.size]
     mine = [tasks[k] for k in places]
-    states = search(
-        model, collate, config, mine, Stream.DESIGN_SEARCH.key(config.seed, world.rank), progress=world.main
-    )
+    predictor = predictor_of(config, world.device) or (model, collate)
+    seed = Stream.DESIGN_SEARCH.key(config.seed, world.rank)
+    states = search(model, collate, config, mine, seed, progress=world.main, predictor=predictor)
     limits = budgets(config)
     ideal = [ideal_candidates(t, limits[-1], config.seed, k) for k, t in zip(places, mine)]
-    energies, *screens = _screened(model, collate, config, data, mine, ideal)
+    energies, *screens = _screened(predictor, config, data, mine, ideal)
     items, systems = [], []
     for state, slabs, own, by in zip(states, ideal, energies, zip(*screens)):
         item, chosen = _answers(state, slabs, own, by, limits)
@@ -111,18 +113,17 @@ def evaluate_design(
 
 
 def _screened(
-    model: CatalyticMLLM,
-    collate: Collator,
+    predictor: Predictor,
     config: Config,
     data: Mapping[str, Sequence[System]],
     tasks: Sequence[Task],
     ideal: Sequence[Sequence[System]],
 ) -> list[list[np.ndarray]]:
-    """Of every task's ideal slabs: energies by the model, and distances from the wanted energy by the model,
-    as the closed loop counts them, and by kernel ridge."""
+    """Of every task's ideal slabs: energies by the predictor, and distances from the wanted energy by it, as
+    the closed loop counts them, and by kernel ridge."""
     flat = [s for slabs in ideal for s in slabs]
     target = np.repeat([t.energy for t in tasks], [len(slabs) for slabs in ideal])
-    own, errors = energies_and_errors(model, collate, [question(s) for s in flat], batch_size=128)
+    own, errors = energies_and_errors(*predictor, [question(s) for s in flat], batch_size=128)
     ridge = np.zeros(0)
     if flat:
         ridge = KernelRidge.fit(some(data["train"]), some(data["val"]), FRAMES).predict(flat)
@@ -230,6 +231,18 @@ def _reaches(step: dict[str, Any], target: float, tolerance: float) -> bool:
     return bool(step["feasible"] and best is not None and abs(best - target) <= tolerance)
 
 
+def predictor_bias(
+    more: np.ndarray, accepted: np.ndarray, items: Sequence[dict[str, Any]]
+) -> dict[str, Any] | None:
+    """Mean of E_pred - E_judge (eV) over the n designs that the search accepts by its predictor and the judge
+    could relax, with a bootstrap over (bulk, Miller index); None of none."""
+    if not accepted.any():
+        return None
+    pairs = [item["identity"].partition("</s>")[2] for item, one in zip(items, accepted) if one]
+    interval = metrics.bootstrap_interval(more[accepted], groups=pairs)
+    return {"mean": float(more[accepted].mean()), "interval": interval, "n": int(accepted.sum())}
+
+
 def design_metrics(
     items: list[dict[str, Any]], limits: Sequence[int], train: Sequence[System], config: Config
 ) -> dict[str, Any]:
@@ -270,16 +283,16 @@ def design_metrics(
         "curves": curves,
         "own": own_rates,
     }
-    out["judge"] = None
-    final = own_hit
+    out["judge"], final = None, own_hit
     if e.judge != "none":
         ok = np.array([bool(i["judged"] and i["judged"]["ok"]) for i in items])
         energy = np.array([i["judged"]["energy"] if k else np.nan for i, k in zip(items, ok)])
         final, rates = judged_by("judge", energy)
         rates["judged_ok"] = float(ok.mean())
-        rates["mae"] = float(np.abs(energy - target)[ok].mean()) if ok.any() else float("nan")
-        rates["predictor_mae"] = float(np.abs(energy - own)[ok].mean()) if ok.any() else float("nan")
-        out["judge"], out["judge_name"] = rates, POTENTIALS[e.judge]
+        for name, other in (("mae", target), ("predictor_mae", own)):
+            rates[name] = float(np.abs(energy - other)[ok].mean()) if ok.any() else float("nan")
+        out["judge"] = rates | {"bias": predictor_bias(own - energy, own_hit & ok, items)}
+        out["judge_name"] = POTENTIALS[e.judge]
         for item, hit in zip(items, final):
             item["success_judge"] = bool(hit)
     for item, hit in zip(items, own_hit):

@@ -525,6 +525,12 @@ def _design_notes(design: Metrics) -> list[str]:
     if finite(judged.get("predictor_mae")):
         facts.append(f"and {number(judged['predictor_mae'])} eV from the own predictor's")
     notes.append(", ".join(facts) + ".")
+    if bias := judged.get("bias"):
+        low, high = bias["interval"]
+        notes.append(
+            f"Bias of the predictor: on the {bias['n']} designs that it accepts and the judge could relax, "
+            f"E_pred - E_judge is {bias['mean']:+.3f} eV on average (95\u00a0% {low:+.3f} to {high:+.3f})."
+        )
     diversity = design.get("diversity") or {}
     successes = diversity.get("n", diversity.get("successes"))
     if successes is not None:

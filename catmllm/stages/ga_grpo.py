@@ -22,6 +22,7 @@ from catmllm.data.batches import shuffled
 from catmllm.data.prompts import Sample
 from catmllm.data.subsets import of_generation
 from catmllm.design.exemplar_pool import Candidate, ExemplarPool
+from catmllm.design.predict import predictor_of
 from catmllm.design.search import ClosedLoop, Task, TaskState, summary
 from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.sample.answers import Choices, Rollout
@@ -91,6 +92,8 @@ class GAGRPO(Plain):
         """The engine, of which each step changes the head alone."""
         c = self.context
         if self.engine is None:
+            # not before the first search: a plan makes the stage without any file
+            self.loop.predictor = predictor_of(c.config, c.world.device) or self.loop.predictor
             self.engine = RolloutEngine(c.model, c.collate, DTYPES[c.config.precision])
         else:
             self.engine.renew_head()

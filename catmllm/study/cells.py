@@ -4,7 +4,9 @@ It has `cells` (a name and `key: value` overrides each) and `seeds` (pairs of sp
 for every cell); `asks` and `hours`, what it is for and the CPU hours that it should take; and if it likes
 `files` (configurations below all overrides), `base` (overrides of all), `ancestor` (overrides of a run per
 seed whose last stage every cell of that seed starts from), `ranks` (processes of a run: batches are by rank)
-and `axis` (what the cells stand at in the figure). A cell may say `samples: {property: P, design: D}` in
+and `axis` (what the cells stand at in the figure), and `against` (the cell that another is compared with,
+where that is not the first one). `{runs}` in a cell is the folder of its seed's runs, of which it may take
+what an earlier cell left: `{runs}/CELL/STAGE`. A cell may say `samples: {property: P, design: D}` in
 place of `joint.steps` and `joint.property_share`.
 
 A killed study goes on by the same command: what has its report is kept, the trainer resumes the rest.
@@ -27,7 +29,7 @@ from catmllm.pipeline import differences
 
 Runner = Callable[[list[str], Path], None]
 SAMPLES = "samples"  # of a cell, and no key of the trainer
-_KEYS = {"cells", "seeds", "asks", "hours", "files", "base", "ancestor", "ranks", "axis"}
+_KEYS = {"cells", "seeds", "asks", "hours", "files", "base", "ancestor", "ranks", "axis", "against"}
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Study:
     files: Sequence[str] = ()
     ranks: int = 1
     axis: Axis | None = None
+    against: Mapping[str, str] = field(default_factory=dict)
     asks: str = ""
     hours: float | None = None
     more: Sequence[str] = ()
@@ -88,6 +91,7 @@ def read(path: Path, more: Sequence[str] = (), ranks: int | None = None) -> Stud
         tree.get("files") or (),
         ranks or tree.get("ranks", 1),
         _axis(path, tree.get("axis"), cells),
+        _against(path, tree.get("against"), cells),
         tree.get("asks", ""),
         tree.get("hours"),
         more,
@@ -109,11 +113,19 @@ def _axis(path: Path, tree: Any, cells: Mapping[str, Any]) -> Axis | None:
     return axis
 
 
+def _against(path: Path, tree: Any, cells: Mapping[str, Any]) -> dict[str, str]:
+    pairs = {} if tree is None else tree
+    if not isinstance(pairs, dict) or not {*map(str, pairs), *map(str, pairs.values())} <= cells.keys():
+        raise ConfigError(f"{path}: `against` has a cell for some cells, not {tree!r}")
+    return {str(name): str(base) for name, base in pairs.items()}
+
+
 def arguments(study: Study, values: Mapping[str, Any], seeds: tuple[int, int], out: Path) -> list[str]:
     """The trainer's files and `key=value` arguments of one run."""
     merged = {**study.base, **values, "data.split_seed": seeds[0], "seed": seeds[1], "out": str(out)}
     asked = merged.pop(SAMPLES, None)
     words = [*study.files, *(_word(key, value) for key, value in merged.items())]
+    words = [word.replace("{runs}", str(out.parent)) for word in words]
     if asked is not None:
         words += _sampled(asked, from_arguments(words).joint.batch_size * study.ranks)
     return [*words, *study.more]

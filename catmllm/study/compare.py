@@ -110,6 +110,18 @@ def _designs(metrics: Metrics) -> dict[str, Values]:
             if distances and all(math.isfinite(d) for d in distances):
                 named = " ".join(filter(None, (f"{name} candidates", when)))
                 found[f"{named}, |E_pred - E*|, eV"] = distances, tasks
+    design = metrics.get("design") or {}
+    accepted = [
+        item
+        for item in design.get("items", [])
+        if item.get("success_own") and (item.get("judged") or {}).get("ok")
+    ]
+    if accepted:
+        more = [item["best"]["predicted"] - item["judged"]["energy"] for item in accepted]
+        found["accepted designs, E_pred - E_judge, eV"] = (
+            more,
+            [item["identity"].partition("</s>")[2] for item in accepted],
+        )
     curve = (metrics.get("design") or {}).get("curves", {}).get("enumeration", {})
     for judge in ("own", "judge"):
         if judge in curve:
@@ -123,10 +135,12 @@ def _distance(item: Metrics, k: int) -> float:
     return float(np.mean(np.abs(np.array(energies) - item["energy"]))) if energies else math.nan
 
 
-def compared(values: Mapping[str, Sequence[Mapping[str, Values]]]) -> dict[str, Any]:
+def compared(
+    values: Mapping[str, Sequence[Mapping[str, Values]]], against: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """Rows of the table: by what was measured, each cell's mean over the seeds with its sd and interval, and
-    how far it is from the first cell's, paired by seed and system where both measured the same ones. What is
-    the same in every cell is left out."""
+    how far it is from the first cell's, or from that of the cell that `against` names, paired by seed and
+    system where both measured the same ones. What is the same in every cell is left out."""
     first = next(iter(values))
     names = dict.fromkeys(what for each in values.values() for one in each for what in one)
     rows: dict[str, Any] = {}
@@ -134,8 +148,11 @@ def compared(values: Mapping[str, Sequence[Mapping[str, Values]]]) -> dict[str, 
         row: dict[str, Any] = {}
         for name, each in values.items():
             if all(what in one for one in each):
-                base = values[first] if all(what in one for one in values[first]) else None
-                row[name] = _cell(what, each, None if name == first else base)
+                other = (against or {}).get(name, first)
+                has = other != name and other in values and all(what in one for one in values[other])
+                row[name] = _cell(what, each, values[other] if has else None)
+                if other != first:
+                    row[name]["base"] = other
         same = len(row) > 1 and len({tuple(cell["each"]) for cell in row.values()}) == 1
         if row and not same:
             rows[what] = row
@@ -204,9 +221,8 @@ def sentences(rows: Mapping[str, Any]) -> list[str]:
             if "more" not in cell:
                 continue
             a, b = cell["more_interval"]
-            words = (
-                f"{what}: `{name}` is {cell['more']:+.3f} from `{first}` ({a:+.3f} to {b:+.3f} over surfaces"
-            )
+            words = f"{what}: `{name}` is {cell['more']:+.3f} from `{cell.get('base', first)}` "
+            words += f"({a:+.3f} to {b:+.3f} over surfaces"
             if cell["more_over_seeds"] is None:
                 words += "; one seed says nothing of how runs differ): not separate."
             else:
@@ -236,6 +252,7 @@ def cells_of(rows: Mapping[str, Any]) -> list[list[str]]:
                 a, b = cell["more_interval"]
                 more = f"{cell['more']:+.3f} ({a:+.3f} to {b:+.3f})"
                 more += "" if cell["separate"] else ", not separate"
+                more += f", from `{cell['base']}`" if "base" in cell else ""
                 over = cell["more_over_seeds"]
                 seeds = "–" if over is None else f"{over[0]:+.3f} to {over[1]:+.3f}"
             lines.append([what, name, f"{cell['mean']:.3f}{sd}", f"{low:.3f} to {high:.3f}", more, seeds])

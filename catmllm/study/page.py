@@ -41,7 +41,7 @@ def study(
         name: [json.loads((f / "metrics.json").read_text()) for f in each] for name, each in folders.items()
     }
     values = {n: [values_of(m, f) for m, f in zip(records[n], folders[n])] for n in folders}
-    rows = compared(values)
+    rows = compared(values, asked.against)
     said = {
         "study": str(path),
         "asks": asked.asks,

@@ -226,7 +226,7 @@ def test_the_same_structure_is_predicted_once(small_model: Model, train_systems:
             calls.append(len(batch))
             return small_model[0].predict(batch)
 
-    loop.model = Counting()  # type: ignore[assignment]
+    loop.predictor = Counting(), small_model[1]  # type: ignore[assignment]
     text = write_cif(system)
     first, _ = loop.judge([task_of(system)] * 3, [text, text, "prose\n" + text], 0)
     nearer = first[0].predicted + 0.1

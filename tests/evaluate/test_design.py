@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,13 +19,14 @@ from catmllm.data.open import open_data
 from catmllm.design.constraints import adsorbate_faults, hard_constraints
 from catmllm.design.enumeration import enumerable
 from catmllm.design.exemplar_pool import Candidate, ExemplarPool
-from catmllm.design.predict import predict_energies, question
+from catmllm.design.predict import predict_energies, predictor_of, question
 from catmllm.design.search import Task, TaskState
 from catmllm.evaluate import design, judges, second_opinion
 from catmllm.evaluate.baselines import FRAMES, KernelRidge
 from catmllm.evaluate.controls import budgets, closest, ideal_candidates
 from catmllm.evaluate.metrics import bootstrap_interval, wilson_interval
 from catmllm.models.catalytic_mllm import CatalyticMLLM
+from catmllm.models.state import save_model
 from catmllm.structure.cif import write_cif
 from catmllm.structure.system import System
 from catmllm.world import World
@@ -189,6 +192,45 @@ def test_evaluation_with_controls(
         assert found[name]["kernel_ridge"] == found["curves"]["kernel_ridge"][name]["success"][-1]
     alone = found["curves"]["enumeration"]["own"]["success"]
     assert alone == sorted(alone)  # more predictions never lose by the predictor that chooses
+
+
+def test_energies_of_another_model_guide_the_search_and_the_controls(
+    small_model: tuple[CatalyticMLLM, Collator],
+    small_config: Config,
+    parts: dict[str, Sequence[System]],
+    tmp_path: Path,
+) -> None:
+    other = copy.deepcopy(small_model[0])
+    other.energy_mean.fill_(40.0)
+    save_model(tmp_path / "joint", other, other.state_dict(), small_config, small_model[1].tokenizer)
+    config = configured(small_config, judge="none")
+    config.ga_grpo.predictor = str(tmp_path)
+    predictor = predictor_of(config, torch.device("cpu"))
+    assert predictor is not None
+    found = design.evaluate_design(*small_model, config, parts, ONE)
+    for k, (task, of) in enumerate(zip(design.design_tasks(parts["test"], 2, config.seed), found["items"])):
+        energies = predict_energies(*predictor, [question(s) for s in ideal_candidates(task, 5, 0, k)])
+        best = energies[np.argmin(np.abs(energies - task.energy))]
+        assert of["answers"]["enumeration"][-1]["predicted"] == pytest.approx(float(best), rel=1e-3)
+        if of["best"] is not None:
+            system = replace(design.candidate_system(Candidate(**of["best"]), task.identity), relaxed=False)
+            theirs, own = (predict_energies(*model, [question(system)]) for model in (predictor, small_model))
+            assert of["best"]["predicted"] == pytest.approx(float(theirs[0]), rel=1e-3)
+            assert abs(theirs[0] - own[0]) > 10
+    assert any(of["best"] is not None for of in found["items"])
+    (tmp_path / "joint").rename(tmp_path / "encoder")
+    with pytest.raises(ValueError, match="comes before those that train energies"):
+        predictor_of(config, torch.device("cpu"))
+
+
+def test_bias_is_that_of_the_accepted_designs() -> None:
+    """The search finds where its predictor is too near the target, however good it is on the whole."""
+    items = [item(1.0), item(2.0), item(3.0)]
+    more, accepted = np.array([0.3, np.nan, 0.1]), np.array([True, False, True])
+    found = design.predictor_bias(more, accepted, items)
+    assert found is not None and (found["mean"], found["n"]) == (pytest.approx(0.2), 2)
+    assert found["interval"] == pytest.approx((0.1, 0.3))
+    assert design.predictor_bias(more, np.zeros(3, bool), items) is None
 
 
 def test_what_cannot_be_enumerated_has_no_such_controls(

@@ -19,6 +19,7 @@ from catmllm.design.exemplar_pool import Candidate
 from catmllm.design.search import ClosedLoop
 from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.sample.answers import Rollout
+from catmllm.stages import ga_grpo
 from catmllm.stages.ga_grpo import GAGRPO
 from catmllm.stages.grpo import GRPO
 from catmllm.stages.scoring import Scored
@@ -119,6 +120,20 @@ def test_ga_grpo_moves_the_head_alone(context: Context, monkeypatch: pytest.Monk
     assert moved == {"llm.lm_head.weight"}
     rows = read_log(context.folder / "tasks.jsonl")
     assert len(rows) == 3 and all(len(row["trace"]) == 3 and row["step"] == 1 for row in rows)
+
+
+def test_ga_grpo_searches_by_another_models_energies(
+    context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = (context.model, context.collate)
+    asked: list[object] = []
+    monkeypatch.setattr(ga_grpo, "predictor_of", lambda config, device: asked.append(config) or other)
+    stage = GAGRPO(context)
+    assert not asked  # a plan makes the stage where no such model is
+    stage.begin()
+    stage.step(0)
+    stage.step(1)
+    assert stage.loop.predictor is other and len(asked) == 1
 
 
 def test_prompts_show_exemplars_by_their_share(context: Context) -> None:
