@@ -9,6 +9,7 @@ themselves is loaded where the parser is made, so that `doctor` runs where a pac
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
@@ -43,7 +44,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _add(parser.add_subparsers(dest="command"), "doctor", doctor.HELP, doctor.options, doctor.run)
     args = parser.parse_args(given)
     try:
-        return int(args.run_command(args) or 0)
+        status = int(args.run_command(args) or 0)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # of a reader that has seen enough, `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (ValueError, OSError, ModuleNotFoundError, RuntimeError) as error:
         print(f"catmllm {args.command}: {error}", file=sys.stderr)
         return 1

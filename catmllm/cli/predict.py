@@ -4,13 +4,14 @@ that have no structure."""
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,9 +26,12 @@ if TYPE_CHECKING:
     from catmllm.design.predict import Mode
     from catmllm.evaluate.ensemble import Ensemble, Floats
     from catmllm.models.catalytic_mllm import CatalyticMLLM
+    from catmllm.structure.system import System
 
 HELP = "relaxed adsorption energies of structures in any format, or of texts"
 BATCH = 64
+COLUMNS = ("file", "system", "energy", "error", "low", "high", "AD", "outside", "notes", "reference",
+           "labels", "model")  # fmt: skip
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -79,6 +83,12 @@ def options(parser: argparse.ArgumentParser) -> None:
         help="the structures are guesses: predict what they relax to; else they are taken as relaxed",
     )
     parser.add_argument("--json", action="store_true", help="one JSON object a structure instead of a table")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="also write the predictions: .csv and .jsonl a row each, .extxyz the structures with them",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -89,6 +99,7 @@ def run(args: argparse.Namespace) -> int:
 
     if not (args.files or args.system or args.text):
         raise ValueError("give files or folders, or --system or --text")
+    _writable(args)
     folder = best_stage(args.model)
     model, collate, config = load_to_read(folder)
     domain, of_texts = load_domain(folder), load_ensemble(folder)
@@ -109,6 +120,7 @@ def run(args: argparse.Namespace) -> int:
     if of_texts is not None:
         energies = of_texts.mean([item.system for item in items], energies)
     failed = len(found.items) - len(items) + found.refused.total()
+    rows: list[dict[str, Any]] = []
     for item, energy, error in zip(items, energies.tolist(), errors.tolist()):
         # errors on validation are of what the model was shown there
         shown = mode == "both" and item.system.text is None
@@ -116,8 +128,12 @@ def run(args: argparse.Namespace) -> int:
         width = (
             domain.half_width(item.system.adsorbate, item.system.relaxed, error) if domain and told else None
         )
-        print(_line(item, energy, width, folder, domain, args.json))
-    failed += _without_structures(args, asked, model, collate, config, folder, domain)
+        rows.append(row := _row(item, energy, width, folder, domain))
+        print(json.dumps(row) if args.json else _line(row))
+    unread, said = _without_structures(args, asked, model, collate, config, folder, domain)
+    failed += unread
+    if args.out is not None:
+        _write(args.out, [*rows, *said], [item.system for item in items])
     print(_conditions(folder, domain, of_texts), file=sys.stderr)
     known = [k for k, item in enumerate(items) if item.system.energy is not None]
     if len(known) > 1:
@@ -171,9 +187,10 @@ def _without_structures(
     config: Config,
     folder: Path,
     domain: Domain | None,
-) -> int:
+) -> tuple[int, list[dict[str, Any]]]:
     """Print what the model says of systems by two parts and by the bonds of CIFs that it writes: a line for
-    different bonds, and their mean and range. Returns for how many systems no CIF could be read."""
+    different bonds, and their mean and range. Returns for how many systems no CIF could be read, and what
+    was said of each."""
     from catmllm.design.indicative import CHARACTERS, indicated, indicative_systems
     from catmllm.design.predict import predict_energies, question
     from catmllm.seeds import Stream
@@ -181,13 +198,13 @@ def _without_structures(
     from catmllm.structure.text import two_part_text
 
     if not asked:
-        return 0
+        return 0, []
     seed = Stream.COMMAND_INDICATIVE.key(args.seed)
     written = indicative_systems(model, collate, asked, args.candidates, config.evaluate.sampling, seed)
     if not (config.joint.drop_configuration or config.instruct.drop_configuration):
         print("note: this model was not trained on two parts alone (drop_configuration)", file=sys.stderr)
     cap = CHARACTERS if args.scale > 1 else None
-    failed = 0
+    failed, said = 0, []
     for (line, _), systems in zip(asked, written):
         bare = two_part_text(text_system(line))
         read = [indicated(bare, s, args.scale, cap) for s in systems if s is not None]
@@ -204,9 +221,10 @@ def _without_structures(
         if read:
             every = np.repeat(energies, [times[s.text] for s in texts])
             found |= {"energy": float(every.mean()), "low": float(every.min()), "high": float(every.max())}
+        found["texts"] = [{"text": text, "energy": e, "times": times[text]} for text, e in of_text.items()]
+        said.append(found)
         if args.json:
-            rows = [{"text": text, "energy": e, "times": times[text]} for text, e in of_text.items()]
-            print(json.dumps(found | {"texts": rows}))
+            print(json.dumps(found))
             continue
         print(f"{alone:9.3f}        eV  {line:32s} two parts alone")
         for text, energy in sorted(of_text.items(), key=lambda pair: pair[1]):
@@ -218,12 +236,12 @@ def _without_structures(
             print(f"{found['energy']:9.3f}        eV  {line:32s} their mean; {spread}{warning}")
         else:
             print(f"{line}: none of {args.candidates} CIFs could be read{warning}", file=sys.stderr)
-    return failed
+    return failed, said
 
 
-def _line(
-    item: Item, energy: float, width: float | None, folder: Path, domain: Domain | None, as_json: bool
-) -> str:
+def _row(
+    item: Item, energy: float, width: float | None, folder: Path, domain: Domain | None
+) -> dict[str, Any]:
     """What is said of one structure; width: the error of such predictions, where it is known."""
     from catmllm.structure.adsorbed import adsorbate_fault
 
@@ -232,15 +250,54 @@ def _line(
     outside = [] if domain is None else domain.outside(system)
     if outside or fault:
         width = None
-    if as_json:
-        row = {"file": system.sid, "system": system.identity, "energy": energy, "error": width, "AD": fault,
-               "outside": outside, "notes": item.marks, "reference": domain and domain.reference,
-               "labels": domain and domain.labels, "model": str(folder)}  # fmt: skip
-        return json.dumps(row)
-    spread = "      " if width is None else f"±{width:5.2f}"
-    warning = f"  AD: {fault}, so no adsorption energy" if fault else ""
-    warning += f"  OUTSIDE of training: {'; '.join(outside)}" if outside else ""
-    return f"{energy:9.3f} {spread} eV  {system.identity:32s} {system.sid}{warning}"
+    return {"file": system.sid, "system": system.identity, "energy": energy, "error": width, "AD": fault,
+            "outside": outside, "notes": item.marks, "reference": domain and domain.reference,
+            "labels": domain and domain.labels, "model": str(folder)}  # fmt: skip
+
+
+def _line(row: dict[str, Any]) -> str:
+    """A row as people read it."""
+    spread = "      " if row["error"] is None else f"±{row['error']:5.2f}"
+    warning = f"  AD: {row['AD']}, so no adsorption energy" if row["AD"] else ""
+    warning += f"  OUTSIDE of training: {'; '.join(row['outside'])}" if row["outside"] else ""
+    return f"{row['energy']:9.3f} {spread} eV  {row['system']:32s} {row['file']}{warning}"
+
+
+def _writable(args: argparse.Namespace) -> None:
+    """Refuse a file that could not be written in the end, before a model is loaded. Raises ValueError."""
+    if args.out is None:
+        return
+    if args.out.suffix not in (".csv", ".jsonl", ".extxyz"):
+        raise ValueError(f"--out {args.out}: give a file that ends in .csv, .jsonl or .extxyz")
+    if args.out.suffix == ".extxyz" and (args.system or args.text):
+        raise ValueError(f"--out {args.out}: what has no structure goes into .csv or .jsonl only")
+    if not args.out.parent.is_dir():
+        raise ValueError(f"--out {args.out}: there is no folder {args.out.parent}")
+
+
+def _write(path: Path, rows: Sequence[dict[str, Any]], systems: Sequence[System]) -> None:
+    """The predictions as a file; of .extxyz, each structure with what is said of it. In .csv several words of
+    a column stand behind one another, and the texts of --system are left to .jsonl."""
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return
+    if path.suffix == ".csv":
+        with path.open("w", newline="", encoding="utf-8") as file:
+            table = csv.DictWriter(file, COLUMNS)
+            table.writeheader()
+            for row in rows:
+                said = {key: row.get(key) for key in COLUMNS}
+                table.writerow({k: "; ".join(v) if isinstance(v, list) else v for k, v in said.items()})
+        return
+    import ase.io
+
+    frames = [system.as_ase() for system in systems]
+    for frame, system, row in zip(frames, systems, rows):
+        frame.info["adsorbate"] = system.adsorbate
+        told = {"predicted_energy": row["energy"], "predicted_error": row["error"], "AD": row["AD"],
+                "outside": "; ".join(row["outside"]) or None, "file": row["file"]}  # fmt: skip
+        frame.info |= {key: value for key, value in told.items() if value is not None}
+    ase.io.write(path, frames, format="extxyz")
 
 
 def _energies(

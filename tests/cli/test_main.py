@@ -1,10 +1,14 @@
 """The `catmllm` command on a small trained run: what a person types, and what they see when it is wrong."""
 
+import csv
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
+import ase.io
 import numpy as np
 import pytest
 
@@ -32,6 +36,44 @@ def test_predict_prints_an_energy_for_every_file(
     assert rows[0]["system"] == load_slabs()[0].identity and rows[0]["AD"] is None
 
 
+def test_predict_writes_what_it_says(
+    unbroken: Path, cif: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same numbers in each form, and a structure that ASE and this command read again."""
+    model = ["--model", str(unbroken)]
+    for name in ("said.csv", "said.jsonl", "said.extxyz"):
+        assert main(["predict", str(cif), *model, "--json", "--out", str(tmp_path / name)]) == 0
+    row = json.loads(capsys.readouterr().out.splitlines()[0])
+    assert json.loads((tmp_path / "said.jsonl").read_text()) == row
+    (told,) = csv.DictReader((tmp_path / "said.csv").open())
+    assert float(told["energy"]) == row["energy"] and told["system"] == row["system"]
+    frame = ase.io.read(tmp_path / "said.extxyz")
+    assert frame.info["predicted_energy"] == pytest.approx(row["energy"])
+    np.testing.assert_allclose(frame.positions, read_cif(cif.read_text()).positions, atol=1e-3)
+    assert (
+        main(["predict", str(tmp_path / "said.extxyz"), *model, "--adsorbate", load_slabs()[0].adsorbate])
+        == 0
+    )
+    text = three_part_text(load_slabs()[0])
+    capsys.readouterr()
+    for words, name, why in (
+        ([str(cif)], "said.xlsx", ".csv, .jsonl or .extxyz"),
+        (["--text", text], "said.extxyz", "no structure"),
+        ([str(cif)], "none/said.csv", "no folder"),
+    ):
+        assert main(["predict", *words, *model, "--out", str(tmp_path / name)]) == 1
+        err = capsys.readouterr().err
+        assert why in err and len(err.splitlines()) == 1
+
+
+def test_a_reader_that_has_seen_enough_sees_no_error() -> None:
+    command = [sys.executable, "-m", "catmllm.cli", "doctor"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()  # as `| head` does
+        assert process.stderr.read() == b"" and process.wait() == 1
+
+
 def test_predict_reads_a_text_alone(
     unbroken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -48,7 +90,9 @@ def test_predict_reads_a_text_alone(
     assert "Ru" in json.loads(capsys.readouterr().out)["outside"][0]
 
 
-def test_predict_of_a_system_without_a_structure(unbroken: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_predict_of_a_system_without_a_structure(
+    unbroken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A line for each different text, then their mean and range; a run of a few steps may write CIFs that
     cannot be read, and then says so."""
     command = ["predict", "--system", "CO</s>Pt9Cu3 (1 1 1)", "--candidates", "3", "--model", str(unbroken)]
@@ -63,7 +107,9 @@ def test_predict_of_a_system_without_a_structure(unbroken: Path, capsys: pytest.
         energies = [text["energy"] for text in row["texts"] for _ in range(text["times"])]
         assert row["energy"] == pytest.approx(np.mean(energies))
         assert (row["low"], row["high"]) == (min(energies), max(energies))
-    assert main(command) == status
+    assert main([*command, "--out", str(tmp_path / "said.csv")]) == status
+    (told,) = csv.DictReader((tmp_path / "said.csv").open())
+    assert told["system"] == row["system"] and bool(told["energy"]) == bool(row["read"])
     out, err = capsys.readouterr()
     assert out.count("CO</s>Cu3Pt9 (1 1 1)") == 1 + len(row["texts"]) + bool(row["read"])
     assert "two parts alone" in out and "drop_configuration" in err
