@@ -308,6 +308,8 @@ def test_mappings_of_oc20_dense_join(tmp_path: Path) -> None:
     )
     by_number, by_name = table.find("dense:random7"), table.find("dense:72_2_3/heur4")
     assert by_number is not None and by_name is not None and by_number.sid == by_name.sid == "72_2_3/heur4"
+    downloaded = table.find("dense:72_2_3/72_2_3_heur4")
+    assert downloaded is not None and downloaded.sid == by_name.sid
     assert (by_number.adsorbate, by_number.miller, by_number.target) == ("CO", (2, 1, -1), -1.25)
     assert (
         by_number.reference == -300.5

@@ -136,8 +136,10 @@ def _take(
             name = f"{system}/{configuration}"
             row = _row(name, entry["adsorbate"], entry["miller_idx"], surface, "")
             row |= {"system": system, "configuration": configuration}
-            # the LMDBs know a configuration by its number, the trajectories by its names
-            rows[DENSE_KEY + _key(sid)] = rows[DENSE_KEY + name] = row
+            # the LMDBs know a configuration by its number, the trajectories by its names:
+            # system/configuration or, as they are downloaded, system/system_configuration
+            for key in (_key(sid), name, f"{system}/{system}_{configuration}"):
+                rows[DENSE_KEY + key] = row
     elif isinstance(example, list | tuple) and example and isinstance(example[0], list | tuple):
         for system, entries in content.items():
             targets |= {(str(system), str(c)): float(energy) for c, energy, *_ in entries}

@@ -219,7 +219,9 @@ def to_item(record: Record, wanted: Wanted, references: References, slabs: Seque
     bare, given, marks = _bare(record, given)
     if "passed over" in beside:
         marks.append(beside["passed over"])
-    name = wanted.adsorbate or record.adsorbate or _text(keys.value(beside, "adsorbate"))
+    said = keys.value(beside, "adsorbate")
+    said = "F" if said is False else said  # fluorine, which ASE reads in extended XYZ as false
+    name = wanted.adsorbate or record.adsorbate or _text(said)
     name = name.replace("*", "") if name else None
     indices = keys.value(beside, "adsorbate atoms")
     mask, how = find_adsorbate(bare, name, wanted.adsorbate_atoms, indices, slabs)
