@@ -10,7 +10,7 @@ from catmllm.config import STAGES, ConfigError, load_config, to_dict
 
 ROOT = Path(__file__).parents[1]
 STUDIES = ROOT / "configs" / "studies"  # cells of settings, of which tests/test_study.py has more
-CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if p.parent != STUDIES)
+CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if STUDIES not in p.parents)
 A100, H100, ONE = (ROOT / "configs" / name for name in ("a100x8", "h100x8", "h100x1"))
 SIZES = ("3b", "7b")
 TRAINED = STAGES[1:]  # the encoder comes from a checkpoint

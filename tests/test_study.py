@@ -15,7 +15,7 @@ from catmllm.config.load import SHIPPED
 from catmllm.data.open import open_data
 from catmllm.data.slabs import SHIPPED as SHIPPED_DATA
 from catmllm.evaluate.baselines import evenly_spaced
-from catmllm.study import compared, read, sentences, study, table, values_of
+from catmllm.study import compared, every_run, read, sentences, study, table, values_of
 from catmllm.study.cells import arguments
 from catmllm.study.compare import over_seeds, seeds_needed
 
@@ -289,6 +289,24 @@ def test_a_wrong_file_is_told(file: Path, text: str, said: str, capsys: pytest.C
         read(file)
     assert main(["study", str(file), "--out", str(file.parent / "out")]) == 1
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_every_study_is_one_on_oc20_too() -> None:
+    """The same cells on eight GPUs, from a published encoder and LLM."""
+    here = {p.stem: read(p) for p in (SHIPPED / "studies").glob("*.yaml")}
+    there = {p.stem: read(p) for p in (SHIPPED / "studies" / "oc20").glob("*.yaml")}
+    assert here.keys() == there.keys()
+    for name, oc20 in there.items():
+        tiny = here[name]
+        assert (list(oc20.cells), oc20.seeds, oc20.asks) == (list(tiny.cells), tiny.seeds, tiny.asks)
+        assert (oc20.ranks, oc20.hours, oc20.against) == (8, None, tiny.against)
+        for cell, config in every_run(oc20).items():
+            assert config.data.path == "data/oc20" and config.model.encoder.checkpoint, (name, cell)
+            assert config.init is None and config.evaluate.judge == "none", (name, cell)
+            assert "encoder" not in config.stages or name == "frames"
+        for cell in tiny.cells:  # what a cell is about, it is about here too
+            ours, theirs = tiny.cells[cell], oc20.cells[cell]
+            assert {k for k in ours if k not in ("samples", "instruct.steps")} <= theirs.keys()
 
 
 def test_shipped_studies_can_be_read() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 HELP = "memory, FLOPs and traffic of a training step on N GPUs, without a GPU"
 
@@ -10,9 +11,12 @@ HELP = "memory, FLOPs and traffic of a training step on N GPUs, without a GPU"
 def options(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Traces one training step of each stage on fake tensors as rank 0 of RANKS: GiB a rank by what they "
-        "are, FLOPs, bytes sent, and the largest micro-batch that fits. Status 1 where a stage does not fit."
+        "are, FLOPs, bytes sent, and the largest micro-batch that fits. Status 1 where a stage does not fit. "
+        "Of a study (configs/studies/oc20/kl.yaml) every stage of its cells, alike ones once."
     )
-    parser.add_argument("config", nargs="+", metavar="FILE.yaml|key=value", help="as in training")
+    parser.add_argument(
+        "config", nargs="+", metavar="FILE.yaml|key=value", help="as in training; or a study's file first"
+    )
     parser.add_argument("--ranks", type=int, default=8, help="GPUs (default: 8)")
     parser.add_argument("--stage", action="append", help="only this stage; may be repeated")
     parser.add_argument(
@@ -37,12 +41,15 @@ def options(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from catmllm.config import STAGES, ConfigError, from_arguments
     from catmllm.plan.table import print_plans
+    from catmllm.study import every_run, is_study, plans, read
 
-    config = from_arguments(args.config)
-    stages = args.stage or list(config.stages)
-    for stage in stages:
-        if stage not in STAGES:
-            raise ConfigError(f"--stage {stage}: choose one of {', '.join(STAGES)}")
-    return print_plans(
-        config, stages, args.ranks, args.card, args.limit, args.atoms, not args.no_search, args.json
-    )
+    if args.stage and (wrong := [s for s in args.stage if s not in STAGES]):
+        raise ConfigError(f"--stage {wrong[0]}: choose one of {', '.join(STAGES)}")
+    first = Path(args.config[0])
+    if is_study(first):
+        asked = read(first, args.config[1:])
+        jobs = plans(every_run(asked), args.stage)
+    else:
+        config = from_arguments(args.config)
+        jobs = [("", config, stage) for stage in args.stage or config.stages]
+    return print_plans(jobs, args.ranks, args.card, args.limit, args.atoms, not args.no_search, args.json)

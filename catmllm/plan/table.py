@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 
 from catmllm.config import Config
@@ -44,8 +45,7 @@ def table(advice: Advice, limit: float) -> str:
 
 
 def print_plans(
-    config: Config,
-    stages: list[str],
+    jobs: Sequence[tuple[str, Config, str]],
     ranks: int,
     card: str,
     limit: float | None,
@@ -53,15 +53,17 @@ def print_plans(
     search: bool,
     as_json: bool,
 ) -> int:
-    """`catmllm plan`: 0 if every stage fits, else 1."""
+    """`catmllm plan` of jobs (a heading or nothing, configuration, stage): 0 if every one fits, else 1."""
     say = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
     limit = CARDS[card].limit if limit is None else limit
     found = []
-    for stage in stages:
+    for heading, config, stage in jobs:
         advice = advise(config, stage, ranks, limit, search=search, say=say, card=card, atoms=atoms)
         found.append(advice)
         if not as_json:
+            print(heading, end="\n" if heading else "")
             print(table(advice, limit), flush=True)
     if as_json:
-        print(json.dumps([asdict(a) | {"limit": limit, "fits": a.plan.fits(limit)} for a in found], indent=1))
+        rows = [asdict(a) | {"limit": limit, "fits": a.plan.fits(limit)} for a in found]
+        print(json.dumps([r | ({"of": of} if of else {}) for r, (of, _, _) in zip(rows, jobs)], indent=1))
     return int(not all(a.plan.fits(limit) for a in found))

@@ -6,8 +6,21 @@
 and writes. docs/studies.md has a line for each shipped one.
 """
 
-from catmllm.study.cells import Study, read, run_all, trainer
+from catmllm.study.cells import Study, every_run, is_study, plans, read, run_all, trainer
 from catmllm.study.compare import compared, sentences, table, values_of
 from catmllm.study.page import study
 
-__all__ = ["Study", "compared", "read", "run_all", "sentences", "study", "table", "trainer", "values_of"]
+__all__ = [
+    "Study",
+    "compared",
+    "every_run",
+    "is_study",
+    "plans",
+    "read",
+    "run_all",
+    "sentences",
+    "study",
+    "table",
+    "trainer",
+    "values_of",
+]

@@ -7,7 +7,8 @@ seed whose last stage every cell of that seed starts from), `ranks` (processes o
 and `axis` (what the cells stand at in the figure), and `against` (the cell that another is compared with,
 where that is not the first one). `{runs}` in a cell is the folder of its seed's runs, of which it may take
 what an earlier cell left: `{runs}/CELL/STAGE`. A cell may say `samples: {property: P, design: D}` in
-place of `joint.steps` and `joint.property_share`.
+place of `joint.steps` and `joint.property_share`. With `of` it is another file, relative to this one, of
+which it has other keys, and other cells where it names some.
 
 A killed study goes on by the same command: what has its report is kept, the trainer resumes the rest.
 """
@@ -24,7 +25,7 @@ from typing import Any
 
 import yaml
 
-from catmllm.config import ConfigError, from_arguments, to_dict
+from catmllm.config import Config, ConfigError, from_arguments, to_dict
 from catmllm.pipeline import differences
 
 Runner = Callable[[list[str], Path], None]
@@ -60,11 +61,10 @@ class Study:
 
 def read(path: Path, more: Sequence[str] = (), ranks: int | None = None) -> Study:
     """Raises ConfigError where the file is none or a cell's settings are not the trainer's."""
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: {error}") from error
-    tree = tree if isinstance(tree, dict) else {}
+    tree = _tree(path)
+    if "of" in tree:
+        other = _tree(path.parent / str(tree.pop("of")))
+        tree = {**other, **tree, "cells": {**other.get("cells", {}), **tree.get("cells", {})}}
     strange = set(tree) - _KEYS
     if strange or not isinstance(tree.get("cells"), dict) or not tree["cells"] or not tree.get("seeds"):
         raise ConfigError(
@@ -101,6 +101,14 @@ def read(path: Path, more: Sequence[str] = (), ranks: int | None = None) -> Stud
     return study
 
 
+def _tree(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+    return tree if isinstance(tree, dict) else {}
+
+
 def _axis(path: Path, tree: Any, cells: Mapping[str, Any]) -> Axis | None:
     if tree is None:
         return None
@@ -129,6 +137,43 @@ def arguments(study: Study, values: Mapping[str, Any], seeds: tuple[int, int], o
     if asked is not None:
         words += _sampled(asked, from_arguments(words).joint.batch_size * study.ranks)
     return [*words, *study.more]
+
+
+def every_run(study: Study) -> dict[str, Config]:
+    """The configuration of each kind of run, by its cell: those of the first seeds, as a plan needs them."""
+    asked = {"ancestor": study.ancestor, **study.cells} if study.ancestor is not None else study.cells
+    return {
+        name: from_arguments(arguments(study, values or {}, study.seeds[0], Path("runs") / name))
+        for name, values in asked.items()
+    }
+
+
+# Keys of a stage that change what a step says, not what it takes.
+_NO_SIZE = {
+    "steps", "lr", "encoder_lr", "mmtg_sign", "mmtg_lambda", "kl", "beta", "reward", "adsorbate_weight",
+    "energy_weight", "predictor", "sampling", "frames",
+}  # fmt: skip
+
+
+def plans(runs: Mapping[str, Config], only: Sequence[str] | None = None) -> list[tuple[str, Config, str]]:
+    """Of every stage of the runs, or of some: the cells that it is of, a configuration, and its name; those
+    whose steps have the same size are one."""
+    found: dict[str, tuple[list[str], Config, str]] = {}
+    for cell, config in runs.items():
+        tree = to_dict(config)
+        for stage in config.stages:
+            if only and stage not in only:
+                continue
+            sized = {k: v for k, v in tree[stage].items() if k not in _NO_SIZE}
+            whole = [tree[k] for k in ("model", "lora", "precision", "checkpointing", "replicate")]
+            key = json.dumps([stage, sized, whole])
+            found.setdefault(key, ([], config, stage))[0].append(cell)
+    return [(f"{stage} of {'; '.join(cells)}", config, stage) for cells, config, stage in found.values()]
+
+
+def is_study(path: Path) -> bool:
+    """Whether a file is a study's, and no configuration."""
+    return path.is_file() and not {"cells", "of"}.isdisjoint(_tree(path))
 
 
 def _word(key: str, value: Any) -> str:

@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,18 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 from catmllm.cli.main import main
 from catmllm.config import Config, ConfigError, load_config
+from catmllm.config.load import SHIPPED
 from catmllm.data.open import open_data
 from catmllm.data.shards import write_shards
 from catmllm.models.build import new_model
-from catmllm.plan.advise import advise, largest_micro_batch, with_micro_batch
+from catmllm.plan.advise import Advice, advise, largest_micro_batch, with_micro_batch
 from catmllm.plan.cards import CARDS
 from catmllm.plan.ledger import Ledger, backend_forced
 from catmllm.plan.made_up import synthetic_systems
 from catmllm.plan.trace import GIB, SAMPLING, Plan, trace
 from catmllm.stages import STAGES
 from catmllm.structure.system import System
+from catmllm.study import every_run, plans, read
 from catmllm.train.setup import freeze
 from catmllm.train.stage import Context
 from catmllm.world import World
@@ -297,6 +299,43 @@ def test_the_command_prints_json_and_says_whether_it_fits(
     assert "DOES NOT FIT" in capsys.readouterr().out
     assert main(["plan", str(path), "--stage", "jiont"]) == 1
     assert "choose one of encoder" in capsys.readouterr().err
+
+
+def test_a_study_is_planned_by_its_cells(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cells whose steps have the same size have one plan."""
+    asked: list[tuple[str, str]] = []
+    plan = Plan(**dict.fromkeys((f.name for f in fields(Plan)), 0) | {"parts": {}, "phases": {}})
+
+    def advised(config: Config, stage: str, ranks: int, limit: float, **_: Any) -> Advice:
+        asked.append((stage, config.joint.mmtg_sign if stage == "joint" else config.grpo.kl))
+        return Advice(plan)
+
+    monkeypatch.setattr("catmllm.plan.table.advise", advised)
+    path = tmp_path / "study.yaml"
+    path.write_text(
+        "ancestor: {stages: [joint]}\nseeds: [[0, 0]]\ncells:\n"
+        "  a: {stages: [joint], joint.mmtg_sign: sum}\n  b: {stages: [grpo], joint.mmtg_sign: sum}\n"
+        "  c: {stages: [joint, grpo], joint.batch_size: 4, grpo.kl: k1}\n"
+    )
+    assert main(["plan", str(path), "tensorboard=false", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [r["of"] for r in rows] == ["joint of ancestor; a", "grpo of b; c", "joint of c"]
+    assert asked == [("joint", "+"), ("grpo", "k3"), ("joint", "+")]
+    assert main(["plan", str(path), "--stage", "grpo", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)) == 1
+
+
+@pytest.mark.slow
+def test_the_studies_on_oc20_have_plans() -> None:
+    """Of every stage and size in them, with few atoms."""
+    folder = SHIPPED / "studies" / "oc20"
+    runs = {f"{p.stem}: {n}": c for p in sorted(folder.glob("*.yaml")) for n, c in every_run(read(p)).items()}
+    jobs = plans(runs)
+    assert {stage for _, _, stage in jobs} == set(STAGES)
+    for _, config, stage in jobs:
+        assert trace(config, stage, 8, atoms=20, steps=1).fits(76.0)
 
 
 def test_a_folder_of_shards_is_planned_as_it_would_be_trained(
