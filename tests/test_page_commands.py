@@ -21,6 +21,7 @@ import pytest
 from catmllm.cli.main import command_line
 from catmllm.cli.reference import markdown
 from catmllm.config import ConfigError, from_arguments
+from catmllm.study import is_study, read
 from rewards_fast.cli import command_line as reward_command_line
 from tests.test_docs import PAGES, READERS, ROOT
 
@@ -76,7 +77,10 @@ def fault(words: list[str]) -> str:
 
 
 def configuration(words: list[str]) -> str:
-    """What is wrong with a configuration's words; files of the reader's are left out."""
+    """What is wrong with a configuration's words, or a study's; files of the reader's are left out."""
+    if words and is_study(ROOT / words[0]):
+        read(ROOT / words[0], words[1:])
+        return ""
     if "--help" in words:
         return ""
     known = [w for w in words if "=" in w or not READERS.search(w)]
