@@ -17,6 +17,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import (
@@ -86,6 +87,7 @@ class Checkpoints:
         if problem:
             self._failed(step, problem)
             return
+        _begin_states(optimizer)
         weights, moments = get_state_dict(model, optimizer, options=TRAINED)
         future: Any = dcp.async_save(
             {"model": weights, "optimizer": moments}, checkpoint_id=partial, process_group=self.group
@@ -225,6 +227,15 @@ class Checkpoints:
             file=sys.stderr,
             flush=True,
         )
+
+
+def _begin_states(optimizer: Optimizer) -> None:
+    """Give parameters that have had no gradient so far the states with which an Adam would begin them. A
+    checkpoint is read into the states of all; DCP makes missing ones itself where there is none at all."""
+    known = next((state for p, state in optimizer.state.items() if p.dim()), {})
+    for p in (p for group in optimizer.param_groups for p in group["params"]):
+        if p not in optimizer.state and known:
+            optimizer.state[p] = {k: torch.zeros_like(p if v.dim() else v) for k, v in known.items()}
 
 
 def _finished(folder: Path) -> list[Path]:

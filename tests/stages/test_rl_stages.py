@@ -290,6 +290,28 @@ def rows_of(context: Context) -> list[dict[str, float]]:
     return [json.loads(line) for line in (context.folder / "log.jsonl").read_text().splitlines()]
 
 
+def test_a_run_that_trains_no_energy_resumes(make_context: MakeContext) -> None:
+    """No validation and no replay: the energy head has had no gradient when the checkpoint is written, and the
+    optimizer nothing to say of it."""
+    config = small()
+    config.grpo.steps, config.grpo.checkpoint_every, config.grpo.lr = 3, 2, 1e-2
+    steps: list[int] = []
+
+    class Counted(GRPO):
+        def __init__(self, context: Context) -> None:
+            super().__init__(context)
+            self.reward = lambda texts, asked: TokenReward().score(texts, asked).total
+
+        def step(self, step: int):  # type: ignore[no-untyped-def]
+            steps.append(step)
+            return super().step(step)
+
+    state, _ = train(Counted, make_context(config))
+    again, _ = train(Counted, make_context(config))  # goes on from the checkpoint of the first
+    assert steps == [0, 1, 2, 2]
+    assert all(torch.equal(v, again[k]) for k, v in state.items())
+
+
 def test_dapo_fills_the_batch_and_asks_no_reference_without_beta(context: Context) -> None:
     """Of the first round only the groups of the first prompt have a signal; later rounds bring the others."""
     o = context.config.grpo
