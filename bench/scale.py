@@ -6,11 +6,14 @@ of every stage as configs/a100x8/7b.yaml has them. Ranks meet in every pass, so 
 passes of the slowest rank's cost; the ratio to the mean is what is printed, 1 being the best. A pass costs
 its tokens, and an atom of a structure as many as `atom_tokens` says. The dealing is the trainer's own code.
 `scale_evaluation`: seconds of a card's data sheet, for training and for the energies measured after each
-stage. `scale_baselines`: seconds of the text regression, measured, by both of its forms.
+stage. `scale_baselines`: seconds of the text regression, measured, by both of its forms. `scale_decoding`:
+operators that a GPU is given a token, and waits of the host for it, counted (`operators.py`); with `--base`
+those of another commit.
 """
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -20,14 +23,19 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np
+import torch
 
 from bench import record  # first: it decides whose packages are measured
-from catmllm.config import Config, load_config
+from bench.operators import counted
+from catmllm.config import Config, SamplingConfig, load_config
 from catmllm.data.batches import Collator
 from catmllm.data.packing import evenly
 from catmllm.data.prompts import Sample, cif_prompt, cif_sample, design_sample, property_sample
+from catmllm.models.build import new_model
 from catmllm.plan.cards import CARDS
-from catmllm.plan.made_up import qwen_like_tokenizer
+from catmllm.plan.made_up import qwen_like_tokenizer, synthetic_systems
+from catmllm.sample.engine import RolloutEngine
+from catmllm.sample.grammar import answer_pattern
 from catmllm.structure.system import ADSORBATE, System, make_system
 from catmllm.structure.text import three_part_text
 
@@ -36,6 +44,12 @@ PACKS = 64
 PARAMETERS = {"3b": 2.77e9, "7b": 6.53e9}  # of the LLM's blocks: 2 FLOPs each and token
 HEAD = {"3b": 0.31e9, "7b": 0.55e9}
 ENCODER = {"3b": 1.69e9, "7b": 9.41e9}  # FLOPs an atom forward, 20 neighbours, by torch's counter
+# of width only as much as decoding needs to be decoding
+NARROW = (
+    "model.llm.hidden_size=64", "model.llm.num_attention_heads=4", "model.llm.num_key_value_heads=2",
+    "model.llm.intermediate_size=96", "model.encoder.num_layers=1", "model.encoder.sphere_channels=16",
+    "model.encoder.attn_hidden_channels=16", "model.encoder.ffn_hidden_channels=16",
+)  # fmt: skip
 SYSTEMS = {"train": 295_000, "test": 37_000}  # of 369,247
 
 
@@ -202,14 +216,51 @@ def regression(n: int, turns: int) -> dict[str, Any]:
     return record.claim("scale_baselines", says, "s", {f"{n} systems": samples}, {"words": 3 * n})
 
 
+def decoding(quick: bool) -> list[dict[str, Any]]:
+    """Of narrow models of two depths, in a steady batch and as the loop is on a CPU. Operators grow with the
+    layers alone, so two depths tell of 28."""
+    options = inspect.signature(RolloutEngine.__init__).parameters
+    ways = {"steady": {"steady": True}, "as on a CPU": {"steady": False}} if "steady" in options else {"": {}}
+    operators: dict[str, dict[str, list[float]]] = {}
+    waits: dict[str, dict[str, list[float]]] = {}
+    systems = synthetic_systems(14, 4)
+    prompts = [Sample(cif_prompt(s.identity)) for s in systems]
+    patterns = [answer_pattern(s.identity, s.target, False) for s in systems]
+    tokens = 33 if quick else 65
+    for kind, given in (("free", None), ("under the grammar", patterns)):
+        for way, option in ways.items():
+            found = []
+            for layers in (1, 3):
+                model, collate = new_model(
+                    load_config(None, [*NARROW, f"model.llm.num_hidden_layers={layers}"]), systems
+                )
+                engine = RolloutEngine(model.eval(), collate, torch.bfloat16, **option)
+                params = SamplingConfig(temperature=1.0, top_p=0.95, max_new_tokens=tokens)
+                found.append(counted(engine, prompts, params, [0], 4, patterns=given))
+            one, three = (c.operators / c.tokens for c in found)
+            for depth in (28, 36):
+                case = f"{kind}, {depth} layers"
+                operators.setdefault(case, {})[way] = [one + (three - one) / 2 * (depth - 1)]
+            waits.setdefault(kind, {})[way] = [sum(found[0].waits.values()) / found[0].tokens]
+    conditions = {"tokens": tokens, "answers": 16}
+    says = (
+        "operators that a GPU is given a token of each answer; recorded ones are started by two calls a pass"
+    )
+    return [
+        record.claim("scale_decoding", says, "1", operators, conditions),
+        record.claim("scale_waits", "waits of the host for the device, a token", "1", waits, conditions),
+    ]
+
+
 def main() -> None:
     parser = record.arguments(__doc__)
-    parser.add_argument("--part", choices=("balance", "evaluation", "baselines"), help="one of the claims")
+    parts = ("balance", "evaluation", "baselines", "decoding")
+    parser.add_argument("--part", choices=parts, help="one of the claims")
     args = parser.parse_args()
     stages = ("align", "joint", "instruct", "grpo", "ga_grpo")
     configs = {stage: load_config(["a100x8/7b.yaml", f"a100x8/{stage}.yaml"]) for stage in stages}
     claims = []
-    if args.part != "baselines":
+    if args.part in (None, "balance", "evaluation"):
         costs = Costs(oc20(), configs["align"])
         if args.part != "evaluation":
             claims.append(balance(costs, configs, 3 if args.quick else 10))
@@ -217,6 +268,8 @@ def main() -> None:
             claims.append(evaluation(costs, configs))
     if args.part in (None, "baselines"):
         claims.append(regression(300 if args.quick else 800, 2 if args.quick else 3))
+    if args.part in (None, "decoding"):
+        claims += decoding(args.quick)
     record.finish(args, claims)
 
 

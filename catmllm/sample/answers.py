@@ -13,7 +13,7 @@ from catmllm.config import SamplingConfig
 from catmllm.data.batches import Collator
 from catmllm.data.prompts import design_sample
 from catmllm.data.tokenizer import decode
-from catmllm.sample.rows import Rows
+from catmllm.sample.rows import Rows, Runs
 from catmllm.structure.elements import SYMBOLS
 from catmllm.structure.formula import parse_identity
 from catmllm.structure.system import SURFACE, make_system
@@ -114,8 +114,10 @@ class Answers:
         of each answer."""
         self.collate, self.group_size, self.params = collate, group_size, params
         self.on_answer = on_answer
-        shape, device = (n, max(limits, default=0)), weight.device
-        self.limits = torch.tensor(limits, dtype=torch.int64, device=device)
+        # The last place is nobody's: what rows that have ended would keep goes there.
+        shape, device = (n + 1, max(limits, default=0)), weight.device
+        self.most = np.array([*limits, 1])
+        self.limits = torch.tensor([*limits, 1], dtype=torch.int64, device=device)
         self.ids = torch.full(shape, -1, dtype=torch.int64, device=device)
         self.logprob = torch.zeros(shape, device=device)
         self.hidden = weight.new_zeros(*shape, weight.shape[1]) if keep_hidden else None
@@ -128,63 +130,86 @@ class Answers:
         for i, some in enumerate(tokens):
             self.ids[i, : len(some)] = torch.tensor(some, dtype=torch.int64)
 
-    def take(
-        self,
-        rows: Rows,
-        token: torch.Tensor,
-        count: torch.Tensor,
-        logprob: torch.Tensor,
-        sets: Sequence[torch.Tensor] | None,
-    ) -> torch.Tensor:
-        """Keep what the rows that go on have gained: token [N], `count` [R] of each row, of which the first
-        was drawn, with log-probability [R] and out of `sets` [R]. Says which rows [R] end with it."""
+    def take(self, rows: Rows, runs: Runs | None, logprob: torch.Tensor) -> None:
+        """Keep what the rows that go on gain: their `token`, or runs of tokens whose first was drawn, with
+        log-probability [R]; and mark the rows that end with it. Asks the device nothing."""
         on = ~rows.ended
-        row, at = rows.row[on], rows.steps[on]
-        self.logprob[row, at] = logprob[on]
-        if self.hidden is not None:
-            self.hidden[row, at] = rows.hidden[on]
-        which = torch.arange(len(count), device=count.device).repeat_interleave(count)
-        end = count.cumsum(0)
-        place = rows.steps[which] + torch.arange(len(token), device=count.device) - (end - count)[which]
         limit = self.limits[rows.row]
-        kept = on[which] & (place < limit[which])
-        self.ids[rows.row[which][kept], place[kept]] = token[kept]
-        if sets is not None:
-            for i, k, s, goes_on in zip(rows.row.tolist(), rows.steps.tolist(), sets, on.tolist()):
-                if goes_on and len(s) > 1:
-                    self.choices[i][0].append(k)
-                    self.choices[i][1].append(s)
-        steps = rows.steps + count
-        ends = ((token[end - 1] == self.collate.end_id) | (steps >= limit)) & on
+        row, at = torch.where(on, rows.row, rows.nobody), torch.where(on, rows.steps, 0)
+        self.logprob[row, at] = logprob
+        if self.hidden is not None:
+            self.hidden[row, at] = rows.hidden
+        if runs is None:
+            self.ids[row, at] = rows.token
+            last, steps = rows.token, rows.steps + 1
+        else:
+            place = rows.steps[runs.row] + runs.place
+            kept = on[runs.row] & (place < limit[runs.row])
+            whose = torch.where(kept, rows.row[runs.row], rows.nobody)
+            self.ids[whose, torch.where(kept, place, 0)] = runs.token
+            last, steps = runs.token[runs.last], rows.steps + runs.gains
+        rows.ended.logical_or_((last == self.collate.end_id) | (steps >= limit))
+
+    def due(self, rows: Rows, asked: bool) -> bool:
+        """Whether it is time to look which rows have ended: when asked, where text may end an answer, and
+        when all rows are at their limits."""
+        full = rows.begun_tokens + rows.length + 1 >= self.most[rows.answer]
+        return asked or bool(self.params.stop) or bool((full | rows.gone).all())
+
+    def look(self, rows: Rows) -> None:
+        """Hand over the answers that have ended; waits for the device."""
+        ended = np.array(rows.ended.tolist()[: rows.n], dtype=bool)
         if self.params.stop:
-            ends |= self._stopped(rows, on, steps)
-        for i in rows.row[ends].tolist():
-            self.rollouts[i] = rollout = self._rollout(i)
+            stopped = self._stopped(rows)
+            rows.ended[: rows.n] |= torch.from_numpy(stopped).to(rows.ended.device)
+            ended |= stopped
+        self._hand_over(rows, ended)
+
+    def choose(self, rows: Rows, sets: Sequence[torch.Tensor]) -> None:
+        """Under a grammar: keep the sets out of which the rows that go on draw."""
+        steps = (rows.begun_tokens + rows.length).tolist()
+        for i, k, s, over in zip(rows.answer.tolist(), steps, sets, rows.gone.tolist()):
+            if not over and len(s) > 1:
+                self.choices[i][0].append(k)
+                self.choices[i][1].append(s)
+
+    def end(self, rows: Rows, tokens: Sequence[Sequence[int]]) -> None:
+        """Hand over the answers that end with these tokens of theirs, by the rule of `take`."""
+        steps = rows.begun_tokens + rows.length + [len(t) for t in tokens]
+        last = np.array([t[-1] for t in tokens])
+        self._hand_over(rows, (last == self.collate.end_id) | (steps >= self.most[rows.answer]))
+
+    def _hand_over(self, rows: Rows, ended: np.ndarray) -> None:
+        which = rows.answer[ended & ~rows.gone]
+        rows.gone |= ended
+        if not len(which):
+            return
+        index = torch.from_numpy(which).to(self.ids.device, non_blocking=True)
+        ids, logprobs = self.ids[index].cpu(), self.logprob[index].cpu()
+        for i, sampled, logprob in zip(which.tolist(), ids, logprobs):
+            length = int((sampled >= 0).sum())
+            self.rollouts[i] = rollout = self._rollout(i, sampled[:length].clone(), logprob[:length].clone())
             if self.on_answer is not None:
                 self.on_answer(i, rollout)
-        return ends
 
-    def _stopped(self, rows: Rows, on: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+    def _stopped(self, rows: Rows) -> np.ndarray:
         """Rows whose text has come to hold a stop string."""
         reach = max(map(len, self.params.stop))  # a token is at least a byte
-        found = torch.zeros_like(on)
-        for place in on.nonzero()[:, 0].tolist():
-            row, begin, end = int(rows.row[place]), int(rows.steps[place]), int(steps[place])
-            recent = self.ids[row, max(0, begin - 4 * reach) : end]
+        found = np.zeros(rows.n, dtype=bool)
+        for place in np.flatnonzero(~rows.gone).tolist():
+            end = int(rows.begun_tokens[place] + rows.length[place]) + 1
+            recent = self.ids[int(rows.answer[place]), max(0, end - 1 - 4 * reach) : end]
             tail = decode(self.collate.tokenizer, recent[recent >= 0].tolist())
             found[place] = any(s in tail for s in self.params.stop)
         return found
 
-    def _rollout(self, i: int) -> Rollout:
-        length = int((self.ids[i] >= 0).sum())
-        hidden = None if self.hidden is None else self.hidden[i, :length].clone()
-        ids, logprob = self.ids[i, :length].cpu(), self.logprob[i, :length].cpu()
+    def _rollout(self, i: int, ids: torch.Tensor, logprob: torch.Tensor) -> Rollout:
+        hidden = None if self.hidden is None else self.hidden[i, : len(ids)].clone()
         choices = None
         if self.choices:
             at, sets = self.choices[i]
             choices = Choices(torch.tensor(at, dtype=torch.int64), tuple(sets))
-        prompt = i // self.group_size
-        limit = int(self.limits[i])
+        prompt, limit = i // self.group_size, int(self.most[i])
         return ended(self.collate, prompt, ids, logprob, hidden, self.params.stop, choices, limit)
 
     def done(self) -> list[Rollout]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -19,11 +18,14 @@ from catmllm.data.prompts import Sample
 from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.sample.answers import Answers, Rollout, limits_of
 from catmllm.sample.grammar import Pattern, Walk, grammar_of
-from catmllm.sample.nucleus import sample_nucleus, uniforms
-from catmllm.sample.rows import Rows
+from catmllm.sample.graphs import Graphs
+from catmllm.sample.nucleus import TRIES, sample_nucleus, steady_nucleus, uniforms
+from catmllm.sample.rows import Rows, Runs
 from catmllm.sample.tower import Tower
 from catmllm.seeds import hash_seed
 from catmllm_kernels.linear_logprob import Allowed, masked_logits
+
+LOOK = 16  # passes of a steady batch between two looks at which answers have ended
 
 
 class RolloutEngine:
@@ -34,9 +36,20 @@ class RolloutEngine:
     """
 
     def __init__(
-        self, model: CatalyticMLLM, collate: Collator, dtype: torch.dtype = torch.float32, rows: int = 256
+        self,
+        model: CatalyticMLLM,
+        collate: Collator,
+        dtype: torch.dtype = torch.float32,
+        rows: int = 256,
+        steady: bool | None = None,
     ) -> None:
+        """`steady` (None: on a GPU): batches of few sizes, whose passes a GPU records and runs again, and one
+        look in `LOOK` tokens at which answers have ended."""
         self.tower, self.collate, self.model, self.rows = Tower(model, dtype), collate, model, rows
+        self.steady = self.tower.embedding.is_cuda if steady is None else steady
+        # Markers are places for vectors, not text: a sampled one would ask for a structure that is not there.
+        markers = [collate.graph_id, collate.energy_id]
+        self.markers = torch.tensor(markers, device=self.tower.embedding.device)
         self.seconds = {"prefill": 0.0, "decode": 0.0}  # spent so far
 
     def renew_head(self) -> None:
@@ -69,75 +82,88 @@ class RolloutEngine:
         most = limits_of(params, len(samples), limits)
         each = [limit for limit in most for _ in range(group_size)]
         answers = Answers(self.collate, weight, n, group_size, params, each, keep_hidden, on_answer)
-        begun, walk = [0] * len(samples), None
+        begun, walk, longest = [0] * len(samples), None, max(most, default=1)
         if patterns is not None:
             grammar = grammar_of(self.collate.tokenizer, self.collate.end_id)
-            longest = max(most, default=1)
             walk = Walk(grammar, [p for p in patterns for _ in range(group_size)], longest)
             answers.begin(walk.begun)
             first = walk.begun[::group_size]
             prompts = [p + f for p, f in zip(prompts, first)]
             begun = [len(f) for f in first]
-        rows = Rows(self.tower, max(map(len, prompts), default=0))
-        key, waiting = hash_seed(seed), 0  # `waiting`: the first prompt that has not entered
-        while waiting < len(samples) or len(rows.row):
+        places, widest = min(n, max(self.rows, group_size)), max(map(len, prompts), default=0)
+        rows = Rows(self.tower, places, min(len(samples), places), widest, longest, n, self.steady)
+        graphs = Graphs(weight.device, self.steady)
+        key, waiting, passes = hash_seed(seed), 0, 0  # `waiting`: the first prompt that has not entered
+        while waiting < len(samples) or rows.n:
             began = time.perf_counter()
-            room = (self.rows - len(rows.row)) // group_size
+            room = (self.rows - rows.n) // group_size
             # A quarter of the places at a time: reading a prompt alone would stop all the others for it.
-            if waiting < len(samples) and (not len(rows.row) or room >= max(1, self.rows // group_size // 4)):
+            if waiting < len(samples) and (not rows.n or room >= max(1, self.rows // group_size // 4)):
                 part = slice(waiting, min(len(samples), waiting + max(1, room)))
-                known = torch.tensor(begun[part], device=weight.device)
                 x = self._embed(prompts[part], samples[part])
-                rows.admit(waiting * group_size, *x, group_size, known)
+                rows.admit(waiting * group_size, *x, group_size, begun[part])
                 waiting = part.stop
                 self.seconds["prefill"] -= began - (began := time.perf_counter())
+            passes += 1
+            runs: Runs | None = None
+            tokens: list[list[int]] = []
             if walk is None:
-                token, logprob = self._draw(rows, params, key)
-                count, sets = torch.ones_like(token), None
+                graphs.run(rows.size, lambda: self._draw(rows, answers, params, key))
+                if answers.due(rows, passes % LOOK == 0 if self.steady else True):
+                    answers.look(rows)
             else:
-                token, count, logprob, sets = self._choose(rows, params, key, walk)
-            rows.ended |= answers.take(rows, token, count, logprob, sets)
-            if int(rows.ended.sum()) * 8 >= len(rows.row):  # moving the caches costs, idle rows cost too
-                stays = (~rows.ended).repeat_interleave(count)
-                token, count = token[stays], count[rows.leave()]
-            if len(token):
-                rows.advance(token, count)
+                tokens, runs = self._choose(rows, answers, params, key, walk)
+            if rows.crowded:
+                stay = ~rows.gone
+                rows.leave()
+                if tokens and rows.n:
+                    runs = rows.runs([t for t, stays in zip(tokens, stay.tolist()) if stays])
+            if rows.n:
+                rows.advance(runs)
             self.seconds["decode"] += time.perf_counter() - began
         return answers.done()
 
-    def _draw(self, rows: Rows, params: SamplingConfig, key: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The next token [R] of every row and its log-probability [R] under logits / T."""
+    def _draw(self, rows: Rows, answers: Answers, params: SamplingConfig, key: int) -> None:
+        """The next token of every row, drawn and kept with its log-probability under logits / T."""
         logits = F.linear(rows.hidden, self.tower.lm_head).float()
         if params.temperature != 1.0:
             logits /= params.temperature
-        # Markers are places for vectors, not text: a sampled one would ask for a structure that is not there.
-        markers = [self.collate.graph_id, self.collate.energy_id]
-        banned = logits[:, markers].logsumexp(1)
-        logits[:, markers] = -torch.inf
+        banned = logits.index_select(1, self.markers).logsumexp(1)
+        logits.index_fill_(1, self.markers, -torch.inf)
         peak = logits.amax(1, keepdim=True)
         mass = (logits - peak).exp_()
         whole = torch.logaddexp(mass.sum(1).log() + peak[:, 0], banned)
-        token = sample_nucleus(mass, params.top_p, uniforms(key, rows.row, rows.steps, 5))
-        return token, logits.gather(1, token[:, None])[:, 0] - whole
+        rows.token.copy_(self._sample(mass, params, key, rows))
+        logprob = logits.gather(1, rows.token[:, None])[:, 0] - whole
+        answers.take(rows, None, logprob)
 
     def _choose(
-        self, rows: Rows, params: SamplingConfig, key: int, walk: Walk
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-        """Under a grammar: the next tokens [N] of every row, `count` [R] of each: one that is drawn, with its
-        log-probability [R] among the tokens of its set, and what it forces. The sets [R]."""
-        row = rows.row.tolist()
-        sets = [walk.allowed(i) for i in row]
-        allowed = Allowed.join(sets).to(rows.hidden.device)
-        logprob = masked_logits(rows.hidden, self.tower.lm_head, allowed, params.temperature).log_softmax(1)
-        drawn = sample_nucleus(logprob.exp(), params.top_p, uniforms(key, rows.row, rows.steps, 5))
-        runs = [
-            [t] if over else walk.take(i, t)
-            for i, t, over in zip(row, allowed.columns[drawn].tolist(), rows.ended.tolist())
-        ]
+        self, rows: Rows, answers: Answers, params: SamplingConfig, key: int, walk: Walk
+    ) -> tuple[list[list[int]], Runs | None]:
+        """Under a grammar: the next tokens of every answer, one that is drawn, with its log-probability among
+        the tokens of its set, and what it forces. The one wait of a pass is for the tokens that are drawn:
+        the next sets follow from them."""
         device = rows.hidden.device
-        token = torch.tensor(list(chain.from_iterable(runs)), device=device)
-        count = torch.tensor([len(run) for run in runs], device=device)
-        return token, count, logprob.gather(1, drawn[:, None])[:, 0], sets
+        sets = [walk.allowed(i) for i in rows.answer.tolist()]
+        idle = [walk.grammar.end] * (rows.size - rows.n)
+        joined = Allowed.join(sets + idle)
+        allowed = Allowed(*(x.to(device, non_blocking=True) for x in joined))
+        logprob = masked_logits(rows.hidden, self.tower.lm_head, allowed, params.temperature).log_softmax(1)
+        drawn = self._sample(logprob.exp(), params, key, rows)
+        tokens = [
+            [t] if over else walk.take(i, t)
+            for i, t, over in zip(rows.answer.tolist(), allowed.columns[drawn].tolist(), rows.gone.tolist())
+        ]
+        answers.choose(rows, sets)
+        runs = rows.runs(tokens)
+        answers.take(rows, runs, logprob.gather(1, drawn[:, None])[:, 0])
+        answers.end(rows, tokens)
+        return tokens, runs
+
+    def _sample(self, mass: torch.Tensor, params: SamplingConfig, key: int, rows: Rows) -> torch.Tensor:
+        if self.steady:
+            return steady_nucleus(mass, params.top_p, uniforms(key, rows.row, rows.steps, TRIES))
+        return sample_nucleus(mass, params.top_p, uniforms(key, rows.row, rows.steps, 5))
 
     def _embed(
         self, prompts: list[list[int]], samples: Sequence[Sample]

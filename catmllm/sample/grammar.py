@@ -224,7 +224,7 @@ class Grammar:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, end_id: int) -> None:
         self.tokenizer, self.end_id = tokenizer, end_id
-        self._end = torch.tensor([end_id])
+        self.end = torch.tensor([end_id])
         special = set(tokenizer.all_special_ids)
         self.text = [
             "" if i in special else str(tokenizer.decode([i], clean_up_tokenization_spaces=False))
@@ -251,7 +251,7 @@ class Grammar:
         """The tokens [n] int64 that may come next, ascending, at least one. Text that must come has one
         spelling: of the tokens inside it only those with which the tokenizer itself begins to write it."""
         if pattern.ended(place):
-            return self._end
+            return self.end
         key = pattern.view(place, VIEW)
         found = self._allowed.get(key)
         if found is None:

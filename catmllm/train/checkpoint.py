@@ -232,7 +232,7 @@ class Checkpoints:
 def _begin_states(optimizer: Optimizer) -> None:
     """Give parameters that have had no gradient so far the states with which an Adam would begin them. A
     checkpoint is read into the states of all; DCP makes missing ones itself where there is none at all."""
-    known = next((state for p, state in optimizer.state.items() if p.dim()), {})
+    known: dict[str, torch.Tensor] = next((state for p, state in optimizer.state.items() if p.dim()), {})
     for p in (p for group in optimizer.param_groups for p in group["params"]):
         if p not in optimizer.state and known:
             optimizer.state[p] = {k: torch.zeros_like(p if v.dim() else v) for k, v in known.items()}

@@ -291,8 +291,8 @@ def rows_of(context: Context) -> list[dict[str, float]]:
 
 
 def test_a_run_that_trains_no_energy_resumes(make_context: MakeContext) -> None:
-    """No validation and no replay: the energy head has had no gradient when the checkpoint is written, and the
-    optimizer nothing to say of it."""
+    """Without validation and replay the energy head has had no gradient when the checkpoint is written, and
+    the optimizer has nothing to say of it."""
     config = small()
     config.grpo.steps, config.grpo.checkpoint_every, config.grpo.lr = 3, 2, 1e-2
     steps: list[int] = []
