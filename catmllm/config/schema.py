@@ -107,7 +107,7 @@ class LLMConfig:
 
     pretrained: str | None = key(
         None,
-        "folder or hub id of a Qwen2.5-VL, Qwen3-VL, Qwen2.5 or Qwen3, whose sizes then hold; "
+        "folder or hub id of a Qwen2.5-VL, Qwen3-VL, Qwen2.5, Qwen3 or Llama, whose sizes then hold; "
         "null: random weights",
     )
     hidden_size: int = key(192, "width of the residual stream; a multiple of num_attention_heads", gt=0)

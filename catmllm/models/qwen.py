@@ -1,8 +1,9 @@
 """The LLM by a configuration: random and small, pretrained with our tokens added,
 or an outline of published sizes.
 
-A pretrained one is a Qwen2.5-VL, a Qwen3-VL (whose image tower sees nothing), a Qwen2.5 or a Qwen3, by the
-`model_type` of its config.json; a random one is a Qwen2.5-VL.
+A pretrained one is a Qwen2.5-VL, a Qwen3-VL (whose image tower sees nothing), a Qwen2.5, a Qwen3 or a Llama,
+by the `model_type` of its config.json; a random one is a Qwen2.5-VL. A Llama is read as the Qwen2.5 that it
+is where the biases of query, key and value are 0; they train as any Qwen2.5's.
 """
 
 from __future__ import annotations
@@ -30,6 +31,10 @@ KINDS = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
+LLAMA = "llama"
+BIASES = ("q_proj.bias", "k_proj.bias", "v_proj.bias")
+# What a Llama has besides `FITTING`: no bias, and heads that fill the width.
+OF_LLAMA = {"attention_bias": False, "mlp_bias": False}
 # Where our export puts a tokenizer that transformers would misread beside the model.
 TOKENIZER = "tokenizer"
 SEES = "qwen2_5_vl"  # whose image tower reads our pictures
@@ -155,19 +160,25 @@ def _made(config: Any, tokenizer: PreTrainedTokenizerBase, attention: str) -> An
     return llm_class(config)._from_config(config, attn_implementation=by_part(attention))
 
 
+def _kind(folder: str | Path) -> str | None:
+    from transformers import PretrainedConfig
+
+    return PretrainedConfig.get_config_dict(folder)[0].get("model_type")
+
+
 def read_config(folder: str | Path) -> Any:
     """transformers' configuration of an LLM's folder or hub id.
 
     Raises ConfigError for a `model_type` that is none of `KINDS` and for a text tower that our parts would
     compute wrongly.
     """
-    from transformers import AutoConfig, PretrainedConfig
+    from transformers import AutoConfig
 
-    kind = PretrainedConfig.get_config_dict(folder)[0].get("model_type")
-    if kind not in KINDS:
+    kind = _kind(folder)
+    if kind not in (*KINDS, LLAMA):
         raise ConfigError(
             f"`model.llm.pretrained: {folder}`: its config.json has `model_type: {kind}`; supported are "
-            + ", ".join(KINDS)
+            + ", ".join((*KINDS, LLAMA))
         )
     config: Any = AutoConfig.from_pretrained(folder)
     text = config.get_text_config()
@@ -180,7 +191,54 @@ def read_config(folder: str | Path) -> Any:
                 f"`model.llm.pretrained: {folder}`: its config.json has `{name}: {value}`; supported are "
                 + ", ".join(map(str, FITTING[name]))
             )
-    return config
+    return _as_qwen(config, folder) if kind == LLAMA else config
+
+
+def _as_qwen(llama: Any, folder: str | Path) -> Any:
+    """The configuration of the Qwen2.5 that computes what this Llama does. Raises ConfigError for biases and
+    for heads that do not fill the width."""
+    from transformers import Qwen2Config
+
+    found = {name: getattr(llama, name) for name in OF_LLAMA} | {
+        "head_dim": llama.head_dim or llama.hidden_size // llama.num_attention_heads
+    }
+    fits = OF_LLAMA | {"head_dim": llama.hidden_size // llama.num_attention_heads}
+    for name, value in found.items():
+        if value != fits[name]:
+            raise ConfigError(
+                f"`model.llm.pretrained: {folder}`: its config.json has `{name}: {value}`; of a Llama "
+                f"supported is {fits[name]}"
+            )
+    same = (
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+        "num_key_value_heads", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps",
+        "rope_parameters", "attention_dropout", "tie_word_embeddings", "bos_token_id", "eos_token_id",
+        "pad_token_id", "dtype",
+    )  # fmt: skip
+    return Qwen2Config(**{name: getattr(llama, name) for name in same}, use_sliding_window=False)
+
+
+def _load_llama(name: str, config: Any, attention: str) -> Any:
+    """A Llama of a folder or hub id as a Qwen2.5, its biases 0, in the dtype of its files. Raises ConfigError
+    for weights that are not those of a Llama."""
+    llm, said = llm_class(config).from_pretrained(
+        name,
+        config=config,
+        attn_implementation=by_part(attention),
+        dtype="auto",
+        output_loading_info=True,
+    )
+    missing = {key for key in said["missing_keys"] if not key.endswith(BIASES)}
+    if missing or said["unexpected_keys"]:
+        wrong = sorted({*missing, *said["unexpected_keys"]})
+        raise ConfigError(
+            f"`model.llm.pretrained: {name}`: its weights are no Llama's: {', '.join(wrong[:3])}"
+        )
+    with torch.no_grad():
+        for key, parameter in llm.named_parameters():
+            if key.endswith(BIASES):
+                parameter.zero_()
+    return llm
 
 
 def llm_class(config: Any) -> Any:
@@ -210,9 +268,12 @@ def pretrained_llm(config: LLMConfig, data: DataConfig) -> tuple[Any, PreTrained
     own = Path(name) / TOKENIZER
     tokenizer = AutoTokenizer.from_pretrained(own if own.is_dir() else name)
     # In the dtype of the files, read through the page cache: sharding makes float32 of it, a block at a time.
-    llm: Any = llm_class(kind).from_pretrained(
-        name, attn_implementation=by_part(config.attention), dtype="auto"
-    )
+    if _kind(name) == LLAMA:
+        llm = _load_llama(name, kind, config.attention)
+    else:
+        llm = llm_class(kind).from_pretrained(
+            name, attn_implementation=by_part(config.attention), dtype="auto"
+        )
     extend(llm, tokenizer, data.decimals)
     return llm, tokenizer
 

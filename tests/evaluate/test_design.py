@@ -202,7 +202,7 @@ def test_energies_of_another_model_guide_the_search_and_the_controls(
 ) -> None:
     other = copy.deepcopy(small_model[0])
     other.energy_mean.fill_(40.0)
-    save_model(tmp_path / "joint", other, other.state_dict(), small_config, small_model[1].tokenizer)
+    save_model(tmp_path / "joint", other, other.state_dict(), small_config, small_model[1])
     config = configured(small_config, judge="none")
     config.ga_grpo.predictor = str(tmp_path)
     predictor = predictor_of(config, torch.device("cpu"))
