@@ -365,9 +365,9 @@ def test_a_stage_shards_trains_and_resumes(make_context: MakeContext, folders: d
 
 
 def test_what_is_not_supported_is_said(tmp_path: Path, folders: dict[str, Path]) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "config.json").write_text('{"model_type": "gemma"}')
     with pytest.raises(
-        ConfigError, match="`model_type: llama`; supported are qwen2_5_vl, qwen3_vl, qwen2, qwen3"
+        ConfigError, match="`model_type: gemma`; supported are qwen2_5_vl, qwen3_vl, qwen2, qwen3, llama"
     ):
         build_model(tower_config(tmp_path))
     for kind, folder in folders.items():
