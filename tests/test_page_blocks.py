@@ -1,5 +1,5 @@
 """Every Python block of the pages runs as it stands, in a folder that has what its reader has, and every YAML
-block is a configuration.
+block is a configuration or a study.
 
 docs/rewards is run in test_reward_docs, the small files of docs/own_data.md in data/test_own_formats; the
 parsers' word on every command is in test_page_commands.
@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from catmllm import study
 from catmllm.config import load_config
 from catmllm.data.prompts import property_sample
 from catmllm.data.shards import write_shards
@@ -63,4 +64,7 @@ def test_the_yaml_of_a_page_is_a_configuration(tmp_path: Path) -> None:
     assert found
     for body in found:
         (tmp_path / "page.yaml").write_text(body)
-        load_config([tmp_path / "page.yaml"])
+        if "\ncells:" in body:
+            study.read(tmp_path / "page.yaml")
+        else:
+            load_config([tmp_path / "page.yaml"])
