@@ -65,11 +65,20 @@ def search(
     loop = ClosedLoop(model, collate, config.ga_grpo, predictor)
     engine = RolloutEngine(model, collate, DTYPES[config.precision])
     states = loop.start(tasks, engine, seed, given)
-    for iteration in tqdm(
-        range(1, config.ga_grpo.iterations + 1), desc="design   ", disable=not progress, unit="iteration"
-    ):
+    iterations = range(1, config.ga_grpo.iterations + 1)
+    bar = tqdm(iterations, desc="design   ", disable=not progress, unit="iteration")
+    bar.set_postfix_str(_so_far(states))
+    for iteration in bar:
         loop.refine(states, engine, iteration, seed, keep=False)
+        bar.set_postfix_str(_so_far(states))
     return states
+
+
+def _so_far(states: Sequence[TaskState]) -> str:
+    """The best designs of a search: by how much their predicted energies miss, on average over the tasks that
+    have one."""
+    misses = [abs(best.predicted - s.task.energy) for s in states if (best := s.pool.best) is not None]
+    return f"best {np.mean(misses):.3f} eV from the wanted energy" if misses else "nothing that parses yet"
 
 
 METHODS = ("search", "enumeration", "kernel_ridge")  # the closed loop, and ideal slabs screened by whom

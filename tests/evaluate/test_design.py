@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -280,3 +281,12 @@ def test_a_second_opinion_by_a_potential_that_is_the_labels_but_for_an_offset(
     assert (missed["success"], missed["ceiling"]) == (0.0, 1.0)
     with pytest.raises(ValueError, match="other data"):
         second_opinion.second_opinion(judge, [of(parts["train"][0], None)], parts, 0.05)
+
+
+def test_a_search_tells_how_near_its_best_are() -> None:
+    def state(predicted: float | None) -> Any:
+        best = None if predicted is None else SimpleNamespace(predicted=predicted)
+        return SimpleNamespace(pool=SimpleNamespace(best=best), task=SimpleNamespace(energy=-1.2))
+
+    assert design._so_far([state(-1.0), state(-1.6), state(None)]) == "best 0.300 eV from the wanted energy"
+    assert design._so_far([state(None)]) == "nothing that parses yet"
