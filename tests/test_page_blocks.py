@@ -53,7 +53,7 @@ def test_the_python_of_a_page_runs(
     monkeypatch.chdir(tmp_path)
     write_shards(tmp_path / "data" / "oc20", train_systems[:40])
     model, collate = small_model
-    save_model(tmp_path / "runs/mine/instruct", model, model.state_dict(), small_config, collate.tokenizer)
+    save_model(tmp_path / "runs/mine/instruct", model, model.state_dict(), small_config, collate)
     names = given(model, train_systems[:2])
     for body in PYTHON[page]:
         exec(compile(body, str(page), "exec"), names)
