@@ -8,7 +8,7 @@ its tokens, and an atom of a structure as many as `atom_tokens` says. The dealin
 `scale_evaluation`: seconds of a card's data sheet, for training and for the energies measured after each
 stage. `scale_baselines`: seconds of the text regression, measured, by both of its forms. `scale_decoding`:
 operators that a GPU is given a token, and waits of the host for it, counted (`operators.py`); with `--base`
-those of another commit.
+those of another commit. `scale_weights`, `scale_memory`: what samplers' new weights move and hold.
 """
 
 from __future__ import annotations
@@ -32,10 +32,15 @@ from catmllm.data.batches import Collator
 from catmllm.data.packing import evenly
 from catmllm.data.prompts import Sample, cif_prompt, cif_sample, design_sample, property_sample
 from catmllm.models.build import new_model
+from catmllm.models.lora import LINEARS
 from catmllm.plan.cards import CARDS
+from catmllm.plan.ledger import Ledger, backend_forced
 from catmllm.plan.made_up import qwen_like_tokenizer, synthetic_systems
+from catmllm.plan.trace import planned_model
 from catmllm.sample.engine import RolloutEngine
 from catmllm.sample.grammar import answer_pattern
+from catmllm.sample.wire import sampled_with
+from catmllm.stages.supervised import VISUAL
 from catmllm.structure.system import ADSORBATE, System, make_system
 from catmllm.structure.text import three_part_text
 
@@ -44,6 +49,7 @@ PACKS = 64
 PARAMETERS = {"3b": 2.77e9, "7b": 6.53e9}  # of the LLM's blocks: 2 FLOPs each and token
 HEAD = {"3b": 0.31e9, "7b": 0.55e9}
 ENCODER = {"3b": 1.69e9, "7b": 9.41e9}  # FLOPs an atom forward, 20 neighbours, by torch's counter
+LORA_R = 64
 # of width only as much as decoding needs to be decoding
 NARROW = (
     "model.llm.hidden_size=64", "model.llm.num_attention_heads=4", "model.llm.num_key_value_heads=2",
@@ -216,6 +222,42 @@ def regression(n: int, turns: int) -> dict[str, Any]:
     return record.claim("scale_baselines", says, "s", {f"{n} systems": samples}, {"words": 3 * n})
 
 
+def weights() -> list[dict[str, Any]]:
+    """GB that an update of the samplers' weights moves, and that a node's memory holds for it: the whole text
+    tower of every rank, as vLLM's folder in shared memory takes it (a copy, the file, and the one before),
+    or what trains, sent once by the main rank to a service, and kept to be sent again."""
+    moved: dict[str, dict[str, list[float]]] = {}
+    held: dict[str, dict[str, list[float]]] = {}
+    for size in ("3b", "7b"):
+        config = load_config([f"a100x8/{size}.yaml", "a100x8/grpo.yaml"])
+        with Ledger(cuda=False), backend_forced("triton"):
+            model, _ = planned_model(config, synthetic_systems(80))
+            llm = 2 * sum(p.numel() for p in (*model.text.parameters(), model.llm.lm_head.weight))
+            sent = {
+                name: p
+                for name, p in model.named_parameters()
+                if sampled_with(name) and name.startswith("llm.") and not name.startswith(VISUAL)
+            }
+            adapters = sum(
+                2 * LORA_R * sum(p.shape)
+                for name, p in sent.items()
+                if p.dim() == 2 and name.split(".")[-2] in LINEARS
+            )
+            trained = 2 * sum(p.numel() for p in sent.values())
+        for way, (one, ranks) in {"all": (trained, 1), f"LoRA, r = {LORA_R}": (adapters, 1)}.items():
+            before = {"vLLM's folder": [8 * llm / 1e9]}
+            moved[f"{size}, {way}"] = {"service": [one * ranks / 1e9], **before}
+            held[f"{size}, {way}"] = {"service": [one / 1e9], "vLLM's folder": [3 * 8 * llm / 1e9]}
+    conditions = {"node": "8 ranks", "config": "a100x8, grpo", "precision": "two bytes a weight"}
+    says = "moved when samplers get new weights"
+    return [
+        record.claim("scale_weights", says, "GB", moved, conditions),
+        record.claim(
+            "scale_memory", "of a node's memory for new weights of samplers", "GB", held, conditions
+        ),
+    ]
+
+
 def decoding(quick: bool) -> list[dict[str, Any]]:
     """Of narrow models of two depths, in a steady batch and as the loop is on a CPU. Operators grow with the
     layers alone, so two depths tell of 28."""
@@ -254,7 +296,7 @@ def decoding(quick: bool) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = record.arguments(__doc__)
-    parts = ("balance", "evaluation", "baselines", "decoding")
+    parts = ("balance", "evaluation", "baselines", "decoding", "weights")
     parser.add_argument("--part", choices=parts, help="one of the claims")
     args = parser.parse_args()
     stages = ("align", "joint", "instruct", "grpo", "ga_grpo")
@@ -270,6 +312,8 @@ def main() -> None:
         claims.append(regression(300 if args.quick else 800, 2 if args.quick else 3))
     if args.part in (None, "decoding"):
         claims += decoding(args.quick)
+    if args.part in (None, "weights"):
+        claims += weights()
     record.finish(args, claims)
 
 

@@ -33,7 +33,10 @@ def table(advice: Advice, limit: float) -> str:
         + ", ".join(f"{k} {v:.3f}" for k, v in p.seconds.items()),
         f"  kernels started, at least{p.launches:19d}    (above "
         f"{p.launch_bound * 1e6:.1f} µs each the host sets the pace)",
-        f"  MFU at most{p.mfu_bound:34.0%}  (communication hidden, no operator waits)",
+        f"  MFU at most{p.mfu_bound:34.0%}  (communication hidden, no operator waits; of the products "
+        + ", ".join(f"{v:.0%} of {k}" for k, v in p.useful.items())
+        + " are needed, others are made again)",
+        "  believable seconds of a step     " + ", ".join(f"{k} {v:.1f}" for k, v in p.step.items()),
     ]
     if advice.turn_on:
         lines.append(f"  turn on: {' '.join(advice.turn_on)}")

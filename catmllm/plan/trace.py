@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from catmllm.data.batches import Collator
 from catmllm.data.prompts import design_prompt
 from catmllm.models.build import new_model, outline_model
 from catmllm.models.catalytic_mllm import CatalyticMLLM
-from catmllm.plan.cards import CARDS, Card
+from catmllm.plan.cards import CARDS, PUBLISHED, Card
 from catmllm.plan.ledger import Ledger, Peak, backend_forced
 from catmllm.plan.made_up import planned_systems, qwen_like_tokenizer
 from catmllm.sample.answers import Rollout, answer_limits
@@ -63,6 +63,11 @@ class Plan:
     launches: int  # kernels that the host starts, at least: one of each operator, those of our ops counted
     seconds: dict[str, float]  # least time on the card by what bounds it; not timed
     mfu_bound: float
+    # of the products of forward and backward passes, how much a model needs: the rest is made again
+    useful: dict[str, float] = field(default_factory=dict)
+    # seconds of a step by part: the update at the highest and the lowest MFU that others have published; of
+    # sampling what the weights and caches take to be read
+    step: dict[str, float] = field(default_factory=dict)
 
     @property
     def launch_bound(self) -> float:
@@ -129,7 +134,7 @@ def _trace(
     # `linear_logprob` keeps few logits on a CPU alone.
     with Ledger(cuda) as ledger, backend_forced("triton") if cuda else nullcontext():
         ledger.phase("load")
-        model, collate = _model(config, data["train"])
+        model, collate = planned_model(config, data["train"])
         if not config.data.images and hasattr(model.llm.model, "visual"):
             model.llm.model.visual = torch.nn.Module()  # the trainer leaves the image tower on the CPU
         context = Context(config, model, collate, data, world, Path())
@@ -167,7 +172,10 @@ def _trace(
     tf32 = config.encoder_precision == "tf32"
     own: dict[str, Any] = {name: stage.config}
     passed = micro_batch_of(replace(config, **own), name)
-    return _plan(name, context, work, passed, peaks["training step"], phases, ledger, card, tf32)
+    plan = _plan(name, context, work, passed, peaks["training step"], phases, ledger, card, tf32)
+    if name in SAMPLING:
+        plan.step["sampling, at least"] = sampling_seconds(stage, context, card)
+    return plan
 
 
 def _plan(
@@ -191,7 +199,8 @@ def _plan(
         # The count has both halves of every sample's scores; a kernel leaves out those of later tokens.
         **{k: ledger.attention_flops / 2 / (share * card.half) for k, share in card.attention.items()},
     }
-    useful = flops["forward"] + flops["backward"]
+    useful, again = flops["forward"] + flops["backward"], flops.get("recomputed", 0.0)
+    low, high = PUBLISHED["rl" if name in SAMPLING else "supervised"]
     return Plan(
         stage=name,
         card=card.name,
@@ -209,10 +218,12 @@ def _plan(
         launches=ledger.launches,
         seconds=seconds,
         mfu_bound=useful / card.half / max(seconds["compute"], seconds["NVLink"]),
+        useful={"forward": 1.0, "backward": flops["backward"] / max(1.0, flops["backward"] + again)},
+        step={f"update at MFU {mfu:.1%}": useful / card.half / mfu for mfu in (high, low)},
     )
 
 
-def _model(config: Config, systems: Sequence[System]) -> tuple[CatalyticMLLM, Collator]:
+def planned_model(config: Config, systems: Sequence[System]) -> tuple[CatalyticMLLM, Collator]:
     """The model by its configuration, without any file: a pretrained LLM by its published sizes,
     its head untied."""
     if config.model.llm.pretrained is not None:
@@ -318,6 +329,17 @@ def sampling_bytes(stage: Stage, context: Context) -> dict[str, int]:
         "logits": 3 * 4 * rows * text.vocab_size,
         "hidden states kept": rows * new * text.hidden_size * size if searches else 0,
     }
+
+
+def sampling_seconds(stage: Stage, context: Context, card: Card) -> float:
+    """Least seconds of a step's answers on a card, each as long as it may be: for every token the weights
+    and, half full, the caches are read."""
+    o: Any = stage.config
+    parts = sampling_bytes(stage, context)
+    answers = o.batch_size * o.group_size
+    rounds = -(-answers // min(256, answers))
+    read = parts["weights laid out for decoding"] + parts["KV caches"] / 2
+    return rounds * longest_answer(context, o.sampling) * read / card.hbm
 
 
 def longest_answer(context: Context, sampling: SamplingConfig) -> int:

@@ -121,6 +121,9 @@ def test_every_stage_has_a_plan(cuda_steps: dict[str, Any], stage: str) -> None:
     assert (plan["tokens"] > 0) == (stage != "encoder")  # which reads graphs alone
     assert plan["flops"]["forward"] > 0 and plan["flops"]["backward"] > 0
     assert ("sampling" in plan["phases"]) == (stage in SAMPLING)
+    assert ("sampling, at least" in plan["step"]) == (stage in SAMPLING)
+    update = [v for k, v in plan["step"].items() if k.startswith("update")]
+    assert update[0] < update[1] and plan["useful"]["backward"] <= plan["useful"]["forward"] == 1
     assert ("reference model" in plan["parts"]) == (stage == "grpo")
     if stage == "grpo":
         assert plan["parts"]["reference model"] == pytest.approx(plan["parts"]["parameters"], rel=0.01)
