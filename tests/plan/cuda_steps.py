@@ -111,6 +111,8 @@ def main(out: Path) -> None:
             "flops": made.flops,
             "phases": made.phases,
             "parts": made.parts,
+            "useful": made.useful,
+            "step": made.step,
             "starts": {k: sorted(v) for k, v in Starting.starts.items()},
             "not compiled beforehand": sorted(set().union(*Starting.starts.values()) - compiled),
             "waits": Starting.waits,
