@@ -219,7 +219,7 @@ def test_what_is_saved_and_exported_sees_the_same(
     batch = collate(samples)
     with torch.no_grad():
         expected = model.hidden(batch)
-    save_model(tmp_path / "stage", model, model.state_dict(), seeing_config(folder), collate.tokenizer)
+    save_model(tmp_path / "stage", model, model.state_dict(), seeing_config(folder), collate)
     loaded, its_collate, _ = load_model(tmp_path / "stage")
     with torch.no_grad():
         torch.testing.assert_close(loaded.hidden(its_collate(samples)), expected, rtol=0, atol=0)

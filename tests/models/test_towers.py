@@ -194,7 +194,7 @@ def test_exports_are_read_and_continued_by_transformers(
     our own folder, hold the model."""
     config = tower_config(folder)
     model, collate = built(folder)
-    save_model(tmp_path / "stage", model, model.state_dict(), config, collate.tokenizer)
+    save_model(tmp_path / "stage", model, model.state_dict(), config, collate)
     again, _, _ = load_model(tmp_path / "stage")
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
     out = export(tmp_path / "stage", "hf", tmp_path / "hf", "fp32")

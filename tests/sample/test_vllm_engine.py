@@ -179,7 +179,7 @@ def test_the_text_export_is_served(wide_model: Model, tmp_path: Path, prompts: l
     """`vllm serve` on `catmllm export text`: greedy completions are transformers',
     from text and from embeddings."""
     model, collate = wide_model
-    save_model(tmp_path / "stage", model, model.state_dict(), load_config(None, WIDE), collate.tokenizer)
+    save_model(tmp_path / "stage", model, model.state_dict(), load_config(None, WIDE), collate)
     folder = export(tmp_path / "stage", "text", tmp_path / "text", "fp32")
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
