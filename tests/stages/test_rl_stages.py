@@ -300,7 +300,8 @@ def test_a_run_that_trains_no_energy_resumes(make_context: MakeContext) -> None:
     class Counted(GRPO):
         def __init__(self, context: Context) -> None:
             super().__init__(context)
-            self.reward = lambda texts, asked: TokenReward().score(texts, asked).total
+            # of the text alone: which answers are scored together is a matter of time
+            self.reward = lambda texts, asked: [len(t) + sum(map(ord, t)) % 97 / 97 for t in texts]
 
         def step(self, step: int):  # type: ignore[no-untyped-def]
             steps.append(step)
