@@ -51,6 +51,7 @@ class Stream(IntEnum):
     NETWORK_BASELINES = 26  # first weights, batches and frames
     MISSING = 40  # indicative CIFs of the evaluation [rank, 0], random systems [pair, 1]
     COMMAND_INDICATIVE = 41  # CIFs of `catmllm predict`
+    BENCHMARK_ROWS = 42  # ideal slabs for a free task [task, 0], training systems for any [task, 1]
 
     def key(self, seed: int, *place: int) -> Key:
         """What a draw is a function of; further places may be appended to it."""

@@ -69,8 +69,7 @@ def candidates(args: argparse.Namespace) -> int:
     from catmllm.design.predict import predictor_of
     from catmllm.evaluate.benchmark import ideal_of, known_of, read_tasks, write_candidates
     from catmllm.evaluate.controls import budgets
-    from catmllm.evaluate.design import search
-    from catmllm.seeds import Stream
+    from catmllm.evaluate.design import search, search_seed
     from catmllm.structure.cif import write_cif
 
     asked = read_tasks(args.tasks)
@@ -80,10 +79,11 @@ def candidates(args: argparse.Namespace) -> int:
     n = budgets(config)[-1]
     if args.row == "search":
         fixed = [t for t in asked if t.kind == "fixed"]
-        seed = Stream.DESIGN_SEARCH.key(args.seed, 0)
         predictor = predictor_of(config, model.energy_mean.device)
         asked_of = [t.task for t in fixed]
-        states = search(model, collate, config, asked_of, seed, progress=True, predictor=predictor)
+        states = search(
+            model, collate, config, asked_of, search_seed(args.seed), progress=True, predictor=predictor
+        )
         texts = {t.name: [c.text for c in state.tried] for t, state in zip(fixed, states)}
     elif args.row == "ideal":
         made = {t.name: ideal_of(t, n, args.seed, k) for k, t in enumerate(asked)}

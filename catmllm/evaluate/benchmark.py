@@ -187,7 +187,7 @@ def ideal_of(task: BenchmarkTask, n: int, seed: int, place: int) -> list[System]
     another random composition that it allows. None where none can be made."""
     if not task.metals:
         return ideal_candidates(task.task, n, seed, place)
-    rng = Random(hash_seed(Stream.DESIGN_CONTROLS.key(seed, place)))
+    rng = Random(hash_seed(Stream.BENCHMARK_ROWS.key(seed, place, 0)))
     open_to = [identity for identity in _compositions(task) if enumerable(identity) is None]
     found: list[System] = []
     while open_to and len(found) < n:
@@ -208,7 +208,7 @@ def known_of(task: BenchmarkTask, train: Sequence[System], n: int, seed: int, pl
     """n random training systems of the adsorbate on the facet, the last rule's control: none is an answer."""
     asked = parse_identity(task.task.identity)
     same = [s for s in train if (s.adsorbate, s.miller) == (asked.adsorbate, asked.miller)]
-    return Random(hash_seed(Stream.DESIGN_CONTROLS.key(seed, place, 1))).choices(same, k=n) if same else []
+    return Random(hash_seed(Stream.BENCHMARK_ROWS.key(seed, place, 1))).choices(same, k=n) if same else []
 
 
 def score(

@@ -26,7 +26,7 @@ from catmllm.evaluate.baselines import FRAMES, KernelRidge, some
 from catmllm.evaluate.controls import budgets, closest, ideal_candidates
 from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.sample.engine import RolloutEngine
-from catmllm.seeds import Stream, generator
+from catmllm.seeds import Key, Stream, generator
 from catmllm.structure.cif import read_cif
 from catmllm.structure.formula import parse_identity
 from catmllm.structure.system import System
@@ -45,6 +45,11 @@ def design_tasks(systems: Sequence[System], n: int, seed: int) -> list[Task]:
         seen[identity] = seen.get(identity, 0) + 1
     picks = [systems[i] for _, _, i in sorted(rank)[:n]]
     return [Task(s.identity, s.target, s.known_energy) for s in picks]
+
+
+def search_seed(seed: int, rank: int = 0) -> Key:
+    """The seed of a rank's search for the test tasks."""
+    return Stream.DESIGN_SEARCH.key(seed, rank)
 
 
 def search(
@@ -105,7 +110,7 @@ def evaluate_design(
     places = range(len(tasks))[world.rank :: world.size]
     mine = [tasks[k] for k in places]
     predictor = predictor_of(config, world.device) or (model, collate)
-    seed = Stream.DESIGN_SEARCH.key(config.seed, world.rank)
+    seed = search_seed(config.seed, world.rank)
     states = search(model, collate, config, mine, seed, progress=world.main, predictor=predictor)
     limits = budgets(config)
     ideal = [ideal_candidates(t, limits[-1], config.seed, k) for k, t in zip(places, mine)]
