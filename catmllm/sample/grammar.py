@@ -396,6 +396,7 @@ class Walk:
         self.begun = [first[id(p)][0] for p in patterns]
         self._at = [first[id(p)][1] for p in patterns]
         self._growing = [self._grown(p, b) for p, b in zip(patterns, self.begun)]
+        self._ways: list[torch.Tensor | None] = [None] * len(self._at)  # what each allows, once it was asked
 
     def _grown(self, pattern: Pattern, begun: list[int]) -> Growing | None:
         """The structure of an answer that these tokens begin; None for a pattern without a slab."""
@@ -421,16 +422,20 @@ class Walk:
         """The tokens [n] that may come next in an answer: of coordinates those that keep its atoms apart and
         its adsorbate whole and on the surface, where there are any, and its slab to its template; of the
         cell's numbers those of the template, or that its slab can span."""
+        ways = self._ways[row]
+        if ways is None:
+            ways = self._ways[row] = self._allowed(row)
+        return ways
+
+    def _allowed(self, row: int) -> torch.Tensor:
         found, growing, pattern = self._at[row].allowed, self._growing[row], self.patterns[row]
         if growing is None:
             return found
         if (bounds := growing.bounds()) is not None:
             kind, *digits = pattern.parts[self._at[row].place[0]]
-            return (
-                self.grammar.within(found, *bounds, digits[0], pattern.decimals)
-                if kind == "number"
-                else found
-            )
+            if kind != "number":
+                return found
+            return self.grammar.within(found, *bounds, digits[0], pattern.decimals)
         fractions = self.grammar.fractions(found, pattern.decimals)
         if fractions is None:
             return found
@@ -458,6 +463,7 @@ class Walk:
                 runs[place] = run + [end] * pattern.ended(there.place), there
             node.behind[token] = runs[place]
         run, self._at[row] = node.behind[token]
+        self._ways[row] = None
         growing = self._growing[row]
         if growing is not None:
             growing.read("".join(self.grammar.text[t] for t in (token, *run)))
