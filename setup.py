@@ -89,6 +89,10 @@ class Build(build_ext):
                 return [path for part in made for path in part]
 
         self.compiler.compile = compile_each
+        wanted = {Path(self.get_ext_fullpath(ext.name)).name for ext in self.extensions}
+        for left in Path(self.build_lib).glob("catmllm_kernels/_*.so"):
+            if left.name not in wanted:  # of an earlier build of more, which the wheel would take along
+                left.unlink()
         super().build_extensions()
 
     def build_extension(self, ext: Extension) -> None:

@@ -17,7 +17,7 @@ import venv
 import zipfile
 from pathlib import Path
 
-LIMITS = {"install": 10.0, "import": 0.15, "score": 10.0}
+LIMITS = {"install": 10.0, "import": 0.06, "score": 10.0}
 CELL = """data_x
 _cell_length_a 4
 _cell_length_b 4
@@ -35,6 +35,7 @@ Cl 0.5 0.5 0.5
 """
 IMPORT = """
 import time
+import numpy  # takes its own 0.1 s and more
 begin = time.process_time()
 import rewards_fast
 print(time.process_time() - begin)
