@@ -16,6 +16,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import ase.io
@@ -48,6 +49,7 @@ NOT_RUN = {
     r"^catmllm rollouts |grpo.rollout=service": "two programs: tests/sample/test_service.py runs them",
     r"^catmllm study ": "hours: `make studies-smoke` runs every study with a few steps",
     r"--judge sevennet": "minutes: tests/evaluate has the judge",
+    r" SOURCES ": "stands for files that docs/data.md names",
     r"paper/printed.yaml": "a model of its own: tests/test_configs.py reads it",
 }
 # Words of a page that are names for the reader's own.
@@ -113,7 +115,10 @@ def place(unbroken: Path, run_config: Path, tmp_path: Path) -> Path:
     records = [row(a, tags=s.tags.tolist(), adsorbate=s.adsorbate) for a, s in zip(frames, systems)]
     write_lmdb(
         tmp_path / "test.lmdb",
-        [{k: arrays.get(k, lambda v: v)(v) for k, v in r.items()} for r in records[:3]],
+        [
+            {k: arrays.get(k, lambda v: v)(v) for k, v in r.items()} | {"atomic_numbers": a.numbers}
+            for r, a in zip(records[:3], frames)
+        ],
     )
     labelled = [json.dumps(r | {"energy": s.known_energy}) for r, s in zip(records, systems)]
     (tmp_path / "dft111_882.jsonl.gz").write_bytes(gzip.compress("\n".join(labelled).encode()))
@@ -174,6 +179,13 @@ def made_short(words: list[str], k: int) -> list[str]:
     return words
 
 
+def outputs(words: list[str]) -> list[str]:
+    """The folders of runs that a command begins."""
+    if words[:2] == ["catmllm", "finetune"]:
+        return [after for word, after in pairwise(words) if word == "--out"]
+    return [w.removeprefix("out=") for w in words if w.startswith("out=") and LAUNCHER in words]
+
+
 def started(words: list[str]) -> int:
     """The exit status of a command."""
     if words[0] == "make":
@@ -212,6 +224,8 @@ def test_the_commands_of_a_page_run(
         if (line := shlex.join(words)) in seen:
             continue
         seen.add(line)
+        for out in outputs(words):  # a reader's is new, or of the same command
+            shutil.rmtree(out, ignore_errors=True)
         status = started(made_short(words, k))
         said = capsys.readouterr()
         if status or not said.out + said.err:
