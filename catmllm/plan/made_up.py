@@ -31,7 +31,7 @@ def planned_systems(config: Config, atoms: int) -> dict[str, Sequence[System]]:
 
 def synthetic_systems(atoms: int, count: int = 512) -> list[System]:
     """CO on fcc slabs of Pt and Ni with `atoms` atoms each (OC20's mean is 78): shapes for plans,
-    not chemistry."""
+    not chemistry. Ten facets by name, so that there are parts of the pairs of bulk and facet."""
     rng = np.random.default_rng(0)
     slab = atoms - 2
     side = max(1, round((slab / 4) ** 0.5))
@@ -48,7 +48,7 @@ def synthetic_systems(atoms: int, count: int = 512) -> list[System]:
         shaken = positions + rng.normal(0, 0.05, positions.shape)
         out.append(
             make_system(
-                lattice, shaken, numbers, tags, "CO", (1, 0, 0), float(rng.normal()), f"synthetic-{i}"
+                lattice, shaken, numbers, tags, "CO", (1, 0, i % 10), float(rng.normal()), f"synthetic-{i}"
             )
         )
     return out
