@@ -85,12 +85,12 @@ def candidates(args: argparse.Namespace) -> int:
             model, collate, config, asked_of, search_seed(args.seed), progress=True, predictor=predictor
         )
         texts = {t.name: [c.text for c in state.tried] for t, state in zip(fixed, states)}
-    elif args.row == "ideal":
-        made = {t.name: ideal_of(t, n, args.seed, k) for k, t in enumerate(asked)}
-        texts = {name: [write_cif(s, collate.data.decimals) for s in some] for name, some in made.items()}
     else:
-        train = open_data(config.data)["train"]
-        made = {t.name: known_of(t, train, n, args.seed, k) for k, t in enumerate(asked)}
+        if args.row == "ideal":
+            made = {t.name: ideal_of(t, n, args.seed, k) for k, t in enumerate(asked)}
+        else:
+            train = open_data(config.data)["train"]
+            made = {t.name: known_of(t, train, n, args.seed, k) for k, t in enumerate(asked)}
         texts = {name: [write_cif(s, collate.data.decimals) for s in some] for name, some in made.items()}
     texts = {name: some for name, some in texts.items() if some}
     write_candidates(args.out, texts)
