@@ -4,6 +4,7 @@ their shapes are as real ones'."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,13 +26,14 @@ def planned_systems(config: Config, atoms: int) -> dict[str, Sequence[System]]:
     path, pretrained = config.data.path, config.model.llm.pretrained is not None
     if Path(path).exists() if path is not None else not pretrained:
         return open_data(config.data)
-    systems = synthetic_systems(atoms)
+    # ten facets by name, so that there are parts of the pairs of bulk and facet
+    systems = [replace(s, miller=(1, 0, i % 10)) for i, s in enumerate(synthetic_systems(atoms))]
     return {"train": systems, "val": systems[:8], "test": systems[:8]}
 
 
 def synthetic_systems(atoms: int, count: int = 512) -> list[System]:
     """CO on fcc slabs of Pt and Ni with `atoms` atoms each (OC20's mean is 78): shapes for plans,
-    not chemistry. Ten facets by name, so that there are parts of the pairs of bulk and facet."""
+    not chemistry."""
     rng = np.random.default_rng(0)
     slab = atoms - 2
     side = max(1, round((slab / 4) ** 0.5))
@@ -48,7 +50,7 @@ def synthetic_systems(atoms: int, count: int = 512) -> list[System]:
         shaken = positions + rng.normal(0, 0.05, positions.shape)
         out.append(
             make_system(
-                lattice, shaken, numbers, tags, "CO", (1, 0, i % 10), float(rng.normal()), f"synthetic-{i}"
+                lattice, shaken, numbers, tags, "CO", (1, 0, 0), float(rng.normal()), f"synthetic-{i}"
             )
         )
     return out
