@@ -52,6 +52,7 @@ class Stream(IntEnum):
     MISSING = 40  # indicative CIFs of the evaluation [rank, 0], random systems [pair, 1]
     COMMAND_INDICATIVE = 41  # CIFs of `catmllm predict`
     BENCHMARK_ROWS = 42  # ideal slabs for a free task [task, 0], training systems for any [task, 1]
+    BENCHMARK_EVOLUTION = 71  # first members, parents and children of a task [task]
 
     def key(self, seed: int, *place: int) -> Key:
         """What a draw is a function of; further places may be appended to it."""

@@ -53,11 +53,13 @@ def tasks(args: argparse.Namespace) -> int:
 
 def candidates_options(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Rows to stand beside a tool's: random ideal slabs, random training systems of the adsorbate and "
-        "facet, which break the rule that an answer be new, or all candidates of a model's closed loop, "
-        "which answers the tasks of a fixed composition alone."
+        "Rows to stand beside a tool's: random ideal slabs; random training systems of the adsorbate and "
+        "facet, which break the rule that an answer be new; all candidates of a model's closed loop, "
+        "which answers the tasks of a fixed composition alone; those of a population search by the same "
+        "predictor with as many predictions; or the nearest training slabs with their elements exchanged "
+        "for those asked for."
     )
-    parser.add_argument("row", choices=("ideal", "training", "search"))
+    parser.add_argument("row", choices=("ideal", "training", "search", "evolution", "transmute"))
     _tasks_option(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder for the CIFs")
     parser.add_argument("--seed", type=int, default=0)
@@ -67,9 +69,11 @@ def candidates_options(parser: argparse.ArgumentParser) -> None:
 def candidates(args: argparse.Namespace) -> int:
     from catmllm.data.open import open_data
     from catmllm.design.predict import predictor_of
+    from catmllm.design.search import ClosedLoop
     from catmllm.evaluate.benchmark import ideal_of, known_of, read_tasks, write_candidates
     from catmllm.evaluate.controls import budgets
     from catmllm.evaluate.design import search, search_seed
+    from catmllm.evaluate.generators import evolve, transmuted
     from catmllm.structure.cif import write_cif
 
     asked = read_tasks(args.tasks)
@@ -85,9 +89,16 @@ def candidates(args: argparse.Namespace) -> int:
             model, collate, config, asked_of, search_seed(args.seed), progress=True, predictor=predictor
         )
         texts = {t.name: [c.text for c in state.tried] for t, state in zip(fixed, states)}
+    elif args.row == "evolution":
+        predictor = predictor_of(config, model.energy_mean.device)
+        loop = ClosedLoop(model, collate, config.ga_grpo, predictor)
+        texts = evolve(loop, asked, args.seed, collate.data.decimals)
     else:
         if args.row == "ideal":
             made = {t.name: ideal_of(t, n, args.seed, k) for k, t in enumerate(asked)}
+        elif args.row == "transmute":
+            train = open_data(config.data)["train"]
+            made = {t.name: transmuted(t, train, n) for t in asked}
         else:
             train = open_data(config.data)["train"]
             made = {t.name: known_of(t, train, n, args.seed, k) for k, t in enumerate(asked)}

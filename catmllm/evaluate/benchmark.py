@@ -188,7 +188,7 @@ def ideal_of(task: BenchmarkTask, n: int, seed: int, place: int) -> list[System]
     if not task.metals:
         return ideal_candidates(task.task, n, seed, place)
     rng = Random(hash_seed(Stream.BENCHMARK_ROWS.key(seed, place, 0)))
-    open_to = [identity for identity in _compositions(task) if enumerable(identity) is None]
+    open_to = [identity for identity in allowed_compositions(task) if enumerable(identity) is None]
     found: list[System] = []
     while open_to and len(found) < n:
         system = ideal_system(rng.choice(open_to), rng)
@@ -197,7 +197,7 @@ def ideal_of(task: BenchmarkTask, n: int, seed: int, place: int) -> list[System]
     return found
 
 
-def _compositions(task: BenchmarkTask) -> Iterator[str]:
+def allowed_compositions(task: BenchmarkTask) -> Iterator[str]:
     """Identity lines of slabs of one metal, and of two at 3:1 and 1:1, that a free task allows."""
     for freed in free_composition(task.task, task.metals):
         if _bulk(parse_identity(freed.identity).slab) not in task.known:

@@ -1,0 +1,224 @@
+"""Generators without a language model: what their operators keep, and that a search finds what it rewards."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from catmllm.cli.main import main
+from catmllm.config import Config
+from catmllm.data.batches import Collator
+from catmllm.data.fcc_slabs import FCC_CONSTANT
+from catmllm.data.open import open_data
+from catmllm.design.enumeration import ideal_system
+from catmllm.design.exemplar_pool import Candidate
+from catmllm.design.search import ClosedLoop, Task, make_task, structure_key
+from catmllm.evaluate import BENCHMARK
+from catmllm.evaluate.benchmark import BenchmarkTask, read_candidates, read_tasks, score
+from catmllm.evaluate.generators import (
+    child,
+    evolve,
+    exchanged,
+    permuted,
+    renamings,
+    transmuted,
+    with_adsorbate,
+)
+from catmllm.models.catalytic_mllm import CatalyticMLLM
+from catmllm.structure.adsorbed import adsorbate_fault
+from catmllm.structure.cif import read_cif
+from catmllm.structure.elements import NUMBER
+from catmllm.structure.formula import parse_identity
+from catmllm.structure.system import ADSORBATE, System
+
+LINES = ("CO</s>Pt9Cu3 (1 1 1)", "CH</s>Au6Ni6 (1 0 0)", "O</s>Ir12 (1 1 1)")
+LINE = st.sampled_from(LINES)
+SEED = st.integers(0, 10**6)
+
+
+def parts(system: System) -> tuple[np.ndarray, np.ndarray]:
+    """Positions (Å) of slab and adsorbate."""
+    positions, of = system.frac @ system.lattice, system.tags == ADSORBATE
+    return positions[~of], positions[of]
+
+
+@settings(max_examples=30)
+@given(LINE, SEED)
+def test_two_atoms_change_places_and_nothing_else(line: str, seed: int) -> None:
+    system = ideal_system(line, Random(seed))
+    if len(system.slab_counts) == 1:
+        return
+    other = permuted(system, Random(seed))
+    assert other.identity == system.identity and np.array_equal(other.frac, system.frac)
+    changed = np.flatnonzero(other.numbers != system.numbers)
+    assert len(changed) == 2 and (system.tags[changed] != ADSORBATE).all()
+
+
+@settings(max_examples=30)
+@given(LINE, SEED)
+def test_an_adsorbate_keeps_form_place_and_height(line: str, seed: int) -> None:
+    """By ASE's distances; on a slab of another metal its anchor is at the same place of the cell."""
+    asked = parse_identity(line)
+    giver = ideal_system(line, Random(seed))
+    slab = ideal_system(line.replace("Pt9Cu3", "Ag12").replace("Au6Ni6", "Rh12"), Random(seed + 1))
+    made = with_adsorbate(slab, giver)
+    assert made.slab_counts == slab.slab_counts and made.adsorbate == asked.adsorbate and not made.relaxed
+    (mine, on), (theirs, of) = parts(made), parts(giver)
+    np.testing.assert_allclose(mine, parts(slab)[0], atol=1e-9)
+    n = len(made) - len(on)
+    for k in range(1, len(on)):
+        expected = giver.as_ase().get_distance(n, n + k)
+        assert made.as_ase().get_distance(n, n + k) == pytest.approx(expected, abs=1e-9)
+    assert on[0, 2] - mine[:, 2].max() == pytest.approx(of[0, 2] - theirs[:, 2].max(), abs=1e-9)
+    np.testing.assert_allclose(made.frac[n, :2], giver.frac[n, :2], atol=1e-9)
+    same = with_adsorbate(giver, giver)
+    assert structure_key(same) == structure_key(giver)
+
+
+@pytest.mark.parametrize("facet", ["111", "100"])
+def test_an_exchanged_slab_is_the_one_that_ase_builds(facet: str) -> None:
+    from ase.build import fcc100, fcc111
+
+    line = f"CO</s>Pt12 ({' '.join(facet)})"
+    made = exchanged(ideal_system(line, Random(0)), {"Pt": "Cu"})
+    build = fcc111 if facet == "111" else fcc100
+    expected = build("Cu", (2, 2, 3), a=FCC_CONSTANT["Cu"], vacuum=5.0, periodic=True)
+    assert made.identity == f"CO</s>Cu12 ({' '.join(facet)})"
+    lengths = np.linalg.norm(made.lattice, axis=1)
+    np.testing.assert_allclose(lengths, expected.cell.lengths(), atol=1e-6)
+    ours = made.as_ase()[:12].get_all_distances(mic=True)
+    np.testing.assert_allclose(np.sort(ours), np.sort(expected.get_all_distances(mic=True)), atol=1e-6)
+    slab, adsorbate = parts(made)
+    before_slab, before = parts(ideal_system(line, Random(0)))
+    assert adsorbate[0, 2] - slab[:, 2].max() == pytest.approx(before[0, 2] - before_slab[:, 2].max())
+    np.testing.assert_allclose(adsorbate[1] - adsorbate[0], before[1] - before[0], atol=1e-9)
+
+
+@given(st.dictionaries(st.sampled_from("ABC"), st.integers(1, 3), min_size=1, max_size=2), SEED)
+def test_renamings_are_all_that_fit(old: dict[str, int], seed: int) -> None:
+    rng = Random(seed)
+    new = {name: rng.randint(1, 6) for name in rng.sample("WXYZ", rng.randint(1, 2))}
+    found = list(renamings(old, new))
+
+    def renamed(names: dict[str, str]) -> Counter[str]:
+        total: Counter[str] = Counter()
+        for metal, count in old.items():
+            total[names[metal]] += count
+        return total
+
+    from itertools import product
+
+    every = [dict(zip(old, names)) for names in product(new, repeat=len(old))]
+    assert sorted(map(str, found)) == sorted(str(n) for n in every if renamed(n) == Counter(new))
+
+
+@pytest.fixture(scope="module")
+def shipped() -> list[BenchmarkTask]:
+    return read_tasks(BENCHMARK)
+
+
+def test_a_search_finds_an_order_that_no_random_slab_has(
+    small_model: tuple[CatalyticMLLM, Collator], small_config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Random ideal slabs have a quarter of the rarer metal in each layer; the reward asks for none on top."""
+    loop = ClosedLoop(*small_model, replace(small_config.ga_grpo, initial=8, iterations=8, group_size=8))
+
+    def on_top(system: System) -> int:
+        return int((system.numbers[system.tags == 1] == NUMBER["Cu"]).sum())
+
+    def judge(tasks: Sequence[Task], texts: Sequence[str], iteration: int) -> tuple[list[Candidate], Any]:
+        read = [read_cif(text, "CO", (1, 1, 1)) for text in texts]
+        rewards = [-float(on_top(s)) for s in read]
+        return [Candidate(t, r, 0.0, 0.0, None, True, "", iteration) for t, r in zip(texts, rewards)], None
+
+    monkeypatch.setattr(loop, "judge", judge)
+    task = BenchmarkTask("fixed-000", make_task(LINES[0], -1.0))
+    (texts,) = evolve(loop, [task], 0, 6).values()
+    assert len(texts) == 8 + 8 * 8
+    counts = [on_top(read_cif(text, "CO", (1, 1, 1))) for text in texts]
+    assert set(counts[:8]) == {1} and counts.index(0) >= 8 and np.mean(counts[-16:]) < 0.5
+    assert all(read_cif(text, "CO", (1, 1, 1)).slab_counts == {"Pt": 9, "Cu": 3} for text in texts)
+
+
+def test_children_of_a_free_composition_stay_among_what_is_allowed() -> None:
+    rng = Random(0)
+    open_to = ["CO</s>Cu3Pt9 (1 1 1)", "CO</s>Pt12 (1 1 1)", "CO</s>Ag6Au6 (1 1 1)"]
+    members = [_member(ideal_system(line, rng)) for line in open_to]
+    made = [child(members, open_to, rng) for _ in range(60)]
+    assert {s.identity for s in made} == set(open_to)
+    assert sum(adsorbate_fault(s) is None for s in made) > 50
+
+
+def _member(system: System) -> Any:
+    from catmllm.evaluate.generators import Member
+
+    return Member(system, Candidate("", 0.0, 0.0, 0.0, None, True, "", 0))
+
+
+def test_rows_answer_every_task_within_its_rules(
+    small_model: tuple[CatalyticMLLM, Collator], small_config: Config, shipped: list[BenchmarkTask]
+) -> None:
+    loop = ClosedLoop(*small_model, replace(small_config.ga_grpo, initial=4, iterations=2, group_size=3))
+    tasks = [*shipped[:2], *shipped[48:50]]
+    train = open_data()["train"]
+    texts = evolve(loop, tasks, 0, 4)
+    assert texts == evolve(loop, tasks, 0, 4) != evolve(loop, tasks, 1, 4)
+    assert {len(mine) for mine in texts.values()} == {4 + 2 * 3} and set(texts) == {t.name for t in tasks}
+    found = score(loop, tasks, texts, [1, 10])
+    for kind in ("fixed", "free"):
+        assert found[kind]["answered"] == 2
+        assert found[kind]["failures"] == dict.fromkeys(("PF", "VF", "CM", "PV_0.7", "AD"), 0.0)
+    for task in tasks:
+        some = transmuted(task, train, 96)
+        assert len(some) >= 10 and all(not s.relaxed for s in some)
+        asked = parse_identity(task.task.identity)
+        assert {(s.adsorbate, s.miller) for s in some} == {(asked.adsorbate, asked.miller)}
+        if task.metals:
+            assert not {s.bulk for s in some} & task.known
+        else:
+            assert {s.identity for s in some} == {task.task.identity}
+
+
+def test_the_nearest_slabs_come_first(shipped: list[BenchmarkTask]) -> None:
+    """By hand: of the slabs that can become it, those of which fewest atoms change."""
+    task = next(t for t in shipped if not t.metals and len(parse_identity(t.task.identity).slab) == 2)
+    train = open_data()["train"]
+    asked = parse_identity(task.task.identity)
+    first = transmuted(task, train, 1)[0]
+    least = 12
+    for system in train:
+        if (system.adsorbate, system.miller) == (asked.adsorbate, asked.miller):
+            ways = list(renamings(system.slab_counts, dict(asked.slab)))
+            changed = [sum(n for m, n in system.slab_counts.items() if w[m] != m) for w in ways]
+            least = min([least, *changed])
+    near = [
+        s
+        for s in train
+        if (s.adsorbate, s.miller) == (asked.adsorbate, asked.miller)
+        and any(
+            sum(n for m, n in s.slab_counts.items() if w[m] != m) == least
+            for w in renamings(s.slab_counts, dict(asked.slab))
+        )
+    ]
+    nearest = min(near, key=lambda s: abs(s.known_energy - task.task.energy))
+    np.testing.assert_allclose(first.frac[:12, :2], nearest.frac[:12, :2], atol=1e-9)
+
+
+def test_the_commands_write_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "tasks.csv").write_text("".join(BENCHMARK.read_text().splitlines(keepends=True)[:3]))
+    given = ["--tasks", str(tmp_path / "tasks.csv")]
+    for row, least in (("evolution", 96), ("transmute", 10)):
+        out = tmp_path / row
+        assert main(["evaluate", "candidates", row, *given, "--out", str(out)]) == 0
+        assert "for 2 of 2 tasks" in capsys.readouterr().out
+        texts, more = read_candidates(out, read_tasks(tmp_path / "tasks.csv"), 96)
+        assert more == 0 and min(map(len, texts.values())) >= least
