@@ -12,7 +12,8 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Traces one training step of each stage on fake tensors as rank 0 of RANKS: GiB a rank by what they "
         "are, FLOPs, bytes sent, and the largest micro-batch that fits. Status 1 where a stage does not fit. "
-        "Of a study (configs/studies/oc20/kl.yaml) every stage of its cells, alike ones once."
+        "Of a study (configs/studies/oc20/kl.yaml) every stage of its cells, alike ones once; there the "
+        "largest micro-batch is looked for only where a stage does not fit."
     )
     parser.add_argument(
         "config", nargs="+", metavar="FILE.yaml|key=value", help="as in training; or a study's file first"

@@ -81,18 +81,20 @@ def advise(
     limit: float,
     *,
     search: bool = True,
+    only_unfit: bool = False,
     say: Callable[[str], None] = lambda text: None,
     **options: Any,
 ) -> Advice:
     """Plan a stage; with `search` also find the largest micro-batch that fits in `limit` GiB, turning on what
-    saves memory, one switch after the other, only where not even one sample fits. `options` go to `trace`."""
+    saves memory, one switch after the other, only where not even one sample fits; `only_unfit`: only where
+    the stage does not fit as it is. `options` go to `trace`."""
 
     def plan(c: Config) -> Plan:
         say(f"{stage}: tracing {micro_batch_of(c, stage)} a pass")
         return trace(c, stage, ranks, **options)
 
     advice = Advice(plan(config))
-    if not search:
+    if not search or (only_unfit and advice.plan.fits(limit)):
         return advice
     advice.largest, advice.largest_peak = largest_micro_batch(
         advice.plan, partial(_again, plan, config, stage), limit

@@ -56,12 +56,16 @@ def print_plans(
     search: bool,
     as_json: bool,
 ) -> int:
-    """`catmllm plan` of jobs (a heading or nothing, configuration, stage): 0 if every one fits, else 1."""
+    """`catmllm plan` of jobs (a heading or nothing, configuration, stage): 0 if every one fits, else 1. Of
+    jobs with headings, which a study has many of, those that fit are not searched for what would fit too."""
     say = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
     limit = CARDS[card].limit if limit is None else limit
     found = []
     for heading, config, stage in jobs:
-        advice = advise(config, stage, ranks, limit, search=search, say=say, card=card, atoms=atoms)
+        one = heading == ""
+        advice = advise(
+            config, stage, ranks, limit, search=search, only_unfit=not one, say=say, card=card, atoms=atoms
+        )
         found.append(advice)
         if not as_json:
             print(heading, end="\n" if heading else "")

@@ -304,6 +304,22 @@ def test_the_command_prints_json_and_says_whether_it_fits(
     assert "choose one of encoder" in capsys.readouterr().err
 
 
+def test_a_plan_that_fits_may_go_without_a_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where only what does not fit is searched, one trace of a stage that fits is enough."""
+    sizes: list[int] = []
+
+    def traced(config: Config, stage: str, ranks: int, **_: Any) -> Plan:
+        sizes.append(config.joint.batch_size)
+        empty = dict.fromkeys((f.name for f in fields(Plan)), 0) | {"parts": {}, "phases": {}}
+        return Plan(**empty | {"peak": 2.0 * sizes[-1], "micro_batch": sizes[-1]})
+
+    monkeypatch.setattr("catmllm.plan.advise.trace", traced)
+    given = config("joint.batch_size=8")
+    assert advise(given, "joint", 2, 20.0, only_unfit=True).largest == 0 and sizes == [8]
+    assert advise(given, "joint", 2, 11.0, only_unfit=True).largest == 5 and len(sizes) > 2
+    assert advise(given, "joint", 2, 20.0).largest == 10
+
+
 def test_a_study_is_planned_by_its_cells(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -391,11 +407,19 @@ def test_synthetic_systems_have_the_atoms_asked_for() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("size", "parameters"), [("3B", 3.40e9), ("7B", 7.62e9)])
-def test_published_sizes(size: str, parameters: float) -> None:
-    """The text towers as published (7.62e9; 3.09e9 with tied embeddings, 3.40e9 with a head of its own),
-    on 8 ranks."""
-    c = load_config(None, [f"model.llm.pretrained=Qwen/Qwen2.5-VL-{size}-Instruct", "joint.batch_size=2"])
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("Qwen/Qwen2.5-VL-3B-Instruct", 3.40e9),
+        ("Qwen/Qwen2.5-VL-7B-Instruct", 7.62e9),
+        ("meta-llama/Llama-3.2-1B", 1.236e9 + 128256 * 2048),
+        ("meta-llama/Llama-3.2-3B", 3.213e9 + 128256 * 3072),
+    ],
+)
+def test_published_sizes(name: str, parameters: float) -> None:
+    """The text towers as published (7.62e9; 3.09e9 with tied embeddings, 3.40e9 with a head of its own, as
+    the Llamas' 1.236e9 and 3.213e9 without it), on 8 ranks."""
+    c = load_config(None, [f"model.llm.pretrained={name}", "joint.batch_size=2"])
     plan = trace(replace(c, checkpointing="full"), "joint", 8, steps=1)
     assert plan.parts["parameters"] * GIB * 8 / 4 == pytest.approx(parameters, rel=0.01)
 
