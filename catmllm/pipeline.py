@@ -140,7 +140,7 @@ def _run(config: Config, world: World) -> int:
         pairs_of(data["test"])
     record = _open(config, out, world)
     _say(world, _banner(config, world, data))
-    if _random_encoder(config) and not texts:
+    if _random_encoder(config) and not texts and config.model.encoder.kind != "none":
         _say(
             world,
             "note: no stage trains the encoder, which keeps its random weights; put `encoder` into `stages`, "

@@ -190,15 +190,30 @@ PRESETS: dict[Preset, dict[str, Any]] = {
 PRESET_CUTOFF, PRESET_NEIGHBOURS = 12.0, 20  # Å
 
 
+EncoderKind = Literal["equiformer_v2", "schnet", "none"]
+
+
 @section
 class EncoderConfig(EncoderSizes):
-    """EquiformerV2: a published size by `preset`, or the sizes given here; with weights from a file,
-    or random ones."""
+    """What reads structures: EquiformerV2 of a published size by `preset` or of the sizes given here, with
+    weights from a file or random ones; or a SchNet."""
 
+    kind: EncoderKind = key(
+        "equiformer_v2",
+        "schnet: distances alone, with num_layers blocks of sphere_channels a node, edge_channels filters "
+        "and num_distance_basis Gaussians; none: a model that reads texts alone",
+    )
     checkpoint: str | None = key(None, "file of fairchem 1.x with the weights; null: random weights")
     preset: Preset | None = key(
         None, "a published model, which fixes every size; it reads data.cutoff 12 and data.max_neighbours 20"
     )
+
+    @model_validator(mode="after")
+    def _published_ones_are_equiformers(self) -> EncoderConfig:
+        for name in ("preset", "checkpoint"):
+            if self.kind != "equiformer_v2" and getattr(self, name) is not None:
+                raise ValueError(f"`.{name}` is of EquiformerV2; leave it null with `.kind: {self.kind}`")
+        return self
 
 
 @section
@@ -777,6 +792,25 @@ class Config:
             )
         if self.model.llm.train_images and not self.data.images:
             raise ValueError("`model.llm.train_images` trains nothing without `data.images`")
+        return self
+
+    @model_validator(mode="after")
+    def _texts_alone_need_no_encoder(self) -> Config:
+        if self.model.encoder.kind != "none":
+            return self
+        if needy := [s for s in self.stages if s in ("encoder", "align")]:
+            raise ValueError(
+                f"`stages`: {', '.join(needy)} train on structures, which a model of "
+                "`model.encoder.kind: none` does not see; leave them out"
+            )
+        for name in ("joint", "instruct"):
+            if name in self.stages and getattr(self, name).drop_text:
+                raise ValueError(
+                    f"`{name}.drop_text` must be 0: without its text a prompt of "
+                    "`model.encoder.kind: none` is empty"
+                )
+        if self.data.images:
+            raise ValueError("`data.images` shows structures, which `model.encoder.kind: none` does not see")
         return self
 
     @model_validator(mode="after")

@@ -17,7 +17,7 @@ import torch
 
 from catmllm.config import ConfigError, DataConfig
 from catmllm.data.images import IMAGE_PAD, TOKENS, VISION_END, VISION_START, mrope_positions, render
-from catmllm.data.prompts import ENERGY, GRAPH, Sample
+from catmllm.data.prompts import ENERGY, GRAPH, Sample, without_structure
 from catmllm.seeds import Key, generator
 from catmllm.structure.descriptors import known, surroundings, told
 from catmllm.structure.elements import SYMBOLS
@@ -163,6 +163,7 @@ class Collator:
     tokens_per_atom: bool = False  # projector `atoms`: one marker an atom
     max_elements: int = len(SYMBOLS)  # the encoder knows the elements below this atomic number
     templates: Templates = NONE  # what slabs of CIFs that a model writes have to be
+    shows_structures: bool = True  # False: the model reads texts alone, and samples lose their graphs
 
     def __post_init__(self) -> None:
         vocabulary = self.tokenizer.get_vocab()
@@ -187,6 +188,7 @@ class Collator:
     def prompt_ids(self, sample: Sample) -> list[int]:
         """The prompt's ids, the graph marker repeated where every atom is a token; with `data.images` a
         picture stands before the structure of a question for its energy."""
+        sample = self.shown(sample)
         ids = self.encode(sample.prompt)
         if self.graph_id in ids:
             if sample.graph is None:
@@ -197,7 +199,12 @@ class Collator:
             ids = ids[:at] + picture + [self.graph_id] * count + ids[at + 1 :]
         return ids
 
+    def shown(self, sample: Sample) -> Sample:
+        """A sample as the model sees it; see `prompts.without_structure`."""
+        return sample if self.shows_structures else without_structure(sample)
+
     def encoded(self, sample: Sample) -> Encoded:
+        sample = self.shown(sample)
         answer = self.encode(sample.answer) if sample.answer else []
         return Encoded(self.prompt_ids(sample), answer, sample.energy, sample.graph, sample.told)
 

@@ -18,6 +18,7 @@ from typing import Literal
 import numpy as np
 
 from catmllm.structure.cif import write_cif
+from catmllm.structure.formula import SEPARATOR
 from catmllm.structure.system import System
 from catmllm.structure.text import three_part_text
 
@@ -129,6 +130,19 @@ def design_sample(system: System, exemplar: System | None, decimals: int = 3, wo
     prompt = design_prompt(system.identity, system.energy, exemplar is not None, words)
     answer = DESIGN_ANSWER.format(cif=write_cif(system, decimals)).rstrip("\n") + END
     return Sample(prompt, answer, exemplar)
+
+
+def without_structure(sample: Sample) -> Sample:
+    """The same for a model that reads texts alone. Raises ValueError where the text says nothing of the
+    system whose energy is asked for."""
+    if sample.graph is None:
+        return sample
+    if ENERGY in sample.prompt and SEPARATOR not in sample.prompt:
+        raise ValueError(
+            "a model of `model.encoder.kind: none` sees no structure; ask for energies with the text"
+        )
+    told = sample.graph if ENERGY in sample.prompt else None
+    return replace(sample, prompt=sample.prompt.replace(f"{GRAPH}\n", ""), graph=None, told=told)
 
 
 def jitter(system: System, sigma: float, rng: np.random.Generator) -> System:

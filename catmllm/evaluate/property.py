@@ -65,16 +65,16 @@ def evaluate_property(
 
     By the head in every mode (`both`, `graph`, `text`), by the `encoder` only, by the written answer
     (`generated`), and, where every system has a start, from unrelaxed structures (`start`, `encoder_start`);
-    without `llm` by the encoder only. Of texts without structures by `text`, `generated`, and with an
-    `ensemble` by that. No outlier is dropped; a written answer without a number is counted in `unread`, and
-    left out of its MAE only.
+    without `llm` by the encoder only. Of texts without structures, or by a model that reads texts alone, by
+    `text`, `generated`, and with an `ensemble` by that. No outlier is dropped; a written answer without a
+    number is counted in `unread`, and left out of its MAE only.
     """
     mine = list(systems[world.rank :: world.size])
-    texts = texts_only(systems)
+    texts = texts_only(systems) or not collate.shows_structures
     modes = MODES[-1:] if texts else MODES
     starts = [s.frame(0.0) for s in mine] if all(s.start is not None for s in systems) else []
     values: dict[str, np.ndarray] = {} if texts else {"encoder": encoder_energies(model, collate, mine)}
-    if starts:
+    if starts and not texts:
         values["encoder_start"] = encoder_energies(model, collate, starts)
     if llm:
         samples = {mode: [question(s, mode) for s in mine] for mode in modes}

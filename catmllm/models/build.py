@@ -16,11 +16,12 @@ from catmllm.data.images import IMAGE_PAD, VISION_END, VISION_START
 from catmllm.data.open import texts_only
 from catmllm.data.prompts import ENERGY, GRAPH, cif_sample, design_sample, property_sample
 from catmllm.data.tokenizer import tiny_tokenizer
-from catmllm.models.catalytic_mllm import CatalyticMLLM
+from catmllm.models.catalytic_mllm import CatalyticMLLM, Encoder
 from catmllm.models.equiformer_v2 import EquiformerV2, EquiformerV2Config
 from catmllm.models.fairchem_checkpoint import load_fairchem_checkpoint
 from catmllm.models.projector import Projector
 from catmllm.models.qwen import outline_llm, pretrained_llm, random_llm, sees
+from catmllm.models.schnet import NoEncoder, SchNet, SchNetConfig
 from catmllm.seeds import Stream, hash_seed
 from catmllm.structure.system import System
 from catmllm.structure.templates import NONE, Templates
@@ -82,9 +83,7 @@ def outline_model(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[C
     return model, collator(model, tokenizer, config)
 
 
-def assemble(
-    llm: Any, encoder: EquiformerV2, config: Config, tokenizer: PreTrainedTokenizerBase
-) -> CatalyticMLLM:
+def assemble(llm: Any, encoder: Encoder, config: Config, tokenizer: PreTrainedTokenizerBase) -> CatalyticMLLM:
     """The whole model of its parts, with a projector and an energy head of random weights."""
     from catmllm.models.decoder import fuse  # imports transformers' model
 
@@ -96,8 +95,14 @@ def assemble(
     return model
 
 
-def build_encoder(config: EncoderConfig, cutoff: float) -> EquiformerV2:
-    """EquiformerV2 by preset or by sizes; loads a fairchem checkpoint where one is named."""
+def build_encoder(config: EncoderConfig, cutoff: float) -> Encoder:
+    """What `config.kind` names. EquiformerV2 by preset or by sizes; loads a fairchem checkpoint where one is
+    named."""
+    if config.kind == "none":
+        return NoEncoder()
+    if config.kind == "schnet":
+        sizes = {f.name: getattr(config, f.name) for f in fields(SchNetConfig) if hasattr(config, f.name)}
+        return SchNet(SchNetConfig(**sizes | {"max_radius": cutoff, "lmax": 0}))
     if config.preset:
         encoder = EquiformerV2(EquiformerV2Config.preset(config.preset))
     else:
@@ -121,6 +126,7 @@ def collator(
         config.data,
         tokens_per_atom=model.projector.mode == "atoms",
         max_elements=model.encoder.config.max_num_elements,
+        shows_structures=not isinstance(model.encoder, NoEncoder),
         templates=templates,
     )
 

@@ -1,4 +1,4 @@
-"""CatalyticMLLM: EquiformerV2, a projector and a Qwen with an energy head (paper Fig. 3, §6.7, §7).
+"""CatalyticMLLM: an encoder, a projector and a Qwen with an energy head (paper Fig. 3, §6.7, §7).
 
 A structure enters as the vector(s) that replace the embedding of its `<graph>` marker; the energy is read
 from the final hidden state of the `<energy>` query token; text comes from the LM head, which is never tied to
@@ -21,9 +21,11 @@ from catmllm.models.energy_head import EnergyHead
 from catmllm.models.equiformer_v2 import EquiformerV2
 from catmllm.models.kernel_prior import KernelPrior
 from catmllm.models.projector import Projector
+from catmllm.models.schnet import NoEncoder, SchNet
 from catmllm.structure.descriptors import SIZE, SURROUNDINGS, TOLD
 from catmllm_kernels.linear_logprob import Allowed, LogProbs, allowed_logprobs, linear_logprobs
 
+Encoder = EquiformerV2 | SchNet | NoEncoder
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -67,7 +69,7 @@ class CatalyticMLLM(nn.Module):
     llm: Any  # transformers' class, whose submodules a type checker cannot name
 
     def __init__(
-        self, llm: Any, encoder: EquiformerV2, projector: Projector, graph_id: int, energy_id: int
+        self, llm: Any, encoder: Encoder, projector: Projector, graph_id: int, energy_id: int
     ) -> None:
         super().__init__()
         self.llm, self.encoder, self.projector = llm, encoder, projector
@@ -144,7 +146,8 @@ class CatalyticMLLM(nn.Module):
                 f"{len(at)} graph markers in the text, {0 if vectors is None else len(vectors)} vectors"
             )
         if vectors is None:
-            return x + 0.0 * self._lone_atom().to(x.dtype) if self.lockstep else x
+            reads = self.lockstep and not isinstance(self.encoder, NoEncoder)
+            return x + 0.0 * self._lone_atom().to(x.dtype) if reads else x
         return x.index_copy(0, at, vectors.to(x.dtype))
 
     def _lone_atom(self) -> torch.Tensor:

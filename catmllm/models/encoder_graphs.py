@@ -20,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from catmllm.data.batches import GraphBatch
 from catmllm.models.equiformer_v2 import EquiformerV2
+from catmllm.models.schnet import NoEncoder, SchNet
 
 SIZES = 8  # to each doubling: at most an eighth of a batch is padding
 MOST = 64  # graphs kept
@@ -56,13 +57,13 @@ def padded(graph: GraphBatch) -> GraphBatch:
 
 
 class EncoderGraphs:
-    """Pooled features of batches, as `EquiformerV2.forward` with `pool` gives them.
+    """Pooled features of batches, as the encoder's `forward` with `pool` gives them.
 
     A size that comes for the first time runs as it is, at its second time it is captured. Weights that have
     moved make all graphs void.
     """
 
-    def __init__(self, encoder: EquiformerV2) -> None:
+    def __init__(self, encoder: EquiformerV2 | SchNet | NoEncoder) -> None:
         self.encoder = encoder
         self.seen: Counter[Size] = Counter()
         self.graphs: dict[Size, Callable[[GraphBatch], torch.Tensor]] = {}

@@ -48,6 +48,10 @@ def export(
         raise ValueError(f"{out} is the model itself: give another folder")
     model, collate, config = load_model(source)
     if layout == "fairchem":
+        if not isinstance(model.encoder, EquiformerV2):
+            raise ValueError(
+                f"{source}: fairchem's files are of EquiformerV2, and this encoder is none; take hf"
+            )
         return export_encoder(model.encoder, out, template or config.model.encoder.checkpoint)
     out.mkdir(parents=True, exist_ok=True)
     if layout == "text":

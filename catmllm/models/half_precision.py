@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from catmllm.models.catalytic_mllm import CatalyticMLLM
+from catmllm.models.equiformer_v2 import EquiformerV2
 
 MLP_SCALE = 2.0**-4  # the MLP's inner product and its result may then reach 1e6
 
@@ -24,7 +25,7 @@ def keep_large_values(model: CatalyticMLLM, llm: torch.dtype, encoder: torch.dty
     Call once a model."""
     if llm == torch.float16:
         _llm(model.text, llm)
-    if encoder == torch.float16:
+    if encoder == torch.float16 and isinstance(model.encoder, EquiformerV2):  # SchNet keeps its sums wide
         _encoder(model.encoder, encoder)
 
 

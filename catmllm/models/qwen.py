@@ -67,6 +67,26 @@ QWEN = {
     },
 }
 
+# Llama-3.2's; its heads fill the width.
+LLAMA3_2: dict[str, dict[str, Any]] = {
+    "1B": {"hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32},
+    "3B": {"hidden_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 24},
+}
+LLAMA3_2_BOTH: dict[str, Any] = {
+    "num_key_value_heads": 8,
+    "intermediate_size": 8192,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {
+        "rope_type": "llama3",
+        "rope_theta": 5e5,
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+}
 
 QWEN_VISION = {
     "depth": 32,
@@ -132,7 +152,7 @@ def outline_llm(config: LLMConfig, tokenizer: PreTrainedTokenizerBase, images: b
 
 def _published(name: str) -> Any:
     """The configuration of a folder here, or by the size in a published name."""
-    from transformers import Qwen2_5_VLConfig
+    from transformers import LlamaConfig, Qwen2_5_VLConfig
 
     if (Path(name) / "config.json").is_file():
         return read_config(name)
@@ -145,9 +165,12 @@ def _published(name: str) -> Any:
         }
         vision = QWEN_VISION | {"out_hidden_size": text["hidden_size"]}
         return Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+    if found := re.search(r"Llama-3\.2-(1B|3B)", name):
+        return _as_qwen(LlamaConfig(**LLAMA3_2[found[1]], **LLAMA3_2_BOTH), name)
     raise ConfigError(
         f"`model.llm.pretrained: {name}` is no folder here, and its sizes are not known; a plan knows "
-        f"Qwen2.5-VL-{' and Qwen2.5-VL-'.join(QWEN)}, or reads the config.json of a downloaded model"
+        f"Qwen2.5-VL-{' and Qwen2.5-VL-'.join(QWEN)}, Llama-3.2-{' and Llama-3.2-'.join(LLAMA3_2)}, or "
+        "reads the config.json of a downloaded model"
     )
 
 

@@ -233,8 +233,9 @@ def _training(shown: Metrics, config: Config, stage: str) -> str:
     else:
         lines.append("The language model began from random weights.")
     encoder = config.model.encoder
-    lines.append(f"The encoder began as `{encoder.checkpoint}`." if encoder.checkpoint
-                 else "The encoder began from random weights.")  # fmt: skip
+    if encoder.kind != "none":
+        began = f"as `{encoder.checkpoint}`" if encoder.checkpoint else "from random weights"
+        lines.append(f"The encoder{' (SchNet)' if encoder.kind == 'schnet' else ''} began {began}.")
     minutes = sum((shown.get("seconds") or {}).get(s, 0.0) for s in stages) / 60
     if minutes:
         lines.append(f"{minutes:.0f} minutes of training.")

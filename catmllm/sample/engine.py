@@ -77,6 +77,7 @@ class RolloutEngine:
         is drawn among those by which the answer can still fit its pattern, and what it forces follows in the
         same pass.
         """
+        samples = [self.collate.shown(s) for s in samples]
         prompts = [self.collate.prompt_ids(s) for s in samples]
         n, weight = len(samples) * group_size, self.tower.embedding
         most = limits_of(params, len(samples), limits)

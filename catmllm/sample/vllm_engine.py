@@ -146,7 +146,7 @@ class VLLMEngine:
         began = time.perf_counter()
         prompts: list[dict[str, Any]] = []
         blocks: list[bytes] = []
-        for sample in samples:
+        for sample in map(self.collate.shown, samples):
             ids = self.collate.prompt_ids(sample)
             if sample.graph is None:
                 prompts.append({"ids": ids})

@@ -489,7 +489,7 @@ def rollout_batch(
     """
 
     def encoded(prompt: int, answer: list[int]) -> Encoded:
-        sample = prompts[prompt]
+        sample = collate.shown(prompts[prompt])
         return Encoded(collate.prompt_ids(sample), answer, None, sample.graph)
 
     if not shared:

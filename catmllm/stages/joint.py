@@ -39,7 +39,8 @@ class Joint(Mixed):
     def trains(self, parameter: str) -> bool:
         if parameter.startswith(VISUAL):
             return self.context.config.model.llm.train_images
-        if texts_only(self.context.data["train"]) and parameter.startswith(READS_GRAPHS):
+        sees = self.context.collate.shows_structures and not texts_only(self.context.data["train"])
+        if not sees and parameter.startswith(READS_GRAPHS):
             return False  # without a gradient there would be no state of it in a checkpoint
         return self.config.train_encoder or not parameter.startswith(READS_ENERGY)
 

@@ -407,8 +407,9 @@ def weigh_llm(context: Context, batch_size: int) -> str:
     head = context.model.energy_head
     parts: list[tuple[str, Any, list[Sample]]] = [
         ("text", head.text, [property_sample(s, "text") for s in systems]),
-        ("correction", head.correction, [property_sample(s) for s in systems]),
     ]
+    if context.collate.shows_structures:
+        parts.append(("correction", head.correction, [property_sample(s) for s in systems]))
     return "\n".join(weigh(context, *part, systems, batch_size, energies) for part in parts)
 
 
