@@ -16,7 +16,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # Tests start some sixty processes, each of which would compile every source anew where this is set.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup constraints run test test-slow test-newest test-oldest test-python test-report test-notebook test-pages docs frameworks environments vllm baselines labels wheels bench studies-smoke gpu gpu-prefill tables lint format clean \
+.PHONY: help setup constraints run test test-slow test-newest test-oldest test-python test-report test-notebook test-store test-pages docs frameworks environments vllm baselines labels wheels bench studies-smoke gpu gpu-prefill tables lint format clean \
 	engine test-engine test-so2 fuzz
 
 help:  ## this list
@@ -67,6 +67,10 @@ test-python:  ## the tests on another Python: make test-python PYTHON=python3.12
 test-report: setup  ## report.html in a real Chromium: loads, turns, filters, prints
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group browser
 	$(BIN)/python -m pytest -q -m browser tests/report
+
+test-store: setup  ## a run whose machine is lost goes on from S3 (moto's server); installs s3fs and moto
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt "s3fs>=2026.9" --group store
+	$(BIN)/python -m pytest -q -m "slow or not slow" tests/train/test_store.py
 
 # What the pages say, as their reader would find it; also a part of test-slow.
 test-pages: setup  ## every command, Python block and configuration of the pages, run small; minutes

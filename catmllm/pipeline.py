@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -52,12 +52,13 @@ from catmllm.train.loop import train
 from catmllm.train.metrics import KINDS, optional
 from catmllm.train.stage import Context
 from catmllm.train.stop import EXIT_SAVED, Stopped, TrainingError, stop_at_once
+from catmllm.train.store import Mirror, StoreError
 from catmllm.world import DTYPES, World, encoder_dtype, loader_workers, settled, start
 
 # What may be another when a run goes on.
 MENDABLE = (
     "name", "tensorboard", "wandb", "mlflow", "trackio", "profile", "threads", "keep_checkpoints",
-    "replicate", "data.workers", "hang_after", "grpo.service", "grpo.service_patience",
+    "replicate", "store", "data.workers", "hang_after", "grpo.service", "grpo.service_patience",
 )  # fmt: skip
 OF_TEXTS = ("joint", "instruct")  # stages that can do without structures
 FIT_ENERGIES = ("encoder", "joint")  # stages that fit scale and closed forms of energies where there are none
@@ -138,6 +139,10 @@ def _run(config: Config, world: World) -> int:
     texts = _texts(config, data)
     if config.evaluate.indicative and set(GENERATES) & {*config.stages}:
         pairs_of(data["test"])
+    mirror = Mirror(config.store, out, world) if config.store else None
+    share = world.barrier if mirror is None else mirror.share
+    if mirror is not None:
+        mirror.begin()
     record = _open(config, out, world)
     _say(world, _banner(config, world, data))
     if _random_encoder(config) and not texts and config.model.encoder.kind != "none":
@@ -156,13 +161,15 @@ def _run(config: Config, world: World) -> int:
         if not (folder / "model.safetensors").is_file():
             with record.timed(name):
                 templates = templates or _templates(config, data["train"])
-                _train(name, config, previous, folder, data, templates, record, world)
+                _train(name, config, previous, folder, data, templates, record, world, mirror)
+            share()
         # asked of one rank: it writes the file before a slower one has looked
         if world.gather(not (folder / DOMAIN).is_file())[0]:
             with record.timed(f"evaluate {name}"):
                 domain = domain or domain_of(known["train"], *_labels(config, data))
                 fresh = replace(domain, error={}, start_error={}, validation={})
                 _calibrate(name, folder, fresh, config, data, record, world)
+            share()
         if not record.has("property", name):
             with record.timed(f"evaluate {name}"):
                 _evaluate(name, folder, config, data["test"], record, world)
@@ -179,7 +186,7 @@ def _run(config: Config, world: World) -> int:
             + f"\n\nmetrics: {record.path}\nreport:  {report}",
             flush=True,
         )
-    world.barrier()
+    share()
     return 0
 
 
@@ -225,6 +232,7 @@ def _train(
     templates: Templates,
     record: Record,
     world: World,
+    mirror: Mirror | None,
 ) -> None:
     if previous is not None:
         model, collate, trained = load_model(previous, config.model.llm.attention)
@@ -242,10 +250,16 @@ def _train(
         record.put(_sizes(model), "parameters")
         record.put(_data_facts(config, collate, data), "data")
     folder.mkdir(parents=True, exist_ok=True)
-    state, _ = train(STAGES[name], Context(config, model, collate, data, world, folder))
+    context = Context(config, model, collate, data, world, folder, mirror)
+    try:
+        state, _ = train(STAGES[name], context)
+    except TrainingError:
+        if mirror is not None and world.main:
+            with suppress(StoreError, OSError):  # which must not hide the loss
+                mirror.push()  # the batches that went wrong
+        raise
     if world.main:
         save_model(folder, model, state, config, collate)
-    world.barrier()
 
 
 def _templates(config: Config, systems: Sequence[System]) -> Templates:
@@ -407,7 +421,6 @@ def _calibrate(
         record.put(domain.validation, "validation", name)
     if world.main:
         domain.save(folder)
-    world.barrier()
 
 
 def _labels(config: Config, data: Mapping[str, Sequence[System]]) -> tuple[str, str | None]:

@@ -43,9 +43,9 @@ def load_config(
 ) -> Config:
     """The defaults, changed by each file in turn and then by each override.
 
-    A file that is not there is looked for in the repository's `configs/` too. `{name}` in `out` and `init`
-    becomes the key `name`. Raises `ConfigError` for a file that cannot be read, an unknown key (naming the
-    nearest), a wrong type, a value out of bounds, and keys that do not fit each other.
+    A file that is not there is looked for in the repository's `configs/` too. `{name}` in `out`, `store` and
+    `init` becomes the key `name`. Raises `ConfigError` for a file that cannot be read, an unknown key (naming
+    the nearest), a wrong type, a value out of bounds, and keys that do not fit each other.
     """
     tree: dict[str, Any] = {}
     where: Where = {}
@@ -55,6 +55,7 @@ def load_config(
         _merge(tree, _override(item, where))
     config = _checked(tree, where, "command line")
     config.out = config.out.replace("{name}", config.name)
+    config.store = config.store and config.store.replace("{name}", config.name)
     config.init = config.init and config.init.replace("{name}", config.name)
     return config
 

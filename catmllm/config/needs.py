@@ -40,6 +40,8 @@ def _missing(config: Config) -> Iterator[str]:
         yield f"`optimizer: apex` needs NVIDIA's apex: {APEX}"
     if config.lora.r and {"joint", "instruct", "grpo"} & {*stages} and not _installed("peft"):
         yield "`lora.r` needs peft: pip install peft"
+    if config.store is not None:
+        yield from _missing_store(config.store)
     if "ga_grpo" in stages and config.evaluate.judge == "sevennet" and not _installed("sevenn"):
         yield "`evaluate.judge: sevennet` needs sevenn: pip install sevenn; or take `evaluate.judge: none`"
     if "ga_grpo" in stages and config.evaluate.judge == "diep" and not _installed("diep"):
@@ -71,6 +73,18 @@ def _installed(*names: str) -> bool:
         return all(importlib.util.find_spec(name) is not None for name in names)
     except ImportError:
         return False
+
+
+def _missing_store(address: str) -> Iterator[str]:
+    from fsspec.registry import known_implementations
+
+    scheme, found, _ = address.partition("://")
+    if not found or scheme not in known_implementations:
+        yield f"`store: {address}` is no address of a store, such as s3://bucket/runs/mine"
+        return
+    module = known_implementations[scheme]["class"].partition(".")[0]
+    if not _installed(module):
+        yield f"`store: {address}` needs {module}: pip install {module}"
 
 
 def _missing_vllm(python: str) -> Iterator[str]:

@@ -723,8 +723,13 @@ class EvaluateConfig:
 class Config:
     """A whole run: which stages, from what weights, on what data."""
 
-    name: str = key("tiny", "what `{name}` in out and init stands for")
+    name: str = key("tiny", "what `{name}` in out, store and init stands for")
     out: str = key("runs/tiny", "folder of the run: record, report and a folder per stage")
+    store: str | None = key(
+        None,
+        "folder on a store of objects, s3://bucket/runs/{name}: checkpoints go there, the rest of out is "
+        "copied there, and a machine without it goes on from there; null: everything is in out alone",
+    )
     seed: int = key(0, "seed of every random draw", ge=0)
     init: str | None = key(
         None,

@@ -7,10 +7,10 @@ its own process stands, reads what the others wrote, and ends the process, which
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import json
 import os
-import shutil
 import sys
 import threading
 import time
@@ -18,6 +18,8 @@ import traceback
 from pathlib import Path
 from types import FrameType
 from typing import Any
+
+from catmllm.train.store import Folder, StoreError
 
 EXIT_HUNG = 76  # EX_PROTOCOL
 GRACE = 5.0  # seconds that ranks give each other to write
@@ -28,11 +30,15 @@ class Watchdog:
     """Watches the thread that makes it. `beat` says what that thread begins; where it begins nothing else for
     `limit` seconds (0: for ever), the process ends with status 76.
 
-    `folder` is one that all ranks see: rank-N.json has the call, rank-N.txt the stacks of all threads.
+    In `folder` rank-N.txt has the stacks of all threads. In `shared`, which all ranks see (None: `folder`),
+    rank-N.json has the call.
     """
 
-    def __init__(self, folder: Path, rank: int, ranks: int, limit: float) -> None:
+    def __init__(
+        self, folder: Path, rank: int, ranks: int, limit: float, shared: Folder | None = None
+    ) -> None:
         self.folder, self.rank, self.ranks, self.limit = folder, rank, ranks, limit
+        self.shared = shared or Folder(folder)
         self.thread = threading.get_ident()
         self.beat("the first step")
         self._over, self._telling = threading.Event(), threading.Event()
@@ -44,7 +50,7 @@ class Watchdog:
     def __enter__(self) -> Watchdog:
         if self.limit:
             if self.rank == 0:
-                shutil.rmtree(self.folder, ignore_errors=True)
+                self.shared.remove()
             self._watcher.start()
         return self
 
@@ -68,13 +74,16 @@ class Watchdog:
         found = {"rank": self.rank, "in": what, "seconds": round(spent, 1), **stands(self.thread)}
         with (self.folder / f"rank-{self.rank}.txt").open("w") as f:
             faulthandler.dump_traceback(f, all_threads=True)
-        part = self.folder / f"rank-{self.rank}.partial"
-        part.write_text(json.dumps(found))
-        part.rename(self.folder / f"rank-{self.rank}.json")
+        told = {self.rank: found}
+        with contextlib.suppress(StoreError):
+            self.shared.write(f"rank-{self.rank}.json", json.dumps(found).encode())
         time.sleep(GRACE)
-        told = [json.loads(p.read_text()) for p in sorted(self.folder.glob("rank-*.json"))]
-        if min(one["rank"] for one in told) == self.rank:
-            print(verdict(told, self.ranks, self.folder), file=sys.stderr, flush=True)
+        for rank in {*range(self.ranks)} - {self.rank}:
+            with contextlib.suppress(StoreError, json.JSONDecodeError):  # one may be written at this moment
+                told[rank] = json.loads(self.shared.read(f"rank-{rank}.json") or b"")
+        if min(told) == self.rank:
+            said = verdict([told[rank] for rank in sorted(told)], self.ranks, self.folder)
+            print(said, file=sys.stderr, flush=True)
 
 
 def stands(thread: int) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from catmllm.train.setup import Ready, clip, lr_factor, prepare, update
 from catmllm.train.sharding import full_state
 from catmllm.train.stage import Context, Stage, Step, Validation
 from catmllm.train.stop import LossWatch, Stopped, TrainingError, stop_signals
+from catmllm.train.store import Folder
 from catmllm.train.throughput import Clock, Profile, memory_gib, peak_flops
 
 
@@ -46,7 +47,7 @@ def _steps(context: Context, stage: Stage, ready: Ready) -> None:
     world, config, folder, optim = context.world, context.config, context.folder, stage.config
     if world.main:
         print(describe(context, stage.name), flush=True)
-    watchdog = Watchdog(folder / "hang", world.rank, world.size, config.hang_after)
+    watchdog = Watchdog(folder / "hang", world.rank, world.size, config.hang_after, _shared(context) / "hang")
     run = _Run(context, stage, ready, watchdog)
     context.model.train()
     with (
@@ -92,6 +93,12 @@ def _steps(context: Context, stage: Stage, ready: Ready) -> None:
             log.note(note)
 
 
+def _shared(context: Context) -> Folder:
+    """The stage's folder that every machine sees."""
+    mirror = context.mirror
+    return mirror.folder / context.folder.name if mirror else Folder(context.folder)
+
+
 class _Run:
     """One stage under way: what a step changes beside the weights, and what a checkpoint must hold of it."""
 
@@ -110,7 +117,10 @@ class _Run:
         self.best: float | None = None
         self.best_step, self.worse = 0, 0  # of the best validation, and how many since were not better
         self.improved = self.stopping = False
-        self.checkpoints = Checkpoints(context.folder / "checkpoints", world, config.keep_checkpoints)
+        mirror = context.mirror
+        self.checkpoints = Checkpoints(
+            _shared(context) / "checkpoints", world, config.keep_checkpoints, mirror.push if mirror else None
+        )
         if (found := self.checkpoints.restore(context.model, ready.optimizer)) is not None:
             self._restore(*found)
 

@@ -14,6 +14,7 @@ from catmllm.config import Config, OptimConfig
 from catmllm.data.batches import Collator
 from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.structure.system import System
+from catmllm.train.store import Mirror
 from catmllm.world import World, settled
 
 Metrics = dict[str, float | torch.Tensor]
@@ -30,6 +31,7 @@ class Context:
     data: Mapping[str, Sequence[System]]
     world: World
     folder: Path
+    mirror: Mirror | None = None  # of the run's folder, on a store
 
     def __post_init__(self) -> None:
         self.config = settled(self.config, self.world.device.type)

@@ -217,7 +217,8 @@ def kills(folder: Path, count: int = 20) -> dict[str, Any]:
             os.kill(child, signal.SIGKILL)
         wait(children)
         done += 1
-        while_saving += any(place.glob("checkpoints/*.partial"))
+        written = place.glob("checkpoints/step-*")
+        while_saving += not all((p / "step.json").exists() for p in written)
         starts.append(len(losses(place)))
         if (place / "model.safetensors").exists():
             raise AssertionError(f"the run ended before kill {done}; steps seen: {starts}")

@@ -17,8 +17,7 @@ import pytest
 import torch
 
 from catmllm.stages.joint import Joint
-from catmllm.train import checkpoint
-from catmllm.train.checkpoint import CheckpointError
+from catmllm.train.checkpoint import CheckpointError, Checkpoints
 from catmllm.train.loop import train
 from catmllm.train.stop import EXIT_SAVED, LossWatch, TrainingError
 from tests.behaviour.test_layouts import forks
@@ -98,13 +97,14 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
 def watched_writes(monkeypatch: pytest.MonkeyPatch) -> list[Future]:
     """Futures of the checkpoints' writes, as they begin."""
     writes: list[Future] = []
-    save = checkpoint.dcp.async_save
+    save = Checkpoints.save
 
-    def watched(*args, **options):
-        writes.append(save(*args, **options))
-        return writes[-1]
+    def watched(self, *args, **options):
+        save(self, *args, **options)
+        if self.pending is not None:
+            writes.append(self.pending[1])
 
-    monkeypatch.setattr(checkpoint.dcp, "async_save", watched)
+    monkeypatch.setattr(Checkpoints, "save", watched)
     return writes
 
 
