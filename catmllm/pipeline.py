@@ -30,6 +30,7 @@ from catmllm.design.domain import SAMPLE, Domain, calibrate, domain_of
 from catmllm.evaluate.baselines import baselines, evenly_spaced
 from catmllm.evaluate.design import evaluate_design
 from catmllm.evaluate.ensemble import Ensemble, load_ensemble
+from catmllm.evaluate.free import evaluate_free
 from catmllm.evaluate.generation import evaluate_generation
 from catmllm.evaluate.metrics import mae, r2
 from catmllm.evaluate.missing import evaluate_missing, pairs_of
@@ -363,7 +364,7 @@ def _without_structures(
 
 def _design(config: Config, data: Mapping[str, Sequence[System]], record: Record, world: World) -> None:
     """The search for the test tasks after each stage that is asked for: `design` after the last of them,
-    `designs` of the stages before."""
+    `designs` of the stages before; and after the last with free metals, `free_design`."""
     asked = [name for name in config.stages if name in config.evaluate.design_after]
     for name in asked:
         place = ("design",) if name == asked[-1] else ("designs", name)
@@ -372,6 +373,11 @@ def _design(config: Config, data: Mapping[str, Sequence[System]], record: Record
             with record.timed(" ".join(place).replace("designs", "design")):
                 result = evaluate_design(model, collate, config, data, world)
             record.put(result, *place)
+    if asked and config.evaluate.free_tasks and not record.has("free_design"):
+        model, collate = _to_measure(Path(config.out) / asked[-1], config, world)
+        with record.timed("design with free metals"):
+            result = evaluate_free(model, collate, config, data, world)
+        record.put(result, "free_design")
 
 
 def _zero_shot(previous: Path, config: Config, test: Sequence[System], record: Record, world: World) -> None:

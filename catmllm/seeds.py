@@ -52,6 +52,8 @@ class Stream(IntEnum):
     MISSING = 40  # indicative CIFs of the evaluation [rank, 0], random systems [pair, 1]
     COMMAND_INDICATIVE = 41  # CIFs of `catmllm predict`
     BENCHMARK_ROWS = 42  # ideal slabs for a free task [task, 0], training systems for any [task, 1]
+    FREE_SEARCH = 43  # answers of the evaluation with free metals [rank, iteration], exemplars [..., task]
+    FREE_CONTROLS = 44  # ideal slabs beside it in the order of its slabs [task]
     BENCHMARK_EVOLUTION = 71  # first members, parents and children of a task [task]
 
     def key(self, seed: int, *place: int) -> Key:

@@ -12,7 +12,7 @@ from catmllm.cli.trained import load, model_option
 from catmllm.evaluate import BENCHMARK
 
 if TYPE_CHECKING:
-    pass
+    from catmllm.design.search import TaskState
 
 TASKS_HELP = "write the design tasks that any tool can answer with CIFs"
 CANDIDATES_HELP = "write CIFs that answer those tasks: ideal slabs, training systems, or the closed loop's"
@@ -54,8 +54,8 @@ def tasks(args: argparse.Namespace) -> int:
 def candidates_options(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Rows to stand beside a tool's: random ideal slabs; random training systems of the adsorbate and "
-        "facet, which break the rule that an answer be new; all candidates of a model's closed loop, "
-        "which answers the tasks of a fixed composition alone; those of a population search by the same "
+        "facet, which break the rule that an answer be new; all candidates of a model's closed loop; "
+        "those of a population search by the same "
         "predictor with as many predictions; or the nearest training slabs with their elements exchanged "
         "for those asked for."
     )
@@ -68,11 +68,20 @@ def candidates_options(parser: argparse.ArgumentParser) -> None:
 
 def candidates(args: argparse.Namespace) -> int:
     from catmllm.data.open import open_data
+    from catmllm.design.free import search_free
     from catmllm.design.predict import predictor_of
     from catmllm.design.search import ClosedLoop
-    from catmllm.evaluate.benchmark import ideal_of, known_of, read_tasks, write_candidates
+    from catmllm.evaluate.benchmark import (
+        KINDS,
+        allowed_slabs,
+        ideal_of,
+        known_of,
+        read_tasks,
+        write_candidates,
+    )
     from catmllm.evaluate.controls import budgets
     from catmllm.evaluate.design import search, search_seed
+    from catmllm.evaluate.free import free_seed
     from catmllm.evaluate.generators import evolve, transmuted
     from catmllm.structure.cif import write_cif
 
@@ -81,16 +90,21 @@ def candidates(args: argparse.Namespace) -> int:
         raise ValueError(f"--out {args.out}: there is something in it; give a new folder")
     model, collate, config = load(args.model)
     n = budgets(config)[-1]
+    predictor = predictor_of(config, model.energy_mean.device)
     if args.row == "search":
-        fixed = [t for t in asked if t.kind == "fixed"]
-        predictor = predictor_of(config, model.energy_mean.device)
-        asked_of = [t.task for t in fixed]
-        states = search(
-            model, collate, config, asked_of, search_seed(args.seed), progress=True, predictor=predictor
-        )
-        texts = {t.name: [c.text for c in state.tried] for t, state in zip(fixed, states)}
+        fixed, free = ([t for t in asked if t.kind == kind] for kind in KINDS)
+        states: list[TaskState] = []
+        if fixed:
+            tasks, seed = [t.task for t in fixed], search_seed(args.seed)
+            states += search(model, collate, config, tasks, seed, progress=True, predictor=predictor)
+        if free:
+            tasks, slabs = [t.task for t in free], [allowed_slabs(t) for t in free]
+            seed = free_seed(args.seed)
+            states += search_free(
+                model, collate, config, tasks, slabs, seed, progress=True, predictor=predictor
+            )
+        texts = {t.name: [c.text for c in state.tried] for t, state in zip([*fixed, *free], states)}
     elif args.row == "evolution":
-        predictor = predictor_of(config, model.energy_mean.device)
         loop = ClosedLoop(model, collate, config.ga_grpo, predictor)
         texts = evolve(loop, asked, args.seed, collate.data.decimals)
     else:

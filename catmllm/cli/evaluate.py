@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     if len(done) < len(config.stages):
         missing = [s for s in config.stages if s not in done]
         raise ValueError(f"{args.run}: not trained yet: {', '.join(missing)}; run train.py again to go on")
-    again = ["property", "generation", "design", "designs"]
+    again = ["property", "generation", "design", "designs", "free_design"]
     for part in [*again, *(["missing"] if config.evaluate.indicative else [])]:
         metrics.pop(part, None)
     metrics["config"]["out"] = config.out

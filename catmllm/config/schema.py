@@ -697,6 +697,11 @@ class EvaluateConfig:
         ge=0,
     )
     design_tasks: int = key(48, "design tasks after the closed loop", ge=0)
+    free_tasks: int = key(
+        0,
+        "of these tasks, how many are also searched with the metals free, after the last of design_after",
+        ge=0,
+    )
     design_after: tuple[Literal["joint", "instruct", "grpo", "ga_grpo"], ...] = key(
         ("ga_grpo",), "stages after which the closed loop searches for those tasks, with that stage's weights"
     )

@@ -169,8 +169,8 @@ class ClosedLoop:
             self.config.sampling,
             [*seed, 0],
             self.config.initial,
-            patterns=self._patterns(tasks),
-            limits=self._limits(tasks),
+            patterns=self.patterns(tasks),
+            limits=self.limits(tasks),
         )
         states = [TaskState(t, ExemplarPool(self.config.pool)) for t in tasks]
         for state, system in zip(states, shown):
@@ -198,7 +198,7 @@ class ClosedLoop:
         samples = []
         for k, state in enumerate(states):
             exemplar = state.pool.draw(generator((*seed, iteration, k)))
-            shown = None if exemplar is None else self._exemplar(state.task, exemplar)
+            shown = None if exemplar is None else self.exemplar(state.task, exemplar)
             samples.append(
                 Sample(design_prompt(state.task.identity, state.task.energy, shown is not None), "", shown)
             )
@@ -208,32 +208,40 @@ class ClosedLoop:
             [*seed, iteration],
             self.config.group_size,
             keep_hidden=keep,
-            patterns=self._patterns([s.task for s in states]),
-            limits=self._limits([s.task for s in states]),
+            patterns=self.patterns([s.task for s in states]),
+            limits=self.limits([s.task for s in states]),
         )
         candidates, metrics = self.absorb(states, rollouts)
         rewards = np.array([c.reward for c in candidates]).reshape(len(states), self.config.group_size)
         return rollouts, rewards, metrics
 
-    def _patterns(self, tasks: Sequence[Task]) -> list[Pattern] | None:
+    def patterns(self, tasks: Sequence[Task]) -> list[Pattern] | None:
+        """What answers to each task must fit; None without a grammar."""
         if not self.config.sampling.grammar:
             return None
         decimals, templates = self.collate.data.decimals, self.collate.templates
         return [answer_pattern(t.identity, t.target, True, decimals, templates) for t in tasks]
 
-    def _limits(self, tasks: Sequence[Task]) -> list[int]:
+    def limits(self, tasks: Sequence[Task]) -> list[int]:
+        """The most tokens of an answer to each task."""
         return answer_limits(self.collate, self.config.sampling, [(t.identity, t.target) for t in tasks])
 
     def absorb(
-        self, states: Sequence[TaskState], rollouts: Sequence[Rollout]
+        self,
+        states: Sequence[TaskState],
+        rollouts: Sequence[Rollout],
+        asked: Sequence[tuple[int, Task]] | None = None,
     ) -> tuple[list[Candidate], dict[str, float]]:
-        """Judge rollouts (their `prompt` indexes `states`), put them into the pools, extend the traces."""
-        tasks = [states[r.prompt].task for r in rollouts]
+        """Judge rollouts, put them into the pools, extend the traces. Their `prompt` indexes `states`, or
+        `asked`: the place of a state, and what was asked for its sake."""
+        asked = asked or [(k, state.task) for k, state in enumerate(states)]
+        places = [asked[r.prompt][0] for r in rollouts]
+        tasks = [asked[r.prompt][1] for r in rollouts]
         judged, scores = self.judge(tasks, [r.text for r in rollouts], 0)
-        candidates = [replace(c, iteration=len(states[r.prompt].trace)) for r, c in zip(rollouts, judged)]
+        candidates = [replace(c, iteration=len(states[k].trace)) for k, c in zip(places, judged)]
         found: list[list[Candidate]] = [[] for _ in states]
-        for r, c in zip(rollouts, candidates):
-            found[r.prompt].append(c)
+        for k, c in zip(places, candidates):
+            found[k].append(c)
         for state, mine in zip(states, found):
             parsed = [c for c in mine if not np.isnan(c.predicted)]
             state.tried += mine
@@ -295,7 +303,8 @@ class ClosedLoop:
             keys,
         )
 
-    def _exemplar(self, task: Task, candidate: Candidate) -> System | None:
+    def exemplar(self, task: Task, candidate: Candidate) -> System | None:
+        """The structure of a candidate, or None where there is none to be read."""
         identity = parse_identity(task.identity)
         try:
             return read_cif(extract_cif(candidate.text), identity.adsorbate, identity.miller)

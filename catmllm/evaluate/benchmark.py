@@ -13,7 +13,7 @@ from __future__ import annotations
 import csv
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -188,7 +188,7 @@ def ideal_of(task: BenchmarkTask, n: int, seed: int, place: int) -> list[System]
     if not task.metals:
         return ideal_candidates(task.task, n, seed, place)
     rng = Random(hash_seed(Stream.BENCHMARK_ROWS.key(seed, place, 0)))
-    open_to = [identity for identity in allowed_compositions(task) if enumerable(identity) is None]
+    open_to = [identity for identity in allowed_slabs(task) if enumerable(identity) is None]
     found: list[System] = []
     while open_to and len(found) < n:
         system = ideal_system(rng.choice(open_to), rng)
@@ -197,11 +197,10 @@ def ideal_of(task: BenchmarkTask, n: int, seed: int, place: int) -> list[System]
     return found
 
 
-def allowed_compositions(task: BenchmarkTask) -> Iterator[str]:
+def allowed_slabs(task: BenchmarkTask) -> list[str]:
     """Identity lines of slabs of one metal, and of two at 3:1 and 1:1, that a free task allows."""
-    for freed in free_composition(task.task, task.metals):
-        if _bulk(parse_identity(freed.identity).slab) not in task.known:
-            yield freed.identity
+    freed = [one.identity for one in free_composition(task.task, task.metals)]
+    return [identity for identity in freed if _bulk(parse_identity(identity).slab) not in task.known]
 
 
 def known_of(task: BenchmarkTask, train: Sequence[System], n: int, seed: int, place: int) -> list[System]:

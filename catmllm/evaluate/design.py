@@ -10,7 +10,7 @@ training system, and the answers to other tasks.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -86,7 +86,8 @@ def _so_far(states: Sequence[TaskState]) -> str:
     return f"best {np.mean(misses):.3f} eV from the wanted energy" if misses else "nothing that parses yet"
 
 
-METHODS = ("search", "enumeration", "kernel_ridge")  # the closed loop, and ideal slabs screened by whom
+# The closed loop, and ideal slabs screened by whom; `ordered` where the metals are free.
+METHODS = ("search", "enumeration", "kernel_ridge", "ordered")
 JUDGES = ("own", "judge")  # the predictor, and the potential of `evaluate.judge`
 
 
@@ -114,10 +115,10 @@ def evaluate_design(
     states = search(model, collate, config, mine, seed, progress=world.main, predictor=predictor)
     limits = budgets(config)
     ideal = [ideal_candidates(t, limits[-1], config.seed, k) for k, t in zip(places, mine)]
-    energies, *screens = _screened(predictor, config, data, mine, ideal)
+    screened = screen(predictor, config, ideal, mine, data)
     items, systems = [], []
-    for state, slabs, own, by in zip(states, ideal, energies, zip(*screens)):
-        item, chosen = _answers(state, slabs, own, by, limits)
+    for state, slabs in zip(states, screened):
+        item, chosen = answers_to(state, slabs, limits)
         items.append(item)
         systems += chosen
     if e.judge != "none":
@@ -126,45 +127,63 @@ def evaluate_design(
     return design_metrics(items, limits, data["train"], config)
 
 
-def _screened(
+class Screened(NamedTuple):
+    """Ideal slabs of a task: their energies by the model's predictor (eV), and by method how far each is
+    from the wanted energy."""
+
+    slabs: Sequence[System]
+    energies: np.ndarray
+    distances: Mapping[str, np.ndarray]
+
+
+def screen(
     predictor: Predictor,
     config: Config,
-    data: Mapping[str, Sequence[System]],
-    tasks: Sequence[Task],
     ideal: Sequence[Sequence[System]],
-) -> list[list[np.ndarray]]:
-    """Of every task's ideal slabs: energies by the predictor, and distances from the wanted energy by it, as
-    the closed loop counts them, and by kernel ridge."""
+    tasks: Sequence[Task],
+    data: Mapping[str, Sequence[System]] | None,
+    method: str = "enumeration",
+) -> list[Screened]:
+    """Every task's ideal slabs by the predictor, as the closed loop counts distances; and where there is
+    `data` by kernel ridge, which is fitted to its `train` and `val`."""
     flat = [s for slabs in ideal for s in slabs]
     target = np.repeat([t.energy for t in tasks], [len(slabs) for slabs in ideal])
     own, errors = energies_and_errors(*predictor, [question(s) for s in flat], batch_size=128)
-    ridge = np.zeros(0)
-    if flat:
-        ridge = KernelRidge.fit(some(data["train"]), some(data["val"]), FRAMES).predict(flat)
+    found = {method: distances(own, target, errors, config.ga_grpo)}
+    if data is not None:
+        ridge = np.zeros(0)
+        if flat:
+            ridge = KernelRidge.fit(some(data["train"]), some(data["val"]), FRAMES).predict(flat)
+        found["kernel_ridge"] = np.abs(ridge - target)
     ends = np.cumsum([len(slabs) for slabs in ideal])[:-1]
-    found = [own, distances(own, target, errors, config.ga_grpo), np.abs(ridge - target)]
-    return [np.split(numbers, ends) for numbers in found]
+    parts = {name: np.split(numbers, ends) for name, numbers in found.items()}
+    return [
+        Screened(slabs, energies, {name: part[k] for name, part in parts.items()})
+        for k, (slabs, energies) in enumerate(zip(ideal, np.split(own, ends)))
+    ]
 
 
-def _answers(
-    state: TaskState,
-    slabs: Sequence[System],
-    energies: np.ndarray,
-    by: Sequence[np.ndarray],
-    limits: Sequence[int],
+def answers_to(
+    state: TaskState, screened: Screened, limits: Sequence[int]
 ) -> tuple[dict[str, Any], list[System | None]]:
     """The record of a task with every method's answer after each number of predictions, and the structures of
-    these answers in turn. A method that cannot be had for the task has no answers. `energies` of the ideal
-    slabs are the model's; `by` has their distances from the wanted energy by method."""
+    these answers in turn. A method that cannot be had for the task has no answers."""
     item = summary(state)
     found, chosen = answers_of(state, limits)
-    answers = item["answers"] = {"search": found}
-    for method, distance in zip(METHODS[1:], by):
+    item["answers"] = {"search": found}
+    return item, chosen + add_screened(item, screened, limits)
+
+
+def add_screened(item: dict[str, Any], screened: Screened, limits: Sequence[int]) -> list[System | None]:
+    """Put the answers of screened slabs into the record of a task; returns their structures in turn."""
+    slabs, energies, by = screened
+    chosen: list[System | None] = []
+    for method, distance in by.items():
         picks = closest(distance, limits) if slabs else []
         # The predictor whose word counts is the model's, whoever chose.
-        answers[method] = [{"predicted": float(energies[k]), "feasible": True} for k in picks]
+        item["answers"][method] = [{"predicted": float(energies[k]), "feasible": True} for k in picks]
         chosen += [slabs[k] for k in picks]
-    return item, chosen
+    return chosen
 
 
 def answers_of(state: TaskState, limits: Sequence[int]) -> tuple[list[dict[str, Any]], list[System | None]]:
@@ -185,7 +204,8 @@ def answers_of(state: TaskState, limits: Sequence[int]) -> tuple[list[dict[str, 
 def judge_answers(
     name: str, items: Sequence[dict[str, Any]], systems: Sequence[System | None], progress: bool
 ) -> None:
-    """The word of a potential on every answer, whose structures are given in turn; each is judged once."""
+    """The word of a potential on every answer, whose structures are given in turn, those of an item together;
+    each is judged once."""
     from catmllm.evaluate.judges import Judge
 
     keys = [None if s is None else structure_key(s) for s in systems]

@@ -20,7 +20,7 @@ from catmllm.data.fcc_slabs import FCC_CONSTANT
 from catmllm.design.enumeration import enumerable, ideal_system
 from catmllm.design.exemplar_pool import Candidate
 from catmllm.design.search import ClosedLoop
-from catmllm.evaluate.benchmark import BenchmarkTask, allowed_compositions
+from catmllm.evaluate.benchmark import BenchmarkTask, allowed_slabs
 from catmllm.seeds import Stream, hash_seed
 from catmllm.structure.adsorbed import adsorbate_fault
 from catmllm.structure.cif import write_cif
@@ -75,7 +75,7 @@ def evolve(
 
 def _open(task: BenchmarkTask) -> list[str]:
     """The identity lines that answers may have and of which ideal slabs can be made."""
-    identities = allowed_compositions(task) if task.metals else [task.task.identity]
+    identities = allowed_slabs(task) if task.metals else [task.task.identity]
     return [identity for identity in identities if enumerable(identity) is None]
 
 
@@ -164,7 +164,7 @@ def transmuted(task: BenchmarkTask, train: Sequence[System], n: int) -> list[Sys
     become it: a slab of 9 and 3 atoms has no composition of 6 and 6."""
     asked = parse_identity(task.task.identity)
     same = [s for s in train if (s.adsorbate, s.miller) == (asked.adsorbate, asked.miller)]
-    identities = allowed_compositions(task) if task.metals else [task.task.identity]
+    identities = allowed_slabs(task) if task.metals else [task.task.identity]
     wanted = [w for i in identities if set(w := parse_identity(i).slab) <= set(FCC_CONSTANT)]
     ranked = sorted(
         (

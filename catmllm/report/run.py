@@ -48,6 +48,7 @@ from catmllm.report.summary import (
     curve_table,
     design_table,
     finite,
+    free_table,
     generation_table,
     judge_title,
     missing_parts,
@@ -282,6 +283,8 @@ def _design(metrics: Metrics) -> str:
             html.table(curves),
             html.figure("curve", caption, (6.4, 3.6), lambda f: draw_curve(f.subplots(), design)),
         ]
+    if (free := free_table(metrics)) is not None:
+        parts.append(html.table(free))
     if any(item.get("trace") for item in items):
         parts.append(_trace_figure(design))
     if any(item.get("trace") and "energies" in item["trace"][0] for item in items):

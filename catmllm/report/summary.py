@@ -82,7 +82,11 @@ CONTROLS = {
     "shuffled": "shuffled targets",
     "shuffled_same_adsorbate": "shuffled within adsorbate",
 }
-METHOD_NAMES = {"search": "closed loop", **{k: CONTROLS[k] for k in ("enumeration", "kernel_ridge")}}
+METHOD_NAMES = {
+    "search": "closed loop",
+    **{k: CONTROLS[k] for k in ("enumeration", "kernel_ridge")},
+    "ordered": "ideal slabs in the loop's order",
+}
 
 Verdict = Literal["yes", "no", "unclear"]
 
@@ -452,29 +456,41 @@ def _success_cell(share: Any, n: int) -> str:
 
 def curve_table(metrics: Metrics) -> Table | None:
     """Success over the number of predictions, by the most independent judge that spoke."""
-    design = metrics.get("design") or {}
+    notes = ["Ideal slabs: the lattice constant between those of the metals, random order, random site."]
+    return _curves(metrics.get("design") or {}, "Success over the number of predictions for a task", notes)
+
+
+def free_table(metrics: Metrics) -> Table | None:
+    """The same where the metals are free."""
+    design = metrics.get("free_design") or {}
+    title = "Success with free metals over the number of predictions for a task"
+    notes = [
+        "Adsorbate, facet and energy are given; a slab whose bulk training or validation has there does "
+        "not count. The loop tries slabs in the order of what the model says of their two-part texts; ideal "
+        "slabs are of random allowed compositions, or in that order."
+    ]
+    return _curves(design, title, notes)
+
+
+def _curves(design: Metrics, title: str, notes: list[str]) -> Table | None:
     curves, judge = design.get("curves") or {}, last_judge(design)
     methods = [m for m in METHOD_NAMES if judge in curves.get(m, {})]
     if not methods:
         return None
-    rows, notes = [], []
+    rows, compared = [], []
     for method in methods:
         curve = curves[method][judge]
         cells = [_success_cell(share, curves[method]["n"]) for share in curve["success"]]
         rows.append([f"{METHOD_NAMES[method]} (n = {curves[method]['n']})", *cells])
         if method != "search":
             low, high = (100 * x for x in curve["search_more_interval"][-1])
-            notes.append(
+            compared.append(
                 f"With all predictions the closed loop has {100 * curve['search_more'][-1]:+.0f} points "
                 f"({low:+.0f} to {high:+.0f}) against {METHOD_NAMES[method]}, at the same tasks; interval by "
                 "a bootstrap over pairs of bulk and facet."
             )
-    return Table(
-        f"Success over the number of predictions for a task, judged by {judge_title(design, judge)}",
-        ["", *map(str, design["budgets"])],
-        rows,
-        [*notes, "Ideal slabs: the lattice constant between those of the metals, random order, random site."],
-    )
+    header = ["", *map(str, design["budgets"])]
+    return Table(f"{title}, judged by {judge_title(design, judge)}", header, rows, compared + notes)
 
 
 def stages_table(metrics: Metrics) -> Table | None:
@@ -669,6 +685,7 @@ def tables(metrics: Metrics) -> list[Table]:
         design_table,
         stages_table,
         curve_table,
+        free_table,
         time_table,
     )
     return [table for make in made if (table := make(metrics)) is not None]

@@ -134,7 +134,7 @@ def test_curves_by_hand() -> None:
         item(3.0, search=[(3.0, 3.0, False), (3.0, 3.0, True)]),
     ]  # fmt: skip
     curves = design.design_curves(items, ("own", "judge"), 0.25)
-    assert [curves[m]["n"] for m in design.METHODS] == [3, 2, 0]
+    assert [curves[m]["n"] for m in design.METHODS] == [3, 2, 0, 0]
     assert curves["search"]["own"]["success"] == pytest.approx([1 / 3, 1.0])
     assert curves["search"]["judge"]["success"] == pytest.approx([0.0, 2 / 3])
     assert curves["enumeration"]["judge"]["success"] == pytest.approx([0.5, 1.0])
@@ -239,7 +239,7 @@ def test_what_cannot_be_enumerated_has_no_such_controls(
 ) -> None:
     monkeypatch.setattr(design, "ideal_candidates", lambda *_: [])
     found = evaluated(judge="none")
-    assert [found["curves"][m]["n"] for m in design.METHODS] == [2, 0, 0]
+    assert [found["curves"][m]["n"] for m in design.METHODS] == [2, 0, 0, 0]
     assert "random" not in found["own"] and "retrieval" in found["own"] and found["judge"] is None
 
 

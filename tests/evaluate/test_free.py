@@ -1,0 +1,56 @@
+"""The evaluation of designs with free metals and what stands beside it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from catmllm.config import Config
+from catmllm.data.batches import Collator
+from catmllm.data.open import open_data
+from catmllm.design.free import nearest_slabs
+from catmllm.design.predict import predict_energies, question
+from catmllm.evaluate.benchmark import allowed_slabs, benchmark_tasks
+from catmllm.evaluate.design import METHODS
+from catmllm.evaluate.free import evaluate_free, ideal_ordered
+from catmllm.models.catalytic_mllm import CatalyticMLLM
+from catmllm.report.summary import free_table, tables
+from catmllm.structure.adsorbed import adsorbate_fault
+from tests.evaluate.test_design import ONE, configured
+
+
+def test_each_method_has_as_many_predictions(
+    small_model: tuple[CatalyticMLLM, Collator], small_config: Config
+) -> None:
+    data = {name: some[:80] for name, some in open_data().items()}
+    config = configured(small_config, judge="none", free_tasks=3)
+    found = evaluate_free(*small_model, config, data, ONE)
+    assert found["n"] == 3 and found["budgets"] == [1, 4, 5]
+    assert [found["curves"][m]["n"] for m in METHODS] == [3] * 4
+    tasks = [t for t in benchmark_tasks(data, 3, config.seed) if t.kind == "free"]
+    order = nearest_slabs(small_model, [t.task for t in tasks], [allowed_slabs(t) for t in tasks])
+    for k, (task, lines, item) in enumerate(zip(tasks, order, found["items"])):
+        assert item["identity"] == task.task.identity and item["energy"] == task.task.energy
+        slabs = ideal_ordered(lines, 7, config.seed, k)
+        assert [s.identity for s in slabs] == [lines[i % len(lines)] for i in range(7)]
+        assert not any(map(adsorbate_fault, slabs))
+        first = predict_energies(*small_model, [question(slabs[0])])[0]
+        assert item["answers"]["ordered"][0]["predicted"] == pytest.approx(float(first), abs=1e-4)
+    assert ideal_ordered(["CO</s>Fe12 (1 1 1)"], 2, 0, 0) == []
+
+
+def test_the_report_has_the_curve(small_model: tuple[CatalyticMLLM, Collator], small_config: Config) -> None:
+    data = {name: some[:80] for name, some in open_data().items()}
+    config = configured(small_config, judge="none", free_tasks=2)
+    config = replace(config, seed=1)
+    metrics = {"free_design": evaluate_free(*small_model, config, data, ONE)}
+    table = free_table(metrics)
+    assert table is not None and table in tables(metrics) and free_table({}) is None
+    assert [row[0].partition(" (n")[0] for row in table.rows] == [
+        "closed loop",
+        "ideal slabs, same predictor",
+        "ideal slabs, kernel ridge",
+        "ideal slabs in the loop's order",
+    ]
+    assert table.header == ["", "1", "4", "5"] and len(table.notes) == 4
