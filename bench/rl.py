@@ -51,9 +51,10 @@ from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.sample.answers import Rollout
 from catmllm.sample.engine import RolloutEngine
 from catmllm.sample.grammar import answer_pattern, grammar_of
+from catmllm.sample.packed import rollout_batch
 from catmllm.sample.wire import Client
 from catmllm.stages.advantages import policy_loss
-from catmllm.stages.grpo import GRPO, rollout_batch
+from catmllm.stages.grpo import GRPO
 from catmllm.structure.text import three_part_text
 from catmllm.train.loop import train
 from catmllm.train.metrics import read_log

@@ -39,6 +39,7 @@ from catmllm.plan.made_up import qwen_like_tokenizer, synthetic_systems
 from catmllm.plan.trace import planned_model
 from catmllm.sample.engine import RolloutEngine
 from catmllm.sample.grammar import answer_pattern
+from catmllm.sample.vllm_weights import Weights
 from catmllm.sample.wire import sampled_with
 from catmllm.stages.supervised import VISUAL
 from catmllm.structure.system import ADSORBATE, System, make_system
@@ -223,16 +224,21 @@ def regression(n: int, turns: int) -> dict[str, Any]:
 
 
 def weights() -> list[dict[str, Any]]:
-    """GB that an update of the samplers' weights moves, and that a node's memory holds for it: the whole text
-    tower of every rank, as vLLM's folder in shared memory takes it (a copy, the file, and the one before),
-    or what trains, sent once by the main rank to a service, and kept to be sent again."""
+    """GB that an update of the samplers' weights moves, and that a node's memory holds for it.
+
+    vLLM: what trains, by every rank to its own vLLM, a decoder layer at a time; where few weights train the
+    others sleep in the host's memory (level 1). Service: what trains, sent once by the main rank, and kept to
+    be sent again. Folder: what vLLM took before, the whole text tower of every rank in shared memory (a copy,
+    the file, and the one before).
+    """
+    ranks = 8
     moved: dict[str, dict[str, list[float]]] = {}
     held: dict[str, dict[str, list[float]]] = {}
     for size in ("3b", "7b"):
         config = load_config([f"a100x8/{size}.yaml", "a100x8/grpo.yaml"])
         with Ledger(cuda=False), backend_forced("triton"):
             model, _ = planned_model(config, synthetic_systems(80))
-            llm = 2 * sum(p.numel() for p in (*model.text.parameters(), model.llm.lm_head.weight))
+            sizes = Weights(model, torch.bfloat16, 1.0).sizes(trained=False)
             sent = {
                 name: p
                 for name, p in model.named_parameters()
@@ -243,12 +249,21 @@ def weights() -> list[dict[str, Any]]:
                 for name, p in sent.items()
                 if p.dim() == 2 and name.split(".")[-2] in LINEARS
             )
+            head = 2 * model.llm.lm_head.weight.numel()
             trained = 2 * sum(p.numel() for p in sent.values())
-        for way, (one, ranks) in {"all": (trained, 1), f"LoRA, r = {LORA_R}": (adapters, 1)}.items():
-            before = {"vLLM's folder": [8 * llm / 1e9]}
-            moved[f"{size}, {way}"] = {"service": [one * ranks / 1e9], **before}
-            held[f"{size}, {way}"] = {"service": [one / 1e9], "vLLM's folder": [3 * 8 * llm / 1e9]}
-    conditions = {"node": "8 ranks", "config": "a100x8, grpo", "precision": "two bytes a weight"}
+        llm = sum(map(sum, sizes))
+        folder = {"vLLM's folder": [ranks * llm / 1e9]}, {"vLLM's folder": [3 * ranks * llm / 1e9]}
+        # of the adapters a copy, the bytes of their file, and the file
+        ways = {
+            "all": (llm, ranks * max(map(sum, sizes)), trained),
+            f"LoRA, r = {LORA_R}": (adapters, ranks * (llm + 3 * adapters), adapters),
+            "GA-GRPO": (head, ranks * (llm + head), None),
+        }
+        for way, (one, kept, by_service) in ways.items():
+            served = {} if by_service is None else {"service": [by_service / 1e9]}
+            moved[f"{size}, {way}"] = {"vLLM": [ranks * one / 1e9], **served, **folder[0]}
+            held[f"{size}, {way}"] = {"vLLM": [kept / 1e9], **served, **folder[1]}
+    conditions = {"node": f"{ranks} ranks", "config": "a100x8, grpo", "precision": "two bytes a weight"}
     says = "moved when samplers get new weights"
     return [
         record.claim("scale_weights", says, "GB", moved, conditions),

@@ -211,9 +211,10 @@ def test_apex_and_shards_in_the_hosts_memory_exclude_each_other() -> None:
 
 
 def test_vllm_excludes_what_it_cannot_do() -> None:
-    for option in ("grammar=true", "stop=[end]", "temperature=1"):
-        with pytest.raises(ConfigError, match=r"`grpo\.sampling\.grammar` and .* leave `grpo\.vllm` empty"):
-            load_config(None, ["grpo.vllm=python", f"grpo.sampling.{option}"])
+    for stage in ("grpo", "ga_grpo"):
+        with pytest.raises(ConfigError, match=rf"`{stage}\.sampling\.stop` .* leave `{stage}\.vllm` empty"):
+            load_config(None, [f"{stage}.vllm=python", f"{stage}.sampling.stop=[end]"])
+        assert load_config(None, [f"{stage}.vllm=python", f"{stage}.sampling.grammar=true"])
 
 
 def test_every_fault_is_a_line_with_the_place_where_it_was_written(tmp_path: Path) -> None:

@@ -11,8 +11,6 @@ import pytest
 from catmllm.config import ConfigError, load_config
 from catmllm.config.needs import check_needs
 
-FREE = "grpo.sampling.grammar=false"  # vLLM samples without a grammar
-
 ROOT = Path(__file__).parents[1]
 MISSING = {
     "flash_attn": ("model.llm.attention=flash_attention_2", "pip install --no-build-isolation flash-attn"),
@@ -62,7 +60,7 @@ def test_what_is_not_asked_for_is_not_missed(monkeypatch: pytest.MonkeyPatch) ->
     without(monkeypatch, *MISSING)
     check_needs(load_config(None, ["evaluate.judge=none"]))
     check_needs(load_config(None, ["stages=[align, joint]"]))
-    check_needs(load_config(None, ["stages=[align]", "lora.r=8", "grpo.vllm=nowhere", FREE]))
+    check_needs(load_config(None, ["stages=[align]", "lora.r=8", "grpo.vllm=nowhere"]))
 
 
 def test_pypis_apex_is_not_nvidias(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,14 +78,14 @@ def test_pypis_apex_is_not_nvidias(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_a_python_for_vllm_is_there_and_has_vllm(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"`grpo\.vllm: nowhere/python` is no program; .*pip install vllm"):
-        check_needs(load_config(None, ["grpo.vllm=nowhere/python", FREE]))
+        check_needs(load_config(None, ["grpo.vllm=nowhere/python"]))
     venv.create(tmp_path / "env", with_pip=False)
     python = tmp_path / "env/bin/python"
     with pytest.raises(ConfigError, match=r"has no vLLM: .*env/bin/python -m pip install vllm"):
-        check_needs(load_config(None, [f"grpo.vllm={python}", FREE]))
+        check_needs(load_config(None, [f"grpo.vllm={python}"]))
     packages = next((tmp_path / "env/lib").glob("python*/site-packages"))
     (packages / "vllm.py").write_text("raise RuntimeError('looked for, not loaded')")
-    check_needs(load_config(None, [f"grpo.vllm={python}", FREE]))
+    check_needs(load_config(None, [f"grpo.vllm={python}"]))
 
 
 def test_missing_files_are_told_with_where_they_come_from(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ NOT_RUN = {
     r"pretrained=Qwen": "downloads 16 GB: tests/behaviour/test_pretrained.py has a folder of that form",
     r"^(wget|tar|mkdir|hf) ": "160 GB of other people's files: tests/data has files of their layouts",
     r"--model runs/a100x8": "a run of 8 GPUs",
-    r"^vllm ": "vLLM has an environment of its own: tests/sample/test_vllm_engine.py starts it",
+    r"^vllm |grpo.vllm=": "vLLM has an environment of its own: tests/sample/test_vllm_engine.py starts it",
     r"^python bench/": "a benchmark: `make bench` runs all",
     r"^catmllm rollouts |grpo.rollout=service": "two programs: tests/sample/test_service.py runs them",
     r"^catmllm study ": "hours: `make studies-smoke` runs every study with a few steps",

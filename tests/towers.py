@@ -37,18 +37,21 @@ def base_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def own_config(kind: str, tokenizer: PreTrainedTokenizerFast, **more: Any) -> Any:
+def own_config(kind: str, tokenizer: PreTrainedTokenizerFast, head_dim: int = 20, **more: Any) -> Any:
     """transformers' configuration; qwen3's head is tied to its embedding, as that of small models is."""
     ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     text = {"vocab_size": len(tokenizer), "rope_parameters": ROPE, **SIZES, **ids, **more}
     if kind == "qwen2":
         return transformers.Qwen2Config(**text, tie_word_embeddings=False)
     if kind == "qwen3":
-        return transformers.Qwen3Config(**text, head_dim=20, tie_word_embeddings=True)
-    text["rope_parameters"] = ROPE | {"mrope_section": [4, 3, 3], "mrope_interleaved": True}
+        return transformers.Qwen3Config(**text, head_dim=head_dim, tie_word_embeddings=True)
+    section = [head_dim // 2 - 2 * (head_dim // 6), head_dim // 6, head_dim // 6]
+    text["rope_parameters"] = ROPE | {"mrope_section": section, "mrope_interleaved": True}
     return transformers.Qwen3VLConfig(
-        text_config=text | {"head_dim": 20},
-        vision_config=VISION | {"deepstack_visual_indexes": [0], "num_position_embeddings": 16},
+        text_config=text | {"head_dim": head_dim},
+        vision_config=VISION
+        | {"out_hidden_size": text["hidden_size"]}
+        | {"deepstack_visual_indexes": [0], "num_position_embeddings": 16},
         tie_word_embeddings=False,
     )
 

@@ -64,7 +64,7 @@ def timed(bench: Bench, maker: Maker, size: str, python: str | None) -> None:
             }
             if "vLLM" in engines:
                 ways["vLLM"] = lambda group=group: sum(
-                    len(r.ids) for r in engines["vLLM"].generate(prompts, [1], group)
+                    len(r.ids) for r in engines["vLLM"].generate(prompts, params, [1], group)
                 )
             for turn in range(TURNS + 1):  # the first does not count
                 for who, way in ways.items():

@@ -49,8 +49,9 @@ def _missing(config: Config) -> Iterator[str]:
             "`evaluate.judge: diep` needs DIEP's weights: pip install --no-deps --group weights; or take "
             "`evaluate.judge: none`"
         )
-    if "grpo" in stages and config.grpo.vllm is not None:
-        yield from _missing_vllm(config.grpo.vllm)
+    for name, stage in (("grpo", config.grpo), ("ga_grpo", config.ga_grpo)):
+        if name in stages and stage.vllm is not None:
+            yield from _missing_vllm(name, stage.vllm)
     if config.data.path is not None and not Path(config.data.path).exists():
         yield (
             f"`data.path: {config.data.path}` is not there: "
@@ -87,14 +88,14 @@ def _missing_store(address: str) -> Iterator[str]:
         yield f"`store: {address}` needs {module}: pip install {module}"
 
 
-def _missing_vllm(python: str) -> Iterator[str]:
+def _missing_vllm(stage: str, python: str) -> Iterator[str]:
     found = shutil.which(python)
     if found is None:
         yield (
-            f"`grpo.vllm: {python}` is no program; it is the Python of an environment with vLLM: python -m "
-            "venv vllm && vllm/bin/pip install vllm, then grpo.vllm=vllm/bin/python"
+            f"`{stage}.vllm: {python}` is no program; it is the Python of an environment with vLLM: python "
+            f"-m venv vllm && vllm/bin/pip install vllm, then {stage}.vllm=vllm/bin/python"
         )
         return
     look = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
     if subprocess.run([found, "-c", look], capture_output=True, check=False).returncode:
-        yield f"`grpo.vllm: {python}` has no vLLM: {python} -m pip install vllm"
+        yield f"`{stage}.vllm: {python}` has no vLLM: {python} -m pip install vllm"

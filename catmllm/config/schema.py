@@ -474,6 +474,8 @@ class RewardConfig(RewardSettings):
 
 
 KL = Literal["k1", "k2", "k3"]
+VLLM_HELP = "Python of an environment with vLLM, which then samples; null: our own decoding"
+VLLM_MEMORY_HELP = "share of a GPU's memory (without one: of the host's) for vLLM's weights and caches"
 KL_HELP = "estimator of the KL term: k1 log-ratio (the paper's), k2 half its square, k3 exp(-d) - 1 + d"
 
 
@@ -559,12 +561,8 @@ class GRPOConfig(OptimConfig):
     )
     reward_processes: int = key(1, "processes of each rank that run a reward of your own", gt=0)
     reward_memory: float | None = key(None, "address space of each of them; null: no limit", unit="GiB", gt=0)
-    vllm: str | None = key(
-        None, "Python of an environment with vLLM, which then samples; null: our own decoding"
-    )
-    vllm_memory: float = key(
-        0.3, "share of a GPU's memory (without one: of the host's) for vLLM's weights and caches", ge=0, le=1
-    )
+    vllm: str | None = key(None, VLLM_HELP)
+    vllm_memory: float = key(0.3, VLLM_MEMORY_HELP, ge=0, le=1)
     rollout: Literal["colocated", "service"] = key(
         "colocated",
         "where answers are sampled: in the trainer's own processes, or by `catmllm rollouts` at `service`",
@@ -597,12 +595,8 @@ class GRPOConfig(OptimConfig):
         return self
 
     @model_validator(mode="after")
-    def _vllm_samples_freely(self) -> GRPOConfig:
-        if self.vllm is not None and (self.sampling.grammar or self.sampling.stop):
-            raise ValueError(
-                "`.sampling.grammar` and `.sampling.stop` need our own decoding; leave `.vllm` empty, or set "
-                "`.sampling.grammar: false` for a policy that is free"
-            )
+    def _vllm_knows_no_text(self) -> GRPOConfig:
+        _stops_by_tokens(self)
         return self
 
     @model_validator(mode="after")
@@ -669,8 +663,21 @@ class GAGRPOConfig(OptimConfig):
         unit="tokens",
         gt=0,
     )
+    vllm: str | None = key(None, VLLM_HELP)
+    vllm_memory: float = key(0.3, VLLM_MEMORY_HELP, ge=0, le=1)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
+
+    @model_validator(mode="after")
+    def _vllm_knows_no_text(self) -> GAGRPOConfig:
+        _stops_by_tokens(self)
+        return self
+
+
+def _stops_by_tokens(stage: GRPOConfig | GAGRPOConfig) -> None:
+    """Raises ValueError for texts that end answers where vLLM samples, which has no tokenizer."""
+    if stage.vllm is not None and stage.sampling.stop:
+        raise ValueError("`.sampling.stop` needs our own decoding; leave `.vllm` empty")
 
 
 @section

@@ -27,7 +27,7 @@ from catmllm.design.predict import Predictor, energies_and_errors, question
 from catmllm.design.reward import design_reward, distances
 from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.sample.answers import Rollout, answer_limits
-from catmllm.sample.engine import RolloutEngine
+from catmllm.sample.engine import Sampler
 from catmllm.sample.grammar import Pattern, answer_pattern
 from catmllm.seeds import generator
 from catmllm.structure.adsorbed import Fault
@@ -154,7 +154,7 @@ class ClosedLoop:
     def start(
         self,
         tasks: Sequence[Task],
-        engine: RolloutEngine,
+        engine: Sampler,
         seed: Sequence[int],
         given: Sequence[System | None] | None = None,
     ) -> list[TaskState]:
@@ -184,7 +184,7 @@ class ClosedLoop:
     def refine(
         self,
         states: Sequence[TaskState],
-        engine: RolloutEngine,
+        engine: Sampler,
         iteration: int,
         seed: Sequence[int],
         keep: bool,

@@ -23,7 +23,7 @@ from catmllm.models.build import on_meta
 from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.models.equiformer_v2 import EquiformerV2
 from catmllm.models.fairchem_checkpoint import without_wrapper
-from catmllm.models.qwen import TOKENIZER, llm_class
+from catmllm.models.qwen import NO_VISION, TOKENIZER, llm_class
 from catmllm.models.state import GRAPH, load_model
 
 LAYOUTS = ("hf", "text", "fairchem")
@@ -111,6 +111,29 @@ def text_config(model: CatalyticMLLM) -> Any:
         rope_parameters={k: v for k, v in c.rope_parameters.items() if not k.startswith(("mrope", "type"))},
         tie_word_embeddings=False,
         use_sliding_window=False,
+    )
+
+
+def seeing_config(model: CatalyticMLLM, image_id: int) -> Any:
+    """The text tower's sizes as transformers' Qwen2_5_VLConfig, or Qwen3VLConfig where heads have norms, with
+    `image_id` for a token of an image and an image tower as small as can be: whoever samples with it gives
+    images as vectors. Positions are those of the text tower as it is, with one or with three axes."""
+    from transformers import Qwen2_5_VLConfig, Qwen3VLConfig
+
+    c = model.llm.config.get_text_config()
+    normed = hasattr(model.text.layers[0].self_attn, "q_norm")
+    text: dict[str, Any] = {name: getattr(c, name, None) for name in (*SHARED, *(OF_QWEN3 if normed else ()))}
+    text["rope_parameters"] = dict(c.rope_parameters)
+    kind: Any = Qwen3VLConfig if normed else Qwen2_5_VLConfig
+    vision = (
+        NO_VISION | {"out_hidden_size": c.hidden_size} | ({"deepstack_visual_indexes": []} if normed else {})
+    )
+    return kind(
+        architectures=["Qwen3VLForConditionalGeneration" if normed else "Qwen2_5_VLForConditionalGeneration"],
+        text_config=text,
+        vision_config=vision,
+        image_token_id=image_id,
+        tie_word_embeddings=False,
     )
 
 

@@ -113,6 +113,7 @@ def trace(
         data=replace(config.data, workers=0),
         # a section of its own, which `_step` may change
         grpo=replace(config.grpo, vllm=None, rollout="colocated", staleness=0),
+        ga_grpo=replace(config.ga_grpo, vllm=None),
     )
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,24 @@ from catmllm.seeds import hash_seed
 from catmllm_kernels.linear_logprob import Allowed, masked_logits
 
 LOOK = 16  # passes of a steady batch between two looks at which answers have ended
+
+
+class Sampler(Protocol):
+    """What samples answers: our own decoding, or vLLM. Arguments as `RolloutEngine.generate` has them."""
+
+    seconds: dict[str, float]
+
+    def generate(
+        self,
+        samples: Sequence[Sample],
+        params: SamplingConfig,
+        seed: Sequence[int],
+        group_size: int = 1,
+        keep_hidden: bool = False,
+        patterns: Sequence[Pattern] | None = None,
+        on_answer: Callable[[int, Rollout], None] | None = None,
+        limits: Sequence[int] | None = None,
+    ) -> list[Rollout]: ...
 
 
 class RolloutEngine:

@@ -1,8 +1,9 @@
 """Stage 3, GA-GRPO (paper §5.2.3, Algorithm 3): the closed loop
 of design and refinement trains the AR head alone.
 
-Encoder, projector, backbone and energy head are frozen, so the hidden states kept from decoding serve the
-policy and the reference alike: they differ in the last matrix, and an update never touches the backbone.
+Encoder, projector, backbone and energy head are frozen, so the hidden states kept from decoding (or, where
+vLLM samples, computed in one pass behind it) serve the policy and the reference alike: they differ in the
+last matrix, and an update never touches the backbone.
 `batch_size` tasks run at a time on each rank; one optimizer step is one iteration of each of them.
 """
 
@@ -26,10 +27,11 @@ from catmllm.design.predict import predictor_of
 from catmllm.design.search import ClosedLoop, Task, TaskState, summary
 from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.sample.answers import Choices, Rollout
-from catmllm.sample.engine import RolloutEngine
+from catmllm.sample.engine import RolloutEngine, Sampler
+from catmllm.sample.vllm_engine import VLLMEngine
 from catmllm.seeds import Stream
 from catmllm.stages.advantages import group_advantages
-from catmllm.stages.policy import Pass, Read, add_policy, on_device, validation
+from catmllm.stages.policy import Pass, Read, add_policy, on_device, validation, vllm_of
 from catmllm.stages.supervised import validation_systems
 from catmllm.train.metrics import read_log
 from catmllm.train.sharding import unsharded
@@ -55,11 +57,18 @@ class GAGRPO(Plain):
         # begun by more ranks than there are now; they go on before others enter
         self.waiting: list[TaskState] = []
         self.entered = self.left = 0  # tasks, on all ranks
+        self.begun = False  # whether there was a search
         self.engine: RolloutEngine | None = None
+        self.vllm: VLLMEngine | None = None
 
     def begin(self) -> None:
         weight = self.context.model.llm.lm_head.weight.detach()
         self.reference_head = (weight.full_tensor() if isinstance(weight, DTensor) else weight).clone()
+        self.vllm = vllm_of(self.context, self.config)
+
+    def end(self) -> None:
+        if self.vllm is not None:
+            self.vllm.close()
 
     def trains(self, parameter: str) -> bool:
         return parameter == "llm.lm_head.weight"
@@ -88,12 +97,17 @@ class GAGRPO(Plain):
         self.add_policy(work, rollouts, advantages.reshape(-1), informative.reshape(-1))
         return work
 
-    def _engine(self) -> RolloutEngine:
+    def _engine(self) -> Sampler:
         """The engine, of which each step changes the head alone."""
         c = self.context
-        if self.engine is None:
+        if not self.begun:
             # not before the first search: a plan makes the stage without any file
             self.loop.predictor = predictor_of(c.config, c.world.device) or self.loop.predictor
+            self.begun = True
+        if self.vllm is not None:
+            self.vllm.update()
+            return self.vllm
+        if self.engine is None:
             self.engine = RolloutEngine(c.model, c.collate, DTYPES[c.config.precision])
         else:
             self.engine.renew_head()

@@ -9,7 +9,6 @@ that the energy head keeps up with the backbone that moves under it.
 from __future__ import annotations
 
 import copy
-import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from catmllm.data.batches import Batch, Collator, Encoded
+from catmllm.data.batches import Batch
 from catmllm.data.prompts import Sample, cif_prompt, design_prompt
 from catmllm.data.subsets import of_generation, of_property
 from catmllm.design.reward import AnswerReward
@@ -29,12 +28,13 @@ from catmllm.models.lora import without_lora
 from catmllm.sample.answers import Choices, Rollout, answer_limits
 from catmllm.sample.engine import RolloutEngine
 from catmllm.sample.grammar import answer_pattern
+from catmllm.sample.packed import rollout_batch
 from catmllm.sample.vllm_engine import VLLMEngine
 from catmllm.sample.wire import prompts_of
 from catmllm.seeds import Stream
 from catmllm.stages.advantages import group_advantages, overlong, recipe
 from catmllm.stages.own_reward import START, OwnReward
-from catmllm.stages.policy import Correction, Pass, Read, add_policy, on_device, validation
+from catmllm.stages.policy import Correction, Pass, Read, add_policy, on_device, validation, vllm_of
 from catmllm.stages.remote import Asked, Remote
 from catmllm.stages.scoring import BATCH, Reward, Scored, Scoring, joined
 from catmllm.stages.supervised import (
@@ -106,8 +106,7 @@ class GRPO(Plain):
         if self.reference is not None:
             c = self.context
             shard(self.reference, c.config, c.world, self.config.reshard, like=c.model)
-        if self.config.vllm is not None:
-            self.vllm = self._start_vllm(self.config.vllm)
+        self.vllm = vllm_of(self.context, self.config)
         if self.config.rollout == "service":
             self.remote = Remote(self.context, self.config)
 
@@ -118,13 +117,6 @@ class GRPO(Plain):
             self.vllm.close()
         if self.own is not None:
             self.own.close()
-
-    def _start_vllm(self, python: str) -> VLLMEngine:
-        c, o = self.context, self.config
-        # Qwen's residual stream overflows in plain float16.
-        dtype = torch.bfloat16 if c.config.precision == "fp16" else DTYPES[c.config.precision]
-        log = c.folder / f"vllm.{c.world.rank}.log"
-        return VLLMEngine(python, c.model, c.collate, o.sampling, dtype, log, memory=o.vllm_memory)
 
     def trains(self, parameter: str) -> bool:
         return parameter.startswith(("llm.", "energy_head.")) and not parameter.startswith(
@@ -291,19 +283,24 @@ class GRPO(Plain):
         def take(i: int, r: Rollout) -> None:
             scoring.take(i, r.text)
 
+        rollouts: list[Rollout] = []  # none on a rank that waits for others which sample again
+        seconds: dict[str, float] = {}
+        vectors: torch.Tensor | None = None
         with unsharded(c.model):
-            if not prompts:  # a rank that waits for others which sample again
-                rollouts, seconds = [], {}
-            elif self.vllm is not None:
+            if prompts and self.vllm is not None:
                 seconds = self.vllm.seconds = dict.fromkeys(self.vllm.seconds, 0.0)
                 self.vllm.update()
-                rollouts = self.vllm.generate(prompts, seed, group_size, take, limits)
-            else:
+                vectors = self.vllm.vectors(prompts)
+            elif prompts:
                 engine = RolloutEngine(c.model, c.collate, DTYPES[c.config.precision])
                 seconds = engine.seconds
                 rollouts = engine.generate(
                     prompts, o.sampling, seed, group_size, patterns=patterns, on_answer=take, limits=limits
                 )
+        if prompts and self.vllm is not None:  # which needs the model's memory no more
+            rollouts = self.vllm.generate(
+                prompts, o.sampling, seed, group_size, False, patterns, take, limits, vectors
+            )
         return rollouts, scoring.finish(), seconds
 
     def _limits(self, asked: list[System]) -> list[int]:
@@ -477,24 +474,3 @@ def frozen_outline(model: CatalyticMLLM) -> CatalyticMLLM:
     visual = model.visual  # held, so that nothing else gets its id
     memo[id(visual)] = torch.nn.Module()
     return copy.deepcopy(model, memo).eval()
-
-
-def rollout_batch(
-    collate: Collator, prompts: Sequence[Sample], rollouts: Sequence[Rollout], shared: bool = True
-) -> Batch:
-    """Prompts and the very tokens that were sampled, as a batch whose labels are those tokens.
-
-    rollouts[i] answers prompts[rollouts[i].prompt]. `shared`: the tokens of a prompt are there once for all
-    its answers, which costs a group of K a prompt instead of K (the same numbers, see docs/rl.md).
-    """
-
-    def encoded(prompt: int, answer: list[int]) -> Encoded:
-        sample = collate.shown(prompts[prompt])
-        return Encoded(collate.prompt_ids(sample), answer, None, sample.graph)
-
-    if not shared:
-        return collate.join([encoded(r.prompt, r.ids.tolist()) for r in rollouts])
-    groups = [(p, list(group)) for p, group in itertools.groupby(rollouts, lambda r: r.prompt)]
-    return collate.join_answers(
-        [encoded(p, []) for p, _ in groups], [[r.ids.tolist() for r in group] for _, group in groups]
-    )

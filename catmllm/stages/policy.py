@@ -18,10 +18,11 @@ from catmllm.config import GAGRPOConfig, GRPOConfig
 from catmllm.data.prompts import Sample
 from catmllm.models.catalytic_mllm import Chosen
 from catmllm.sample.answers import Rollout
+from catmllm.sample.vllm_engine import VLLMEngine
 from catmllm.stages.advantages import RECIPES, Recipe, importance, per_answer, policy_loss, ratios
 from catmllm.stages.deal import Share, spread
-from catmllm.train.stage import Metrics, MicroBatch, Step, Validation
-from catmllm.world import World
+from catmllm.train.stage import Context, Metrics, MicroBatch, Step, Validation
+from catmllm.world import DTYPES, World
 
 
 class Read(NamedTuple):
@@ -201,3 +202,14 @@ def validation(
         return {"val": -mean, "val_reward": mean}
 
     return Validation(run, config.validate_every, config.patience, True) if config.validate_every else None
+
+
+def vllm_of(context: Context, config: GRPOConfig | GAGRPOConfig) -> VLLMEngine | None:
+    """The vLLM that samples for this rank, where one is asked for; without weights yet."""
+    c = context
+    if config.vllm is None:
+        return None
+    # Qwen's residual stream overflows in plain float16.
+    dtype = torch.bfloat16 if c.config.precision == "fp16" else DTYPES[c.config.precision]
+    log = c.folder / f"vllm.{c.world.rank}.log"
+    return VLLMEngine(config.vllm, c.model, c.collate, config.sampling, dtype, log, memory=config.vllm_memory)

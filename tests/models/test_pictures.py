@@ -28,7 +28,7 @@ from catmllm.models.export import export
 from catmllm.models.state import load_model, save_model
 from catmllm.sample.answers import Rollout
 from catmllm.sample.engine import RolloutEngine
-from catmllm.stages.grpo import rollout_batch
+from catmllm.sample.packed import rollout_batch
 from catmllm.structure.system import System
 from tests.seeing import save_qwen, seeing_config
 

@@ -29,9 +29,10 @@ from catmllm.plan.trace import trace
 from catmllm.sample.answers import Choices
 from catmllm.sample.engine import RolloutEngine
 from catmllm.sample.grammar import answer_pattern
+from catmllm.sample.packed import rollout_batch
 from catmllm.sample.tower import Tower
 from catmllm.stages import STAGES
-from catmllm.stages.grpo import frozen_outline, rollout_batch
+from catmllm.stages.grpo import frozen_outline
 from catmllm.stages.joint import Joint
 from catmllm.structure.system import System
 from catmllm.train.loop import train

@@ -26,8 +26,8 @@ from catmllm.data.prompts import Sample, cif_prompt, design_prompt
 from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.sample.answers import Rollout
 from catmllm.sample.engine import RolloutEngine
+from catmllm.sample.packed import rollout_batch
 from catmllm.stages.advantages import overlong, policy_loss, recipe
-from catmllm.stages.grpo import rollout_batch
 from catmllm.stages.policy import Correction, Pass, Read, add_policy
 from catmllm.structure.system import System
 from catmllm.train.stage import Step

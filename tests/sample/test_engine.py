@@ -25,8 +25,8 @@ from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.models.projector import Projector
 from catmllm.sample.answers import Rollout, answer_limits
 from catmllm.sample.engine import RolloutEngine
+from catmllm.sample.packed import rollout_batch
 from catmllm.seeds import hash_seed
-from catmllm.stages.grpo import rollout_batch
 from catmllm.structure.system import System
 
 Model = tuple[CatalyticMLLM, Collator]

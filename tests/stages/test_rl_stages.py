@@ -42,6 +42,21 @@ class TokenReward:
         return type("Scores", (), {**parts, "reason": [None] * len(texts)})()
 
 
+def counting_judge(systems):
+    """The same share in the place of a candidate's reward; every candidate is one of some systems."""
+    texts = [write_cif(s) for s in systems[:4]]
+
+    def judge(self, tasks, answers, iteration):
+        rewards = [a.count("e") / (len(a) + 1) + 1e-3 * i for i, a in enumerate(answers)]
+        found = [
+            Candidate(texts[i % 4], r, -1.0, 5.0, None, True, f"{iteration}-{i}", iteration)
+            for i, r in enumerate(rewards)
+        ]
+        return found, type("Scores", (), {"total": np.array(rewards)})()
+
+    return judge
+
+
 @pytest.mark.parametrize(("precision", "replay"), [("fp32", 0.0), ("bf16", 0.5)])
 def test_grpo_moves_the_llm_and_nothing_frozen(
     make_context: MakeContext, precision: str, replay: float
@@ -76,7 +91,7 @@ def test_grpo_moves_the_llm_and_nothing_frozen(
 
 def test_scored_tokens_are_the_sampled_tokens(context: Context) -> None:
     from catmllm.data.tokenizer import decode
-    from catmllm.stages.grpo import rollout_batch
+    from catmllm.sample.packed import rollout_batch
 
     stage = GRPO(context)
     texts: list[str] = []
@@ -103,17 +118,7 @@ def test_scored_tokens_are_the_sampled_tokens(context: Context) -> None:
 
 
 def test_ga_grpo_moves_the_head_alone(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
-    texts = [write_cif(s) for s in context.data["train"][:4]]
-
-    def judge(self, tasks, answers, iteration):
-        rewards = [a.count("e") / (len(a) + 1) + 1e-3 * i for i, a in enumerate(answers)]
-        found = [
-            Candidate(texts[i % 4], r, -1.0, 5.0, None, True, f"{iteration}-{i}", iteration)
-            for i, r in enumerate(rewards)
-        ]
-        return found, type("Scores", (), {"total": np.array(rewards)})()
-
-    monkeypatch.setattr(ClosedLoop, "judge", judge)
+    monkeypatch.setattr(ClosedLoop, "judge", counting_judge(context.data["train"]))
     before = {k: v.clone() for k, v in context.model.state_dict().items()}
     state, _ = train(GAGRPO, context)
     moved = {k for k in state if not torch.equal(state[k], before[k])}

@@ -13,7 +13,7 @@ from catmllm.data.batches import Batch, Collator, Encoded
 from catmllm.data.prompts import Sample, cif_prompt, design_prompt
 from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.sample.answers import Rollout
-from catmllm.stages.grpo import rollout_batch
+from catmllm.sample.packed import rollout_batch
 from catmllm.structure.system import System
 
 Model = tuple[CatalyticMLLM, Collator]
