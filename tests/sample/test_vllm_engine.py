@@ -201,7 +201,7 @@ def test_prompts_with_structures_are_read_once(
     engine = start(*wide_model)
     engine.update()
     block = 128  # tokens, vLLM's on a CPU
-    words = "site " * 3 * block
+    words = "site " * 150
 
     def cached(system: System) -> int:
         asked = [Sample(f"{words}{GRAPH}{words}", "", system)]
