@@ -164,7 +164,7 @@ def _on(args: argparse.Namespace) -> int:
         raise ValueError(f"{len(systems)} structures with an energy; at least two are needed; see above")
     model, collate, _ = load_to_read(folder)
     truth, names = [s.known_energy for s in systems], [s.adsorbate for s in systems]
-    for mode in MODES:
+    for mode in MODES if collate.shows_structures else MODES[-1:]:
         predicted = predict_energies(model, collate, [question(s, mode) for s in systems])
         print(f"{folder}, {mode}: {agreement(predicted, truth, names)}")
     return 0
