@@ -334,6 +334,6 @@ def test_whole_runs_on_two_ranks(
     (tmp_path / "slab.cif").write_text(write_cif(system, 8))
     assert main(["predict", str(tmp_path / "slab.cif"), "--model", str(out), "--json"]) == 0
     assert np.isfinite(json.loads(capsys.readouterr().out.splitlines()[0])["energy"])
-    assert main(["export", str(out / "ga_grpo"), "--layout", "hf", "--out", str(tmp_path / "hf")]) == 0
+    assert main(["export", "hf", str(tmp_path / "hf"), "--model", str(out / "ga_grpo")]) == 0
     card = (tmp_path / "hf" / "README.md").read_text()
     assert ("The encoder (SchNet) began from random weights." in card) == (kind == "schnet")
