@@ -395,8 +395,11 @@ class GRPO(Plain):
         count = round(o.property_share * o.batch_size * o.group_size)
         if not count:
             return
+        drop_text = 0.1 if c.collate.shows_structures else 0.0
         samples = [
-            property_with_dropout(self.known[i], rng, 0.1, 0.5, 0.0, frames=0.4, texts=c.config.instruct)
+            property_with_dropout(
+                self.known[i], rng, drop_text, 0.5, 0.0, frames=0.4, texts=c.config.instruct
+            )
             for i, rng in self._chosen(
                 Stream.REPLAY_ORDER, Stream.REPLAY_SAMPLES, count, step, len(self.known)
             )

@@ -27,6 +27,8 @@ from catmllm.models.state import load_model
 from catmllm.plan.trace import trace
 from catmllm.stages.align import Align
 from catmllm.stages.encoder import Encoder
+from catmllm.stages.ga_grpo import GAGRPO
+from catmllm.stages.grpo import GRPO
 from catmllm.stages.joint import Joint
 from catmllm.structure.graph import neighbour_graphs
 from catmllm.structure.system import System
@@ -288,6 +290,23 @@ def test_a_model_of_texts_alone_sees_no_structure(train_systems: list[System]) -
     assert np.array_equal(both, text) and np.isfinite(text).all()
     with pytest.raises(ValueError, match="sees no structure"):
         collate([question(a, "graph")])
+
+
+@pytest.mark.parametrize("of", [GRPO, GAGRPO])
+def test_the_rl_stages_train_a_model_of_texts_alone(make_context: MakeContext, of: type) -> None:
+    """Exemplars and replayed questions lose their structures too. A random policy's answers of GA-GRPO are
+    all alike, so that nothing moves there."""
+    config = small()
+    config.grpo.property_share = 0.5
+    config.joint.drop_text = config.instruct.drop_text = 0.0
+    config.stages = ("joint", "grpo", "ga_grpo")
+    config.model.encoder = load_config(overrides=NONE).model.encoder
+    context = make_context(config)
+    assert not context.collate.shows_structures
+    before = context.model.llm.lm_head.weight.detach().clone()
+    state, _ = train(of, context)
+    after = state["llm.lm_head.weight"]
+    assert torch.isfinite(after).all() and (of is GAGRPO or not torch.equal(after, before))
 
 
 @pytest.mark.parametrize(
