@@ -49,6 +49,7 @@ from catmllm.structure.system import System
 from catmllm.structure.templates import NONE, Templates
 from catmllm.train.checkpoint import CheckpointError
 from catmllm.train.fused_adam import fused_adam
+from catmllm.train.hang import lost
 from catmllm.train.loop import train
 from catmllm.train.metrics import KINDS, optional
 from catmllm.train.stage import Context
@@ -58,8 +59,9 @@ from catmllm.world import DTYPES, World, encoder_dtype, loader_workers, settled,
 
 # What may be another when a run goes on.
 MENDABLE = (
-    "name", "tensorboard", "wandb", "mlflow", "trackio", "profile", "threads", "keep_checkpoints",
-    "replicate", "store", "data.workers", "hang_after", "grpo.service", "grpo.service_patience",
+    "name", "out", "tensorboard", "wandb", "mlflow", "trackio", "profile", "threads",
+    "keep_checkpoints", "replicate", "store", "data.workers", "hang_after", "grpo.service",
+    "grpo.service_patience",
 )  # fmt: skip
 OF_TEXTS = ("joint", "instruct")  # stages that can do without structures
 FIT_ENERGIES = ("encoder", "joint")  # stages that fit scale and closed forms of energies where there are none
@@ -123,6 +125,12 @@ def run(config: Config) -> int:
         if os.environ.get("CATMLLM_TRACEBACK"):
             raise
         print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    except RuntimeError as error:
+        said = lost(error, int(os.environ.get("RANK", "0")))
+        if said is None or os.environ.get("CATMLLM_TRACEBACK"):
+            raise
+        print(f"error: {said}", file=sys.stderr, flush=True)
         return 1
     finally:
         if dist.is_initialized():

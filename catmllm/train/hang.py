@@ -19,6 +19,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch.distributed as dist
+
 from catmllm.train.store import Folder, StoreError
 
 EXIT_HUNG = 76  # EX_PROTOCOL
@@ -91,20 +93,37 @@ def stands(thread: int) -> dict[str, Any]:
     `call`, and the line of ours that led there."""
     frame: FrameType | None = sys._current_frames().get(thread)
     stack = traceback.extract_stack(frame)
-    inner, ours, collective = stack[-1], None, None
-    for one in reversed(stack):
-        if collective is None and "torch/distributed/distributed_c10d" in one.filename.replace(os.sep, "/"):
-            # the outermost of its functions is the one that was called
-            outer = [s.name for s in stack if "distributed_c10d" in s.filename and s.name != "wrapper"]
-            collective = outer[0] if outer else None
-        if ours is None and one.filename.startswith(PACKAGE):
-            ours = f"{Path(one.filename).relative_to(Path(PACKAGE).parent)}:{one.lineno}"
+    inner = stack[-1]
+    collective, ours = _where(stack)
     line = f" ({inner.line})" if inner.line else ""
     return {
         "collective": collective,
         "call": f"{inner.name} at {inner.filename}:{inner.lineno}{line}",
         "line": ours,
     }
+
+
+def _where(stack: traceback.StackSummary) -> tuple[str | None, str | None]:
+    """The collective of a stack, and the innermost line of ours."""
+    inside = [s for s in stack if "torch/distributed/distributed_c10d" in s.filename.replace(os.sep, "/")]
+    # the outermost of its functions is the one that was called
+    collective = next((s.name for s in inside if s.name != "wrapper"), None)
+    mine = [s for s in stack if s.filename.startswith(PACKAGE)]
+    ours = f"{Path(mine[-1].filename).relative_to(Path(PACKAGE).parent)}:{mine[-1].lineno}" if mine else None
+    return collective, ours
+
+
+def lost(error: RuntimeError, rank: int) -> str | None:
+    """One line where an error says that another rank has died; None: it says something else."""
+    text = next(iter(str(error).splitlines()), "")
+    if not isinstance(error, dist.DistError) and "/gloo/" not in text:
+        return None
+    collective, ours = _where(traceback.extract_tb(error.__traceback__))
+    why = text.rpartition("] ")[2] if text.startswith("[") else text
+    return (
+        f"another rank is gone: rank {rank} stood in {collective or 'a collective'} ({ours}) and read: "
+        f"{why.partition('. ')[0]}. The log of that rank has the reason; the same command goes on"
+    )
 
 
 def verdict(told: list[dict[str, Any]], ranks: int, folder: Path) -> str:

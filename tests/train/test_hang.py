@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import time
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from catmllm.train.hang import EXIT_HUNG, Watchdog, verdict
+from catmllm.train.hang import EXIT_HUNG, Watchdog, lost, verdict
 
 SCRIPT = """
 import datetime, sys, time
@@ -61,6 +62,41 @@ def test_a_rank_whose_collective_breaks_while_it_tells_still_tells(tmp_path: Pat
     said = [r.communicate(timeout=100)[1] for r in ranks]
     assert [r.returncode for r in ranks] == [EXIT_HUNG] * 2, said
     assert "error: the run hangs" in said[0] and "rank 1 is in sleeps at" in said[0]
+
+
+DIES = """
+import os, sys
+from pathlib import Path
+import torch, torch.distributed as dist
+from catmllm.train.hang import lost
+from catmllm.world import World
+rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+dist.barrier()
+if rank == 1:
+    os.kill(os.getpid(), 9)
+try:
+    World(rank, 2, torch.device("cpu")).gather("here")
+except RuntimeError as error:
+    print(lost(error, rank))
+"""
+
+
+def test_a_rank_that_died_is_one_line_on_the_others(tmp_path: Path) -> None:
+    """What gloo itself says of a peer that was killed, and not of a fault of another kind."""
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", DIES, str(r), str(tmp_path)], stdout=subprocess.PIPE, text=True
+        )
+        for r in range(2)
+    ]
+    said = [r.communicate(timeout=100)[0] for r in ranks]
+    assert re.fullmatch(
+        r"another rank is gone: rank 0 stood in all_gather_object \(catmllm/world\.py:\d+\) and read: "
+        r"[^\n]*[Cc]onnection [^\n]* The log of that rank has the reason; the same command goes on\n",
+        said[0],
+    ), said[0]
+    assert lost(RuntimeError("shapes cannot be multiplied"), 0) is None
 
 
 def test_a_rank_that_says_nothing_is_named(tmp_path: Path) -> None:
