@@ -1,6 +1,6 @@
 """Runs whose checkpoints and stages lie on a store: in memory, and on a server that speaks S3.
 
-`make test-store` installs s3fs and moto's server and runs the slow ones.
+`make test-store` makes an environment with s3fs and moto's server and runs the slow ones.
 """
 
 from __future__ import annotations
@@ -209,9 +209,9 @@ def test_what_a_store_needs_is_one_line(address: str, says: str, monkeypatch) ->
 @pytest.fixture(scope="module")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """The environment of a client of moto's server, which has a bucket `runs`."""
-    pytest.importorskip("s3fs", reason="make test-store installs it")
+    pytest.importorskip("s3fs", reason="make test-store has it")
     if importlib.util.find_spec("moto") is None:
-        pytest.skip("make test-store installs moto's server")
+        pytest.skip("make test-store has moto's server")
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -316,7 +316,7 @@ def test_an_s3_that_cannot_be_used_is_one_line(
     import s3fs
 
     for name, value in (s3 | wrong).items():
-        monkeypatch.delenv(name) if value is None else monkeypatch.setenv(name, value)
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
     s3fs.S3FileSystem.clear_instance_cache()
     (tmp_path / "metrics.json").write_text("{}")
     with pytest.raises(StoreError, match=says) as error:
