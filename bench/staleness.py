@@ -3,9 +3,10 @@
     python bench/staleness.py [--steps 50] [--seeds 3]
 
 The model of the package, free of the grammar (under it every answer has the whole reward before training
-begins), learns to write CIFs. A service samples in both cases, so that only `grpo.staleness` differs: with 1
-the answers of a step are those of the weights one step before. `each` in the record has the reward of every
-step of every run; a case is compared by the mean over its last ten steps, one value a seed.
+begins), learns to write the CIFs of four systems: with all of them the reward moves less in so few steps
+than it differs from prompt to prompt. A service samples in both cases, so that only `grpo.staleness` differs:
+with 1 the answers of a step are those of the weights one step before. `each` in the record has the reward of
+every step of every run; a case is compared by the mean over its last ten steps, one value a seed.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench import record  # first: it decides whose packages are measured
 from catmllm.config import SamplingConfig
 from catmllm.data.open import open_data
+from catmllm.evaluate.baselines import evenly_spaced
 from catmllm.models import SHIPPED
 from catmllm.models.state import load_model
 from catmllm.sample.wire import Client
@@ -37,7 +39,7 @@ from catmllm.train.stage import Context
 from catmllm.world import World, start
 
 LAST = 10  # steps whose mean reward stands for a run
-PROMPTS, ANSWERS, TOKENS = 6, 6, 320
+SYSTEMS, PROMPTS, ANSWERS, TOKENS = 4, 4, 10, 320
 
 
 def main() -> None:
@@ -47,7 +49,7 @@ def main() -> None:
     args = parser.parse_args()
     steps, seeds = (4, 2) if args.quick else (args.steps, args.seeds)
     torch.set_num_threads(1)
-    systems = open_data()["train"]
+    systems = evenly_spaced(open_data()["train"], SYSTEMS)
     each: dict[str, list[list[float]]] = {"1": [], "0": []}
     with tempfile.TemporaryDirectory() as folder, Service() as address:
         config = load_model(SHIPPED)[2]
@@ -114,6 +116,7 @@ def claim(each: dict[str, list[list[float]]], steps: int) -> dict[str, Any]:
     conditions = {
         "steps": steps,
         "seeds": len(each["0"]),
+        "systems": SYSTEMS,
         "prompts": PROMPTS,
         "answers per prompt": ANSWERS,
         "mean over": f"{LAST} steps",
