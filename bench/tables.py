@@ -20,7 +20,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench import record
-from catmllm.report.summary import CONTROLS, sampled_tasks, wilson_interval
+from catmllm.report.summary import CONTROLS, METHOD_NAMES, sampled_tasks, wilson_interval
 
 PAGES = ("README.md", "docs")
 BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- /figures -->)", re.DOTALL)
@@ -606,12 +606,27 @@ def tiny_designs() -> str:
     return table([head, "by the own predictor", f"by {design['judge_name']}"], rows)
 
 
+def tiny_free() -> str:
+    """Success with free metals by the judge, over the number of predictions."""
+    design = _run()["free_design"]
+    rows = []
+    for method, name in METHOD_NAMES.items():
+        rates = design["curves"][method]["judge"]
+        cells = [
+            f"{100 * share:.0f} % ({100 * low:.0f} to {100 * high:.0f})"
+            for share, (low, high) in zip(rates["success"], rates["interval"])
+        ]
+        rows.append([f"**{name}**" if method == "search" else name, *cells])
+    head = f"free metals, within {design['tolerance']} eV by {design['judge_name']} (n = {design['n']})"
+    return table([head, *(f"{n} predictions" if n > 1 else "one" for n in design["budgets"])], rows)
+
+
 FIGURES: dict[str, Callable[[], str]] = {
     made.__name__: made
     for made in (peers, reward_sentence, reward, reward_threads, encoder_speed, encoder_kept, encoder_counts,
                  data_text, data_pictures, labels, labels_published, data_command, loader, rl, scale,
                  rl_scaling, rl_seeds, server, server_soak, plan, tiny_run, tiny_energies,
-                 closed_form, texts, tiny_cifs, tiny_designs)
+                 closed_form, texts, tiny_cifs, tiny_designs, tiny_free)
 }  # fmt: skip
 
 
