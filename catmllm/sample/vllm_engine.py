@@ -245,7 +245,9 @@ class VLLMEngine:
                 self.link.send_bytes(json.dumps(steered.follow(reply["drawn"])).encode())
                 reply = json.loads(self.link.recv_bytes())
         except (EOFError, OSError):
-            reply = {"error": "the process has ended"}
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(5)
+            reply = {"error": f"the process has ended, status {self.process.returncode}"}
         if "error" in reply:
             last = self.log.read_text(errors="replace").strip().splitlines()[-5:]
             raise VLLMError(
