@@ -138,7 +138,7 @@ $(LABELS)/.ready:
 # s3fs wants an older python-dateutil than constraints.txt has: what it brings comes before the trainer's own packages.
 STORE := .store
 PURELIB = -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
-test-store: $(STORE)/.ready  ## a run whose machine is lost goes on from S3 (moto's server), in .store; also a part of test-slow
+test-store: $(STORE)/.ready  ## a run whose machine is lost goes on from S3 (moto's server, rclone's, or S3_SERVER), in .store; also a part of test-slow
 	$(STORE)/bin/python -m pytest -q -m "slow or not slow" tests/train/test_store.py
 
 $(STORE)/.ready: | setup

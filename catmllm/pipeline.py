@@ -54,7 +54,7 @@ from catmllm.train.loop import train
 from catmllm.train.metrics import KINDS, optional
 from catmllm.train.stage import Context
 from catmllm.train.stop import EXIT_SAVED, Stopped, TrainingError, stop_at_once
-from catmllm.train.store import Mirror, StoreError
+from catmllm.train.store import Mirror, StoreError, fetched
 from catmllm.world import DTYPES, World, encoder_dtype, loader_workers, settled, start
 
 # What may be another when a run goes on.
@@ -144,7 +144,7 @@ def _run(config: Config, world: World) -> int:
     # what cannot be read is said before the folder is claimed
     data = open_data(config.data)
     known = {**data, "train": of_property(data["train"], config.data)}
-    previous = stage_folder(config.init) if config.init else None
+    previous = _begins_from(config, out, world)
     texts = _texts(config, data)
     if config.evaluate.indicative and set(GENERATES) & {*config.stages}:
         pairs_of(data["test"])
@@ -197,6 +197,13 @@ def _run(config: Config, world: World) -> int:
         )
     share()
     return 0
+
+
+def _begins_from(config: Config, out: Path, world: World) -> Path | None:
+    """The folder of the model that `init` names; one on a store is copied to this machine."""
+    if config.init is None:
+        return None
+    return fetched(config.init, out, world) if "://" in config.init else stage_folder(config.init)
 
 
 def _open(config: Config, out: Path, world: World) -> Record:

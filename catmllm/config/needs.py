@@ -41,7 +41,9 @@ def _missing(config: Config) -> Iterator[str]:
     if config.lora.r and {"joint", "instruct", "grpo"} & {*stages} and not _installed("peft"):
         yield "`lora.r` needs peft: pip install peft"
     if config.store is not None:
-        yield from _missing_store(config.store)
+        yield from _missing_store("store", config.store)
+    if config.init is not None and "://" in config.init:
+        yield from _missing_store("init", config.init)
     if "ga_grpo" in stages and config.evaluate.judge == "sevennet" and not _installed("sevenn"):
         yield "`evaluate.judge: sevennet` needs sevenn: pip install sevenn; or take `evaluate.judge: none`"
     if "ga_grpo" in stages and config.evaluate.judge == "diep" and not _installed("diep"):
@@ -76,16 +78,16 @@ def _installed(*names: str) -> bool:
         return False
 
 
-def _missing_store(address: str) -> Iterator[str]:
+def _missing_store(key: str, address: str) -> Iterator[str]:
     from fsspec.registry import known_implementations
 
     scheme, found, _ = address.partition("://")
     if not found or scheme not in known_implementations:
-        yield f"`store: {address}` is no address of a store, such as s3://bucket/runs/mine"
+        yield f"`{key}: {address}` is no address of a store, such as s3://bucket/runs/mine"
         return
     module = known_implementations[scheme]["class"].partition(".")[0]
     if not _installed(module):
-        yield f"`store: {address}` needs {module}: pip install {module}"
+        yield f"`{key}: {address}` needs {module}: pip install {module}"
 
 
 def _missing_vllm(stage: str, python: str) -> Iterator[str]:

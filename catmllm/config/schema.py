@@ -745,8 +745,8 @@ class Config:
     seed: int = key(0, "seed of every random draw", ge=0)
     init: str | None = key(
         None,
-        "model to start from: folder of a stage, or of a run, whose last finished stage it then is; null: "
-        "pretrained parts and random weights",
+        "model to start from: folder of a stage, or of a run, whose last finished stage it then is, or its "
+        "address on a store (s3://bucket/runs/mine); null: pretrained parts and random weights",
     )
     precision: Precision = key("bf16", "of the LLM; master weights and optimizer states are float32")
     encoder_precision: EncoderPrecision | None = key(

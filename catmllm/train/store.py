@@ -15,9 +15,11 @@ from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
+from catmllm.config import STAGES
+from catmllm.models.state import GRAPH
 from catmllm.world import World
 
-HERE_ALONE = ("checkpoints", "hang", "profile")  # folders of a stage that are not copied
+HERE_ALONE = ("checkpoints", "hang", "profile", "init")  # folders that are not copied
 UNFINISHED = (".tmp", ".partial")
 LAST = ("model.safetensors",)  # without it a stage has not ended
 
@@ -86,7 +88,7 @@ class Folder:
             if str(self).startswith("s3"):
                 where = "that bucket, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL"
             raise StoreError(
-                f"`store: {self}` cannot be used ({type(error).__name__}: {reason}); look at {where}"
+                f"the store {self} cannot be used ({type(error).__name__}: {reason}); look at {where}"
             ) from error
 
 
@@ -105,9 +107,13 @@ class Mirror:
         self._together(self.push if self.world.main else None)
         self._together(None if self.world.main else self.pull)
 
+    def fetch(self) -> None:
+        """Every machine gets what the store has."""
+        self._together(self.pull)
+
     def begin(self) -> None:
         """Every machine gets what the store has; what `out` has beside it is copied there."""
-        self._together(self.pull)
+        self.fetch()
         self._together(self.push if self.world.main else None)
 
     def _together(self, act: Callable[[], None] | None) -> None:
@@ -157,6 +163,28 @@ class Mirror:
                     temporary.replace(path)
                 if path.stat().st_size == about["size"]:
                     self.known[name.as_posix()] = _state(path)
+
+
+def fetched(address: str, out: Path, world: World) -> Path:
+    """A stage or an export that lies on a store, or the last finished stage of a run there, copied into
+    `out`/init on every machine. Raises FileNotFoundError where there is neither, StoreError for a store that
+    cannot be used. Called by all ranks together."""
+    source: str = world.gather(_model(address))[0]
+    scheme, _, path = source.partition("://")
+    place = out / "init" / scheme / path.strip("/")
+    Mirror(source, place, world).fetch()
+    return place
+
+
+def _model(address: str) -> str:
+    """The address of a model: the folder itself, or that of its last finished stage."""
+    folder = Folder(address)
+    if {*folder.names()} & {*LAST, GRAPH}:
+        return address
+    for stage in reversed(STAGES):
+        if {*(folder / stage).names()} & {*LAST}:
+            return str(folder / stage)
+    raise FileNotFoundError(f"{address}: no trained stage there; give the address of a run or of a stage")
 
 
 def _copied(name: Path | PurePosixPath) -> bool:

@@ -1,6 +1,8 @@
-"""Runs whose checkpoints and stages lie on a store: in memory, and on a server that speaks S3.
+"""Runs whose checkpoints and stages lie on a store: in memory, and on servers that speak S3.
 
-`make test-store` makes an environment with s3fs and moto's server and runs the slow ones.
+`make test-store` makes an environment with s3fs, moto's server and rclone's, and runs the slow ones. With
+`S3_SERVER=http://host:9000` and the AWS_* variables of a client they run on that server instead, in a bucket
+that they make and remove.
 """
 
 from __future__ import annotations
@@ -14,9 +16,10 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
@@ -28,10 +31,11 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from catmllm.config import ConfigError, load_config
 from catmllm.config.needs import check_needs
+from catmllm.models.state import load_model, save_model
 from catmllm.stages.joint import Joint
 from catmllm.train.loop import train
 from catmllm.train.stage import Context
-from catmllm.train.store import Folder, Mirror, StoreError
+from catmllm.train.store import Folder, Mirror, StoreError, fetched
 from catmllm.world import World
 from tests.contexts import MakeContext, small
 from tests.small_run import ROOT
@@ -162,6 +166,39 @@ def test_the_longer_history_wins(memory: MemoryFileSystem, alone: World, tmp_pat
     assert memory.cat("/runs/c/log.jsonl") == b"1\n2\n3\n"
 
 
+def test_a_model_on_a_store_is_copied_here(
+    memory: MemoryFileSystem, make_context: MakeContext, tmp_path: Path
+) -> None:
+    """A stage, and the last finished one of a run, whose weights are those that were saved."""
+    context = make_context(small())
+    model, run = context.model, tmp_path / "run"
+    for name, shift in (("encoder", 0.0), ("joint", 1.0)):
+        state = {k: v + shift if v.is_floating_point() else v for k, v in model.state_dict().items()}
+        save_model(run / name, model, state, context.config, context.collate)
+    (run / "instruct" / "checkpoints").mkdir(parents=True)
+    (run / "instruct" / "log.jsonl").write_text("{}\n")  # a stage that has not ended
+    (run / "joint" / "checkpoints").mkdir()
+    (run / "joint" / "checkpoints" / "step.json").write_text("{}")
+    memory.put(str(run), "/runs/e", recursive=True)
+
+    out = tmp_path / "out"
+    last = fetched("memory://runs/e", out, context.world)
+    assert last == out / "init" / "memory" / "runs" / "e" / "joint"
+    assert not (last / "checkpoints").exists() and (last / "llm" / "config.json").is_file()
+    for place, name in (
+        (last, "joint"),
+        (fetched("memory://runs/e/encoder/", out, context.world), "encoder"),
+    ):
+        theirs = load_file(run / name / "model.safetensors")
+        found = load_model(place)[0].state_dict()
+        assert all(torch.equal(found[k], v) for k, v in theirs.items())
+    mirror = Mirror("memory://runs/f", out, context.world)
+    mirror.begin()
+    assert not memory.exists("/runs/f")  # it is there already
+    with pytest.raises(FileNotFoundError, match="memory://runs/nowhere: no trained stage there"):
+        fetched("memory://runs/nowhere", out, context.world)
+
+
 class Refusing(MemoryFileSystem):
     """A store that one may read."""
 
@@ -188,55 +225,106 @@ def test_a_store_that_refuses_is_told_and_training_goes_on(
 
 
 @pytest.mark.parametrize(
-    ("address", "says"),
+    ("setting", "says"),
     [
-        ("runs/mine", "is no address of a store, such as s3://"),
-        ("sss://bucket/mine", "is no address of a store, such as s3://"),
-        ("s3://bucket/mine", "needs s3fs: pip install s3fs"),
+        ("store=runs/mine", "is no address of a store, such as s3://"),
+        ("store=sss://bucket/mine", "is no address of a store, such as s3://"),
+        ("store=s3://bucket/mine", "needs s3fs: pip install s3fs"),
+        ("init=sss://bucket/mine", "`init: sss://bucket/mine` is no address of a store, such as s3://"),
+        ("init=s3://bucket/mine", "`init: s3://bucket/mine` needs s3fs: pip install s3fs"),
     ],
 )
-def test_what_a_store_needs_is_one_line(address: str, says: str, monkeypatch) -> None:
+def test_what_a_store_needs_is_one_line(setting: str, says: str, monkeypatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda n, *a: None if n == "s3fs" else find(n, *a))
     with pytest.raises(ConfigError) as error:
-        check_needs(load_config(None, ["evaluate.judge=none", f"store={address}"]))
+        check_needs(load_config(None, ["evaluate.judge=none", setting]))
     assert says in str(error.value) and "\n" not in str(error.value)
 
 
 # S3 ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """The environment of a client of moto's server, which has a bucket `runs`."""
-    pytest.importorskip("s3fs", reason="make test-store has it")
+@dataclass
+class Server:
+    """One that speaks S3: the variables of its client, and a bucket of ours."""
+
+    client: dict[str, str]
+    bucket: str = f"catmllm-test-{os.getpid()}"
+
+    def files(self) -> Any:
+        import s3fs
+
+        return s3fs.S3FileSystem(
+            endpoint_url=self.client["AWS_ENDPOINT_URL"],
+            key=self.client["AWS_ACCESS_KEY_ID"],
+            secret=self.client["AWS_SECRET_ACCESS_KEY"],
+            skip_instance_cache=True,
+        )
+
+
+def moto(port: int, folder: Path) -> list[str]:
     if importlib.util.find_spec("moto") is None:
         pytest.skip("make test-store has moto's server")
+    return [sys.executable, "-m", "moto.server", "-p", str(port)]
+
+
+def rclone(port: int, folder: Path) -> list[str]:
+    """Unlike moto's it checks signatures, and keeps objects on a disk."""
+    program = Path(sys.executable).parent / "rclone"
+    if not program.exists():
+        pytest.skip("make test-store has rclone")
+    (folder / "objects").mkdir()
+    options = ["--addr", f"127.0.0.1:{port}", "--auth-key", f"{KEY},{SECRET}", "--config", os.devnull]
+    return [str(program), "serve", "s3", str(folder / "objects"), *options]
+
+
+KEY, SECRET = "catmllm", "of-this-test-alone"
+SERVERS = {"moto": moto, "rclone": rclone}
+
+
+@pytest.fixture(scope="module", params=["given"] if "S3_SERVER" in os.environ else [*SERVERS])
+def s3(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server with an empty bucket."""
+    pytest.importorskip("s3fs", reason="make test-store has it")
+    with contextlib.ExitStack() as stack:
+        if request.param == "given":
+            names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+            server = Server({"AWS_ENDPOINT_URL": os.environ["S3_SERVER"]} | {n: os.environ[n] for n in names})
+        else:
+            folder = tmp_path_factory.mktemp(request.param)
+            server = stack.enter_context(served(SERVERS[request.param], folder))
+        server.client.setdefault("AWS_DEFAULT_REGION", "us-east-1")
+        server.files().mkdir(server.bucket)
+        yield server
+        server.files().rm(server.bucket, recursive=True)
+
+
+@contextlib.contextmanager
+def served(command: Callable[[int, Path], list[str]], folder: Path) -> Iterator[Server]:
+    """A server of this machine, until the end of the block."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    log = (tmp_path_factory.mktemp("moto") / "log.txt").open("w")
-    server = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "-p", str(port)], stdout=log, stderr=subprocess.STDOUT
-    )
-    address = f"http://127.0.0.1:{port}"
+    words = command(port, folder)
+    with (folder / "log.txt").open("w") as log:
+        process = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT)
+    server = Server({
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ACCESS_KEY_ID": KEY,
+        "AWS_SECRET_ACCESS_KEY": SECRET,
+    })  # fmt: skip
     try:
         deadline = time.monotonic() + 120
         while True:
-            assert server.poll() is None and time.monotonic() < deadline
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"{address}/moto-api/"):
+            assert process.poll() is None and time.monotonic() < deadline, (folder / "log.txt").read_text()
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
                 break
             time.sleep(0.1)
-        urllib.request.urlopen(urllib.request.Request(f"{address}/runs", method="PUT"))
-        yield {
-            "AWS_ENDPOINT_URL": address,
-            "AWS_ACCESS_KEY_ID": "a",
-            "AWS_SECRET_ACCESS_KEY": "b",
-            "AWS_DEFAULT_REGION": "us-east-1",
-        }
+        yield server
     finally:
-        server.kill()
-        server.wait()
+        process.kill()
+        process.wait()
 
 
 def run(config: Path, out: Path, options: list[str], environment: dict[str, str]) -> subprocess.Popen:
@@ -255,18 +343,19 @@ def run(config: Path, out: Path, options: list[str], environment: dict[str, str]
 
 @pytest.mark.slow
 def test_a_machine_that_is_lost_goes_on_from_s3(
-    run_config: Path, tmp_path: Path, s3: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    run_config: Path, tmp_path: Path, s3: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two ranks are killed (-9) in the second stage and their disk with them: another machine ends the run
     as if nothing had happened, to the last bit of every weight."""
-    for name, value in s3.items():
+    for name, value in s3.client.items():
         monkeypatch.setenv(name, value)
+    address = f"s3://{s3.bucket}/mine"
     unbroken, first, second = tmp_path / "u" / "run", tmp_path / "a" / "run", tmp_path / "b" / "run"
-    process = run(run_config, unbroken, [], s3)
+    process = run(run_config, unbroken, [], s3.client)
     assert process.wait(timeout=400) == 0, unbroken.with_suffix(".log").read_text()[-4000:]
-    store = ["store=s3://runs/mine"]
-    process = run(run_config, first, store, s3)
-    checkpoints = Folder("s3://runs/mine/instruct/checkpoints")
+    store = [f"store={address}"]
+    process = run(run_config, first, store, s3.client)
+    checkpoints = Folder(f"{address}/instruct/checkpoints")
     deadline = time.monotonic() + 300
     while not any((checkpoints / name).read("step.json") for name in checkpoints.names()):
         assert process.poll() is None and time.monotonic() < deadline, first.with_suffix(".log").read_text()
@@ -276,7 +365,7 @@ def test_a_machine_that_is_lost_goes_on_from_s3(
     time.sleep(2.0)
     assert not (first / "instruct" / "model.safetensors").exists(), "killed too late to show anything"
     shutil.rmtree(first)
-    process = run(run_config, second, store, s3)
+    process = run(run_config, second, store, s3.client)
     assert process.wait(timeout=400) == 0, second.with_suffix(".log").read_text()[-4000:]
     for stage in ("joint", "instruct"):
         assert [r["loss"] for r in rows(second / stage)] == [r["loss"] for r in rows(unbroken / stage)]
@@ -284,38 +373,51 @@ def test_a_machine_that_is_lost_goes_on_from_s3(
         assert all(torch.equal(mine[k], v) for k, v in theirs.items())
     said = second.with_suffix(".log").read_text()
     assert "joint: LLM" not in said and "instruct: LLM" in said  # the first stage is taken as it is
-    copied = Folder("s3://runs/mine")
+    copied = Folder(address)
     assert (copied / "instruct").read("model.safetensors") == (
         second / "instruct" / "model.safetensors"
     ).read_bytes()
     assert copied.read("metrics.json") == (second / "metrics.json").read_bytes()
+    # What another run begins with may lie there too.
+    begun = {}
+    for init in (str(second), address):
+        out = tmp_path / f"begins{len(begun)}" / "run"
+        process = run(run_config, out, [f"init={init}", "stages=[instruct]", "instruct.steps=2"], s3.client)
+        assert process.wait(timeout=400) == 0, out.with_suffix(".log").read_text()[-4000:]
+        begun[init] = [r["loss"] for r in rows(out / "instruct")]
+    assert begun[address] == begun[str(second)] and len(begun[address]) == 2
+    taken = tmp_path / "begins1" / "run" / "init" / "s3" / s3.bucket / "mine" / "instruct"
+    assert {p.name for p in taken.iterdir()} == {
+        p.name for p in (second / "instruct").iterdir() if p.name != "checkpoints"
+    }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("wrong", "address", "says"),
     [
-        ({}, "s3://absent/mine", "bucket does not exist"),
+        ({}, "s3://catmllm-test-absent/mine", "bucket does not exist"),
         (
             {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"},
-            "s3://runs/mine",
+            "s3://{bucket}/mine",
             "Could not connect|Connect call failed",
         ),
-        ({"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None}, "s3://runs/mine", "credentials"),
+        ({"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None}, "s3://{bucket}/mine", "credentials"),
     ],
 )
 def test_an_s3_that_cannot_be_used_is_one_line(
     wrong: dict[str, str | None],
     address: str,
     says: str,
-    s3: dict[str, str],
+    s3: Server,
     alone: World,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     import s3fs
 
-    for name, value in (s3 | wrong).items():
+    address = address.format(bucket=s3.bucket)
+    for name, value in (s3.client | wrong).items():
         monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
     s3fs.S3FileSystem.clear_instance_cache()
     (tmp_path / "metrics.json").write_text("{}")
