@@ -23,8 +23,8 @@ def git(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 def missing_commits(named: dict[str, str]) -> dict[str, str]:
-    """What names a commit that the history does not have. (A copy of the repository on the same disk may still
-    hold a commit that was rebased away, so that being there is not enough.)"""
+    """What names a commit that the history does not have. (A copy of the repository on the same disk may
+    still hold a commit that was rebased away, so that being there is not enough.)"""
     return {name: c for name, c in named.items() if git("merge-base", "--is-ancestor", c, "HEAD").returncode}
 
 
