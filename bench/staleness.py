@@ -1,18 +1,17 @@
 """GRPO one step off its policy compared with GRPO on it: the reward of each of 50 steps, over seeds.
 
-    python bench/staleness.py [--steps 50] [--seeds 4]
+    python bench/staleness.py [--steps 50] [--seeds 3] [--half]
 
 The model of the package, free of the grammar (under it every answer has the whole reward before training
 begins), learns to write the CIFs of four systems: with all of them the reward moves less in so few steps
 than it differs from prompt to prompt. A service samples in both cases, so that only `grpo.staleness` differs:
-with 1 the answers of a step are those of the weights one step before. A lag asks for smaller steps, so there
-are two learning rates, the stage's own and half of it. `each` in the record has the reward of every step of
-every run; a case is compared by the mean over its last ten steps, one value a seed.
+with 1 the answers of a step are those of the weights one step before. `each` in the record has the reward of
+every step of every run; a case is compared by the mean over its last ten steps, one value a seed. A lag asks
+for smaller steps: `--half` halves the stage's learning rate, in a record of its own.
 """
 
 from __future__ import annotations
 
-import itertools
 import os
 import socket
 import statistics
@@ -42,28 +41,29 @@ from catmllm.world import World, start
 
 LAST = 10  # steps whose mean reward stands for a run
 SYSTEMS, PROMPTS, ANSWERS, TOKENS = 4, 4, 10, 320
-RATES = (1.5e-4, 7.5e-5)
-Curves = dict[str, dict[str, list[list[float]]]]  # by learning rate and staleness, one a seed
 
 
 def main() -> None:
     parser = record.arguments(__doc__)
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--half", action="store_true", help="with half the learning rate")
     args = parser.parse_args()
     steps, seeds = (4, 2) if args.quick else (args.steps, args.seeds)
     torch.set_num_threads(1)
     systems = evenly_spaced(open_data()["train"], SYSTEMS)
-    each: Curves = {}
+    each: dict[str, list[list[float]]] = {"1": [], "0": []}
     with tempfile.TemporaryDirectory() as folder, Service() as address:
         config = load_model(SHIPPED)[2]
+        lr = config.grpo.lr / (1 + args.half)
         world = start(config)
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-            for k, (seed, lr, staleness) in enumerate(itertools.product(range(seeds), RATES, (1, 0))):
-                found = rewards(address, staleness, lr, seed, steps, systems, world, Path(folder) / str(k))
-                each.setdefault(f"{lr:g}", {}).setdefault(f"staleness {staleness}", []).append(found)
+            for seed in range(seeds):
+                for staleness, curves in each.items():
+                    place = Path(folder) / f"{seed}-{staleness}"
+                    curves.append(rewards(address, int(staleness), lr, seed, steps, systems, world, place))
         torch.distributed.destroy_process_group()
-    record.finish(args, [claim(each, steps)])
+    record.finish(args, [claim(f"rl_staleness{'_half' * args.half}", each, steps, lr)])
 
 
 class Service:
@@ -116,30 +116,33 @@ def rewards(
     return [row["reward"] for row in read_log(folder / "log.jsonl")]
 
 
-def claim(each: Curves, steps: int) -> dict[str, Any]:
-    """The record of all curves: of the first and the last steps by learning rate, with the spread."""
-    cases = {
-        f"{lr}, {name}": {
-            who: [statistics.mean(c[part]) for c in each[lr][who]] for who in ("staleness 1", "staleness 0")
-        }
-        for lr in each
-        for name, part in (("first steps", slice(None, LAST)), ("last steps", slice(-LAST, None)))
-    }
+def claim(name: str, each: dict[str, list[list[float]]], steps: int, lr: float) -> dict[str, Any]:
+    """The record of all curves: of the last steps by case, with the spread over seeds."""
+    names = {"1": "staleness 1", "0": "staleness 0"}
+    first, last = (
+        {names[k]: [statistics.mean(c[part]) for c in curves] for k, curves in each.items()}
+        for part in (slice(None, LAST), slice(-LAST, None))
+    )
+    cases = {"first steps": first, "last steps": last}
     conditions = {
         "steps": steps,
-        "seeds": len(each[f"{RATES[0]:g}"]["staleness 0"]),
+        "seeds": len(each["0"]),
+        "learning rate": lr,
         "systems": SYSTEMS,
         "prompts": PROMPTS,
         "answers per prompt": ANSWERS,
         "mean over": f"{LAST} steps",
     }
     says = "mean reward of GRPO whose answers are sampled one step ahead, and by the weights of the step"
-    found = record.claim("rl_staleness", says, "reward", cases, conditions, less_is_better=False)
+    found = record.claim(name, says, "reward", cases, conditions, less_is_better=False)
     for case, of in cases.items():
         found["value"][case] = statistics.mean(of["staleness 1"])
         found["peer"][case] = {"staleness 0": statistics.mean(of["staleness 0"])}
-    deviation = {case: {who: statistics.stdev(v) for who, v in of.items()} for case, of in cases.items()}
-    return found | {"deviation": deviation, "each": each}
+    deviation = {
+        case: {who: statistics.stdev(v) if len(v) > 1 else None for who, v in of.items()}
+        for case, of in cases.items()
+    }
+    return found | {"deviation": deviation, "each": {names[k]: v for k, v in each.items()}}
 
 
 if __name__ == "__main__":
