@@ -611,7 +611,9 @@ def tiny_free() -> str:
     design = _run()["free_design"]
     rows = []
     for method, name in METHOD_NAMES.items():
-        rates = design["curves"][method]["judge"]
+        rates = design["curves"].get(method, {}).get("judge")
+        if rates is None:
+            continue
         cells = [
             f"{100 * share:.0f} % ({100 * low:.0f} to {100 * high:.0f})"
             for share, (low, high) in zip(rates["success"], rates["interval"])

@@ -68,6 +68,7 @@ def candidates_options(parser: argparse.ArgumentParser) -> None:
 
 def candidates(args: argparse.Namespace) -> int:
     from catmllm.data.open import open_data
+    from catmllm.design.analogues import analogues
     from catmllm.design.free import search_free
     from catmllm.design.predict import predictor_of
     from catmllm.design.search import ClosedLoop
@@ -82,7 +83,7 @@ def candidates(args: argparse.Namespace) -> int:
     from catmllm.evaluate.controls import budgets
     from catmllm.evaluate.design import search, search_seed
     from catmllm.evaluate.free import free_seed
-    from catmllm.evaluate.generators import evolve, transmuted
+    from catmllm.evaluate.generators import evolve
     from catmllm.structure.cif import write_cif
 
     asked = read_tasks(args.tasks)
@@ -94,14 +95,17 @@ def candidates(args: argparse.Namespace) -> int:
     if args.row == "search":
         fixed, free = ([t for t in asked if t.kind == kind] for kind in KINDS)
         states: list[TaskState] = []
+        known = open_data(config.data)["train"] if config.ga_grpo.analogues else ()
         if fixed:
             tasks, seed = [t.task for t in fixed], search_seed(args.seed)
-            states += search(model, collate, config, tasks, seed, progress=True, predictor=predictor)
+            states += search(
+                model, collate, config, tasks, seed, progress=True, predictor=predictor, known=known
+            )
         if free:
             tasks, slabs = [t.task for t in free], [allowed_slabs(t) for t in free]
             seed = free_seed(args.seed)
             states += search_free(
-                model, collate, config, tasks, slabs, seed, progress=True, predictor=predictor
+                model, collate, config, tasks, slabs, seed, progress=True, predictor=predictor, known=known
             )
         texts = {t.name: [c.text for c in state.tried] for t, state in zip([*fixed, *free], states)}
     elif args.row == "evolution":
@@ -112,7 +116,8 @@ def candidates(args: argparse.Namespace) -> int:
             made = {t.name: ideal_of(t, n, args.seed, k) for k, t in enumerate(asked)}
         elif args.row == "transmute":
             train = open_data(config.data)["train"]
-            made = {t.name: transmuted(t, train, n) for t in asked}
+            slabs, energies = [allowed_slabs(t) for t in asked], [t.task.energy for t in asked]
+            made = dict(zip([t.name for t in asked], analogues(slabs, energies, train, n)))
         else:
             train = open_data(config.data)["train"]
             made = {t.name: known_of(t, train, n, args.seed, k) for k, t in enumerate(asked)}
@@ -137,6 +142,11 @@ def generator_options(parser: argparse.ArgumentParser) -> None:
         default="none",
         help="also relax each answer with DIEP, which made the shipped labels, or with SevenNet-0",
     )
+    parser.add_argument(
+        "--relaxed",
+        action="store_true",
+        help="the CIFs are of relaxed structures, which the predictor is told",
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="all numbers, task by task, as JSON")
     model_option(parser)
 
@@ -156,7 +166,7 @@ def generator(args: argparse.Namespace) -> int:
     for name, (texts, more) in read.items():
         if more:
             print(f"{name}: {more} CIFs beyond the first {limits[-1]} of a task do not count")
-        rows[name] = score(loop, asked, texts, limits, args.judge, progress=True)
+        rows[name] = score(loop, asked, texts, limits, args.judge, True, args.relaxed)
     if args.out:
         args.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     print(table(rows))

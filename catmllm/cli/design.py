@@ -13,6 +13,7 @@ from catmllm.cli.own import reading_options, wanted
 from catmllm.cli.trained import load, model_option
 
 if TYPE_CHECKING:
+    from catmllm.config import Config
     from catmllm.design.domain import Domain
     from catmllm.design.search import Task
     from catmllm.structure.system import System
@@ -101,7 +102,10 @@ def run(args: argparse.Namespace) -> int:
     if given is not None and not args.metals and not any(begun):
         raise ValueError(f"--from {args.given}: its atoms are {given.identity}, not those of {args.identity}")
     predictor = predictor_of(config, model.energy_mean.device) or (model, collate)
-    states = search(model, collate, config, tasks, seed, progress=True, given=begun, predictor=predictor)
+    known = _training(config, args.model)
+    states = search(
+        model, collate, config, tasks, seed, progress=True, given=begun, predictor=predictor, known=known
+    )
     predictions = budgets(config)[-1]
     controls = ideal_controls(predictor, config.ga_grpo, tasks, predictions, args.seed)
     records = save_designs(states, controls, args.out)
@@ -121,10 +125,26 @@ def run(args: argparse.Namespace) -> int:
     return 0 if all(r["pool"] for r in records) else 1
 
 
+def _training(config: Config, model: Path) -> Sequence[System]:
+    """The systems that the model was trained on, where the search makes analogues of them and they are
+    here."""
+    from catmllm.data.open import open_data
+
+    if not config.ga_grpo.analogues:
+        return ()
+    try:
+        return open_data(config.data)["train"]
+    except FileNotFoundError:
+        print(
+            f"{model}: its training data ({config.data.path}) is not here: no slabs of it to begin with",
+            file=sys.stderr,
+        )
+        return ()
+
+
 def _print(record: dict[str, Any]) -> None:
     """The designs of one task."""
-    from catmllm.design.search import GIVEN
-    from catmllm.report.design import CONSTRAINTS, adsorbate, predicted
+    from catmllm.report.design import CONSTRAINTS, adsorbate, origin, predicted
 
     print(f"{record['identity']} at {record['energy']:.2f} eV")
     if not record["pool"]:
@@ -132,12 +152,12 @@ def _print(record: dict[str, Any]) -> None:
     elif not record["feasible"]:
         print(f"  no candidate met the hard constraints ({CONSTRAINTS}): the best others")
     for row in record["pool"]:
-        begun_with = "  (the given structure)" if row["iteration"] == GIVEN else ""
+        sampled = row["iteration"] >= 0
         judged = row.get("judged", "")
         judged = f"  {record['judge']} {judged:.3f} eV" if isinstance(judged, float) else f"  {judged}"
         print(
             f"  {row['file']}: predicted {predicted(row)}, PVCP {row['pvcp']:.2f}, "
-            f"{adsorbate(row)}{judged}{begun_with}"
+            f"{adsorbate(row)}{judged}{'' if sampled else f'  ({origin(row)})'}"
         )
 
 

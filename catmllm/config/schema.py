@@ -633,6 +633,12 @@ class GAGRPOConfig(OptimConfig):
         gt=0,
     )
     initial: int = key(16, "first candidates of a task, from text only (the paper's N0)", gt=0)
+    analogues: int = key(
+        0,
+        "how many of the first candidates are training slabs near the wanted energy with their elements "
+        "exchanged, where designs are searched for; 0, as the paper: none",
+        ge=0,
+    )
     pool: int = key(6, "exemplars kept per task (the paper's K)", gt=0)
     iterations: int = key(10, "refinements of a task (the paper's T)", gt=0)
     group_size: int = key(8, "candidates per refinement (the paper's G)", gt=0)
@@ -671,6 +677,14 @@ class GAGRPOConfig(OptimConfig):
     @model_validator(mode="after")
     def _vllm_knows_no_text(self) -> GAGRPOConfig:
         _stops_by_tokens(self)
+        return self
+
+    @model_validator(mode="after")
+    def _some_are_sampled(self) -> GAGRPOConfig:
+        if self.analogues >= self.initial:
+            raise ValueError(
+                f"`.analogues: {self.analogues}` leaves none of `.initial: {self.initial}` to sample"
+            )
         return self
 
 

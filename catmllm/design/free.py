@@ -49,10 +49,12 @@ def search_free(
     seed: Sequence[int],
     progress: bool = False,
     predictor: Predictor | None = None,
+    known: Sequence[System] = (),
 ) -> list[TaskState]:
     """The closed loop over all slabs of a task, by identity lines, with as many predictions as over one. The
-    first N0 answers are of one slab each, the nearest first; of a refinement half are of further slabs, and
-    half show an exemplar of the pool and stay with its slab. Raises ValueError for a task without slabs."""
+    first N0 candidates are analogues among `known` systems, then answers of one slab each, the nearest first;
+    of a refinement half are of further slabs, and half show an exemplar of the pool and stay with its slab.
+    Raises ValueError for a task without slabs."""
     from tqdm import tqdm
 
     o, predictor = config.ga_grpo, predictor or (model, collate)
@@ -61,13 +63,14 @@ def search_free(
     loop = ClosedLoop(model, collate, o, predictor)
     queues = [cycle(lines) for lines in order]
     states = [TaskState(task, ExemplarPool(o.pool)) for task in tasks]
+    begun = loop.analogues(tasks, slabs, known)
     for iteration in tqdm(range(o.iterations + 1), desc="free     ", disable=not progress, unit="iteration"):
         n = o.group_size if iteration else o.initial
         asked: list[tuple[int, Task]] = []
         samples: list[Sample] = []
         for k, state in enumerate(states):
             shown = _exemplars(loop, state, n // 2, (*seed, iteration, k)) if iteration else []
-            lines = list(islice(queues[k], n - len(shown)))
+            lines = list(islice(queues[k], n - len(shown) - (0 if iteration else len(begun[k]))))
             for line, system in [*((line, None) for line in lines), *((s.identity, s) for s in shown)]:
                 asked.append((k, make_task(line, state.task.energy)))
                 samples.append(Sample(design_prompt(line, state.task.energy, system is not None), "", system))
@@ -79,7 +82,7 @@ def search_free(
             patterns=loop.patterns(named),
             limits=loop.limits(named),
         )
-        loop.absorb(states, rollouts, asked)
+        loop.absorb(states, rollouts, asked, None if iteration else begun)
     return states
 
 

@@ -13,7 +13,7 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import combinations
+from itertools import combinations, islice
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ import numpy as np
 from catmllm.config import GAGRPOConfig
 from catmllm.data.batches import Collator
 from catmllm.data.prompts import Sample, design_prompt
+from catmllm.design.analogues import analogues
 from catmllm.design.constraints import adsorbate_faults, hard_constraints, read_systems
 from catmllm.design.exemplar_pool import Candidate, ExemplarPool
 from catmllm.design.predict import Predictor, energies_and_errors, question
@@ -38,7 +39,8 @@ from catmllm.structure.system import System
 from catmllm.structure.text import configuration, three_part_text
 from rewards_fast import CIFError, Crystal, Scores, extract_cif
 
-GIVEN = -1  # the iteration of a structure that was given, not found
+# The iterations of structures that were not sampled: given, and training slabs with other elements.
+GIVEN, ANALOGUE = -1, -2
 
 
 @dataclass(frozen=True)
@@ -130,13 +132,14 @@ class ClosedLoop:
         self._known: dict[str, tuple[float, float, Fault | None, str]] = {}
 
     def judge(
-        self, task: Sequence[Task], texts: Sequence[str], iteration: int
+        self, task: Sequence[Task], texts: Sequence[str], iteration: int, relaxed: bool = False
     ) -> tuple[list[Candidate], Scores]:
-        """Candidates from texts, text i for task[i]."""
+        """Candidates from texts, text i for task[i]. relaxed: whether their atoms stand as relaxed ones do,
+        which the predictor is told."""
         began = time.perf_counter()
         scores = self.pvcp.score(texts, [t.target for t in task])
         scored = time.perf_counter()
-        predicted, errors, faults, sites, keys = self._predict(task, scores)
+        predicted, errors, faults, sites, keys = self._predict(task, scores, relaxed)
         self.seconds["reward"] += scored - began
         self.seconds["predict"] += time.perf_counter() - scored
         target = np.array([t.energy for t in task])
@@ -157,18 +160,22 @@ class ClosedLoop:
         engine: Sampler,
         seed: Sequence[int],
         given: Sequence[System | None] | None = None,
+        known: Sequence[System] = (),
     ) -> list[TaskState]:
-        """N0 candidates a task, and the pools made of them. They are conditioned on the text alone, or where
-        a structure is given on its graph too; that one is the first exemplar, of iteration `GIVEN`."""
+        """N0 candidates a task, and the pools made of them. The first are analogues among `known` systems,
+        the others are sampled: conditioned on the text alone, or where a structure is given on its graph too;
+        that one is the first exemplar, of iteration `GIVEN`."""
         shown = given or [None] * len(tasks)
+        begun = self.analogues(tasks, [[t.identity] for t in tasks], known)
         samples = [
             Sample(design_prompt(t.identity, t.energy, s is not None), "", s) for t, s in zip(tasks, shown)
         ]
+        n = self.config.initial - min(map(len, begun), default=0)
         rollouts = engine.generate(
             samples,
             self.config.sampling,
             [*seed, 0],
-            self.config.initial,
+            n,
             patterns=self.patterns(tasks),
             limits=self.limits(tasks),
         )
@@ -176,10 +183,27 @@ class ClosedLoop:
         for state, system in zip(states, shown):
             if system is not None:
                 text = write_cif(system, self.collate.data.decimals)
-                known, _ = self.judge([state.task], [text], GIVEN)
-                state.pool.add([c for c in known if not np.isnan(c.predicted)])
-        self.absorb(states, rollouts)
+                read, _ = self.judge([state.task], [text], GIVEN)
+                state.pool.add([c for c in read if not np.isnan(c.predicted)])
+        places = [self.config.initial - len(some) for some in begun]  # fewer analogues, more samples
+        rollouts = [r for i, r in enumerate(rollouts) if i % n < places[r.prompt]]
+        self.absorb(states, rollouts, begun=begun)
         return states
+
+    def analogues(
+        self, tasks: Sequence[Task], slabs: Sequence[Sequence[str]], known: Sequence[System]
+    ) -> list[list[Candidate]]:
+        """Of each task the first candidates, of iteration `ANALOGUE`: the nearest `known` systems as one of
+        its slabs (identity lines)."""
+        found = analogues(slabs, [t.energy for t in tasks], known, self.config.analogues)
+        asked = [
+            replace(make_task(s.identity, t.energy), sites=t.sites)
+            for t, some in zip(tasks, found)
+            for s in some
+        ]
+        texts = [write_cif(s, self.collate.data.decimals) for some in found for s in some]
+        judged = iter(self.judge(asked, texts, ANALOGUE, relaxed=True)[0])
+        return [list(islice(judged, len(some))) for some in found]
 
     def refine(
         self,
@@ -231,15 +255,17 @@ class ClosedLoop:
         states: Sequence[TaskState],
         rollouts: Sequence[Rollout],
         asked: Sequence[tuple[int, Task]] | None = None,
+        begun: Sequence[Sequence[Candidate]] | None = None,
     ) -> tuple[list[Candidate], dict[str, float]]:
-        """Judge rollouts, put them into the pools, extend the traces. Their `prompt` indexes `states`, or
-        `asked`: the place of a state, and what was asked for its sake."""
+        """Judge rollouts, put them into the pools behind the candidates that each has `begun` with, extend
+        the traces. Their `prompt` indexes `states`, or `asked`: the place of a state, and what was asked for
+        its sake."""
         asked = asked or [(k, state.task) for k, state in enumerate(states)]
         places = [asked[r.prompt][0] for r in rollouts]
         tasks = [asked[r.prompt][1] for r in rollouts]
         judged, scores = self.judge(tasks, [r.text for r in rollouts], 0)
         candidates = [replace(c, iteration=len(states[k].trace)) for k, c in zip(places, judged)]
-        found: list[list[Candidate]] = [[] for _ in states]
+        found = [list(some) for some in begun or [()] * len(states)]
         for k, c in zip(places, candidates):
             found[k].append(c)
         for state, mine in zip(states, found):
@@ -269,14 +295,16 @@ class ClosedLoop:
         }
 
     def _predict(
-        self, task: Sequence[Task], scores: Scores
+        self, task: Sequence[Task], scores: Scores, relaxed: bool
     ) -> tuple[np.ndarray, np.ndarray, list[Fault | None], list[str], list[str]]:
         """Energies (NaN where no adsorption system can be read), their expected errors, what is wrong with
         the adsorbates, their sites, and structure keys of scored texts."""
         identities = [parse_identity(t.identity) for t in task]
         systems = read_systems(scores, [(i.adsorbate, i.miller) for i in identities])
-        systems = [None if s is None else replace(s, relaxed=False) for s in systems]
-        keys = ["" if s is None else f"{t.identity}|{structure_key(s)}" for t, s in zip(task, systems)]
+        systems = [None if s is None else replace(s, relaxed=relaxed) for s in systems]
+        keys = [
+            "" if s is None else f"{t.identity}|{relaxed:d}|{structure_key(s)}" for t, s in zip(task, systems)
+        ]
         new: dict[str, System] = {}
         for key, system in zip(keys, systems):
             if system is None or key in self._known or key in new:

@@ -198,7 +198,10 @@ def ideal_of(task: BenchmarkTask, n: int, seed: int, place: int) -> list[System]
 
 
 def allowed_slabs(task: BenchmarkTask) -> list[str]:
-    """Identity lines of slabs of one metal, and of two at 3:1 and 1:1, that a free task allows."""
+    """Identity lines that answers may have: a fixed task's own; slabs of one metal, and of two at 3:1 and
+    1:1, that a free one allows."""
+    if not task.metals:
+        return [task.task.identity]
     freed = [one.identity for one in free_composition(task.task, task.metals)]
     return [identity for identity in freed if _bulk(parse_identity(identity).slab) not in task.known]
 
@@ -217,9 +220,11 @@ def score(
     limits: Sequence[int],
     judge: str = "none",
     progress: bool = False,
+    relaxed: bool = False,
 ) -> dict[str, Any]:
     """Of each kind of task: the shares of texts that fail by how, success over the numbers of predictions, by
-    the loop's predictor and by a judge, and `items`, the tasks one by one. A task without texts is a miss."""
+    the loop's predictor and by a judge, and `items`, the tasks one by one. A task without texts is a miss.
+    relaxed: whether the predictor is told that the structures are relaxed."""
     from tqdm import tqdm
 
     items: list[dict[str, Any]] = []
@@ -229,7 +234,7 @@ def score(
         mine = texts.get(t.name, [])
         state = TaskState(t.task, ExemplarPool(1))
         if mine:
-            state.tried, scores = loop.judge([t.asked(text) for text in mine], mine, 0)
+            state.tried, scores = loop.judge([t.asked(text) for text in mine], mine, 0, relaxed)
             failed[t.kind].append(generation_failures(scores, [c.fault for c in state.tried]))
         answers, chosen = answers_of(state, limits)
         systems += chosen

@@ -1,4 +1,5 @@
-"""What a search for designs must beat: ideal slabs of the asked composition, under the same constraints.
+"""What a search for designs must beat: ideal slabs of the asked composition, under the same constraints, and
+training slabs with their elements exchanged.
 
 One of them at random needs no model at all. The best of many by the search's own predictor, with as many
 predictions as the search has, shows what the search adds; the best by kernel ridge regression, what the
@@ -14,6 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from catmllm.config import Config, GAGRPOConfig
+from catmllm.design.analogues import analogues
 from catmllm.design.enumeration import enumerable, ideal_system
 from catmllm.design.predict import Predictor, energies_and_errors, question
 from catmllm.design.reward import distances
@@ -47,6 +49,14 @@ def ideal_candidates(task: Task, n: int, seed: int, place: int) -> list[System]:
             if len(found) == n:
                 return found
     return []
+
+
+def sound_analogues(
+    slabs: Sequence[Sequence[str]], tasks: Sequence[Task], known: Sequence[System], n: int
+) -> list[list[System]]:
+    """`analogues` of each task's slabs (identity lines), at most n, that have a real adsorbate."""
+    found = analogues(slabs, [t.energy for t in tasks], known, n)
+    return [[s for s in some if adsorbate_fault(s) is None] for some in found]
 
 
 def ideal_controls(

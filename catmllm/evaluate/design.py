@@ -23,7 +23,7 @@ from catmllm.design.reward import distances
 from catmllm.design.search import ClosedLoop, Task, TaskState, structure_key, summary
 from catmllm.evaluate import metrics
 from catmllm.evaluate.baselines import FRAMES, KernelRidge, some
-from catmllm.evaluate.controls import budgets, closest, ideal_candidates
+from catmllm.evaluate.controls import budgets, closest, ideal_candidates, sound_analogues
 from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.sample.engine import RolloutEngine
 from catmllm.seeds import Key, Stream, generator
@@ -61,15 +61,17 @@ def search(
     progress: bool = False,
     given: Sequence[System | None] | None = None,
     predictor: Predictor | None = None,
+    known: Sequence[System] = (),
 ) -> list[TaskState]:
     """The closed loop with fixed weights: N0 candidates, then `iterations` refinements, of all tasks
     together. given: of each task the structure that it begins with, or None; predictor: what says the
-    energies, where it is not the model."""
+    energies, where it is not the model; known: systems with energies, of which `ga_grpo.analogues` are
+    made."""
     from tqdm import tqdm
 
     loop = ClosedLoop(model, collate, config.ga_grpo, predictor)
     engine = RolloutEngine(model, collate, DTYPES[config.precision])
-    states = loop.start(tasks, engine, seed, given)
+    states = loop.start(tasks, engine, seed, given, known)
     iterations = range(1, config.ga_grpo.iterations + 1)
     bar = tqdm(iterations, desc="design   ", disable=not progress, unit="iteration")
     bar.set_postfix_str(_so_far(states))
@@ -86,8 +88,9 @@ def _so_far(states: Sequence[TaskState]) -> str:
     return f"best {np.mean(misses):.3f} eV from the wanted energy" if misses else "nothing that parses yet"
 
 
-# The closed loop, and ideal slabs screened by whom; `ordered` where the metals are free.
-METHODS = ("search", "enumeration", "kernel_ridge", "ordered")
+# The closed loop; ideal slabs screened by whom, `ordered` where the metals are free; and training slabs with
+# their elements exchanged, screened by the same predictor.
+METHODS = ("search", "enumeration", "kernel_ridge", "ordered", "analogues")
 JUDGES = ("own", "judge")  # the predictor, and the potential of `evaluate.judge`
 
 
@@ -112,15 +115,20 @@ def evaluate_design(
     mine = [tasks[k] for k in places]
     predictor = predictor_of(config, world.device) or (model, collate)
     seed = search_seed(config.seed, world.rank)
-    states = search(model, collate, config, mine, seed, progress=world.main, predictor=predictor)
+    states = search(
+        model, collate, config, mine, seed, progress=world.main, predictor=predictor, known=data["train"]
+    )
     limits = budgets(config)
     ideal = [ideal_candidates(t, limits[-1], config.seed, k) for k, t in zip(places, mine)]
     screened = screen(predictor, config, ideal, mine, data)
+    known = sound_analogues([[t.identity] for t in mine], mine, data["train"], limits[-1])
     items, systems = [], []
-    for state, slabs in zip(states, screened):
+    for state, slabs, others in zip(
+        states, screened, screen(predictor, config, known, mine, None, "analogues")
+    ):
         item, chosen = answers_to(state, slabs, limits)
         items.append(item)
-        systems += chosen
+        systems += chosen + add_screened(item, others, limits)
     if e.judge != "none":
         judge_answers(e.judge, items, systems, progress=world.main)
     items = [item for part in world.gather(items) for item in part]
@@ -128,8 +136,8 @@ def evaluate_design(
 
 
 class Screened(NamedTuple):
-    """Ideal slabs of a task: their energies by the model's predictor (eV), and by method how far each is
-    from the wanted energy."""
+    """Structures for a task that no model made: their energies by the model's predictor (eV), and by method
+    how far each is from the wanted energy."""
 
     slabs: Sequence[System]
     energies: np.ndarray
@@ -144,7 +152,7 @@ def screen(
     data: Mapping[str, Sequence[System]] | None,
     method: str = "enumeration",
 ) -> list[Screened]:
-    """Every task's ideal slabs by the predictor, as the closed loop counts distances; and where there is
+    """Every task's structures by the predictor, as the closed loop counts distances; and where there is
     `data` by kernel ridge, which is fitted to its `train` and `val`."""
     flat = [s for slabs in ideal for s in slabs]
     target = np.repeat([t.energy for t in tasks], [len(slabs) for slabs in ideal])

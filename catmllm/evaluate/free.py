@@ -2,7 +2,8 @@
 and facet that training or validation has may answer.
 
 Beside the closed loop stand ideal slabs: of random allowed compositions, screened by the same predictor or
-by kernel ridge regression, and of the loop's own order of slabs, which shows what its CIFs add.
+by kernel ridge regression, and of the loop's own order of slabs, which shows what its CIFs add; and training
+slabs with their elements exchanged.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from catmllm.design.enumeration import enumerable, ideal_system
 from catmllm.design.free import nearest_slabs, search_free
 from catmllm.design.predict import predictor_of
 from catmllm.evaluate.benchmark import allowed_slabs, benchmark_tasks, ideal_of
-from catmllm.evaluate.controls import budgets
+from catmllm.evaluate.controls import budgets, sound_analogues
 from catmllm.evaluate.design import add_screened, answers_to, design_metrics, judge_answers, screen
 from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.seeds import Key, Stream, hash_seed
@@ -47,19 +48,21 @@ def evaluate_free(
     asked, limits = [t.task for t in mine], budgets(config)
     predictor = predictor_of(config, world.device) or (model, collate)
     slabs, seed = [allowed_slabs(t) for t in mine], free_seed(config.seed, world.rank)
-    states = search_free(model, collate, config, asked, slabs, seed, world.main, predictor)
+    states = search_free(model, collate, config, asked, slabs, seed, world.main, predictor, data["train"])
     order, n = nearest_slabs(predictor, asked, slabs), limits[-1]
     ideal = [ideal_of(t, n, config.seed, k) for k, t in zip(places, mine)]
     ordered = [ideal_ordered(lines, n, config.seed, k) for k, lines in zip(places, order)]
+    known = sound_analogues(slabs, asked, data["train"], n)
     items: list[dict[str, Any]] = []
     systems: list[System | None] = []
-    for state, at_random, in_order in zip(
+    for state, at_random, in_order, others in zip(
         states,
         screen(predictor, config, ideal, asked, data),
         screen(predictor, config, ordered, asked, None, "ordered"),
+        screen(predictor, config, known, asked, None, "analogues"),
     ):
         item, chosen = answers_to(state, at_random, limits)
-        systems += chosen + add_screened(item, in_order, limits)
+        systems += chosen + add_screened(item, in_order, limits) + add_screened(item, others, limits)
         items.append(item)
     if e.judge != "none":
         judge_answers(e.judge, items, systems, progress=world.main)

@@ -1,22 +1,19 @@
-"""Two generators without a language model that answer the design tasks: what the search must beat.
+"""A generator without a language model that answers the design tasks: what the search must beat.
 
 `evolve` is a population search of the kind of MAGECS: a slab's elements change places, an adsorbate changes
 its site, parents exchange one for the other, and a surrogate ranks. The surrogate is the closed loop's own
-predictor, with as many predictions. `transmuted` needs no search: the training slabs of the adsorbate and the
-facet that are nearest to what is asked for, their elements exchanged and their cells scaled.
+predictor, with as many predictions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import permutations
 from random import Random
 
 import numpy as np
 
 from catmllm.config import GAGRPOConfig
-from catmllm.data.fcc_slabs import FCC_CONSTANT
 from catmllm.design.enumeration import enumerable, ideal_system
 from catmllm.design.exemplar_pool import Candidate
 from catmllm.design.search import ClosedLoop
@@ -24,8 +21,7 @@ from catmllm.evaluate.benchmark import BenchmarkTask, allowed_slabs
 from catmllm.seeds import Stream, hash_seed
 from catmllm.structure.adsorbed import adsorbate_fault
 from catmllm.structure.cif import write_cif
-from catmllm.structure.elements import NUMBER
-from catmllm.structure.formula import format_identity, parse_identity
+from catmllm.structure.formula import parse_identity
 from catmllm.structure.system import ADSORBATE, System, make_system
 
 _TRIES = 20  # for a child with a real adsorbate
@@ -75,8 +71,7 @@ def evolve(
 
 def _open(task: BenchmarkTask) -> list[str]:
     """The identity lines that answers may have and of which ideal slabs can be made."""
-    identities = allowed_slabs(task) if task.metals else [task.task.identity]
-    return [identity for identity in identities if enumerable(identity) is None]
+    return [identity for identity in allowed_slabs(task) if enumerable(identity) is None]
 
 
 def _generation(
@@ -153,64 +148,3 @@ def _anchored(frac: np.ndarray, height: float, lattice: np.ndarray) -> np.ndarra
     """Å of a place by its first two fractional coordinates and its height; c stands upright."""
     flat = frac[0] * lattice[0] + frac[1] * lattice[1]
     return np.array([flat[0], flat[1], height])
-
-
-# Retrieval
-
-
-def transmuted(task: BenchmarkTask, train: Sequence[System], n: int) -> list[System]:
-    """The n nearest training slabs of the adsorbate and facet as what the task asks for: those of which
-    fewest atoms change their element come first, then those whose energy is nearest. Fewer where no more can
-    become it: a slab of 9 and 3 atoms has no composition of 6 and 6."""
-    asked = parse_identity(task.task.identity)
-    same = [s for s in train if (s.adsorbate, s.miller) == (asked.adsorbate, asked.miller)]
-    identities = allowed_slabs(task) if task.metals else [task.task.identity]
-    wanted = [w for i in identities if set(w := parse_identity(i).slab) <= set(FCC_CONSTANT)]
-    ranked = sorted(
-        (
-            (sum(count for old, count in s.slab_counts.items() if names[old] != old), off, k, names)
-            for k, s in enumerate(same)
-            if set(s.slab_counts) <= set(FCC_CONSTANT)
-            for off in (abs(s.known_energy - task.task.energy),)
-            for slab in wanted
-            for names in renamings(s.slab_counts, slab)
-        ),
-        key=lambda row: row[:3],
-    )
-    return [exchanged(same[k], names) for _, _, k, names in ranked[:n]]
-
-
-def renamings(old: dict[str, int], new: dict[str, int]) -> Iterator[dict[str, str]]:
-    """Every way to give the metals of a slab other names so that it has the composition `new`."""
-    if len(new) == 1:
-        (metal, count), total = *new.items(), sum(old.values())
-        if count == total:
-            yield dict.fromkeys(old, metal)
-        return
-    if len(old) == len(new):
-        for names in permutations(new):
-            if all(old[metal] == new[name] for metal, name in zip(old, names)):
-                yield dict(zip(old, names))
-
-
-def exchanged(system: System, names: dict[str, str]) -> System:
-    """The slab of other metals, scaled by the mean of their lattice constants over that of its own, the
-    vacuum as high as it was; an adsorbate keeps its form, its anchor its height above the slab."""
-    numbers = system.numbers.copy()
-    slab = system.tags != ADSORBATE
-    symbols = [s for s, of in zip(system.symbols, slab) if of]
-    numbers[slab] = [NUMBER[names[s]] for s in symbols]
-    scale = float(np.mean([FCC_CONSTANT[names[s]] for s in symbols])) / float(
-        np.mean([FCC_CONSTANT[s] for s in symbols])
-    )
-    positions, lattice = system.frac @ system.lattice, system.lattice.copy()
-    thick = float(np.ptp(positions[slab, 2]))
-    lattice[:2] *= scale
-    lattice[2] *= 1 + (scale - 1) * thick / lattice[2, 2]
-    anchor = positions[~slab][0]
-    top = positions[slab, 2].max()
-    moved = np.array([*(anchor[:2] * scale), top * scale + anchor[2] - top])
-    positions[~slab] += moved - anchor
-    positions[slab] *= scale
-    made = make_system(lattice, positions, numbers, system.tags, system.adsorbate, system.miller)
-    return replace(made, relaxed=False, sid=format_identity(made.adsorbate, made.slab_counts, made.miller))

@@ -12,7 +12,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from catmllm.design.search import Task, TaskState, make_task
+from catmllm.design.search import ANALOGUE, GIVEN, Task, TaskState, make_task
 from catmllm.evaluate.metrics import TOLERANCE
 from catmllm.report import page as html
 from catmllm.report.figures import draw_trace
@@ -103,6 +103,15 @@ def judge_designs(records: Sequence[dict[str, Any]], potential: str, progress: b
         systems.append(read_cif(Path(entry["file"]).read_text(), identity.adsorbate, identity.miller))
     for (_, entry), verdict in zip(entries, judge.judge_many(systems, progress=progress)):
         entry["judged"] = verdict.energy if verdict.ok else verdict.reason
+
+
+def origin(entry: Mapping[str, Any]) -> str:
+    """Where a design comes from."""
+    if entry["iteration"] == GIVEN:
+        return "the given structure"
+    if entry["iteration"] == ANALOGUE:
+        return "a training slab with its elements exchanged"
+    return f"iteration {entry['iteration']}"
 
 
 def hits(records: Sequence[dict[str, Any]], predictions: int, tolerance: float = TOLERANCE) -> str:
@@ -221,7 +230,7 @@ def _target(record: dict[str, Any]) -> str:
         facts = (
             f"{html.text(Path(entry['file']).name)}: predicted {predicted(entry)}, "
             f"PVCP {number(entry['pvcp'], 2)}, {adsorbate(entry)}, "
-            f"iteration {entry['iteration']}{html.text(judged)}"
+            f"{origin(entry)}{html.text(judged)}"
         )
         text = html.details("CIF", html.pre(entry["text"]))
         cards.append(f'<div class="design">{picture}<p>{facts}</p>{text}</div>')

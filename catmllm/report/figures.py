@@ -53,10 +53,16 @@ STAGE_COLOURS = {
     "ga_grpo": "#009e73",
 }
 JUDGE_COLOURS = {"own": "#cc79a7", "judge": "#d55e00"}
-METHOD_COLOURS = {"search": "#009e73", "enumeration": "#0072b2", "kernel_ridge": "#e69f00"}
+METHOD_COLOURS = {
+    "search": "#009e73",
+    "enumeration": "#0072b2",
+    "kernel_ridge": "#e69f00",
+    "analogues": "#cc79a7",
+}
 CONTROL_COLOURS = {
     "enumeration": "#0072b2",
     "kernel_ridge": "#e69f00",
+    "analogues": "#cc79a7",
     "random": "#56b4e9",
     "retrieval": "#cccccc",
     "shuffled": "#7a7a7a",

@@ -77,6 +77,7 @@ JUDGES = ("own", "judge")  # the more independent one last
 CONTROLS = {
     "enumeration": "ideal slabs, same predictor",
     "kernel_ridge": "ideal slabs, kernel ridge",
+    "analogues": "training slabs with exchanged elements",
     "random": "one random ideal slab",
     "retrieval": "random training system",
     "shuffled": "shuffled targets",
@@ -86,6 +87,7 @@ METHOD_NAMES = {
     "search": "closed loop",
     **{k: CONTROLS[k] for k in ("enumeration", "kernel_ridge")},
     "ordered": "ideal slabs in the loop's order",
+    "analogues": CONTROLS["analogues"],
 }
 
 Verdict = Literal["yes", "no", "unclear"]

@@ -17,13 +17,17 @@ from hypothesis import strategies as st
 from catmllm.config import GAGRPOConfig, SamplingConfig
 from catmllm.data.batches import Batch, Collator
 from catmllm.data.prompts import DESIGN_ANSWER, GRAPH, Sample, design_prompt
+from catmllm.design import search
+from catmllm.design.analogues import analogues
 from catmllm.design.exemplar_pool import ExemplarPool
 from catmllm.design.predict import predict_energies, question
 from catmllm.design.search import (
+    ANALOGUE,
     GIVEN,
     ClosedLoop,
     Task,
     TaskState,
+    make_task,
     site_of,
     structure_key,
     summary,
@@ -420,6 +424,39 @@ def test_a_given_structure_is_the_first_exemplar(
     ]
     assert [c.iteration for c in states[0].pool.members] == [GIVEN] and not states[1].pool.members
     assert len(states[0].tried) == CONFIG.initial
+
+
+def test_a_search_may_begin_with_training_slabs(
+    loop: ClosedLoop, train_systems: list[System], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before what is sampled stand slabs of another composition as the asked one. The predictor is told that
+    they are relaxed; the budget stays; a task that no slab can become has samples in their place."""
+    n = 4
+    monkeypatch.setattr(loop, "config", replace(CONFIG, initial=n, analogues=n - 1))
+    task = make_task("CO</s>Pt9Cu3 (1 1 1)", -0.5)
+    foreign = make_task("CO</s>Pt8Cu4 (1 1 1)", -0.5)
+    told = []
+    real = search.question
+    monkeypatch.setattr(search, "question", lambda s: told.append(s.relaxed) or real(s))
+    engine = Parrot(["garbage"] * (2 * n))
+    states = loop.start([task, foreign], engine, [7], known=train_systems)  # type: ignore[arg-type]
+    assert [c.iteration for c in states[0].tried] == [ANALOGUE] * (n - 1) + [0]
+    assert [c.iteration for c in states[1].tried] == [0] * n
+    assert told == [True] * (n - 1)
+    assert [len(s.trace[0]["energies"]) for s in states] == [n, n]
+    made = analogues([[task.identity]], [task.energy], train_systems, n - 1)[0]
+    assert [c.text for c in states[0].tried[:-1]] == [write_cif(s, loop.collate.data.decimals) for s in made]
+    assert states[0].pool.best is not None and states[0].pool.feasible
+    asked = [question(read_cif(c.text, "CO", (1, 1, 1))) for c in states[0].tried[:-1]]
+    energies = predict_energies(*loop.predictor, asked)
+    np.testing.assert_allclose([c.predicted for c in states[0].tried[:-1]], energies, rtol=1e-4, atol=1e-4)
+    without = loop.start([task], Parrot(["x"] * n), [7])  # type: ignore[arg-type]
+    assert [c.iteration for c in without[0].tried] == [0] * n
+
+
+def test_all_first_candidates_cannot_be_training_slabs() -> None:
+    with pytest.raises(ValueError, match="leaves none of `initial: 4` to sample"):
+        GAGRPOConfig(initial=4, analogues=4)
 
 
 def test_only_the_asked_sites_are_feasible(loop: ClosedLoop, train_systems: list[System]) -> None:

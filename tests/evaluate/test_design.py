@@ -24,7 +24,7 @@ from catmllm.design.predict import predict_energies, predictor_of, question
 from catmllm.design.search import Task, TaskState
 from catmllm.evaluate import design, judges, second_opinion
 from catmllm.evaluate.baselines import FRAMES, KernelRidge
-from catmllm.evaluate.controls import budgets, closest, ideal_candidates
+from catmllm.evaluate.controls import budgets, closest, ideal_candidates, sound_analogues
 from catmllm.evaluate.metrics import bootstrap_interval, wilson_interval
 from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.models.state import save_model
@@ -134,7 +134,7 @@ def test_curves_by_hand() -> None:
         item(3.0, search=[(3.0, 3.0, False), (3.0, 3.0, True)]),
     ]  # fmt: skip
     curves = design.design_curves(items, ("own", "judge"), 0.25)
-    assert [curves[m]["n"] for m in design.METHODS] == [3, 2, 0, 0]
+    assert [curves[m]["n"] for m in design.METHODS] == [3, 2, 0, 0, 0]
     assert curves["search"]["own"]["success"] == pytest.approx([1 / 3, 1.0])
     assert curves["search"]["judge"]["success"] == pytest.approx([0.0, 2 / 3])
     assert curves["enumeration"]["judge"]["success"] == pytest.approx([0.5, 1.0])
@@ -174,12 +174,19 @@ def test_evaluation_with_controls(
         assert of["identity"] == task.identity
         slabs = ideal_candidates(task, 5, small_config.seed, k)
         own = predict_energies(*small_model, [question(s) for s in slabs])
-        for method, energies in (("enumeration", own), ("kernel_ridge", ridge.predict(slabs))):
+        (exchanged,) = sound_analogues([[task.identity]], [task], parts["train"], 5)
+        assert exchanged and {s.identity for s in exchanged} == {task.identity}
+        near = predict_energies(*small_model, [question(s) for s in exchanged])
+        for method, energies in (
+            ("enumeration", own),
+            ("kernel_ridge", ridge.predict(slabs)),
+            ("analogues", near),
+        ):
             answers = of["answers"][method]
             picks = [int(np.argmin(np.abs(energies[:b] - task.energy))) for b in (1, 4, 5)]
-            expected = [own[p] for p in picks]
+            expected = [(near if method == "analogues" else own)[p] for p in picks]
             np.testing.assert_allclose([a["predicted"] for a in answers], expected, rtol=1e-4, atol=1e-4)
-            word = judge.judge(slabs[picks[-1]])
+            word = judge.judge((exchanged if method == "analogues" else slabs)[picks[-1]])
             assert answers[-1]["judged"]["ok"] == word.ok
             assert answers[-1]["judged"]["energy"] == pytest.approx(word.energy, abs=1e-6, nan_ok=True)
         last = of["answers"]["search"][-1]
@@ -239,7 +246,7 @@ def test_what_cannot_be_enumerated_has_no_such_controls(
 ) -> None:
     monkeypatch.setattr(design, "ideal_candidates", lambda *_: [])
     found = evaluated(judge="none")
-    assert [found["curves"][m]["n"] for m in design.METHODS] == [2, 0, 0, 0]
+    assert [found["curves"][m]["n"] for m in design.METHODS] == [2, 0, 0, 0, 2]
     assert "random" not in found["own"] and "retrieval" in found["own"] and found["judge"] is None
 
 
