@@ -14,7 +14,7 @@ import json
 import re
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -468,6 +468,46 @@ def rl_seeds() -> str:
     return table(head, rows) + f"\n\n{source(one)}"
 
 
+def rl_overlap() -> str:
+    one, ours = newest("grpo_overlap"), "`staleness: 1`, sampling beside the update"
+    peers, ratios, spreads = (one[k]["fp32"] for k in ("peer", "ratio", "spread"))
+    names = {
+        "staleness 0": "`staleness: 0`, sampling before the update",
+        "the longer of sampling and update": "of these two the longer",
+        "one process, two threads": "`rollout: colocated`, both cores for all",
+    }
+    rows = [[ours, f"{one['value']['fp32']:.2f}", ""]]
+    for key, name in names.items():
+        low, high = spreads[key]
+        rows.append([name, f"{peers[key]:.2f}", f"{ratios[key]:.2f}× ({low:.2f} to {high:.2f})"])
+    head = ["a step, median of " + str(one["conditions"]["turns"]), "s", "compared with `staleness: 1`"]
+    return table(head, rows) + f"\n\n{source(one)}"
+
+
+def rl_staleness() -> str:
+    """A row a pair of runs; under those of a learning rate their mean, and that of the pairs' differences."""
+    found = {"1.5e-4": newest("rl_staleness")}
+    names, rows = ("staleness 0", "staleness 1"), []
+    for lr, one in found.items():
+        n = int(one["conditions"]["mean over"].split()[0])
+        means = [
+            [(statistics.mean(c[:n]), statistics.mean(c[-n:])) for c in one["each"][name]] for name in names
+        ]
+        pairs = list(zip(*means))
+        for seed, pair in enumerate(pairs):
+            cells = [f"{first:.2f} → {last:.2f}" for first, last in pair]
+            rows.append([lr, str(seed), *cells, f"{pair[1][1] - pair[0][1]:+.2f}"])
+        cells = [" → ".join(map(_mean_and_spread, zip(*each))) for each in means]
+        lag = _mean_and_spread([with_lag[1] - without[1] for without, with_lag in pairs], "+.2f")
+        rows.append([lr, "mean ± sd", *cells, lag])
+    head = ["learning rate", "seed", *(f"`{name.replace(' ', ': ')}`" for name in names), "difference"]
+    return table(head, rows) + f"\n\n{source(*found.values())}"
+
+
+def _mean_and_spread(values: Sequence[float], how: str = ".2f") -> str:
+    return f"{statistics.mean(values):{how}} ± {statistics.stdev(values):.2f}"
+
+
 def server() -> str:
     speed, latency, spent = newest("server"), newest("server_latency"), newest("server_cpu")
     rows = []
@@ -627,8 +667,8 @@ FIGURES: dict[str, Callable[[], str]] = {
     made.__name__: made
     for made in (peers, reward_sentence, reward, reward_threads, encoder_speed, encoder_kept, encoder_counts,
                  data_text, data_pictures, labels, labels_published, data_command, loader, rl, scale,
-                 rl_scaling, rl_seeds, server, server_soak, plan, tiny_run, tiny_energies,
-                 closed_form, texts, tiny_cifs, tiny_designs, tiny_free)
+                 rl_scaling, rl_seeds, rl_overlap, rl_staleness, server, server_soak, plan, tiny_run,
+                 tiny_energies, closed_form, texts, tiny_cifs, tiny_designs, tiny_free)
 }  # fmt: skip
 
 
