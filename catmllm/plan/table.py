@@ -38,6 +38,11 @@ def table(advice: Advice, limit: float) -> str:
         + " are needed, others are made again)",
         "  believable seconds of a step     " + ", ".join(f"{k} {v:.1f}" for k, v in p.step.items()),
     ]
+    if p.sampler:
+        lines.append(
+            f"  new weights for the sampler{p.sampler['moved'] / 1e9:17.2f} GB moved by all ranks, "
+            f"{p.sampler['held'] / 1e9:.2f} GB held for it"
+        )
     if advice.turn_on:
         lines.append(f"  turn on: {' '.join(advice.turn_on)}")
     if advice.largest:

@@ -29,6 +29,8 @@ from catmllm.plan.ledger import Ledger, Peak, backend_forced
 from catmllm.plan.made_up import planned_systems, qwen_like_tokenizer
 from catmllm.sample.answers import Rollout, answer_limits
 from catmllm.sample.rows import CACHE_STEP
+from catmllm.sample.vllm_weights import Weights
+from catmllm.sample.wire import sampled_with
 from catmllm.stages import STAGES
 from catmllm.stages.ga_grpo import GAGRPO
 from catmllm.stages.grpo import GRPO
@@ -68,6 +70,8 @@ class Plan:
     # seconds of a step by part: the update at the highest and the lowest MFU that others have published; of
     # sampling what the weights and caches take to be read
     step: dict[str, float] = field(default_factory=dict)
+    # bytes of all ranks that new weights of another process, which samples, move and hold
+    sampler: dict[str, float] = field(default_factory=dict)
 
     @property
     def launch_bound(self) -> float:
@@ -102,6 +106,7 @@ def trace(
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     data = planned_systems(config, atoms) if data is None else data
+    by = sampled_by(config, stage)
     precision = settled(config, "cuda" if cuda else "cpu").encoder_precision
     # What neither takes memory nor changes a step's work, and what cannot run here.
     config = replace(
@@ -118,7 +123,7 @@ def trace(
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     try:
         world = World(0, ranks, torch.device("cpu"))
-        return _trace(config, stage, world, CARDS[card], cuda, data, steps)
+        return _trace(config, stage, world, CARDS[card], cuda, data, steps, by)
     finally:
         dist.destroy_process_group()
 
@@ -131,6 +136,7 @@ def _trace(
     cuda: bool,
     data: Mapping[str, Sequence[System]],
     steps: int,
+    by: str | None,
 ) -> Plan:
     # `linear_logprob` keeps few logits on a CPU alone.
     with Ledger(cuda) as ledger, backend_forced("triton") if cuda else nullcontext():
@@ -176,6 +182,7 @@ def _trace(
     plan = _plan(name, context, work, passed, peaks["training step"], phases, ledger, card, tf32)
     if name in SAMPLING:
         plan.step["sampling, at least"] = sampling_seconds(stage, context, card)
+        plan.sampler = new_weights(context, by)
     return plan
 
 
@@ -330,6 +337,40 @@ def sampling_bytes(stage: Stage, context: Context) -> dict[str, int]:
         "logits": 3 * 4 * rows * text.vocab_size,
         "hidden states kept": rows * new * text.hidden_size * size if searches else 0,
     }
+
+
+def sampled_by(config: Config, stage: str) -> str | None:
+    """Which other process samples for a stage: `vllm`, `service` or none."""
+    o: Any = getattr(config, stage)
+    if getattr(o, "vllm", None) is not None:
+        return "vllm"
+    return "service" if getattr(o, "rollout", "colocated") == "service" else None
+
+
+def new_weights(context: Context, by: str | None) -> dict[str, float]:
+    """Bytes that an update of the sampler's weights moves, and that are held for it, of all ranks together.
+
+    A service gets what trains once, from the main rank, which keeps it. Every rank sends what trains to a
+    vLLM of its own, by a buffer as long as a decoder layer where all of it trains; else vLLM's other weights
+    sleep in the host's memory, beside what is sent (of adapters two more copies, of which one is a file).
+    """
+    if by is None:
+        return {}
+    model, ranks, dtype = context.model, context.world.size, DTYPES[context.config.precision]
+    trained = {
+        name: p.numel()
+        for name, p in model.named_parameters()
+        if p.requires_grad and name.startswith("llm.") and sampled_with(name)
+    }
+    sent = float(sum(trained.values()) * dtype.itemsize)
+    if by == "service":
+        return {"moved": sent, "held": sent}
+    weights = Weights(model, dtype, 1.0)
+    layers = [sum(part) for part in weights.sizes(trained=False)]
+    weights.close()
+    adapters = any(".lora_" in name for name in trained)
+    held = max(layers) if weights.all_train() else sum(layers) + (3 if adapters else 1) * sent
+    return {"moved": ranks * sent, "held": float(ranks * held)}
 
 
 def sampling_seconds(stage: Stage, context: Context, card: Card) -> float:

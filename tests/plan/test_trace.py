@@ -28,6 +28,7 @@ from catmllm.plan.cards import CARDS
 from catmllm.plan.ledger import Ledger, backend_forced
 from catmllm.plan.made_up import synthetic_systems
 from catmllm.plan.trace import GIB, SAMPLING, Plan, trace
+from catmllm.sample.vllm_weights import Weights
 from catmllm.stages import STAGES
 from catmllm.structure.system import System
 from catmllm.study import every_run, plans, read
@@ -167,6 +168,39 @@ def test_answers_share_their_prompts_in_a_plan(data: dict[str, list[System]]) ->
         tokens[attention] = trace(c, "grpo", 2, data=data).tokens
     prompts = (tokens["sdpa"] - tokens["varlen"]) / 3  # each four times, and once
     assert tokens["varlen"] == 2 * 4 * 32 + prompts > 2 * 4 * 32
+
+
+@pytest.mark.parametrize(
+    ("stage", "setting"),
+    [("grpo", "grpo.vllm=python"), ("ga_grpo", "ga_grpo.vllm=python"), ("grpo", "grpo.rollout=service")],
+)
+def test_new_weights_of_a_sampler_are_those_that_are_sent(
+    data: dict[str, list[System]], tmp_path: Path, stage: str, setting: str
+) -> None:
+    """By the counter of vLLM's transfer, and by the parameters of transformers' own model."""
+    ranks, small = 2, ("grpo.batch_size=2", "grpo.group_size=2", "ga_grpo.batch_size=2", "ga_grpo.tasks=4")
+    c = config(setting, *small)
+    plan = trace(c, stage, ranks, data=data, steps=1)
+    model, collate = new_model(c, data["train"])
+    plain = config(*small)
+    made: Any = STAGES[stage](
+        Context(plain, model, collate, data, World(0, 1, torch.device("cpu")), tmp_path)
+    )
+    freeze(model, made, False)
+    weights = Weights(model, torch.bfloat16, 1.0)
+    for _ in weights.parts(trained=True):
+        pass
+    weights.close()
+    if setting.endswith("service"):
+        assert plan.sampler == {"moved": weights.moved, "held": weights.moved}
+        return
+    whole = 2 * sum(p.numel() for n, p in model.llm.named_parameters() if "visual" not in n)
+    head = 2 * model.llm.lm_head.weight.numel()
+    assert plan.sampler["moved"] == ranks * weights.moved == ranks * (whole if stage == "grpo" else head)
+    layer = 2 * sum(p.numel() for p in model.text.layers[0].parameters())
+    held = max(layer, head) if stage == "grpo" else whole + head
+    assert plan.sampler["held"] == ranks * held
+    assert trace(plain, stage, ranks, data=data, steps=1).sampler == {}
 
 
 def test_a_plan_for_a_gpu_takes_its_attention_and_keeps_no_logits(data: dict[str, list[System]]) -> None:
