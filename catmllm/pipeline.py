@@ -8,7 +8,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +23,7 @@ from catmllm.data.batches import Collator
 from catmllm.data.open import open_data, texts_only
 from catmllm.data.oracle import POTENTIALS
 from catmllm.data.shards import Shards
+from catmllm.data.slabs import on_fcc_slab
 from catmllm.data.splits import describe
 from catmllm.data.subsets import of_property
 from catmllm.design.domain import FILE as DOMAIN
@@ -161,7 +162,7 @@ def _run(config: Config, world: World) -> int:
             "or set joint.train_encoder=true",
         )
     if not record.has("baselines"):
-        record.put(world.gather(baselines(known) if world.main else None)[0], "baselines")
+        record.put(world.gather(baselines(known, _subset(config)) if world.main else None)[0], "baselines")
     if previous is not None and not record.has("baselines", "zero_shot"):
         _zero_shot(previous, config, data["test"], record, world)
     domain = templates = None
@@ -278,6 +279,11 @@ def _train(
         save_model(folder, model, state, config, collate)
 
 
+def _subset(config: Config) -> Callable[[System], bool] | None:
+    """The test systems that are also measured by themselves."""
+    return on_fcc_slab if config.data.path is None and config.data.slabs == "all" else None
+
+
 def _templates(config: Config, systems: Sequence[System]) -> Templates:
     """What the slabs of CIFs that the model will write have to be, by those of training."""
     if texts_only(systems):
@@ -291,7 +297,7 @@ def begins_anew(trained: Config, config: Config) -> bool:
     stage that fits them keeps what there is."""
     before, now = trained.data, config.data
     fits = any(stage in FIT_ENERGIES for stage in config.stages)
-    return fits and (before.path, before.labels) != (now.path, now.labels)
+    return fits and (before.path, before.labels, before.slabs) != (now.path, now.labels, now.slabs)
 
 
 def _to_measure(folder: Path, config: Config, world: World) -> tuple[CatalyticMLLM, Collator]:
@@ -353,9 +359,8 @@ def _evaluate(
                 )
     some = evenly_spaced(test, config.evaluate.property_systems)
     dtype = DTYPES[config.precision]
-    measured = evaluate_property(
-        model, collate, some, world, llm=name != "encoder", dtype=dtype, ensemble=load_ensemble(folder)
-    )
+    llm, ensemble = name != "encoder", load_ensemble(folder)
+    measured = evaluate_property(model, collate, some, world, llm, dtype, ensemble, _subset(config))
     shown = ", ".join(f"{MODES[mode]} {measured[mode]['mae']:.3f}" for mode in MODES if mode in measured)
     _say(world, f"{name}: test MAE in eV: {shown}")
     record.put(measured, "property", name)
@@ -397,8 +402,9 @@ def _design(config: Config, data: Mapping[str, Sequence[System]], record: Record
 
 def _zero_shot(previous: Path, config: Config, test: Sequence[System], record: Record, world: World) -> None:
     """Where a run begins with a model of other data: what that one says of the test systems as it is."""
-    before = json.loads((previous / "catmllm.json").read_text(encoding="utf-8"))["data"]["path"]
-    if before == config.data.path or previous.name in ("encoder", "align") or not len(test):
+    before = json.loads((previous / "catmllm.json").read_text(encoding="utf-8"))["data"]
+    same = (before["path"], before.get("slabs", "fcc")) == (config.data.path, config.data.slabs)
+    if same or previous.name in ("encoder", "align") or not len(test):
         return
     model, collate = _to_measure(previous, config, world)
     shown = evenly_spaced(test, config.evaluate.property_systems)

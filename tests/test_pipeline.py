@@ -59,6 +59,7 @@ def test_every_stage_moves_what_it_trains_and_nothing_else(unbroken: Path) -> No
         (["encoder", "joint"], {"path": "other"}, True),
         (["align", "joint"], {"path": "other"}, True),
         (["joint"], {"labels": "sevennet"}, True),
+        (["joint"], {"slabs": "all"}, True),
         (["joint"], {"split_seed": 3, "train_systems": 100}, False),
         (["instruct", "grpo", "ga_grpo"], {"path": "other"}, False),  # or they would know no energy at all
     ],

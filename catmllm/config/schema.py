@@ -32,6 +32,11 @@ class DataConfig:
     labels: Literal["diep", "sevennet"] = key(
         "diep", "whose energies and relaxed structures the shipped slabs have; of no matter with a path"
     )
+    slabs: Literal["fcc", "all"] = key(
+        "fcc",
+        "which shipped slabs: the 2x2x3 ones of nine fcc metals, or also those of many facets, cells and "
+        "adsorbates (labels: diep); pairs of fcc stay in the parts that they have without the others",
+    )
     split_by: Literal["pair", "metal", "adsorbate", "formula", "column"] = key(
         "pair",
         "whole groups of one (bulk, Miller index) pair, of the same metals, adsorbate or formula, or of one "
@@ -91,6 +96,14 @@ class DataConfig:
         "on a GPU 4, or as many as the rank's share of the cores allows",
         ge=0,
     )
+
+    @model_validator(mode="after")
+    def _labels_are_there(self) -> DataConfig:
+        if self.slabs == "all" and self.labels != "diep":
+            raise ValueError(
+                f"`.slabs: all` has labels of diep alone, not of {self.labels}; give `.slabs: fcc`"
+            )
+        return self
 
     @model_validator(mode="after")
     def _parts_are_parts(self) -> DataConfig:

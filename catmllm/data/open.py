@@ -9,7 +9,7 @@ import numpy as np
 
 from catmllm.config import DataConfig
 from catmllm.data.shards import Shards
-from catmllm.data.slabs import SHIPPED, SHIPPED_SEVENNET, load_slabs, split
+from catmllm.data.slabs import SHIPPED, SHIPPED_SEVENNET, WIDE, load_slabs, split
 from catmllm.data.splits import parts_of
 from catmllm.data.subsets import part
 from catmllm.structure.formula import SEPARATOR
@@ -60,8 +60,11 @@ def parts(config: DataConfig) -> dict[str, Sequence[System]]:
         chosen = np.array(parts_of(texts, pairs, groups, config.split_by, config.hold_out, seed))
         return {name: shards[np.flatnonzero(chosen == name)] for name in PARTS}
     systems = load_slabs(path or (SHIPPED if config.labels == "diep" else SHIPPED_SEVENNET))
+    first = len(systems)
+    if path is None and config.slabs == "all":
+        systems += load_slabs(WIDE)
     if by_pair:
-        return {str(name): some for name, some in split(systems, seed).items()}
+        return {str(name): some for name, some in split(systems, seed, first).items()}
     texts = [f"{s.adsorbate}{SEPARATOR}{s.bulk}" for s in systems]
     pairs = [f"{s.bulk} {s.miller or '(?)'}" for s in systems]
     named = parts_of(texts, pairs, [""] * len(systems), config.split_by, config.hold_out, seed)

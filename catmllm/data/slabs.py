@@ -1,10 +1,10 @@
-"""Adsorption systems on fcc slabs, shipped with the package, and the split into training,
-validation and test.
+"""Adsorption systems on slabs, shipped with the package, and the split into training, validation and test.
 
-3,008 systems (H, O, N, C, CO, OH, NH and CH on 2x2x3 slabs of nine metals and their A3B and AB alloys), in
-two files of the same records. `fcc_slabs_diep.jsonl.gz` has energies and structures by DIEP (r2SCAN),
-`fcc_slabs_7net.jsonl.gz` the older ones by SevenNet-0. Both are machine-learned interatomic potentials, not
-DFT: results on them say whether the pipeline works, nothing about real catalysts.
+3,008 systems (H, O, N, C, CO, OH, NH and CH on 2x2x3 slabs of nine fcc metals and their A3B and AB alloys)
+are in two files of the same records: `fcc_slabs_diep.jsonl.gz` has energies and structures by DIEP (r2SCAN),
+`fcc_slabs_7net.jsonl.gz` the older ones by SevenNet-0. `wide_slabs_diep.jsonl.gz` has what `catmllm data
+make` made with seed 11: more metals, facets, cells and adsorbates (`surfaces.py`). Both potentials are
+machine-learned, not DFT: results on them say whether the pipeline works, nothing about real catalysts.
 """
 
 from __future__ import annotations
@@ -22,13 +22,15 @@ from catmllm.structure.system import System, make_system
 
 SHIPPED = Path(__file__).with_name("fcc_slabs_diep.jsonl.gz")
 SHIPPED_SEVENNET = SHIPPED.with_name("fcc_slabs_7net.jsonl.gz")
+WIDE = SHIPPED.with_name("wide_slabs_diep.jsonl.gz")
+WIDE_SEED = 11  # `catmllm data make --seed 11` makes it again
 
 SplitName = Literal["train", "val", "test"]
 
 
 def load_slabs(path: str | Path | None = None) -> list[System]:
     """The usable systems of a JSON-lines file (gzip by its name), in file order; None:
-    the shipped 2,973 of 3,008.
+    the 2,992 of 3,008 by DIEP on fcc slabs.
 
     A record that says `"ok": false` (unconverged, dissociated, desorbed) is left out. Energy: adsorption
     energy in eV. The sid of a shipped record is `7net-<seed>-<slab>-<number>`; `slab_id` gives its slab.
@@ -72,8 +74,18 @@ def slab_id(system: System) -> str:
     return system.sid.rpartition("-")[0]
 
 
-def split(systems: Sequence[System], seed: int = 0) -> dict[SplitName, list[System]]:
+def on_fcc_slab(system: System) -> bool:
+    """Whether a shipped system is one of the 3,008, the subset `fcc` of `data.slabs: all`."""
+    return system.sid.startswith("7net-")
+
+
+def split(
+    systems: Sequence[System], seed: int = 0, first: int | None = None
+) -> dict[SplitName, list[System]]:
     """About 80 / 10 / 10 % of the systems as train / val / test, whole (bulk, Miller index) pairs at a time.
+
+    The pairs of the `first` systems (None: of all) are dealt as if there were no others, and the pairs that
+    only later ones have among themselves. So no pair changes its part where systems are added at the end.
 
     By pair because a split by slab is no split: slabs of one metal and facet repeat, and 23 % of the test
     slabs would have an exact twin in training (and by sample nearly all). The bulk is the reduced formula in
@@ -81,13 +93,21 @@ def split(systems: Sequence[System], seed: int = 0) -> dict[SplitName, list[Syst
     are few pairs.
     """
     pairs: dict[str, list[System]] = defaultdict(list)
-    for system in systems:
-        pairs[f"{system.bulk} {system.miller or '(?)'}"].append(system)
+    for system in systems[:first]:
+        pairs[_pair(system)].append(system)
     part_of = split_pairs({name: len(group) for name, group in pairs.items()}, seed)
+    for system in systems[len(systems) if first is None else first :]:
+        pairs[_pair(system)].append(system)
+    later = {name: len(group) for name, group in pairs.items() if name not in part_of}
+    part_of |= split_pairs(later, seed)
     parts: dict[SplitName, list[System]] = {"train": [], "val": [], "test": []}
     for name, group in pairs.items():
         parts[part_of[name]].extend(group)
     return {part: sorted(members, key=lambda system: system.sid) for part, members in parts.items()}
+
+
+def _pair(system: System) -> str:
+    return f"{system.bulk} {system.miller or '(?)'}"
 
 
 def split_pairs(counts: Mapping[str, int], seed: int = 0) -> dict[str, SplitName]:

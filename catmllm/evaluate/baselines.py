@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -262,8 +262,11 @@ def _kernel(
     return kernel
 
 
-def baselines(parts: Mapping[Any, Sequence[System]]) -> dict[str, dict[str, Any]]:
-    """MAE (eV) and R² on `parts["test"]` of all, fitted on `train` (and `val`), each cut by `some`.
+def baselines(
+    parts: Mapping[Any, Sequence[System]], subset: Callable[[System], bool] | None = None
+) -> dict[str, dict[str, Any]]:
+    """MAE (eV) and R² on `parts["test"]` of all, fitted on `train` (and `val`), each cut by `some`; where
+    there is a `subset`, also on its test systems alone, as `subset`.
 
     Returns {name: {"mae", "r2"}} of `adsorbate_mean`, `text_ridge` and, where there are structures,
     `kernel_ridge`; and where every test system has a start, `kernel_ridge_frames` with what it says of these
@@ -271,9 +274,14 @@ def baselines(parts: Mapping[Any, Sequence[System]]) -> dict[str, dict[str, Any]
     """
     train, val, test = (some(parts[name]) for name in ("train", "val", "test"))
     wanted = energies(test)
+    inside = None if subset is None else np.array([subset(s) for s in test], dtype=bool)
 
     def errors(predicted: Floats) -> dict[str, Any]:
-        return {"mae": mae(predicted, wanted), "r2": r2(predicted, wanted)}
+        found: dict[str, Any] = {"mae": mae(predicted, wanted), "r2": r2(predicted, wanted)}
+        if inside is not None:
+            mine, theirs = predicted[inside], wanted[inside]
+            found["subset"] = {"mae": mae(mine, theirs), "r2": r2(mine, theirs)}
+        return found
 
     found = {
         "adsorbate_mean": errors(AdsorbateMean.fit(train).predict(test)),

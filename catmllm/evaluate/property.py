@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -60,8 +60,10 @@ def evaluate_property(
     llm: bool = True,
     dtype: torch.dtype = torch.float32,
     ensemble: Ensemble | None = None,
+    subset: Callable[[System], bool] | None = None,
 ) -> dict[str, Any]:
-    """MAE and R² on labelled systems; ranks share the work. `dtype`: what the LLM calculates in.
+    """MAE and R² on labelled systems; ranks share the work. `dtype`: what the LLM calculates in. Where there
+    is a `subset`, also on its systems alone, as `subset` of every way.
 
     By the head in every mode (`both`, `graph`, `text`), by the `encoder` only, by the written answer
     (`generated`), and, where every system has a start, from unrelaxed structures (`start`, `encoder_start`);
@@ -88,13 +90,15 @@ def evaluate_property(
     truth = np.array([s.known_energy for s in systems])
     out: dict[str, Any] = {}
     others: dict[str, list[float]] = {}  # of the ways that the parity plot does not show
+    inside = None if subset is None else np.array([subset(s) for s in systems], dtype=bool)
     for name in values:
         merged = np.empty(len(systems))
         for rank, part in enumerate(gathered):
             merged[rank :: world.size] = part[name]
         read = ~np.isnan(merged)
-        out[name] = {"mae": mae(merged[read], truth[read]), "r2": r2(merged[read], truth[read])}
-        out[name] |= {"n": int(read.sum())}
+        out[name] = errors_of(merged[read], truth[read])
+        if inside is not None:
+            out[name]["subset"] = errors_of(merged[read & inside], truth[read & inside])
         if name == "generated":
             out[name]["unread"] = int((~read).sum())
         if name == ("encoder" if not llm else "ensemble" if ensemble is not None else modes[0]):
@@ -107,6 +111,11 @@ def evaluate_property(
             others[name] = merged.round(4).tolist()
     out["parity"]["others"] = others
     return out
+
+
+def errors_of(predicted: np.ndarray, truth: np.ndarray) -> dict[str, Any]:
+    """MAE (eV), R² and number of energies [n]."""
+    return {"mae": mae(predicted, truth), "r2": r2(predicted, truth), "n": len(truth)}
 
 
 def agreement(predicted: np.ndarray, truth: Sequence[float], adsorbates: Sequence[str]) -> str:

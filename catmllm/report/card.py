@@ -22,7 +22,7 @@ import yaml
 from catmllm.config import STAGES, Config, from_dict
 from catmllm.data.fcc_slabs import N_SLAB
 from catmllm.data.oracle import POTENTIALS
-from catmllm.data.slabs import SHIPPED, SHIPPED_SEVENNET, SplitName, load_slabs, split
+from catmllm.data.slabs import SHIPPED, SHIPPED_SEVENNET, WIDE, WIDE_SEED, SplitName, load_slabs, split
 from catmllm.design.domain import Domain, load_domain
 from catmllm.report.summary import (
     STAGE_MEANINGS,
@@ -51,10 +51,11 @@ LABELLERS = {
     "diep": "DIEP 2.0.0 (BSD-3-Clause), trained on MatPES (r2SCAN)",
     "sevennet": "SevenNet-0 (MIT)",
 }
-SHIPPED_NAME = "catmllm fcc slabs"
+SHIPPED_NAMES = {"fcc": "catmllm fcc slabs", "all": "catmllm slabs"}  # by `data.slabs`
 DATA_LIMITS = (
     "They are for testing a training pipeline. They say nothing about real catalysts.",
-    "One adsorbate per cell, on ideal fcc facets: no steps, no oxides, no water, no other coverage.",
+    "One adsorbate per cell, on ideal facets: no oxides, no water; steps and other coverages only in the "
+    "wide file.",
     "The slabs were drawn at random, and repeat: split them by pair, as above. By slab or by system a test "
     "system has twins in training.",
     "SevenNet-0 is wrong for oxygen on nickel; [Data](data.md) has the numbers.",
@@ -179,7 +180,7 @@ def _results(stage: str, mine: Metrics, config: Config) -> list[Metrics]:
 
 
 def _data_name(config: Config) -> str:
-    return SHIPPED_NAME if config.data.path is None else Path(config.data.path).name
+    return SHIPPED_NAMES[config.data.slabs] if config.data.path is None else Path(config.data.path).name
 
 
 def _use(config: Config) -> str:
@@ -311,67 +312,111 @@ def _licence(config: Config) -> str:
 
 def data_card() -> str:
     """The card of the shipped data."""
-    files = {"diep": SHIPPED, "sevennet": SHIPPED_SEVENNET}
-    systems = {name: load_slabs(path) for name, path in files.items()}
-    records = {name: _records(path) for name, path in files.items()}
-    configs = [{"config_name": name, "data_files": path.name, "default": name == "diep"}
-               for name, path in files.items()]  # fmt: skip
+    files = {("fcc", "diep"): SHIPPED, ("fcc", "sevennet"): SHIPPED_SEVENNET, ("all", "diep"): WIDE}
+    systems = {path: load_slabs(path) for path in files.values()}
+    records = {path: _records(path) for path in files.values()}
+    every = systems[SHIPPED] + systems[WIDE]
     head = {
         "license": OURS,
-        "pretty_name": SHIPPED_NAME,
+        "pretty_name": SHIPPED_NAMES["all"],
         "task_categories": ["tabular-regression", "graph-ml"],
-        "size_categories": ["1K<n<10K"],
+        "size_categories": ["10K<n<100K" if len(every) >= 10_000 else "1K<n<10K"],
         "tags": ["catalysis", "adsorption-energy", "crystal-structure", "machine-learned-potential"],
-        "configs": configs,
+        "configs": [
+            {"config_name": "diep", "data_files": SHIPPED.name, "default": True},
+            {"config_name": "sevennet", "data_files": SHIPPED_SEVENNET.name, "default": False},
+            {"config_name": "all", "data_files": [SHIPPED.name, WIDE.name], "default": False},
+        ],
     }
     labels = [
-        [f"`{name}`", f"`{path.name}`", LABELLERS[name], f"{len(systems[name]):,}", _refused(records[name])]
-        for name, path in files.items()
-    ]
-    energies = [_energy_row(name, systems["diep"]) for name in sorted({s.adsorbate for s in systems["diep"]})]
+        [f"`{slabs}`", f"`{name}`", f"`{path.name}`{', and the first' if slabs == 'all' else ''}",
+         LABELLERS[name], f"{len(systems[path]):,}", _refused(records[path])]
+        for (slabs, name), path in files.items()
+    ]  # fmt: skip
+    first, rest = records[SHIPPED], records[WIDE]
     body = [
         "# Card of the shipped data",
-        *_contents(records["diep"], systems["diep"]),
+        f"{len(first) + len(rest):,} adsorption systems, {len(every):,} of them usable, each with a relaxed "
+        "structure, the start of its relaxation and an adsorption energy. This page is made from the files "
+        "in `catmllm/data`, in the form of a data card of Hugging Face. [Data](data.md) says more.",
+        "## What is in it",
+        f"`data.slabs: fcc`, the default, {len(first):,} systems on {len({r['slab'] for r in first})} slabs:",
+        _fcc_slabs(systems[SHIPPED]),
+        f"`data.slabs: all`, also {len(rest):,} systems on {len({r['slab'] for r in rest})} slabs that "
+        f"`catmllm data make --seed {WIDE_SEED}` makes:",
+        _wide_slabs(rest, systems[WIDE], every),
+        "Of every record:",
+        bullets([
+            "JSON lines, gzipped. `symbols`, `cell`, `pos` (relaxed), `pos_start`, `tags` (2: adsorbate), "
+            "`adsorbate`, `bulk`, `miller`, `energy` (eV), `ok`; in the wide file also `reason`, `strain` "
+            "and `frames`, positions of the adsorbate on its way and their energies.",
+            "Energy: E(slab + adsorbate) - E(slab) - E(reference), from gas CO, H2, H2O and N2 (and H2S, HF "
+            "and HCl in the wide file).",
+        ]),
         "## Labels",
-        "Both files have the same systems. The potential that labelled a file also relaxed its structures.",
-        _grid(["`data.labels`", "file", "made with", "usable", "refused"], labels),
+        "The two files of `fcc` have the same systems. The potential that labelled a file also relaxed its "
+        "structures.",
+        _grid(["`data.slabs`", "`data.labels`", "file", "made with", "usable", "refused"], labels),
         "**Every energy is a label by a machine-learned potential, not DFT.** No record of another data set "
         "is in them.",
         f"## Energies of {POTENTIALS['diep']}, eV",
-        _grid(["adsorbate", "n", "mean", "sd", "least", "largest"], energies),
+        _energies(systems[SHIPPED]),
+        "The wide file:",
+        _energies(systems[WIDE]),
         "## Limits",
         bullets(DATA_LIMITS),
         "## Licence",
         "Apache-2.0, as catmllm, which made the structures. "
         f"The labels were made with {' and with '.join(LABELLERS.values())}.",
-    ]
+    ]  # fmt: skip
     return _head(head) + "\n\n".join(body) + "\n"
 
 
-def _contents(records: Sequence[dict[str, Any]], systems: Sequence[System]) -> tuple[str, ...]:
-    """What the data are, counted; the usable ones are `systems`."""
-    metals = sorted({e for s in systems for e in s.slab_counts})
+def _fcc_slabs(systems: Sequence[System]) -> str:
+    """What the usable systems are, counted."""
     facets = " and ".join(sorted({str(s.miller) for s in systems}))
-    pairs = {f"{s.bulk} {s.miller}" for s in systems}
-    parts = split(systems)
+    return bullets([
+        f"Slabs: 2x2 cells of three layers, {N_SLAB} metal atoms, and one adsorbate; fcc facets {facets}"
+        f"; {len(_pairs(systems))} pairs of bulk and facet.",
+        f"Metals: {_metals(systems)}.",
+        f"Split with seed 0, whole pairs of bulk and facet at a time: {_sizes(systems)}.",
+    ])  # fmt: skip
+
+
+def _wide_slabs(records: Sequence[dict[str, Any]], systems: Sequence[System], every: Sequence[System]) -> str:
+    """What the usable systems of the wide file are, and the split of `every` one, those of `fcc` first."""
+    atoms = [sum(s.slab_counts.values()) for s in systems]
+    facets = Counter(str(s.miller) for s in systems)
+    strained = sum(bool(r["strain"]) for r in records if r["ok"])
+    first = len(every) - len(systems)
+    both = len(_pairs(systems) & _pairs(every[:first]))
+    return bullets([
+        f"Slabs: fcc, bcc and hcp, of {min(atoms)} to {max(atoms)} metal atoms of one to three elements, "
+        f"facets {', '.join(f'{name} ({n:,})' for name, n in facets.most_common())}; {strained:,} systems "
+        f"are strained; {len(_pairs(systems))} pairs of bulk and facet, {both} of which `fcc` has too.",
+        f"Metals: {_metals(systems)}.",
+        f"Split of both with seed 0: {_sizes(every, first)}. A pair of `fcc` is in the part that it is in "
+        "without the wide file.",
+    ])  # fmt: skip
+
+
+def _pairs(systems: Sequence[System]) -> set[str]:
+    return {f"{s.bulk} {s.miller}" for s in systems}
+
+
+def _metals(systems: Sequence[System]) -> str:
+    return ", ".join(sorted({e for s in systems for e in s.slab_counts}))
+
+
+def _sizes(systems: Sequence[System], first: int | None = None) -> str:
+    parts = split(systems, first=first)
     train, val, test = (f"{len(parts[part]):,}" for part in get_args(SplitName))
-    return (
-        f"{len(records):,} adsorption systems on {len({r['slab'] for r in records})} slabs of {len(metals)} "
-        "metals and their alloys, each with a relaxed structure, the start of its relaxation and an "
-        "adsorption energy. This page is made from the files in `catmllm/data`, in the form of a data card "
-        "of Hugging Face. [Data](data.md) says more.",
-        "## What is in it",
-        bullets([
-            f"Slabs: 2x2 cells of three layers, {N_SLAB} metal atoms, and one adsorbate; fcc facets {facets}"
-            f"; {len(pairs)} pairs of bulk and facet.",
-            f"Metals: {', '.join(metals)}.",
-            f"Split with seed 0, whole pairs of bulk and facet at a time: {train} training, {val} validation "
-            f"and {test} test systems.",
-            "Records: JSON lines, gzipped. `symbols`, `cell`, `pos` (relaxed), `pos_start`, `tags` (2: "
-            "adsorbate), `adsorbate`, `bulk`, `miller`, `energy` (eV), `ok`.",
-            "Energy: E(slab + adsorbate) - E(slab) - E(reference), from gas CO, H2, H2O and N2.",
-        ]),
-    )  # fmt: skip
+    return f"{train} training, {val} validation and {test} test systems"
+
+
+def _energies(systems: Sequence[System]) -> str:
+    rows = [_energy_row(name, systems) for name in sorted({s.adsorbate for s in systems})]
+    return _grid(["adsorbate", "n", "mean", "sd", "least", "largest"], rows)
 
 
 def _records(path: Path) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ A verdict is `yes` only where the difference is larger than what chance explains
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -52,6 +52,7 @@ BASELINE_NAMES = {
     "chgnet": "CHGNet, zero-shot",
     "zero_shot": "the model it began with",
 }
+ON_FCC = "… on fcc slabs"  # the subset of the shipped systems that is the default
 TEXT_BASELINES = ("adsorbate_mean", "text_ridge")  # what reads text; the others read the structure
 RATES = {
     "PF": "cannot be read as a CIF at all",
@@ -293,13 +294,18 @@ def property_table(metrics: Metrics) -> Table | None:
     n = tested[-1] if tested else metrics.get("data", {}).get("test", "?")
     texts = any("ensemble" in metrics["property"][stage] for stage in stages)
     modes = OF_TEXTS if texts else tuple(m for m in MODES if m != "ensemble")
-    rows = [
-        [f"{BASELINE_NAMES.get(k, k)} (baseline)", *(_baseline_cell(k, b, mode, texts) for mode in modes)]
-        for k, b in baselines.items()
-    ]
+    rows = []
+    for k, b in baselines.items():
+        name = f"{BASELINE_NAMES.get(k, k)} (baseline)"
+        rows.append([name, *(_baseline_cell(k, b, mode, texts) for mode in modes)])
+        if "subset" in b:
+            part = b["subset"] | _in_subset({"start": b.get("start")})
+            rows.append([ON_FCC, *(_baseline_cell(k, part, mode, texts) for mode in modes)])
     for stage in stages:
         result = metrics["property"][stage]
         rows.append([STAGE_NAMES[stage], *(_cell(result.get(mode), mode) for mode in modes)])
+        if part := _in_subset(result):
+            rows.append([ON_FCC, *(_cell(part.get(mode), mode) for mode in modes)])
     notes = [
         f"Mean absolute error in eV / R² (1 is perfect, 0 is no better than the mean) on n = {n} test "
         "systems whose pair of bulk metal and facet does not occur in training. No outlier is dropped.",
@@ -318,8 +324,17 @@ def property_table(metrics: Metrics) -> Table | None:
             "the text, its strength by validation.",
             f"Mean with ridge: that of the model's energy ({share} of it, by validation) and of the ridge's.",
         ]
+    inside = [part for stage in stages if (part := _in_subset(metrics["property"][stage]))]
+    if inside:
+        n = next(iter(inside[-1].values()))["n"]
+        notes.append(f"{ON_FCC}: the same on those n = {n} of them that `data.slabs: fcc` tests on.")
     headings = ["", *(MODES[mode] for mode in modes)]
     return Table(f"Predicted adsorption energies ({provenance(metrics)})", headings, rows, notes)
+
+
+def _in_subset(results: Mapping[str, Any]) -> Metrics:
+    """Of results by name those on the subset alone, where they have it."""
+    return {k: r["subset"] for k, r in results.items() if isinstance(r, Mapping) and "subset" in r}
 
 
 def _cell(result: Metrics | None, mode: str) -> str:

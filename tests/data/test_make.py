@@ -36,7 +36,7 @@ from catmllm.data.fcc_slabs import (
     slab_records,
 )
 from catmllm.data.make import MakeError, difference, make, part_path, read_finished, reproduce_shipped
-from catmllm.data.slabs import SHIPPED_SEVENNET, load_slabs
+from catmllm.data.slabs import SHIPPED_SEVENNET, WIDE, WIDE_SEED, load_slabs
 from catmllm.potentials.diep import diep
 from catmllm.potentials.relax import Potential
 from tests.data.toy_calculator import EggBox, egg_box
@@ -183,6 +183,18 @@ def test_the_first_shipped_system_comes_out_again() -> None:
     assert difference(made, shipped) < 0.005
     assert list(made) == list(shipped)
     np.testing.assert_allclose(made["pos"], shipped["pos"], atol=0.01)
+
+
+@pytest.mark.slow
+def test_the_first_slab_of_the_wide_file_comes_out_again(tmp_path: Path) -> None:
+    """By the command that the page gives."""
+    out = tmp_path / "first.jsonl"
+    make(out, 1, WIDE_SEED, progress=False)
+    again = [json.loads(line) for line in out.read_text().splitlines()]
+    with gzip.open(WIDE, "rt") as lines:
+        shipped = [json.loads(line) for line in itertools.islice(lines, 8)]
+    assert [r["sid"] for r in again] == [r["sid"] for r in shipped]
+    assert max(difference(a, b) for a, b in zip(again, shipped)) < 0.005
 
 
 @pytest.mark.slow

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from catmllm.config import DataConfig
+from catmllm.config import ConfigError, DataConfig, load_config
 from catmllm.data.open import open_data
 from catmllm.data.shards import Shards, write_shards
-from catmllm.data.slabs import SHIPPED, load_slabs, split
+from catmllm.data.slabs import SHIPPED, WIDE, load_slabs, split
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +39,20 @@ def test_without_a_path_the_shipped_systems_are_opened() -> None:
     assert {k: [s.sid for s in v] for k, v in open_data().items()} == {
         k: [s.sid for s in v] for k, v in expected.items()
     }
+
+
+def test_all_shipped_systems_are_opened() -> None:
+    fcc, wide = load_slabs(), load_slabs(WIDE)
+    expected = split(fcc + wide, 3, len(fcc))
+    found = open_data(DataConfig(slabs="all", split_seed=3))
+    assert {k: [s.sid for s in v] for k, v in found.items()} == {
+        k: [s.sid for s in v] for k, v in expected.items()
+    }
+    held = open_data(DataConfig(slabs="all", split_by="adsorbate", hold_out=("CHO",)))
+    assert {s.adsorbate for s in held["test"]} == {"CHO"}
+    assert sum(map(len, held.values())) == len(fcc) + len(wide)
+    with pytest.raises(ConfigError, match=r"data\.slabs: all. has labels of diep alone, not of sevennet"):
+        load_config(None, ["data.slabs=all", "data.labels=sevennet"])
 
 
 def test_what_cannot_be_opened_says_so(tmp_path: Path) -> None:

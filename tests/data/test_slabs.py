@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import json
 import random
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -13,18 +14,30 @@ import pytest
 from ase import Atoms
 from ase.geometry import get_distances
 
-from catmllm.data.slabs import SHIPPED, SHIPPED_SEVENNET, load_slabs, slab_id, split
+from catmllm.data.slabs import (
+    SHIPPED,
+    SHIPPED_SEVENNET,
+    WIDE,
+    WIDE_SEED,
+    load_slabs,
+    on_fcc_slab,
+    slab_id,
+    split,
+)
+from catmllm.data.surfaces import ADSORBATES, METALS
 from catmllm.structure.system import System
 
 SYSTEMS = load_slabs()
+OTHERS = load_slabs(WIDE)
 
 
 def _pairs(systems: list[System]) -> set[tuple[str, tuple[int, int, int] | None]]:
     return {(system.bulk, system.miller) for system in systems}
 
 
-def _records() -> list[dict]:
-    return [json.loads(line) for line in gzip.open(SHIPPED, "rt")]
+def _records(path: Path = SHIPPED) -> list[dict]:
+    with gzip.open(path, "rt") as lines:
+        return [json.loads(line) for line in lines]
 
 
 def test_every_usable_record_is_there_unchanged() -> None:
@@ -94,6 +107,50 @@ def test_split_is_the_same_everywhere() -> None:
     assert digest(SYSTEMS) == "1fc10c903eee0a54"
     assert digest(load_slabs(SHIPPED_SEVENNET)) == "1f8093f20f447c04"
     assert _pairs(split(SYSTEMS)["test"]) == _pairs(split(load_slabs(SHIPPED_SEVENNET))["test"])
+
+
+def test_the_wide_file_has_what_the_page_says() -> None:
+    """Every record counts or says why not; slabs are those of the seed, from the first on, whole."""
+    records = _records(WIDE)
+    reasons = Counter(record["reason"] for record in records)
+    assert all(record["ok"] == (record["reason"] is None) for record in records)
+    assert reasons[None] == len(OTHERS) and len(SYSTEMS) + len(OTHERS) >= 10_000
+    assert set(reasons) <= {
+        None, "slab", "not_converged", "energy_out_of_range", "failed", "broken", "detached", "buried",
+        "overlap", "squeezed",
+    }  # fmt: skip
+    slabs = dict.fromkeys(record["slab"] for record in records)
+    assert list(slabs) == [f"p{WIDE_SEED}-{k}" for k in range(len(slabs))]
+    assert [r["sid"] for r in records] == [f"diep-{slab}-{k}" for slab in slabs for k in range(8)]
+    assert {s.adsorbate for s in OTHERS} == set(ADSORBATES)
+    assert {e for s in OTHERS for e in s.slab_counts} == set(METALS)
+    assert all(record["frames"] for record in records if record["ok"])
+    for system in OTHERS[::50]:
+        assert system.start is not None and np.isfinite(system.known_energy)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_full_set_keeps_every_pair_where_the_first_has_it(seed: int) -> None:
+    """So what is trained on all is tested on the named systems without having seen their pairs."""
+    alone, parts = split(SYSTEMS, seed), split(SYSTEMS + OTHERS, seed, len(SYSTEMS))
+    train, val, test = (_pairs(parts[name]) for name in ("train", "val", "test"))
+    assert not (train & val or train & test or val & test)
+    for name, systems in alone.items():
+        assert [s.sid for s in parts[name] if on_fcc_slab(s)] == [s.sid for s in systems]
+    assert sorted(s.sid for p in parts.values() for s in p) == sorted(s.sid for s in SYSTEMS + OTHERS)
+    shares = [len(parts[name]) / len(SYSTEMS + OTHERS) for name in ("train", "val", "test")]
+    assert shares == pytest.approx([0.8, 0.1, 0.1], abs=0.02)
+    for name in ("train", "val", "test"):
+        assert {s.adsorbate for s in parts[name]} == set(ADSORBATES)
+
+
+def test_the_order_of_a_split_by_steps_does_not_count() -> None:
+    shuffled = OTHERS.copy()
+    random.Random(0).shuffle(shuffled)
+    first, second = (split(SYSTEMS + some, 1, len(SYSTEMS)) for some in (OTHERS, shuffled))
+    assert {k: [s.sid for s in v] for k, v in first.items()} == {
+        k: [s.sid for s in v] for k, v in second.items()
+    }
 
 
 def test_few_systems() -> None:

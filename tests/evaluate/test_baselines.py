@@ -7,9 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from scipy.spatial.distance import cdist
+from sklearn.metrics import mean_absolute_error
 
 from catmllm.data.slabs import SHIPPED_SEVENNET, load_slabs, split
 from catmllm.evaluate.baselines import (
+    FRAMES,
     RIDGES,
     SHARED,
     AdsorbateMean,
@@ -104,6 +106,16 @@ def test_shipped_systems_have_the_known_baselines() -> None:
     # with relaxed, middle and start frames 0.208 and 0.329
     assert found["kernel_ridge_frames"]["mae"] == pytest.approx(0.188, abs=0.01)
     assert found["kernel_ridge_frames"]["start"]["mae"] == pytest.approx(0.317, abs=0.015)
+
+
+def test_a_subset_has_errors_of_its_own() -> None:
+    some = {name: systems[::6] for name, systems in PARTS.items()}
+    found = baselines(some, lambda s: s.adsorbate == "O")
+    assert {k: v["mae"] for k, v in found.items()} == {k: v["mae"] for k, v in baselines(some).items()}
+    of_o = [s for s in some["test"] if s.adsorbate == "O"]
+    predicted = KernelRidge.fit(some["train"], some["val"], FRAMES).predict([s.frame(0.0) for s in of_o])
+    part = found["kernel_ridge_frames"]["start"]["subset"]
+    assert part["mae"] == pytest.approx(mean_absolute_error(energies(of_o), predicted), abs=1e-9)
 
 
 def test_kernel_ridge_is_that_of_scipy_and_lapack() -> None:

@@ -563,6 +563,26 @@ def test_summary_for_the_terminal(systems: list[System]) -> None:
     assert summary_table({}).count("Not in this run") == 1
 
 
+def test_a_subset_has_rows_of_its_own(systems: list[System]) -> None:
+    """Below each stage and each baseline that knows it; relaxed structures and starts where they were."""
+    metrics = made_metrics(systems)
+    plain = summary_table(metrics)
+    assert "on fcc slabs" not in plain
+    part = {"mae": 0.1234, "r2": 0.9, "n": 77}
+    metrics["property"]["ga_grpo"]["both"] = metrics["property"]["ga_grpo"]["both"] | {"subset": part}
+    metrics["property"]["ga_grpo"]["start"] |= {"subset": part | {"mae": 0.2345}}
+    start = {"mae": 0.5, "r2": 0.5, "subset": {"mae": 0.3456, "r2": 0.7}}
+    metrics["baselines"]["kernel_ridge_frames"] = {"mae": 0.4, "r2": 0.6, "subset": part, "start": start}
+    lines = summary_table(metrics).splitlines()
+    after = {
+        lines[i - 1].split("  ")[0].strip(): lines[i] for i, l in enumerate(lines) if "… on fcc slabs " in l
+    }
+    assert set(after) == {"kernel ridge, with starts (baseline)", "GA-GRPO"}
+    assert "0.123 / 0.90" in after["GA-GRPO"] and "0.234" in after["GA-GRPO"]
+    assert "0.346" in after["kernel ridge, with starts (baseline)"]
+    assert "n = 77 of them that `data.slabs: fcc` tests on" in "\n".join(lines)
+
+
 def test_own_labels_are_named(systems: list[System]) -> None:
     metrics = made_metrics(systems)
     metrics["data"]["labels"] = "oc20.jsonl"

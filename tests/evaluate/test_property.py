@@ -1,0 +1,49 @@
+"""Errors of energies, of all test systems and of a subset."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import mean_absolute_error, r2_score
+
+from catmllm.data.batches import Collator
+from catmllm.data.slabs import SHIPPED_SEVENNET, load_slabs, on_fcc_slab
+from catmllm.evaluate.property import evaluate_property
+from catmllm.models.catalytic_mllm import CatalyticMLLM
+from catmllm.structure.system import System
+from catmllm.world import World
+
+
+class Alone(World):
+    """A world of one without a process group."""
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+
+def test_a_subset_has_errors_of_its_own(small_model: tuple[CatalyticMLLM, Collator]) -> None:
+    """Against scikit-learn, in every way that energies are said; of all they stay what they are."""
+    systems, world = load_slabs()[::250], Alone(0, 1, torch.device("cpu"))
+
+    def some(system: System) -> bool:
+        return system.adsorbate in ("O", "CO", "NH")
+
+    whole = evaluate_property(*small_model, systems, world, llm=False)
+    found = evaluate_property(*small_model, systems, world, llm=False, subset=some)
+    inside = [some(s) for s in systems]
+    assert 1 < sum(inside) < len(systems)
+    for way, other in (("encoder", found["parity"]["predicted"]), ("encoder_start", None)):
+        assert {k: v for k, v in found[way].items() if k != "subset"} == whole[way]
+        predicted = np.array(other or found["parity"]["others"][way])[inside]
+        truth = np.array([s.known_energy for s in systems])[inside]
+        part = found[way]["subset"]
+        assert part["n"] == sum(inside)
+        assert part["mae"] == pytest.approx(mean_absolute_error(truth, predicted), abs=1e-4)
+        assert part["r2"] == pytest.approx(r2_score(truth, predicted), abs=1e-3)
+
+
+def test_the_named_subset_is_the_first_file() -> None:
+    assert all(on_fcc_slab(s) for s in load_slabs() + load_slabs(SHIPPED_SEVENNET))
