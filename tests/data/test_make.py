@@ -21,10 +21,12 @@ import numpy as np
 import pytest
 from ase.build import add_adsorbate, fcc100, fcc111
 from ase.calculators.calculator import all_changes
+from ase.data import atomic_numbers
 from ase.formula import Formula
 from ase.geometry import get_distances
 
 from catmllm.data import make as making
+from catmllm.data import surfaces
 from catmllm.data.fcc_slabs import (
     ADSORBATES,
     FCC_CONSTANT,
@@ -39,6 +41,7 @@ from catmllm.data.make import MakeError, difference, make, part_path, read_finis
 from catmllm.data.slabs import SHIPPED_SEVENNET, WIDE, WIDE_SEED, load_slabs
 from catmllm.potentials.diep import diep
 from catmllm.potentials.relax import Potential
+from catmllm.structure.system import BULK
 from tests.data.toy_calculator import EggBox, egg_box
 
 SEED, PER_SLAB = 3, 2
@@ -174,6 +177,22 @@ def test_the_shipped_file_is_drawn_again(seed: int) -> None:
             same += np.allclose(system.positions, record["pos_start"], atol=2e-3)
     # neighbours at one distance come in another order on positions of four decimals, hence not all
     assert same > 0.75 * len(records)
+
+
+def test_the_wide_file_is_drawn_again() -> None:
+    """Every slab from its own stream, by ASE's builders; what does not relax stands where it was built."""
+    with gzip.open(WIDE, "rt") as file:
+        records = [json.loads(line) for line in itertools.islice(file, 0, None, 8)]
+    for number, record in enumerate(records):
+        slab = surfaces.draw_slab(Random(f"{WIDE_SEED}/{number}"))
+        n = len(slab.tags)
+        assert [atomic_numbers[s] for s in record["symbols"][:n]] == slab.structure.numbers.tolist()
+        assert (tuple(record["miller"]), record["strain"]) == (slab.miller, round(slab.strain, 5))
+        np.testing.assert_allclose(record["cell"], slab.structure.lattice, atol=1e-5)
+        below = slab.tags == BULK
+        np.testing.assert_allclose(
+            np.array(record["pos"])[:n][below], slab.structure.positions[below], atol=1e-4
+        )
 
 
 @pytest.mark.slow
