@@ -432,7 +432,8 @@ def _refused(records: Sequence[dict[str, Any]]) -> str:
         for r in records
         if not r["ok"]
     )
-    return ", ".join(f"{n} {reason.replace('_', ' ')}" for reason, n in why.most_common())
+    why["slab not converged"] = why.pop("slab", 0)
+    return ", ".join(f"{n} {reason.replace('_', ' ')}" for reason, n in why.most_common() if n)
 
 
 def _energy_row(adsorbate: str, systems: Sequence[System]) -> list[str]:

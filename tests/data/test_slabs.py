@@ -114,7 +114,7 @@ def test_the_wide_file_has_what_the_page_says() -> None:
     records = _records(WIDE)
     reasons = Counter(record["reason"] for record in records)
     assert all(record["ok"] == (record["reason"] is None) for record in records)
-    assert reasons[None] == len(OTHERS) > 0.9 * len(records)
+    assert reasons[None] == len(OTHERS) > 0.8 * len(records)
     assert set(reasons) <= {
         None, "slab", "not_converged", "energy_out_of_range", "failed", "broken", "detached", "buried",
         "overlap", "squeezed",
