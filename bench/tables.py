@@ -486,7 +486,7 @@ def rl_overlap() -> str:
 
 def rl_staleness() -> str:
     """A row a pair of runs; under those of a learning rate their mean, and that of the pairs' differences."""
-    found = {"1.5e-4": newest("rl_staleness")}
+    found = {"1.5e-4": newest("rl_staleness"), "7.5e-5": newest("rl_staleness_half")}
     names, rows = ("staleness 0", "staleness 1"), []
     for lr, one in found.items():
         n = int(one["conditions"]["mean over"].split()[0])
