@@ -22,7 +22,7 @@ from catmllm.data.slabs import WIDE, load_slabs, split
 from catmllm.evaluate.baselines import FRAMES, KernelRidge
 from catmllm.models.catalytic_mllm import RATE
 from catmllm.models.kernel_prior import KernelPrior
-from catmllm.stages.supervised import DESCRIBED
+from catmllm.stages.supervised import described
 from catmllm.structure.descriptors import SIZE, fold_of, known, surroundings
 from catmllm.structure.system import System
 
@@ -60,7 +60,7 @@ def main() -> int:
 def fits(train: Sequence[System], val: Sequence[System]) -> dict[str, tuple[Says, Says]]:
     """What says the energies of relaxed structures and of starts, by name: kernel ridge with all of training,
     and the closed form with as much of it as a model takes."""
-    shown = [*train[:: -(-len(train) // DESCRIBED)]]
+    shown = described(train)
     shown += [s.frame(0.0) for s in shown]
     prior = KernelPrior(SIZE, RATE)
     folds, truth = np.array([fold_of(s) for s in shown]), np.array([s.known_energy for s in shown])

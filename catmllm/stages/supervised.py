@@ -52,13 +52,19 @@ def standardise(context: Context) -> None:
     model.energy_std.copy_(torch.where(new, energies.std(), model.energy_std))
     head = model.energy_head
     if bool((head.deviation == 1).all()) and not texts_only(train):
-        some = [train[i] for i in range(0, len(train), -(-len(train) // DESCRIBED))]
+        some = described(train)
         local = np.array([surroundings(s) for s in some])
         deviation = local.std(0)
         # what hardly varies in training would be all there is of a structure in which it does
         head.deviation.copy_(torch.from_numpy(np.maximum(deviation, 0.02 * deviation.max() or 1.0)))
         head.centre.copy_(torch.from_numpy(local.mean(0)))
         _fit_closed_form(context, some, local)
+
+
+def described(train: Sequence[System]) -> list[System]:
+    """All training systems, or `DESCRIBED` evenly spaced ones."""
+    rows = np.linspace(0, len(train) - 1, min(len(train), DESCRIBED)).round()
+    return [train[int(i)] for i in rows]
 
 
 def _fit_closed_form(context: Context, systems: list[System], local: np.ndarray) -> None:

@@ -20,7 +20,7 @@ from catmllm.models.build import new_model
 from catmllm.models.catalytic_mllm import RATE, CatalyticMLLM
 from catmllm.models.kernel_prior import CERTAIN, DOUBT_STRENGTHS, RELATED, SHARED, STRENGTHS, KernelPrior
 from catmllm.models.state import load_model, save_model
-from catmllm.stages.supervised import standardise
+from catmllm.stages.supervised import described, standardise
 from catmllm.structure.descriptors import FOLDS, SIZE, fold_of, known, surroundings, told
 from catmllm.structure.sites import on_site
 from catmllm.structure.system import System
@@ -205,6 +205,15 @@ def test_a_frame_on_the_way_is_not_relaxed(train_systems: list[System]) -> None:
         [0, fold_of(system)],
         [1, -1],
     ]
+
+
+@pytest.mark.parametrize("n", [1, 9, 10, 11, 13, 19, 25])
+def test_as_many_systems_are_described_as_may_be(monkeypatch: pytest.MonkeyPatch, n: int) -> None:
+    """Evenly spaced: with one too many, one is left out, not every second."""
+    monkeypatch.setattr("catmllm.stages.supervised.DESCRIBED", 10)
+    rows = described(range(n))  # type: ignore[arg-type]
+    assert len(rows) == len({*rows}) == min(n, 10) and (rows[0], rows[-1]) == (0, n - 1)
+    assert len({*np.diff(rows)}) <= 2
 
 
 def test_other_labels_have_closed_forms_of_their_own(
