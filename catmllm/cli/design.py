@@ -154,7 +154,8 @@ def _print(record: dict[str, Any]) -> None:
     for row in record["pool"]:
         sampled = row["iteration"] >= 0
         judged = row.get("judged", "")
-        judged = f"  {record['judge']} {judged:.3f} eV" if isinstance(judged, float) else f"  {judged}"
+        if judged != "":
+            judged = f"  {record['judge']} {judged:.3f} eV" if isinstance(judged, float) else f"  {judged}"
         print(
             f"  {row['file']}: predicted {predicted(row)}, PVCP {row['pvcp']:.2f}, "
             f"{adsorbate(row)}{judged}{'' if sampled else f'  ({origin(row)})'}"
