@@ -196,6 +196,8 @@ class ClosedLoop:
         """Of each task the first candidates, of iteration `ANALOGUE`: the nearest `known` systems as one of
         its slabs (identity lines)."""
         found = analogues(slabs, [t.energy for t in tasks], known, self.config.analogues)
+        if not any(found):
+            return [[] for _ in tasks]
         asked = [
             replace(make_task(s.identity, t.energy), sites=t.sites)
             for t, some in zip(tasks, found)
