@@ -95,7 +95,7 @@ def test_the_card_of_the_data_is_made_from_its_files() -> None:
     page = (ROOT / "docs" / "data_card.md").read_text(encoding="utf-8")
     assert page == data_card(), "python -m catmllm.report.card > docs/data_card.md"
     head = DatasetCard(page).data.to_dict()
-    assert head["license"] == "apache-2.0" and head["size_categories"] == ["1K<n<10K"]
+    assert head["license"] == "apache-2.0" and head["size_categories"] == ["10K<n<100K"]
     files = [part["data_files"] for part in head["configs"]]
     assert files == [SLABS.name, SHIPPED_SEVENNET.name, [SLABS.name, WIDE.name]]
     usable = [r["energy"] for r in records() if r["ok"] and r["adsorbate"] == "CO"]
