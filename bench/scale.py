@@ -9,13 +9,19 @@ its tokens, and an atom of a structure as many as `atom_tokens` says. The dealin
 stage. `scale_baselines`: seconds of the text regression, measured, by both of its forms. `scale_decoding`:
 operators that a GPU is given a token, and waits of the host for it, counted (`operators.py`); with `--base`
 those of another commit. `scale_weights`, `scale_memory`: what samplers' new weights move and hold.
+`scale_tasks`: what GA-GRPO's tasks take, by those under way and by those that have left.
 """
 
 from __future__ import annotations
 
 import inspect
+import json
 import os
+import re
+import statistics
 import sys
+import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -29,21 +35,28 @@ from bench import record  # first: it decides whose packages are measured
 from bench.operators import counted
 from catmllm.config import Config, SamplingConfig, load_config
 from catmllm.data.batches import Collator
+from catmllm.data.open import open_data
 from catmllm.data.packing import evenly
-from catmllm.data.prompts import Sample, cif_prompt, cif_sample, design_sample, property_sample
+from catmllm.data.prompts import Sample, cif_prompt, cif_sample, design_sample, jitter, property_sample
+from catmllm.design import search
 from catmllm.models.build import new_model
 from catmllm.models.lora import LINEARS
 from catmllm.plan.cards import CARDS
 from catmllm.plan.ledger import Ledger, backend_forced
 from catmllm.plan.made_up import qwen_like_tokenizer, synthetic_systems
 from catmllm.plan.trace import planned_model
+from catmllm.sample.answers import Rollout
 from catmllm.sample.engine import RolloutEngine
 from catmllm.sample.grammar import answer_pattern
 from catmllm.sample.vllm_weights import Weights
 from catmllm.sample.wire import sampled_with
+from catmllm.stages.ga_grpo import GAGRPO
 from catmllm.stages.supervised import VISUAL
+from catmllm.structure.cif import write_cif
 from catmllm.structure.system import ADSORBATE, System, make_system
 from catmllm.structure.text import three_part_text
+from catmllm.train.stage import Context
+from catmllm.world import World, start
 
 RANKS = (8, 32, 64)
 PACKS = 64
@@ -57,6 +70,7 @@ NARROW = (
     "model.llm.intermediate_size=96", "model.encoder.num_layers=1", "model.encoder.sphere_channels=16",
     "model.encoder.attn_hidden_channels=16", "model.encoder.ffn_hidden_channels=16",
 )  # fmt: skip
+IDENTITY = re.compile(r"\w+</s>\w+ \([-\d ]+\)")  # line of a system
 SYSTEMS = {"train": 295_000, "test": 37_000}  # of 369,247
 
 
@@ -309,9 +323,112 @@ def decoding(quick: bool) -> list[dict[str, Any]]:
     ]
 
 
+class Echo:
+    """In the place of the engine: answers with the structure of the system that is asked for, shaken, and
+    takes no time for it. A hidden state per token, as the stage's update wants."""
+
+    def __init__(self, systems: Sequence[System], width: int = 8) -> None:
+        self.seconds = {"prefill": 0.0, "decode": 0.0}
+        self.systems = {s.identity: s for s in systems}
+        self.width, self.rng = width, np.random.default_rng(0)
+
+    def generate(
+        self, samples: Sequence[Sample], params: SamplingConfig, seed: Sequence[int], group_size: int = 1,
+        **_: Any,
+    ) -> list[Rollout]:  # fmt: skip
+        began = time.perf_counter()
+        found = [self._answer(k, s) for k, s in enumerate(samples) for _ in range(group_size)]
+        self.seconds["decode"] += time.perf_counter() - began
+        return found
+
+    def _answer(self, prompt: int, sample: Sample) -> Rollout:
+        system = self.systems[IDENTITY.search(sample.prompt)[0]]  # type: ignore[index]
+        ids = torch.zeros(4, dtype=torch.int64)
+        text = write_cif(jitter(system, 0.02, self.rng))
+        return Rollout(prompt, ids, torch.zeros(4), torch.zeros(4, self.width), True, text)
+
+
+def tasks(quick: bool) -> dict[str, Any]:
+    """GA-GRPO's own work: what a step takes beside sampling, reward, prediction and update; what a checkpoint
+    has of the tasks, and what it takes to write that and to go on from it on two ranks."""
+    world = start(load_config(None, ["data.slabs=all"]))
+    systems = list(open_data(load_config(None, ["data.slabs=all"]).data)["train"])
+    plain, search.energies_and_errors = search.energies_and_errors, _any_energies
+    found: dict[str, dict[str, list[float]]] = {}
+    try:
+        for through in (100, 300) if quick else (100, 1_000, 10_000):
+            for under_way in (64, through):
+                case = f"{under_way:,} under way, {through:,} have left" if under_way == 64 else (
+                    f"{under_way:,} under way"
+                )  # fmt: skip
+                steps = -(-through // 64) * 2 + 1 if under_way == 64 else 2
+                with tempfile.TemporaryDirectory() as folder:
+                    told = _searched(systems, under_way, steps, world, Path(folder))
+                found |= {f"{case}: {what}": {"now": [value]} for what, value in told.items()}
+    finally:
+        search.energies_and_errors = plain
+        torch.distributed.destroy_process_group()
+    says = "tasks of GA-GRPO: what they take beside sampling, reward, prediction and update"
+    return record.claim("scale_tasks", says, "as named", found, {"candidates of a task": 1 + 2 * 2})
+
+
+class _NoGraphs:
+    """A collator that any structure is right for."""
+
+    def graphs(self, systems: Sequence[System]) -> None:
+        return None
+
+
+def _any_energies(model: Any, collate: Any, questions: Sequence[Any], **_: Any) -> tuple[Any, Any]:
+    return np.linspace(-1, 1, len(questions)), np.zeros(len(questions))
+
+
+def _searched(
+    systems: list[System], under_way: int, steps: int, world: World, folder: Path
+) -> dict[str, float]:
+    """A stage of so many steps, two of which are the life of a task."""
+    words = [f"ga_grpo.batch_size={under_way}", "ga_grpo.initial=1", "ga_grpo.group_size=2"]
+    words += ["ga_grpo.iterations=2", "ga_grpo.sampling.max_new_tokens=null", "data.slabs=all"]
+    config = load_config(None, [*NARROW, *words])
+    model, collate = new_model(config, systems[:40])
+    context = Context(config, model, collate, {"train": systems, "val": [], "test": []}, world, folder)
+    stage, engine = GAGRPO(context), Echo(systems)
+    stage._engine = lambda: engine  # type: ignore[method-assign,assignment,return-value]
+    stage.add_policy = lambda *_: None  # type: ignore[method-assign]
+    stage.loop.predictor = model, _NoGraphs()  # type: ignore[assignment]
+    seconds = []
+    for k in range(steps):
+        spent = [*stage.loop.seconds.values(), *engine.seconds.values()]
+        began = time.perf_counter()
+        stage.step(k)
+        took = time.perf_counter() - began
+        now = [*stage.loop.seconds.values(), *engine.seconds.values()]
+        seconds.append(took - sum(now) + sum(spent))
+        if stage.running:  # none has left after this step
+            state, remembered = stage.state(), len(stage.loop._known)
+    path = folder / "extra-0.json"
+    began = time.perf_counter()
+    path.write_text(json.dumps(state))
+    written = time.perf_counter() - began
+    resumed = []
+    for rank in range(2):
+        context.world = World(rank, 2, world.device)
+        other = GAGRPO(context)
+        began = time.perf_counter()
+        other.load_state(json.loads(path.read_text()))
+        resumed.append(time.perf_counter() - began)
+    return {
+        "ms a step": 1e3 * statistics.median(seconds[-6:]),
+        "structures remembered": remembered,
+        "KiB of a checkpoint": path.stat().st_size / 1024,
+        "ms to write it": 1e3 * written,
+        "ms to go on from it": 1e3 * max(resumed),
+    }
+
+
 def main() -> None:
     parser = record.arguments(__doc__)
-    parts = ("balance", "evaluation", "baselines", "decoding", "weights")
+    parts = ("balance", "evaluation", "baselines", "decoding", "weights", "tasks")
     parser.add_argument("--part", choices=parts, help="one of the claims")
     args = parser.parse_args()
     stages = ("align", "joint", "instruct", "grpo", "ga_grpo")
@@ -329,6 +446,8 @@ def main() -> None:
         claims += decoding(args.quick)
     if args.part in (None, "weights"):
         claims += weights()
+    if args.part in (None, "tasks"):
+        claims.append(tasks(args.quick))
     record.finish(args, claims)
 
 

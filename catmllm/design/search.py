@@ -128,7 +128,8 @@ class ClosedLoop:
         self.predictor = predictor or (model, collate)
         self.pvcp = config.reward.scorer()
         self.seconds = {"reward": 0.0, "predict": 0.0}  # spent so far
-        # by structure key: energy, its expected error, fault and the site of the first bond to the slab
+        # by identity line and structure key: energy, its expected error, fault and the site of the first bond
+        # to the slab
         self._known: dict[str, tuple[float, float, Fault | None, str]] = {}
 
     def judge(
@@ -332,6 +333,12 @@ class ClosedLoop:
             [site for _, _, _, site in known],
             keys,
         )
+
+    def keep(self, tasks: Sequence[Task]) -> None:
+        """Forget the energies of all structures but these tasks': those of tasks that have left are not asked
+        for again, and thousands of tasks would add up."""
+        kept = {task.identity for task in tasks}
+        self._known = {key: said for key, said in self._known.items() if key.partition("|")[0] in kept}
 
     def exemplar(self, task: Task, candidate: Candidate) -> System | None:
         """The structure of a candidate, or None where there is none to be read."""

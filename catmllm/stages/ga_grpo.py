@@ -33,7 +33,6 @@ from catmllm.seeds import Stream
 from catmllm.stages.advantages import group_advantages
 from catmllm.stages.policy import Pass, Read, add_policy, on_device, validation, vllm_of
 from catmllm.stages.supervised import validation_systems
-from catmllm.train.metrics import read_log
 from catmllm.train.sharding import unsharded
 from catmllm.train.stage import Context, Plain, Step, Validation
 from catmllm.world import DTYPES
@@ -139,6 +138,8 @@ class GAGRPO(Plain):
         leaves = [done or len(s.trace) > self.config.iterations for s, done in zip(self.running, solved)]
         ended = [summary(s) | {"step": step} for s, gone in zip(self.running, leaves) if gone]
         self.running = [s for s, gone in zip(self.running, leaves) if not gone]
+        if ended:
+            self.loop.keep([s.task for s in self.running])
         rows = [json.dumps(row) + "\n" for part in world.gather(ended) for row in part]
         self.left += len(rows)
         if world.main:
@@ -159,7 +160,9 @@ class GAGRPO(Plain):
         with unsharded(c.model):
             engine = self._engine()
             states = self.loop.start(tasks, engine, seed)
-            return self.loop.refine(states, engine, 1, seed, keep=False)[1]
+            rewards = self.loop.refine(states, engine, 1, seed, keep=False)[1]
+        self.loop.keep([s.task for s in self.running])
+        return rewards
 
     def add_policy(
         self, work: Step, rollouts: list[Rollout], advantages: np.ndarray, informative: np.ndarray
@@ -181,23 +184,26 @@ class GAGRPO(Plain):
         return Read(*self.context.model(CatalyticMLLM.head, hidden, targets, t, self.reference_head, chosen))
 
     def state(self) -> dict[str, Any]:
-        """The tasks of all ranks: any number of them may go on."""
+        """The tasks of all ranks, kept by the main one: any number of ranks may go on."""
         own = [
             {"task": vars(s.task), "pool": [c.to_json() for c in s.pool.members], "trace": s.trace}
             for s in (*self.running, *self.waiting)
         ]
         tasks = [task for part in self.context.world.gather(own) for task in part]
-        return {"entered": self.entered, "left": self.left, "tasks": tasks}
+        return {"entered": self.entered, "left": self.left, "tasks": tasks if self.context.world.main else []}
 
     def load_state(self, state: dict[str, Any]) -> None:
+        """Collective."""
         world, path = self.context.world, self.context.folder / TASKS
         self.entered, self.left = state["entered"], state["left"]
         size = self.config.pool
         mine = [
             TaskState(Task(**s["task"]), ExemplarPool(size, [Candidate(**c) for c in s["pool"]]), s["trace"])
-            for s in state["tasks"][world.rank :: world.size]
+            for s in world.gather(state["tasks"])[0][world.rank :: world.size]
         ]
         self.running, self.waiting = mine[: self.config.batch_size], mine[self.config.batch_size :]
-        if world.main:  # what was written after the checkpoint comes again
-            kept = read_log(path)[: self.left]
-            path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        if world.main and path.exists():  # what was written after the checkpoint comes again
+            with path.open("rb+") as f:
+                for _ in range(self.left):
+                    f.readline()
+                f.truncate()

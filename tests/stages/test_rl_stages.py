@@ -8,6 +8,7 @@ the reward here counts tokens instead.
 import dataclasses
 import itertools
 import json
+import sys
 import threading
 from pathlib import Path
 
@@ -15,6 +16,8 @@ import numpy as np
 import pytest
 import torch
 
+from bench.scale import Echo
+from catmllm.design import search
 from catmllm.design.exemplar_pool import Candidate
 from catmllm.design.search import ClosedLoop
 from catmllm.models.catalytic_mllm import CatalyticMLLM
@@ -418,6 +421,43 @@ def test_solved_tasks_leave_and_others_enter(context: Context, monkeypatch: pyte
     assert stage.entered == 8 and len(stage.running) == 2
     asked = [(row["identity"], row["energy"]) for row in rows]
     assert len(set(asked)) == 6
+
+
+def test_a_step_does_not_feel_the_tasks_that_have_left(
+    context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the calls of functions, Python's and C's, that the interpreter itself counts; the state of a
+    checkpoint and what is remembered of structures are those of the tasks under way."""
+    systems = list({s.identity: s for s in context.data["train"]}.values())[:4]
+    context.data = {**context.data, "train": systems}
+    o = context.config.ga_grpo
+    o.batch_size, o.initial, o.group_size, o.iterations, o.tasks = 4, 2, 2, 1, 4
+    monkeypatch.setattr(search, "energies_and_errors", lambda *a, **_: (np.zeros(len(a[2])),) * 2)
+    stage = GAGRPO(context)
+    monkeypatch.setattr(stage, "_engine", lambda: Echo(systems))
+    monkeypatch.setattr(stage, "add_policy", lambda *a: None)
+
+    def calls(step: int) -> int:
+        n = 0
+
+        def count(frame, event, argument):
+            nonlocal n
+            n += event in ("call", "c_call")
+
+        sys.setprofile(count)
+        try:
+            stage.step(step)
+        finally:
+            sys.setprofile(None)
+        return n
+
+    counted, sizes = [], []
+    for step in range(24):  # each lets four tasks go and begins with the same four systems
+        counted.append(calls(step))
+        sizes.append((len(stage.loop._known), len(json.dumps(stage.state()))))
+    assert stage.left == 96 and not stage.running
+    assert max(counted[-5:]) <= 1.02 * max(counted[2:7]) and min(counted) > 1000  # a bond more or less
+    assert sizes[-1][0] == sizes[2][0] and sizes[-1][1] <= sizes[2][1] + 2 * 3  # two counters' digits
 
 
 def test_a_search_goes_on_on_other_numbers_of_ranks(
