@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +19,14 @@ from catmllm.config.load import SHIPPED
 from catmllm.data.open import open_data
 from catmllm.data.slabs import SHIPPED as SHIPPED_DATA
 from catmllm.evaluate.baselines import evenly_spaced
+from catmllm.pipeline import differences
+from catmllm.stages import STAGES
 from catmllm.study import compared, every_run, read, sentences, study, table, values_of
 from catmllm.study.cells import arguments
 from catmllm.study.compare import over_seeds, seeds_needed
+from catmllm.study.reuse import adopt, runs_below
+
+ROOT = Path(__file__).parents[1]
 
 FILE = """
 base: {stages: [encoder], evaluate.judge: none, data.path: DATA}
@@ -184,14 +193,24 @@ def test_answers_and_designs_are_compared_too(file: Path, tmp_path: Path) -> Non
             "energy": -1.0,
             "trace": trace,
             "success_own": name == "better",
+            "answers": {
+                "search": [
+                    {"predicted": said, "feasible": True}
+                    for said in (-1.0, -1.0 if name == "better" else 0.0)
+                ]
+            },
         }
-        metrics["designs"], metrics["design"] = {"grpo": {"items": [item]}}, {"items": [item, item]}
+        design = {"tolerance": 0.25, "budgets": [1, 96]}
+        metrics["designs"] = {"grpo": design | {"items": [item]}}
+        metrics["design"] = metrics["free_design"] = design | {"items": [item, item]}
         metrics_of[name] = [values_of(metrics, folder)]
     rows = compared(metrics_of)
     assert rows["grpo: PF"]["plain"]["mean"] == 1 and rows["grpo: PF"]["better"]["more"] == -1
     assert "grpo: VF" not in rows  # the same in both
     assert rows["grpo: reward"]["plain"]["each"] == [1.0]  # of what nothing held
     assert rows["design success after grpo, own"]["better"]["more"] == 1
+    assert rows["design success with free metals, own"]["better"]["more"] == 1
+    assert "design success with free metals, 1 prediction, own" not in rows  # the same in both
     last = rows["last candidates, |E_pred - E*|, eV"]
     assert (last["plain"]["mean"], last["better"]["mean"]) == pytest.approx((1.0, 0.6))
     assert "first candidates, |E_pred - E*|, eV" not in rows
@@ -334,3 +353,150 @@ def test_real_runs_make_a_table(tmp_path: Path) -> None:
     assert main(["study", str(path), "--out", str(tmp_path / "out")]) == 0
     rows = json.loads((tmp_path / "out" / "study.json").read_text())["rows"]
     assert all(0 < cell["mean"] < 5 for row in rows.values() for cell in row.values())
+
+
+def finished(folder: Path, words: list[str], ranks: int = 1) -> Path:
+    """What a run leaves that a study looks at."""
+    tree = to_dict(from_arguments(words)) | {"encoder_precision": "fp32", "compile": False}
+    metrics: dict[str, object] = {
+        "config": tree,
+        "machine": {"ranks": ranks, "commit": "abc", "date": "2026-01-01"},
+        "parameters": {"total": 3},
+        "data": {},
+        "seconds": {"encoder": 1.0},
+        "design": {"items": []},
+    }
+    for key in ("property", "validation"):
+        metrics[key] = {stage: {key: stage} for stage in tree["stages"]}
+    for stage in tree["stages"]:
+        (folder / stage / "checkpoints").mkdir(parents=True)
+        (folder / stage / "catmllm.json").write_text(json.dumps(tree))
+        (folder / stage / "model.safetensors").write_text(f"{folder.name} {stage}")
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    (folder / "report.html").write_text("")
+    return folder
+
+
+BASE = ["seed=1", "data.split_seed=1", "stages=[encoder,align,joint,instruct,grpo]"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "stages", "measured"),
+    [
+        ([], 5, 5),
+        (["out=elsewhere", "tensorboard=false", "data.workers=1", "threads=2"], 5, 5),
+        (["seed=2"], 0, 0),
+        (["data.split_seed=2"], 0, 0),
+        (["precision=fp32"], 0, 0),
+        (["data.share=0.5"], 0, 0),
+        (["model.projector=atoms"], 0, 0),
+        (["encoder.lr=1e-5"], 0, 0),
+        (["align.steps=7"], 1, 1),
+        (["joint.steps=7"], 2, 2),
+        (["joint.drop_configuration=0.3"], 0, 0),  # which the encoder's closed form of texts reads
+        (["instruct.relaxed_text=0.3"], 0, 0),
+        (["instruct.steps=7"], 3, 3),
+        (["grpo.beta=0.3"], 4, 4),
+        (["stages=[encoder,align,joint]"], 3, 3),
+        (["stages=[encoder,joint]"], 1, 1),
+        (["ga_grpo.energy_weight=0"], 5, 5),
+        (["evaluate.judge=none", "evaluate.free_tasks=0"], 5, 5),
+        (["evaluate.property_systems=7"], 5, 0),
+    ],
+)
+def test_stages_that_an_earlier_run_has_trained_are_taken(
+    tmp_path: Path, changes: list[str], stages: int, measured: int
+) -> None:
+    run = finished(tmp_path / "first", BASE)
+    finished(tmp_path / "less", [*BASE, "stages=[encoder]"])
+    words, new = [*BASE, *changes, f"out={tmp_path}/new"], tmp_path / "new"
+    named = adopt(words, new, 1, runs_below(tmp_path))
+    assert named == list(from_arguments(words).stages[:stages])
+    assert sorted(p.name for p in new.glob("*")) == sorted([*named, *(["metrics.json"] if named else [])])
+    if not named:
+        return
+    for stage in named:
+        kept = new / stage / "model.safetensors"
+        # of two runs that have a stage the one that has more
+        assert kept.read_bytes() == (run / stage / "model.safetensors").read_bytes() or stages == 1
+        assert not (new / stage / "checkpoints").exists()
+    metrics = json.loads((new / "metrics.json").read_text())
+    assert list(metrics["validation"]) == named and metrics["adopted"]["commit"] == "abc"
+    assert list(metrics.get("property", {})) == named[:measured]
+    searches = {"ga_grpo", "evaluate"}
+    same = stages == 5 and not any(word.split(".")[0] in searches for word in changes)
+    assert ("design" in metrics) == same
+    # the trainer goes on with it: nothing that it may not change has changed
+    settled = to_dict(from_arguments(words)) | {"encoder_precision": "fp32", "compile": False}
+    assert not list(differences(metrics["config"], settled))
+    assert adopt(words, new, 1, runs_below(tmp_path)) == []  # begun already
+
+
+def test_a_run_on_other_ranks_is_another(tmp_path: Path) -> None:
+    finished(tmp_path / "first", BASE, ranks=2)
+    assert adopt(BASE, tmp_path / "new", 1, runs_below(tmp_path)) == []
+    with pytest.raises(ConfigError, match="no finished run"):
+        runs_below(tmp_path / "first" / "encoder")
+
+
+def test_what_a_run_began_with_counts(tmp_path: Path) -> None:
+    """A cell behind its ancestor is a whole run's last stages, and only behind one of the same settings."""
+    whole = finished(tmp_path / "whole", [*BASE, "stages=[encoder,align,joint]"])
+    finished(tmp_path / "study" / "ancestor", [*BASE, "stages=[encoder,align]"])
+    cell = [*BASE, "stages=[joint]", f"init={tmp_path}/study/ancestor/align"]
+    assert adopt(cell, tmp_path / "study" / "cell", 1, runs_below(whole)) == ["joint"]
+    finished(tmp_path / "other" / "ancestor", [*BASE, "stages=[encoder,align]", "align.steps=7"])
+    cell[-1] = f"init={tmp_path}/other/ancestor/align"
+    assert adopt(cell, tmp_path / "other" / "cell", 1, runs_below(whole)) == []
+    # and the other way round: a whole run from an ancestor's stages
+    words = [*BASE, "stages=[encoder,align,joint]", "joint.steps=7"]
+    assert adopt(words, tmp_path / "new", 1, runs_below(tmp_path / "study")) == ["encoder", "align"]
+
+
+def test_stages_read_no_other_settings_than_their_own() -> None:
+    """Or they are in the table that decides what may be taken over."""
+    found = {
+        (file.stem, stage)
+        for file in (ROOT / "catmllm" / "stages").glob("*.py")
+        for stage in re.findall(r"\b(?:config|c)\.config\.(\w+)\b|\bconfig\.(\w+)\b", file.read_text())
+        for stage in stage
+        if stage in STAGES and stage != file.stem
+    }
+    assert found == {("supervised", "joint"), ("supervised", "instruct"), ("grpo", "instruct")}
+
+
+def test_a_study_takes_what_is_there(file: Path, tmp_path: Path) -> None:
+    file.write_text(file.read_text().replace("1e-3", "3e-3"))
+    ran: list[list[str]] = []
+    first = pretend({"plain": 0.2, "better": 0.15}, ran)
+    words = arguments(read(file), {}, (0, 7), tmp_path / "earlier")
+    finished(tmp_path / "earlier", words)
+    seen: list[bool] = []
+
+    def run(words: list[str], folder: Path) -> None:
+        if seen.append((folder / "encoder").is_dir()) or seen[-1]:
+            shutil.rmtree(folder)
+        first(words, folder)
+
+    study(file, tmp_path / "out", run=run, reuse=[tmp_path / "earlier"])
+    assert seen == [True, False, False, False, False, False]
+
+
+@pytest.mark.slow
+def test_a_stage_behind_what_was_taken_is_the_same(tmp_path: Path) -> None:
+    sizes = "joint.steps: 2, align.steps: 2, encoder.steps: 2, evaluate.judge: none"
+    (path := tmp_path / "study.yaml").write_text(
+        f"base: {{{sizes}}}\nancestor: {{stages: [encoder, align]}}\n"
+        "cells: {plain: {stages: [joint]}}\nseeds: [[0, 0]]\n"
+    )
+    assert main(["study", str(path), "--out", str(tmp_path / "plain")]) == 0
+    whole = [f"out={tmp_path}/run", "stages=[encoder,align]", *sizes.replace(": ", "=").split(", ")]
+    subprocess.run([sys.executable, str(ROOT / "catmllm" / "train.py"), *whole], check=True)
+    assert main(["study", str(path), "--out", str(tmp_path / "taken"), "--reuse", str(tmp_path / "run")]) == 0
+    taken, plain = (tmp_path / name / "0-0" for name in ("taken", "plain"))
+    assert json.loads((taken / "ancestor" / "metrics.json").read_text())["adopted"]["stages"] == [
+        "encoder",
+        "align",
+    ]
+    weights = Path("plain") / "joint" / "model.safetensors"
+    assert (taken / weights).read_bytes() == (plain / weights).read_bytes()

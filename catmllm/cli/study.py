@@ -15,6 +15,15 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, metavar="N", help="the first N seeds of the file alone")
     parser.add_argument("--only", metavar="CELL", help="this cell alone")
     parser.add_argument(
+        "--reuse",
+        nargs="+",
+        action="extend",
+        type=Path,
+        default=[],
+        metavar="RUNS",
+        help="folders of finished runs, whose stages are taken where the same settings have trained them",
+    )
+    parser.add_argument(
         "--set",
         dest="changes",
         nargs="+",
@@ -28,5 +37,9 @@ def options(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from catmllm.study import study
 
-    print(study(args.study, args.out, args.ranks, args.only, seeds=args.seeds, more=args.changes))
+    print(
+        study(
+            args.study, args.out, args.ranks, args.only, seeds=args.seeds, more=args.changes, reuse=args.reuse
+        )
+    )
     return 0

@@ -662,6 +662,10 @@ class GAGRPOConfig(OptimConfig):
         None,
         "folder of a run, or of a stage, whose energies the search takes; null: those of the model itself",
     )
+    prompts: Literal["wanted", "other"] = key(
+        "wanted",
+        "the energy that prompts say: the wanted one, or as a control that of another task of the adsorbate",
+    )
     energy_weight: float = key(0.7, "weight of the energy term of the reward", ge=0)
     pvcp_weight: float = key(0.3, "weight of PVCP in the reward", ge=0)
     energy_lambda: float = key(1.0, "λ of exp(-λ |E - E*|), which is the energy term", unit="1/eV", ge=0)

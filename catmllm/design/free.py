@@ -63,7 +63,7 @@ def search_free(
     loop = ClosedLoop(model, collate, o, predictor)
     queues = [cycle(lines) for lines in order]
     states = [TaskState(task, ExemplarPool(o.pool)) for task in tasks]
-    begun = loop.analogues(tasks, slabs, known)
+    begun, said = loop.analogues(tasks, slabs, known), loop.said(tasks)
     for iteration in tqdm(range(o.iterations + 1), desc="free     ", disable=not progress, unit="iteration"):
         n = o.group_size if iteration else o.initial
         asked: list[tuple[int, Task]] = []
@@ -73,7 +73,7 @@ def search_free(
             lines = list(islice(queues[k], n - len(shown) - (0 if iteration else len(begun[k]))))
             for line, system in [*((line, None) for line in lines), *((s.identity, s) for s in shown)]:
                 asked.append((k, make_task(line, state.task.energy)))
-                samples.append(Sample(design_prompt(line, state.task.energy, system is not None), "", system))
+                samples.append(Sample(design_prompt(line, said[k], system is not None), "", system))
         named = [task for _, task in asked]
         rollouts = engine.generate(
             samples,

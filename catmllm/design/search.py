@@ -169,7 +169,8 @@ class ClosedLoop:
         shown = given or [None] * len(tasks)
         begun = self.analogues(tasks, [[t.identity] for t in tasks], known)
         samples = [
-            Sample(design_prompt(t.identity, t.energy, s is not None), "", s) for t, s in zip(tasks, shown)
+            Sample(design_prompt(t.identity, energy, s is not None), "", s)
+            for t, energy, s in zip(tasks, self.said(tasks), shown)
         ]
         n = self.config.initial - min(map(len, begun), default=0)
         rollouts = engine.generate(
@@ -223,12 +224,11 @@ class ClosedLoop:
         their rewards [tasks, G] and what to log.
         """
         samples = []
+        said = self.said([s.task for s in states])
         for k, state in enumerate(states):
             exemplar = state.pool.draw(generator((*seed, iteration, k)))
             shown = None if exemplar is None else self.exemplar(state.task, exemplar)
-            samples.append(
-                Sample(design_prompt(state.task.identity, state.task.energy, shown is not None), "", shown)
-            )
+            samples.append(Sample(design_prompt(state.task.identity, said[k], shown is not None), "", shown))
         rollouts = engine.generate(
             samples,
             self.config.sampling,
@@ -241,6 +241,19 @@ class ClosedLoop:
         candidates, metrics = self.absorb(states, rollouts)
         rewards = np.array([c.reward for c in candidates]).reshape(len(states), self.config.group_size)
         return rollouts, rewards, metrics
+
+    def said(self, tasks: Sequence[Task]) -> list[float]:
+        """The energies that the tasks' prompts say (eV): the wanted ones, or those of the next task of the
+        same adsorbate."""
+        if self.config.prompts == "wanted":
+            return [t.energy for t in tasks]
+        same: dict[str, list[int]] = {}
+        for k, task in enumerate(tasks):
+            same.setdefault(task.adsorbate, []).append(k)
+        following = {
+            k: places[(i + 1) % len(places)] for places in same.values() for i, k in enumerate(places)
+        }
+        return [tasks[following[k]].energy for k in range(len(tasks))]
 
     def patterns(self, tasks: Sequence[Task]) -> list[Pattern] | None:
         """What answers to each task must fit; None without a grammar."""

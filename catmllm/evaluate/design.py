@@ -229,7 +229,7 @@ def judge_answers(
         item["judged"] = item["answers"]["search"][-1]["judged"]
 
 
-def _hits(items: Sequence[dict[str, Any]], method: str, judge: str, tolerance: float) -> np.ndarray:
+def hits(items: Sequence[dict[str, Any]], method: str, judge: str, tolerance: float) -> np.ndarray:
     """[items, numbers of predictions] which answers are feasible and within the tolerance of the target."""
 
     def energy(answer: dict[str, Any]) -> float:
@@ -254,11 +254,11 @@ def design_curves(items: Sequence[dict[str, Any]], judges: Sequence[str], tolera
         curves[method] = {"n": len(answered)}
         pairs = [item["identity"].partition("</s>")[2] for item in answered]
         for judge in judges if answered else ():
-            hit = _hits(answered, method, judge, tolerance)
+            hit = hits(answered, method, judge, tolerance)
             rates = hit.mean(0).tolist()
             found = {"success": rates, "interval": [metrics.wilson_interval(r, len(answered)) for r in rates]}
             if method != "search":
-                more = _hits(answered, "search", judge, tolerance).astype(float) - hit
+                more = hits(answered, "search", judge, tolerance).astype(float) - hit
                 found["search_more"] = more.mean(0).tolist()
                 found["search_more_interval"] = [
                     metrics.bootstrap_interval(column, groups=pairs) for column in more.T

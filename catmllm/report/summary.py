@@ -167,6 +167,8 @@ def conditions(metrics: Metrics) -> str:
         *([f"split: {data['split']}"] if data.get("split") else []),
         provenance(metrics),
     ]
+    if adopted := metrics.get("adopted"):
+        parts.append(f"{', '.join(adopted['stages'])} of a run of commit {adopted['commit']}")
     return " · ".join(parts)
 
 

@@ -27,6 +27,7 @@ import yaml
 
 from catmllm.config import Config, ConfigError, from_arguments, to_dict
 from catmllm.pipeline import differences
+from catmllm.study.reuse import adopt, runs_below
 
 Runner = Callable[[list[str], Path], None]
 SAMPLES = "samples"  # of a cell, and no key of the trainer
@@ -151,7 +152,7 @@ def every_run(study: Study) -> dict[str, Config]:
 # Keys of a stage that change what a step says, not what it takes.
 _NO_SIZE = {
     "steps", "lr", "encoder_lr", "mmtg_sign", "mmtg_lambda", "kl", "beta", "reward", "adsorbate_weight",
-    "energy_weight", "predictor", "sampling", "frames",
+    "energy_weight", "prompts", "predictor", "sampling", "frames",
 }  # fmt: skip
 
 
@@ -196,22 +197,33 @@ def _sampled(asked: Any, batch: int) -> list[str]:
     return [f"joint.steps={(known + shown) // batch}", f"joint.property_share={share!r}"]
 
 
-def run_all(study: Study, out: Path, run: Runner, only: str | None = None) -> dict[str, list[Path]]:
-    """Every run that has no report yet; the folders of each cell's runs, in the order of the seeds."""
+def run_all(
+    study: Study, out: Path, run: Runner, only: str | None = None, reuse: Sequence[Path] = ()
+) -> dict[str, list[Path]]:
+    """Every run that has no report yet; the folders of each cell's runs, in the order of the seeds. reuse:
+    folders of earlier runs, whose stages are taken where they were trained as a run would train them."""
     if only is not None and only not in study.cells:
         raise ConfigError(f"no cell {only!r}: there are {', '.join(study.cells)}")
+    runs = [run for place in reuse for run in runs_below(place)]
+
+    def once(values: Mapping[str, Any], seeds: tuple[int, int], folder: Path) -> None:
+        words = arguments(study, values, seeds, folder)
+        if names := adopt(words, folder, study.ranks, runs):
+            print(f"== {folder}: {', '.join(names)} of an earlier run", file=sys.stderr, flush=True)
+        _once(words, folder, run)
+
     folders: dict[str, list[Path]] = {name: [] for name in study.cells if only in (None, name)}
     for split, seed in study.seeds:
         place = out / f"{split}-{seed}"
         more: dict[str, Any] = {}
         if study.ancestor is not None:
             first = place / "ancestor"
-            _once(arguments(study, study.ancestor, (split, seed), first), first, run)
+            once(study.ancestor, (split, seed), first)
             stages = json.loads((first / "metrics.json").read_text())["config"]["stages"]
             more["init"] = str(first / stages[-1])
         for name in folders:
             folder = place / name
-            _once(arguments(study, {**study.cells[name], **more}, (split, seed), folder), folder, run)
+            once({**study.cells[name], **more}, (split, seed), folder)
             folders[name].append(folder)
     return folders
 

@@ -20,6 +20,7 @@ import numpy as np
 from catmllm.config import from_dict
 from catmllm.data.open import open_data
 from catmllm.evaluate.baselines import evenly_spaced
+from catmllm.evaluate.design import hits as hits_of_search
 from catmllm.evaluate.metrics import bootstrap_interval
 from catmllm.evaluate.missing import hits_of
 from catmllm.train.metrics import read_log
@@ -98,13 +99,21 @@ def _designs(metrics: Metrics) -> dict[str, Values]:
     are from the wanted energy at the start and at the end of the search."""
     found: dict[str, Values] = {}
     after = {f"after {stage}": design for stage, design in metrics.get("designs", {}).items()}
-    for when, design in {**after, "": metrics.get("design") or {}}.items():
+    last = {"": metrics.get("design") or {}, "with free metals": metrics.get("free_design") or {}}
+    for when, design in {**after, **last}.items():
         items = design.get("items", [])
         tasks = [item["identity"].partition("</s>")[2] for item in items]
         for judge in ("own", "judge"):
             if items and f"success_{judge}" in items[0]:
+                name = " ".join(filter(None, ("design success", when)))
                 hits = [float(item[f"success_{judge}"]) for item in items]
-                found[" ".join(filter(None, ("design success", when))) + f", {judge}"] = hits, tasks
+                found[f"{name}, {judge}"] = hits, tasks
+                fewer = hits_of_search(items, "search", judge, design["tolerance"])[:, :-1]
+                for k, column in zip(design["budgets"], fewer.T):
+                    found[f"{name}, {k} prediction{'s' * (k > 1)}, {judge}"] = (
+                        column.astype(float).tolist(),
+                        tasks,
+                    )
         for name, k in (("first", 0), ("last", -1)):
             distances = [_distance(item, k) for item in items]
             if distances and all(math.isfinite(d) for d in distances):

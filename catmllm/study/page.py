@@ -29,14 +29,16 @@ def study(
     run: Runner | None = None,
     seeds: int | None = None,
     more: Sequence[str] = (),
+    reuse: Sequence[Path] = (),
 ) -> str:
     """Run what is missing and write what it says into `out`; returns the table and its sentences. `seeds`:
-    so many of the file's alone; `more`: arguments of every run after all others."""
+    so many of the file's alone; `more`: arguments of every run after all others;
+    `reuse`: folders of earlier runs, whose stages are taken where they are the same."""
     asked = read(path, more, ranks)
     asked = dataclasses.replace(asked, seeds=asked.seeds[:seeds])
     out.mkdir(parents=True, exist_ok=True)
     _announce(asked, only)
-    folders = run_all(asked, out, run or trainer(asked.ranks), only)
+    folders = run_all(asked, out, run or trainer(asked.ranks), only, reuse)
     records = {
         name: [json.loads((f / "metrics.json").read_text()) for f in each] for name, each in folders.items()
     }

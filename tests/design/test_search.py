@@ -468,3 +468,12 @@ def test_only_the_asked_sites_are_feasible(loop: ClosedLoop, train_systems: list
             (any_site,), _ = loop.judge([task_of(system)], [text], 0)
             (c,), _ = loop.judge([task], [text], 0)
             assert c.feasible == (any_site.feasible and site in sites)
+
+
+def test_prompts_may_say_the_energy_of_another_task(small_model: Model) -> None:
+    """A control: of each adsorbate the same energies, none of them its own task's; answers are scored by the
+    wanted ones."""
+    tasks = [make_task(f"{a}</s>Pt12 (1 1 1)", e) for a, e in zip("COCOCH", (1.0, 2.0, 3.0, 4.0, 5.0, 6.0))]
+    loop = ClosedLoop(*small_model, GAGRPOConfig(prompts="other"))
+    assert loop.said(tasks) == [3.0, 4.0, 5.0, 2.0, 1.0, 6.0]
+    assert ClosedLoop(*small_model, GAGRPOConfig()).said(tasks) == [t.energy for t in tasks]
