@@ -71,7 +71,7 @@ def candidates(args: argparse.Namespace) -> int:
     from catmllm.design.analogues import analogues
     from catmllm.design.free import search_free
     from catmllm.design.predict import predictor_of
-    from catmllm.design.search import ClosedLoop
+    from catmllm.design.search import ANALOGUE, ClosedLoop
     from catmllm.evaluate.benchmark import (
         KINDS,
         allowed_slabs,
@@ -108,6 +108,10 @@ def candidates(args: argparse.Namespace) -> int:
                 model, collate, config, tasks, slabs, seed, progress=True, predictor=predictor, known=known
             )
         texts = {t.name: [c.text for c in state.tried] for t, state in zip([*fixed, *free], states)}
+        relaxed = {
+            t.name: [c.iteration == ANALOGUE for c in state.tried]
+            for t, state in zip([*fixed, *free], states)
+        }
     elif args.row == "evolution":
         loop = ClosedLoop(model, collate, config.ga_grpo, predictor)
         texts = evolve(loop, asked, args.seed, collate.data.decimals)
@@ -123,7 +127,10 @@ def candidates(args: argparse.Namespace) -> int:
             made = {t.name: known_of(t, train, n, args.seed, k) for k, t in enumerate(asked)}
         texts = {name: [write_cif(s, collate.data.decimals) for s in some] for name, some in made.items()}
     texts = {name: some for name, some in texts.items() if some}
-    write_candidates(args.out, texts)
+    if args.row != "search":
+        known_to_be = args.row in ("training", "transmute")
+        relaxed = {name: [known_to_be] * len(some) for name, some in texts.items()}
+    write_candidates(args.out, texts, relaxed)
     print(f"{args.out}: {sum(map(len, texts.values()))} CIFs for {len(texts)} of {len(asked)} tasks")
     return 0
 
@@ -131,7 +138,8 @@ def candidates(args: argparse.Namespace) -> int:
 def generator_options(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "DIR has a folder for each task, named as the task, with the tool's CIFs in the order of its "
-        "predictions: 1.cif, 2.cif, … Each is read, checked and screened as a candidate of the closed loop, "
+        "predictions: 1.cif, 2.cif, …, or 1.relaxed.cif where the structure is relaxed, which the predictor "
+        "is told. Each is read, checked and screened as a candidate of the closed loop, "
         "and only as many count as that makes. Success is told after 1, 4, 16 and all predictions."
     )
     parser.add_argument("dirs", nargs="+", type=Path, metavar="DIR", help="a row of the table each")
@@ -141,11 +149,6 @@ def generator_options(parser: argparse.ArgumentParser) -> None:
         choices=("none", "diep", "sevennet"),
         default="none",
         help="also relax each answer with DIEP, which made the shipped labels, or with SevenNet-0",
-    )
-    parser.add_argument(
-        "--relaxed",
-        action="store_true",
-        help="the CIFs are of relaxed structures, which the predictor is told",
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="all numbers, task by task, as JSON")
     model_option(parser)
@@ -163,10 +166,10 @@ def generator(args: argparse.Namespace) -> int:
     predictor = predictor_of(config, model.energy_mean.device)
     loop, rows = ClosedLoop(model, collate, config.ga_grpo, predictor), {}
     read = {str(folder): read_candidates(folder, asked, limits[-1]) for folder in args.dirs}
-    for name, (texts, more) in read.items():
+    for name, (texts, relaxed, more) in read.items():
         if more:
             print(f"{name}: {more} CIFs beyond the first {limits[-1]} of a task do not count")
-        rows[name] = score(loop, asked, texts, limits, args.judge, True, args.relaxed)
+        rows[name] = score(loop, asked, texts, relaxed, limits, args.judge, True)
     if args.out:
         args.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     print(table(rows))

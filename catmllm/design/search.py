@@ -133,7 +133,11 @@ class ClosedLoop:
         self._known: dict[str, tuple[float, float, Fault | None, str]] = {}
 
     def judge(
-        self, task: Sequence[Task], texts: Sequence[str], iteration: int, relaxed: bool = False
+        self,
+        task: Sequence[Task],
+        texts: Sequence[str],
+        iteration: int,
+        relaxed: bool | Sequence[bool] = False,
     ) -> tuple[list[Candidate], Scores]:
         """Candidates from texts, text i for task[i]. relaxed: whether their atoms stand as relaxed ones do,
         which the predictor is told."""
@@ -311,15 +315,17 @@ class ClosedLoop:
         }
 
     def _predict(
-        self, task: Sequence[Task], scores: Scores, relaxed: bool
+        self, task: Sequence[Task], scores: Scores, relaxed: bool | Sequence[bool]
     ) -> tuple[np.ndarray, np.ndarray, list[Fault | None], list[str], list[str]]:
         """Energies (NaN where no adsorption system can be read), their expected errors, what is wrong with
         the adsorbates, their sites, and structure keys of scored texts."""
         identities = [parse_identity(t.identity) for t in task]
         systems = read_systems(scores, [(i.adsorbate, i.miller) for i in identities])
-        systems = [None if s is None else replace(s, relaxed=relaxed) for s in systems]
+        told = [relaxed] * len(systems) if isinstance(relaxed, bool) else relaxed
+        systems = [None if s is None else replace(s, relaxed=r) for s, r in zip(systems, told)]
         keys = [
-            "" if s is None else f"{t.identity}|{relaxed:d}|{structure_key(s)}" for t, s in zip(task, systems)
+            "" if s is None else f"{t.identity}|{s.relaxed:d}|{structure_key(s)}"
+            for t, s in zip(task, systems)
         ]
         new: dict[str, System] = {}
         for key, system in zip(keys, systems):

@@ -42,6 +42,7 @@ from catmllm.structure.system import System
 from rewards_fast import CIFError, extract_cif, parse_cif
 
 VERSION = "1"
+RELAXED = ".relaxed"  # before a CIF's ".cif": its structure is a relaxed one, which the predictor is told
 KINDS = ("fixed", "free")
 FAILURES = ("PF", "VF", "CM", "PV_0.7", "AD")
 COLUMNS = ("version", "task", "system", "energy", "metals", "known")
@@ -147,9 +148,10 @@ def read_tasks(path: Path) -> list[BenchmarkTask]:
 
 def read_candidates(
     folder: Path, tasks: Sequence[BenchmarkTask], most: int
-) -> tuple[dict[str, list[str]], int]:
-    """Of each task that has a folder the first `most` CIFs, in the order of the numbers in their names; and
-    how many more there were. Raises ValueError where a folder is of no task, or none is of one."""
+) -> tuple[dict[str, list[str]], dict[str, list[bool]], int]:
+    """Of each task that has a folder the first `most` CIFs, in the order of the numbers in their names; which
+    are of relaxed structures, `1.relaxed.cif`; and how many more there were. Raises ValueError where a folder
+    is of no task, or none is of one."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no folder; give one with a folder of CIFs for each task")
     names = [t.name for t in tasks]
@@ -158,15 +160,17 @@ def read_candidates(
         near = get_close_matches(strange[0], names, 1) or names[:1]
         raise ValueError(f"{folder / strange[0]}: no task has this name; one is {near[0]}")
     texts: dict[str, list[str]] = {}
+    relaxed: dict[str, list[bool]] = {}
     more = 0
     for name, place in found.items():
         paths = sorted(place.glob("*.cif"), key=_in_order)
         more += max(0, len(paths) - most)
         if paths:
             texts[name] = [p.read_text(encoding="utf-8", errors="replace") for p in paths[:most]]
+            relaxed[name] = [p.stem.endswith(RELAXED) for p in paths[:most]]
     if not texts:
         raise ValueError(f"{folder}: no CIFs; a task's are {folder / names[0]}/1.cif, 2.cif, …")
-    return texts, more
+    return texts, relaxed, more
 
 
 def _in_order(path: Path) -> list[tuple[int, str]]:
@@ -174,12 +178,14 @@ def _in_order(path: Path) -> list[tuple[int, str]]:
     return [(int(word), "") if word.isdigit() else (-1, word) for word in re.split(r"(\d+)", path.stem)]
 
 
-def write_candidates(folder: Path, texts: Mapping[str, Sequence[str]]) -> None:
+def write_candidates(
+    folder: Path, texts: Mapping[str, Sequence[str]], relaxed: Mapping[str, Sequence[bool]]
+) -> None:
     """What `read_candidates` reads."""
     for name, mine in texts.items():
         (folder / name).mkdir(parents=True, exist_ok=True)
-        for k, text in enumerate(mine, 1):
-            (folder / name / f"{k}.cif").write_text(text, encoding="utf-8")
+        for k, (text, known) in enumerate(zip(mine, relaxed[name], strict=True), 1):
+            (folder / name / f"{k}{RELAXED if known else ''}.cif").write_text(text, encoding="utf-8")
 
 
 def ideal_of(task: BenchmarkTask, n: int, seed: int, place: int) -> list[System]:
@@ -217,14 +223,14 @@ def score(
     loop: ClosedLoop,
     tasks: Sequence[BenchmarkTask],
     texts: Mapping[str, Sequence[str]],
+    relaxed: Mapping[str, Sequence[bool]],
     limits: Sequence[int],
     judge: str = "none",
     progress: bool = False,
-    relaxed: bool = False,
 ) -> dict[str, Any]:
     """Of each kind of task: the shares of texts that fail by how, success over the numbers of predictions, by
     the loop's predictor and by a judge, and `items`, the tasks one by one. A task without texts is a miss.
-    relaxed: whether the predictor is told that the structures are relaxed."""
+    relaxed: of which texts the predictor is told that their structures are relaxed."""
     from tqdm import tqdm
 
     items: list[dict[str, Any]] = []
@@ -234,7 +240,7 @@ def score(
         mine = texts.get(t.name, [])
         state = TaskState(t.task, ExemplarPool(1))
         if mine:
-            state.tried, scores = loop.judge([t.asked(text) for text in mine], mine, 0, relaxed)
+            state.tried, scores = loop.judge([t.asked(text) for text in mine], mine, 0, relaxed[t.name])
             failed[t.kind].append(generation_failures(scores, [c.fault for c in state.tried]))
         answers, chosen = answers_of(state, limits)
         systems += chosen

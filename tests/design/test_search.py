@@ -477,3 +477,16 @@ def test_prompts_may_say_the_energy_of_another_task(small_model: Model) -> None:
     loop = ClosedLoop(*small_model, GAGRPOConfig(prompts="other"))
     assert loop.said(tasks) == [3.0, 4.0, 5.0, 2.0, 1.0, 6.0]
     assert ClosedLoop(*small_model, GAGRPOConfig()).said(tasks) == [t.energy for t in tasks]
+
+
+def test_the_predictor_is_told_which_structures_are_relaxed(
+    small_model: Model, train_systems: list[System]
+) -> None:
+    tasks, texts = [task_of(s) for s in train_systems[:2]], [write_cif(s) for s in train_systems[:2]]
+
+    def said(relaxed: bool | list[bool]) -> list[float]:
+        return [c.predicted for c in ClosedLoop(*small_model, CONFIG).judge(tasks, texts, 0, relaxed)[0]]
+
+    relaxed, unrelaxed = said(True), said(False)
+    np.testing.assert_allclose(said([True, False]), [relaxed[0], unrelaxed[1]], rtol=1e-4, atol=1e-4)
+    assert abs(relaxed[0] - unrelaxed[0]) > 1e-3

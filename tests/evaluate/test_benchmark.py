@@ -117,14 +117,17 @@ def test_a_runs_designs_get_the_verdict_of_its_report(
     tasks = benchmark_tasks(parts, 2, config.seed)
     fixed = tasks[:2]
     limits = report["budgets"]
-    write_candidates(tmp_path / "loop", {t.name: [c.text for c in s.tried] for t, s in zip(fixed, states)})
+    tried = {t.name: [c.text for c in s.tried] for t, s in zip(fixed, states)}
+    unrelaxed = {t.name: [False] * limits[-1] for t in fixed}
+    write_candidates(tmp_path / "loop", tried, unrelaxed)
     ideal = {t.name: ideal_of(t, limits[-1], config.seed, k) for k, t in enumerate(fixed)}
-    write_candidates(tmp_path / "ideal", {n: [write_cif(s, 9) for s in some] for n, some in ideal.items()})
+    texts = {n: [write_cif(s, 9) for s in some] for n, some in ideal.items()}
+    write_candidates(tmp_path / "ideal", texts, unrelaxed)
     loop = ClosedLoop(*small_model, config.ga_grpo)
     for name, method in (("loop", "search"), ("ideal", "enumeration")):
-        texts, more = read_candidates(tmp_path / name, tasks, limits[-1])
-        assert more == 0
-        found = score(loop, fixed, texts, limits)
+        texts, relaxed, more = read_candidates(tmp_path / name, tasks, limits[-1])
+        assert more == 0 and relaxed == unrelaxed
+        found = score(loop, fixed, texts, relaxed, limits)
         for mine, theirs in zip(found["items"], report["items"]):
             ours, run = mine["answers"]["search"], theirs["answers"][method]
             assert [a["feasible"] for a in ours] == [a["feasible"] for a in run]
@@ -151,7 +154,12 @@ def test_known_systems_and_nothing_are_no_answers(
     ideal = ideal_of(shipped[48], 3, 0, 48)
     assert not {s.bulk for s in ideal} & shipped[48].known and len({s.identity for s in ideal}) > 1
     new = {shipped[48].name: [write_cif(ideal[0]), "data_x", *(write_cif(s) for s in ideal[1:])]}
-    rows = {"training": score(loop, tasks, known, [1, 3]), "ideal": score(loop, tasks, new, [1, 3])}
+    rows = {
+        name: score(
+            loop, tasks, texts, {n: [name == "training"] * len(mine) for n, mine in texts.items()}, [1, 3]
+        )
+        for name, texts in (("training", known), ("ideal", new))
+    }
     json.dumps(rows)
     for kind in ("fixed", "free"):
         of = rows["training"][kind]
@@ -167,10 +175,14 @@ def test_known_systems_and_nothing_are_no_answers(
 def test_files_that_cannot_be_read_are_told(
     shipped: list[BenchmarkTask], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in ("2.cif", "10.cif", "1.cif"):
+    for name in ("2.relaxed.cif", "10.cif", "1.cif"):
         (tmp_path / "dir" / "free-003").mkdir(parents=True, exist_ok=True)
         (tmp_path / "dir" / "free-003" / name).write_text(name)
-    assert read_candidates(tmp_path / "dir", shipped, 2) == ({"free-003": ["1.cif", "2.cif"]}, 1)
+    assert read_candidates(tmp_path / "dir", shipped, 2) == (
+        {"free-003": ["1.cif", "2.relaxed.cif"]},
+        {"free-003": [False, True]},
+        1,
+    )
     (tmp_path / "dir" / "fre-003").mkdir()
     with pytest.raises(ValueError, match="fre-003: no task has this name; one is free-003"):
         read_candidates(tmp_path / "dir", shipped, 2)
