@@ -250,6 +250,11 @@ class ModelConfig:
         "from encoder to LLM: one token per system, the largest of each channel (max: the paper's) "
         "or of rotation invariants, or a token per atom",
     )
+    closed_form: bool = key(
+        True,
+        "energies begin with kernel ridge regression on surroundings and texts, and networks count by the "
+        "share that helps; false, as the paper: networks alone say them",
+    )
 
 
 @section

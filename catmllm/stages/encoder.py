@@ -93,7 +93,7 @@ class Encoder(FromLoader):
         return {"val": sum(found.values()) / len(found), **found}
 
     def finish(self) -> str:
-        if not len(self.context.data["val"]):
+        if not len(self.context.data["val"]) or not self.context.config.model.closed_form:
             return ""
         systems = validation_systems(self.context, self.config)
         systems = [*systems, *(s.frame(0.0) for s in systems if s.start is not None)]

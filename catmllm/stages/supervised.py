@@ -43,7 +43,8 @@ def relatives(systems: Sequence[System]) -> list[list[int]]:
 def standardise(context: Context) -> None:
     """Take mean and deviation of the training energies as the scale of energies, and those of the structures'
     surroundings as theirs, and fit the closed form to at most `DESCRIBED` of them, where the model has none
-    yet. One that has been trained on energies keeps its own, or its predictions would jump."""
+    yet. One that has been trained on energies keeps its own, or its predictions would jump. Without
+    `model.closed_form` there is no fit, and networks do not see surroundings."""
     model = context.model
     train = of_property(context.data["train"], context.config.data)
     energies = torch.tensor([s.known_energy for s in train])
@@ -51,7 +52,9 @@ def standardise(context: Context) -> None:
     model.energy_mean.copy_(torch.where(new, energies.mean(), model.energy_mean))
     model.energy_std.copy_(torch.where(new, energies.std(), model.energy_std))
     head = model.energy_head
-    if bool((head.deviation == 1).all()) and not texts_only(train):
+    if not context.config.model.closed_form:
+        head.deviation.fill_(torch.inf)
+    elif bool((head.deviation == 1).all()) and not texts_only(train):
         some = described(train)
         local = np.array([surroundings(s) for s in some])
         deviation = local.std(0)
@@ -403,7 +406,7 @@ def weigh_llm(context: Context, batch_size: int) -> str:
     """Scale what the LLM says of energies, of texts and of structures, by the shares that help on at most
     `WEIGHED` validation systems. Data of texts only have no closed form, so there the LLM counts whole."""
     val = context.data["val"]
-    if not len(val) or texts_only(val):
+    if not len(val) or texts_only(val) or not context.config.model.closed_form:
         return ""
 
     def energies(batch: Batch) -> torch.Tensor:

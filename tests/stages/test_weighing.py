@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from catmllm.data.prompts import property_sample
 from catmllm.models.catalytic_mllm import CatalyticMLLM
+from catmllm.models.energy_head import SURROUNDINGS
+from catmllm.models.state import load_model, save_model
 from catmllm.stages import supervised
 from catmllm.stages.encoder import Encoder
 from catmllm.stages.grpo import GRPO
@@ -114,3 +119,30 @@ def test_without_validation_systems_nothing_is_weighed(context: Context) -> None
     context.data["val"] = []
     state, stage = train(spoiled(Encoder, 1.0), context)
     assert stage.said == "" and (state["energy_head.graph.4.weight"] == 1).all()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("of", [Encoder, Joint])
+def test_without_closed_forms_networks_alone_say_energies(
+    make_context: MakeContext, of: type, tmp_path: Path
+) -> None:
+    """They count whole, whatever validation says, and see no surroundings."""
+    config = small()
+    config.model.closed_form = False
+    context = make_context(config)
+    state, stage = train(spoiled(of, 1e3), context)
+    assert stage.said == "" and (state["energy_head.correction.weight"] == 1e3).all()  # type: ignore[attr-defined]
+    save_model(tmp_path, context.model, state, config, context.collate)
+    model = load_model(tmp_path)[0].eval()
+    assert not len(model.prior.landmarks) and not len(model.text_prior.landmarks)
+    systems = context.data["val"][:4]
+    batch = context.collate([property_sample(s) for s in systems])
+    graph = batch.graph
+    assert graph is not None
+    (energy,) = model.graph_energy(graph)
+    (other,) = model.graph_energy(replace(graph, local=graph.local + 7.0))
+    assert torch.equal(energy, other) and bool(energy.isfinite().all())
+    features = model.features(graph)
+    blank = torch.zeros(len(systems), SURROUNDINGS)
+    read = torch.cat([features, blank], 1).to(model.energy_head.text.weight.dtype)
+    torch.testing.assert_close(energy, model.energy_head.graph(read).sum(1).float())
+    assert not model.expected_errors(batch).any()
