@@ -11,10 +11,15 @@ from __future__ import annotations
 from dataclasses import replace
 from random import Random
 
-from catmllm.data.fcc_slabs import ADSORBATES, FCC_CONSTANT, N_SLAB, build_slab, place_adsorbate
-from catmllm.structure.formula import Identity, Miller, parse_identity
-from catmllm.structure.system import System, make_system
+import numpy as np
 
+from catmllm.data.fcc_slabs import ADSORBATES, FCC_CONSTANT, N_SLAB, build_slab, place_adsorbate
+from catmllm.structure.elements import NUMBER
+from catmllm.structure.formula import Identity, Miller, parse_identity
+from catmllm.structure.sites import different_sites
+from catmllm.structure.system import ADSORBATE, System, make_system
+
+MOST_SITES = 10  # of a slab; the alloys of the protocol have 5 to 12 different ones
 FACETS: dict[Miller | None, str] = {(1, 1, 1): "111", (1, 0, 0): "100"}
 
 
@@ -54,6 +59,38 @@ def ideal_system(identity: str, rng: Random, sid: str = "") -> System:
         atoms.cell[:], atoms.positions, atoms.numbers, tags, asked.adsorbate, asked.miller, sid=sid
     )
     return replace(system, relaxed=False)  # to a predictor it is what a design is
+
+
+def ideal_slab(identity: str, rng: Random) -> System:
+    """The slab of such a system without an adsorbate, and with the name of none. Raises ValueError where
+    `enumerable` says why not."""
+    system = ideal_system(identity, rng)
+    slab = system.tags != ADSORBATE
+    return replace(
+        system, frac=system.frac[slab], numbers=system.numbers[slab], tags=system.tags[slab], adsorbate=""
+    )
+
+
+def on_sites(slab: System, adsorbate: str) -> list[System]:
+    """An adsorbate on the different sites of a slab that has none (at most `MOST_SITES`), as high over them
+    as the shipped systems' starts. adsorbate: one of `ADSORBATES`."""
+    species = ADSORBATES[adsorbate]
+    numbers = np.array([NUMBER[s] for s in species.symbols])
+    tags = np.concatenate([slab.tags, np.full(len(numbers), ADSORBATE, dtype=np.int8)])
+    found = []
+    for site in different_sites(slab, MOST_SITES):
+        centre = site.centre + [0.0, 0.0, species.heights[len(site.symbols) - 1]]
+        own = (np.array(species.positions) + centre) @ np.linalg.inv(slab.lattice)
+        found.append(
+            replace(
+                slab,
+                frac=np.concatenate([slab.frac, own]),
+                numbers=np.concatenate([slab.numbers, numbers]),
+                tags=tags,
+                adsorbate=adsorbate,
+            )
+        )
+    return found
 
 
 def _share(asked: Identity) -> float | None:

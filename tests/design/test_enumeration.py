@@ -10,10 +10,10 @@ from pymatgen.analysis.adsorption import AdsorbateSiteFinder
 from pymatgen.core.surface import Slab
 from pymatgen.io.ase import AseAtomsAdaptor
 
-from catmllm.data.fcc_slabs import build_slab, draw_site
+from catmllm.data.fcc_slabs import ADSORBATES, N_SLAB, build_slab, draw_site
 from catmllm.data.slabs import load_slabs
 from catmllm.design.constraints import adsorbate_faults, hard_constraints
-from catmllm.design.enumeration import enumerable, ideal_system
+from catmllm.design.enumeration import MOST_SITES, enumerable, ideal_slab, ideal_system, on_sites
 from catmllm.structure.adsorbed import adsorbate_fault
 from catmllm.structure.cif import write_cif
 from rewards_fast import PVCP
@@ -77,6 +77,21 @@ def test_sites_are_those_of_pymatgen(facet: str, calls: dict[str, str]) -> None:
         assert any(same(site, other) for other in theirs[calls[kind]])
     for other in theirs["all"]:
         assert any(same(site, other) for _, site in ours)
+
+
+def test_adsorbates_on_every_site_of_a_slab_are_sound() -> None:
+    rng = Random(3)
+    for asked in SYSTEMS:
+        slab = ideal_slab(asked.identity, rng)
+        assert (slab.slab_formula, slab.miller) == (asked.slab_formula, asked.miller)
+        assert len(slab) == N_SLAB and not slab.relaxed
+        for name in ADSORBATES:
+            made = on_sites(slab, name)
+            assert 3 <= len(made) <= MOST_SITES
+            for system in made:
+                assert (system.adsorbate, system.slab_formula) == (name, asked.slab_formula)
+                assert adsorbate_fault(system) is None and not system.relaxed
+                np.testing.assert_array_equal(system.positions[:N_SLAB], slab.positions)
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,21 @@
-"""The nearest site of a surface, against where ASE puts its own."""
+"""The nearest site of a surface, against where ASE puts its own; all of them, against pymatgen's."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from random import Random
 
 import numpy as np
 import pytest
 from ase.build import add_adsorbate, bcc110, fcc100, fcc111
+from pymatgen.analysis.adsorption import AdsorbateSiteFinder
+from pymatgen.core.surface import Slab
+from pymatgen.io.ase import AseAtomsAdaptor
 
+from catmllm.data.fcc_slabs import build_slab
 from catmllm.structure.descriptors import surroundings
 from catmllm.structure.elements import COVALENT_RADIUS
-from catmllm.structure.sites import CONTACT, on_site
+from catmllm.structure.sites import CONTACT, different_sites, on_site, surface_sites
 from catmllm.structure.system import System, make_system
 from catmllm.structure.tags import heights
 
@@ -58,8 +63,11 @@ def test_an_adsorbate_goes_to_the_site_that_it_is_near(build: str, site: str) ->
         assert (np.linalg.norm(slab - moved.positions[-2], axis=2) / radii).min() == pytest.approx(CONTACT)
 
 
+_CELLS = np.array([[i, j, 0] for i in (-1, 0, 1) for j in (-1, 0, 1)])
+
+
 def _images(system: System) -> np.ndarray:
-    return np.array([[i, j, 0] for i in (-1, 0, 1) for j in (-1, 0, 1)]) @ system.lattice
+    return _CELLS @ system.lattice
 
 
 def test_a_site_is_the_same_wherever_the_cell_begins() -> None:
@@ -89,3 +97,42 @@ def test_without_a_surface_nothing_moves(train_systems: list[System]) -> None:
         system.lattice, system.positions[keep], system.numbers[keep], [1, 0, 2], system.adsorbate, (1, 1, 1)
     )
     assert np.isfinite(on_site(line).positions).all()
+
+
+@pytest.mark.parametrize("facet", ["111", "100"])
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.5])
+def test_all_sites_are_those_of_pymatgen(facet: str, share: float) -> None:
+    """Every site, by name, and of those that symmetry tells apart one of each kind. pymatgen's triangles
+    halve the square of (100), so that its middle is a bridge to it."""
+    atoms = build_slab(facet, "Pt", "Cu", share, Random(1)).atoms
+    slab = make_system(atoms.cell[:], atoms.positions, atoms.numbers, [0] * 8 + [1] * 4, "", (1, 1, 1))
+    structure = AseAtomsAdaptor.get_structure(atoms)
+    finder = AdsorbateSiteFinder(
+        Slab(structure.lattice, structure.species, structure.frac_coords, (0, 0, 1), structure, 0, np.eye(3)),
+        height=0.9,
+    )
+    names = {"top": "ontop", "bridge": "bridge", "hollow": "hollow" if facet == "111" else "bridge"}
+    inverse = np.linalg.inv(slab.lattice[:2, :2])
+
+    def same(a: np.ndarray, b: np.ndarray) -> bool:
+        apart = (a[:2] - b[:2]) @ inverse
+        return bool(np.abs(apart - np.round(apart)).max() < 1e-4)
+
+    theirs = finder.find_adsorption_sites(distance=0, symm_reduce=0, put_inside=True)
+    ours = surface_sites(slab)
+    assert len(ours) == len(theirs["all"]) == (24 if facet == "111" else 16)
+    for kind, name in names.items():
+        mine = [s.centre for s in ours if s.kind == kind]
+        assert mine and all(any(same(site, other) for other in theirs[name]) for site in mine)
+    for site in ours:  # between which atoms: those of the top layer that are nearest
+        flat = (slab.frac[8:, None] + _CELLS) @ slab.lattice - site.centre
+        nearest = np.argsort(np.linalg.norm(flat, axis=-1).ravel(), kind="stable")[: len(site.symbols)]
+        assert sorted(np.repeat(slab.symbols[8:], len(_CELLS))[nearest]) == list(site.symbols)
+    chosen = different_sites(slab, 99)
+    if not share:
+        reduced = finder.find_adsorption_sites(distance=0, put_inside=True)
+        assert len(chosen) == len(reduced["all"]) == (4 if facet == "111" else 3)
+        assert [s.kind for s in chosen].count("hollow") == len(chosen) - 2
+    assert len({(s.kind, s.symbols, s.below) for s in chosen}) == len(chosen) > 2
+    assert [s.kind for s in different_sites(slab, 2)] == [s.kind for s in chosen[:2]]
+    assert surface_sites(replace(slab, tags=np.zeros_like(slab.tags))) == []
