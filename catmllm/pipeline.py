@@ -36,6 +36,7 @@ from catmllm.evaluate.generation import evaluate_generation
 from catmllm.evaluate.metrics import mae, r2
 from catmllm.evaluate.missing import evaluate_missing, pairs_of
 from catmllm.evaluate.property import agreement, evaluate_property, validation_energies
+from catmllm.evaluate.slab_tasks import evaluate_slabs
 from catmllm.models.build import collator, new_model
 from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.models.half_precision import rounded
@@ -384,7 +385,8 @@ def _without_structures(
 
 def _design(config: Config, data: Mapping[str, Sequence[System]], record: Record, world: World) -> None:
     """The search for the test tasks after each stage that is asked for: `design` after the last of them,
-    `designs` of the stages before; and after the last with free metals, `free_design`."""
+    `designs` of the stages before; after the last with free metals, `free_design`, and of slabs for their
+    best sites, `slab_design`."""
     asked = [name for name in config.stages if name in config.evaluate.design_after]
     for name in asked:
         place = ("design",) if name == asked[-1] else ("designs", name)
@@ -398,6 +400,11 @@ def _design(config: Config, data: Mapping[str, Sequence[System]], record: Record
         with record.timed("design with free metals"):
             result = evaluate_free(model, collate, config, data, world)
         record.put(result, "free_design")
+    if asked and config.evaluate.slab_tasks and not record.has("slab_design"):
+        model, collate = _to_measure(Path(config.out) / asked[-1], config, world)
+        with record.timed("slabs for their best sites"):
+            result = evaluate_slabs(model, collate, config, data, world)
+        record.put(result, "slab_design")
 
 
 def _zero_shot(previous: Path, config: Config, test: Sequence[System], record: Record, world: World) -> None:

@@ -54,6 +54,7 @@ class Stream(IntEnum):
     BENCHMARK_ROWS = 42  # ideal slabs for a free task [task, 0], training systems for any [task, 1]
     FREE_SEARCH = 43  # answers of the evaluation with free metals [rank, iteration], exemplars [..., task]
     FREE_CONTROLS = 44  # ideal slabs beside it in the order of its slabs [task]
+    SLAB_TASKS = 45  # which test slabs are asked for; arrangements of metals in slabs that answer [task, arm]
     BENCHMARK_EVOLUTION = 71  # first members, parents and children of a task [task]
 
     def key(self, seed: int, *place: int) -> Key:

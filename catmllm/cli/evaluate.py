@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from catmllm.cli.own import label_options, reading_options, wanted
 from catmllm.cli.trained import best_stage, load_to_read, must_write
@@ -42,6 +43,14 @@ def options(parser: argparse.ArgumentParser) -> None:
         "(or the stage given) writes for each adsorbate and catalyst of the test part "
         "(the paper's PIR), and add that to the report",
     )
+    parser.add_argument(
+        "--slabs",
+        type=int,
+        metavar="N",
+        help="for the energies of N test slabs at their best sites, by the judge, search slabs of other "
+        "metals with the run's last stage (or the stage given), and add the rates of success to the report "
+        "(20 CPU seconds a slab for one adsorbate, 35 for two)",
+    )
     reading_options(parser)
     label_options(parser)
     parser.add_argument("--report-only", action="store_true", help="rewrite report.html from metrics.json")
@@ -63,7 +72,9 @@ def run(args: argparse.Namespace) -> int:
         _second_opinion(args.run, args.judge)
     if args.indicative is not None:
         _without_structures(args.run, given, args.indicative)
-    if args.judge or args.indicative is not None or args.report_only:
+    if args.slabs is not None:
+        _slabs(args.run, given, args.slabs)
+    if args.judge or args.indicative is not None or args.slabs is not None or args.report_only:
         print(write_report(args.run, _tested(path)))
         return 0
     from catmllm.pipeline import run
@@ -76,7 +87,9 @@ def run(args: argparse.Namespace) -> int:
         missing = [s for s in config.stages if s not in done]
         raise ValueError(f"{args.run}: not trained yet: {', '.join(missing)}; run train.py again to go on")
     again = ["property", "generation", "design", "designs", "free_design"]
-    for part in [*again, *(["missing"] if config.evaluate.indicative else [])]:
+    again += ["missing"] if config.evaluate.indicative else []
+    again += ["slab_design"] if config.evaluate.slab_tasks else []
+    for part in again:
         metrics.pop(part, None)
     metrics["config"]["out"] = config.out
     path.write_text(json.dumps(metrics, indent=1))
@@ -118,36 +131,57 @@ def _second_opinion(run: Path, name: str) -> None:
 def _without_structures(run: Path, given: Path, candidates: int) -> None:
     """Put what a run's last stage says where no structure is known into its metrics.json, or what the stage
     says whose folder was given."""
-    import torch.distributed as dist
-
-    from catmllm.data.open import open_data
     from catmllm.evaluate.missing import evaluate_missing
-    from catmllm.models.state import stage_folder
-    from catmllm.world import DTYPES, start
+    from catmllm.world import DTYPES
 
     if candidates < 1:
         raise ValueError(f"--indicative {candidates}: give a number of CIFs of 1 or more")
+    with _last_stage(given) as (folder, model, collate, config, data, world):
+        e, dtype = config.evaluate, DTYPES[config.precision]
+        found = evaluate_missing(model, collate, data, candidates, e.sampling, config.seed, world, dtype)
+    path = run / "metrics.json"
+    metrics = json.loads(path.read_text())
+    metrics.setdefault("missing", {})[folder.name] = found
+    path.write_text(json.dumps(metrics, indent=1))
+
+
+def _slabs(run: Path, given: Path, n: int) -> None:
+    """Put the slabs that a run's last stage finds for n test slabs' energies into its metrics.json."""
+    from catmllm.evaluate.slab_tasks import evaluate_slabs
+
+    if n < 1:
+        raise ValueError(f"--slabs {n}: give a number of test slabs of 1 or more")
+    with _last_stage(given) as (_, model, collate, config, data, world):
+        config.evaluate.slab_tasks = n
+        found = evaluate_slabs(model, collate, config, data, world)
+    if not found:
+        raise ValueError(
+            f"{run}: no test slab is one of the shipped kind (fcc metals, 12 atoms), as --slabs needs"
+        )
+    path = run / "metrics.json"
+    metrics = json.loads(path.read_text())
+    metrics["slab_design"] = found
+    path.write_text(json.dumps(metrics, indent=1))
+
+
+@contextmanager
+def _last_stage(given: Path) -> Iterator[Any]:
+    """Folder, model, collator, configuration and data of a run's last stage, or of the stage given, and a
+    world to measure them in."""
+    import torch.distributed as dist
+
+    from catmllm.data.open import open_data
+    from catmllm.models.state import stage_folder
+    from catmllm.world import start
+
     folder = stage_folder(given)
     model, collate, config = load_to_read(folder)
     must_write(folder, config)
     world = start(config)
     try:
-        found = evaluate_missing(
-            model.to(world.device),
-            collate,
-            open_data(config.data),
-            candidates,
-            config.evaluate.sampling,
-            config.seed,
-            world,
-            DTYPES[config.precision],
-        )
+        yield folder, model.to(world.device), collate, config, open_data(config.data), world
     finally:
         dist.destroy_process_group()
-    path = run / "metrics.json"
-    metrics = json.loads(path.read_text())
-    metrics.setdefault("missing", {})[folder.name] = found
-    path.write_text(json.dumps(metrics, indent=1))
 
 
 def _on(args: argparse.Namespace) -> int:

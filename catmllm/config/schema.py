@@ -745,6 +745,15 @@ class EvaluateConfig:
         "of these tasks, how many are also searched with the metals free, after the last of design_after",
         ge=0,
     )
+    slab_tasks: int = key(
+        0,
+        "test slabs for whose best sites' energies slabs with free metals are searched, after the last of "
+        "design_after: once for one adsorbate, once for slab_adsorbates",
+        ge=0,
+    )
+    slab_adsorbates: tuple[Literal["H", "O", "N", "C", "CO", "OH", "NH", "CH"], ...] = key(
+        ("O", "OH"), "adsorbates whose energies slab_tasks ask for at once; empty: for one at a time only"
+    )
     design_after: tuple[Literal["joint", "instruct", "grpo", "ga_grpo"], ...] = key(
         ("ga_grpo",), "stages after which the closed loop searches for those tasks, with that stage's weights"
     )
@@ -764,6 +773,12 @@ class EvaluateConfig:
     def _budgets_above_zero(self) -> EvaluateConfig:
         if not all(budget > 0 for budget in self.budgets):
             raise ValueError(f"`.budgets` must be above 0, got {list(self.budgets)}")
+        return self
+
+    @model_validator(mode="after")
+    def _slabs_are_judged(self) -> EvaluateConfig:
+        if self.slab_tasks and self.judge == "none":
+            raise ValueError("`.slab_tasks` needs a `.judge`, which says what energies are asked for")
         return self
 
 

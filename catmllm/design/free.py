@@ -26,6 +26,14 @@ from catmllm.structure.text import two_part_text
 from catmllm.world import DTYPES
 
 
+def text_energies(predictor: Predictor, lines: Sequence[str]) -> dict[str, float]:
+    """Energies (eV) of the two-part texts of identity lines, each read once."""
+    lines = list(dict.fromkeys(lines))
+    texts = [text_system(two_part_text(text_system(line))) for line in lines]
+    said = predict_energies(*predictor, [question(s) for s in texts], batch_size=256)
+    return dict(zip(lines, said.tolist()))
+
+
 def nearest_slabs(
     predictor: Predictor, tasks: Sequence[Task], slabs: Sequence[Sequence[str]]
 ) -> list[list[str]]:
@@ -34,9 +42,7 @@ def nearest_slabs(
     for task, lines in zip(tasks, slabs):
         if not lines:
             raise ValueError(f"{task.identity}: no slab is allowed; give other metals")
-    lines = list(dict.fromkeys(line for some in slabs for line in some))
-    texts = [text_system(two_part_text(text_system(line))) for line in lines]
-    said = dict(zip(lines, predict_energies(*predictor, [question(s) for s in texts], batch_size=256)))
+    said = text_energies(predictor, [line for some in slabs for line in some])
     return [sorted(some, key=lambda line: abs(said[line] - t.energy)) for t, some in zip(tasks, slabs)]
 
 

@@ -93,18 +93,25 @@ def _bulk(slab: Mapping[str, int]) -> str:
 def benchmark_tasks(data: Mapping[str, Sequence[System]], n: int, seed: int) -> list[BenchmarkTask]:
     """n fixed tasks, those of a run's report, and the same with free metals."""
     picks = design_tasks(data["test"], n, seed)
+    rules = free_rules(data)
+    fixed = [BenchmarkTask(f"fixed-{k:03d}", task) for k, task in enumerate(picks)]
+    return fixed + [free_task(f"free-{k:03d}", task, rules) for k, task in enumerate(picks)]
+
+
+def free_rules(data: Mapping[str, Sequence[System]]) -> tuple[tuple[str, ...], dict[Any, set[str]]]:
+    """What slabs with free metals may be of, and by facet the bulks that training or validation has."""
     metals = sorted({symbol for part in data.values() for s in part for symbol in s.slab_counts})
     known: dict[Any, set[str]] = defaultdict(set)
     for part in ("train", "val"):
         for system in data[part]:
             known[system.miller].add(system.bulk)
-    fixed = [BenchmarkTask(f"fixed-{k:03d}", task) for k, task in enumerate(picks)]
-    return fixed + [
-        BenchmarkTask(
-            f"free-{k:03d}", task, tuple(metals), frozenset(known[parse_identity(task.identity).miller])
-        )
-        for k, task in enumerate(picks)
-    ]
+    return tuple(metals), known
+
+
+def free_task(name: str, task: Task, rules: tuple[tuple[str, ...], dict[Any, set[str]]]) -> BenchmarkTask:
+    """A task with free metals, by `free_rules`."""
+    metals, known = rules
+    return BenchmarkTask(name, task, metals, frozenset(known[parse_identity(task.identity).miller]))
 
 
 def write_tasks(tasks: Sequence[BenchmarkTask], path: Path) -> None:

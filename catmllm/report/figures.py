@@ -11,7 +11,7 @@ from __future__ import annotations
 import html
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -372,10 +372,15 @@ def draw_inclusion(axes: Axes, missing: Metrics) -> None:
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
 
 
-def draw_curve(axes: Axes, design: Metrics) -> None:
+def draw_curve(
+    axes: Axes,
+    design: Metrics,
+    names: Mapping[str, str] = METHOD_NAMES,
+    counted: str = "predictions",
+) -> None:
     """Success over the number of predictions with intervals, a line a method, and what ignores the target."""
     judge, budgets, top = last_judge(design), design["budgets"], 1.0
-    methods = [m for m in METHOD_NAMES if judge in design["curves"].get(m, {})]
+    methods = [m for m in names if judge in design["curves"].get(m, {})]
     for k, method in enumerate(methods):
         curve = design["curves"][method][judge]
         x = np.array(budgets) * 1.03 ** (k - 1)  # so that intervals stand beside each other
@@ -385,7 +390,7 @@ def draw_curve(axes: Axes, design: Metrics) -> None:
             100 * np.array(curve["success"]),
             "o-",
             color=METHOD_COLOURS[method],
-            label=METHOD_NAMES[method],
+            label=names[method],
         )
         axes.vlines(x, low, high, color=METHOD_COLOURS[method], linewidth=0.9)
         top = max(top, float(high.max()))
@@ -397,7 +402,7 @@ def draw_curve(axes: Axes, design: Metrics) -> None:
     axes.set_xticks(budgets, [str(b) for b in budgets])
     axes.minorticks_off()
     axes.set(
-        xlabel="predictions for a task",
+        xlabel=f"{counted} for a task",
         ylabel="success (%)",
         title=f"Designs, judged by {judge_title(design, judge)}, n = {design['n']} tasks",
     )

@@ -12,6 +12,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from catmllm.report.figures import (
 )
 from catmllm.report.live import SCRIPTS, encoded, records
 from catmllm.report.summary import (
+    SLAB_NAMES,
     STAGE_MEANINGS,
     STAGE_NAMES,
     Metrics,
@@ -56,6 +58,7 @@ from catmllm.report.summary import (
     number,
     ordered,
     property_table,
+    slab_table,
     stages_table,
     summary_table,
     time_table,
@@ -259,6 +262,21 @@ def _counts_table(generation: Metrics, key: str, title: str) -> Table | None:
     return Table(title, header, rows, [])
 
 
+def _slabs(metrics: Metrics) -> list[str]:
+    """The slabs that are judged at their best sites: for one adsorbate, and for several."""
+    parts = []
+    for kind in ("one", "several"):
+        if (table := slab_table(metrics, kind)) is not None:
+            draw = partial(_slab_curve, metrics["slab_design"][kind])
+            caption = "Success over the number of slabs tried; lines: 95 % Wilson intervals."
+            parts += [html.table(table), html.figure(f"slabs-{kind}", caption, (6.4, 3.6), draw)]
+    return parts
+
+
+def _slab_curve(design: Metrics, figure: Figure) -> None:
+    draw_curve(figure.subplots(), design, SLAB_NAMES, "slabs")
+
+
 def _design(metrics: Metrics) -> str:
     design = metrics.get("design") or {}
     table = design_table(metrics)
@@ -285,6 +303,7 @@ def _design(metrics: Metrics) -> str:
         ]
     if (free := free_table(metrics)) is not None:
         parts.append(html.table(free))
+    parts += _slabs(metrics)
     if any(item.get("trace") for item in items):
         parts.append(_trace_figure(design))
     if any(item.get("trace") and "energies" in item["trace"][0] for item in items):

@@ -14,10 +14,13 @@ import pytest
 
 from catmllm.cli.main import main
 from catmllm.data.slabs import load_slabs
+from catmllm.evaluate import slab_tasks
+from catmllm.evaluate.judges import Judge
 from catmllm.report.design import adsorbate
 from catmllm.structure.cif import read_cif, write_cif
 from catmllm.structure.text import three_part_text
 from rewards_fast import parse_cif
+from tests.data.toy_calculator import EggBox
 
 
 @pytest.fixture
@@ -271,6 +274,26 @@ def test_evaluate_measures_a_finished_run_without_structures(unbroken: Path, tmp
     assert main(["evaluate", str(run / "instruct"), "--indicative", "1"]) == 0
     assert set(json.loads((run / "metrics.json").read_text())["missing"]) == {"ga_grpo", "instruct"}
     assert main(["evaluate", str(run / "align"), "--indicative", "1"]) == 1
+
+
+@pytest.mark.slow
+def test_evaluate_searches_slabs_for_a_finished_run(
+    unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slab_tasks, "Judge", lambda name: Judge(EggBox()))
+    run = tmp_path / "copy"
+    shutil.copytree(unbroken, run)
+    path = run / "metrics.json"
+    metrics = json.loads(path.read_text())
+    assert "slab_design" not in metrics
+    assert main(["evaluate", str(run), "--slabs", "0"]) == 1
+    assert main(["evaluate", str(run), "--slabs", "1"]) == 1  # the run's judge is none
+    folder = run / "ga_grpo" / "catmllm.json"
+    folder.write_text(folder.read_text().replace('"judge": "none"', '"judge": "diep"'))
+    assert main(["evaluate", str(run), "--slabs", "2"]) == 0
+    found = json.loads(path.read_text())["slab_design"]
+    assert found["one"]["n"] == found["several"]["n"] == 2
+    assert "Slabs for the best sites" in (run / "report.html").read_text()
 
 
 def test_predict_reads_any_format_and_marks_what_it_has_not_seen(
