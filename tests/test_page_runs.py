@@ -49,6 +49,7 @@ NOT_RUN = {
     r"^catmllm rollouts |grpo.rollout=service": "two programs: tests/sample/test_service.py runs them",
     r"^catmllm study ": "hours: `make studies-smoke` runs every study with a few steps",
     r"--judge sevennet": "minutes: tests/evaluate has the judge",
+    r"evaluate RUN --slabs": "minutes of relaxations: tests/cli has it with a toy judge",
     r" SOURCES ": "stands for files that docs/data.md names",
     r"paper/printed.yaml": "a model of its own: tests/test_configs.py reads it",
 }
