@@ -112,7 +112,8 @@ $(VLLM)/.ready:
 
 # So does fairchem 1.10, which pins torch 2.4: its networks run on ours. catmllm itself is taken from here.
 BASELINES := .baselines
-baselines: setup $(BASELINES)/.ready  ## SchNet and PaiNN trained and CHGNet asked on the split of RUN, in .baselines; into its report
+baselines: setup $(BASELINES)/.ready  ## networks of others trained on the split of RUN, by texts and, in .baselines, by graphs; into its report
+	$(BIN)/python -m catmllm.evaluate.text_baselines $(RUN)
 	$(BASELINES)/bin/python -m catmllm.evaluate.gnn_baselines $(RUN)
 	$(BIN)/python -m catmllm.cli evaluate $(RUN) --report-only
 

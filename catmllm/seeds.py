@@ -56,6 +56,7 @@ class Stream(IntEnum):
     FREE_CONTROLS = 44  # ideal slabs beside it in the order of its slabs [task]
     SLAB_TASKS = 45  # which test slabs are asked for; arrangements of metals in slabs that answer [task, arm]
     BENCHMARK_EVOLUTION = 71  # first members, parents and children of a task [task]
+    TEXT_BASELINES = 81  # first weights, batches and dropout [0: plain, 1: with pairs before]
 
     def key(self, seed: int, *place: int) -> Key:
         """What a draw is a function of; further places may be appended to it."""

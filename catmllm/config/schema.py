@@ -448,6 +448,7 @@ class JointConfig(MixedConfig):
     train_encoder: bool = key(
         False, "the encoder and the graph part of the energy head train on; encoder_lr is their rate"
     )
+    train_llm: bool = key(True, "the LLM trains; false: projector and energy head alone, a bridge to it")
     position_noise: float = key(0.05, "Gaussian noise on the graph's atoms", unit="Å", ge=0)
 
 

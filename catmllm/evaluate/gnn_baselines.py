@@ -12,29 +12,22 @@ name.
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import sys
-import time
 import types
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from catmllm.config import from_dict
-from catmllm.data.open import open_data
-from catmllm.evaluate.baselines import TRAINED, AdsorbateMean, energies, some
-from catmllm.evaluate.metrics import mae, r2
+from catmllm.evaluate.baselines import energies
+from catmllm.evaluate.trained_baselines import BATCH, Floats, Predict, Record, fitted
 from catmllm.seeds import Stream, generator, hash_seed
 from catmllm.structure.system import ADSORBATE, System
 
-Floats = np.ndarray
 MODELS = ("schnet", "painn", "chgnet")
-BATCH = 32
 OFFSETS = 40  # training systems an adsorbate by which CHGNet's offsets are set
 
 
@@ -53,47 +46,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
-    path = args.run / "metrics.json"
-    if not path.is_file():
-        raise SystemExit(f"{args.run}: no metrics.json there; give the folder of a run")
-    data = from_dict(json.loads(path.read_text())["config"], str(path)).data
-    cell = {"path": data.path, "split_seed": data.split_seed}
-    file = args.run / TRAINED
-    record = _record(file, cell)
-    parts = {name: some(systems) for name, systems in open_data(data).items()}
+    record = Record(args.run)
+    parts = record.parts()
     for model in args.models:
         for share in args.frames if model != "chgnet" else (0.0,):
             name = f"{model}_frames" if share else model
-            if name in record["baselines"]:
-                continue
-            began = time.process_time()
-            predict = chgnet(parts["train"]) if model == "chgnet" else trained(model, parts, share, args)
-            found = _errors(predict, parts["test"])
-            found["seconds"] = round(time.process_time() - began, 1)
-            record["baselines"][name] = found
-            file.with_suffix(".tmp").write_text(json.dumps(record, indent=1))
-            file.with_suffix(".tmp").rename(file)
-            print(f"{name}: test MAE {found['mae']:.3f} eV, {found['seconds']:.0f} s", flush=True)
+
+            def train(model: str = model, share: float = share) -> Predict:
+                return chgnet(parts["train"]) if model == "chgnet" else trained(model, parts, share, args)
+
+            if name not in record:
+                record.measure(name, train, parts["test"], starts=True)
     return 0
-
-
-def _record(path: Path, cell: Mapping[str, Any]) -> dict[str, Any]:
-    """What is there of the same split, else a new record."""
-    found = json.loads(path.read_text()) if path.is_file() else {}
-    return found if found.get("cell") == cell else {"cell": cell, "baselines": {}}
-
-
-def _errors(predict: Callable[[Sequence[System]], Floats], test: Sequence[System]) -> dict[str, Any]:
-    wanted = energies(test)
-
-    def errors(systems: Sequence[System]) -> dict[str, Any]:
-        predicted = predict(systems)
-        return {"mae": mae(predicted, wanted), "r2": r2(predicted, wanted)}
-
-    found = errors(test)
-    if all(s.start is not None for s in test):
-        found["start"] = errors([s.frame(0.0) for s in test])
-    return found
 
 
 # --------------------------------------------------------------------------- fairchem
@@ -138,57 +102,19 @@ def _stand_in_for_torch_scatter() -> None:
 
 def trained(
     name: str, parts: Mapping[str, Sequence[System]], share: float, args: argparse.Namespace
-) -> Callable[[Sequence[System]], Floats]:
-    """A predictor of energies (eV): L1 on standardised energies of what the mean of the adsorbate leaves,
-    AdamW with warm-up and cosine, the running mean of the weights; of it the best on validation, looked at
-    ten times. share: of samples that stand between start and end of their relaxation."""
+) -> Predict:
+    """A predictor as `fitted` makes it, of positions with noise. share: of samples that stand between start
+    and end of their relaxation."""
     key = Stream.NETWORK_BASELINES.key(args.seed)
     torch.manual_seed(hash_seed(key))
-    rng = generator(key)
     model = network(name)
-    train, val = parts["train"], parts["val"]
-    mean = AdsorbateMean.fit(train)
-    left = energies(train) - mean.predict(train)
-    scale = float(left.std())
-    average = torch.optim.swa_utils.AveragedModel(
-        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.995)
-    )
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, args.steps))
-    best: tuple[float, dict[str, torch.Tensor]] = math.inf, {}
+    return fitted(model, _of_systems, parts, args.steps, generator(key), share=share)
 
-    def predict(systems: Sequence[System]) -> Floats:
-        average.eval()
-        with torch.no_grad():
-            values = [
-                _outputs(average, batch(systems[i : i + 4 * BATCH]))
-                for i in range(0, len(systems), 4 * BATCH)
-            ]
-        return torch.cat(values).double().numpy() * scale + mean.predict(systems)
 
-    order = _order(len(train), rng)
-    for step in range(args.steps):
-        rows = [next(order) for _ in range(BATCH)]
-        shown = [
-            s.frame(float(rng.random())) if s.start is not None and rng.random() < share else s
-            for s in (train[i] for i in rows)
-        ]
-        model.train()
-        energy = _outputs(model, batch(shown, rng))
-        loss = (energy - torch.tensor(left[rows] / scale, dtype=torch.float32)).abs().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 10.0)
-        optimizer.step()
-        schedule.step()
-        average.update_parameters(model)
-        if (step + 1) % max(1, args.steps // 10) == 0 or step + 1 == args.steps:
-            error = mae(predict(val), energies(val)) if val else 0.0
-            print(f"  {name} step {step + 1}: loss {loss.item():.3f}, validation {error:.3f} eV", flush=True)
-            if error <= best[0]:
-                best = error, {k: v.clone() for k, v in average.state_dict().items()}
-    average.load_state_dict(best[1])
-    return predict
+def _of_systems(
+    model: torch.nn.Module, systems: Sequence[System], rng: np.random.Generator | None
+) -> torch.Tensor:
+    return _outputs(model, batch(systems, rng))
 
 
 def _outputs(model: torch.nn.Module, batch: Any) -> torch.Tensor:
@@ -196,18 +122,6 @@ def _outputs(model: torch.nn.Module, batch: Any) -> torch.Tensor:
     energy: torch.Tensor = model(batch)["energy"].reshape(-1)
     inner = getattr(model, "module", model)
     return energy if getattr(inner, "reduce", None) == "mean" else energy / batch.natoms
-
-
-def _rate(step: int, steps: int) -> float:
-    warmup = min(50, steps // 10 + 1)
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
-
-def _order(n: int, rng: np.random.Generator) -> Iterator[int]:
-    while True:
-        yield from rng.permutation(n).tolist()
 
 
 def batch(systems: Sequence[System], rng: np.random.Generator | None = None) -> Any:
@@ -229,7 +143,7 @@ def batch(systems: Sequence[System], rng: np.random.Generator | None = None) -> 
 # --------------------------------------------------------------------------- CHGNet
 
 
-def chgnet(train: Sequence[System]) -> Callable[[Sequence[System]], Floats]:
+def chgnet(train: Sequence[System]) -> Predict:
     """CHGNet's own weights, of which no energy here was learned: E(slab with adsorbate) - E(slab) of the
     structure as it stands, and for each adsorbate the offset that fits some training systems best."""
     from chgnet.model import CHGNet

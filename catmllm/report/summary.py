@@ -49,11 +49,20 @@ BASELINE_NAMES = {
     "schnet_frames": "SchNet, with frames",
     "painn": "PaiNN",
     "painn_frames": "PaiNN, with frames",
+    "dimenet": "DimeNet++",
+    "dimenet_frames": "DimeNet++, with frames",
+    "gemnet_oc": "GemNet-OC",
+    "gemnet_oc_frames": "GemNet-OC, with frames",
     "chgnet": "CHGNet, zero-shot",
+    "roberta": "small RoBERTa on texts",
+    "roberta_gap": "small RoBERTa, graph pairs first",
+    "catberta": "RoBERTa on texts (CatBERTa)",
+    "catberta_gap": "RoBERTa, graph pairs first (GAP-CatBERTa)",
     "zero_shot": "the model it began with",
 }
 ON_FCC = "… on fcc slabs"  # the subset of the shipped systems that is the default
-TEXT_BASELINES = ("adsorbate_mean", "text_ridge")  # what reads text; the others read the structure
+# What reads text; the others read the structure.
+TEXT_BASELINES = ("adsorbate_mean", "text_ridge", "roberta", "roberta_gap", "catberta", "catberta_gap")
 RATES = {
     "PF": "cannot be read as a CIF at all",
     "VF": "cell or coordinates out of bounds: volume, number of atoms, density, fractional coordinates",

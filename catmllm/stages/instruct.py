@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from catmllm.config import InstructConfig
 from catmllm.seeds import Stream
-from catmllm.stages.supervised import VISUAL, Mixed, supervised_step
+from catmllm.stages.supervised import VISUAL, Mixed, standardise, supervised_step
 from catmllm.train.setup import READS_GRAPHS
 from catmllm.train.stage import Context, Step
 
@@ -27,6 +27,7 @@ class Instruct(Mixed):
             Stream.INSTRUCT_SAMPLES,
             design_share=o.design_share / max(1e-9, 1 - o.property_share),
         )
+        standardise(context)
 
     def trains(self, parameter: str) -> bool:
         if parameter.startswith(VISUAL):

@@ -42,6 +42,8 @@ class Joint(Mixed):
         sees = self.context.collate.shows_structures and not texts_only(self.context.data["train"])
         if not sees and parameter.startswith(READS_GRAPHS):
             return False  # without a gradient there would be no state of it in a checkpoint
+        if parameter.startswith("llm.") and not self.config.train_llm:
+            return False
         return self.config.train_encoder or not parameter.startswith(READS_ENERGY)
 
     def step(self, step: int) -> Step:

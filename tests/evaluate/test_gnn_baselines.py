@@ -19,7 +19,7 @@ import torch
 
 from catmllm.config import Config, to_dict
 from catmllm.data.open import open_data
-from catmllm.evaluate import gnn_baselines
+from catmllm.evaluate import gnn_baselines, trained_baselines
 from catmllm.evaluate.baselines import AdsorbateMean, energies
 from catmllm.evaluate.gnn_baselines import batch, chgnet, main, network, trained
 from catmllm.evaluate.metrics import mae
@@ -118,7 +118,7 @@ def test_what_is_there_is_not_trained_again(
         return lambda systems: energies(systems) + 0.25
 
     monkeypatch.setattr(gnn_baselines, "trained", fake)
-    monkeypatch.setattr(gnn_baselines, "open_data", lambda data: parts)
+    monkeypatch.setattr(trained_baselines, "open_data", lambda data: parts)
     (tmp_path / "metrics.json").write_text(json.dumps({"config": to_dict(Config())}))
     command = [str(tmp_path), "--models", "schnet", "painn"]
     for _ in range(2):

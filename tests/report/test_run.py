@@ -524,6 +524,21 @@ def test_trained_networks_of_the_same_split_join_the_baselines(systems: list[Sys
     assert summary.claims(with_trained_baselines(metrics, run))[0].verdict == "no"  # 0.204 is no better
 
 
+def test_trained_readers_of_texts_stand_under_text_only(systems: list[System], tmp_path: Path) -> None:
+    metrics = made_metrics(systems)
+    run = made_run(tmp_path / "run", metrics)
+    found = {"roberta": {"mae": 0.3211, "r2": 0.87}, "roberta_gap": {"mae": 0.2987, "r2": 0.88}}
+    (run / "baselines.json").write_text(
+        json.dumps({"cell": {"path": None, "split_seed": 0}, "baselines": found})
+    )
+    table = summary.property_table(with_trained_baselines(metrics, run))
+    assert table is not None
+    place = table.header.index("text only")
+    for name, said in (("on texts", "0.321 / 0.87"), ("graph pairs first", "0.299 / 0.88")):
+        (row,) = [r for r in table.rows if r[0].startswith("small RoBERTa") and name in r[0]]
+        assert [i for i, cell in enumerate(row) if cell == said] == [place]
+
+
 def test_a_torn_record_and_an_absent_one(tmp_path: Path) -> None:
     (tmp_path / "metrics.json").write_text('{"config": {')
     assert "a readable metrics.json" in write_report(tmp_path).read_text()

@@ -15,6 +15,7 @@ from catmllm.data.prompts import jitter, property_sample
 from catmllm.data.subsets import of_generation, of_property
 from catmllm.models.losses import mmtg_loss
 from catmllm.seeds import generator
+from catmllm.stages.instruct import Instruct
 from catmllm.stages.joint import Joint
 from catmllm.stages.supervised import (
     Mixture,
@@ -54,6 +55,31 @@ def test_minus_sign_of_mmtg_is_a_choice(make_context: MakeContext) -> None:
     config.joint.mmtg_sign = "-"
     state, _ = train(Joint, make_context(config))
     assert all(torch.isfinite(v).all() for v in state.values() if v.is_floating_point())
+
+
+def test_a_bridge_trains_alone(make_context: MakeContext) -> None:
+    """A frozen encoder and a frozen LLM: what changes is the projector and the energy head's part of both."""
+    config = small()
+    config.joint.train_encoder = config.joint.train_llm = False
+    context = make_context(config)
+    before = {name: p.detach().clone() for name, p in context.model.named_parameters()}
+    after, _ = train(Joint, context)
+    changed = {name for name, p in before.items() if not torch.equal(after[name], p)}
+    assert {name.partition(".")[0] for name in changed} == {"projector", "energy_head"}
+    assert not any(name.startswith("energy_head.graph.") for name in changed)
+    assert {name for name in before if name.startswith("projector.")} <= changed
+
+
+def test_instruct_may_come_first(make_context: MakeContext) -> None:
+    """It then takes the scale of energies and the closed form of the training systems; else it keeps them."""
+    context = make_context(small())
+    train(Instruct, context)
+    energies = [s.energy for s in context.data["train"]]
+    assert float(context.model.energy_mean) == pytest.approx(float(np.mean(energies)), abs=1e-5)
+    assert not bool((context.model.energy_head.deviation == 1).all())
+    context.model.energy_mean.fill_(0.25)
+    Instruct(context)
+    assert float(context.model.energy_mean) == 0.25
 
 
 def test_a_stage_draws_the_same_batches_again_and_goes_on_from_its_state(make_context: MakeContext) -> None:
