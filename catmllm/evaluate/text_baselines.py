@@ -35,7 +35,12 @@ from catmllm.structure.text import three_part_text
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SIZES = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 512}
+SIZES: dict[str, Any] = {
+    "hidden_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "intermediate_size": 512,
+}
 LONGEST = 512  # tokens, as RoBERTa has it
 BATCH, PAIRS = 16, 32
 RATES = {"small": 1e-3, "pretrained": 2e-5}  # learning rates
@@ -116,22 +121,22 @@ def reader_of(folder: Path | None, texts: Sequence[str]) -> Reader:
     if folder is not None:
         try:
             kind = AutoConfig.from_pretrained(folder, local_files_only=True).model_type
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            own = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError) as error:
             raise SystemExit(f"{folder}: no model with its tokenizer there ({error})") from error
         if kind != "roberta":
             raise SystemExit(f"{folder}: a model of the kind {kind}; give the folder of a RoBERTa")
         model = RobertaForSequenceClassification.from_pretrained(folder, num_labels=1, local_files_only=True)
-        return Reader(model, tokenizer)
+        return Reader(model, own)
     tokenizer = framed(texts)
     pad = tokenizer.pad_token_id
     config = RobertaConfig(
         vocab_size=len(tokenizer),
         max_position_embeddings=pad + 1 + LONGEST,  # RoBERTa counts places from behind the padding's number
         pad_token_id=pad,
-        num_labels=1,
         **SIZES,
     )
+    config.num_labels = 1
     return Reader(RobertaForSequenceClassification(config), tokenizer)
 
 

@@ -36,7 +36,8 @@ class Record:
         self.data = from_dict(json.loads(metrics.read_text())["config"], str(metrics)).data
         self.path, cell = run / TRAINED, {"path": self.data.path, "split_seed": self.data.split_seed}
         found = json.loads(self.path.read_text()) if self.path.is_file() else {}
-        self.values = found if found.get("cell") == cell else {"cell": cell, "baselines": {}}
+        fresh: dict[str, Any] = {"cell": cell, "baselines": {}}
+        self.values = found if found.get("cell") == cell else fresh
 
     def parts(self) -> dict[str, Sequence[System]]:
         """The systems of the run, by split; at most as many as its other baselines are fitted to."""

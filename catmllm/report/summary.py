@@ -54,6 +54,7 @@ BASELINE_NAMES = {
     "gemnet_oc": "GemNet-OC",
     "gemnet_oc_frames": "GemNet-OC, with frames",
     "chgnet": "CHGNet, zero-shot",
+    "calculator": "another potential, zero-shot",
     "roberta": "small RoBERTa on texts",
     "roberta_gap": "small RoBERTa, graph pairs first",
     "catberta": "RoBERTa on texts (CatBERTa)",
