@@ -3,7 +3,7 @@ GemNet-OC of fairchem 1.10, trained, and CHGNet as it comes, with an offset an a
 
     make baselines RUN=runs/tiny            # in an environment of its own; adds runs/tiny/baselines.json
     python -m catmllm.evaluate.gnn_baselines runs/tiny --models painn --frames 0
-    python -m catmllm.evaluate.gnn_baselines runs/tiny --models chgnet --calculator FILE.py:NAME
+    python -m catmllm.evaluate.gnn_baselines runs/tiny --models chgnet --calculator FILE:NAME
 
 The report of the run shows them beside its own baselines. fairchem 1.10 pins an old torch and imports
 torch_scatter and torch_sparse, so it is installed without its dependencies. It finds PyTorch Geometric's
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--calculator", metavar="FILE.py:NAME", help="also ask what this function makes: an ASE calculator"
+        "--calculator", metavar="FILE:NAME", help="also ask what this function makes: an ASE calculator"
     )
     args = parser.parse_args(arguments)
     record = Record(args.run)
@@ -268,13 +268,13 @@ def chgnet(train: Sequence[System]) -> Predict:
 
 
 def calculator(named: str, train: Sequence[System]) -> Predict:
-    """Any ASE calculator, which the function `named` (FILE.py:NAME) makes, as `zero_shot` asks it.
+    """Any ASE calculator, which the function `named` (FILE:NAME) makes, as `zero_shot` asks it.
     Raises SystemExit for a file or function that is not there."""
     from ase import Atoms
 
     file, _, name = named.rpartition(":")
     if not Path(file).is_file():
-        raise SystemExit(f"--calculator {named}: no such file; give FILE.py:NAME of a function")
+        raise SystemExit(f"--calculator {named}: no such file; give FILE:NAME of a function")
     make = runpy.run_path(file).get(name)
     if not callable(make):
         raise SystemExit(f"--calculator {named}: {file} has no function {name}")
