@@ -35,6 +35,9 @@ FOLDERS = {
 def row(plan: Any) -> dict[str, float]:
     """What a record has of a plan."""
     least = {f"least seconds, {k}": v for k, v in plan.seconds.items()}
+    fast, slow = (v for k, v in plan.step.items() if k.startswith("update"))
+    sampling = plan.step.get("sampling, at least", 0.0)
+    decoding = {f"{k} a token of own decoding": v for k, v in plan.decoding.items()}
     return {
         "GiB per rank": plan.peak,
         **{f"peak of {k}, GiB": v for k, v in plan.phases.items()},
@@ -46,6 +49,14 @@ def row(plan: Any) -> dict[str, float]:
         "kernels started per step, at least": plan.launches,
         "µs per start at which the host sets the pace": plan.launch_bound * 1e6,
         "MFU at most, %": 100 * plan.mfu_bound,
+        "steps": plan.steps,
+        "believable seconds of an update, from": fast,
+        "believable seconds of an update, to": slow,
+        "seconds of sampling, at least": sampling,
+        "slowest rank's time over the mean's": plan.balance,
+        "seconds of evaluation after the stage, at least": sum(plan.evaluation.values()),
+        "evaluation, % of the steps' least time": 100 * plan.evaluation_share,
+        **decoding,
     }
 
 

@@ -7,14 +7,13 @@ passes of the slowest rank's cost; the ratio to the mean is what is printed, 1 b
 its tokens, and an atom of a structure as many as `atom_tokens` says. The dealing is the trainer's own code.
 `scale_evaluation`: seconds of a card's data sheet, for training and for the energies measured after each
 stage. `scale_baselines`: seconds of the text regression, measured, by both of its forms. `scale_decoding`:
-operators that a GPU is given a token, and waits of the host for it, counted (`operators.py`); with `--base`
-those of another commit. `scale_weights`, `scale_memory`: what samplers' new weights move and hold.
+operators that a GPU is given a token, and waits of the host for it, counted. `scale_weights`, `scale_memory`:
+what samplers' new weights move and hold.
 `scale_tasks`: what GA-GRPO's tasks take, by those under way and by those that have left.
 """
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import re
@@ -22,7 +21,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,44 +31,34 @@ import numpy as np
 import torch
 
 from bench import record  # first: it decides whose packages are measured
-from bench.operators import counted
 from catmllm.config import Config, SamplingConfig, load_config
-from catmllm.data.batches import Collator
 from catmllm.data.open import open_data
-from catmllm.data.packing import evenly
-from catmllm.data.prompts import Sample, cif_prompt, cif_sample, design_sample, jitter, property_sample
+from catmllm.data.prompts import Sample, jitter
 from catmllm.design import search
 from catmllm.models.build import new_model
 from catmllm.models.lora import LINEARS
+from catmllm.plan.balance import Costs, waiting
 from catmllm.plan.cards import CARDS
+from catmllm.plan.decoding import NARROW, TOKENS, per_token
+from catmllm.plan.evaluation import energies, reading, refit
 from catmllm.plan.ledger import Ledger, backend_forced
-from catmllm.plan.made_up import qwen_like_tokenizer, synthetic_systems
+from catmllm.plan.made_up import synthetic_systems
 from catmllm.plan.trace import planned_model
 from catmllm.sample.answers import Rollout
-from catmllm.sample.engine import RolloutEngine
-from catmllm.sample.grammar import answer_pattern
 from catmllm.sample.vllm_weights import Weights
 from catmllm.sample.wire import sampled_with
 from catmllm.stages.ga_grpo import GAGRPO
 from catmllm.stages.supervised import VISUAL
 from catmllm.structure.cif import write_cif
 from catmllm.structure.system import ADSORBATE, System, make_system
-from catmllm.structure.text import three_part_text
 from catmllm.train.stage import Context
 from catmllm.world import World, start
 
 RANKS = (8, 32, 64)
-PACKS = 64
 PARAMETERS = {"3b": 2.77e9, "7b": 6.53e9}  # of the LLM's blocks: 2 FLOPs each and token
 HEAD = {"3b": 0.31e9, "7b": 0.55e9}
 ENCODER = {"3b": 1.69e9, "7b": 9.41e9}  # FLOPs an atom forward, 20 neighbours, by torch's counter
 LORA_R = 64
-# of width only as much as decoding needs to be decoding
-NARROW = (
-    "model.llm.hidden_size=64", "model.llm.num_attention_heads=4", "model.llm.num_key_value_heads=2",
-    "model.llm.intermediate_size=96", "model.encoder.num_layers=1", "model.encoder.sphere_channels=16",
-    "model.encoder.attn_hidden_channels=16", "model.encoder.ffn_hidden_channels=16",
-)  # fmt: skip
 IDENTITY = re.compile(r"\w+</s>\w+ \([-\d ]+\)")  # line of a system
 SYSTEMS = {"train": 295_000, "test": 37_000}  # of 369,247
 
@@ -89,103 +78,26 @@ def oc20() -> list[System]:
     return found
 
 
-class Costs:
-    """Tokens and atoms of the samples that the structures become."""
-
-    def __init__(self, systems: Sequence[System], config: Config) -> None:
-        tokenizer = qwen_like_tokenizer(systems, config.data.decimals)
-        collate = Collator(tokenizer, replace(config.data, images=False))
-
-        def tokens(sample: Sample) -> int:
-            return collate.encoded(sample).length
-
-        self.atoms = np.array([len(s) for s in systems])
-        self.text = np.array([tokens(Sample(three_part_text(s))) for s in systems])
-        self.property = np.array([tokens(property_sample(s)) for s in systems])
-        self.cif = np.array([tokens(cif_sample(s)) for s in systems])
-        self.design = np.array([tokens(design_sample(s, None)) for s in systems])
-        self.prompt = np.array([len(collate.encode(cif_prompt(s.identity))) for s in systems])
-        self.answer = self.cif - self.prompt
-
-    def supervised(self, stage: str, config: Config, n: int, rng: np.random.Generator) -> np.ndarray:
-        """Costs [n] of the samples of a supervised stage, in their order."""
-        o: Any = getattr(config, stage)
-        i = rng.integers(len(self.atoms), size=n)
-        atoms = o.atom_tokens * self.atoms[i]
-        if stage == "align":
-            return self.text[i] + atoms
-        asks = rng.random(n) < o.property_share
-        seen = rng.random(n) >= o.drop_graph
-        other = np.where(rng.random(n) < 0.5, self.cif[i], self.design[i])
-        return np.where(asks, self.property[i] + atoms * seen, other)
-
-
-def ratio(load: np.ndarray) -> float:
-    """Of the slowest rank to the mean: load [steps or passes, ranks]."""
-    return float(load.max(1).sum() / load.mean(1).sum())
-
-
-def supervised(costs: Costs, config: Config, stage: str, ranks: int, seed: int) -> tuple[float, float]:
-    """(after, before) over the steps of a window of 64 batches a rank."""
-    o: Any = getattr(config, stage)
-    rng = np.random.default_rng([seed, ranks])
-    x = costs.supervised(stage, config, ranks * PACKS * o.batch_size, rng)
-    before = x.reshape(PACKS, ranks, o.batch_size).sum(2)  # a step is the next batch of every rank
-    windows = x.reshape(ranks, PACKS * o.batch_size)  # dealt: each rank has a window of its own
-    after = np.array([[w[g].sum() for g in evenly(w.round().astype(int).tolist(), PACKS)] for w in windows]).T
-    return ratio(after), ratio(before)
-
-
-def updates(costs: Costs, config: Config, stage: str, ranks: int, seed: int) -> tuple[float, float]:
-    """(after, before) of an RL update: the answers of a group are as long as their system's CIF, give or take
-    a token a number, since composition and form are given."""
-    from catmllm.stages.deal import cut
-
-    o: Any = getattr(config, stage)
-    rng = np.random.default_rng([seed, ranks, 1])
-    i = rng.integers(len(costs.atoms), size=ranks * o.batch_size)
-    k = o.group_size
-    lengths = [(costs.answer[s] + rng.integers(0, 7, k)).tolist() for s in i]
-    heads = [int(costs.prompt[s]) if stage == "grpo" else 0 for s in i]
-    per_rank = [range(r * o.batch_size, (r + 1) * o.batch_size) for r in range(ranks)]
-    micro = {"grpo": 16, "ga_grpo": 64}[stage]
-    own = [[(g, n) for g in mine for n in lengths[g]] for mine in per_rank]
-    passes = -(-o.batch_size * k // micro)
-    before = np.zeros((passes, ranks))
-    for r, answers in enumerate(own):
-        for p, part in enumerate(np.array_split(np.arange(len(answers)), passes)):
-            some = [answers[j] for j in part]
-            before[p, r] = sum(n for _, n in some) + sum(heads[g] for g in {g for g, _ in some})
-    dealt = cut(heads, lengths, ranks, o.batch_tokens)
-    after = np.array(
-        [
-            [sum(heads[g] for g in {g for g, _ in b}) + sum(lengths[g][j] for g, j in b) for b in one]
-            for one in dealt
-        ]
-    )
-    return ratio(after), ratio(before)
-
-
 def balance(costs: Costs, configs: dict[str, Config], turns: int) -> dict[str, Any]:
-    ways: dict[str, Callable[..., tuple[float, float]]] = {
-        "align": supervised,
-        "joint": supervised,
-        "instruct": supervised,
-        "grpo": updates,
-        "ga_grpo": updates,
-    }
     cases: dict[str, dict[str, list[float]]] = {}
-    for stage, way in ways.items():
+    for stage in configs:
+        c = {"dealt": configs[stage], "each its own": _each_its_own(configs[stage], stage)}
         for ranks in RANKS:
-            found = [way(costs, configs[stage], stage, ranks, seed) for seed in range(turns)]
             cases[f"{stage}, {ranks} ranks"] = {
-                "dealt": [after for after, _ in found],
-                "each its own": [before for _, before in found],
+                way: [waiting(costs, config, stage, ranks, seed) for seed in range(turns)]
+                for way, config in c.items()
             }
     says = "simulated: the slowest rank's cost over the mean, summed over passes"
     return record.claim(
         "scale_balance", says, "1", cases, {"structures": "30 of OC20", "config": "a100x8/7b"}
     )
+
+
+def _each_its_own(config: Config, stage: str) -> Config:
+    """The stage as it was before passes were dealt."""
+    o: Any = getattr(config, stage)
+    before = {"grpo": {"batch_tokens": None, "micro_batch": 16}, "ga_grpo": {"batch_tokens": None}}
+    return replace(config, **{stage: replace(o, **before.get(stage, {"dealt": False}))})
 
 
 def evaluation(costs: Costs, configs: dict[str, Config]) -> dict[str, Any]:
@@ -208,20 +120,20 @@ def evaluation(costs: Costs, configs: dict[str, Config]) -> dict[str, Any]:
         o = config["grpo"].grpo
         answer = float(costs.answer.mean())
         train += o.steps * ranks * o.batch_size * o.group_size * answer * (4 + 1) * (token + 2 * HEAD[size])
-        # Energies after a stage: encoder twice (alone, frames), both, graph, text, written answer.
-        words = float(3 * costs.property.mean() + costs.property.mean() + 16)
-        one = words * token + 4 * structure
-        stages = 5
-        before = stages * SYSTEMS["test"] * one / (ranks * card.wide)
-        systems = config["align"].evaluate.property_systems
-        after = stages * systems * one / (ranks * card.half)
+        with Ledger(cuda=True) as ledger, backend_forced("triton"):
+            model, collate = planned_model(config["align"], costs.systems)
+            each = reading(model.eval(), collate, costs.systems[:8], ledger)
+        flops = sum(energies(each, config[stage], stage) for stage in configs)
+        shares = sum(refit(each, config[stage], stage) for stage in configs)
+        after = (flops + shares) / (ranks * card.half)
+        before = flops * SYSTEMS["test"] / config["align"].evaluate.property_systems / (ranks * card.wide)
         whole = train / (ranks * card.half)
         cases[f"{size}, seconds"] = {"now": [after], "float32, all test systems": [before]}
         cases[f"{size}, share of training"] = {
             "now": [after / whole],
             "float32, all test systems": [before / whole],
         }
-    says = "energies measured after five stages, at the data sheet's rates of 8 A100s"
+    says = "energies, shares and calibration after five stages, at the data sheet's rates of 8 A100s"
     return record.claim("scale_evaluation", says, "s, or 1", cases, {"test systems": SYSTEMS["test"]})
 
 
@@ -288,31 +200,16 @@ def weights() -> list[dict[str, Any]]:
 
 
 def decoding(quick: bool) -> list[dict[str, Any]]:
-    """Of narrow models of two depths, in a steady batch and as the loop is on a CPU. Operators grow with the
-    layers alone, so two depths tell of 28."""
-    options = inspect.signature(RolloutEngine.__init__).parameters
-    ways = {"steady": {"steady": True}, "as on a CPU": {"steady": False}} if "steady" in options else {"": {}}
+    """In a steady batch, and as the loop is on a CPU."""
     operators: dict[str, dict[str, list[float]]] = {}
     waits: dict[str, dict[str, list[float]]] = {}
-    systems = synthetic_systems(14, 4)
-    prompts = [Sample(cif_prompt(s.identity)) for s in systems]
-    patterns = [answer_pattern(s.identity, s.target, False) for s in systems]
-    tokens = 33 if quick else 65
-    for kind, given in (("free", None), ("under the grammar", patterns)):
-        for way, option in ways.items():
-            found = []
-            for layers in (1, 3):
-                model, collate = new_model(
-                    load_config(None, [*NARROW, f"model.llm.num_hidden_layers={layers}"]), systems
-                )
-                engine = RolloutEngine(model.eval(), collate, torch.bfloat16, **option)
-                params = SamplingConfig(temperature=1.0, top_p=0.95, max_new_tokens=tokens)
-                found.append(counted(engine, prompts, params, [0], 4, patterns=given))
-            one, three = (c.operators / c.tokens for c in found)
+    tokens = 33 if quick else TOKENS
+    for kind, grammar in (("free", False), ("under the grammar", True)):
+        for way, steady in (("steady", True), ("as on a CPU", False)):
+            found = per_token(grammar, steady, tokens)
             for depth in (28, 36):
-                case = f"{kind}, {depth} layers"
-                operators.setdefault(case, {})[way] = [one + (three - one) / 2 * (depth - 1)]
-            waits.setdefault(kind, {})[way] = [sum(found[0].waits.values()) / found[0].tokens]
+                operators.setdefault(f"{kind}, {depth} layers", {})[way] = [found.operators(depth)]
+            waits.setdefault(kind, {})[way] = [found.waits]
     conditions = {"tokens": tokens, "answers": 16}
     says = (
         "operators that a GPU is given a token of each answer; recorded ones are started by two calls a pass"

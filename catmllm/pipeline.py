@@ -42,7 +42,7 @@ from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.models.half_precision import rounded
 from catmllm.models.state import load_model, save_model, stage_folder
 from catmllm.report.run import ANSWERS, summary_table, with_trained_baselines, write_report
-from catmllm.report.summary import ARMS, MODES
+from catmllm.report.summary import ARMS, GENERATING, MODES
 from catmllm.sample.vllm_engine import VLLMError
 from catmllm.stages import STAGES
 from catmllm.stages.supervised import as_written
@@ -67,7 +67,6 @@ MENDABLE = (
 )  # fmt: skip
 OF_TEXTS = ("joint", "instruct")  # stages that can do without structures
 FIT_ENERGIES = ("encoder", "joint")  # stages that fit scale and closed forms of energies where there are none
-GENERATES = ("instruct", "grpo", "ga_grpo")  # stages after which sampled CIFs are worth measuring
 
 
 class Record:
@@ -148,7 +147,7 @@ def _run(config: Config, world: World) -> int:
     known = {**data, "train": of_property(data["train"], config.data)}
     previous = _begins_from(config, out, world)
     texts = _texts(config, data)
-    if config.evaluate.indicative and set(GENERATES) & {*config.stages}:
+    if config.evaluate.indicative and set(GENERATING) & {*config.stages}:
         pairs_of(data["test"])
     mirror = Mirror(config.store, out, world) if config.store else None
     share = world.barrier if mirror is None else mirror.share
@@ -184,7 +183,7 @@ def _run(config: Config, world: World) -> int:
         if not record.has("property", name):
             with record.timed(f"evaluate {name}"):
                 _evaluate(name, folder, config, data["test"], record, world)
-        if config.evaluate.indicative and name in GENERATES and not record.has("missing", name):
+        if config.evaluate.indicative and name in GENERATING and not record.has("missing", name):
             with record.timed(f"evaluate {name}"):
                 _without_structures(name, folder, config, known, record, world)
         previous = folder
@@ -324,7 +323,7 @@ def _evaluate(
     name: str, folder: Path, config: Config, test: Sequence[System], record: Record, world: World
 ) -> None:
     model, collate = _to_measure(folder, config, world)
-    if name in GENERATES and not texts_only(test):
+    if name in GENERATING and not texts_only(test):
         e = config.evaluate
 
         def generated(sampling: SamplingConfig) -> dict[str, Any]:

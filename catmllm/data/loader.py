@@ -12,7 +12,7 @@ import functools
 import gc
 import itertools
 import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -25,6 +25,18 @@ from catmllm.data.prompts import Sample
 
 PACKS = 64  # a window, about: one pack of it is half empty at worst, 0.8 % of all on average
 PROBE = 256  # samples whose mean length sets how many a window of packs takes
+
+
+def cut(costs: Sequence[int], passes: int, budget: int | None, dealt: bool) -> list[list[int]]:
+    """The passes of a window: positions of samples of these costs. With a budget, packs of at most so much;
+    else as many passes as a batch has, or 64 times as many where they are dealt, so that all cost the
+    same."""
+    if budget is not None:
+        return pack(costs, budget)
+    if dealt:
+        return evenly(costs, PACKS * passes)
+    ends = [len(costs) * k // passes for k in range(passes + 1)]
+    return [list(range(a, b)) for a, b in itertools.pairwise(ends)]
 
 
 class Window(NamedTuple):
@@ -70,12 +82,7 @@ class Windows:
         kept = rows
         if self.budget is not None:
             kept = [r for r in rows if self.cost(r) <= self.budget]
-            places = pack([self.cost(r) for r in kept], self.budget)
-        elif self.dealt:
-            places = evenly([self.cost(r) for r in rows], PACKS * self.passes)
-        else:
-            cuts = [len(rows) * k // self.passes for k in range(self.passes + 1)]
-            places = [list(range(a, b)) for a, b in itertools.pairwise(cuts)]
+        places = cut([self.cost(r) for r in kept], self.passes, self.budget, self.dealt)
         groups = [[kept[i] for i in group] for group in places]
         packs = [self.collate.join(group) for group in groups if group]
         if get_worker_info() is not None:

@@ -20,11 +20,27 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def planned_systems(config: Config, atoms: int) -> dict[str, Sequence[System]]:
-    """The systems that a run would open; made-up ones of `atoms` atoms where `data.path` is not there yet, or
-    where the shipped ones would not be what a pretrained LLM is trained on."""
+# Atoms of 30 relaxed structures of OC20
+OC20_ATOMS = (33, 37, 38, 40, 41, 47, 49, 51, 52, 55, 57, 62, 66, 66, 68, 70, 73, 74, 77, 86, 97, 99, 99, 100,
+              101, 101, 104, 160, 166, 185)  # fmt: skip
+
+
+def is_made_up(config: Config) -> bool:
+    """Whether a plan of this configuration has made-up systems: `data.path` is not there yet, or the shipped
+    ones would not be what a pretrained LLM is trained on."""
     path, pretrained = config.data.path, config.model.llm.pretrained is not None
-    if Path(path).exists() if path is not None else not pretrained:
+    return not Path(path).exists() if path is not None else pretrained
+
+
+def of_oc20s_sizes(atoms: int) -> list[System]:
+    """Made-up systems of as different sizes as OC20's, `atoms` on average."""
+    mean = sum(OC20_ATOMS) / len(OC20_ATOMS)
+    return [synthetic_systems(max(6, round(n * atoms / mean)), 1)[0] for n in OC20_ATOMS]
+
+
+def planned_systems(config: Config, atoms: int) -> dict[str, Sequence[System]]:
+    """The systems that a run would open, or made-up ones of `atoms` atoms."""
+    if not is_made_up(config):
         return open_data(config.data)
     # ten facets by name, so that there are parts of the pairs of bulk and facet
     systems = [replace(s, miller=(1, 0, i % 10)) for i, s in enumerate(synthetic_systems(atoms))]

@@ -38,6 +38,17 @@ def table(advice: Advice, limit: float) -> str:
         + " are needed, others are made again)",
         "  believable seconds of a step     " + ", ".join(f"{k} {v:.1f}" for k, v in p.step.items()),
     ]
+    lines.append(f"  the slowest rank takes{p.balance:23.3f} of the mean rank's time  (simulated)")
+    lines.append(
+        f"  measured after the stage{p.evaluation_share:21.1%} of its steps' least time  ("
+        + ", ".join(f"{k} {v:.1f} s" for k, v in p.evaluation.items())
+        + ")"
+    )
+    if p.decoding:
+        lines.append(
+            f"  own decoding, a token of each answer{p.decoding['operators']:9.0f} operators, "
+            f"{p.decoding['waits']:.2f} waits of the host"
+        )
     if p.sampler:
         lines.append(
             f"  new weights for the sampler{p.sampler['moved'] / 1e9:17.2f} GB moved by all ranks, "

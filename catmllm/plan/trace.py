@@ -22,11 +22,16 @@ import torch.distributed as dist
 from catmllm.config import Config, SamplingConfig
 from catmllm.data.batches import Collator
 from catmllm.data.prompts import design_prompt
+from catmllm.evaluate.baselines import evenly_spaced
 from catmllm.models.build import new_model, outline_model
 from catmllm.models.catalytic_mllm import CatalyticMLLM
+from catmllm.plan.balance import Costs, waiting
 from catmllm.plan.cards import CARDS, PUBLISHED, Card
+from catmllm.plan.decoding import per_token
+from catmllm.plan.evaluation import energies, reading, refit
 from catmllm.plan.ledger import Ledger, Peak, backend_forced
-from catmllm.plan.made_up import planned_systems, qwen_like_tokenizer
+from catmllm.plan.made_up import is_made_up, of_oc20s_sizes, planned_systems, qwen_like_tokenizer
+from catmllm.report.summary import GENERATING
 from catmllm.sample.answers import Rollout, answer_limits
 from catmllm.sample.rows import CACHE_STEP
 from catmllm.sample.vllm_weights import Weights
@@ -41,6 +46,8 @@ from catmllm.train.stage import Context, Stage, Step
 from catmllm.world import DTYPES, World, encoder_dtype, settled
 
 GIB = 2**30
+SIMULATED = 256  # systems of a training set whose sizes stand for all
+TURNS = 4
 SAMPLING = ("grpo", "ga_grpo")  # stages that sample answers
 
 
@@ -72,6 +79,15 @@ class Plan:
     step: dict[str, float] = field(default_factory=dict)
     # bytes of all ranks that new weights of another process, which samples, move and hold
     sampler: dict[str, float] = field(default_factory=dict)
+    layers: int = 0  # of the text tower
+    steps: int = 0  # of the stage
+    # time of the slowest rank's passes over the mean rank's, simulated
+    balance: float = 1.0
+    # seconds of what is measured after the stage, at least, and its share of the stage's steps
+    evaluation: dict[str, float] = field(default_factory=dict)
+    evaluation_share: float = 0.0
+    # of our own decoding: operators that a GPU is given, and waits of the host for it, a token
+    decoding: dict[str, float] = field(default_factory=dict)
 
     @property
     def launch_bound(self) -> float:
@@ -105,6 +121,7 @@ def trace(
         raise RuntimeError("a plan makes a process group of its own; this process has one already")
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
+    various = of_oc20s_sizes(atoms) if data is None and is_made_up(config) else None
     data = planned_systems(config, atoms) if data is None else data
     by = sampled_by(config, stage)
     precision = settled(config, "cuda" if cuda else "cpu").encoder_precision
@@ -123,9 +140,15 @@ def trace(
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     try:
         world = World(0, ranks, torch.device("cpu"))
-        return _trace(config, stage, world, CARDS[card], cuda, data, steps, by)
+        plan = _trace(config, stage, world, CARDS[card], cuda, data, steps, by)
     finally:
         dist.destroy_process_group()
+    costs = Costs(various or evenly_spaced(data["train"], SIMULATED), config)
+    plan.balance = float(np.mean([waiting(costs, config, stage, ranks, seed) for seed in range(TURNS)]))
+    if cuda and stage in SAMPLING and by != "vllm":
+        count = per_token(getattr(config, stage).sampling.grammar)
+        plan.decoding = {"operators": count.operators(plan.layers), "waits": count.waits}
+    return plan
 
 
 def _trace(
@@ -183,7 +206,29 @@ def _trace(
     if name in SAMPLING:
         plan.step["sampling, at least"] = sampling_seconds(stage, context, card)
         plan.sampler = new_weights(context, by)
+    plan.layers, plan.steps = model.text.config.num_hidden_layers, stage.config.steps
+    ledger.phase("other")
+    with ledger, backend_forced("triton") if cuda else nullcontext():
+        each = reading(model, collate, list(data["train"][:4]), ledger)
+    _evaluate(plan, context, each, card)
     return plan
+
+
+def _evaluate(plan: Plan, context: Context, each: dict[str, float], card: Card) -> None:
+    """What is measured after the stage, and its share of all steps at their own least time."""
+    config, ranks, name = context.config, context.world.size, plan.stage
+    rate = ranks * (card.half if DTYPES[config.precision].itemsize == 2 else card.wide)
+    plan.evaluation = {
+        "energies": energies(each, config, name) / rate,
+        "shares and calibration": refit(each, config, name) / rate,
+    }
+    if name in GENERATING:
+        e = config.evaluate
+        twice = 1 + e.sampling.grammar  # the free policy is measured beside
+        answers, read = -(-e.generation_samples // ranks), decoder_bytes(context)
+        plan.evaluation["sampled CIFs"] = twice * decoding_seconds(context, e.sampling, answers, read, card)
+    step = max(plan.seconds["compute"], plan.seconds["NVLink"]) + plan.step.get("sampling, at least", 0.0)
+    plan.evaluation_share = sum(plan.evaluation.values()) / (plan.steps * step)
 
 
 def _plan(
@@ -322,7 +367,7 @@ def sampling_bytes(stage: Stage, context: Context) -> dict[str, int]:
     )
     size = DTYPES[config.precision].itemsize
     text = model.text.config
-    llm = sum(p.numel() for p in (*model.text.parameters(), model.llm.lm_head.weight))
+    llm = decoder_bytes(context)
     graph = sum(p.numel() for m in (model.encoder, model.projector) for p in m.parameters())
     searches = stage.name == "ga_grpo"
     rows = min(256, o.batch_size * (max(o.group_size, o.initial) if searches else o.group_size))
@@ -331,8 +376,8 @@ def sampling_bytes(stage: Stage, context: Context) -> dict[str, int]:
     slot = 2 * text.num_hidden_layers * text.num_key_value_heads * head * size
     new = longest_answer(context, o.sampling)
     return {
-        "gathered weights": llm * size + graph * encoder_dtype(config).itemsize,
-        "weights laid out for decoding": llm * size,
+        "gathered weights": llm + graph * encoder_dtype(config).itemsize,
+        "weights laid out for decoding": llm,
         "KV caches": (prompts * prompt_tokens + rows * (new + CACHE_STEP)) * slot,
         "logits": 3 * 4 * rows * text.vocab_size,
         "hidden states kept": rows * new * text.hidden_size * size if searches else 0,
@@ -378,10 +423,23 @@ def sampling_seconds(stage: Stage, context: Context, card: Card) -> float:
     and, half full, the caches are read."""
     o: Any = stage.config
     parts = sampling_bytes(stage, context)
-    answers = o.batch_size * o.group_size
-    rounds = -(-answers // min(256, answers))
     read = parts["weights laid out for decoding"] + parts["KV caches"] / 2
-    return rounds * longest_answer(context, o.sampling) * read / card.hbm
+    return decoding_seconds(context, o.sampling, o.batch_size * o.group_size, read, card)
+
+
+def decoding_seconds(
+    context: Context, sampling: SamplingConfig, answers: int, read: float, card: Card
+) -> float:
+    """Least seconds of a rank's answers, 256 at a time, each as long as it may be: for every token `read`
+    bytes of the card's memory."""
+    return -(-answers // 256) * longest_answer(context, sampling) * read / card.hbm
+
+
+def decoder_bytes(context: Context) -> int:
+    """Of the text tower and the LM head, laid out for decoding."""
+    model = context.model
+    weights = (*model.text.parameters(), model.llm.lm_head.weight)
+    return sum(p.numel() for p in weights) * DTYPES[context.config.precision].itemsize
 
 
 def longest_answer(context: Context, sampling: SamplingConfig) -> int:

@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from matplotlib.figure import Figure
 
@@ -21,6 +21,9 @@ from catmllm.structure.cif import read_cif, write_cif
 from catmllm.structure.formula import Identity, parse_identity
 from catmllm.structure.system import System
 from rewards_fast import extract_cif
+
+if TYPE_CHECKING:
+    from ase.calculators.calculator import Calculator
 
 _CARDS = 6  # structures of a pool that are drawn
 CONSTRAINTS = "exact composition, no overlap, a real adsorbate"
@@ -87,9 +90,11 @@ def save_designs(
     return records
 
 
-def judge_designs(records: Sequence[dict[str, Any]], potential: str, progress: bool = True) -> None:
-    """Relax every structure of every pool and its controls with one of `oracle.POTENTIALS`; its energy, or
-    why there is none, as `judged`, its name as `judge` of the record."""
+def judge_designs(
+    records: Sequence[dict[str, Any]], potential: str | Calculator, progress: bool = True
+) -> None:
+    """Relax every structure of every pool and its controls with one of `oracle.POTENTIALS`, or any of ASE's
+    calculators; its energy, or why there is none, as `judged`, its name as `judge` of the record."""
     from catmllm.evaluate.judges import Judge
 
     judge = Judge(potential)

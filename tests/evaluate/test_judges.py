@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,10 +16,14 @@ from ase.calculators.emt import EMT
 from ase.constraints import FixAtoms
 from ase.optimize import BFGS
 
+from catmllm.config import GAGRPOConfig
 from catmllm.data.oracle import OracleMissing, atomic_references, references_of, sevennet
 from catmllm.data.slabs import SHIPPED_SEVENNET, load_slabs
+from catmllm.design.search import ClosedLoop, make_task
 from catmllm.evaluate.judges import Judge, JudgedEnergy
 from catmllm.potentials.relax import by_calculator
+from catmllm.report.design import judge_designs, save_designs
+from catmllm.sample.answers import Rollout
 from catmllm.structure.cif import read_cif, write_cif
 from catmllm.structure.system import System, make_system
 
@@ -266,6 +272,47 @@ def test_references_of_another_calculator() -> None:
     h2.calc = EMT()
     BFGS(h2, logfile=None).run(fmax=0.01)
     assert references["H"] == pytest.approx(h2.get_potential_energy() / 2, abs=0.01)
+
+
+def test_the_designs_of_a_closed_loop_by_a_calculator_of_ones_own(
+    small_model: tuple[Any, Any], train_systems: list[System], tmp_path: Path
+) -> None:
+    """Whatever ASE has: here EMT, which knows these metals. The loop's pool, its CIFs, and their energies as
+    plain ASE has them, by steps of the same length as the judge's."""
+    metals = {29, 46, 78, 79, 1}
+    system = next(s for s in train_systems if s.adsorbate == "H" and {*s.numbers.tolist()} <= metals)
+    text = write_cif(system)
+
+    class Says:
+        def generate(self, samples: Any, params: Any, seed: Any, group_size: int = 1, **_: Any) -> Any:
+            none = torch.zeros(0)
+            return [Rollout(i, none, none, None, True, text) for i in range(len(samples) * group_size)]
+
+    loop = ClosedLoop(*small_model, GAGRPOConfig(initial=1, group_size=1, pool=1))
+    states = loop.start([make_task(system.identity, -0.5)], Says(), [0])  # type: ignore[arg-type]
+    loop.refine(states, Says(), 1, [0], keep=False)  # type: ignore[arg-type]
+    records = save_designs(states, [{}], tmp_path)
+    judge_designs(records, EMT(), progress=False)
+    (found,) = records[0]["pool"]
+    assert records[0]["judge"] == "EMT"
+
+    read = read_cif(Path(found["file"]).read_text(), system.adsorbate, system.miller)
+    on = read.tags == 2
+    slab = Atoms(numbers=read.numbers[~on], positions=read.positions[~on], cell=read.lattice, pbc=True)
+    both = Atoms(numbers=read.numbers, positions=read.positions, cell=read.lattice, pbc=True)
+    slab.set_constraint(FixAtoms(mask=read.tags[~on] != 1))
+    slab.calc = EMT()
+    BFGS(slab, logfile=None).run(fmax=0.05, steps=100)
+    both.positions[~on] = slab.positions
+    both.set_constraint(FixAtoms(mask=~on))
+    both.calc = EMT()
+    BFGS(both, logfile=None).run(fmax=0.05, steps=60)
+    h2 = Atoms("H2", positions=[[0, 0, 0], [0, 0, 0.8]])
+    h2.calc = EMT()
+    BFGS(h2, logfile=None).run(fmax=0.03)
+    energies = [a.get_potential_energy() for a in (both, slab, h2)]
+    # two searches that both end below 0.05 eV/Å differ by less than that times 0.2 Å
+    assert found["judged"] == pytest.approx(energies[0] - energies[1] - energies[2] / 2, abs=0.01)
 
 
 def test_without_sevenn_the_judge_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -22,12 +23,16 @@ from catmllm.config import Config, ConfigError, load_config
 from catmllm.config.load import SHIPPED
 from catmllm.data.open import open_data
 from catmllm.data.shards import write_shards
+from catmllm.design.predict import question
 from catmllm.models.build import new_model
 from catmllm.plan.advise import Advice, advise, largest_micro_batch, with_micro_batch
+from catmllm.plan.balance import Costs, waiting
 from catmllm.plan.cards import CARDS
+from catmllm.plan.evaluation import energies, reading, refit
 from catmllm.plan.ledger import Ledger, backend_forced
-from catmllm.plan.made_up import synthetic_systems
+from catmllm.plan.made_up import of_oc20s_sizes, synthetic_systems
 from catmllm.plan.trace import GIB, SAMPLING, Plan, trace
+from catmllm.report.summary import GENERATING
 from catmllm.sample.vllm_weights import Weights
 from catmllm.stages import STAGES
 from catmllm.structure.system import System
@@ -104,6 +109,61 @@ def test_switches_save_what_they_promise(data: dict[str, list[System]]) -> None:
     assert all(0 < p.mfu_bound <= 1 for p in (none, selective, full))
 
 
+def test_a_system_costs_an_evaluation_what_torchs_counter_says(data: dict[str, list[System]]) -> None:
+    """Of the real passes by which energies are measured, on a CPU."""
+    c = config("precision=fp32", "model.llm.attention=eager")
+    some = data["train"][:3]
+    model, collate = new_model(c, data["train"])
+    model.eval()
+    for p in model.energy_head.parameters():
+        torch.nn.init.normal_(p)  # networks that count by 0 would not run
+    graph = collate.graphs(some)
+    assert graph is not None
+    ways = {
+        "encoder": lambda: model.graph_energy(graph),
+        "both": lambda: model.predict(collate([question(s) for s in some])),
+        "text": lambda: model.predict(collate([question(s, "text") for s in some])),
+    }
+    with Ledger(cuda=False) as ledger:
+        planned, outline = new_model(c, data["train"])
+        found = reading(planned.eval(), outline, some, ledger)
+    for name, run in ways.items():
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            run()
+        assert found[name] * len(some) == counter.get_total_flops() > 1e5, name
+    assert found["both"] > found["encoder"] + found["text"]
+    stages = {stage: energies(found, c, stage) + refit(found, c, stage) for stage in STAGES}
+    assert stages["encoder"] < stages["align"] < stages["grpo"] == stages["ga_grpo"] < stages["joint"]
+
+
+def test_ranks_wait_as_a_plain_simulation_says(data: dict[str, list[System]]) -> None:
+    """Batches that are not dealt: the mean over many steps of the largest of 8 sums, over that of all, drawn
+    by NumPy alone. What is dealt waits less, and packs by tokens hardly."""
+    systems = of_oc20s_sizes(40)
+    c = config("joint.batch_size=4", "joint.property_share=0.5", "joint.drop_graph=0.25")
+    costs = Costs(systems, c)
+    found = [waiting(costs, c, "joint", 8, seed) for seed in range(40)]
+    rng = np.random.default_rng(5)
+    shape = (20_000, 8, 4)
+    i, u = rng.integers(len(systems), size=shape), rng.random(shape)
+    lengths = np.stack([costs.property, costs.cif, costs.design])
+    load = lengths[np.searchsorted([0.5, 0.75], u, side="right"), i].sum(2)
+    expected = load.max(1).mean() / load.mean()
+    # 4 standard errors, and what a ratio of means over 64 steps is off from that over all
+    assert np.mean(found) == pytest.approx(expected, abs=4 * np.std(found) / len(found) ** 0.5 + 2e-3)
+    assert expected > 1.1
+    dealt = config("joint.batch_size=4", "joint.property_share=0.5", "joint.dealt=true")
+    packed = config("joint.batch_tokens=4096", "joint.property_share=0.5")
+    assert 1 <= waiting(costs, packed, "joint", 8) < 1.05 < np.mean(found)
+    assert 1 <= waiting(costs, dealt, "joint", 8) < np.mean(found)
+    own, together = (
+        config("grpo.batch_size=4", "grpo.group_size=4", "grpo.micro_batch=4", *more)
+        for more in ((), ("grpo.batch_tokens=4096",))
+    )
+    assert waiting(costs, together, "grpo", 8) < 1.1 < waiting(costs, own, "grpo", 8)
+    assert waiting(costs, own, "grpo", 1) == 1
+
+
 @pytest.fixture(scope="module")
 def cuda_steps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A step of every stage as a GPU takes it; in a process without Triton's interpreter, as users have."""
@@ -123,6 +183,9 @@ def test_every_stage_has_a_plan(cuda_steps: dict[str, Any], stage: str) -> None:
     assert plan["flops"]["forward"] > 0 and plan["flops"]["backward"] > 0
     assert ("sampling" in plan["phases"]) == (stage in SAMPLING)
     assert ("sampling, at least" in plan["step"]) == (stage in SAMPLING)
+    assert ("operators" in plan["decoding"]) == (stage in SAMPLING)
+    assert ("sampled CIFs" in plan["evaluation"]) == (stage in GENERATING)
+    assert 1 <= plan["balance"] < 2 and plan["evaluation"]["energies"] > 0 < plan["evaluation_share"]
     update = [v for k, v in plan["step"].items() if k.startswith("update")]
     assert update[0] < update[1] and plan["useful"]["backward"] <= plan["useful"]["forward"] == 1
     assert ("reference model" in plan["parts"]) == (stage == "grpo")

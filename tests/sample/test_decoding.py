@@ -12,11 +12,16 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bench.operators import counted
 from bench.record import processor
+from catmllm.config import SamplingConfig, load_config
+from catmllm.data.prompts import Sample, cif_prompt
+from catmllm.models.build import new_model
+from catmllm.plan.decoding import NARROW, counted, per_token
+from catmllm.plan.made_up import synthetic_systems
 from catmllm.sample import engine, rows
 from catmllm.sample.engine import LOOK, RolloutEngine
 from catmllm.sample.nucleus import TRIES, sample_nucleus, steady_nucleus
+from catmllm.sample.tower import Tower
 from tests.sample.recorded import CASES, answers, model_and_prompts, recorded, tensors
 
 
@@ -132,3 +137,47 @@ def test_the_host_hardly_waits_for_the_device(made: Any) -> None:
     # what admits prompts, once, and what their answers begin with
     assert free.waits["copies to the device"] <= 2
     assert walk.waits["copies to the device"] <= 2 + len(prompts)
+
+
+class Started(TorchDispatchMode):
+    """Counts the operators of torch and of ours that do more than look at memory otherwise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        made = func._opname.startswith(("empty", "new_empty")) or func._opname in ("detach", "_unsafe_view")
+        self.count += not (func.is_view or made)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.slow
+def test_a_layer_adds_the_operators_that_a_real_decode_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a decode on a CPU, without the reading of its prompts, with the norm as one operator, as CUDA has
+    it. What the host calculates for itself is there with any number of layers."""
+
+    def fused(x: torch.Tensor, shape: Any, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        return torch.ops.aten._fused_rms_norm(x, shape, weight, eps)[0]
+
+    prefill = Tower.prefill
+
+    def unseen(self: Tower, *given: Any) -> Any:
+        with torch._C._DisableTorchDispatch():
+            return prefill(self, *given)
+
+    monkeypatch.setattr(torch.nn.functional, "rms_norm", fused)
+    monkeypatch.setattr(Tower, "prefill", unseen)
+    systems = synthetic_systems(14, 4)
+    prompts = [Sample(cif_prompt(s.identity)) for s in systems]
+    params = SamplingConfig(temperature=1.0, top_p=0.95, max_new_tokens=17)
+    counts = []
+    for layers in (1, 3):
+        made = new_model(load_config(None, [*NARROW, f"model.llm.num_hidden_layers={layers}"]), systems)
+        one = RolloutEngine(made[0].eval(), made[1], torch.bfloat16, steady=True)
+        with Started() as started:
+            longest = max(len(r.ids) for r in one.generate(prompts, params, [0], 4))
+        counts.append(started.count / longest)
+    layer = (counts[1] - counts[0]) / 2
+    # but for what is moved where an answer ends: numbers on the way to a draw differ in their last bits
+    assert layer > 20 and per_token(False, tokens=17).layer == pytest.approx(layer, rel=0.01)

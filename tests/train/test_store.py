@@ -282,6 +282,7 @@ def rclone(port: int, folder: Path) -> list[str]:
 KEY, SECRET = "catmllm", "of-this-test-alone"
 # With a part of an object rclone sends the checksum of the whole, which botocore would hold the part to.
 UNCHECKED = {"AWS_RESPONSE_CHECKSUM_VALIDATION": "when_required"}
+KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 SERVERS = {"moto": moto, "rclone": rclone}
 
 
@@ -291,8 +292,9 @@ def s3(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory)
     pytest.importorskip("s3fs", reason="make test-store has it")
     with contextlib.ExitStack() as stack:
         if request.param == "given":
-            names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
-            server = Server({"AWS_ENDPOINT_URL": os.environ["S3_SERVER"]} | {n: os.environ[n] for n in names})
+            given = {n: os.environ[n] for n in (*KEYS, "AWS_DEFAULT_REGION") if n in os.environ}
+            assert {*KEYS} <= {*given}, f"S3_SERVER needs {' and '.join(KEYS)}"
+            server = Server({"AWS_ENDPOINT_URL": os.environ["S3_SERVER"]} | given)
         else:
             folder = tmp_path_factory.mktemp(request.param)
             server = stack.enter_context(served(SERVERS[request.param], folder))

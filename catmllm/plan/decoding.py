@@ -1,4 +1,5 @@
-"""A GPU that is not there: what decoding would give it to do, and where the host would wait for it.
+"""What our own decoding would give a GPU to do, and where the host would wait for it: operators and waits a
+token, counted on a GPU that is not there.
 
 Tensors say that they are on another device and calculate on the CPU, so that torch's code and ours take the
 ways that they take there. Every operator on them is counted, and whatever needs their values on the host.
@@ -6,22 +7,65 @@ ways that they take there. Every operator on them is counted, and whatever needs
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
+from catmllm.config import SamplingConfig, load_config
+from catmllm.data.prompts import Sample, cif_prompt
+from catmllm.models.build import new_model
 from catmllm.plan.ledger import starts
+from catmllm.plan.made_up import synthetic_systems
 from catmllm.sample.engine import RolloutEngine
+from catmllm.sample.grammar import answer_pattern
+from catmllm.sample.graphs import Graphs
 from catmllm.sample.rows import Rows
 from catmllm.sample.tower import Layer, Tower
 
 THERE = torch.device("meta")  # the one device beside the CPU that this torch can name
+# of width only as much as decoding needs to be decoding
+NARROW = (
+    "model.llm.hidden_size=64", "model.llm.num_attention_heads=4", "model.llm.num_key_value_heads=2",
+    "model.llm.intermediate_size=96", "model.encoder.num_layers=1", "model.encoder.sphere_channels=16",
+    "model.encoder.attn_hidden_channels=16", "model.encoder.ffn_hidden_channels=16",
+)  # fmt: skip
+TOKENS = 65  # of an answer: the looks of a steady batch, in 16 tokens each, four times
 SIZED = ("nonzero", "masked_select", "bincount", "_unique2", "unique_dim", "unique_consecutive")
+
+
+class PerToken(NamedTuple):
+    """Of a token of every answer: operators with one layer, those that a layer more adds, and waits."""
+
+    one: float
+    layer: float
+    waits: float
+
+    def operators(self, layers: int) -> float:
+        return self.one + (layers - 1) * self.layer
+
+
+@functools.lru_cache
+def per_token(grammar: bool, steady: bool = True, tokens: int = TOKENS) -> PerToken:
+    """Counted while 16 answers of `tokens` tokens each are decoded by narrow Qwen2.5s of one and of three
+    layers: operators do not depend on the width, and grow with the layers alone. `steady`: as on a GPU. Under
+    the grammar a token that is forced is one too, so they are fewer."""
+    found, systems = [], synthetic_systems(14, 4)
+    prompts = [Sample(cif_prompt(s.identity)) for s in systems]
+    patterns = [answer_pattern(s.identity, s.target, False) for s in systems] if grammar else None
+    params = SamplingConfig(temperature=1.0, top_p=0.95, max_new_tokens=tokens)
+    for layers in (1, 3):
+        config = load_config(None, [*NARROW, f"model.llm.num_hidden_layers={layers}"])
+        model, collate = new_model(config, systems)
+        engine = RolloutEngine(model.eval(), collate, torch.bfloat16, steady=steady)
+        found.append(counted(engine, prompts, params, [0], 4, patterns=patterns))
+    one, three = (c.operators / c.tokens for c in found)
+    return PerToken(one, (three - one) / 2, sum(found[0].waits.values()) / found[0].tokens)
 
 
 class There(torch.Tensor):
@@ -31,7 +75,7 @@ class There(torch.Tensor):
 
     @staticmethod
     def __new__(cls, here: torch.Tensor) -> There:
-        there: There = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        there: There = torch.Tensor._make_wrapper_subclass(
             cls, here.shape, here.stride(), here.storage_offset(), dtype=here.dtype, device=THERE
         )
         there.here = here
@@ -41,7 +85,9 @@ class There(torch.Tensor):
         return self.cpu().tolist()
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         raise AssertionError(f"{func} outside of `counted`")
 
 
@@ -95,8 +141,7 @@ def _sized(name: str, args: Any, kwargs: Any) -> bool:
 def counted(engine: RolloutEngine, *args: Any, **options: Any) -> Counted:
     """What `engine.generate` gives the device, but for the reading of prompts."""
     to_device(engine.tower)
-    if hasattr(engine, "markers"):
-        engine.markers = There(engine.markers)
+    engine.markers = There(engine.markers)
     count = Counted()
     prefill, advance = Tower.prefill, Rows.advance
 
@@ -122,20 +167,17 @@ def counted(engine: RolloutEngine, *args: Any, **options: Any) -> Counted:
         made = tensor(data, dtype=dtype)  # whose copy no mode sees
         return made if device is None else made.to(device)
 
-    graphs = getattr(__import__("catmllm.sample.engine", fromlist=["Graphs"]), "Graphs", None)
-    run = graphs.run if graphs else None
+    run = Graphs.run
     try:
-        torch.tensor, torch.nn.functional.rms_norm = put, fused
+        torch.tensor, torch.nn.functional.rms_norm = put, fused  # type: ignore[assignment]
         Tower.prefill, Rows.advance = read, passed  # type: ignore[method-assign, assignment]
-        if graphs:
-            graphs.run = lambda self, key, work: work()
+        Graphs.run = lambda self, key, work: work()  # type: ignore[method-assign]
         with count:
             found = engine.generate(*args, **options)
     finally:
         torch.tensor, torch.nn.functional.rms_norm = tensor, normed
         Tower.prefill, Rows.advance = prefill, advance  # type: ignore[method-assign]
-        if graphs:
-            graphs.run = run
+        Graphs.run = run  # type: ignore[method-assign]
     count.tokens = max(len(r.ids) for r in found)
     return count
 
