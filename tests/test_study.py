@@ -483,8 +483,11 @@ def test_a_study_takes_what_is_there(file: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_stage_behind_what_was_taken_is_the_same(tmp_path: Path) -> None:
-    sizes = "joint.steps: 2, align.steps: 2, encoder.steps: 2, evaluate.judge: none"
+def test_a_stage_behind_what_was_taken_is_the_same(tmp_path: Path, data: Path) -> None:
+    sizes = (
+        f"data.path: {data}, model.closed_form: false, joint.steps: 2, align.steps: 2, encoder.steps: 2, "
+        "evaluate.property_systems: 4, evaluate.judge: none"
+    )
     (path := tmp_path / "study.yaml").write_text(
         f"base: {{{sizes}}}\nancestor: {{stages: [encoder, align]}}\n"
         "cells: {plain: {stages: [joint]}}\nseeds: [[0, 0]]\n"
