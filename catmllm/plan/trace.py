@@ -207,16 +207,16 @@ def _trace(
         plan.step["sampling, at least"] = sampling_seconds(stage, context, card)
         plan.sampler = new_weights(context, by)
     plan.layers, plan.steps = model.text.config.num_hidden_layers, stage.config.steps
-    ledger.phase("other")
-    with ledger, backend_forced("triton") if cuda else nullcontext():
-        each = reading(model, collate, list(data["train"][:4]), ledger)
-    _evaluate(plan, context, each, card)
+    _evaluate(plan, context, ledger, card)
     return plan
 
 
-def _evaluate(plan: Plan, context: Context, each: dict[str, float], card: Card) -> None:
+def _evaluate(plan: Plan, context: Context, ledger: Ledger, card: Card) -> None:
     """What is measured after the stage, and its share of all steps at their own least time."""
     config, ranks, name = context.config, context.world.size, plan.stage
+    ledger.phase("other")
+    with ledger, backend_forced("triton") if ledger.cuda else nullcontext():
+        each = reading(context.model, context.collate, list(context.data["train"][:4]), ledger)
     rate = ranks * (card.half if DTYPES[config.precision].itemsize == 2 else card.wide)
     plan.evaluation = {
         "energies": energies(each, config, name) / rate,
