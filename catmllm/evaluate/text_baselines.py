@@ -36,10 +36,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SIZES: dict[str, Any] = {
-    "hidden_size": 128,
+    "hidden_size": 64,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
-    "intermediate_size": 512,
+    "intermediate_size": 256,
+    "attention_probs_dropout_prob": 0.0,
 }
 LONGEST = 512  # tokens, as RoBERTa has it
 BATCH, PAIRS = 16, 32

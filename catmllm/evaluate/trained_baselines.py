@@ -122,7 +122,7 @@ def fitted(
 def descent(model: torch.nn.Module, lr: float, steps: int) -> Callable[[torch.Tensor], None]:
     """What takes a loss and makes one of so many steps: AdamW with warm-up and cosine, gradients of a norm of
     at most 10."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=1e-4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=1e-4, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
 
     def descend(loss: torch.Tensor) -> None:
