@@ -49,7 +49,7 @@ def options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="for the energies of N test slabs at their best sites, by the judge, search slabs of other "
         "metals with the run's last stage (or the stage given), and add the rates of success to the report "
-        "(20 CPU seconds a slab for one adsorbate, 35 for two)",
+        "(20 to 40 CPU seconds a slab for one adsorbate, and some 40 for two)",
     )
     reading_options(parser)
     label_options(parser)
