@@ -2,6 +2,7 @@
 
 python bench/plan_configs.py                     # all of them: minutes of CPU per size
 python bench/plan_configs.py --folder h100x1     # those of one folder; the records of the others stay
+python bench/plan_configs.py --folder a100x8 --size 7b
 """
 
 from __future__ import annotations
@@ -60,14 +61,15 @@ def row(plan: Any) -> dict[str, float]:
     }
 
 
-def claim(name: str, quick: bool) -> dict[str, Any]:
+def claim(name: str, quick: bool, size: str | None) -> dict[str, Any]:
     from catmllm.config import load_config
     from catmllm.plan.trace import trace
 
     folder = FOLDERS[name]
     found: dict[str, dict[str, list[float]]] = {}
     parts = {}
-    for size in folder.sizes[-1:] if quick else folder.sizes:
+    sizes = [size] if size else folder.sizes[-1:] if quick else folder.sizes
+    for size in sizes:
         for stage in ("joint",) if quick else STAGES:
             print(f"{name} {size} {stage}", file=sys.stderr, flush=True)
             config = load_config([f"{name}/{size}.yaml", f"{folder.stages}/{stage}.yaml"])
@@ -92,9 +94,10 @@ def claim(name: str, quick: bool) -> dict[str, Any]:
 def main() -> None:
     parser = record.arguments(__doc__)
     parser.add_argument("--folder", choices=FOLDERS, help="only this one")
+    parser.add_argument("--size", choices=("3b", "7b"), help="only this one")
     args = parser.parse_args()
     for name in [args.folder] if args.folder else FOLDERS:
-        record.finish(args, [claim(name, args.quick)])
+        record.finish(args, [claim(name, args.quick, args.size)])
 
 
 if __name__ == "__main__":

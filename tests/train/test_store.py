@@ -245,6 +245,9 @@ def test_what_a_store_needs_is_one_line(setting: str, says: str, monkeypatch) ->
 # S3 ---------------------------------------------------------------------------------------------------------
 
 
+HOME = "us-east-1"
+
+
 @dataclass
 class Server:
     """One that speaks S3: the variables of its client, and a bucket of ours."""
@@ -255,7 +258,9 @@ class Server:
     def files(self) -> Any:
         import s3fs
 
+        region = self.client.get("AWS_DEFAULT_REGION", HOME)  # which alone may not be named of a new bucket
         return s3fs.S3FileSystem(
+            client_kwargs={} if region == HOME else {"region_name": region},
             endpoint_url=self.client["AWS_ENDPOINT_URL"],
             key=self.client["AWS_ACCESS_KEY_ID"],
             secret=self.client["AWS_SECRET_ACCESS_KEY"],
@@ -299,7 +304,7 @@ def s3(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory)
             folder = tmp_path_factory.mktemp(request.param)
             server = stack.enter_context(served(SERVERS[request.param], folder))
             server.client |= UNCHECKED if request.param == "rclone" else {}
-        server.client.setdefault("AWS_DEFAULT_REGION", "us-east-1")
+        server.client.setdefault("AWS_DEFAULT_REGION", HOME)
         server.files().mkdir(server.bucket)
         yield server
         server.files().rm(server.bucket, recursive=True)
