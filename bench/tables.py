@@ -560,30 +560,6 @@ def plan() -> str:
     return table(["MiB per rank", "planned", "measured", "ratio"], rows) + f"\n\n{source(one)}"
 
 
-def plan_a100x8() -> str:
-    """A row a size and stage."""
-    one = newest("plan_a100x8")
-    stages: dict[str, dict[str, float]] = {}
-    for case, value in one["value"].items():
-        stage, _, what = case.partition(": ")
-        stages.setdefault(stage, {})[what] = value
-    rows = []
-    for stage, v in stages.items():
-        update = [v[f"believable seconds of an update, {end}"] for end in ("from", "to")]
-        sampling, steps = v["seconds of sampling, at least"], v["steps"]
-        hours = [steps * (s + sampling) / 3600 for s in update]
-        rows.append([
-            stage, f"{v['GiB per rank']:.0f}", f"{v['MFU at most, %']:.0f} %",
-            f"{v['least seconds, compute']:.1f}", " to ".join(f"{s:.1f}" for s in update),
-            f"{sampling:.1f}" if sampling else "–", f"{steps:,}", " to ".join(number(h) for h in hours),
-            format(v["slowest rank's time over the mean's"], ".3f"),
-            format(v["evaluation, % of the steps' least time"], ".1f") + " %",
-        ])  # fmt: skip
-    head = ["", "GiB a rank", "MFU at most", "update at the data sheet's rates, s", "believable, s",
-            "sampling at least, s", "steps", "hours", "slowest rank", "evaluation"]  # fmt: skip
-    return table(head, rows) + f"\n\n{source(one)}"
-
-
 def scale_tasks() -> str:
     one = newest("scale_tasks")
     cases: dict[str, list[str]] = {}
@@ -714,7 +690,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     for made in (peers, reward_sentence, reward, reward_threads, encoder_speed, encoder_kept, encoder_counts,
                  data_text, data_pictures, labels, labels_published, data_command, loader, rl, scale,
                  rl_scaling, rl_seeds, rl_overlap, rl_staleness, judge, server, server_soak, plan,
-                 plan_a100x8, scale_tasks,
+                 scale_tasks,
                  tiny_run, tiny_energies, closed_form, texts, tiny_cifs, tiny_designs, tiny_free)
 }  # fmt: skip
 
