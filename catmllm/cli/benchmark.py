@@ -12,7 +12,15 @@ from catmllm.cli.trained import load, model_option
 from catmllm.evaluate import BENCHMARK
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from catmllm.config import Config
+    from catmllm.data.batches import Collator
+    from catmllm.design.predict import Predictor
     from catmllm.design.search import TaskState
+    from catmllm.evaluate.benchmark import BenchmarkTask
+    from catmllm.models.catalytic_mllm import CatalyticMLLM
+    from catmllm.structure.system import System
 
 TASKS_HELP = "write the design tasks that any tool can answer with CIFs"
 CANDIDATES_HELP = "write CIFs that answer those tasks: ideal slabs, training systems, or the closed loop's"
@@ -69,20 +77,10 @@ def candidates_options(parser: argparse.ArgumentParser) -> None:
 def candidates(args: argparse.Namespace) -> int:
     from catmllm.data.open import open_data
     from catmllm.design.analogues import analogues
-    from catmllm.design.free import search_free
     from catmllm.design.predict import predictor_of
     from catmllm.design.search import ANALOGUE, ClosedLoop
-    from catmllm.evaluate.benchmark import (
-        KINDS,
-        allowed_slabs,
-        ideal_of,
-        known_of,
-        read_tasks,
-        write_candidates,
-    )
+    from catmllm.evaluate.benchmark import allowed_slabs, ideal_of, known_of, read_tasks, write_candidates
     from catmllm.evaluate.controls import budgets
-    from catmllm.evaluate.design import search, search_seed
-    from catmllm.evaluate.free import free_seed
     from catmllm.evaluate.generators import evolve
     from catmllm.structure.cif import write_cif
 
@@ -92,47 +90,58 @@ def candidates(args: argparse.Namespace) -> int:
     model, collate, config = load(args.model)
     n = budgets(config)[-1]
     predictor = predictor_of(config, model.energy_mean.device)
+    train = open_data(config.data)["train"] if args.row in ("search", "training", "transmute") else []
     if args.row == "search":
-        fixed, free = ([t for t in asked if t.kind == kind] for kind in KINDS)
-        states: list[TaskState] = []
-        known = open_data(config.data)["train"] if config.ga_grpo.analogues else ()
-        if fixed:
-            tasks, seed = [t.task for t in fixed], search_seed(args.seed)
-            states += search(
-                model, collate, config, tasks, seed, progress=True, predictor=predictor, known=known
-            )
-        if free:
-            tasks, slabs = [t.task for t in free], [allowed_slabs(t) for t in free]
-            seed = free_seed(args.seed)
-            states += search_free(
-                model, collate, config, tasks, slabs, seed, progress=True, predictor=predictor, known=known
-            )
-        texts = {t.name: [c.text for c in state.tried] for t, state in zip([*fixed, *free], states)}
-        relaxed = {
-            t.name: [c.iteration == ANALOGUE for c in state.tried]
-            for t, state in zip([*fixed, *free], states)
-        }
-    elif args.row == "evolution":
-        loop = ClosedLoop(model, collate, config.ga_grpo, predictor)
-        texts = evolve(loop, asked, args.seed, collate.data.decimals)
+        states = _searched(model, collate, config, asked, predictor, train, args.seed)
+        texts = {name: [c.text for c in state.tried] for name, state in states.items()}
+        relaxed = {name: [c.iteration == ANALOGUE for c in s.tried] for name, s in states.items()}
     else:
-        if args.row == "ideal":
-            made = {t.name: ideal_of(t, n, args.seed, k) for k, t in enumerate(asked)}
-        elif args.row == "transmute":
-            train = open_data(config.data)["train"]
-            slabs, energies = [allowed_slabs(t) for t in asked], [t.task.energy for t in asked]
-            made = dict(zip([t.name for t in asked], analogues(slabs, energies, train, n)))
+        if args.row == "evolution":
+            loop = ClosedLoop(model, collate, config.ga_grpo, predictor)
+            texts = evolve(loop, asked, args.seed, collate.data.decimals)
         else:
-            train = open_data(config.data)["train"]
-            made = {t.name: known_of(t, train, n, args.seed, k) for k, t in enumerate(asked)}
-        texts = {name: [write_cif(s, collate.data.decimals) for s in some] for name, some in made.items()}
-    texts = {name: some for name, some in texts.items() if some}
-    if args.row != "search":
+            if args.row == "ideal":
+                made = {t.name: ideal_of(t, n, args.seed, k) for k, t in enumerate(asked)}
+            elif args.row == "transmute":
+                slabs, energies = [allowed_slabs(t) for t in asked], [t.task.energy for t in asked]
+                made = dict(zip([t.name for t in asked], analogues(slabs, energies, train, n)))
+            else:
+                made = {t.name: known_of(t, train, n, args.seed, k) for k, t in enumerate(asked)}
+            texts = {name: [write_cif(s, collate.data.decimals) for s in some] for name, some in made.items()}
+        texts = {name: some for name, some in texts.items() if some}
         known_to_be = args.row in ("training", "transmute")
         relaxed = {name: [known_to_be] * len(some) for name, some in texts.items()}
     write_candidates(args.out, texts, relaxed)
     print(f"{args.out}: {sum(map(len, texts.values()))} CIFs for {len(texts)} of {len(asked)} tasks")
     return 0
+
+
+def _searched(
+    model: CatalyticMLLM,
+    collate: Collator,
+    config: Config,
+    asked: Sequence[BenchmarkTask],
+    predictor: Predictor | None,
+    known: Sequence[System],
+    seed: int,
+) -> dict[str, TaskState]:
+    """The closed loop's candidates for each task, by its name, as the evaluation of a run searches."""
+    from catmllm.design.free import search_free
+    from catmllm.evaluate.benchmark import KINDS, allowed_slabs
+    from catmllm.evaluate.design import search, search_seed
+    from catmllm.evaluate.free import free_seed
+
+    fixed, free = ([t for t in asked if t.kind == kind] for kind in KINDS)
+    states: list[TaskState] = []
+    if fixed:
+        tasks, own = [t.task for t in fixed], search_seed(seed)
+        states += search(model, collate, config, tasks, own, progress=True, predictor=predictor, known=known)
+    if free:
+        tasks, slabs, own = [t.task for t in free], [allowed_slabs(t) for t in free], free_seed(seed)
+        states += search_free(
+            model, collate, config, tasks, slabs, own, progress=True, predictor=predictor, known=known
+        )
+    return dict(zip([t.name for t in (*fixed, *free)], states))
 
 
 def generator_options(parser: argparse.ArgumentParser) -> None:
