@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from catmllm.config import Config, SamplingConfig
 from catmllm.data.batches import Collator
+from catmllm.data.open import texts_only
 from catmllm.data.prompts import design_prompt
 from catmllm.evaluate.baselines import evenly_spaced
 from catmllm.models.build import new_model, outline_model
@@ -143,8 +144,9 @@ def trace(
         plan = _trace(config, stage, world, CARDS[card], cuda, data, steps, by)
     finally:
         dist.destroy_process_group()
-    costs = Costs(various or evenly_spaced(data["train"], SIMULATED), config)
-    plan.balance = float(np.mean([waiting(costs, config, stage, ranks, seed) for seed in range(TURNS)]))
+    if not texts_only(data["train"]):  # of which every sample is short
+        costs = Costs(various or evenly_spaced(data["train"], SIMULATED), config)
+        plan.balance = float(np.mean([waiting(costs, config, stage, ranks, seed) for seed in range(TURNS)]))
     if cuda and stage in SAMPLING and by != "vllm":
         count = per_token(getattr(config, stage).sampling.grammar)
         plan.decoding = {"operators": count.operators(plan.layers), "waits": count.waits}
