@@ -178,7 +178,7 @@ SMOKE := data.path=$(SMOKE_OUT)/slabs.jsonl data.max_neighbours=8 data.cutoff=4.
 	model.encoder.num_layers=1 model.encoder.sphere_channels=16 model.encoder.attn_hidden_channels=16 model.encoder.num_heads=2 \
 	model.encoder.ffn_hidden_channels=16 encoder.steps=2 align.steps=2 align.batch_size=4 joint.steps=2 instruct.steps=2 \
 	grpo.steps=2 grpo.batch_size=2 grpo.group_size=2 grpo.validate_every=0 grpo.sampling.max_new_tokens=40 \
-	ga_grpo.tasks=2 ga_grpo.batch_size=2 ga_grpo.initial=3 ga_grpo.pool=2 ga_grpo.iterations=1 ga_grpo.group_size=2 \
+	ga_grpo.tasks=2 ga_grpo.batch_size=2 ga_grpo.initial=3 ga_grpo.analogues=1 ga_grpo.pool=2 ga_grpo.iterations=1 ga_grpo.group_size=2 \
 	ga_grpo.validate_every=0 ga_grpo.sampling.max_new_tokens=40 \
 	evaluate.generation_samples=8 evaluate.design_tasks=2 evaluate.judge=none evaluate.sampling.max_new_tokens=40
 STUDIES ?= $(basename $(notdir $(wildcard configs/studies/*.yaml)))
