@@ -15,6 +15,7 @@ APART = {
     "data/make.py",
     "data/fcc_slabs.py",
     "report/dataset.py",
+    "plan/balance.py",
     "plan/made_up.py",
     "plan/trace.py",
     "seeds.py",
