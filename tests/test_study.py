@@ -448,6 +448,13 @@ def test_what_a_run_began_with_counts(tmp_path: Path) -> None:
     finished(tmp_path / "other" / "ancestor", [*BASE, "stages=[encoder,align]", "align.steps=7"])
     cell[-1] = f"init={tmp_path}/other/ancestor/align"
     assert adopt(cell, tmp_path / "other" / "cell", 1, runs_below(whole)) == []
+    # what was taken over may be taken over again, after the trainer has gone on from there
+    taken = tmp_path / "study" / "cell"
+    metrics = json.loads((taken / "metrics.json").read_text()) | {"machine": {"ranks": 1}}
+    (taken / "metrics.json").write_text(json.dumps(metrics))
+    (taken / "report.html").write_text("")
+    again = [*BASE, "stages=[joint]", f"init={tmp_path}/study/ancestor/align"]
+    assert adopt(again, tmp_path / "study" / "again", 1, runs_below(taken)) == ["joint"]
     # and the other way round: a whole run from an ancestor's stages
     words = [*BASE, "stages=[encoder,align,joint]", "joint.steps=7"]
     assert adopt(words, tmp_path / "new", 1, runs_below(tmp_path / "study")) == ["encoder", "align"]

@@ -78,12 +78,13 @@ def _chain(init: str | Path | None) -> list[Link]:
     if init is None:
         return []
     last = Path(init)
-    if not (last / "catmllm.json").is_file() or last.name not in STAGES:
+    record = last.parent / "metrics.json"
+    if last.name not in STAGES or not record.is_file():
         return [Link(str(init), {})]
-    config = json.loads((last / "catmllm.json").read_text())
+    config = json.loads(record.read_text())["config"]
     stages = config["stages"][: config["stages"].index(last.name) + 1]
-    files = [last.parent / stage / "catmllm.json" for stage in stages]
-    links = [Link(stage, json.loads(file.read_text())) for stage, file in zip(stages, files)]
+    # each as it was trained, which may have been in another run
+    links = [Link(stage, json.loads((last.parent / stage / "catmllm.json").read_text())) for stage in stages]
     return [*_chain(config["init"]), *links]
 
 
