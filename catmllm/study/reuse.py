@@ -53,7 +53,7 @@ def runs_below(place: Path) -> list[Path]:
 def adopt(words: Sequence[str], folder: Path, ranks: int, runs: Sequence[Path]) -> list[str]:
     """Copy into the folder of a run that was not begun the first stages that one of `runs` has trained as the
     trainer's arguments say: of the run that has most of them. Returns their names."""
-    if (folder / "metrics.json").is_file():
+    if not runs or (folder / "metrics.json").is_file():
         return []
     config = from_arguments(list(words))
     tree = to_dict(config)
