@@ -260,6 +260,9 @@ def _train(
         collate = collator(model, collate.tokenizer, config, templates)
         if begins_anew(trained, config) and not texts_only(data["train"]):
             model.forget_energies()
+        if not config.model.closed_form:
+            model.prior.clear()
+            model.text_prior.clear()
     else:
         model, collate = new_model(config, data["train"])
         collate.templates = templates

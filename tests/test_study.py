@@ -395,6 +395,7 @@ BASE = ["seed=1", "data.split_seed=1", "stages=[encoder,align,joint,instruct,grp
         (["joint.steps=7"], 2, 2),
         (["joint.drop_configuration=0.3"], 0, 0),  # which the encoder's closed form of texts reads
         (["instruct.relaxed_text=0.3"], 0, 0),
+        (["evaluate.slab_tasks=2"], 5, 5),
         (["instruct.steps=7"], 3, 3),
         (["grpo.beta=0.3"], 4, 4),
         (["stages=[encoder,align,joint]"], 3, 3),
@@ -429,7 +430,8 @@ def test_stages_that_an_earlier_run_has_trained_are_taken(
     # the trainer goes on with it: nothing that it may not change has changed
     settled = to_dict(from_arguments(words)) | {"encoder_precision": "fp32", "compile": False}
     assert not list(differences(metrics["config"], settled))
-    assert adopt(words, new, 1, runs_below(tmp_path)) == []  # begun already
+    assert adopt(words, new, 1, runs_below(run)) == []  # begun already
+    assert not (tmp_path / "new.part").exists()
 
 
 def test_a_run_on_other_ranks_is_another(tmp_path: Path) -> None:

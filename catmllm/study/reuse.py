@@ -27,12 +27,12 @@ TEXTS = tuple(
     for stage in ("joint", "instruct")
     for key in ("drop_configuration", "relaxed_text", "relaxed_scale", "relaxed_characters")
 )
-READS = {"encoder": TEXTS, "joint": TEXTS, "grpo": ("instruct",)}
+READS = {"encoder": TEXTS, "joint": TEXTS, "instruct": TEXTS, "grpo": ("instruct",)}
 # What a stage's own measurements do not depend on: these are of the search.
-_OF_DESIGN = tuple(
-    f"evaluate.{key}"
-    for key in ("design_tasks", "free_tasks", "design_after", "judge", "budgets", "tolerance")
-)
+_OF_DESIGN = (
+    "evaluate.design_tasks", "evaluate.free_tasks", "evaluate.slab_tasks", "evaluate.slab_adsorbates",
+    "evaluate.design_after", "evaluate.judge", "evaluate.budgets", "evaluate.tolerance",
+)  # fmt: skip
 
 
 class Link(NamedTuple):
@@ -51,9 +51,9 @@ def runs_below(place: Path) -> list[Path]:
 
 
 def adopt(words: Sequence[str], folder: Path, ranks: int, runs: Sequence[Path]) -> list[str]:
-    """Copy into the folder of a run that was not begun the first stages that one of `runs` has trained as the
-    trainer's arguments say: of the run that has most of them. Returns their names."""
-    if not runs or (folder / "metrics.json").is_file():
+    """Copy into the folder of a run, which is not there yet, the first stages that one of `runs` has trained
+    as the trainer's arguments say: of the run that has most of them. Returns their names."""
+    if not runs or folder.exists():
         return []
     config = from_arguments(list(words))
     tree = to_dict(config)
@@ -115,9 +115,11 @@ def _below(key: str, parents: Sequence[str] | set[str]) -> bool:
 
 
 def _copy(run: Path, folder: Path, names: Sequence[str], tree: Tree) -> None:
+    part = folder.with_name(f"{folder.name}.part")  # of which a kill leaves nothing that looks like a run
+    shutil.rmtree(part, ignore_errors=True)
     for name in names:
         # not linked: what is measured anew writes into it
-        shutil.copytree(run / name, folder / name, ignore=shutil.ignore_patterns("checkpoints"))
+        shutil.copytree(run / name, part / name, ignore=shutil.ignore_patterns("checkpoints"))
     record = json.loads((run / "metrics.json").read_text())
     old = record["config"]
     config = tree | {key: old[key] for key in OPEN if tree[key] is None}
@@ -136,4 +138,5 @@ def _copy(run: Path, folder: Path, names: Sequence[str], tree: Tree) -> None:
         kept |= {key: record[key] for key in designs if key in record}
     machine = record["machine"]
     kept["adopted"] = {"stages": list(names), "commit": machine.get("commit"), "date": machine.get("date")}
-    (folder / "metrics.json").write_text(json.dumps({**kept, "config": config}, indent=1))
+    (part / "metrics.json").write_text(json.dumps({**kept, "config": config}, indent=1))
+    part.rename(folder)
