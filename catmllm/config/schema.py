@@ -412,6 +412,19 @@ class MixedConfig(SupervisedConfig):
     exemplar_noise: float = key(
         0.05, "Gaussian noise where a design prompt shows the sample's own structure", unit="Å", ge=0
     )
+    exchange: float = key(
+        0.0,
+        "share of CIF samples whose metals are exchanged for others, such that training has their bulk and "
+        "Miller index; slabs of fcc metals only",
+        ge=0,
+        le=1,
+    )
+    row_weight: float = key(
+        1.0,
+        "what tokens of a CIF's rows that say an element, or where an atom of the adsorbate is, count in the "
+        "cross-entropy in the second half of the steps; others count 1",
+        gt=0,
+    )
     drop_configuration: float = key(
         0.0,
         "share of the prompts with the text only that name adsorbate and catalyst and no bond",

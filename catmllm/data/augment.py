@@ -24,20 +24,31 @@ LEVEL = 0.3  # Å in height within which two sites may be carried into each othe
 
 def symmetric_copy(system: System, rng: np.random.Generator) -> System:
     """A random equivalent of a system under its slab's site symmetry;
-    the system itself where the draw is none.
+    the system itself where there is none.
 
-    The slab's rows keep their sites (row k holds the atom that now stands nearest to where row k stood), the
-    adsorbate stays last. Distances, energy and three-part text up to the order of words are those of the
-    original.
+    Turns and mirror images are drawn; of the translations the one that brings the adsorbate's first atom
+    nearest to the middle of the cell, where the coordinates of a CIF do not go round. The slab's rows keep
+    their sites (row k holds the atom that now stands nearest to where row k stood), the adsorbate stays last.
+    Distances, energy and three-part text up to the order of words are those of the original.
     """
+    operations = _isometries(system.lattice.tobytes())
+    for k in rng.permutation(len(operations)):
+        copy = _carried(system, operations[k])
+        if copy is not None:
+            return copy
+    return system
+
+
+def _carried(system: System, turn: NDArray[np.float64]) -> System | None:
+    """The system turned and moved; None where that does not carry the slab's sites onto each other."""
     slab = np.flatnonzero(system.tags != ADSORBATE)
     sites = system.frac[slab]
-    operations = _isometries(system.lattice.tobytes())
-    turn = operations[rng.integers(len(operations))]
     height = system.positions[slab, 2]
     low = int(height.argmin())
-    onto = rng.choice(np.flatnonzero(np.abs(height - height[low]) < LEVEL))
-    shift = sites[onto] - sites[low] @ turn
+    shifts = sites[np.abs(height - height[low]) < LEVEL] - sites[low] @ turn
+    anchor = system.frac[np.argmax(system.tags == ADSORBATE)] @ turn
+    off = (anchor + shifts)[:, :2] - 0.5
+    shift = shifts[np.linalg.norm(off - np.round(off), axis=1).argmin()]
     shift[2] = 0.0
     moved = system.frac @ turn + shift
     apart = moved[slab][:, None] - sites[None]
@@ -45,7 +56,7 @@ def symmetric_copy(system: System, rng: np.random.Generator) -> System:
     distance = np.linalg.norm(apart @ system.lattice, axis=2)
     source = distance.argmin(0)
     if len(np.unique(source)) < len(slab) or distance[source, np.arange(len(slab))].max() > MATCH:
-        return system
+        return None
     order = np.arange(len(system.frac))
     order[slab] = slab[source]
     frac = moved[order]

@@ -19,6 +19,7 @@ from catmllm.config import ConfigError, DataConfig
 from catmllm.data.images import IMAGE_PAD, TOKENS, VISION_END, VISION_START, mrope_positions, render
 from catmllm.data.prompts import ENERGY, GRAPH, Sample, without_structure
 from catmllm.seeds import Key, generator
+from catmllm.structure.cif import telling_spans
 from catmllm.structure.descriptors import known, surroundings, told
 from catmllm.structure.elements import SYMBOLS
 from catmllm.structure.graph import neighbour_graphs
@@ -71,6 +72,9 @@ class Batch:
     told_at [n]: the samples whose energy is asked for by text only; told [n, TOLD] float32 what their texts
     tell, told_known [n, 3] int64 what the call says (`structure/descriptors.py`); None without any.
 
+    telling [M] bool: which of `targets` are of `structure.cif.telling_spans`; None where nobody asks
+    (`Collator.marks`).
+
     With `prefix`, samples that continue a prompt share its tokens (`Collator.join_answers`);
     answer_sample then counts answers, not samples.
     """
@@ -94,6 +98,7 @@ class Batch:
     told: torch.Tensor | None = None
     told_known: torch.Tensor | None = None
     told_at: torch.Tensor | None = None
+    telling: torch.Tensor | None = None
 
     def __len__(self) -> int:
         """S, the number of samples."""
@@ -141,13 +146,15 @@ def each_tensor(holder: Holder, change: Callable[[Any], Any]) -> Holder:
 
 
 class Encoded(NamedTuple):
-    """One sample in tokens: the answer's ids follow the prompt's."""
+    """One sample in tokens: the answer's ids follow the prompt's. telling: which of the answer's tokens are
+    of `structure.cif.telling_spans`, where that matters."""
 
     prompt: list[int]
     answer: list[int]
     energy: float | None = None
     graph: System | None = None
     told: System | None = None
+    telling: np.ndarray | None = None
 
     @property
     def length(self) -> int:
@@ -164,6 +171,7 @@ class Collator:
     max_elements: int = len(SYMBOLS)  # the encoder knows the elements below this atomic number
     templates: Templates = NONE  # what slabs of CIFs that a model writes have to be
     shows_structures: bool = True  # False: the model reads texts alone, and samples lose their graphs
+    marks: bool = False  # batches say which tokens of answers are of `telling_spans`
 
     def __post_init__(self) -> None:
         vocabulary = self.tokenizer.get_vocab()
@@ -205,8 +213,20 @@ class Collator:
 
     def encoded(self, sample: Sample) -> Encoded:
         sample = self.shown(sample)
-        answer = self.encode(sample.answer) if sample.answer else []
-        return Encoded(self.prompt_ids(sample), answer, sample.energy, sample.graph, sample.told)
+        answer, telling = self.answer_ids(sample.answer) if sample.answer else ([], None)
+        return Encoded(self.prompt_ids(sample), answer, sample.energy, sample.graph, sample.told, telling)
+
+    def answer_ids(self, text: str) -> tuple[list[int], np.ndarray | None]:
+        """The ids of an answer, and which of them tell something; None where nobody asks."""
+        if not self.marks:
+            return self.encode(text), None
+        found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ends = np.array(found["offset_mapping"]).reshape(-1, 2)
+        inside = np.zeros(len(text) + 1, dtype=int)
+        for first, last in telling_spans(text):
+            inside[first + 1 : last + 1] = 1
+        before = inside.cumsum()
+        return list(found["input_ids"]), before[ends[:, 1]] - before[ends[:, 0]] == ends[:, 1] - ends[:, 0]
 
     def graphs(self, systems: Sequence[System], held_out: Sequence[bool] | None = None) -> GraphBatch | None:
         """The neighbour graphs of some systems as one, or None for none. held_out: of each system whether, in
@@ -288,6 +308,7 @@ class Collator:
             ),
             int(lengths.max()),
             padded=not self.data.packed,
+            telling=_telling(rows, counts),
             **pictures,
             **_told(rows),
         )
@@ -328,6 +349,17 @@ class Collator:
             answer_sample=(answer.cumsum(0) - 1)[sample[targets]],
             prefix=continued(batch.cu_seqlens, owners),
         )
+
+
+def _telling(rows: Sequence[Encoded], counts: np.ndarray) -> torch.Tensor | None:
+    """Which of the targets of samples, `counts` each, tell something."""
+    if all(r.telling is None for r in rows):
+        return None
+    parts = [
+        np.zeros(n, dtype=bool) if r.telling is None else r.telling[len(r.answer) - n :]
+        for r, n in zip(rows, counts)
+    ]
+    return torch.from_numpy(np.concatenate(parts))
 
 
 def _told(rows: Sequence[Encoded]) -> dict[str, Any]:

@@ -94,10 +94,10 @@ def split(
     """
     pairs: dict[str, list[System]] = defaultdict(list)
     for system in systems[:first]:
-        pairs[_pair(system)].append(system)
+        pairs[pair(system)].append(system)
     part_of = split_pairs({name: len(group) for name, group in pairs.items()}, seed)
     for system in systems[len(systems) if first is None else first :]:
-        pairs[_pair(system)].append(system)
+        pairs[pair(system)].append(system)
     later = {name: len(group) for name, group in pairs.items() if name not in part_of}
     part_of |= split_pairs(later, seed)
     parts: dict[SplitName, list[System]] = {"train": [], "val": [], "test": []}
@@ -106,7 +106,8 @@ def split(
     return {part: sorted(members, key=lambda system: system.sid) for part, members in parts.items()}
 
 
-def _pair(system: System) -> str:
+def pair(system: System) -> str:
+    """Its (bulk, Miller index), such as `PdIr (1, 1, 1)`, by which data are split."""
     return f"{system.bulk} {system.miller or '(?)'}"
 
 

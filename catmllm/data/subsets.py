@@ -15,6 +15,7 @@ import numpy as np
 
 from catmllm.config import DataConfig
 from catmllm.data.shards import Shards
+from catmllm.data.slabs import pair
 from catmllm.seeds import Stream, generator
 from catmllm.structure.system import System
 
@@ -51,7 +52,15 @@ def _units(systems: Sequence[System], unit: str) -> list[str]:
             names = systems.pair_names
             return [names[p] for p in systems.pairs]
         return [systems.sid(i) for i in range(len(systems))]
-    return [s.sid if unit == "system" else f"{s.bulk} {s.miller or '(?)'}" for s in systems]
+    return [s.sid if unit == "system" else pair(s) for s in systems]
+
+
+def pairs(systems: Sequence[System]) -> frozenset[str]:
+    """The (bulk, Miller index) pairs of some systems, named as by `slabs.pair`."""
+    if isinstance(systems, Shards):
+        names = systems.pair_names
+        return frozenset(names[p] for p in np.unique(systems.pairs).tolist())
+    return frozenset(map(pair, systems))
 
 
 def of_property(train: Sequence[System], config: DataConfig) -> Sequence[System]:

@@ -7,16 +7,13 @@ system of nearly the wanted energy brings both, and a relaxed geometry, to anoth
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from itertools import permutations
 from typing import Any
 
-import numpy as np
-
+from catmllm.data.exchange import exchanged
 from catmllm.data.fcc_slabs import FCC_CONSTANT
-from catmllm.structure.elements import NUMBER
-from catmllm.structure.formula import format_identity, parse_identity
-from catmllm.structure.system import ADSORBATE, System, make_system
+from catmllm.structure.formula import parse_identity
+from catmllm.structure.system import System
 
 
 def analogues(
@@ -60,27 +57,3 @@ def renamings(old: dict[str, int], new: dict[str, int]) -> Iterator[dict[str, st
         for names in permutations(new):
             if all(old[metal] == new[name] for metal, name in zip(old, names)):
                 yield dict(zip(old, names))
-
-
-def exchanged(system: System, names: dict[str, str]) -> System:
-    """The slab of other metals, scaled by the mean of their lattice constants over that of its own, the
-    vacuum as high as it was; an adsorbate keeps its form, its anchor its height above the slab."""
-    numbers = system.numbers.copy()
-    slab = system.tags != ADSORBATE
-    symbols = [s for s, of in zip(system.symbols, slab) if of]
-    numbers[slab] = [NUMBER[names[s]] for s in symbols]
-    scale = float(np.mean([FCC_CONSTANT[names[s]] for s in symbols])) / float(
-        np.mean([FCC_CONSTANT[s] for s in symbols])
-    )
-    positions, lattice = system.frac @ system.lattice, system.lattice.copy()
-    thick = float(np.ptp(positions[slab, 2]))
-    lattice[:2] *= scale
-    lattice[2] *= 1 + (scale - 1) * thick / lattice[2, 2]
-    anchor = positions[~slab][0]
-    top = positions[slab, 2].max()
-    moved = np.array([*(anchor[:2] * scale), top * scale + anchor[2] - top])
-    positions[~slab] += moved - anchor
-    positions[slab] *= scale
-    made = make_system(lattice, positions, numbers, system.tags, system.adsorbate, system.miller)
-    sid = format_identity(made.adsorbate, made.slab_counts, made.miller)
-    return replace(made, relaxed=system.relaxed, sid=sid)

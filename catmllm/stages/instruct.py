@@ -35,4 +35,4 @@ class Instruct(Mixed):
         return parameter.startswith(("llm.", "energy_head.")) and not parameter.startswith(READS_GRAPHS)
 
     def step(self, step: int) -> Step:
-        return supervised_step(self, self.config, lambda ce, mae, labelled: ce + mae)
+        return supervised_step(self, self.config, lambda ce, mae, labelled: ce + mae, self.row_weight(step))

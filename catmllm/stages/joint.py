@@ -52,4 +52,4 @@ class Joint(Mixed):
         def loss(ce: torch.Tensor, mae: torch.Tensor, labelled: torch.Tensor) -> torch.Tensor:
             return torch.where(labelled, mmtg_loss(mae, ce, o.mmtg_lambda, o.mmtg_sign), ce)
 
-        return supervised_step(self, o, loss)
+        return supervised_step(self, o, loss, self.row_weight(step))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -14,11 +14,12 @@ import torch
 from catmllm.config import Config, DataConfig, MixedConfig, OptimConfig, SupervisedConfig
 from catmllm.data.augment import symmetric_copy
 from catmllm.data.batches import Batch, draw, shuffled
+from catmllm.data.exchange import with_other_metals
 from catmllm.data.loader import Loader, Windows
 from catmllm.data.open import texts_only
 from catmllm.data.prompts import Sample, cif_sample, design_sample, draw_words, jitter, property_sample
-from catmllm.data.subsets import of_generation, of_property
-from catmllm.models.catalytic_mllm import CatalyticMLLM, counts
+from catmllm.data.subsets import of_generation, of_property, pairs
+from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.seeds import Key, Stream, generator
 from catmllm.structure.descriptors import fold_of, known, surroundings, told
 from catmllm.structure.system import System
@@ -187,13 +188,18 @@ def task_sample(
     decimals: int,
     phrasings: str = "paper",
     exemplar_share: float = 0.5,
+    exchange: float = 0.0,
+    allowed: Container[str] = (),
 ) -> Sample:
     """A design sample with the chance `design_share`, else a CIF sample.
 
     A share of the design samples shows an exemplar: a relative (same composition and adsorbate),
-    else the own structure with noise.
+    else the own structure with noise. A share `exchange` of the CIF samples has other metals, such that
+    `slabs.pair` is `allowed`.
     """
     if rng.random() >= design_share:
+        if exchange and rng.random() < exchange:
+            system = with_other_metals(system, allowed, rng)
         return cif_sample(system, decimals, draw_words(rng, phrasings))
     exemplar = None
     if rng.random() < exemplar_share:
@@ -225,12 +231,12 @@ class FromLoader(Plain):
     def validate(self) -> dict[str, float]:
         return validation_error(self.context, self.config)
 
-    def load(self, example: Callable[[int], Sample], config: SupervisedConfig) -> None:
+    def load(self, example: Callable[[int], Sample], config: SupervisedConfig, marks: bool = False) -> None:
         """Begin to read; `example`: a position in the sequence of samples -> the sample there."""
         c = self.context
         windows = Windows(
             example,
-            c.collate,
+            replace(c.collate, marks=marks),
             config.batch_size,
             config.accumulate,
             config.batch_tokens,
@@ -257,9 +263,10 @@ class Mixture:
     """Position in the sequence of samples -> the sample:
     property samples evenly among CIF and design samples.
 
-    `property_of` makes a property sample, `design_share` is of the rest. A sample's random numbers are a
-    function of key and position, so that neither ranks nor passes nor workers change it. Texts without
-    structures make property samples alone. `systems` make CIF and design samples, `known` property samples.
+    `property_of` makes a property sample, `design_share` is of the rest, `exchange` of the CIF samples. A
+    sample's random numbers are a function of key and position, so that neither ranks nor passes nor workers
+    change it. Texts without structures make property samples alone. `systems` make CIF and design samples,
+    `known` property samples.
     """
 
     known: Sequence[System]
@@ -272,9 +279,11 @@ class Mixture:
     design_share: float
     noise: float
     exemplar_share: float = 0.5
+    exchange: float = 0.0
 
     def __post_init__(self) -> None:
         self.kin = relatives(self.systems)
+        self.pairs = pairs(self.systems) if self.exchange else frozenset()
         self.texts = texts_only(self.known)
 
     def __call__(self, position: int) -> Sample:
@@ -298,6 +307,8 @@ class Mixture:
             d.decimals,
             d.phrasings,
             self.exemplar_share,
+            self.exchange,
+            self.pairs,
         )
 
 
@@ -308,6 +319,10 @@ class Mixed(FromLoader):
 
     def finish(self) -> str:
         return weigh_llm(self.context, self.config.batch_size)
+
+    def row_weight(self, step: int) -> float:
+        """What telling tokens count at a step: first a model learns to copy, then to count."""
+        return self.config.row_weight if 2 * step >= self.config.steps else 1.0
 
     def mix(self, order: Stream, samples: Stream, design_share: float, position_noise: float = 0.0) -> None:
         """Begin to read a mixture; `design_share` is of what is no property sample."""
@@ -329,16 +344,19 @@ class Mixed(FromLoader):
             design_share,
             o.exemplar_noise,
             o.exemplar_share,
+            o.exchange,
         )
-        self.load(mixture, o)
+        self.load(mixture, o, o.row_weight != 1.0)
 
 
 def supervised_step(
     stage: FromLoader,
     config: SupervisedConfig,
     loss_of: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+    row_weight: float = 1.0,
 ) -> Step:
     """The passes of a step; `loss_of` (cross-entropy, |energy error|, labelled), all [S], gives [S].
+    row_weight: see `sample_losses`.
 
     The loss is the mean over the samples of all ranks and passes, so that how they are cut and packed changes
     nothing. Logs both losses, the energy's in eV, and where there is any, the share of a pass that holds no
@@ -362,7 +380,7 @@ def supervised_step(
         metrics["too_long"] = float(stage.loader.too_long)
 
     def loss(batch: Batch) -> torch.Tensor:
-        ce, mae, labelled = sample_losses(model, batch)
+        ce, mae, labelled = sample_losses(model, batch, row_weight)
         metrics["cross_entropy"] += ce.detach().sum() / total
         if n_labelled:
             metrics["energy_mae"] += mae.detach().sum() * model.energy_std / n_labelled
@@ -508,12 +526,19 @@ def validation_error(context: Context, config: SupervisedConfig) -> dict[str, fl
     return {"val": total["error"] / total["n"], "val_cross_entropy": total["ce"] / total["n"]}
 
 
-def sample_losses(model: CatalyticMLLM, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Per sample: cross-entropy of the answer (mean over its tokens), |error| of the standardised energy (0
-    where there is no label), and whether there is one. All [S]."""
+def sample_losses(
+    model: CatalyticMLLM, batch: Batch, row_weight: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Per sample: cross-entropy of the answer (mean over its tokens, those of `batch.telling` counting
+    row_weight), |error| of the standardised energy (0 where there is no label), and whether there is one. All
+    [S]."""
     out = model(CatalyticMLLM.answer, batch)
-    count = counts(batch.answer_sample, len(batch)).clamp_min(1)
-    ce = out.logprob.new_zeros(len(batch)).index_add(0, batch.answer_sample, -out.logprob) / count
+    weight = torch.ones_like(out.logprob)
+    if batch.telling is not None and row_weight != 1.0:
+        weight = torch.where(batch.telling, row_weight, weight)
+    count = out.logprob.new_zeros(len(batch)).index_add(0, batch.answer_sample, weight)
+    ce = out.logprob.new_zeros(len(batch)).index_add(0, batch.answer_sample, -out.logprob * weight)
+    ce = ce / torch.where(count > 0, count, 1.0)
     labelled = batch.labelled
     target = (batch.energy - model.energy_mean) / model.energy_std
     # `where` before the subtraction: a NaN times zero would still be a NaN gradient.

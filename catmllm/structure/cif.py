@@ -36,6 +36,8 @@ from rewards_fast import Crystal, parse_cif
 
 _DATA_LINE = re.compile(r"^\s*data_(.+)$", re.MULTILINE)
 
+_ROW = re.compile(r"^([A-Z][a-z]? [A-Z][a-z]?)\d+ 1((?: 0\.\d+){3}) 1", re.MULTILINE)
+
 _TEMPLATE = """\
 data_{identity}
 loop_
@@ -139,6 +141,15 @@ def cif_pattern(
             # a slab's edge has at most two digits of Å: a third came from a digit too many
             parts.append(("number", 5 if name == "volume" else 2 if len(name) == 1 else 3))
     return symbols, parts + sites
+
+
+def telling_spans(text: str) -> list[tuple[int, int]]:
+    """Where a CIF that `write_cif` wrote says what follows from the question and from rows before: the
+    element of each row, `Pd Pd` of symbol and label, and the coordinates of the adsorbate's atoms. First
+    character and end of each; none of a text without such a CIF."""
+    rows, head = list(_ROW.finditer(text)), header_identity(text)
+    atoms = 0 if head is None else sum(parse_formula(head.adsorbate).values())
+    return [m.span(1) for m in rows] + [m.span(2) for m in rows[len(rows) - atoms :]]
 
 
 def element_line(symbol: str, decimals: int = 3) -> str:

@@ -43,6 +43,20 @@ def test_copy_is_the_same_crystal_with_rows_at_their_sites(system) -> None:
     assert changed >= 2
 
 
+@pytest.mark.parametrize("system", SYSTEMS, ids=lambda s: s.sid)
+def test_the_adsorbate_comes_to_the_middle_of_the_cell(system) -> None:
+    """Of the four translations of a 2x2 cell one brings it to within a quarter of either edge."""
+    rng = np.random.default_rng(0)
+    places = []
+    for _ in range(20):
+        copy = symmetric_copy(system, rng)
+        anchor = copy.frac[copy.tags == 2][0, :2]
+        # relaxed atoms of the lowest layer, which the translations are read from, are off by less than 0.02
+        assert np.abs(anchor - 0.5).max() <= 0.27
+        places.append(anchor)
+    assert len(np.unique(np.round(places, 3), axis=0)) > 1 or np.allclose(places[0], 0.5, atol=0.03)
+
+
 def test_both_facets_have_their_full_symmetry() -> None:
     from catmllm.data.augment import _isometries
 

@@ -6,18 +6,31 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 
+import gemmi
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from catmllm.config import Config
 from catmllm.data.batches import Collator, Encoded, GraphBatch, draw
-from catmllm.data.prompts import ENERGY, GRAPH, Sample, cif_sample, design_sample, property_sample
+from catmllm.data.prompts import (
+    END,
+    ENERGY,
+    GRAPH,
+    PAD,
+    START,
+    Sample,
+    cif_sample,
+    design_sample,
+    property_sample,
+)
 from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.structure.graph import neighbour_graph
-from catmllm.structure.system import System
+from catmllm.structure.system import ADSORBATE, System
 
 Model = tuple[CatalyticMLLM, Collator]
 
@@ -178,3 +191,41 @@ def test_the_draw_is_a_function_of_its_arguments() -> None:
     np.testing.assert_array_equal(both, draw(100, 16, (0,), 5, 0, 1))
     epochs = [draw(50, 50, (0,), e, 0, 1) for e in range(2)]
     assert not np.array_equal(epochs[0], epochs[1])
+
+
+@pytest.mark.parametrize("letters", [False, True])
+def test_tokens_that_tell_are_marked(collate: Collator, train_systems: list[System], letters: bool) -> None:
+    """By the fields of the rows as a CIF reader finds them, for words as tokens and for letters."""
+    tokenizer = of_letters() if letters else collate.tokenizer
+    some = replace(collate, tokenizer=tokenizer, marks=True)
+    systems = train_systems[:3]
+    samples = [property_sample(systems[0]), cif_sample(systems[1]), design_sample(systems[2], systems[0])]
+    batch = some(samples)
+    assert batch.telling is not None and len(batch.telling) == len(batch.targets)
+    for row, (sample, system) in enumerate(zip(samples, systems)):
+        of = batch.answer_sample == row
+        written = [tokenizer.decode([i]) for i in batch.targets[of].tolist()]
+        assert "".join(written) == sample.answer
+        marks = [mark for mark, t in zip(batch.telling[of].tolist(), written) for _ in t]
+        heavy = "".join(c if mark else "|" for c, mark in zip(sample.answer, marks)).split("|")
+        found = [word for piece in heavy for word in piece.split()]
+        expected: list[str] = []
+        if "loop_" in sample.answer:
+            file = "data_x\n" + sample.answer[sample.answer.index("loop_") :].replace(END, "")
+            block = gemmi.cif.read_string(file).sole_block()
+            sites = block.find("_atom_site_", ["type_symbol", "fract_x", "fract_y", "fract_z"])
+            for tag, (symbol, *place) in zip(system.tags, sites):
+                expected += [symbol, symbol, *(place if tag == ADSORBATE else ())]
+        assert found == expected
+    assert batch.to(torch.device("cpu")).telling is not None
+    assert collate(samples).telling is None
+
+
+def of_letters() -> PreTrainedTokenizerFast:
+    """A tokenizer whose tokens are single characters, and the markers."""
+    special = [GRAPH, ENERGY, START, END, PAD]
+    made = Tokenizer(models.BPE({c: k for k, c in enumerate(map(chr, [10, *range(32, 127), 8217]))}, []))
+    made.decoder = decoders.Fuse()
+    fast = PreTrainedTokenizerFast(tokenizer_object=made, eos_token=END, pad_token=PAD)
+    fast.add_special_tokens({"additional_special_tokens": special[:3]})
+    return fast

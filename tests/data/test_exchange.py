@@ -1,0 +1,106 @@
+"""Slabs of other metals are those that ASE builds, and only of pairs that training has."""
+
+from __future__ import annotations
+
+from random import Random
+
+import numpy as np
+import pytest
+
+from catmllm.config import DataConfig
+from catmllm.data.exchange import exchanged, with_other_metals
+from catmllm.data.fcc_slabs import FCC_CONSTANT
+from catmllm.data.prompts import property_sample
+from catmllm.data.slabs import load_slabs, pair, split
+from catmllm.data.subsets import pairs
+from catmllm.design.enumeration import ideal_system
+from catmllm.stages.supervised import Mixture, task_sample
+from catmllm.structure.cif import read_cif
+from catmllm.structure.system import ADSORBATE, System
+from rewards_fast import extract_cif
+
+
+def parts(system: System) -> tuple[np.ndarray, np.ndarray]:
+    """Positions (Å) of slab and adsorbate."""
+    positions, of = system.frac @ system.lattice, system.tags == ADSORBATE
+    return positions[~of], positions[of]
+
+
+@pytest.mark.parametrize("facet", ["111", "100"])
+def test_an_exchanged_slab_is_the_one_that_ase_builds(facet: str) -> None:
+    from ase.build import fcc100, fcc111
+
+    line = f"CO</s>Pt12 ({' '.join(facet)})"
+    made = exchanged(ideal_system(line, Random(0)), {"Pt": "Cu"})
+    build = fcc111 if facet == "111" else fcc100
+    expected = build("Cu", (2, 2, 3), a=FCC_CONSTANT["Cu"], vacuum=5.0, periodic=True)
+    assert made.identity == f"CO</s>Cu12 ({' '.join(facet)})"
+    lengths = np.linalg.norm(made.lattice, axis=1)
+    np.testing.assert_allclose(lengths, expected.cell.lengths(), atol=1e-6)
+    ours = made.as_ase()[:12].get_all_distances(mic=True)
+    np.testing.assert_allclose(np.sort(ours), np.sort(expected.get_all_distances(mic=True)), atol=1e-6)
+    slab, adsorbate = parts(made)
+    before_slab, before = parts(ideal_system(line, Random(0)))
+    assert adsorbate[0, 2] - slab[:, 2].max() == pytest.approx(before[0, 2] - before_slab[:, 2].max())
+    np.testing.assert_allclose(adsorbate[1] - adsorbate[0], before[1] - before[0], atol=1e-9)
+
+
+def test_other_metals_are_of_the_pairs_that_are_allowed_and_of_all_of_them() -> None:
+    slabs = split(load_slabs())["train"]
+    allowed, rng = pairs(slabs), np.random.default_rng(0)
+    system = next(s for s in slabs if sorted(s.slab_counts.values()) == [3, 9])
+    made = [with_other_metals(system, allowed, rng) for _ in range(800)]
+    same = {
+        name
+        for s in slabs
+        if (name := pair(s))
+        and s.miller == system.miller
+        and len(s.slab_counts) == 2
+        and sorted(s.slab_counts.values()) == [3, 9]
+    }
+    assert {pair(s) for s in made} == same
+    assert all(s.energy is None and s.adsorbate == system.adsorbate for s in made)
+    for s in made[:50]:
+        np.testing.assert_allclose(
+            parts(s)[1] - parts(s)[1][0], parts(system)[1] - parts(system)[1][0], atol=1e-9
+        )
+
+
+def test_a_slab_keeps_its_metals_where_no_other_is_allowed_or_one_is_not_fcc() -> None:
+    system = load_slabs()[0]
+    rng = np.random.default_rng(0)
+    assert with_other_metals(system, frozenset(), rng) is system
+    numbers = np.where(system.tags == ADSORBATE, system.numbers, 44)
+    ruthenium = System(**{**vars(system), "numbers": numbers})
+    assert with_other_metals(ruthenium, pairs([system]), rng) is ruthenium
+
+
+def test_cif_samples_have_other_metals_and_design_samples_their_own() -> None:
+    slabs = split(load_slabs())["train"][:200]
+    allowed, system = pairs(slabs), slabs[0]
+    rngs = [np.random.default_rng(k) for k in range(40)]
+    written = [task_sample(system, [], r, 0.5, 0.05, 3, exchange=1.0, allowed=allowed) for r in rngs]
+    found = {"design": set(), "cif": set()}
+    for sample in written:
+        made = read_cif(extract_cif(sample.answer))
+        found["design" if "energy" in sample.prompt else "cif"].add(made.identity)
+        assert made.identity in sample.prompt
+    assert found["design"] == {system.identity}
+    assert len(found["cif"]) > 3 and {pair(read_cif(extract_cif(s.answer))) for s in written} <= allowed
+
+
+def test_a_mixture_exchanges_a_share_of_its_cif_samples() -> None:
+    slabs = split(load_slabs())["train"][:300]
+
+    def answers(share: float) -> list[str]:
+        mixture = Mixture(
+            slabs, slabs, DataConfig(), (1,), (2,), 0.0, lambda s, r: property_sample(s), 0.0, 0.0, 0.5, share
+        )
+        return [mixture(k).answer for k in range(200)]
+
+    plain, some = answers(0.0), answers(0.6)
+    changed = sum(
+        a.split("data_")[1].split("\n")[0] != b.split("data_")[1].split("\n")[0] for a, b in zip(plain, some)
+    )
+    # 120 are expected to change, standard deviation 7; a few draw the metals that they have
+    assert 85 <= changed <= 141
