@@ -414,8 +414,8 @@ class MixedConfig(SupervisedConfig):
     )
     exchange: float = key(
         0.0,
-        "share of CIF samples whose metals are exchanged for others, such that training has their bulk and "
-        "Miller index; slabs of fcc metals only",
+        "share of CIF samples whose metals are exchanged for others, never to a bulk and Miller index of "
+        "validation or test; slabs of fcc metals only",
         ge=0,
         le=1,
     )

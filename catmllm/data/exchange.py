@@ -21,16 +21,17 @@ TRIES = 20  # before a slab keeps its metals
 _METALS = sorted(FCC_CONSTANT)
 
 
-def with_other_metals(system: System, pairs: Container[str], rng: np.random.Generator) -> System:
-    """The slab of fcc metals drawn at random, such that its (bulk, Miller index) is one of `pairs`, named as
-    by `slabs.pair`; without an energy. The system itself where it has other metals or no draw is allowed."""
+def with_other_metals(system: System, held_out: Container[str], rng: np.random.Generator) -> System:
+    """The slab of fcc metals drawn at random, such that its (bulk, Miller index), named as by `slabs.pair`,
+    is none of those held out; without an energy. The system itself where it has other metals or no draw is
+    allowed."""
     old = [*system.slab_counts]
     if not set(old) <= FCC_CONSTANT.keys():
         return system
     for _ in range(TRIES):
         new = rng.choice(len(_METALS), len(old), replace=False)
         made = exchanged(system, {metal: _METALS[k] for metal, k in zip(old, new)})
-        if pair(made) in pairs:
+        if pair(made) not in held_out:
             return made
     return system
 

@@ -189,17 +189,17 @@ def task_sample(
     phrasings: str = "paper",
     exemplar_share: float = 0.5,
     exchange: float = 0.0,
-    allowed: Container[str] = (),
+    held_out: Container[str] = (),
 ) -> Sample:
     """A design sample with the chance `design_share`, else a CIF sample.
 
     A share of the design samples shows an exemplar: a relative (same composition and adsorbate),
     else the own structure with noise. A share `exchange` of the CIF samples has other metals, such that
-    `slabs.pair` is `allowed`.
+    `slabs.pair` is not held out.
     """
     if rng.random() >= design_share:
         if exchange and rng.random() < exchange:
-            system = with_other_metals(system, allowed, rng)
+            system = with_other_metals(system, held_out, rng)
         return cif_sample(system, decimals, draw_words(rng, phrasings))
     exemplar = None
     if rng.random() < exemplar_share:
@@ -280,10 +280,10 @@ class Mixture:
     noise: float
     exemplar_share: float = 0.5
     exchange: float = 0.0
+    held_out: Container[str] = ()
 
     def __post_init__(self) -> None:
         self.kin = relatives(self.systems)
-        self.pairs = pairs(self.systems) if self.exchange else frozenset()
         self.texts = texts_only(self.known)
 
     def __call__(self, position: int) -> Sample:
@@ -308,7 +308,7 @@ class Mixture:
             d.phrasings,
             self.exemplar_share,
             self.exchange,
-            self.pairs,
+            self.held_out,
         )
 
 
@@ -326,7 +326,8 @@ class Mixed(FromLoader):
 
     def mix(self, order: Stream, samples: Stream, design_share: float, position_noise: float = 0.0) -> None:
         """Begin to read a mixture; `design_share` is of what is no property sample."""
-        c, o, train = self.context.config, self.config, self.context.data["train"]
+        c, o, parts = self.context.config, self.config, self.context.data
+        train = parts["train"]
 
         def property_of(system: System, rng: np.random.Generator) -> Sample:
             return property_with_dropout(
@@ -345,6 +346,7 @@ class Mixed(FromLoader):
             o.exemplar_noise,
             o.exemplar_share,
             o.exchange,
+            pairs(parts["val"]) | pairs(parts["test"]) if o.exchange else (),
         )
         self.load(mixture, o, o.row_weight != 1.0)
 
