@@ -145,8 +145,8 @@ def cif_pattern(
 
 def telling_spans(text: str) -> list[tuple[int, int]]:
     """Where a CIF that `write_cif` wrote says what follows from the question and from rows before: the
-    element of each row, `Pd Pd` of symbol and label, and the coordinates of the adsorbate's atoms. First
-    character and end of each; none of a text without such a CIF."""
+    element of each row, `Pd Pd` of symbol and label, and the coordinates of the adsorbate's atoms, the
+    last rows. First character and end of each; none of a text without such a CIF."""
     rows, head = list(_ROW.finditer(text)), header_identity(text)
     atoms = 0 if head is None else sum(parse_formula(head.adsorbate).values())
     return [m.span(1) for m in rows] + [m.span(2) for m in rows[len(rows) - atoms :]]
