@@ -224,6 +224,7 @@ def test_samples_become_steps_and_a_share(file: Path) -> None:
     asked = read(file)
     config = from_arguments(arguments(asked, asked.cells["a"], (0, 0), Path("out")))
     assert (config.joint.steps, config.joint.property_share) == (1280 // 16, 0.75)
+    assert config.joint.design_share == 0.125
     assert (
         from_arguments(
             arguments(read(file, ["joint.steps=2"]), asked.cells["a"], (0, 0), Path("out"))

@@ -140,7 +140,7 @@ def configured(folder: Path, data: Path, out: Path, changes: list[str], n: int =
             "lr": tree[stage]["lr"] / 3, "batch_size": BATCH, "accumulate": 1, "steps": steps,
             "validate_every": max(1, steps // VALIDATIONS), "patience": PATIENCE,
         }  # fmt: skip
-    tree["joint"]["property_share"] = 0.9
+    tree["joint"] |= {"property_share": 0.9, "design_share": 0.05, "exchange": 0.0}  # CIFs of slabs at hand
     with tempfile.TemporaryDirectory() as place:
         saved = Path(place) / "finetune.yaml"
         saved.write_text(yaml.safe_dump(tree), encoding="utf-8")

@@ -395,6 +395,9 @@ class MixedConfig(SupervisedConfig):
     property_share: float = key(
         0.7, "share of property samples in a batch; the rest are CIF and design samples", ge=0, le=1
     )
+    design_share: float = key(
+        0.15, "share of design samples in a batch; those left are CIF samples", ge=0, le=1
+    )
     drop_text: float = key(0.1, "share of property prompts with the graph only", ge=0, le=1)
     drop_graph: float = key(
         0.5, "share of property prompts with the text only, which alone train its read-out", ge=0, le=1
@@ -422,7 +425,7 @@ class MixedConfig(SupervisedConfig):
     row_weight: float = key(
         1.0,
         "what tokens of a CIF's rows that say an element, or where an atom of the adsorbate is, count in the "
-        "cross-entropy in the second half of the steps; others count 1",
+        "cross-entropy; others count 1",
         gt=0,
     )
     drop_configuration: float = key(
@@ -439,6 +442,11 @@ class MixedConfig(SupervisedConfig):
     )
     relaxed_scale: float = key(4.0, "there, what covalent radii are multiplied by", gt=0)
     relaxed_characters: int = key(400, "there, longest string of bonds", unit="characters", ge=2)
+
+    @property
+    def designs_of_rest(self) -> float:
+        """The share of design samples of what is no property sample."""
+        return min(1.0, self.design_share / max(1e-9, 1 - self.property_share))
 
     @model_validator(mode="after")
     def _texts_are_one_kind(self) -> MixedConfig:
@@ -471,9 +479,7 @@ class InstructConfig(MixedConfig):
 
     steps: int = 400
     property_share: float = 0.25
-    design_share: float = key(
-        0.45, "share of design samples in a batch; those left are CIF samples", ge=0, le=1
-    )
+    design_share: float = 0.45
 
 
 @section

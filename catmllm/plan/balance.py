@@ -76,7 +76,9 @@ class Costs:
         asked = self.property[i] + atoms * seen
         if self.texts:
             return asked
-        return np.where(asks, asked, np.where(rng.random(n) < 0.5, self.cif[i], self.design[i]))
+        return np.where(
+            asks, asked, np.where(rng.random(n) < 1 - o.designs_of_rest, self.cif[i], self.design[i])
+        )
 
 
 def ratio(load: np.ndarray) -> float:

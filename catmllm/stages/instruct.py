@@ -21,12 +21,7 @@ class Instruct(Mixed):
 
     def __init__(self, context: Context) -> None:
         self.context, self.config = context, context.config.instruct
-        o = self.config
-        self.mix(
-            Stream.INSTRUCT_ORDER,
-            Stream.INSTRUCT_SAMPLES,
-            design_share=o.design_share / max(1e-9, 1 - o.property_share),
-        )
+        self.mix(Stream.INSTRUCT_ORDER, Stream.INSTRUCT_SAMPLES)
         standardise(context)
 
     def trains(self, parameter: str) -> bool:
@@ -35,4 +30,4 @@ class Instruct(Mixed):
         return parameter.startswith(("llm.", "energy_head.")) and not parameter.startswith(READS_GRAPHS)
 
     def step(self, step: int) -> Step:
-        return supervised_step(self, self.config, lambda ce, mae, labelled: ce + mae, self.row_weight(step))
+        return supervised_step(self, self.config, lambda ce, mae, labelled: ce + mae, self.config.row_weight)

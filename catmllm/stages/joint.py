@@ -28,12 +28,7 @@ class Joint(Mixed):
 
     def __init__(self, context: Context) -> None:
         self.context, self.config = context, context.config.joint
-        self.mix(
-            Stream.JOINT_ORDER,
-            Stream.JOINT_SAMPLES,
-            design_share=0.5,
-            position_noise=self.config.position_noise,
-        )
+        self.mix(Stream.JOINT_ORDER, Stream.JOINT_SAMPLES, self.config.position_noise)
         standardise(context)
 
     def trains(self, parameter: str) -> bool:
@@ -52,4 +47,4 @@ class Joint(Mixed):
         def loss(ce: torch.Tensor, mae: torch.Tensor, labelled: torch.Tensor) -> torch.Tensor:
             return torch.where(labelled, mmtg_loss(mae, ce, o.mmtg_lambda, o.mmtg_sign), ce)
 
-        return supervised_step(self, o, loss, self.row_weight(step))
+        return supervised_step(self, o, loss, self.config.row_weight)

@@ -320,12 +320,8 @@ class Mixed(FromLoader):
     def finish(self) -> str:
         return weigh_llm(self.context, self.config.batch_size)
 
-    def row_weight(self, step: int) -> float:
-        """What telling tokens count at a step: first a model learns to copy, then to count."""
-        return self.config.row_weight if 2 * step >= self.config.steps else 1.0
-
-    def mix(self, order: Stream, samples: Stream, design_share: float, position_noise: float = 0.0) -> None:
-        """Begin to read a mixture; `design_share` is of what is no property sample."""
+    def mix(self, order: Stream, samples: Stream, position_noise: float = 0.0) -> None:
+        """Begin to read a mixture."""
         c, o, parts = self.context.config, self.config, self.context.data
         train = parts["train"]
 
@@ -342,7 +338,7 @@ class Mixed(FromLoader):
             samples.key(c.seed),
             o.property_share,
             property_of,
-            design_share,
+            o.designs_of_rest,
             o.exemplar_noise,
             o.exemplar_share,
             o.exchange,

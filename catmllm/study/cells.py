@@ -7,7 +7,7 @@ seed whose last stage every cell of that seed starts from), `ranks` (processes o
 and `axis` (what the cells stand at in the figure), and `against` (the cell that another is compared with,
 where that is not the first one). `{runs}` in a cell is the folder of its seed's runs, of which it may take
 what an earlier cell left: `{runs}/CELL/STAGE`. A cell may say `samples: {property: P, design: D}` in
-place of `joint.steps` and `joint.property_share`. With `of` it is another file, relative to this one, of
+place of `joint.steps` and its shares. With `of` it is another file, relative to this one, of
 which it has other keys, and other cells where it names some.
 
 A killed study goes on by the same command: what has its report is kept, the trainer resumes the rest.
@@ -182,8 +182,8 @@ def _word(key: str, value: Any) -> str:
 
 
 def _sampled(asked: Any, batch: int) -> list[str]:
-    """Steps and share of property samples that `joint` needs for so many of each. Raises ConfigError where a
-    step does not hold whole ones."""
+    """Steps and shares that `joint` needs for so many property samples and so many others, half of them of
+    designs. Raises ConfigError where a step does not hold whole ones."""
     try:
         known, shown = int(asked["property"]), int(asked["design"])
     except (KeyError, TypeError, ValueError) as error:
@@ -194,7 +194,11 @@ def _sampled(asked: Any, batch: int) -> list[str]:
             "ranks)"
         )
     share = known / (known + shown)
-    return [f"joint.steps={(known + shown) // batch}", f"joint.property_share={share!r}"]
+    return [
+        f"joint.steps={(known + shown) // batch}",
+        f"joint.property_share={share!r}",
+        f"joint.design_share={(1 - share) / 2!r}",
+    ]
 
 
 def run_all(
