@@ -24,8 +24,8 @@ STAGE_NAMES = dict(zip(STAGES, ("encoder", "align", "joint", "instruct", "GRPO",
 STAGE_MEANINGS = (
     "encoder: the graph encoder learns energies by itself; the language model does not run",
     "align: the projector learns the frozen language model's view of a structure's text",
-    "joint: energies and CIF texts (a CIF lists a crystal's cell and atoms) are learned together",
-    "instruct: the language model alone learns all tasks, with graph or text left out at random",
+    "joint: CIF texts (a CIF lists a crystal's cell and atoms) are learned, and energies by their share",
+    "instruct: the language model alone learns its tasks, with graph or text of energies left out at random",
     "GRPO: reinforcement learning on a rule-based reward for correct CIFs",
     "GA-GRPO: reinforcement learning in the closed loop that proposes, predicts and refines structures",
 )
