@@ -1,8 +1,9 @@
-"""Tokens for CIFs: what repeats in every file is one token, and so is every `.ddd` fraction.
+"""Tokens for CIFs: what repeats in every file is one token, and so is every coordinate.
 
 A 14-atom CIF is about 1,150 characters. Qwen reads a digit a token; here a site row is six tokens (`Pd Pd`,
-`0 1`, three coordinates, ` 1` with its line end) and the whole fixed header three. Everything is lossless:
-what no added token covers falls back to bytes.
+`0 1`, three coordinates, ` 1` with its line end) and the whole fixed header three. Numbers of the cell stay
+digits: the token behind a 5 is a point, whichever slab it is, where one of a thousand fractions would have to
+win against anything else. Everything is lossless: what no added token covers falls back to bytes.
 """
 
 from __future__ import annotations
@@ -43,15 +44,13 @@ def cif_tokens(decimals: int = 3, elements: bool = True) -> list[str]:
     (they would cut words of a language model's own text, ` P|lease`, so that a pretrained tokenizer may do
     without)."""
     lines = [line + "\n" for block in HEADER for line in block.split("\n")[:-1] if line]
-    fractions = [f".{i:03d}" for i in range(1000)]
     symbols = SYMBOLS[1:104]
     tokens = [
         *HEADER,
         *KEYS,
         *lines,
         *(element_line(s, decimals) + "\n" for s in symbols),
-        *fractions,
-        *(f" 0{f}" for f in fractions),
+        *(f" 0.{i:03d}" for i in range(1000)),
         *(f"{s} {s}" for s in symbols),
         *(f"{i} 1" for i in range(MAX_SITES)),
         " 1\n",

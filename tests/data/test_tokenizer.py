@@ -58,15 +58,15 @@ def ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False)
 
 
-def test_every_shipped_cif_comes_back_in_130_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_every_shipped_cif_comes_back_in_150_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
     texts = [write_cif(s) for s in load_slabs()]
     encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
     assert tokenizer.batch_decode(encoded) == texts
     lengths = [len(e) for e in encoded]
-    assert sum(lengths) / len(lengths) <= 140
+    assert sum(lengths) / len(lengths) <= 155
     assert max(lengths) <= 200
     characters = sum(map(len, texts)) / len(texts)
-    assert characters / (sum(lengths) / len(lengths)) > 8  # characters a token
+    assert characters / (sum(lengths) / len(lengths)) > 7  # characters a token
 
 
 @given(text=st.text(st.characters(exclude_categories=["Cs"])))
@@ -93,7 +93,6 @@ def test_tokens_put_side_by_side_come_back(tokenizer: PreTrainedTokenizerBase, p
 def test_what_repeats_is_one_token(tokenizer: PreTrainedTokenizerBase) -> None:
     symbols = SYMBOLS[1:104]
     single = [
-        *(f".{i:03d}" for i in range(1000)),
         *(f" 0.{i:03d}" for i in range(1000)),
         *symbols,
         *(f" {s}" for s in symbols),
@@ -112,6 +111,15 @@ def test_what_repeats_is_one_token(tokenizer: PreTrainedTokenizerBase) -> None:
     wrong = {t: len(i) for t in single if len(i := ids(tokenizer, t)) != 1}
     assert not wrong
     assert len({ids(tokenizer, t)[0] for t in single}) == len(set(single))
+
+
+def test_numbers_of_the_cell_are_digits(tokenizer: PreTrainedTokenizerBase) -> None:
+    """The token behind 5 is a point, whatever the length is."""
+    cell = (
+        "_symmetry_space_group_name_H-M P1\n_cell_length_a 5.416\n_cell_length_b 5.416\n_cell_length_c 13.9"
+    )
+    words = [tokenizer.decode([i]) for i in ids(tokenizer, cell)]
+    assert words == [HEADER[1], *"5.416", KEYS[1], *"5.416", KEYS[2], *"13.9"]
 
 
 def test_a_site_row_is_six_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -169,7 +177,7 @@ def test_extension_maps_new_tokens_to_what_they_replace(qwen_like: PreTrainedTok
         assert ids(qwen_like, text) == [new]
         assert old == ids(before, text) and before.decode(old) == text
         assert all(i < len(before) for i in old)
-    assert [before.decode([i]) for i in added[ids(qwen_like, ".123")[0]]] == [".", "1", "2", "3"]
+    assert "".join(before.decode([i]) for i in added[ids(qwen_like, " 0.123")[0]]) == " 0.123"
 
 
 def test_extension_leaves_the_language_alone(
