@@ -481,9 +481,7 @@ def grammar(model: Any, collate: Any, systems: list, size: Size, end: int) -> li
     """
     asked = systems[: size.prompts]
     prompts = [Sample(cif_prompt(s.identity)) for s in asked]
-    patterns = [
-        answer_pattern(s.identity, s.target, False, collate.data.decimals, collate.templates) for s in asked
-    ]
+    patterns = [answer_pattern(s.identity, s.target, False, collate.data, collate.templates) for s in asked]
     params = SamplingConfig(temperature=1.0, top_p=0.95, max_new_tokens=size.tokens)
     plain = collate.end_id
     collate.end_id = end

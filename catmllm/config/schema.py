@@ -83,6 +83,11 @@ class DataConfig:
         "the structures that answers and exemplars show: relaxed ones as in the paper, or where a relaxation "
         "began, which is what a search should propose",
     )
+    rows: Literal["source", "layers"] = key(
+        "source",
+        "the order of a slab's rows in the CIFs that the model learns and writes: as the data has them, or "
+        "layer by layer and in each the atoms of one element after those of another",
+    )
     images: bool = key(
         False, "property prompts that show a structure show a picture of it too; needs model.llm.pretrained"
     )
@@ -417,15 +422,15 @@ class MixedConfig(SupervisedConfig):
     )
     exchange: float = key(
         0.0,
-        "share of CIF samples whose metals are exchanged for others, never to a bulk and Miller index of "
-        "validation or test; slabs of fcc metals only",
+        "share of CIF samples whose metals are exchanged for others, of 23, never to a bulk and Miller index "
+        "of validation or test",
         ge=0,
         le=1,
     )
     row_weight: float = key(
         1.0,
-        "what tokens of a CIF's rows that say an element, or where an atom of the adsorbate is, count in the "
-        "cross-entropy; others count 1",
+        "what tokens of a CIF's rows count that follow from the question and from rows before: elements, "
+        "where the adsorbate is, and with `rows: layers` where a layer's last element is; others count 1",
         gt=0,
     )
     drop_configuration: float = key(

@@ -223,7 +223,7 @@ class Collator:
         found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ends = np.array(found["offset_mapping"]).reshape(-1, 2)
         inside = np.zeros(len(text) + 1, dtype=int)
-        for first, last in telling_spans(text):
+        for first, last in telling_spans(text, self.data.rows == "layers"):
             inside[first + 1 : last + 1] = 1
         before = inside.cumsum()
         return list(found["input_ids"]), before[ends[:, 1]] - before[ends[:, 0]] == ends[:, 1] - ends[:, 0]

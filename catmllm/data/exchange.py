@@ -6,6 +6,7 @@ small model learns training's compositions by heart, and miscounts others.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container
 from dataclasses import replace
 
@@ -13,38 +14,49 @@ import numpy as np
 
 from catmllm.data.fcc_slabs import FCC_CONSTANT
 from catmllm.data.slabs import pair
+from catmllm.data.surfaces import METALS
 from catmllm.structure.elements import NUMBER
 from catmllm.structure.formula import format_identity
 from catmllm.structure.system import ADSORBATE, System, make_system
 
 TRIES = 20  # before a slab keeps its metals
-_METALS = sorted(FCC_CONSTANT)
 
 
-def with_other_metals(system: System, held_out: Container[str], rng: np.random.Generator) -> System:
-    """The slab of fcc metals drawn at random, such that its (bulk, Miller index), named as by `slabs.pair`,
-    is none of those held out; without an energy. The system itself where it has other metals or no draw is
-    allowed."""
+def fcc_constant(crystal: str, a: float, c: float) -> float:
+    """The lattice constant (Å) of the fcc crystal whose atoms have the volume of those of another one."""
+    four_atoms = {"fcc": a**3, "bcc": 2 * a**3, "hcp": math.sqrt(3) * a * a * c}
+    return four_atoms[crystal] ** (1 / 3)
+
+
+# Å; those of the shipped slabs' metals are these slabs' own.
+CONSTANT = {metal: fcc_constant(*of) for metal, of in METALS.items()} | FCC_CONSTANT
+_METALS = sorted(CONSTANT)
+
+
+def other_metals(system: System, held_out: Container[str], rng: np.random.Generator) -> dict[str, str]:
+    """Metals drawn at random for those of a slab, such that its (bulk, Miller index), named as by
+    `slabs.pair`, is none of those held out; none where it has other metals or no draw is allowed."""
     old = [*system.slab_counts]
-    if not set(old) <= FCC_CONSTANT.keys():
-        return system
+    if not set(old) <= CONSTANT.keys():
+        return {}
     for _ in range(TRIES):
         new = rng.choice(len(_METALS), len(old), replace=False)
-        made = exchanged(system, {metal: _METALS[k] for metal, k in zip(old, new)})
-        if pair(made) not in held_out:
-            return made
-    return system
+        names = {metal: _METALS[k] for metal, k in zip(old, new)}
+        if pair(exchanged(system, names)) not in held_out:
+            return names
+    return {}
 
 
 def exchanged(system: System, names: dict[str, str]) -> System:
-    """The slab of other metals, scaled by the mean of their lattice constants over that of its own, the
-    vacuum as high as it was; an adsorbate keeps its form, its anchor its height above the slab."""
+    """The slab of other metals, scaled by the mean of their lattice constants, as fcc, over that of its own,
+    the vacuum as high as it was; an adsorbate keeps its form, its anchor its height above the slab. The
+    energy is not known."""
     numbers = system.numbers.copy()
     slab = system.tags != ADSORBATE
     symbols = [s for s, of in zip(system.symbols, slab) if of]
     numbers[slab] = [NUMBER[names[s]] for s in symbols]
-    scale = float(np.mean([FCC_CONSTANT[names[s]] for s in symbols])) / float(
-        np.mean([FCC_CONSTANT[s] for s in symbols])
+    scale = float(np.mean([CONSTANT[names[s]] for s in symbols])) / float(
+        np.mean([CONSTANT[s] for s in symbols])
     )
     positions, lattice = system.frac @ system.lattice, system.lattice.copy()
     thick = float(np.ptp(positions[slab, 2]))

@@ -44,8 +44,7 @@ def indicative_systems(
     patterns = None
     if sampling.grammar:
         patterns = [
-            answer_pattern(line, target, False, collate.data.decimals, collate.templates)
-            for line, target in asked
+            answer_pattern(line, target, False, collate.data, collate.templates) for line, target in asked
         ]
     rollouts = RolloutEngine(model, collate, dtype).generate(
         [Sample(cif_prompt(line)) for line, _ in asked],

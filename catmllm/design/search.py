@@ -263,8 +263,8 @@ class ClosedLoop:
         """What answers to each task must fit; None without a grammar."""
         if not self.config.sampling.grammar:
             return None
-        decimals, templates = self.collate.data.decimals, self.collate.templates
-        return [answer_pattern(t.identity, t.target, True, decimals, templates) for t in tasks]
+        data, templates = self.collate.data, self.collate.templates
+        return [answer_pattern(t.identity, t.target, True, data, templates) for t in tasks]
 
     def limits(self, tasks: Sequence[Task]) -> list[int]:
         """The most tokens of an answer to each task."""

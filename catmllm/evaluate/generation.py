@@ -59,9 +59,9 @@ def evaluate_generation(
     mine = prompts[world.rank :: world.size]
     patterns = None
     if sampling.grammar:
-        first, decimals, templates = world.rank, collate.data.decimals, collate.templates
+        first, data, templates = world.rank, collate.data, collate.templates
         patterns = [
-            answer_pattern(s.identity, s.target, (first + world.size * k) % 2 == 1, decimals, templates)
+            answer_pattern(s.identity, s.target, (first + world.size * k) % 2 == 1, data, templates)
             for k, (_, s) in enumerate(mine)
         ]
     rollouts = RolloutEngine(model, collate, dtype).generate(

@@ -2,9 +2,10 @@
 
 The answer to a CIF or design prompt is fixed text around numbers and site rows: the file's keys, the element
 lines and formulas of the wanted composition, one row a site with the right columns. What stays free is every
-number and the order of the elements over the rows, each element as often as the composition says. The grammar
-works on characters, so that any tokenizer will do: a token is allowed where its text, character by character,
-keeps to the pattern; text that must come is spelled as the tokenizer spells it, so that it is no choice.
+number and, unless known layers determine it, the element of each row, each as often as the composition says.
+The grammar works on characters, so that any tokenizer will do: a token is allowed where its text, character
+by character, keeps to the pattern; text that must come is spelled as the tokenizer spells it, so that it is
+no choice.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from catmllm.config import DataConfig
 from catmllm.data.prompts import CIF_ANSWER, DESIGN_ANSWER
 from catmllm.structure.cif import cif_pattern
 from catmllm.structure.formula import parse_formula, parse_identity, pieces
@@ -44,8 +46,9 @@ class Pattern:
     """The texts that answer one prompt: parts in order, each fixed text, a number or a site row.
 
     A part is ("text", t), ("number", digits before the point at most), ("fraction",) or ("site", index).
-    layers: atoms of each element of the slab layer by layer, in the order of rows; none where the elements
-    may come in any order. after: pairs of the molecule's elements, the first written after the second.
+    by_layer: rows of one element come after those of another in each layer of the slab. layers: atoms of each
+    element of the slab layer by layer, in the order of rows; none where the elements may come in any order.
+    after: pairs of the molecule's elements, the first written after the second.
     """
 
     parts: tuple[tuple, ...]
@@ -54,6 +57,7 @@ class Pattern:
     decimals: int
     slab: int = 0  # elements of the slab, whose rows come before those of the adsorbate's elements
     pieces: int = 1  # molecules that the adsorbate is
+    by_layer: bool = False
     layers: tuple[tuple[int, ...], ...] = ()
     after: tuple[tuple[int, int], ...] = ()
     template: Template | None = field(default=None, compare=False)  # what the slab has to be
@@ -135,7 +139,7 @@ class Pattern:
             slab = tuple(n - m for n, m in zip(slab, layer))
         found = [k for k, n in enumerate(slab) if n]
         if found:
-            return found
+            return found[:1] if self.by_layer and self.layers else found
         found = [k for k, n in enumerate(left) if n]
         return [k for k in found if not any((k, other) in self.after for other in found)] or found
 
@@ -169,11 +173,13 @@ def answer_pattern(
     identity: str,
     target: Mapping[str, int],
     design: bool,
-    decimals: int = 3,
+    data: DataConfig | None = None,
     templates: Templates = NONE,
 ) -> Pattern:
     """The answers to the CIF prompt, or the design prompt,
-    of a system that hold `target` atoms of each element, slab and molecule as `templates` have them."""
+    of a system that hold `target` atoms of each element, digits and rows as `data` has them, slab and
+    molecule as `templates`."""
+    data = data or DataConfig()
     asked = parse_identity(identity)
     name = asked.adsorbate
     adsorbate = parse_formula(name)
@@ -181,7 +187,7 @@ def answer_pattern(
     if any(n < 0 for n in slab.values()) or not adsorbate.keys() <= target.keys():
         raise ValueError(f"{identity!r} has more of its adsorbate's elements than {dict(target)}")
     begins, ends = (DESIGN_ANSWER if design else CIF_ANSWER).split("{cif}")
-    symbols, parts = cif_pattern(identity, target, decimals)
+    symbols, parts = cif_pattern(identity, target, data.decimals)
     whole: list[tuple] = []
     for part in (("text", begins), *parts, ("text", ends)):
         if part[0] == "text" and whole and whole[-1][0] == "text":
@@ -190,7 +196,7 @@ def answer_pattern(
             whole.append(part)
     of_slab, on_it = [s for s in symbols if slab[s]], [s for s in symbols if s in adsorbate]
     counts = *(slab[s] for s in of_slab), *(adsorbate[s] for s in on_it)
-    template = templates.slab({s: slab[s] for s in of_slab}, asked.miller, decimals)
+    template = templates.slab({s: slab[s] for s in of_slab}, asked.miller, data.decimals)
     layers = tuple(tuple(layer[s] for s in of_slab) for layer in (template.layers if template else ()))
     shape = templates.shape(name)
     after = tuple(
@@ -203,9 +209,10 @@ def answer_pattern(
         tuple(whole),
         (*of_slab, *on_it),
         counts,
-        decimals,
+        data.decimals,
         len(of_slab),
         pieces(name),
+        data.rows == "layers",
         layers,
         after,
         template,
@@ -404,7 +411,7 @@ class Walk:
             return None
         atoms = list(zip(pattern.symbols, pattern.counts))
         slab, adsorbate = dict(atoms[: pattern.slab]), dict(atoms[pattern.slab :])
-        growing = Growing(slab, adsorbate, pattern.pieces, pattern.template, pattern.shape)
+        growing = Growing(slab, adsorbate, pattern.pieces, pattern.template, pattern.shape, pattern.by_layer)
         growing.read("".join(self.grammar.text[t] for t in begun))
         return growing
 

@@ -134,9 +134,9 @@ class Service:
             samples = [Sample(p.text, "", s) for p, s in zip(ask.prompts, shown)]
             patterns = None
             if ask.grammar:
-                decimals, templates = self.config.data.decimals, self.collate.templates
+                data, templates = self.config.data, self.collate.templates
                 patterns = [
-                    answer_pattern(p.identity, p.target, p.design, decimals, templates) for p in ask.prompts
+                    answer_pattern(p.identity, p.target, p.design, data, templates) for p in ask.prompts
                 ]
             limits = [p.limit for p in ask.prompts]
             rollouts = engine.generate(

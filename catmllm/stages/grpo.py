@@ -276,7 +276,7 @@ class GRPO(Plain):
         patterns = None
         if o.sampling.grammar:
             patterns = [
-                answer_pattern(s.identity, s.target, design, c.config.data.decimals, c.collate.templates)
+                answer_pattern(s.identity, s.target, design, c.config.data, c.collate.templates)
                 for s, design in zip(asked, designs)
             ]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from catmllm.config import InstructConfig
 from catmllm.seeds import Stream
-from catmllm.stages.supervised import VISUAL, Mixed, standardise, supervised_step
+from catmllm.stages.supervised import VISUAL, Mixed, supervised_step
 from catmllm.train.setup import READS_GRAPHS
 from catmllm.train.stage import Context, Step
 
@@ -22,7 +22,6 @@ class Instruct(Mixed):
     def __init__(self, context: Context) -> None:
         self.context, self.config = context, context.config.instruct
         self.mix(Stream.INSTRUCT_ORDER, Stream.INSTRUCT_SAMPLES)
-        standardise(context)
 
     def trains(self, parameter: str) -> bool:
         if parameter.startswith(VISUAL):

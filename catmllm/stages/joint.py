@@ -12,7 +12,6 @@ from catmllm.seeds import Stream
 from catmllm.stages.supervised import (
     VISUAL,
     Mixed,
-    standardise,
     supervised_step,
 )
 from catmllm.train.setup import READS_ENERGY, READS_GRAPHS
@@ -29,7 +28,6 @@ class Joint(Mixed):
     def __init__(self, context: Context) -> None:
         self.context, self.config = context, context.config.joint
         self.mix(Stream.JOINT_ORDER, Stream.JOINT_SAMPLES, self.config.position_noise)
-        standardise(context)
 
     def trains(self, parameter: str) -> bool:
         if parameter.startswith(VISUAL):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, replace
@@ -14,13 +15,14 @@ import torch
 from catmllm.config import Config, DataConfig, MixedConfig, OptimConfig, SupervisedConfig
 from catmllm.data.augment import symmetric_copy
 from catmllm.data.batches import Batch, draw, shuffled
-from catmllm.data.exchange import with_other_metals
+from catmllm.data.exchange import exchanged, other_metals
 from catmllm.data.loader import Loader, Windows
 from catmllm.data.open import texts_only
 from catmllm.data.prompts import Sample, cif_sample, design_sample, draw_words, jitter, property_sample
 from catmllm.data.subsets import of_generation, of_property, pairs
 from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.seeds import Key, Stream, generator
+from catmllm.structure.cif import by_layer
 from catmllm.structure.descriptors import fold_of, known, surroundings, told
 from catmllm.structure.system import System
 from catmllm.structure.text import three_part_text, two_part_text, worded
@@ -185,26 +187,34 @@ def task_sample(
     rng: np.random.Generator,
     design_share: float,
     noise: float,
-    decimals: int,
-    phrasings: str = "paper",
+    data: DataConfig,
     exemplar_share: float = 0.5,
     exchange: float = 0.0,
     held_out: Container[str] = (),
+    energy_of: Callable[[System], float] | None = None,
 ) -> Sample:
-    """A design sample with the chance `design_share`, else a CIF sample.
+    """A design sample with the chance `design_share`, else a CIF sample; words, digits and rows as `data` has
+    them.
 
     A share of the design samples shows an exemplar: a relative (same composition and adsorbate),
-    else the own structure with noise. A share `exchange` of the CIF samples has other metals, such that
-    `slabs.pair` is not held out.
+    else the own structure with noise. A share `exchange` of the samples has other metals, such that
+    `slabs.pair` is not held out; design samples only where `energy_of` says (eV) what then to ask for.
     """
-    if rng.random() >= design_share:
-        if exchange and rng.random() < exchange:
-            system = with_other_metals(system, held_out, rng)
-        return cif_sample(system, decimals, draw_words(rng, phrasings))
+    rows = by_layer if data.rows == "layers" else lambda s: s
+    design, names = rng.random() < design_share, {}
+    if exchange and (energy_of or not design) and rng.random() < exchange:
+        names = other_metals(system, held_out, rng)
     exemplar = None
-    if rng.random() < exemplar_share:
+    if design and rng.random() < exemplar_share:
         exemplar = kin[rng.integers(len(kin))] if kin else jitter(system, noise, rng)
-    return design_sample(system, exemplar, decimals, draw_words(rng, phrasings))
+    if names:
+        system, exemplar = exchanged(system, names), exemplar and exchanged(exemplar, names)
+    words = draw_words(rng, data.phrasings)
+    if not design:
+        return cif_sample(rows(system), data.decimals, words)
+    if names and energy_of:
+        system = replace(system, energy=energy_of(system))
+    return design_sample(rows(system), exemplar, data.decimals, words)
 
 
 def evenly(position: int, share: float) -> bool:
@@ -263,7 +273,7 @@ class Mixture:
     """Position in the sequence of samples -> the sample:
     property samples evenly among CIF and design samples.
 
-    `property_of` makes a property sample, `design_share` is of the rest, `exchange` of the CIF samples. A
+    `property_of` makes a property sample, `design_share` is of the rest; for the others see `task_sample`. A
     sample's random numbers are a function of key and position, so that neither ranks nor passes nor workers
     change it. Texts without structures make property samples alone. `systems` make CIF and design samples,
     `known` property samples.
@@ -281,6 +291,7 @@ class Mixture:
     exemplar_share: float = 0.5
     exchange: float = 0.0
     held_out: Container[str] = ()
+    energy_of: Callable[[System], float] | None = None
 
     def __post_init__(self) -> None:
         self.kin = relatives(self.systems)
@@ -304,11 +315,11 @@ class Mixture:
             rng,
             self.design_share,
             self.noise,
-            d.decimals,
-            d.phrasings,
+            d,
             self.exemplar_share,
             self.exchange,
             self.held_out,
+            self.energy_of,
         )
 
 
@@ -322,13 +333,18 @@ class Mixed(FromLoader):
 
     def mix(self, order: Stream, samples: Stream, position_noise: float = 0.0) -> None:
         """Begin to read a mixture."""
+        standardise(self.context)
         c, o, parts = self.context.config, self.config, self.context.data
-        train = parts["train"]
+        train, prior = parts["train"], copy.deepcopy(self.context.model.prior).cpu().eval()
 
         def property_of(system: System, rng: np.random.Generator) -> Sample:
             return property_with_dropout(
                 system, rng, o.drop_text, o.drop_graph, position_noise, c.data.phrasings, o.frames, o
             )
+
+        def energy_of(system: System) -> float:
+            local = torch.from_numpy(surroundings(system))
+            return float(prior(local[None], torch.from_numpy(known([system]))))
 
         mixture = Mixture(
             of_property(train, c.data),
@@ -343,6 +359,7 @@ class Mixed(FromLoader):
             o.exemplar_share,
             o.exchange,
             pairs(parts["val"]) | pairs(parts["test"]) if o.exchange else (),
+            energy_of if len(prior.landmarks) else None,
         )
         self.load(mixture, o, o.row_weight != 1.0)
 

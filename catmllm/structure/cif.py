@@ -30,9 +30,9 @@ from catmllm.structure.formula import (
     parse_identity,
     reduce_counts,
 )
-from catmllm.structure.system import BULK, System, lattice_parameters, make_system
-from catmllm.structure.tags import surface_tags
-from rewards_fast import Crystal, parse_cif
+from catmllm.structure.system import ADSORBATE, BULK, System, lattice_parameters, make_system
+from catmllm.structure.tags import layers, surface_tags
+from rewards_fast import Crystal, extract_cif, parse_cif
 
 _DATA_LINE = re.compile(r"^\s*data_(.+)$", re.MULTILINE)
 
@@ -108,6 +108,24 @@ def write_cif(system: System, decimals: int = 3) -> str:
     )
 
 
+def by_layer(system: System) -> System:
+    """The system with the rows of its slab layer by layer, in a layer the atoms of one element after those of
+    another, in canonical order of the elements. Among those of one, and in the adsorbate, which comes last,
+    the order stays, as does that of the layers by their first atoms."""
+    slab = np.flatnonzero(system.tags != ADSORBATE)
+    elements = list(system.slab_counts)
+    of = np.array([elements.index(SYMBOLS[z]) for z in system.numbers[slab]])
+    rows = slab[np.lexsort((of, layers(system.lattice, system.frac[slab])))]
+    rows = np.concatenate([rows, np.flatnonzero(system.tags == ADSORBATE)])
+    return replace(
+        system,
+        frac=system.frac[rows],
+        numbers=system.numbers[rows],
+        tags=system.tags[rows],
+        start=None if system.start is None else system.start[rows],
+    )
+
+
 def cif_pattern(
     identity: str, target: Mapping[str, int], decimals: int = 3
 ) -> tuple[tuple[str, ...], list[tuple]]:
@@ -143,13 +161,22 @@ def cif_pattern(
     return symbols, parts + sites
 
 
-def telling_spans(text: str) -> list[tuple[int, int]]:
-    """Where a CIF that `write_cif` wrote says what follows from the question and from rows before: the
-    element of each row, `Pd Pd` of symbol and label, and the coordinates of the adsorbate's atoms, the
-    last rows. First character and end of each; none of a text without such a CIF."""
+def telling_spans(text: str, layered: bool) -> list[tuple[int, int]]:
+    """Where a CIF that `write_cif` wrote says what follows from the question and from rows before, first
+    character and end of each; none of a text without such a CIF.
+
+    It is the element of each row, `Pd Pd` of symbol and label, and the coordinates of the adsorbate's atoms,
+    the last rows; `layered`, of a system `by_layer`, those of each layer's last element too, which stands
+    where the others do not."""
     rows, head = list(_ROW.finditer(text)), header_identity(text)
     atoms = 0 if head is None else sum(parse_formula(head.adsorbate).values())
-    return [m.span(1) for m in rows] + [m.span(2) for m in rows[len(rows) - atoms :]]
+    slab, follows = rows[: len(rows) - atoms], rows[len(rows) - atoms :]
+    if layered and slab:
+        crystal = parse_cif(extract_cif(text))
+        of = layers(crystal.lattice, crystal.frac[: len(slab)]).tolist()
+        last = {layer: m[1] for layer, m in zip(of, slab)}
+        follows += [m for layer, m in zip(of, slab) if m[1] == last[layer]]
+    return [m.span(1) for m in rows] + [m.span(2) for m in follows]
 
 
 def element_line(symbol: str, decimals: int = 3) -> str:

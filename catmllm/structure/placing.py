@@ -23,7 +23,7 @@ from catmllm.structure.adsorbed import (
     REACH,
     SLAB_PAIR,
 )
-from catmllm.structure.elements import COVALENT_RADIUS, NUMBER
+from catmllm.structure.elements import COVALENT_RADIUS, NUMBER, SYMBOLS
 from catmllm.structure.periodic import first_and_last
 from catmllm.structure.system import lattice_from_parameters
 from catmllm.structure.tags import LAYER_HEIGHT, heights
@@ -53,11 +53,15 @@ class Growing:
         pieces: int = 1,
         template: Template | None = None,
         shape: Shape | None = None,
+        by_layer: bool = False,
     ) -> None:
         """The rows of the slab, and then those of the adsorbate's atoms, by element; of several molecules
         each atom has to be in reach of the slab, but need not hang on another. What is known of the slab and
-        of the molecule's shape holds as far as it can."""
+        of the molecule's shape holds as far as it can. by_layer: in each layer of the slab the
+        atoms of one element come after those of another, each element's in the order of the sites."""
         self.template = template
+        self.by_layer = by_layer
+        self.sites: list[int] = []  # of the template, on which the slab's rows stand
         self.shape = {(NUMBER[a], NUMBER[b]): limits for (a, b), limits in (shape or {}).items()}
         self.n_slab = sum(slab.values())
         self.n_atoms = self.n_slab + sum(adsorbate.values())
@@ -85,8 +89,12 @@ class Growing:
                     if len(self.cell) == len(_CELL):
                         self._begin()
             elif len(row := line.split()) == 7 and row[0] in NUMBER and self.n < self.n_atoms:
-                self.numbers[self.n] = NUMBER[row[0]]
-                self.frac[self.n] = [float(x) for x in row[3:6]]
+                at = np.array([float(x) for x in row[3:6]])
+                if self.by_layer and self.template is not None and self.n < self.n_slab:
+                    sites = self._sites(self.template, NUMBER[row[0]])
+                    away = np.abs(_off(at, self.template.sites[sites])) / self.template.off[sites]
+                    self.sites.append(int(sites[away.max(1).argmin()]))
+                self.numbers[self.n], self.frac[self.n] = NUMBER[row[0]], at
                 self.n += 1
                 if self.n == self.n_slab and self.lattice is not None:
                     self._top(self.lattice)
@@ -135,6 +143,25 @@ class Growing:
         found = self._free(self.lattice, NUMBER[row[0]], [float(x) for x in row[3:]], fractions)
         return None if found is None or found.all() or not found.any() else found
 
+    def _sites(self, template: Template, z: int) -> NDArray[np.int64]:
+        """On which of the template's sites, ascending, the slab's next row, of an element, may stand. Where
+        rows go by layers: on those of its layer that are left behind the element's last one there, and have
+        enough behind them for its further atoms; of layers of which nothing is known on all that are left."""
+        if not self.by_layer:
+            return np.array([self.n])
+        ends = np.cumsum([sum(layer.values()) for layer in template.layers])
+        k = int(np.searchsorted(ends, self.n, side="right"))
+        first, end = 0, self.n_slab
+        if template.layers:
+            first, end = int(ends[k - 1]) if k else 0, int(ends[k])
+        left = [site for site in range(first, end) if site not in self.sites]
+        if template.layers:
+            mine = [at for at, of in zip(self.sites, self.numbers) if of == z and at >= first]
+            further = template.layers[k][SYMBOLS[z]] - len(mine) - 1
+            left = [site for site in left if not mine or site > mine[-1]]
+            left = left[: max(len(left) - further, 1)]
+        return np.array(left)
+
     def _free(self, lattice: Floats, z: int, known: list[float], fractions: Floats) -> Bools | None:
         n = self.n
         slab, adsorbate = slice(0, min(n, self.n_slab)), slice(self.n_slab, n)
@@ -149,8 +176,12 @@ class Growing:
             apart = ~near(slab, SLAB_PAIR * radii) if len(known) == 2 else None
             if self.template is None:
                 return apart
-            off = fractions - self.template.sites[n, len(known)]
-            there: Bools = np.abs(off - np.round(off)) <= self.template.off[n, len(known)]
+            sites, k = self._sites(self.template, z), len(known)
+            at, off = self.template.sites[sites], self.template.off[sites]
+            fits = (np.abs(_off(np.array(known), at[:, :k])) <= off[:, :k]).all(1)
+            if fits.any():
+                at, off = at[fits], off[fits]
+            there: Bools = np.any(np.abs(_off(fractions[:, None], at[:, k])) <= off[:, k], axis=1)
             return there if apart is None or not (there & apart).any() else there & apart
         others = self.numbers[:n][adsorbate]
         # Hydrogen hangs on another element, where there is one.
@@ -163,14 +194,15 @@ class Growing:
         if len(known) < 2:
             if not bonds.any():
                 return None
+            step = float(self.spacings[2]) / len(fractions)  # of the height that is left to choose
             for i, limits in shaped:
-                most[i - self.n_slab] = min(most[i - self.n_slab], _sideways_range(limits)[1])
+                most[i - self.n_slab] = min(most[i - self.n_slab], _sideways_range(limits, step)[1])
             at, reach = self.frac[:n][adsorbate][bonds], _SURE * most[bonds]
             found: Bools = _beside(lattice, self.spacings, at, reach, np.array(known), fractions)
             strict = found.copy()
             for i, limits in shaped if known else ():
                 aside = _aside(lattice, known[0] - self.frac[i, 0], fractions - self.frac[i, 1])
-                low, high = _sideways_range(limits)
+                low, high = _sideways_range(limits, step)
                 strict &= (aside * _SURE >= low) & (aside <= _SURE * high)
             return strict if strict.any() else found
         bottom, level, middle = self.levels
@@ -188,12 +220,19 @@ class Growing:
         return strict if strict.any() else good
 
 
-def _sideways_range(limits: tuple[float, float, float, float]) -> tuple[float, float]:
+def _off(frac: Floats, sites: Floats) -> Floats:
+    """How far fractional coordinates are from those of sites, round the cell."""
+    apart: Floats = frac - sites
+    return apart - np.round(apart)
+
+
+def _sideways_range(limits: tuple[float, float, float, float], step: float) -> tuple[float, float]:
     """How far along the surface an atom is from another at least and at most, by its distance and by how much
-    it stands above it."""
+    it stands above it, so that heights a `step` apart (Å) leave it one."""
     short, long, low, high = limits
     least = 0.0 if low < 0.0 < high else min(abs(low), abs(high))
     most = max(abs(low), abs(high))
+    least = min(least + step, most)
     return max(short**2 - most**2, 0.0) ** 0.5, max(long**2 - least**2, 0.0) ** 0.5
 
 

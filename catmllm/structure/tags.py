@@ -22,6 +22,17 @@ LAYER_HEIGHT = 0.9  # Å
 _SAME_HEIGHT = 1e-6  # Å; below this two heights are one, so that rounding noise does not choose between atoms
 
 
+def layers(lattice: NDArray[np.float64], frac: NDArray[np.float64]) -> NDArray[np.int64]:
+    """The number of the layer in which each of a slab's atoms [N] is: heights in neighbouring layers are more
+    than `LAYER_HEIGHT` apart. Counted as the layers' first atoms come."""
+    height = heights(lattice, frac)
+    order = np.argsort(height)
+    level = np.empty(len(frac), dtype=np.int64)
+    level[order] = np.cumsum(np.diff(height[order], prepend=height.min()) > LAYER_HEIGHT)
+    _, first, number = np.unique(level, return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(first))[number]
+
+
 def heights(lattice: NDArray[np.float64], frac: NDArray[np.float64]) -> NDArray[np.float64]:
     """Height (Å) of every atom over the lowest one, the largest gap along c being the vacuum. [3, 3], [N,
     3] -> [N]."""

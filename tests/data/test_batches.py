@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from typing import Literal
 
 import gemmi
 import numpy as np
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from catmllm.config import Config
+from catmllm.config import Config, DataConfig
 from catmllm.data.batches import Collator, Encoded, GraphBatch, draw
 from catmllm.data.prompts import (
     END,
@@ -29,6 +30,7 @@ from catmllm.data.prompts import (
     property_sample,
 )
 from catmllm.models.catalytic_mllm import CatalyticMLLM
+from catmllm.structure.cif import by_layer
 from catmllm.structure.graph import neighbour_graph
 from catmllm.structure.system import ADSORBATE, System
 
@@ -193,12 +195,17 @@ def test_the_draw_is_a_function_of_its_arguments() -> None:
     assert not np.array_equal(epochs[0], epochs[1])
 
 
+@pytest.mark.parametrize("rows", ["source", "layers"])
 @pytest.mark.parametrize("letters", [False, True])
-def test_tokens_that_tell_are_marked(collate: Collator, train_systems: list[System], letters: bool) -> None:
+def test_tokens_that_tell_are_marked(
+    collate: Collator, train_systems: list[System], letters: bool, rows: Literal["source", "layers"]
+) -> None:
     """By the fields of the rows as a CIF reader finds them, for words as tokens and for letters."""
     tokenizer = of_letters() if letters else collate.tokenizer
-    some = replace(collate, tokenizer=tokenizer, marks=True)
+    some = replace(collate, tokenizer=tokenizer, marks=True, data=DataConfig(rows=rows))
     systems = train_systems[:3]
+    if rows == "layers":
+        systems = [by_layer(s) for s in systems]
     samples = [property_sample(systems[0]), cif_sample(systems[1]), design_sample(systems[2], systems[0])]
     batch = some(samples)
     assert batch.telling is not None and len(batch.telling) == len(batch.targets)
@@ -214,8 +221,12 @@ def test_tokens_that_tell_are_marked(collate: Collator, train_systems: list[Syst
             file = "data_x\n" + sample.answer[sample.answer.index("loop_") :].replace(END, "")
             block = gemmi.cif.read_string(file).sole_block()
             sites = block.find("_atom_site_", ["type_symbol", "fract_x", "fract_y", "fract_z"])
-            for tag, (symbol, *place) in zip(system.tags, sites):
-                expected += [symbol, symbol, *(place if tag == ADSORBATE else ())]
+            symbols = [symbol for symbol, *_ in sites]
+            for k, (tag, (symbol, *place)) in enumerate(zip(system.tags, sites)):
+                expected += [symbol, symbol]
+                # a layer has four atoms
+                follows = tag == ADSORBATE or (rows == "layers" and symbol == symbols[k - k % 4 + 3])
+                expected += place if follows else ()
         assert found == expected
     assert batch.to(torch.device("cpu")).telling is not None
     assert collate(samples).telling is None

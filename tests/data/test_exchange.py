@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from catmllm.config import DataConfig
-from catmllm.data.exchange import exchanged, with_other_metals
+from catmllm.data.exchange import CONSTANT, exchanged, other_metals
 from catmllm.data.fcc_slabs import FCC_CONSTANT
 from catmllm.data.prompts import property_sample
 from catmllm.data.slabs import load_slabs, pair, split
 from catmllm.data.subsets import pairs
+from catmllm.data.surfaces import METALS
 from catmllm.design.enumeration import ideal_system
 from catmllm.stages.supervised import Mixture, task_sample
 from catmllm.structure.cif import read_cif
@@ -51,11 +52,9 @@ def test_other_metals_are_all_but_those_that_are_held_out() -> None:
     parts_of = split(load_slabs())
     held_out, rng = pairs(parts_of["val"]) | pairs(parts_of["test"]), np.random.default_rng(0)
     system = next(s for s in parts_of["train"] if sorted(s.slab_counts.values()) == [3, 9])
-    made = [with_other_metals(system, held_out, rng) for _ in range(2000)]
-    every = {
-        pair(exchanged(system, dict(zip(system.slab_counts, two)))) for two in permutations(FCC_CONSTANT, 2)
-    }
-    assert len(every) == 72 and held_out & every
+    made = [exchanged(system, other_metals(system, held_out, rng)) for _ in range(8000)]
+    every = {pair(exchanged(system, dict(zip(system.slab_counts, two)))) for two in permutations(CONSTANT, 2)}
+    assert len(every) == 23 * 22 and held_out & every
     assert {pair(s) for s in made} == every - held_out
     assert all(s.energy is None and s.adsorbate == system.adsorbate for s in made)
     for s in made[:50]:
@@ -63,29 +62,50 @@ def test_other_metals_are_all_but_those_that_are_held_out() -> None:
         np.testing.assert_allclose(bonds, of - of[0], atol=1e-9)
 
 
-def test_a_slab_keeps_its_metals_where_no_other_is_allowed_or_one_is_not_fcc() -> None:
+def test_a_slab_keeps_its_metals_where_no_other_is_allowed_or_one_is_unknown() -> None:
     system, rng = load_slabs()[0], np.random.default_rng(0)
 
     class All:
         def __contains__(self, name: object) -> bool:
             return True
 
-    assert with_other_metals(system, All(), rng) is system
-    numbers = np.where(system.tags == ADSORBATE, system.numbers, 44)
-    ruthenium = replace(system, numbers=numbers)
-    assert with_other_metals(ruthenium, (), rng) is ruthenium
+    assert other_metals(system, All(), rng) == {}
+    numbers = np.where(system.tags == ADSORBATE, system.numbers, 89)
+    actinium = replace(system, numbers=numbers)
+    assert other_metals(actinium, (), rng) == {}
 
 
-def test_cif_samples_have_other_metals_and_design_samples_their_own() -> None:
+def test_metals_of_other_crystals_have_the_atomic_volumes_of_ase() -> None:
+    from ase.build import bulk
+
+    for metal, (crystal, *_) in METALS.items():
+        volume = bulk(metal, crystal).get_volume() / len(bulk(metal, crystal))
+        assert CONSTANT[metal] ** 3 / 4 == pytest.approx(volume, rel=0.06), metal
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_cif_samples_have_other_metals_and_design_samples_where_energies_are_told(told: bool) -> None:
+    """An exemplar is of the same metals as what is asked for."""
     system = split(load_slabs())["train"][0]
     rngs = [np.random.default_rng(k) for k in range(40)]
-    written = [task_sample(system, [], r, 0.5, 0.05, 3, exchange=1.0) for r in rngs]
+    energy_of = (lambda s: s.slab_counts.get("Pt", 0) - 20.0) if told else None
+    written = [
+        task_sample(system, [], r, 0.5, 0.05, DataConfig(), exchange=1.0, energy_of=energy_of) for r in rngs
+    ]
     found: dict[str, set[str]] = {"design": set(), "cif": set()}
+    shown = 0
     for sample in written:
         made = read_cif(extract_cif(sample.answer))
-        found["design" if "energy" in sample.prompt else "cif"].add(made.identity)
+        design = "energy" in sample.prompt
+        found["design" if design else "cif"].add(made.identity)
         assert made.identity in sample.prompt
-    assert found["design"] == {system.identity} and len(found["cif"]) > 8
+        if design and energy_of:
+            assert f"relaxed energy of {energy_of(made):.2f} eV" in sample.prompt
+        if sample.graph is not None:
+            assert sample.graph.identity == made.identity
+            shown += 1
+    assert len(found["cif"]) > 8 and shown > 3
+    assert len(found["design"]) > 8 if told else found["design"] == {system.identity}
 
 
 def test_a_mixture_exchanges_a_share_of_its_cif_samples() -> None:

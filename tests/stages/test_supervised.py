@@ -241,7 +241,7 @@ def test_one_list_draws_as_before_there_were_two() -> None:
         expected = (
             property_sample(jitter(system, 0.1, rng))
             if int((k + 1) * 0.7 + 1e-9) > int(k * 0.7 + 1e-9)
-            else task_sample(system, [systems[j] for j in kin[i]], rng, 0.5, 0.1, 3)
+            else task_sample(system, [systems[j] for j in kin[i]], rng, 0.5, 0.1, DataConfig())
         )
         found = mixture(k)
         assert (found.prompt, found.answer) == (expected.prompt, expected.answer)
@@ -256,7 +256,7 @@ def test_a_share_of_design_samples_shows_an_exemplar(share: float) -> None:
 
     system = load_slabs()[0]
     rngs = [np.random.default_rng(k) for k in range(20)]
-    samples = [task_sample(system, [], r, 1.0, 0.05, 3, exemplar_share=share) for r in rngs]
+    samples = [task_sample(system, [], r, 1.0, 0.05, DataConfig(), exemplar_share=share) for r in rngs]
     assert {s.graph is not None for s in samples} == {share == 1.0}
 
 
@@ -271,7 +271,7 @@ def test_varied_phrasings_reach_the_batches_of_every_task(make_context: MakeCont
         rng = [np.random.default_rng([7, k]) for k in range(60)]
         system = context.data["train"][0]
         samples = [property_with_dropout(system, r, 0.3, 0.0, 0.0, d.phrasings) for r in rng[:30]]
-        samples += [task_sample(system, [], r, 0.5, 0.05, 3, d.phrasings) for r in rng[30:]]
+        samples += [task_sample(system, [], r, 0.5, 0.05, d) for r in rng[30:]]
         tokens[choice] = len({s.prompt for s in samples})
         mixture = Joint(context).loader.windows.example
         drawn[choice] = [mixture(k).prompt for k in range(60)]

@@ -9,7 +9,7 @@ import pytest
 from pymatgen.core import Lattice
 
 from catmllm.structure.adsorbed import adsorbate_fault
-from catmllm.structure.cif import read_cif, write_cif
+from catmllm.structure.cif import by_layer, read_cif, write_cif
 from catmllm.structure.formula import parse_formula
 from catmllm.structure.placing import Growing
 from catmllm.structure.system import SURFACE, System, lattice_parameters
@@ -19,12 +19,22 @@ VALUES = np.arange(1000) / 1000
 
 
 def growing(
-    system: System, rows: int, template: Template | None = None, shape: Shape | None = None
+    system: System,
+    rows: int,
+    template: Template | None = None,
+    shape: Shape | None = None,
+    by_layer: bool = False,
 ) -> tuple[Growing, str]:
     """A structure whose CIF is written as far as so many rows, and the row that comes next."""
     head, _, sites = write_cif(system).partition("_atom_site_occupancy\n")
     lines = sites.splitlines(keepends=True)
-    found = Growing(system.slab_counts, parse_formula(system.adsorbate), template=template, shape=shape)
+    found = Growing(
+        system.slab_counts,
+        parse_formula(system.adsorbate),
+        template=template,
+        shape=shape,
+        by_layer=by_layer,
+    )
     text = head + "_atom_site_occupancy\n" + "".join(lines[:rows])
     for i in range(0, len(text), 7):  # in whatever pieces
         found.read(text[i : i + 7])
@@ -115,9 +125,10 @@ def test_a_number_of_the_cell_has_bounds_while_it_is_written(train_systems: list
         assert found.bounds() == ("4", *[pytest.approx(cell.volume, rel=1e-12)] * 2)
 
 
-def test_what_most_of_the_data_holds_is_free_by_templates(train_systems: list[System]) -> None:
-    """Every coordinate of starts as it is written: in the lower layers and inside the molecule all, in the
-    top layer, which relaxes, nearly all."""
+@pytest.mark.parametrize("layers", [False, True])
+def test_what_most_of_the_data_holds_is_free_by_templates(train_systems: list[System], layers: bool) -> None:
+    """Every coordinate of starts as it is written, rows as the data has them or by layers: in the lower
+    layers and inside the molecule all, in the top layer, which relaxes, nearly all."""
     starts = [s.frame(0.0) for s in train_systems]
     templates = Templates.fit(starts)
     top: list[bool] = []
@@ -126,9 +137,11 @@ def test_what_most_of_the_data_holds_is_free_by_templates(train_systems: list[Sy
             templates.slab(system.slab_counts, system.miller, 3),
             templates.shape(system.adsorbate),
         )
+        if layers:
+            system = by_layer(system)
         for k in range(len(system)):
             for coordinate in range(3):
-                found, row = growing(system, k, template, shape)
+                found, row = growing(system, k, template, shape, layers)
                 begin(found, row, coordinate)
                 free = found.free(VALUES)
                 kept = free is None or bool(free[round(float(row.split()[3 + coordinate]) * 1000)])
