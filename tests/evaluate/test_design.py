@@ -156,6 +156,11 @@ def evaluated(
     )
 
 
+def sound(best: dict[str, Any], task: Task) -> bool:
+    """Whether a design meets the hard constraints, by its text."""
+    return bool(hard_constraints(PVCP().score([best["text"]], [task.target]), [best["fault"]])[0])
+
+
 def test_evaluation_with_controls(
     evaluated: Callable[..., dict[str, Any]],
     small_model: tuple[CatalyticMLLM, Collator],
@@ -192,7 +197,7 @@ def test_evaluation_with_controls(
         last = of["answers"]["search"][-1]
         assert last["judged"] == of["judged"]
         assert last["predicted"] == (of["best"] or {"predicted": None})["predicted"]
-        assert last["feasible"] == of["feasible"] == (of["best"] is not None and of["best"]["fault"] is None)
+        assert last["feasible"] == of["feasible"] == (of["best"] is not None and sound(of["best"], task))
     for name in ("own", "judge"):
         curve = found["curves"]["enumeration"][name]["success"]
         assert found[name]["random"] == curve[0] and found[name]["enumeration"] == curve[-1]
