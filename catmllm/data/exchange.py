@@ -22,14 +22,14 @@ from catmllm.structure.system import ADSORBATE, System, make_system
 TRIES = 20  # before a slab keeps its metals
 
 
-def fcc_constant(crystal: str, a: float, c: float) -> float:
+def _fcc_constant(crystal: str, a: float, c: float) -> float:
     """The lattice constant (Å) of the fcc crystal whose atoms have the volume of those of another one."""
     four_atoms = {"fcc": a**3, "bcc": 2 * a**3, "hcp": math.sqrt(3) * a * a * c}
     return four_atoms[crystal] ** (1 / 3)
 
 
 # Å; those of the shipped slabs' metals are these slabs' own.
-CONSTANT = {metal: fcc_constant(*of) for metal, of in METALS.items()} | FCC_CONSTANT
+CONSTANT = {metal: _fcc_constant(*of) for metal, of in METALS.items()} | FCC_CONSTANT
 _METALS = sorted(CONSTANT)
 
 

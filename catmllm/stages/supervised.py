@@ -332,7 +332,7 @@ class Mixed(FromLoader):
         return weigh_llm(self.context, self.config.batch_size)
 
     def mix(self, order: Stream, samples: Stream, position_noise: float = 0.0) -> None:
-        """Begin to read a mixture."""
+        """Fit what energies begin with, where nothing has yet, and begin to read a mixture."""
         standardise(self.context)
         c, o, parts = self.context.config, self.config, self.context.data
         train, prior = parts["train"], copy.deepcopy(self.context.model.prior).cpu().eval()

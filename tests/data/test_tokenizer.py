@@ -177,7 +177,8 @@ def test_extension_maps_new_tokens_to_what_they_replace(qwen_like: PreTrainedTok
         assert ids(qwen_like, text) == [new]
         assert old == ids(before, text) and before.decode(old) == text
         assert all(i < len(before) for i in old)
-    assert "".join(before.decode([i]) for i in added[ids(qwen_like, " 0.123")[0]]) == " 0.123"
+    words = [before.decode([i]) for i in added[ids(qwen_like, " 0.123")[0]]]
+    assert "".join(words) == " 0.123" and words[-4:] == [".", "1", "2", "3"]
 
 
 def test_extension_leaves_the_language_alone(

@@ -24,8 +24,13 @@ class Alone(World):
         return [value]
 
 
-def test_a_subset_has_errors_of_its_own(small_model: tuple[CatalyticMLLM, Collator]) -> None:
+def test_a_subset_has_errors_of_its_own(
+    small_model: tuple[CatalyticMLLM, Collator], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Against scikit-learn, in every way that energies are said; of all they stay what they are."""
+    model, _ = small_model
+    # energies of a few eV: parity has four digits of them, and r2 hangs on their squares
+    monkeypatch.setitem(model._buffers, "energy_std", 0.05 * model.energy_std)
     systems, world = load_slabs()[::250], Alone(0, 1, torch.device("cpu"))
 
     def some(system: System) -> bool:
@@ -42,7 +47,7 @@ def test_a_subset_has_errors_of_its_own(small_model: tuple[CatalyticMLLM, Collat
         part = found[way]["subset"]
         assert part["n"] == sum(inside)
         assert part["mae"] == pytest.approx(mean_absolute_error(truth, predicted), abs=1e-4)
-        assert part["r2"] == pytest.approx(r2_score(truth, predicted), rel=1e-5, abs=1e-3)
+        assert part["r2"] == pytest.approx(r2_score(truth, predicted), abs=1e-3)
 
 
 def test_the_named_subset_is_the_first_file() -> None:
