@@ -19,6 +19,9 @@ from numpy.typing import NDArray
 from catmllm.structure.system import ADSORBATE, System
 
 MATCH = 0.9  # Å that an atom may stand away from the site it is carried to, as relaxed atoms do
+# Where the adsorbate comes to. On a 2x2 cell sites stand at quarters and sixths; of the four equal places of each
+# one is clearly the nearest to a third, where the middle of the cell is as near to a quarter as to three quarters.
+PLACE = 1 / 3
 LEVEL = 0.3  # Å in height within which two sites may be carried into each other
 
 
@@ -27,7 +30,7 @@ def symmetric_copy(system: System, rng: np.random.Generator) -> System:
     the system itself where there is none.
 
     Turns and mirror images are drawn; of the translations the one that brings the adsorbate's first atom
-    nearest to the middle of the cell, where the coordinates of a CIF do not go round. The slab's rows keep
+    nearest to `PLACE`, so that each site has one place in the cell, inside it. The slab's rows keep
     their sites (row k holds the atom that now stands nearest to where row k stood), the adsorbate stays last.
     Distances, energy and three-part text up to the order of words are those of the original.
     """
@@ -47,7 +50,7 @@ def _carried(system: System, turn: NDArray[np.float64]) -> System | None:
     low = int(height.argmin())
     shifts = sites[np.abs(height - height[low]) < LEVEL] - sites[low] @ turn
     anchor = system.frac[np.argmax(system.tags == ADSORBATE)] @ turn
-    off = (anchor + shifts)[:, :2] - 0.5
+    off = (anchor + shifts)[:, :2] - PLACE
     shift = shifts[np.linalg.norm(off - np.round(off), axis=1).argmin()]
     shift[2] = 0.0
     moved = system.frac @ turn + shift

@@ -302,15 +302,15 @@ class Mixture:
         systems = self.known if asks else self.systems
         i = shuffled(position, len(systems), self.order)
         rng = generator((*self.samples, position))
-        system = systems[i]
-        if self.data.augment and not self.texts:
+        d = self.data
+        system = systems[i] if asks else as_written(systems[i], d)
+        if d.augment and not self.texts:
             system = symmetric_copy(system, rng)
         if asks:
             return self.property_of(system, rng)
-        d = self.data
         kin = [as_written(self.systems[j], d) for j in self.kin[i]]
         return task_sample(
-            as_written(system, d),
+            system,
             kin,
             rng,
             self.design_share,
