@@ -3,7 +3,8 @@
 A 14-atom CIF is about 1,150 characters. Qwen reads a digit a token; here a site row is six tokens (`Pd Pd`,
 `0 1`, three coordinates, ` 1` with its line end) and the whole fixed header three. Numbers of the cell stay
 digits: the token behind a 5 is a point, whichever slab it is, where one of a thousand fractions would have to
-win against anything else. Everything is lossless: what no added token covers falls back to bytes.
+win against anything else. Angles are words: few slabs have others. Everything is lossless: what no added token
+covers falls back to bytes.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ KEYS = (
     "\n_chemical_formula_sum '",
     "'\n_cell_volume ",
 )
+ANGLES = tuple(f"{KEYS[0]}{gamma}.000{HEADER[2]}" for gamma in (60, 90, 120))
 MAX_SITES = 256
 
 
@@ -48,6 +50,7 @@ def cif_tokens(decimals: int = 3, elements: bool = True) -> list[str]:
     tokens = [
         *HEADER,
         *KEYS,
+        *ANGLES,
         *lines,
         *(element_line(s, decimals) + "\n" for s in symbols),
         *(f" 0.{i:03d}" for i in range(1000)),

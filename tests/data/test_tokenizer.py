@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,7 +15,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from catmllm.data.prompts import END, ENERGY, GRAPH, PAD, START, cif_sample, design_sample, property_sample
 from catmllm.data.slabs import load_slabs
-from catmllm.data.tokenizer import HEADER, KEYS, cif_tokens, decode, extend_tokenizer, tiny_tokenizer
+from catmllm.data.tokenizer import ANGLES, HEADER, KEYS, cif_tokens, decode, extend_tokenizer, tiny_tokenizer
 from catmllm.structure.cif import element_line, write_cif
 from catmllm.structure.elements import SYMBOLS
 from catmllm.structure.system import System
@@ -63,7 +64,7 @@ def test_every_shipped_cif_comes_back_in_150_tokens(tokenizer: PreTrainedTokeniz
     encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
     assert tokenizer.batch_decode(encoded) == texts
     lengths = [len(e) for e in encoded]
-    assert sum(lengths) / len(lengths) <= 155
+    assert sum(lengths) / len(lengths) <= 141
     assert max(lengths) <= 200
     characters = sum(map(len, texts)) / len(texts)
     assert characters / (sum(lengths) / len(lengths)) > 7  # characters a token
@@ -101,6 +102,7 @@ def test_what_repeats_is_one_token(tokenizer: PreTrainedTokenizerBase) -> None:
         *(f"{i} 1" for i in range(256)),
         *HEADER,
         *KEYS,
+        *ANGLES,
         " 1\n",
         GRAPH,
         ENERGY,
@@ -127,12 +129,18 @@ def test_a_site_row_is_six_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
     assert [tokenizer.decode([i]) for i in row] == ["Pd Pd", "12 1", " 0.123", " 0.045", " 0.999", " 1\n"]
 
 
+def gamma(system: System) -> float:
+    a, b = system.lattice[:2]
+    return round(float(np.degrees(np.arccos(a @ b / np.linalg.norm(a) / np.linalg.norm(b)))), 3)
+
+
 def test_the_fixed_lines_of_a_cif_are_the_headers(train_systems: list[System]) -> None:
     """The token strings and the CIF writer are two places: what one writes the other must hold."""
     for system in train_systems[::200]:
         text = write_cif(system)
         for block in (*HEADER, *KEYS):
             assert text.count(block) == 1, block
+        assert [text.count(block) for block in ANGLES] == [a == gamma(system) for a in (60, 90, 120)]
 
 
 def test_a_phrase_of_every_prompt_is_few_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
