@@ -19,9 +19,12 @@ from numpy.typing import NDArray
 from catmllm.structure.system import ADSORBATE, System
 
 MATCH = 0.9  # Å that an atom may stand away from the site it is carried to, as relaxed atoms do
-# Where the adsorbate comes to. On a 2x2 cell sites stand at quarters and sixths; of the four equal places of each
-# one is clearly the nearest to a third, where the middle of the cell is as near to a quarter as to three quarters.
+# Where the adsorbate comes to. On a 2x2 cell sites stand at quarters and sixths, and of the four equal places
+# of each one is clearly the nearest to a third. The middle is as near to a quarter as to three quarters.
 PLACE = 1 / 3
+LEANS = 0.3  # Å from above its first atom at which the rest of a molecule leans
+# Where it then leans to, from the first edge to the second: inside a sector of the symmetry of either facet.
+TOWARDS = np.deg2rad(22.5)
 LEVEL = 0.3  # Å in height within which two sites may be carried into each other
 
 
@@ -29,17 +32,36 @@ def symmetric_copy(system: System, rng: np.random.Generator) -> System:
     """A random equivalent of a system under its slab's site symmetry;
     the system itself where there is none.
 
-    Turns and mirror images are drawn; of the translations the one that brings the adsorbate's first atom
-    nearest to `PLACE`, so that each site has one place in the cell, inside it. The slab's rows keep
-    their sites (row k holds the atom that now stands nearest to where row k stood), the adsorbate stays last.
-    Distances, energy and three-part text up to the order of words are those of the original.
+    Turns and mirror images are drawn; where a molecule leans it is the one that brings its lean nearest to
+    `TOWARDS`, so that x leaves little open of y. Of the translations it is the one that brings the first atom
+    of the adsorbate nearest to `PLACE`, so that each site has one place in the cell, inside it. The slab's
+    rows keep their sites (row k holds the atom that now stands nearest to where row k stood), the adsorbate
+    stays last. Distances, energy and three-part text up to the order of words are those of the original.
     """
     operations = _isometries(system.lattice.tobytes())
-    for k in rng.permutation(len(operations)):
-        copy = _carried(system, operations[k])
+    drawn = [operations[k] for k in rng.permutation(len(operations))]
+    lean = _lean(system)
+    if lean is not None:
+        a, b = system.lattice[:2, :]
+        across = b - a * (a @ b) / (a @ a)
+        towards = np.cos(TOWARDS) * a / np.linalg.norm(a) + np.sin(TOWARDS) * across / np.linalg.norm(across)
+        drawn.sort(key=lambda turn: -float(lean @ turn @ system.lattice @ towards))
+    for turn in drawn:
+        copy = _carried(system, turn)
         if copy is not None:
             return copy
     return system
+
+
+def _lean(system: System) -> NDArray[np.float64] | None:
+    """Where the mean of an adsorbate's other atoms is from its first, along the surface, in fractional
+    coordinates; None where it is above."""
+    atoms = system.frac[system.tags == ADSORBATE]
+    if len(atoms) < 2:
+        return None
+    off = atoms[1:] - atoms[0]
+    lean = (off - np.round(off)).mean(0) * (1, 1, 0)
+    return lean if np.linalg.norm(lean @ system.lattice) > LEANS else None
 
 
 def _carried(system: System, turn: NDArray[np.float64]) -> System | None:

@@ -3,8 +3,8 @@
 A 14-atom CIF is about 1,150 characters. Qwen reads a digit a token; here a site row is six tokens (`Pd Pd`,
 `0 1`, three coordinates, ` 1` with its line end) and the whole fixed header three. Numbers of the cell stay
 digits: the token behind a 5 is a point, whichever slab it is, where one of a thousand fractions would have to
-win against anything else. Angles are words: few slabs have others. Everything is lossless: what no added token
-covers falls back to bytes.
+win against anything else. Its angles are words, as few slabs have others. Everything is lossless: what no
+added token covers falls back to bytes.
 """
 
 from __future__ import annotations

@@ -10,6 +10,11 @@ from catmllm.data.slabs import load_slabs
 SYSTEMS = load_slabs()[::97]
 
 
+def leans(system):
+    atoms = system.positions[system.tags == 2]
+    return np.linalg.norm((atoms[1:] - atoms[0]).sum(0)[:2]) > 0.3
+
+
 def spectrum(system):
     _, d = get_distances(system.positions, cell=system.lattice, pbc=True)
     pairs = [
@@ -40,13 +45,13 @@ def test_copy_is_the_same_crystal_with_rows_at_their_sites(system) -> None:
         apart = copy.frac[slab] - system.frac[slab]
         apart -= np.round(apart)
         assert np.linalg.norm(apart @ system.lattice, axis=1).max() <= 0.9
-    assert changed >= 2
+    assert changed >= 2 or leans(system)
 
 
 @pytest.mark.parametrize("system", SYSTEMS, ids=lambda s: s.sid)
 def test_the_adsorbate_comes_to_one_place_of_its_site(system) -> None:
-    """Of the four translations of a 2x2 cell one brings it to within a quarter of the edges of a third: a window
-    of half an edge, in which a site has one place."""
+    """Of the four translations of a 2x2 cell one brings it to within a quarter of an edge of a third: a
+    window of half an edge, in which a site has one place."""
     rng = np.random.default_rng(0)
     places = []
     for _ in range(20):
@@ -55,7 +60,24 @@ def test_the_adsorbate_comes_to_one_place_of_its_site(system) -> None:
         # relaxed atoms of the lowest layer, which the translations are read from, are off by less than 0.02
         assert np.abs(anchor - 1 / 3).max() <= 0.27
         places.append(anchor)
-    assert len(np.unique(np.round(places, 3), axis=0)) > 1 or np.allclose(places[0], 0.5, atol=0.03)
+    assert (
+        len(np.unique(np.round(places, 3), axis=0)) > 1
+        or np.allclose(places[0], 0.5, atol=0.03)
+        or leans(system)
+    )
+
+
+@pytest.mark.parametrize(("miller", "low", "high"), [((1, 0, 0), 0, 45), ((1, 1, 1), -30, 30)])
+def test_a_molecule_that_leans_does_so_in_one_sector(miller, low, high) -> None:
+    """Starts of OH, which lean anywhere, in all but the few whose slabs a turn does not carry."""
+    angles = []
+    for k, system in enumerate(s for s in load_slabs() if s.adsorbate == "OH" and s.miller == miller):
+        copy = symmetric_copy(system.frame(0.0), np.random.default_rng(k))
+        v, _ = get_distances(*copy.positions[copy.tags == 2][:, None], cell=copy.lattice, pbc=True)
+        angles.append(np.degrees(np.arctan2(v[0, 0, 1], v[0, 0, 0])))
+    inside = [low - 1 <= angle <= high + 1 for angle in angles]
+    assert len(inside) > 100 and np.mean(inside) > 0.97
+    assert np.ptp(np.array(angles)[inside]) > 0.8 * (high - low)  # drawn within it, as the data has them
 
 
 def test_both_facets_have_their_full_symmetry() -> None:
