@@ -390,14 +390,15 @@ def _design(config: Config, data: Mapping[str, Sequence[System]], record: Record
     `designs` of the stages before; after the last with free metals, `free_design`, and of slabs for their
     best sites, `slab_design`."""
     asked = [name for name in config.stages if name in config.evaluate.design_after]
-    for name in asked:
+    for name in asked if config.evaluate.design_tasks else ():
         place = ("design",) if name == asked[-1] else ("designs", name)
         if not record.has(*place):
             model, collate = _to_measure(Path(config.out) / name, config, world)
             with record.timed(" ".join(place).replace("designs", "design")):
                 result = evaluate_design(model, collate, config, data, world)
             record.put(result, *place)
-    if asked and config.evaluate.free_tasks and not record.has("free_design"):
+    free = min(config.evaluate.free_tasks, config.evaluate.design_tasks)
+    if asked and free and not record.has("free_design"):
         model, collate = _to_measure(Path(config.out) / asked[-1], config, world)
         with record.timed("design with free metals"):
             result = evaluate_free(model, collate, config, data, world)
