@@ -254,3 +254,25 @@ def test_the_folder_of_a_stage_is_no_folder_of_a_run(
     (tmp_path / "joint" / "model.safetensors").touch()
     assert run(load_config(overrides=[f"out={tmp_path / 'joint'}"])) == 1
     assert "folder of a stage" in capsys.readouterr().err
+
+
+def test_without_design_tasks_there_is_no_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from catmllm import pipeline
+    from catmllm.config import load_config
+    from catmllm.world import start
+
+    def measured(*_: Any) -> None:
+        raise AssertionError("a model was loaded to search with")
+
+    monkeypatch.setattr(pipeline, "_to_measure", measured)
+    free = ["evaluate.free_tasks=2"]
+    config = load_config(overrides=[*free, "evaluate.design_tasks=0"])
+    world = start(config)
+    try:
+        record = pipeline.Record(tmp_path / "metrics.json", world)
+        pipeline._design(config, {}, record, world)
+        assert not record.values
+        with pytest.raises(AssertionError, match="to search with"):
+            pipeline._design(load_config(overrides=free), {}, record, world)
+    finally:
+        torch.distributed.destroy_process_group()
