@@ -107,6 +107,10 @@ NO_VISION = {
 }
 
 
+HARMONICS = 16
+NORM = 0.6  # of a coordinate's harmonics, about what a trained vector has
+
+
 def random_llm(config: LLMConfig, tokenizer: PreTrainedTokenizerBase) -> Any:
     """Random weights of the configuration's sizes. Raises ConfigError for fewer rows than tokens."""
     from transformers import Qwen2_5_VLConfig
@@ -124,7 +128,24 @@ def random_llm(config: LLMConfig, tokenizer: PreTrainedTokenizerBase) -> Any:
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": section},
     }
     vision = NO_VISION | {"out_hidden_size": config.hidden_size}
-    return _made(Qwen2_5_VLConfig(text_config=text, vision_config=vision), tokenizer, config.attention)
+    llm = _made(Qwen2_5_VLConfig(text_config=text, vision_config=vision), tokenizer, config.attention)
+    _coordinates_on_circles(llm, tokenizer)
+    return llm
+
+
+def _coordinates_on_circles(llm: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let the vectors of coordinates, ` 0.000` to ` 0.999`, begin with the first harmonics of their values.
+    Near values are alike, 0.999 is near 0.000, and to add to a value is to turn its vector, a linear map. As
+    random vectors a thousand words have all this to learn, each from the systems that it is in."""
+    vocabulary = tokenizer.get_vocab()
+    ids = [vocabulary[f" 0.{i:03d}"] for i in range(1000)]
+    weights = llm.get_input_embeddings().weight, llm.lm_head.weight
+    waves = min(HARMONICS, weights[0].shape[1] // 8)
+    angle = 2 * torch.pi * torch.outer(torch.arange(1000) / 1000, torch.arange(1, waves + 1))
+    circles = torch.cat([angle.cos(), angle.sin()], 1) * (NORM / waves**0.5)
+    with torch.no_grad():
+        for weight in weights:
+            weight[ids, : 2 * waves] = circles.to(weight)
 
 
 def outline_llm(config: LLMConfig, tokenizer: PreTrainedTokenizerBase, images: bool) -> Any:
