@@ -37,7 +37,7 @@ KEYS = (
     "\n_chemical_formula_sum '",
     "'\n_cell_volume ",
 )
-ANGLES = tuple(f"{KEYS[0]}{gamma}.000{HEADER[2]}" for gamma in (60, 90, 120))
+ANGLES = ("60.000", "90.000", "120.000")
 MAX_SITES = 256
 
 
