@@ -286,7 +286,7 @@ def test_stop_strings_end_an_answer(small_model: Model, prompts: list[Sample]) -
     model, collate = small_model
     params = SamplingConfig(max_new_tokens=24)
     free = RolloutEngine(model, collate).generate(prompts, params, [2], group_size=4)
-    common = max("abcdefghijklmnopqrstuvwxyz", key=lambda c: sum(c in r.text for r in free))
+    common = max("abcdefghijklmnopqrstuvwxyz123456789", key=lambda c: sum(c in r.text for r in free))
     stopped = RolloutEngine(model, collate).generate(
         prompts, replace(params, stop=(common,)), [2], group_size=4
     )

@@ -136,7 +136,7 @@ def test_random_weights_write_what_was_asked_for(small_model: Model, train_syste
     ]
     patterns = [answer_pattern(s.identity, s.target, k % 2 == 1) for k, s in enumerate(systems)]
     params = SamplingConfig(top_p=0.95, max_new_tokens=1500)
-    rollouts = RolloutEngine(model, collate).generate(samples, params, [0], 2, patterns=patterns)
+    rollouts = RolloutEngine(model, collate).generate(samples, params, [0], 8, patterns=patterns)
     scores = PVCP().score([r.text for r in rollouts], [systems[r.prompt].target for r in rollouts])
     for r, reason in zip(rollouts, scores.reason):
         system, pattern = systems[r.prompt], patterns[r.prompt]
