@@ -43,7 +43,9 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 def saved(folder: Path, texts: Sequence[str]) -> Path:
     torch.manual_seed(0)
     reader = reader_of(None, texts)
-    torch.nn.init.normal_(reader.model.classifier.out_proj.weight)  # so that texts differ by more than 1e-3
+    torch.nn.init.normal_(
+        reader.model.classifier.out_proj.weight, std=3.0
+    )  # so that texts differ by more than 1e-3
     reader.model.save_pretrained(folder)
     reader.tokenizer.save_pretrained(folder)
     return folder
