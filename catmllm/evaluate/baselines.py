@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from catmllm.data.open import texts_only
 from catmllm.evaluate.metrics import mae, r2
+from catmllm.models.kernel_metric import matern
 from catmllm.models.kernel_prior import scales
 from catmllm.structure.descriptors import local_descriptor
 from catmllm.structure.system import System
@@ -258,13 +259,7 @@ def _kernel(
     a: Floats, a_names: NDArray[np.str_], b: Floats, b_names: NDArray[np.str_], rate: float
 ) -> Floats:
     """Matérn 3/2 kernel [n, m] of scaled descriptors [n, D], [m, D], times one of adsorbates."""
-    reach = a @ b.T
-    reach *= -2
-    reach += (a**2).sum(1)[:, None] + (b**2).sum(1)
-    reach *= 6 * rate / a.shape[1]
-    np.sqrt(np.maximum(reach, 0.0, out=reach), out=reach)
-    kernel = np.exp(-reach)
-    kernel *= np.add(reach, 1.0, out=reach)
+    kernel = matern(6 * rate / a.shape[1], a, b)
     kernel[a_names[:, None] != b_names] *= SHARED
     return kernel
 

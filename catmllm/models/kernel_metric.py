@@ -16,102 +16,137 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Integers = NDArray[np.int64]
+Booleans = NDArray[np.bool_]
 
 SOME = 1200  # systems a step
 STEPS, RATE = 60, 0.1  # of Adam; the rate falls to 0
 PRIOR = 0.05  # of 0.01, 0.05, 0.2 and 0.8 the errors of validation systems fall little below this one
 SMOOTH = 0.07  # of the energies' deviation: errors below this count by their squares
 FLOOR = 1e-4  # of the strength: with less, float32 would not carry the coefficients
-NEAREST = 1e-12  # squared distance at which two structures are one
 BEGIN = (0.6, 0.9, 2e-3)  # `shared`, `related` and strength before any step
 
 
 class Kernel(NamedTuple):
-    """Float64 tensors."""
+    """How much descriptors count, and what differs between structures."""
 
-    metric: torch.Tensor  # [D], of the squared differences of descriptors
-    shared: torch.Tensor  # [], kernel of two adsorbates
-    related: torch.Tensor  # [], kernel of a relaxed and an unrelaxed structure
-    strength: torch.Tensor  # [], of the ridge
+    metric: Floats  # [D], of the squared differences of descriptors
+    shared: float  # kernel of two adsorbates
+    related: float  # kernel of a relaxed and an unrelaxed structure
+    strength: float  # of the ridge
 
-    def __call__(self, x: torch.Tensor, adsorbates: torch.Tensor, unrelaxed: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: Floats, adsorbates: Integers, unrelaxed: Booleans) -> Floats:
         """Kernel [n, n] of scaled descriptors [n, D], adsorbates [n] and whether unrelaxed [n], without the
         ridge."""
-        kernel = matern(self.metric, x, x)
-        kernel = torch.where(adsorbates[:, None] == adsorbates, kernel, self.shared * kernel)
-        return torch.where(unrelaxed[:, None] == unrelaxed, kernel, self.related * kernel)
+        return matern(self.metric, x, x) * self._factors(adsorbates, unrelaxed)
+
+    def _factors(self, adsorbates: Integers, unrelaxed: Booleans) -> Floats:
+        factors = np.where(adsorbates[:, None] == adsorbates, 1.0, self.shared)
+        factors[unrelaxed[:, None] != unrelaxed] *= self.related
+        return factors
 
 
-def matern(metric: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Matérn 3/2 kernel [n, m] of descriptors [n, D], [m, D]; metric: [D], or [n, D] for one a row of a."""
-    weighed = a * metric
-    squared = (weighed * a).sum(1)[:, None] + metric @ (b**2).T - 2 * weighed @ b.T
-    reach = squared.clamp_min(NEAREST).sqrt()
-    return (1 + reach) * torch.exp(-reach)
+def matern(metric: Floats | float, a: Floats, b: Floats) -> Floats:
+    """Matérn 3/2 kernel [n, m] of descriptors [n, D], [m, D]; metric [D], or one for all."""
+    reach = _reach(metric, a, b)
+    kernel = np.exp(-reach)
+    kernel *= np.add(reach, 1.0, out=reach)
+    return kernel
+
+
+def _reach(metric: Floats | float, a: Floats, b: Floats) -> Floats:
+    """Distances [n, m]."""
+    root = np.sqrt(metric)
+    a, b = a * root, b * root
+    squared = a @ b.T
+    squared *= -2
+    squared += (a**2).sum(1)[:, None] + (b**2).sum(1)
+    return np.asarray(np.sqrt(np.maximum(squared, 0.0, out=squared), out=squared))
 
 
 def learn(
     rate: float,
-    x: torch.Tensor,
-    adsorbates: torch.Tensor,
-    unrelaxed: torch.Tensor,
-    wanted: torch.Tensor,
-    folds: NDArray[np.int64],
-    asked: torch.Tensor,
+    x: Floats,
+    adsorbates: Integers,
+    unrelaxed: Booleans,
+    wanted: Floats,
+    folds: Integers,
+    asked: Booleans,
 ) -> Kernel:
-    """The kernel by which ridge regression of `wanted` [n] (eV, float64) errs least in folds that it has not
-    seen, where `asked` [n]: other rows only help. x: scaled descriptors [n, D]; rate: of their squared
-    distance over their number, to begin with."""
-    size, rng = x.shape[1], np.random.default_rng(0)
-    free = torch.zeros(size + 3, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.Adam([free], lr=RATE)
-    unit = wanted.std(correction=0)
-    wanted = wanted / torch.where(unit > 0, unit, 1.0)
+    """The kernel by which ridge regression of `wanted` [n] (eV) errs least in folds that it has not seen,
+    where `asked` [n]: other rows only help. x: scaled descriptors [n, D]; rate: of their squared distance
+    over their number, to begin with."""
+    rng = np.random.default_rng(0)
+    free = np.zeros(x.shape[1] + 3)
+    mean, square = np.zeros((2, len(free)))
+    wanted = wanted / (wanted.std() or 1.0)
     for step in range(STEPS):
-        optimizer.param_groups[0]["lr"] = RATE * (1 - step / STEPS)
         rows = np.sort(rng.permutation(len(x))[:SOME])
-        kernel = _kernel(rate, free)
-        values = kernel(x[rows], adsorbates[rows], unrelaxed[rows])
-        gradient = _gradient(values.detach(), kernel.strength.item(), wanted[rows], folds[rows], asked[rows])
-        prior = PRIOR / len(rows) * (free[:size] ** 2).sum()
-        optimizer.zero_grad()
-        torch.autograd.backward([values, prior + kernel.strength * gradient.trace()], [gradient, None])
-        optimizer.step()
-    return Kernel(*(part.detach() for part in _kernel(rate, free)))
+        some = x[rows], adsorbates[rows], unrelaxed[rows], wanted[rows], folds[rows], asked[rows]
+        slope = _slope(rate, free, *some)
+        mean += 0.1 * (slope - mean)
+        square += 0.001 * (slope**2 - square)
+        size = np.sqrt(square / (1 - 0.999 ** (step + 1))) + 1e-8
+        free -= RATE * (1 - step / STEPS) * mean / (1 - 0.9 ** (step + 1)) / size
+    return _kernel(rate, free)
 
 
-def _kernel(rate: float, free: torch.Tensor) -> Kernel:
+def _kernel(rate: float, free: Floats) -> Kernel:
     """The kernel of free parameters [D + 3], all 0 before any step."""
     size, (shared, related, strength) = len(free) - 3, BEGIN
-    begin = torch.logit(free.new_tensor([shared, related]))
-    between = torch.sigmoid(begin + free[size : size + 2])
-    metric = 6 * rate / size * torch.exp(free[:size])
-    return Kernel(metric, between[0], between[1], FLOOR + (strength - FLOOR) * torch.exp(free[-1]))
+    odds = np.array([shared / (1 - shared), related / (1 - related)]) * np.exp(free[size : size + 2])
+    between = odds / (1 + odds)
+    metric = 6 * rate / size * np.exp(free[:size])
+    ridge = FLOOR + (strength - FLOOR) * np.exp(free[-1])
+    return Kernel(metric, float(between[0]), float(between[1]), float(ridge))
 
 
-def _gradient(
-    kernel: torch.Tensor,
-    strength: float,
-    wanted: torch.Tensor,
-    folds: NDArray[np.int64],
-    asked: torch.Tensor,
-) -> torch.Tensor:
+def _slope(
+    rate: float,
+    free: Floats,
+    x: Floats,
+    adsorbates: Integers,
+    unrelaxed: Booleans,
+    wanted: Floats,
+    folds: Integers,
+    asked: Booleans,
+) -> Floats:
+    """Gradient [D + 3] by the free parameters of what is made smaller."""
+    kernel, size = _kernel(rate, free), x.shape[1]
+    reach, factors = _reach(kernel.metric, x, x), kernel._factors(adsorbates, unrelaxed)
+    decay = np.exp(-reach)
+    values = (1 + reach) * decay * factors
+    by_kernel = _gradient(values, kernel.strength, wanted, folds, asked)
+    squared = by_kernel * factors * decay  # -2 times the gradient by the squared distances
+    by_metric = (x * (squared @ x)).sum(0) - 0.5 * (squared.sum(0) + squared.sum(1)) @ x**2
+    by_values = by_kernel * values
+    slope = np.empty(size + 3)
+    slope[:size] = kernel.metric * by_metric + 2 * PRIOR / len(x) * free[:size]
+    slope[size] = (1 - kernel.shared) * by_values[adsorbates[:, None] != adsorbates].sum()
+    slope[size + 1] = (1 - kernel.related) * by_values[unrelaxed[:, None] != unrelaxed].sum()
+    slope[size + 2] = (kernel.strength - FLOOR) * by_kernel.trace()
+    return slope
+
+
+def _gradient(kernel: Floats, strength: float, wanted: Floats, folds: Integers, asked: Booleans) -> Floats:
     """Gradient [n, n] by the kernel (by the strength: its trace) of the mean over what is asked of
     sqrt(e² + `SMOOTH`²), where e is the error without the row's fold."""
-    ridge = kernel.clone()
-    ridge.diagonal().add_(strength)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(ridge))
-    coefficients = inverse @ wanted
-    left, right = [], []
+    from scipy.linalg import cho_factor, cho_solve, lapack
+
+    factor, _ = cho_factor(kernel + strength * np.eye(len(kernel)), lower=True, overwrite_a=True)
+    coefficients = cho_solve((factor, True), wanted)
+    inverse = np.tril(lapack.dpotri(factor, lower=1, overwrite_c=1)[0])
+    inverse += np.tril(inverse, -1).T
+    left, right = np.zeros((2, len(kernel), folds.max() + 1))
     for fold in np.unique(folds):
-        rows = torch.from_numpy(np.flatnonzero(folds == fold))
-        factor = torch.linalg.cholesky(inverse[rows][:, rows])
-        errors = torch.cholesky_solve(coefficients[rows, None], factor)
-        slope = torch.where(asked[rows, None], errors / torch.sqrt(errors**2 + SMOOTH**2), 0.0)
-        columns = inverse[:, rows]
-        left.append(columns @ torch.cholesky_solve(slope, factor))
-        right.append(columns @ errors - coefficients[:, None])
+        rows = folds == fold
+        block = cho_factor(inverse[np.ix_(rows, rows)], lower=True)
+        errors = cho_solve(block, coefficients[rows])
+        toward = np.where(asked[rows], errors / np.sqrt(errors**2 + SMOOTH**2), 0.0)
+        left[:, fold] = inverse[:, rows] @ cho_solve(block, toward)
+        right[:, fold] = inverse[:, rows] @ errors - coefficients
     # errors change by (P_bb)⁻¹ (dc_b - dP_bb e_b), where dP = -P dK P and dc = dP y
-    return torch.hstack(left) @ torch.hstack(right).T / max(int(asked.sum()), 1)
+    return np.asarray(left @ right.T / max(asked.sum(), 1))

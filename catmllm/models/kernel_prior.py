@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from catmllm.models.kernel_metric import learn, matern
+from catmllm.models.kernel_metric import learn
 from catmllm.structure.descriptors import FOLDS
 
 Floats = NDArray[np.float64]
@@ -108,7 +108,10 @@ class KernelPrior(nn.Module):
         """[n, m]: how near descriptors are to those of the training systems."""
         size = len(self.centre)
         x = (local[:, :size].to(self.centre.dtype) - self.centre) / self.scale
-        kernel = matern(self.metric[known[:, 1]], x, self.landmarks)
+        metric = self.metric[known[:, 1]]
+        reach = (x**2 * metric).sum(1)[:, None] + metric @ (self.landmarks**2).T
+        reach = (reach - 2 * (x * metric) @ self.landmarks.T).clamp_min(0).sqrt()
+        kernel = (1 + reach) * torch.exp(-reach)
         shared = self.shared[known[:, 1], None]
         return torch.where(known[:, :1] == self.adsorbates, kernel, shared * kernel)
 
@@ -137,19 +140,17 @@ class KernelPrior(nn.Module):
                 columns[1], doubts[1], usual[1] = columns[0], doubts[0], usual[0]
                 metric[1], shared[1] = metric[0], shared[0]
                 continue
-            names_of, kinds = torch.from_numpy(known[part, 0]), torch.from_numpy(unrelaxed[part])
-            shown = torch.from_numpy(x[part]), names_of, kinds
-            wanted = torch.from_numpy(left[part, 0])
-            learned = learn(self.rate, *shown, wanted, folds[part], torch.from_numpy(asked))
-            metric[kind], shared[kind] = learned.metric.numpy(), learned.shared.item()
-            kernel, strength = learned(*shown).numpy(), learned.strength.item()
-            columns[kind, part], residuals = _held_out(kernel, strength, left[part], folds[part])
+            shown = x[part], known[part, 0], unrelaxed[part]
+            learned = learn(self.rate, *shown, left[part, 0], folds[part], asked)
+            metric[kind], shared[kind] = learned.metric, learned.shared
+            kernel = learned(*shown)
+            columns[kind, part], residuals = _held_out(kernel, learned.strength, left[part], folds[part])
             found[name] = float(np.abs(residuals[asked]).mean())
             doubts[kind, part[asked]], usual[kind] = _doubts(
                 kernel[np.ix_(asked, asked)], residuals[asked], folds[part[asked]]
             )
             if kind:
-                columns[kind, ~unrelaxed] *= learned.related.item()
+                columns[kind, ~unrelaxed] *= learned.related
         self._put(centre=centre, scale=scale, metric=metric, shared=shared)
         self._put(landmarks=x, names=names, adsorbates=known[:, 0])
         self._put(coefficients=np.hstack(list(columns)), means=np.hstack([means, means]))

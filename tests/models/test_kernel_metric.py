@@ -2,76 +2,102 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import pytest
 import torch
 
 from catmllm.models import kernel_metric
 from catmllm.models.catalytic_mllm import RATE
-from catmllm.models.kernel_metric import BEGIN, SMOOTH, Kernel, learn
+from catmllm.models.kernel_metric import BEGIN, FLOOR, PRIOR, SMOOTH, Kernel, learn
 from catmllm.models.kernel_prior import KernelPrior
 from catmllm.structure.descriptors import SIZE, fold_of, known, surroundings
 from catmllm.structure.system import System
 
 
-def drawn(n: int, folds: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, np.ndarray, torch.Tensor]:
-    """A positive matrix [n, n], energies [n], folds [n] and what is asked [n]."""
-    rng = np.random.default_rng(seed)
-    x = rng.normal(size=(n, 4))
-    kernel = np.exp(-((x[:, None] - x) ** 2).sum(2) / 8)
-    asked = torch.from_numpy(rng.random(n) < 0.7)
-    return torch.from_numpy(kernel), torch.from_numpy(rng.normal(size=n)), rng.integers(0, folds, n), asked
+class Shown(NamedTuple):
+    """What a kernel is learned from."""
+
+    x: np.ndarray
+    adsorbates: np.ndarray
+    unrelaxed: np.ndarray
+    wanted: np.ndarray
+    folds: np.ndarray
+    asked: np.ndarray
+
+
+def drawn(n: int, folds: int, size: int = 4) -> Shown:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(n, size))
+    kinds, names = rng.random(n) < 0.5, rng.integers(0, 3, n)
+    return Shown(x, names, kinds, rng.normal(size=n), rng.integers(0, folds, n), rng.random(n) < 0.7)
+
+
+def loss(shown: Shown, free: torch.Tensor) -> torch.Tensor:
+    """What is made smaller, by a solution for each fold in torch."""
+    x, wanted = torch.from_numpy(shown.x), torch.from_numpy(shown.wanted)
+    size = x.shape[1]
+    metric = 6 * 0.04 / size * torch.exp(free[:size])
+    shared, related = torch.sigmoid(
+        torch.logit(torch.tensor(BEGIN[:2], dtype=torch.float64)) + free[size : size + 2]
+    )
+    strength = FLOOR + (BEGIN[2] - FLOOR) * torch.exp(free[-1])
+    # the smallest part keeps the root's derivative finite where a structure meets itself
+    reach = (((x[:, None] - x) ** 2 * metric).sum(2) + 1e-30).sqrt()
+    kernel = (1 + reach) * torch.exp(-reach)
+    kernel = torch.where(
+        torch.from_numpy(shown.adsorbates[:, None] == shown.adsorbates), kernel, shared * kernel
+    )
+    kernel = torch.where(
+        torch.from_numpy(shown.unrelaxed[:, None] == shown.unrelaxed), kernel, related * kernel
+    )
+    terms = []
+    for fold in np.unique(shown.folds):
+        seen, rows = (
+            torch.from_numpy(np.flatnonzero(part)) for part in (shown.folds != fold, shown.folds == fold)
+        )
+        ridge = kernel[seen][:, seen] + strength * torch.eye(len(seen), dtype=torch.float64)
+        errors = wanted[rows] - kernel[rows][:, seen] @ torch.linalg.solve(ridge, wanted[seen])
+        terms.append(torch.sqrt(errors**2 + SMOOTH**2)[torch.from_numpy(shown.asked)[rows]])
+    return torch.cat(terms).mean() + PRIOR / len(x) * (free[:size] ** 2).sum()
 
 
 @pytest.mark.parametrize("folds", [2, 5])
 def test_the_gradient_is_that_of_fits_without_each_fold(folds: int) -> None:
-    kernel, wanted, fold, asked = drawn(40, folds)
-    kernel.requires_grad_()
-    strength = torch.tensor(1e-2, dtype=torch.float64, requires_grad=True)
-    terms = []
-    for f in range(folds):
-        seen, rows = (
-            torch.from_numpy(np.flatnonzero(fold != f)),
-            torch.from_numpy(np.flatnonzero(fold == f)),
-        )
-        ridge = kernel[seen][:, seen] + strength * torch.eye(len(seen), dtype=torch.float64)
-        errors = wanted[rows] - kernel[rows][:, seen] @ torch.linalg.solve(ridge, wanted[seen])
-        terms.append(torch.sqrt(errors**2 + SMOOTH**2)[asked[rows]])
-    torch.cat(terms).mean().backward()  # type: ignore[no-untyped-call]
-    found = kernel_metric._gradient(kernel.detach(), 1e-2, wanted, fold, asked)
-    assert kernel.grad is not None and strength.grad is not None
-    # symmetric kernels alone are ever asked for: either triangle may hold what belongs to both
-    expected = kernel.grad + kernel.grad.T
-    torch.testing.assert_close(found + found.T, expected, rtol=1e-8, atol=1e-9 * expected.abs().max().item())
-    torch.testing.assert_close(found.trace(), strength.grad, rtol=1e-8, atol=1e-12)
+    """In float64, of all parameters, away from where they begin."""
+    shown = drawn(60, folds)
+    free = np.random.default_rng(1).normal(size=7) * 0.5
+    by = torch.tensor(free, requires_grad=True)
+    loss(shown, by).backward()  # type: ignore[no-untyped-call]
+    assert by.grad is not None
+    found = kernel_metric._slope(0.04, free, *shown)
+    np.testing.assert_allclose(found, by.grad.numpy(), rtol=1e-9, atol=1e-11)
 
 
 def test_with_one_fold_nothing_can_be_learned() -> None:
-    kernel, wanted, _, asked = drawn(20, 2)
-    found = kernel_metric._gradient(kernel, 1e-2, wanted, np.zeros(20, dtype=np.int64), asked)
-    assert found.abs().max() < 1e-9
+    found = kernel_metric._slope(0.04, np.zeros(7), *drawn(20, 1))
+    assert np.abs(found).max() < 1e-9
 
 
-def learned_from(n: int, size: int, energies: torch.Tensor, steps: int | None = None) -> Kernel:
-    x = torch.from_numpy(np.random.default_rng(3).normal(size=(n, size)))
-    names, unrelaxed = torch.arange(n) % 2, torch.zeros(n, dtype=torch.bool)
-    return learn(0.04, x, names, unrelaxed, energies, np.arange(n) % 5, torch.ones(n, dtype=torch.bool))
+def learned_from(shown: Shown) -> Kernel:
+    return learn(0.04, *shown)
 
 
 def test_what_energies_depend_on_counts() -> None:
-    """Of eight numbers, the two that energies are made of; that there are two adsorbates tells nothing."""
-    x = np.random.default_rng(3).normal(size=(200, 8))
-    kernel = learned_from(200, 8, torch.from_numpy(np.sin(2 * x[:, 2]) + x[:, 5] ** 2))
-    first = set(np.argsort(kernel.metric.numpy())[::-1][:2].tolist())
-    assert first == {2, 5} and kernel.metric.sort().values[-2:].min() > 10 * kernel.metric.sort().values[-3]
-    assert kernel.shared > BEGIN[0] + 0.1
+    """Of eight numbers, the two that energies are made of; that there are three adsorbates tells nothing."""
+    shown = drawn(200, 5, 8)
+    energies = np.sin(2 * shown.x[:, 2]) + shown.x[:, 5] ** 2
+    kernel = learned_from(shown._replace(wanted=energies, asked=np.ones(200, dtype=bool)))
+    order = np.argsort(kernel.metric)
+    assert set(order[-2:].tolist()) == {2, 5} and kernel.metric[order[-2]] > 10 * kernel.metric[order[-3]]
+    assert kernel.shared > BEGIN[0] + 0.1 and kernel.related > BEGIN[1]
 
 
 @pytest.mark.parametrize("n", [1, 3])
 def test_equal_energies_teach_nothing_and_nothing_fails(n: int) -> None:
-    kernel = learned_from(n, 4, torch.full((n,), 0.0, dtype=torch.float64))
-    assert torch.isfinite(kernel.metric).all()
-    torch.testing.assert_close(kernel.metric, torch.full((4,), 0.06, dtype=torch.float64))
+    kernel = learned_from(drawn(n, 2)._replace(wanted=np.zeros(n)))
+    np.testing.assert_allclose(kernel.metric, 0.06)
 
 
 def test_structures_twice_in_training_do_no_harm(train_systems: list[System]) -> None:

@@ -73,7 +73,7 @@ def kernel_by_scikit_learn(fit: Fitted, learned: Kernel, a: list[System], b: lis
     x, y = ((np.array([surroundings(s)[:SIZE] for s in part]) - raw.mean(0)) / scale for part in (a, b))
     same = np.array([[s.adsorbate == t.adsorbate for t in b] for s in a])
     alike = np.array([[s.relaxed == t.relaxed for t in b] for s in a])
-    matern = Matern(length_scale=np.sqrt(3 / learned.metric.numpy()), nu=1.5)
+    matern = Matern(length_scale=np.sqrt(3 / learned.metric), nu=1.5)
     factors = np.where(same, 1.0, learned.shared) * np.where(alike, 1.0, learned.related)
     return np.asarray(matern(x, y) * factors)
 
@@ -87,7 +87,7 @@ def by_scikit_learn(fit: Fitted, learned: Kernel, asked: list[System], rows: np.
         group = energies[[t.adsorbate == s.adsorbate for t in some]]
         return float(group.mean() if len(group) else energies.mean())
 
-    ridge = KernelRidge(alpha=learned.strength.item(), kernel="precomputed")
+    ridge = KernelRidge(alpha=learned.strength, kernel="precomputed")
     among = kernel_by_scikit_learn(fit, learned, some, some)
     ridge.fit(among, energies - np.array([mean(s) for s in some]))
     return ridge.predict(kernel_by_scikit_learn(fit, learned, asked, some)) + [mean(s) for s in asked]
