@@ -18,6 +18,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from catmllm.seeds import Stream, generator
+
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 Booleans = NDArray[np.bool_]
@@ -79,7 +81,7 @@ def learn(
     """The kernel by which ridge regression of `wanted` [n] (eV) errs least in folds that it has not seen,
     where `asked` [n]: other rows only help. x: scaled descriptors [n, D]; rate: of their squared distance
     over their number, to begin with."""
-    rng = np.random.default_rng(0)
+    rng = generator(Stream.CLOSED_FORM.key(0))
     free = np.zeros(x.shape[1] + 3)
     mean, square = np.zeros((2, len(free)))
     wanted = wanted / (wanted.std() or 1.0)

@@ -105,12 +105,13 @@ class KernelPrior(nn.Module):
         return root.clamp_min(CERTAIN).square().float()
 
     def _kernel(self, local: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
-        """[n, m]: how near descriptors are to those of the training systems."""
+        """[n, m] float64: how near descriptors are to those of the training systems. Distances are
+        differences of large numbers, and coefficients hundreds of eV."""
         size = len(self.centre)
-        x = (local[:, :size].to(self.centre.dtype) - self.centre) / self.scale
-        metric = self.metric[known[:, 1]]
-        reach = (x**2 * metric).sum(1)[:, None] + metric @ (self.landmarks**2).T
-        reach = (reach - 2 * (x * metric) @ self.landmarks.T).clamp_min(0).sqrt()
+        x = (local[:, :size].double() - self.centre) / self.scale
+        metric, landmarks = self.metric[known[:, 1]].double(), self.landmarks.double()
+        reach = (x**2 * metric).sum(1)[:, None] + metric @ (landmarks**2).T
+        reach = (reach - 2 * (x * metric) @ landmarks.T).clamp_min(0).sqrt()
         kernel = (1 + reach) * torch.exp(-reach)
         shared = self.shared[known[:, 1], None]
         return torch.where(known[:, :1] == self.adsorbates, kernel, shared * kernel)
