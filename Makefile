@@ -16,7 +16,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # Tests start some sixty processes, each of which would compile every source anew where this is set.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup constraints run test test-slow test-newest test-oldest test-python test-report test-notebook test-store test-pages docs frameworks environments vllm baselines labels wheels bench studies-smoke gpu gpu-prefill tables lint format clean \
+.PHONY: help setup constraints run test test-slow test-newest test-oldest test-python test-report test-notebook test-store test-pages docs frameworks environments vllm baselines generators labels wheels bench studies-smoke gpu gpu-prefill tables lint format clean \
 	engine test-engine test-so2 fuzz
 
 help:  ## this list
@@ -125,6 +125,19 @@ $(BASELINES)/.ready:
 	$(BASELINES)/bin/python -m pip install --quiet --no-deps fairchem-core==1.10.0
 	@touch $@
 
+# And the diffusion model of others, which finds the trainer's packages after its own.
+GENERATORS := .generators
+generators: $(GENERATORS)/.ready  ## CIFs for the design tasks by DiffCSP's network, trained here, in .generators; scored as runs/diffcsp
+	$(GENERATORS)/bin/python -m catmllm.evaluate.diffusion_baseline runs/diffcsp
+	$(BIN)/python -m catmllm.cli evaluate generator runs/diffcsp
+
+$(GENERATORS)/.ready: | setup
+	$(PYTHON) -m venv $(GENERATORS)
+	$(GENERATORS)/bin/python -m pip install --quiet torch==2.13.0
+	$(GENERATORS)/bin/python -m pip install --quiet chemeleon-dng==0.1.5
+	echo "import site; site.addsitedir('$$($(BIN)/python $(PURELIB))')" > $$($(GENERATORS)/bin/python $(PURELIB))/trainer.pth
+	@touch $@
+
 # And the candidates for labels: their weights come in their wheels. catmllm itself is taken from here.
 LABELS := .labels
 labels: setup $(LABELS)/.ready  ## potentials that could label slabs beside DFT and published energies, in .labels; records in bench/results
@@ -149,8 +162,8 @@ $(STORE)/.ready: | setup
 	echo "import site; site.addsitedir('$$($(BIN)/python $(PURELIB))')" > $$($(STORE)/bin/python $(PURELIB))/trainer.pth
 	@touch $@
 
-test-slow: setup frameworks environments vllm test-store  ## the tests that take minutes, also against verl, OpenRLHF, verifiers and vLLM
-	VLLM_PYTHON=$(VLLM)/bin/python VERL_PYTHON=$(FRAMEWORKS)/bin/python OPENRLHF_PYTHON=$(FRAMEWORKS)/bin/python ENVIRONMENTS_PYTHON=$(ENVIRONMENTS)/bin/python $(BIN)/python -m pytest -q -m slow
+test-slow: setup frameworks environments vllm $(GENERATORS)/.ready test-store  ## the tests that take minutes, also against verl, OpenRLHF, verifiers and vLLM
+	VLLM_PYTHON=$(VLLM)/bin/python CHEMELEON_PYTHON=$(GENERATORS)/bin/python VERL_PYTHON=$(FRAMEWORKS)/bin/python OPENRLHF_PYTHON=$(FRAMEWORKS)/bin/python ENVIRONMENTS_PYTHON=$(ENVIRONMENTS)/bin/python $(BIN)/python -m pytest -q -m slow
 
 # Records go to runs/bench: those of the repository are written by a bench that is called by hand. Exit status 77 is a bench that
 # cannot run here; it has said why.

@@ -56,6 +56,8 @@ class Stream(IntEnum):
     FREE_CONTROLS = 44  # ideal slabs beside it in the order of its slabs [task]
     SLAB_TASKS = 45  # which test slabs are asked for; arrangements of metals in slabs that answer [task, arm]
     BENCHMARK_EVOLUTION = 71  # first members, parents and children of a task [task]
+    DIFFUSION_BASELINE = 72  # weights, batches and noise [0], compositions that are free [1, task]
+    CLOSED_FORM = 73  # the systems of a step by which its kernel is learned
     TEXT_BASELINES = 81  # first weights, batches and dropout [0: plain, 1: with pairs before]
 
     def key(self, seed: int, *place: int) -> Key:

@@ -35,7 +35,7 @@ Chosen = tuple[torch.Tensor, Allowed]
 
 
 # of the squared distance over the number of descriptors, of surroundings and of what a text tells
-RATE, TEXT_RATE = 0.02, 0.1
+RATE, TEXT_RATE = 0.04, 0.1
 
 
 class Answer(NamedTuple):

@@ -6,7 +6,8 @@ is said by fits that have not seen the system's (bulk, Miller index) pair: what 
 it will be on new surfaces.
 
 Relaxed structures and unrelaxed ones are two tasks: the same descriptor has another energy. A fit serves
-each: of relaxed structures alone, and of both kinds, in which the other kind counts a little less.
+each, with a learned kernel of its own (`kernel_metric`): of relaxed structures alone, and of both kinds, in
+which the other kind counts a little less.
 
 How far a fit is off differs from structure to structure, more than its mean error tells: an adsorbate in a
 hollow stays, one on a bridge may slide away. So a second regression, on the same kernel, says how large the
@@ -20,29 +21,15 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from catmllm.models.kernel_metric import learn
 from catmllm.structure.descriptors import FOLDS
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 
-SHARED = 0.6  # kernel of two adsorbates: of 0.1, 0.3, 0.6, 0.9 the best on validation, split seeds 0 and 1
-RELATED = 0.9  # kernel of a relaxed and an unrelaxed structure, where unrelaxed ones are asked for
-STRENGTHS = (2e-4, 2e-3)
 DOUBT_STRENGTHS = (0.3, 1.0)  # errors are noisy: most of the kernel's detail is none
 CERTAIN = 0.15  # root of the least error (eV) that is ever expected
 SMALLEST = 0.05  # scales below this share of the largest do not blow up what hardly varies
-
-
-def matern(a: Floats, b: Floats, rate: float) -> Floats:
-    """Matérn 3/2 kernel [n, m] of scaled descriptors [n, D], [m, D]."""
-    reach = a @ b.T
-    reach *= -2
-    reach += (a**2).sum(1)[:, None] + (b**2).sum(1)
-    reach *= 6 * rate / a.shape[1]
-    np.sqrt(np.maximum(reach, 0.0, out=reach), out=reach)
-    kernel = np.exp(-reach)
-    kernel *= np.add(reach, 1.0, out=reach)
-    return np.asarray(kernel, dtype=np.float64)
 
 
 def scales(raw: Floats) -> tuple[Floats, Floats]:
@@ -60,6 +47,8 @@ class KernelPrior(nn.Module):
 
     centre: torch.Tensor
     scale: torch.Tensor
+    metric: torch.Tensor  # [2, D], by which distances of relaxed and of unrelaxed structures are measured
+    shared: torch.Tensor  # [2], kernel of two adsorbates
     landmarks: torch.Tensor  # [m, D], scaled
     adsorbates: torch.Tensor  # [m] int64
     coefficients: torch.Tensor  # [m, 2 (FOLDS + 1)]
@@ -71,7 +60,8 @@ class KernelPrior(nn.Module):
     usual: torch.Tensor  # [2], what they are added to
 
     def __init__(self, size: int, rate: float) -> None:
-        """size: descriptors D of a structure; rate: of the squared distance over their number."""
+        """size: descriptors D of a structure; rate: of the squared distance over their number, before the
+        kernel is learned."""
         super().__init__()
         self.rate, self.size = rate, size
         self.clear()
@@ -81,6 +71,8 @@ class KernelPrior(nn.Module):
         size, columns = self.size, 2 * (FOLDS + 1)
         self.register_buffer("centre", torch.zeros(size))
         self.register_buffer("scale", torch.ones(size))
+        self.register_buffer("metric", torch.ones(2, size))
+        self.register_buffer("shared", torch.ones(2))
         self.register_buffer("landmarks", torch.zeros(0, size))
         self.register_buffer("adsorbates", torch.zeros(0, dtype=torch.int64))
         self.register_buffer("coefficients", torch.zeros(0, columns))
@@ -113,24 +105,26 @@ class KernelPrior(nn.Module):
         return root.clamp_min(CERTAIN).square().float()
 
     def _kernel(self, local: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
-        """[n, m]: how near descriptors are to those of the training systems."""
+        """[n, m] float64: how near descriptors are to those of the training systems. Distances are
+        differences of large numbers, and coefficients hundreds of eV."""
         size = len(self.centre)
-        x = (local[:, :size].to(self.centre.dtype) - self.centre) / self.scale
-        a, b = x, self.landmarks
-        reach = (a**2).sum(1)[:, None] + (b**2).sum(1) - 2 * a @ b.T
-        reach = (reach * (6 * self.rate / size)).clamp_min(0).sqrt()
+        x = (local[:, :size].double() - self.centre) / self.scale
+        metric, landmarks = self.metric[known[:, 1]].double(), self.landmarks.double()
+        reach = (x**2 * metric).sum(1)[:, None] + metric @ (landmarks**2).T
+        reach = (reach - 2 * (x * metric) @ landmarks.T).clamp_min(0).sqrt()
         kernel = (1 + reach) * torch.exp(-reach)
-        return torch.where(known[:, :1] == self.adsorbates, kernel, SHARED * kernel)
+        shared = self.shared[known[:, 1], None]
+        return torch.where(known[:, :1] == self.adsorbates, kernel, shared * kernel)
 
     def fit(
         self, local: Floats, known: Integers, folds: Integers, energies: Floats, scaled: int | None = None
     ) -> dict[str, float]:
         """Fit to descriptors [n, D or more], `known` [n, 3] (its folds do not count), folds [n] and
         energies (eV) [n]; centre and scale are those of the first `scaled` rows (None: of all). Returns the
-        MAE (eV) on pairs that the fits have not seen, by which their strengths are chosen, of `relaxed` and
-        `unrelaxed` structures.
+        MAE (eV) on pairs that the fits have not seen, of `relaxed` and `unrelaxed` structures; kernels are
+        learned by it.
 
-        One inverse a strength: coefficients without a fold follow from its block. Float64 throughout.
+        One inverse: coefficients without a fold follow from its block. Float64 throughout.
         """
         raw = np.asarray(local[:, : len(self.centre)], dtype=np.float64)
         centre, scale = scales(raw[:scaled])
@@ -138,34 +132,28 @@ class KernelPrior(nn.Module):
         names = np.unique(known[:, 0])
         means = np.array([_means(names, known[:, 0], folds, energies, f) for f in range(-1, FOLDS)]).T
         left = energies[:, None] - means[np.searchsorted(names, known[:, 0])]
-        columns, doubts, usual, found = (
-            np.zeros((2, len(x), FOLDS + 1)),
-            np.zeros((2, len(x))),
-            np.zeros(2),
-            {},
-        )
+        columns, doubts, usual = np.zeros((2, len(x), FOLDS + 1)), np.zeros((2, len(x))), np.zeros(2)
+        metric, shared, found = np.ones((2, x.shape[1])), np.ones(2), {}
         for kind, name in enumerate(("relaxed", "unrelaxed")):
             part = np.arange(len(x)) if kind else np.flatnonzero(~unrelaxed)
             asked = unrelaxed[part] if kind else np.ones(len(part), dtype=bool)
-            if (
-                not len(part) or not asked.any()
-            ):  # no unrelaxed structure in training: what is known of relaxed
-                columns[kind], doubts[kind], usual[kind] = columns[0], doubts[0], usual[0]
+            if not asked.any():  # no unrelaxed structure in training: what is known of relaxed ones
+                columns[1], doubts[1], usual[1] = columns[0], doubts[0], usual[0]
+                metric[1], shared[1] = metric[0], shared[0]
                 continue
-            kernel = matern(x[part], x[part], self.rate)
-            kernel[known[part, 0][:, None] != known[part, 0]] *= SHARED
-            kernel[unrelaxed[part][:, None] != unrelaxed[part]] *= RELATED
-            fits = [_held_out(kernel, strength, left[part], folds[part]) for strength in STRENGTHS]
-            errors = [float(np.abs(residual[asked]).mean()) for _, residual in fits]
-            best = int(np.argmin(errors))
-            found[name] = errors[best]
-            columns[kind, part], residuals = fits[best]
+            shown = x[part], known[part, 0], unrelaxed[part]
+            learned = learn(self.rate, *shown, left[part, 0], folds[part], asked)
+            metric[kind], shared[kind] = learned.metric, learned.shared
+            kernel = learned(*shown)
+            columns[kind, part], residuals = _held_out(kernel, learned.strength, left[part], folds[part])
+            found[name] = float(np.abs(residuals[asked]).mean())
             doubts[kind, part[asked]], usual[kind] = _doubts(
                 kernel[np.ix_(asked, asked)], residuals[asked], folds[part[asked]]
             )
             if kind:
-                columns[kind, ~unrelaxed] *= RELATED
-        self._put(centre=centre, scale=scale, landmarks=x, names=names, adsorbates=known[:, 0])
+                columns[kind, ~unrelaxed] *= learned.related
+        self._put(centre=centre, scale=scale, metric=metric, shared=shared)
+        self._put(landmarks=x, names=names, adsorbates=known[:, 0])
         self._put(coefficients=np.hstack(list(columns)), means=np.hstack([means, means]))
         self._put(doubts=doubts.T, usual=usual)
         return found
