@@ -129,7 +129,7 @@ $(BASELINES)/.ready:
 GENERATORS := .generators
 generators: $(GENERATORS)/.ready  ## CIFs for the design tasks by DiffCSP's network, trained here, in .generators; scored as runs/diffcsp
 	$(GENERATORS)/bin/python -m catmllm.evaluate.diffusion_baseline runs/diffcsp
-	$(BIN)/python -m catmllm.cli evaluate generator runs/diffcsp
+	$(BIN)/python -m catmllm.cli evaluate generator runs/diffcsp --judge diep
 
 $(GENERATORS)/.ready: | setup
 	$(PYTHON) -m venv $(GENERATORS)

@@ -51,6 +51,21 @@ class Kernel(NamedTuple):
         return factors
 
 
+class Shown(NamedTuple):
+    """What a kernel is learned from."""
+
+    x: Floats  # [n, D], scaled descriptors
+    adsorbates: Integers  # [n]
+    unrelaxed: Booleans  # [n]
+    wanted: Floats  # [n], eV
+    folds: Integers  # [n]
+    asked: Booleans  # [n]; other rows only help
+
+    def of(self, rows: Integers) -> Shown:
+        x, adsorbates, unrelaxed, wanted, folds, asked = self
+        return Shown(x[rows], adsorbates[rows], unrelaxed[rows], wanted[rows], folds[rows], asked[rows])
+
+
 def matern(metric: Floats | float, a: Floats, b: Floats) -> Floats:
     """Matérn 3/2 kernel [n, m] of descriptors [n, D], [m, D]; metric [D], or one for all."""
     reach = _reach(metric, a, b)
@@ -69,26 +84,16 @@ def _reach(metric: Floats | float, a: Floats, b: Floats) -> Floats:
     return np.asarray(np.sqrt(np.maximum(squared, 0.0, out=squared), out=squared))
 
 
-def learn(
-    rate: float,
-    x: Floats,
-    adsorbates: Integers,
-    unrelaxed: Booleans,
-    wanted: Floats,
-    folds: Integers,
-    asked: Booleans,
-) -> Kernel:
-    """The kernel by which ridge regression of `wanted` [n] (eV) errs least in folds that it has not seen,
-    where `asked` [n]: other rows only help. x: scaled descriptors [n, D]; rate: of their squared distance
-    over their number, to begin with."""
+def learn(rate: float, shown: Shown) -> Kernel:
+    """The kernel by which ridge regression of what is wanted errs least in folds that it has not seen, where
+    that is asked. rate: of the squared distance over the number of descriptors, to begin with."""
     rng = generator(Stream.CLOSED_FORM.key(0))
-    free = np.zeros(x.shape[1] + 3)
+    free = np.zeros(shown.x.shape[1] + 3)
     mean, square = np.zeros((2, len(free)))
-    wanted = wanted / (wanted.std() or 1.0)
+    shown = shown._replace(wanted=shown.wanted / (shown.wanted.std() or 1.0))
     for step in range(STEPS):
-        rows = np.sort(rng.permutation(len(x))[:SOME])
-        some = x[rows], adsorbates[rows], unrelaxed[rows], wanted[rows], folds[rows], asked[rows]
-        slope = _slope(rate, free, *some)
+        rows = np.sort(rng.permutation(len(shown.x))[:SOME])
+        slope = _slope(rate, free, shown.of(rows))
         mean += 0.1 * (slope - mean)
         square += 0.001 * (slope**2 - square)
         size = np.sqrt(square / (1 - 0.999 ** (step + 1))) + 1e-8
@@ -106,17 +111,9 @@ def _kernel(rate: float, free: Floats) -> Kernel:
     return Kernel(metric, float(between[0]), float(between[1]), float(ridge))
 
 
-def _slope(
-    rate: float,
-    free: Floats,
-    x: Floats,
-    adsorbates: Integers,
-    unrelaxed: Booleans,
-    wanted: Floats,
-    folds: Integers,
-    asked: Booleans,
-) -> Floats:
+def _slope(rate: float, free: Floats, shown: Shown) -> Floats:
     """Gradient [D + 3] by the free parameters of what is made smaller."""
+    x, adsorbates, unrelaxed, wanted, folds, asked = shown
     kernel, size = _kernel(rate, free), x.shape[1]
     reach, factors = _reach(kernel.metric, x, x), kernel._factors(adsorbates, unrelaxed)
     decay = np.exp(-reach)

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from catmllm.models.kernel_metric import learn
+from catmllm.models.kernel_metric import Shown, learn
 from catmllm.structure.descriptors import FOLDS
 
 Floats = NDArray[np.float64]
@@ -141,10 +141,10 @@ class KernelPrior(nn.Module):
                 columns[1], doubts[1], usual[1] = columns[0], doubts[0], usual[0]
                 metric[1], shared[1] = metric[0], shared[0]
                 continue
-            shown = x[part], known[part, 0], unrelaxed[part]
-            learned = learn(self.rate, *shown, left[part, 0], folds[part], asked)
+            alike = x[part], known[part, 0], unrelaxed[part]
+            learned = learn(self.rate, Shown(*alike, left[part, 0], folds[part], asked))
             metric[kind], shared[kind] = learned.metric, learned.shared
-            kernel = learned(*shown)
+            kernel = learned(*alike)
             columns[kind, part], residuals = _held_out(kernel, learned.strength, left[part], folds[part])
             found[name] = float(np.abs(residuals[asked]).mean())
             doubts[kind, part[asked]], usual[kind] = _doubts(

@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 import pytest
 import torch
 
 from catmllm.models import kernel_metric
 from catmllm.models.catalytic_mllm import RATE
-from catmllm.models.kernel_metric import BEGIN, FLOOR, PRIOR, SMOOTH, Kernel, learn
+from catmllm.models.kernel_metric import BEGIN, FLOOR, PRIOR, SMOOTH, Shown, learn
 from catmllm.models.kernel_prior import KernelPrior
 from catmllm.structure.descriptors import SIZE, fold_of, known, surroundings
 from catmllm.structure.system import System
-
-
-class Shown(NamedTuple):
-    """What a kernel is learned from."""
-
-    x: np.ndarray
-    adsorbates: np.ndarray
-    unrelaxed: np.ndarray
-    wanted: np.ndarray
-    folds: np.ndarray
-    asked: np.ndarray
 
 
 def drawn(n: int, folds: int, size: int = 4) -> Shown:
@@ -71,24 +58,20 @@ def test_the_gradient_is_that_of_fits_without_each_fold(folds: int) -> None:
     by = torch.tensor(free, requires_grad=True)
     loss(shown, by).backward()  # type: ignore[no-untyped-call]
     assert by.grad is not None
-    found = kernel_metric._slope(0.04, free, *shown)
+    found = kernel_metric._slope(0.04, free, shown)
     np.testing.assert_allclose(found, by.grad.numpy(), rtol=1e-9, atol=1e-11)
 
 
 def test_with_one_fold_nothing_can_be_learned() -> None:
-    found = kernel_metric._slope(0.04, np.zeros(7), *drawn(20, 1))
+    found = kernel_metric._slope(0.04, np.zeros(7), drawn(20, 1))
     assert np.abs(found).max() < 1e-9
-
-
-def learned_from(shown: Shown) -> Kernel:
-    return learn(0.04, *shown)
 
 
 def test_what_energies_depend_on_counts() -> None:
     """Of eight numbers, the two that energies are made of; that there are three adsorbates tells nothing."""
     shown = drawn(200, 5, 8)
     energies = np.sin(2 * shown.x[:, 2]) + shown.x[:, 5] ** 2
-    kernel = learned_from(shown._replace(wanted=energies, asked=np.ones(200, dtype=bool)))
+    kernel = learn(0.04, shown._replace(wanted=energies, asked=np.ones(200, dtype=bool)))
     order = np.argsort(kernel.metric)
     assert set(order[-2:].tolist()) == {2, 5} and kernel.metric[order[-2]] > 10 * kernel.metric[order[-3]]
     assert kernel.shared > BEGIN[0] + 0.1 and kernel.related > BEGIN[1]
@@ -96,7 +79,7 @@ def test_what_energies_depend_on_counts() -> None:
 
 @pytest.mark.parametrize("n", [1, 3])
 def test_equal_energies_teach_nothing_and_nothing_fails(n: int) -> None:
-    kernel = learned_from(drawn(n, 2)._replace(wanted=np.zeros(n)))
+    kernel = learn(0.04, drawn(n, 2)._replace(wanted=np.zeros(n)))
     np.testing.assert_allclose(kernel.metric, 0.06)
 
 
