@@ -6,7 +6,7 @@ import os
 import pickle
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
@@ -46,6 +46,11 @@ class World:
         out: list[Any] = [None] * self.size
         dist.all_gather_object(out, value)
         return out
+
+    def broadcast(self, tensors: Iterable[torch.Tensor], rank: int) -> None:
+        """What a rank has in tensors goes into those of all others, which are as large."""
+        for tensor in tensors if self.size > 1 else ():
+            dist.broadcast(tensor, rank)
 
     def exchange(self, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """parts[r], of any number of rows, goes to rank r; returns what came from each rank. All are on one
@@ -114,19 +119,22 @@ def start(config: Config) -> World:
 
 
 def settled(config: Config, device: str) -> Config:
-    """The configuration with what it leaves open (null) as it is on a `device`, "cuda" or "cpu".
+    """The configuration with what it leaves open (null), and what a CPU is no good at, as it is on a
+    `device`, "cuda" or "cpu".
 
     How many processes make batches stays open: it changes no batch, and may differ when a run goes on.
     """
     gpu = device == "cuda"
-    encoder, compiled = config.encoder_precision, config.compile
+    precision, encoder, compiled = config.precision, config.encoder_precision, config.compile
+    if precision == "bf16" and not gpu and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        precision = "fp32"  # ten times as fast where a CPU has no products of bfloat16
     if encoder is None:
-        encoder = "tf32" if gpu and config.precision != "fp32" else "fp32"
+        encoder = "tf32" if gpu and precision != "fp32" else "fp32"
     if encoder == "tf32" and not gpu:
         encoder = "fp32"
     if compiled is None:  # which takes minutes at the start of every stage
         compiled = gpu and config.model.llm.pretrained is not None
-    return replace(config, encoder_precision=encoder, compile=compiled)
+    return replace(config, precision=precision, encoder_precision=encoder, compile=compiled)
 
 
 def encoder_dtype(config: Config) -> torch.dtype:

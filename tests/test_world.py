@@ -47,6 +47,17 @@ def test_what_is_left_open_follows_the_device(
     )
 
 
+@pytest.mark.parametrize(("precision", "fast", "device", "taken"), [
+    ("bf16", True, "cpu", "bf16"), ("bf16", False, "cpu", "fp32"), ("bf16", False, "cuda", "bf16"),
+    ("fp16", False, "cpu", "fp16"), ("fp32", True, "cpu", "fp32"),
+])  # fmt: skip
+def test_a_cpu_without_products_of_bfloat16_takes_float32(
+    monkeypatch: pytest.MonkeyPatch, precision: str, fast: bool, device: str, taken: str
+) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: fast)
+    assert settled(load_config(None, [f"precision={precision}"]), device).precision == taken
+
+
 def test_a_stage_gets_settled_values() -> None:
     nothing: Any = None
     world = World(0, 1, torch.device("cpu"))

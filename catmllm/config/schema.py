@@ -583,6 +583,12 @@ class GRPOConfig(OptimConfig):
     exemplar_share: float = key(
         0.5, "share of design prompts that show another structure of the same identity", ge=0, le=1
     )
+    exchange: float = key(
+        0.0,
+        "share of prompts about slabs of other metals, as CIF samples of `joint` may be",
+        ge=0,
+        le=1,
+    )
     property_share: float = key(0.1, "property samples replayed with the rollouts, per answer", ge=0, le=1)
     micro_batch: int = key(32, "answers of a forward pass", gt=0)
     batch_tokens: int | None = key(
@@ -824,7 +830,11 @@ class Config:
         "model to start from: folder of a stage, or of a run, whose last finished stage it then is, or its "
         "address on a store (s3://bucket/runs/mine); null: pretrained parts and random weights",
     )
-    precision: Precision = key("bf16", "of the LLM; master weights and optimizer states are float32")
+    precision: Precision = key(
+        "bf16",
+        "of the LLM; master weights and optimizer states are float32. A CPU without products of bfloat16 "
+        "(AVX-512 or AMX) takes fp32 for bf16, which is ten times as fast there",
+    )
     encoder_precision: EncoderPrecision | None = key(
         None,
         "of the encoder, likewise; tf32: float32, of which a GPU's tensor cores multiply 11 bits, in every "

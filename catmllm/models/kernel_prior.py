@@ -158,6 +158,13 @@ class KernelPrior(nn.Module):
         self._put(doubts=doubts.T, usual=usual)
         return found
 
+    def make_room(self, known: Integers) -> None:
+        """Buffers as large as after a fit to what is `known` [n, 3], for what another process has fitted."""
+        n, names = len(known), np.unique(known[:, 0])
+        self._put(landmarks=np.zeros((n, self.size)), adsorbates=known[:, 0], names=names)
+        self._put(coefficients=np.zeros((n, self.coefficients.shape[1])), doubts=np.zeros((n, 2)))
+        self._put(means=np.zeros((len(names) + 1, self.means.shape[1])))
+
     def _put(self, **arrays: NDArray[np.generic]) -> None:
         """New values of buffers, of any length, in their own dtype."""
         for name, array in arrays.items():

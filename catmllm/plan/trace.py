@@ -353,7 +353,7 @@ def _step(stage: Stage, context: Context, step: int) -> Step:
         stage.add_policy(work, rollouts, advantages, informative)
         return work
     rng = np.random.default_rng(0)
-    prompts = [stage.prompt(i, i, rng) for i in range(o.batch_size)]
+    prompts = [stage.prompt(i, i, rng)[0] for i in range(o.batch_size)]
     stage.add_policy(work, prompts, rollouts, advantages, informative)
     stage.add_replay(work, 0)
     return work

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from catmllm.data.batches import Batch
+from catmllm.data.exchange import exchanged, other_metals
 from catmllm.data.prompts import Sample, cif_prompt, design_prompt
 from catmllm.data.subsets import of_generation, of_property
 from catmllm.design.reward import AnswerReward
@@ -41,7 +42,9 @@ from catmllm.stages.supervised import (
     VISUAL,
     as_written,
     chosen,
+    closed_form,
     evenly,
+    held_out,
     property_with_dropout,
     relatives,
     sample_losses,
@@ -92,6 +95,8 @@ class GRPO(Plain):
         alone = context.config.lora.r or not o.beta
         self.reference = None if alone else frozen_outline(context.model)
         self.kin = relatives(self.systems)
+        self.held_out = held_out(context.data) if o.exchange else frozenset()
+        self.energy_of = closed_form(context.model) if o.exchange else None
         self.skipped = self.unrewarded = 0
         self.rolled: Rolled | None = None
         self.shown: list[dict[str, Any]] = []  # of the newest answers, where the step is one to be shown
@@ -234,9 +239,9 @@ class GRPO(Plain):
     def _prompts(
         self, picks: list[tuple[int, np.random.Generator]]
     ) -> tuple[list[Sample], list[System], list[bool]]:
-        """Prompts for some systems, these, and which prompts ask for designs."""
-        prompts = [self.prompt(i, k, rng) for k, (i, rng) in enumerate(picks)]
-        return prompts, [self.systems[i] for i, _ in picks], [k % 3 > 0 for k in range(len(picks))]
+        """Prompts, the systems that they are about, and which of them ask for designs."""
+        made = [self.prompt(i, k, rng) for k, (i, rng) in enumerate(picks)]
+        return [p for p, _ in made], [s for _, s in made], [k % 3 > 0 for k in range(len(picks))]
 
     def _round(self, picks: list[tuple[int, np.random.Generator]], seed: Sequence[int]) -> Round:
         """Prompts for some systems, their answers with rewards, and the seconds of sampling by part."""
@@ -338,15 +343,27 @@ class GRPO(Plain):
         seed = Stream.GRPO_VALIDATION.key(c.config.seed, c.world.rank)
         return self._answers(prompts, asked, designs, seed, 1)[1].total
 
-    def prompt(self, i: int, k: int, rng: np.random.Generator) -> Sample:
-        """A CIF prompt and two design prompts in turn, of these a share with an exemplar, spread evenly."""
-        s = self.systems[i]
-        if k % 3 == 0:
-            return Sample(cif_prompt(s.identity))
-        if not (evenly(k - k // 3 - 1, self.config.exemplar_share) and self.kin[i]):
-            return Sample(design_prompt(s.identity, s.known_energy))
-        exemplar = as_written(self.systems[rng.choice(self.kin[i])], self.context.config.data)
-        return Sample(design_prompt(s.identity, s.known_energy, exemplar=True), "", exemplar)
+    def prompt(self, i: int, k: int, rng: np.random.Generator) -> tuple[Sample, System]:
+        """A CIF prompt and two design prompts in turn, of these a share with an exemplar, spread evenly; and
+        what it is about: the i-th system, or a share `exchange` with other metals, at the closed form's
+        energy."""
+        o, design, names = self.config, k % 3 > 0, {}
+        if o.exchange and (self.energy_of or not design) and rng.random() < o.exchange:
+            names = other_metals(self.systems[i], self.held_out, rng)
+
+        def shown(j: int) -> System:
+            s = self.systems[j]
+            return exchanged(as_written(s, self.context.config.data), names) if names else s
+
+        s = shown(i)
+        if not design:
+            return Sample(cif_prompt(s.identity)), s
+        if names and self.energy_of:
+            s = replace(s, energy=self.energy_of(s))
+        if not (evenly(k - k // 3 - 1, o.exemplar_share) and self.kin[i]):
+            return Sample(design_prompt(s.identity, s.known_energy)), s
+        exemplar = as_written(shown(rng.choice(self.kin[i])), self.context.config.data)
+        return Sample(design_prompt(s.identity, s.known_energy, exemplar=True), "", exemplar), s
 
     def add_policy(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -30,7 +30,7 @@ from catmllm.train.stage import Context, Metrics, MicroBatch, Plain, Step, Valid
 from catmllm.train.stop import TrainingError
 from catmllm.world import loader_workers
 
-DESCRIBED = 2500  # training systems at most by which surroundings are scaled and the closed form is fitted
+DESCRIBED = 10_000  # training systems at most by which surroundings are scaled and the closed form is fitted
 VISUAL = "llm.model.visual."  # the image tower's parameters
 
 
@@ -75,26 +75,55 @@ def described(train: Sequence[System]) -> list[System]:
 
 def _fit_closed_form(context: Context, systems: list[System], local: np.ndarray) -> None:
     """Fit the model's closed forms, of structures and of texts, to systems, whose surroundings are `local`,
-    and to their starts. Every rank does, with the same result."""
-    model = context.model
+    and to their starts. The first rank fits the one, the last the other, and all have both: a fit to many
+    systems takes minutes, and some 12 GB of the host at `DESCRIBED`."""
+    model, world = context.model, context.world
     starts = [s.frame(0.0) for s in systems if s.start is not None]
     shown = [*systems, *starts]
     read = [*shown, *further_texts(shown, context.config)]
 
-    def facts(some: list[System]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        energies = np.array([s.known_energy for s in some])
-        return known(some), np.array([fold_of(s) for s in some]), energies
+    def of_structures() -> dict[str, float]:
+        numbers = np.stack([*local, *(surroundings(s) for s in starts)])
+        return model.prior.fit(numbers, *_facts(shown))
 
-    found = {
-        "structures": model.prior.fit(np.stack([*local, *(surroundings(s) for s in starts)]), *facts(shown)),
-        "texts": model.text_prior.fit(
-            np.array([told(three_part_text(s)) for s in read]), *facts(read), scaled=len(shown)
-        ),
-    }
-    if context.world.main:
-        errors = (f"{kind} {what} {e:.3f}" for what, by in found.items() for kind, e in by.items())
-        told_of = f"closed form, MAE (eV) on (bulk, Miller index) pairs not seen: {', '.join(errors)}"
-        print(told_of, file=sys.stderr, flush=True)  # a plan's output is JSON
+    def of_texts() -> dict[str, float]:
+        numbers = np.array([told(three_part_text(s)) for s in read])
+        return model.text_prior.fit(numbers, *_facts(read), scaled=len(shown))
+
+    for what, prior, fit, some, rank in (
+        ("structures", model.prior, of_structures, shown, 0),
+        ("texts", model.text_prior, of_texts, read, world.size - 1),
+    ):
+        if world.rank == rank:
+            errors = ", ".join(f"{kind} {e:.3f}" for kind, e in fit().items())
+            told_of = f"closed form of {what}, MAE (eV) on (bulk, Miller index) pairs not seen: {errors}"
+            print(told_of, file=sys.stderr, flush=True)  # a plan's output is JSON
+        else:
+            prior.make_room(known(some))
+    world.broadcast(model.prior.buffers(), 0)
+    world.broadcast(model.text_prior.buffers(), world.size - 1)
+
+
+def _facts(systems: list[System]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What a fit takes beside descriptors: what is known, folds and energies (eV)."""
+    energies = np.array([s.known_energy for s in systems])
+    return known(systems), np.array([fold_of(s) for s in systems]), energies
+
+
+def closed_form(model: CatalyticMLLM) -> Callable[[System], float] | None:
+    """What the closed form of structures says (eV) of a system, where the model has one."""
+    prior = copy.deepcopy(model.prior).cpu().eval()
+
+    def energy_of(system: System) -> float:
+        local = torch.from_numpy(surroundings(system))
+        return float(prior(local[None], torch.from_numpy(known([system]))))
+
+    return energy_of if len(prior.landmarks) else None
+
+
+def held_out(parts: Mapping[str, Sequence[System]]) -> frozenset[str]:
+    """The (bulk, Miller index) pairs of validation and test, of which nothing is trained."""
+    return pairs(parts["val"]) | pairs(parts["test"])
 
 
 def further_texts(systems: Sequence[System], config: Config) -> list[System]:
@@ -335,16 +364,12 @@ class Mixed(FromLoader):
         """Fit what energies begin with, where nothing has yet, and begin to read a mixture."""
         standardise(self.context)
         c, o, parts = self.context.config, self.config, self.context.data
-        train, prior = parts["train"], copy.deepcopy(self.context.model.prior).cpu().eval()
+        train = parts["train"]
 
         def property_of(system: System, rng: np.random.Generator) -> Sample:
             return property_with_dropout(
                 system, rng, o.drop_text, o.drop_graph, position_noise, c.data.phrasings, o.frames, o
             )
-
-        def energy_of(system: System) -> float:
-            local = torch.from_numpy(surroundings(system))
-            return float(prior(local[None], torch.from_numpy(known([system]))))
 
         mixture = Mixture(
             of_property(train, c.data),
@@ -358,8 +383,8 @@ class Mixed(FromLoader):
             o.exemplar_noise,
             o.exemplar_share,
             o.exchange,
-            pairs(parts["val"]) | pairs(parts["test"]) if o.exchange else (),
-            energy_of if len(prior.landmarks) else None,
+            held_out(parts) if o.exchange else (),
+            closed_form(self.context.model),
         )
         self.load(mixture, o, o.row_weight != 1.0)
 

@@ -55,7 +55,7 @@ def one_step(context: Context, shared: bool) -> dict[str, Any]:
         for p in model.parameters():
             p.mul_(2.0)
     generator, rng = torch.Generator().manual_seed(0), np.random.default_rng(0)
-    prompts = [stage.prompt(i, i, rng) for i in range(len(LENGTHS))]
+    prompts = [stage.prompt(i, i, rng)[0] for i in range(len(LENGTHS))]
     rollouts = [
         Rollout(p, torch.randint(3, 60, (n,), generator=generator), torch.zeros(n), None, True, "")
         for p, lengths in enumerate(LENGTHS)

@@ -11,6 +11,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from sklearn.gaussian_process.kernels import Matern
 from sklearn.kernel_ridge import KernelRidge
 
@@ -29,6 +30,7 @@ from catmllm.structure.system import System
 from catmllm.structure.text import three_part_text
 from catmllm.train.stage import Context
 from catmllm.world import World
+from tests.ranks import two_ranks
 
 
 class Fitted:
@@ -220,6 +222,32 @@ def test_as_many_systems_are_described_as_may_be(monkeypatch: pytest.MonkeyPatch
     rows = described(range(n))  # type: ignore[arg-type]
     assert len(rows) == len({*rows}) == min(n, 10) and (rows[0], rows[-1]) == (0, n - 1)
     assert len({*np.diff(rows)}) <= 2
+
+
+def standardised(rank: int, size: int, folder: str, config: Config, systems: list[System]) -> None:
+    """What a rank has of both closed forms, kept in `folder`."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/of{size}", rank=rank, world_size=size)
+    try:
+        model, collate = new_model(config, systems)
+        world = World(rank, size, torch.device("cpu"))
+        standardise(Context(config, model, collate, {"train": systems}, world, Path(folder)))
+        found = {"structures": model.prior.state_dict(), "texts": model.text_prior.state_dict()}
+        torch.save(found, f"{folder}/{rank}of{size}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def test_ranks_share_the_fits(small_config: Config, train_systems: list[System], tmp_path: Path) -> None:
+    """Each rank has what one process fits alone, texts of two parts too, bit by bit."""
+    config = replace(small_config, joint=replace(small_config.joint, drop_configuration=0.1))
+    some = train_systems[::40]
+    standardised(0, 1, str(tmp_path), config, some)
+    two_ranks(standardised, 2, str(tmp_path), config, some)
+    alone, first, last = (torch.load(tmp_path / f"{which}.pt") for which in ("0of1", "0of2", "1of2"))
+    for what, state in alone.items():
+        for name, tensor in state.items():
+            assert torch.equal(first[what][name], tensor) and torch.equal(last[what][name], tensor), name
+    assert len(alone["texts"]["landmarks"]) > len(alone["structures"]["landmarks"])
 
 
 def test_other_labels_have_closed_forms_of_their_own(

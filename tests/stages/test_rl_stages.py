@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from bench.scale import Echo
+from catmllm.data.slabs import pair
 from catmllm.design import search
 from catmllm.design.exemplar_pool import Candidate
 from catmllm.design.search import ClosedLoop
@@ -27,6 +28,7 @@ from catmllm.stages import ga_grpo
 from catmllm.stages.ga_grpo import GAGRPO
 from catmllm.stages.grpo import GRPO
 from catmllm.stages.scoring import Scored
+from catmllm.stages.supervised import standardise
 from catmllm.structure.cif import write_cif
 from catmllm.train.loop import train
 from catmllm.train.metrics import read_log
@@ -151,9 +153,38 @@ def test_prompts_show_exemplars_by_their_share(context: Context) -> None:
     i = next(i for i, kin in enumerate(stage.kin) if kin)
     for share, shown in ((0.5, {2}), (0.0, set()), (1.0, {1, 2})):
         stage.config.exemplar_share = share
-        prompts = [stage.prompt(i, k, np.random.default_rng(k)) for k in range(24)]
+        prompts = [stage.prompt(i, k, np.random.default_rng(k))[0] for k in range(24)]
         assert {k % 3 for k, p in enumerate(prompts) if p.graph is not None} == shown
         assert all((p.graph is not None) == (k % 3 in shown) for k, p in enumerate(prompts))
+
+
+def test_a_share_of_the_prompts_is_about_other_metals(context: Context) -> None:
+    """None that validation or test has; an exemplar has the same metals; energies are the closed form's."""
+    context.config.grpo.exchange, context.config.grpo.exemplar_share = 0.5, 1.0
+    without = GRPO(context)
+    assert without.energy_of is None  # this model has no closed form
+    standardise(context)
+    stage = GRPO(context)
+    held_out = {pair(s) for name in ("val", "test") for s in context.data[name]}
+    i = next(i for i, kin in enumerate(stage.kin) if kin)
+    mine = stage.systems[i].identity
+    about: list[list[str]] = [[], []]
+    for k in range(150):
+        rngs = [np.random.default_rng(k) for _ in range(2)]
+        prompt, s = stage.prompt(i, k, rngs[0])
+        assert s.identity in prompt.prompt and pair(s) not in held_out
+        assert (s.adsorbate, s.miller) == (stage.systems[i].adsorbate, stage.systems[i].miller)
+        about[k % 3 > 0].append(s.identity)
+        if prompt.graph is not None:
+            assert prompt.graph.identity == s.identity
+        if k % 3 and s.identity != mine:
+            assert stage.energy_of is not None and s.known_energy == stage.energy_of(s)
+            assert f"relaxed energy of {s.known_energy:.2f} eV" in prompt.prompt
+        if k % 3:  # whose energy nobody knows
+            assert without.prompt(i, k, rngs[1])[1] is stage.systems[i]
+    for some in about:
+        others = [identity for identity in some if identity != mine]
+        assert 0.3 < len(others) / len(some) < 0.7 and len({*others}) > len(others) / 2
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
