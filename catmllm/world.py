@@ -127,7 +127,7 @@ def settled(config: Config, device: str) -> Config:
     gpu = device == "cuda"
     precision, encoder, compiled = config.precision, config.encoder_precision, config.compile
     if precision == "bf16" and not gpu and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        precision = "fp32"  # ten times as fast where a CPU has no products of bfloat16
+        precision = "fp32"  # five times as fast where a CPU has no products of bfloat16
     if encoder is None:
         encoder = "tf32" if gpu and precision != "fp32" else "fp32"
     if encoder == "tf32" and not gpu:

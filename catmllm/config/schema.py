@@ -833,7 +833,7 @@ class Config:
     precision: Precision = key(
         "bf16",
         "of the LLM; master weights and optimizer states are float32. A CPU without products of bfloat16 "
-        "(AVX-512 or AMX) takes fp32 for bf16, which is ten times as fast there",
+        "(AVX-512 or AMX) takes fp32 for bf16, which is five times as fast there",
     )
     encoder_precision: EncoderPrecision | None = key(
         None,
