@@ -26,24 +26,25 @@ def model_option(parser: argparse.ArgumentParser) -> None:
 
 
 def load(folder: Path) -> tuple[CatalyticMLLM, Collator, Config]:
-    """Model, collator and configuration of a stage's or a run's folder."""
+    """Model, collator and configuration of a stage's or a run's folder, the latter settled for the model's
+    device."""
     from transformers.utils import logging
 
     from catmllm.models.state import load_model, stage_folder
+    from catmllm.world import settled
 
     logging.disable_progress_bar()  # of an export's files
-    return load_model(stage_folder(folder))
+    model, collate, config = load_model(stage_folder(folder))
+    return model, collate, settled(config, model.energy_mean.device.type)
 
 
 def load_to_read(folder: Path) -> tuple[CatalyticMLLM, Collator, Config]:
-    """A stage's model in the precision that it was trained and measured in, its collator, and the
-    configuration that it was trained with."""
+    """As `load`, the model in the precision that its training would have on this device."""
     from catmllm.models.half_precision import rounded
-    from catmllm.world import DTYPES, encoder_dtype, settled
+    from catmllm.world import DTYPES, encoder_dtype
 
     model, collate, config = load(folder)
-    device = model.energy_mean.device.type
-    return rounded(model, DTYPES[config.precision], encoder_dtype(settled(config, device))), collate, config
+    return rounded(model, DTYPES[config.precision], encoder_dtype(config)), collate, config
 
 
 def best_stage(folder: Path) -> Path:

@@ -30,16 +30,17 @@ def question(system: System, mode: Mode = "both") -> Sample:
 
 
 def predictor_of(config: Config, device: torch.device) -> Predictor | None:
-    """The model of `ga_grpo.predictor`, whole, in the precision that it was trained in; None where the model
-    that searches predicts for itself. Raises FileNotFoundError and ValueError for what cannot predict."""
+    """The model of `ga_grpo.predictor`, whole, in the precision that its training would have on `device`;
+    None where the model that searches predicts for itself. Raises FileNotFoundError and ValueError for what
+    cannot predict."""
     if config.ga_grpo.predictor is None:
         return None
     folder = stage_folder(config.ga_grpo.predictor)
     if folder.name in ("encoder", "align"):
         raise ValueError(f"`ga_grpo.predictor: {folder}`: this stage comes before those that train energies")
     model, collate, trained = load_model(folder)
-    encoder = encoder_dtype(settled(trained, device.type))
-    return rounded(model, DTYPES[trained.precision], encoder).to(device), collate
+    trained = settled(trained, device.type)
+    return rounded(model, DTYPES[trained.precision], encoder_dtype(trained)).to(device), collate
 
 
 @torch.no_grad()

@@ -10,13 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from huggingface_hub import ModelCard
 
 from catmllm.cli.finetune import configured
 from catmllm.cli.main import main
 from catmllm.cli.trained import load_to_read
+from catmllm.config import load_config
 from catmllm.data.slabs import load_slabs, split
-from catmllm.design.predict import predict_energies, question
+from catmllm.design.predict import predict_energies, predictor_of, question
 from catmllm.models import SHIPPED
 from catmllm.structure.cif import write_cif
 
@@ -60,3 +62,14 @@ def test_it_is_as_good_as_its_card_says() -> None:
     ]
     # the card rounds to 5e-5; another processor may sum bfloat16 products in another order
     assert error == pytest.approx(told, abs=1e-3)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_it_is_read_as_it_would_be_trained_here(monkeypatch: pytest.MonkeyPatch, fast: bool) -> None:
+    """Trained in bfloat16, and read in float32 by a CPU that has no products of bfloat16."""
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: fast)
+    model, _, config = load_to_read(SHIPPED)
+    read = predictor_of(load_config(None, [f"ga_grpo.predictor={SHIPPED}"]), torch.device("cpu"))
+    assert config.precision == ("bf16" if fast else "fp32") and read is not None
+    for one in (model, read[0]):
+        assert {p.dtype for p in one.llm.parameters()} == {torch.bfloat16 if fast else torch.float32}
