@@ -20,6 +20,7 @@ import torch.nn.functional as F
 
 from catmllm.sample.graphs import Graphs
 from catmllm.sample.tower import Tower
+from catmllm_kernels.varlen_attention.cached import cached_attention, fits
 
 CACHE_STEP = 64  # slots of the caches that come into use at once
 BUCKETS = (8, 16, 32, 64, 96, 128, 192, 256)  # rows of a steady batch, and then every 128
@@ -44,7 +45,8 @@ class Rows:
     those [rows, kv, slots, dim] of sampled tokens; `bias` [rows, P + slots] is 0 where a row may look and
     -inf elsewhere. The first `n` rows hold answers. A pass computes the first `size`: the same ones, or in a
     `steady` batch as many as the next of `BUCKETS` has, of which the last is always idle: an ended row of
-    nobody's. Tensors by name are views of these rows.
+    nobody's. Tensors by name are views of these rows. Where a CPU's own kernel attends (`plain`), keys and
+    values are float32, and nothing is masked or padded.
 
     `answer`, `length`, `gone` [n] are the host's: number of the answer, tokens of it in `own`, and whether it
     is known to have ended.
@@ -67,17 +69,19 @@ class Rows:
         `nobody`: the number that idle rows have."""
         weight, kv, dim = tower.embedding, tower.kv_heads, tower.dim
         self.tower, self.prompt_slots, self.steady, self.nobody = tower, prompt_slots, steady, nobody
+        self.plain = not steady and fits(weight)
         self.slots = -(-max(longest, 1) // CACHE_STEP) * CACHE_STEP
         self.n = self.groups = self.opened = 0
         self.answer, self.group = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
         self.length, self.begun_tokens = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
-        self.gone = np.zeros(0, dtype=bool)
+        self.gone, self.prompt_length = np.zeros(0, dtype=bool), np.zeros(0, dtype=np.int64)
         self.gains: np.ndarray | int = 1  # tokens that each row gains in the next pass
         most = self._bucket(rows)
 
         def caches(n: int, slots: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+            x = weight.new_empty(0, dtype=torch.float32 if self.plain else None)
             shape = (n, kv, slots, dim)
-            return [(weight.new_empty(shape), weight.new_empty(shape)) for _ in tower.layers]
+            return [(x.new_empty(shape), x.new_empty(shape)) for _ in tower.layers]
 
         self.prompt, self.own = caches(groups + steady, prompt_slots), caches(most, self.slots)
         if steady:  # nobody looks at what is masked, but it must be a number
@@ -141,6 +145,8 @@ class Rows:
         self.group = np.append(self.group, self.groups + np.arange(n) // group_size)
         self.length, self.gone = np.append(self.length, np.zeros(n, int)), np.append(self.gone, [False] * n)
         self.begun_tokens = np.append(self.begun_tokens, np.repeat(begun, group_size))
+        if self.plain:
+            self.prompt_length = np.append(self.prompt_length, length.numpy())
         self.n, self.groups = self.n + n, self.groups + b
         self._arrange()
 
@@ -162,6 +168,7 @@ class Rows:
         used = int(self.length.max(initial=0))
         self._move(keep, [t[:, :, :used] for pair in self.own for t in pair])
         self._move(groups, [t for pair in self.prompt for t in pair])
+        self.prompt_length = self.prompt_length[groups] if self.plain else self.prompt_length
         self.n, self.groups = len(keep), len(groups)
         self._arrange()
 
@@ -246,7 +253,8 @@ class Rows:
             at = (at[row] + runs.place).clamp_max(self.slots - 1)
         self.bias[row, self.prompt_slots + at] = 0.0
         bias = self.bias[:, None, : self.prompt_slots + used]
-        if runs is not None:  # a token sees none behind it; queries are padded to the longest run
+        if runs is not None and not self.plain:
+            # a token sees none behind it; queries are padded to the longest run
             seat = row * longest + runs.place
             last = first[:, None] + torch.arange(longest, device=at.device)
             behind = torch.arange(used, device=at.device) > last[..., None]
@@ -259,12 +267,30 @@ class Rows:
             if together:
                 keys[: self.size, :, used - 1], values[: self.size, :, used - 1] = k, v
             else:
-                keys[row, :, at], values[row, :, at] = k, v
+                keys[row, :, at], values[row, :, at] = k.to(keys.dtype), v.to(values.dtype)
             own = keys[: self.size, :, :used], values[: self.size, :, :used]
             shared = prompt[0][: self.shown], prompt[1][: self.shown]
-            x = tower.rest(layer, x, self._attend(q, shared, *own, bias, seat))
+            attended = (
+                self._attend_plainly(q, prompt, (keys, values))
+                if self.plain
+                else self._attend(q, shared, *own, bias, seat)
+            )
+            x = tower.rest(layer, x, attended)
         self.hidden.copy_(tower.normed(x if runs is None else x[runs.last], tower.norm))
         self.steps.add_(1 if runs is None else runs.gains)
+
+    def _attend_plainly(
+        self,
+        q: torch.Tensor,
+        prompt: tuple[torch.Tensor, torch.Tensor],
+        own: tuple[torch.Tensor, torch.Tensor],
+    ) -> torch.Tensor:
+        """As `_attend`, by the kernel for CPUs, which neither pads nor masks."""
+        bounds = np.append(0, np.broadcast_to(self.gains, self.n).cumsum())
+        group = np.searchsorted(self.group, np.arange(self.groups + 1))
+        before = np.minimum(self.length, self.slots) - self.gains
+        out = cached_attention(q, prompt, own, group, self.prompt_length, bounds, before)
+        return out.flatten(1).to(q.dtype)
 
     def _attend(
         self,

@@ -117,13 +117,14 @@ inline float soften(float* scores, int64_t n, int64_t limit) {
     return 1 / whole(sum);
 }
 
-// Where the rows first .. first + count of a sample lie in an array [tokens, heads, p.width], from its first
-// one.
+// Where the rows first .. first + count of a sample lie in an array [tokens, p.heads, p.width], from its
+// first one.
 struct Block {
     int count;
     int64_t at[ROWS], limit[ROWS];  // offset of each row, and how many keys it sees
 
-    Block(const attention_call& p, int64_t share, int64_t first, int64_t end, int64_t before) {
+    template <typename Call>
+    Block(const Call& p, int64_t share, int64_t first, int64_t end, int64_t before) {
         count = int(end - first < ROWS ? end - first : int64_t(ROWS));
         int64_t token = first / share, head = first % share;
         for (int r = 0; r < count; ++r) {
@@ -167,21 +168,27 @@ struct Sizes {
                 columns = n > columns ? n : columns;
             }
     }
+    explicit Sizes(const attention_cached_call& p)
+        : share(p.heads / p.kv_heads), width(up(p.width, W)), columns(0) {
+        for (int64_t g = 0; g < p.prompts; ++g)
+            for (int64_t r = p.group[g]; r < p.group[g + 1]; ++r) {
+                const int64_t n = up(p.length[g] + p.before[r] + p.bounds[r + 1] - p.bounds[r], TILE);
+                columns = n > columns ? n : columns;
+            }
+    }
     static int64_t prefix(const attention_call& p, int64_t g, int64_t s) {
         const int64_t first = p.group[g];
         return p.owned[g] && s > first ? p.bounds[first + 1] - p.bounds[first] : 0;
     }
 };
 
-// Rows `begin` to `end` of x [tokens, kv_heads, p.width], head k, at line `at` of plain [columns, width] and
-// of turned [width, columns]; either may be null.
-inline void pack(const attention_call& p, const Sizes& z, const float* x, int64_t k, int64_t begin,
-                 int64_t end, int64_t at, float* plain, float* turned) {
-    const float* from = x + (begin * p.kv_heads + k) * p.width;
-    const int64_t step = p.kv_heads * p.width, n = end - begin;
+// n rows of `own` floats, `step` apart, at line `at` of plain [z.columns, z.width] and of turned
+// [z.width, z.columns]; either may be null.
+inline void pack(const Sizes& z, const float* from, int64_t step, int64_t own, int64_t n, int64_t at,
+                 float* plain, float* turned) {
     if (plain)
         for (int64_t t = 0; t < n; ++t)
-            over_channels<float>(p.width, [&](int64_t d, auto w) {
+            over_channels<float>(own, [&](int64_t d, auto w) {
                 Float::store(plain + (at + t) * z.width + d, load<float>(from + t * step + d, w));
             });
     if (turned) {
@@ -191,14 +198,41 @@ inline void pack(const attention_call& p, const Sizes& z, const float* x, int64_
             _mm512_mullo_epi32(_mm512_set1_epi32(int(step)),
                                _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
         for (; t + W <= n; t += W)
-            for (int64_t d = 0; d < p.width; ++d)
+            for (int64_t d = 0; d < own; ++d)
                 Float::store(turned + d * z.columns + at + t,
                              _mm512_i32gather_ps(steps, from + t * step + d, 4));
 #endif
         for (; t < n; ++t)
-            for (int64_t d = 0; d < p.width; ++d) turned[d * z.columns + at + t] = from[t * step + d];
-        for (int64_t d = p.width; d < z.width; ++d)
+            for (int64_t d = 0; d < own; ++d) turned[d * z.columns + at + t] = from[t * step + d];
+        for (int64_t d = own; d < z.width; ++d)
             for (t = 0; t < n; ++t) turned[d * z.columns + at + t] = 0;
+    }
+}
+
+// Rows `begin` to `end` of x [tokens, kv_heads, p.width], head k.
+inline void pack(const attention_call& p, const Sizes& z, const float* x, int64_t k, int64_t begin,
+                 int64_t end, int64_t at, float* plain, float* turned) {
+    pack(z, x + (begin * p.kv_heads + k) * p.width, p.kv_heads * p.width, p.width, end - begin, at, plain,
+         turned);
+}
+
+// What `tokens` queries at `query` of key head k give, when the first sees `before` keys and its own.
+template <typename Call>
+inline void answer(const Call& p, const Sizes& z, const float* query, float* out, int64_t tokens,
+                   int64_t before, const float* keys, const float* values, float* room) {
+    const int64_t width = z.width, columns = z.columns;
+    float *scores = room, *rows = scores + ROWS * columns, *mixed = rows + ROWS * width;
+    for (int64_t first = 0; first < tokens * z.share; first += ROWS) {
+        const Block b(p, z.share, first, tokens * z.share, before);
+        const int64_t limit = b.last();
+        gather(query, b, p.width, width, p.scale, rows);
+        products(rows, keys, scores, width, limit, columns);
+        float part[ROWS];
+        for (int r = 0; r < ROWS; ++r) part[r] = soften(scores + r * columns, b.limit[r], limit);
+#define MIX(N) mix<N>(scores, values + d, mixed + d, width, limit, columns)
+        OVER_WIDTH(MIX)
+#undef MIX
+        scatter(mixed, b, p.width, width, part, out);
     }
 }
 
@@ -214,26 +248,42 @@ const char* forward(const attention_call& p) {
         const int64_t g = task / p.kv_heads, k = task % p.kv_heads;
         float* keys = all + thread * (vector::Memory::size<float>(floats) / int64_t(sizeof(float)));
         float* values = keys + width * columns;
-        float* scores = values + width * columns;
-        float *rows = scores + ROWS * columns, *mixed = rows + ROWS * width;
+        float* room = values + width * columns;
         for (int64_t s = p.group[g]; s < p.group[g + 1]; ++s) {
             const int64_t begin = p.bounds[s], n = p.bounds[s + 1] - begin, before = Sizes::prefix(p, g, s);
             pack(p, z, p.key, k, begin, begin + n, before, nullptr, keys);
             pack(p, z, p.value, k, begin, begin + n, before, values, nullptr);
-            const float* query = p.query + (begin * p.heads + k * z.share) * p.width;
-            float* out = p.out + (begin * p.heads + k * z.share) * p.width;
-            for (int64_t first = 0; first < n * z.share; first += ROWS) {
-                const Block b(p, z.share, first, n * z.share, before);
-                const int64_t limit = b.last();
-                gather(query, b, p.width, width, p.scale, rows);
-                products(rows, keys, scores, width, limit, columns);
-                float part[ROWS];
-                for (int r = 0; r < ROWS; ++r) part[r] = soften(scores + r * columns, b.limit[r], limit);
-#define MIX(N) mix<N>(scores, values + d, mixed + d, width, limit, columns)
-                OVER_WIDTH(MIX)
-#undef MIX
-                scatter(mixed, b, p.width, width, part, out);
-            }
+            const int64_t corner = (begin * p.heads + k * z.share) * p.width;
+            answer(p, z, p.query + corner, p.out + corner, n, before, keys, values, room);
+        }
+    });
+    return nullptr;
+}
+
+const char* cached(const attention_cached_call& p) {
+    const Sizes z(p);
+    const int64_t width = z.width, columns = z.columns;
+    const int64_t floats = 2 * width * columns + ROWS * columns + 2 * ROWS * width;
+    const int threads = p.threads > 1 ? p.threads : 1;
+    vector::Memory memory(threads * vector::Memory::size<float>(floats));
+    if (!memory) return "not enough memory";
+    float* all = memory.take<float>(0);
+    vector::in_parallel(threads, p.prompts * p.kv_heads, [&](int64_t task, int thread) {
+        const int64_t g = task / p.kv_heads, k = task % p.kv_heads, length = p.length[g];
+        if (p.group[g] == p.group[g + 1]) return;  // Sizes has no place for a prompt without rows
+        float* keys = all + thread * (vector::Memory::size<float>(floats) / int64_t(sizeof(float)));
+        float* values = keys + width * columns;
+        float* room = values + width * columns;
+        const int64_t prompt = task * p.prompt_slots * p.width;
+        pack(z, p.prompt_key + prompt, p.width, p.width, length, 0, nullptr, keys);
+        pack(z, p.prompt_value + prompt, p.width, p.width, length, 0, values, nullptr);
+        for (int64_t r = p.group[g]; r < p.group[g + 1]; ++r) {
+            const int64_t begin = p.bounds[r], n = p.bounds[r + 1] - begin, before = p.before[r];
+            const int64_t own = (r * p.kv_heads + k) * p.own_slots * p.width;
+            pack(z, p.own_key + own, p.width, p.width, before + n, length, nullptr, keys);
+            pack(z, p.own_value + own, p.width, p.width, before + n, length, values, nullptr);
+            const int64_t corner = (begin * p.heads + k * z.share) * p.width;
+            answer(p, z, p.query + corner, p.out + corner, n, length + before, keys, values, room);
         }
     });
     return nullptr;
@@ -330,6 +380,7 @@ const char* backward(const attention_call& p) {
 const Table table = {
     [](const attention_call* p) { return forward(*p); },
     [](const attention_call* p) { return backward(*p); },
+    [](const attention_cached_call* p) { return cached(*p); },
 };
 
 }  // namespace catmllm::attention::VECTOR_SET

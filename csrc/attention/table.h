@@ -8,6 +8,7 @@ namespace catmllm::attention {
 
 struct Table {
     decltype(&attention_forward) forward, backward;
+    decltype(&attention_cached) cached;
 };
 VECTOR_SETS(Table)
 
