@@ -10,12 +10,12 @@ each trainer's own clock), in float32 unless it says otherwise:
   with short and with long prompts;
 - update: the third stage's update of the head, from hidden states kept or recomputed,
   compared with a full-model update;
-- grammar: tokens per second with and without the CIF-aware mask;
+- grammar: answers per second of the model in the package, under the grammar and without it;
 - scaling: seconds and peak memory of an update against answer length and group size;
 - overlap: a GRPO step whose answers a service samples on a core of its own, beside the update
   (`staleness: 1`) and before it, compared with the longer of both and with one process on both cores.
-Every answer has exactly the given length (the end token is disabled on both sides); under the grammar, at
-most. The peers run with eager attention and with SDPA, and the faster one counts.
+But for `grammar`, every answer has exactly the given length (the end token is disabled on both sides). The
+peers run with eager attention and with SDPA, and the faster one counts.
 """
 
 from __future__ import annotations
@@ -43,12 +43,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench import record  # first: it decides whose packages are measured
+from catmllm.cli.trained import load_to_read
 from catmllm.config import Config, SamplingConfig
 from catmllm.data.open import open_data
 from catmllm.data.prompts import Sample, cif_prompt
+from catmllm.models import SHIPPED
 from catmllm.models.build import new_model
 from catmllm.models.catalytic_mllm import CatalyticMLLM
-from catmllm.sample.answers import Rollout
+from catmllm.sample.answers import Rollout, answer_limits
 from catmllm.sample.engine import RolloutEngine
 from catmllm.sample.grammar import answer_pattern, grammar_of
 from catmllm.sample.packed import rollout_batch
@@ -59,7 +61,7 @@ from catmllm.structure.text import three_part_text
 from catmllm.train.loop import train
 from catmllm.train.metrics import read_log
 from catmllm.train.stage import Context
-from catmllm.world import start
+from catmllm.world import DTYPES, start
 from catmllm_kernels.linear_logprob import linear_logprobs
 from rewards_fast import PVCP
 
@@ -90,7 +92,7 @@ def main() -> None:
     config = bench_config(size)
     systems = open_data()["train"]
     model, collate = new_model(config, systems)
-    end, collate.end_id = collate.end_id, -7  # never sampled: every answer has the full length
+    collate.end_id = -7  # never sampled: every answer has the full length
     claims: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         world = start(config)
@@ -111,7 +113,7 @@ def main() -> None:
         if "update" in parts:
             claims += update(model, collate, systems, size)
         if "grammar" in parts:
-            claims += grammar(model, collate, systems, size, end)
+            claims += grammar(size)
         if "scaling" in parts:
             rows = scaling(model, collate, systems, size)
             claims += rows
@@ -473,41 +475,45 @@ def update(model: Any, collate: Any, systems: list, size: Size) -> list[dict[str
     return [record.claim("head_update", says, "s of processor time", cases, size.conditions())]
 
 
-def grammar(model: Any, collate: Any, systems: list, size: Size, end: int) -> list[dict[str, Any]]:
-    """Sampling speed without and with the mask, which builds its tables at first and finds them later.
-
-    The mask needs the end token, so an answer may be shorter than the rest of this bench's;
-    rates count what was sampled.
-    """
-    asked = systems[: size.prompts]
+def grammar(size: Size) -> list[dict[str, Any]]:
+    """Whole answers of the model in the package to prompts of test systems, with the grammar and without. The
+    grammar builds its tables at first and finds them later."""
+    model, collate, config = load_to_read(SHIPPED)
+    asked = open_data(config.data)["test"][:: 4 if size.prompts > 4 else 64]
     prompts = [Sample(cif_prompt(s.identity)) for s in asked]
     patterns = [answer_pattern(s.identity, s.target, False, collate.data, collate.templates) for s in asked]
-    params = SamplingConfig(temperature=1.0, top_p=0.95, max_new_tokens=size.tokens)
-    plain = collate.end_id
-    collate.end_id = end
-    grammar_of.cache_clear()
-    engine = RolloutEngine(model, collate)
+    limits = answer_limits(collate, config.evaluate.sampling, [(s.identity, s.target) for s in asked])
+    engine = RolloutEngine(model, collate, DTYPES[config.precision])
+    group, tokens = 8, dict[str, list[float]]()
 
-    def rate(made: Any, seed: int) -> float:
-        began = time.perf_counter()
-        rollouts = engine.generate(prompts, params, [seed], 16, patterns=made)
-        return sum(len(r.ids) for r in rollouts) / (time.perf_counter() - began)
-
-    rate(None, 0)
-    first = rate(patterns, 0)
-    free, masked = zip(*((rate(None, k), rate(patterns, k)) for k in range(1, size.repeats + 1)))
-    collate.end_id = plain
-    cases = {"first call": {"grammar": [first], "free": free}, "later": {"grammar": masked, "free": free}}
-    return [
-        record.claim(
-            "grammar",
-            "sampling under the grammar compared with free sampling",
-            "tokens per second",
-            cases,
-            size.conditions() | {"samples per prompt": 16},
-            less_is_better=False,
+    def rate(who: str, made: Any, seed: int) -> float:
+        began = time.process_time()
+        rollouts = engine.generate(
+            prompts, config.evaluate.sampling, [seed], group, patterns=made, limits=limits
         )
-    ]
+        took = time.process_time() - began
+        tokens.setdefault(who, []).append(statistics.mean(len(r.ids) for r in rollouts))
+        return len(rollouts) / took
+
+    grammar_of.cache_clear()
+    rate("free", None, 0)
+    first = rate("grammar", patterns, 0)
+    turns = range(1, size.repeats + 1)
+    free, masked = zip(*((rate("free", None, k), rate("grammar", patterns, k)) for k in turns))
+    cases = {"first call": {"grammar": [first], "free": free}, "later": {"grammar": masked, "free": free}}
+    o = config.evaluate.sampling
+    about = {
+        "model": "that of the package",
+        "precision": config.precision,
+        "prompts": len(prompts),
+        "samples per prompt": group,
+        "temperature, top-p": [o.temperature, o.top_p],
+        "tokens per answer": {who: statistics.mean(n) for who, n in tokens.items()},
+        "turns": size.repeats,
+        "threads": 1,
+    }
+    says = "sampling under the grammar compared with free sampling"
+    return [record.claim("grammar", says, "answers per CPU-second", cases, about, less_is_better=False)]
 
 
 def scaling(model: Any, collate: Any, systems: list, size: Size) -> list[dict[str, Any]]:
