@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import re
 import statistics
 import sys
@@ -18,9 +19,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench import record
+from catmllm.evaluate.metrics import bootstrap_interval
 from catmllm.report.summary import CONTROLS, METHOD_NAMES, sampled_tasks, wilson_interval
+from catmllm.study.compare import over_seeds
 
 PAGES = ("README.md", "docs")
 BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- /figures -->)", re.DOTALL)
@@ -685,13 +690,80 @@ def tiny_free() -> str:
     return table([head, *(f"{n} predictions" if n > 1 else "one" for n in design["budgets"])], rows)
 
 
+# Five cells of `make run` -----------------------------------------------------------------------------------
+
+
+def spread() -> str:
+    """Each split's errors, successes and free answers, and their mean and deviation."""
+    one = newest("spread")
+    about, rows = one["conditions"], []
+
+    def add(what: str, values: Sequence[float], form: str) -> None:
+        deviation = f"{statistics.mean(values):{form}} ± {statistics.stdev(values):{form}}"
+        rows.append([what, *(f"{v:{form}}" for v in values), deviation])
+
+    for shown, by in about["errors"].items():
+        for who, errors in by.items():
+            add(f"MAE (eV) from {shown}" if who == "model" else who, errors, ".3f")
+    for kind, of in (("fixed", "fixed compositions"), ("free", "free metals")):
+        found = about["tasks"][kind]
+        for method in ("search", "enumeration", "analogues"):
+            rates = [100 * _outcomes(cell).mean(0) for cell in found["judge"][method]]
+            for k in (0, -1):
+                n = found["budgets"][k]
+                add(f"{of}, {METHOD_NAMES[method]}, {n} (%)", [rate[k] for rate in rates], ".0f")
+    for stage in ("instruct", "grpo", "ga_grpo"):
+        for name, shares in about["failures"][f"{stage}, free"].items():
+            add(f"free policy after `{stage}`, {name} (%)", [100 * x for x in shares], ".1f")
+    head = ["split and seed", *map(str, about["splits"]), "mean ± sd"]
+    return table(head, rows) + f"\n\n{source(one)}"
+
+
+def spread_curves() -> str:
+    """Success over the number of predictions, and what the closed loop has more, with both intervals."""
+    found = newest("spread")["conditions"]["tasks"]
+    budgets = found["fixed"]["budgets"]
+    rates, more = [], []
+    for kind, of in (("fixed", "fixed"), ("free", "free")):
+        surfaces = [f"{k} {s}" for k, cell in enumerate(found[kind]["surfaces"]) for s in cell]
+        by = {m: [_outcomes(cell) for cell in cells] for m, cells in found[kind]["judge"].items()}
+        for method, cells in by.items():
+            each = np.array([100 * cell.mean(0) for cell in cells])
+            means = [f"{a:.0f} ± {b:.0f}" for a, b in zip(each.mean(0), each.std(0, ddof=1))]
+            rates.append([f"{of}: {METHOD_NAMES[method]}", *means])
+            if method == "search":
+                continue
+            differences = [100 * (ours - theirs) for ours, theirs in zip(by["search"], cells)]
+            row = [f"{of}: {METHOD_NAMES[method]}"]
+            for k in range(len(budgets)):
+                low, high = bootstrap_interval(np.concatenate(differences)[:, k], groups=surfaces)
+                ends = over_seeds([d[:, k].mean() for d in differences]) or (math.nan, math.nan)
+                mean = np.mean([d[:, k].mean() for d in differences])
+                said = f"{mean:+.0f} ({low:.0f} to {high:.0f}; {ends[0]:.0f} to {ends[1]:.0f})"
+                holds = min(low, ends[0]) > 0 or max(high, ends[1]) < 0
+                row.append(f"**{said}**" if holds else said)
+            more.append(row)
+    head = [str(n) for n in budgets]
+    return (
+        table(["tasks within 0.25 eV by DIEP (%), mean ± sd over cells", *head], rates)
+        + "\n\n"
+        + table(["the closed loop has more, in points (over surfaces; over cells)", *head], more)
+    )
+
+
+def _outcomes(cell: str) -> np.ndarray:
+    """[tasks, budgets] of 1 and 0, from a digit each number of predictions, a word each task."""
+    return np.array([[int(digit) for digit in word] for word in cell.split()], float)
+
+
 FIGURES: dict[str, Callable[[], str]] = {
     made.__name__: made
     for made in (peers, reward_sentence, reward, reward_threads, encoder_speed, encoder_kept, encoder_counts,
                  data_text, data_pictures, labels, labels_published, data_command, loader, rl, scale,
                  rl_scaling, rl_seeds, rl_overlap, rl_staleness, judge, server, server_soak, plan,
                  scale_tasks,
-                 tiny_run, tiny_energies, closed_form, texts, tiny_cifs, tiny_designs, tiny_free)
+                 tiny_run, tiny_energies, closed_form, texts, tiny_cifs, tiny_designs, tiny_free,
+                 spread, spread_curves)
 }  # fmt: skip
 
 
