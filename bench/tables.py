@@ -748,17 +748,17 @@ def spread_curves() -> str:
     found = newest("spread")["conditions"]["tasks"]
     budgets = found["fixed"]["budgets"]
     rates, more = [], []
-    for kind, of in (("fixed", "fixed"), ("free", "free")):
+    for kind in ("fixed", "free"):
         surfaces = [f"{k} {s}" for k, cell in enumerate(found[kind]["surfaces"]) for s in cell]
         by = {m: [_outcomes(cell) for cell in cells] for m, cells in found[kind]["judge"].items()}
         for method, cells in by.items():
             each = np.array([100 * cell.mean(0) for cell in cells])
             means = [f"{a:.0f} ± {b:.0f}" for a, b in zip(each.mean(0), each.std(0, ddof=1))]
-            rates.append([f"{of}: {METHOD_NAMES[method]}", *means])
+            rates.append([f"{kind}: {METHOD_NAMES[method]}", *means])
             if method == "search":
                 continue
             differences = [100 * (ours - theirs) for ours, theirs in zip(by["search"], cells)]
-            row = [f"{of}: {METHOD_NAMES[method]}"]
+            row = [f"{kind}: {METHOD_NAMES[method]}"]
             for k in range(len(budgets)):
                 low, high = bootstrap_interval(np.concatenate(differences)[:, k], groups=surfaces)
                 ends = over_seeds([d[:, k].mean() for d in differences]) or (math.nan, math.nan)
@@ -769,7 +769,9 @@ def spread_curves() -> str:
             more.append(row)
     head = [str(n) for n in budgets]
     return (
-        table(["tasks within 0.25 eV by DIEP (%), mean ± sd over cells", *head], rates)
+        table(
+            [f"tasks within {found['fixed']['tolerance']} eV by DIEP (%), mean ± sd over cells", *head], rates
+        )
         + "\n\n"
         + table(["the closed loop has more, in points (over surfaces; over cells)", *head], more)
     )

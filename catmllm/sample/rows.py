@@ -10,7 +10,7 @@ that nothing of a pass has to be asked of the device.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import NamedTuple
 
@@ -24,6 +24,10 @@ from catmllm_kernels.varlen_attention.cached import cached_attention, fits
 
 CACHE_STEP = 64  # slots of the caches that come into use at once
 BUCKETS = (8, 16, 32, 64, 96, 128, 192, 256)  # rows of a steady batch, and then every 128
+
+
+Cache = tuple[torch.Tensor, torch.Tensor]  # keys and values of a layer
+Attend = Callable[[torch.Tensor, Cache, Cache], torch.Tensor]  # queries, the prompts' cache, the rows' own
 
 
 class Runs(NamedTuple):
@@ -245,21 +249,12 @@ class Rows:
     def _pass(self, runs: Runs | None, used: int, together: bool) -> None:
         """The tower over the tokens that rows gain, which see the first `used` slots of their own;
         `together`: each row writes the last of these."""
-        tower, row, longest = self.tower, self._numbers[: self.size], 1
-        at, seat, token = torch.where(self.ended, 0, self.steps - self.begun), None, self.token
-        first = at
+        tower, row, token = self.tower, self._numbers[: self.size], self.token
+        at = first = torch.where(self.ended, 0, self.steps - self.begun)
         if runs is not None:
-            row, longest, token = runs.row, runs.longest, runs.token
-            at = (at[row] + runs.place).clamp_max(self.slots - 1)
-        self.bias[row, self.prompt_slots + at] = 0.0
-        bias = self.bias[:, None, : self.prompt_slots + used]
-        if runs is not None and not self.plain:
-            # a token sees none behind it; queries are padded to the longest run
-            seat = row * longest + runs.place
-            last = first[:, None] + torch.arange(longest, device=at.device)
-            behind = torch.arange(used, device=at.device) > last[..., None]
-            bias = bias.repeat(1, longest, 1)
-            bias[..., self.prompt_slots :].masked_fill_(behind, -torch.inf)
+            row, token = runs.row, runs.token
+            at = (first[row] + runs.place).clamp_max(self.slots - 1)
+        attend = self._by_caches() if self.plain else self._by_masks(runs, row, at, first, used)
         cos, sin = tower.rotary((self.begin[row] + at)[:, None])
         x = F.embedding(token, tower.embedding)
         for layer, prompt, (keys, values) in zip(tower.layers, self.prompt, self.own):
@@ -268,29 +263,43 @@ class Rows:
                 keys[: self.size, :, used - 1], values[: self.size, :, used - 1] = k, v
             else:
                 keys[row, :, at], values[row, :, at] = k.to(keys.dtype), v.to(values.dtype)
-            own = keys[: self.size, :, :used], values[: self.size, :, :used]
-            shared = prompt[0][: self.shown], prompt[1][: self.shown]
-            attended = (
-                self._attend_plainly(q, prompt, (keys, values))
-                if self.plain
-                else self._attend(q, shared, *own, bias, seat)
-            )
-            x = tower.rest(layer, x, attended)
+            x = tower.rest(layer, x, attend(q, prompt, (keys, values)))
         self.hidden.copy_(tower.normed(x if runs is None else x[runs.last], tower.norm))
         self.steps.add_(1 if runs is None else runs.gains)
 
-    def _attend_plainly(
-        self,
-        q: torch.Tensor,
-        prompt: tuple[torch.Tensor, torch.Tensor],
-        own: tuple[torch.Tensor, torch.Tensor],
-    ) -> torch.Tensor:
-        """As `_attend`, by the kernel for CPUs, which neither pads nor masks."""
+    def _by_caches(self) -> Attend:
+        """Attention of a pass by the kernel for CPUs, which neither pads nor masks."""
         bounds = np.append(0, np.broadcast_to(self.gains, self.n).cumsum())
         group = np.searchsorted(self.group, np.arange(self.groups + 1))
         before = np.minimum(self.length, self.slots) - self.gains
-        out = cached_attention(q, prompt, own, group, self.prompt_length, bounds, before)
-        return out.flatten(1).to(q.dtype)
+
+        def attend(q: torch.Tensor, prompt: Cache, own: Cache) -> torch.Tensor:
+            out = cached_attention(q, prompt, own, group, self.prompt_length, bounds, before)
+            return out.flatten(1).to(q.dtype)
+
+        return attend
+
+    def _by_masks(
+        self, runs: Runs | None, row: torch.Tensor, at: torch.Tensor, first: torch.Tensor, used: int
+    ) -> Attend:
+        """Attention of a pass by torch's products: a token sees none behind it, and queries are padded to the
+        longest run. row, at: of each token its row and its place among that one's own; first: the place of
+        each row's first."""
+        self.bias[row, self.prompt_slots + at] = 0.0
+        bias, seat = self.bias[:, None, : self.prompt_slots + used], None
+        if runs is not None:
+            seat = row * runs.longest + runs.place
+            last = first[:, None] + torch.arange(runs.longest, device=at.device)
+            behind = torch.arange(used, device=at.device) > last[..., None]
+            bias = bias.repeat(1, runs.longest, 1)
+            bias[..., self.prompt_slots :].masked_fill_(behind, -torch.inf)
+
+        def attend(q: torch.Tensor, prompt: Cache, own: Cache) -> torch.Tensor:
+            shared = prompt[0][: self.shown], prompt[1][: self.shown]
+            keys, values = (x[: self.size, :, :used] for x in own)
+            return self._attend(q, shared, keys, values, bias, seat)
+
+        return attend
 
     def _attend(
         self,

@@ -9,10 +9,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from catmllm_kernels import native
 from catmllm_kernels.varlen_attention.cached import cached_attention, fits
 
-pytestmark = pytest.mark.skipif(bool(native.unfit("attention")), reason=native.unfit("attention"))
 UNIT = 2.0**-24
 Rows = list[list[tuple[int, int]]]  # of each prompt: own tokens of a row, and how many of the newest ask
 
