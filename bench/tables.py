@@ -10,6 +10,7 @@ NAME is a function of this file.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import re
@@ -22,7 +23,7 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from bench import record
+from bench import record, studies
 from catmllm.evaluate.metrics import bootstrap_interval
 from catmllm.report.summary import CONTROLS, METHOD_NAMES, sampled_tasks, wilson_interval
 from catmllm.study.compare import over_seeds
@@ -782,6 +783,54 @@ def _outcomes(cell: str) -> np.ndarray:
     return np.array([[int(digit) for digit in word] for word in cell.split()], float)
 
 
+# Studies ----------------------------------------------------------------------------------------------------
+
+
+def of_study(name: str) -> str:
+    """What each cell measured, and how far it is from another, with both intervals."""
+    path = studies.RESULTS / f"{name}.json"
+    if not path.exists():
+        raise Missing(f"studies/{name}")
+    said = json.loads(path.read_text(encoding="utf-8"))
+    rows = studies.shown(name, said)
+    cells = dict.fromkeys(cell for row in rows.values() for cell in row)
+    means = [[cell, *(_of_cell(what, row.get(cell)) for what, row in rows.items())] for cell in cells]
+    more = []
+    for cell in cells:
+        of = [row[cell] for row in rows.values() if "more" in row.get(cell, {})]
+        if of:
+            base = of[0].get("base", next(iter(cells)))
+            more.append([f"{cell} − {base}", *(_more(what, row.get(cell)) for what, row in rows.items())])
+    hours = said["hours"]
+    about = f"*{said['conditions']}; {hours['taken']:.1f} CPU hours, {hours['expected']} were expected.*"
+    lines = [
+        table([f"mean ± sd over {len(said['seeds'])} seeds", *rows], means),
+        *([table(["difference (over surfaces; over seeds)", *rows], more)] if more else []),
+        f"![{name}](studies/{name}.png)",
+        about,
+    ]
+    return "\n\n".join(lines)
+
+
+def _of_cell(what: str, cell: Record | None) -> str:
+    if cell is None:
+        return "–"
+    scale, form = (100, ".1f") if what.endswith("%") else (1, ".3f")
+    sd = "" if cell["sd"] is None else f" ± {scale * cell['sd']:{form}}"
+    return f"{scale * cell['mean']:{form}}{sd}"
+
+
+def _more(what: str, cell: Record | None) -> str:
+    """A difference, bold where it holds, else with the number of seeds that one of its size would need."""
+    if cell is None or "more" not in cell:
+        return "–"
+    scale, form = (100, "+.1f") if what.endswith("%") else (1, "+.3f")
+    a, b, c, d = (f"{scale * x:{form}}" for x in (*cell["more_interval"], *cell["more_over_seeds"]))
+    words = f"{scale * cell['more']:{form}} ({a} to {b}; {c} to {d})"
+    needed = cell["seeds_needed"]
+    return f"**{words}**" if cell["separate"] else f"{words} [{needed or 'over 1,000'}]"
+
+
 FIGURES: dict[str, Callable[[], str]] = {
     made.__name__: made
     for made in (peers, reward_sentence, reward, reward_threads, encoder_speed, encoder_kept, encoder_counts,
@@ -790,7 +839,7 @@ FIGURES: dict[str, Callable[[], str]] = {
                  scale_tasks,
                  tiny_run, tiny_energies, closed_form, wide, texts, tiny_cifs, tiny_designs, tiny_free,
                  spread, spread_curves)
-}  # fmt: skip
+} | {f"study_{name}": functools.partial(of_study, name) for name in studies.SHOWN}  # fmt: skip
 
 
 if __name__ == "__main__":

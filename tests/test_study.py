@@ -98,6 +98,15 @@ def test_cells_are_compared_seed_by_seed(file: Path, tmp_path: Path) -> None:
     assert "the difference holds" in page and "<svg" in page and "encoder.lr" in page
 
 
+def test_cross_entropy_is_that_of_the_end_of_training(tmp_path: Path) -> None:
+    (tmp_path / "joint").mkdir()
+    rows = [{"step": k, "cross_entropy": float(k)} for k in range(10)] + [{"step": 9}]
+    (tmp_path / "joint" / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tree = to_dict(from_arguments(["tiny/pipeline.yaml", "stages=[encoder,joint]"]))
+    found = values_of({"config": tree, "property": {}}, tmp_path)
+    assert found == {"joint: cross-entropy in training": ([8.5], [""])}  # the last two of ten
+
+
 def test_a_cell_is_set_against_another_and_takes_what_it_left(file: Path, tmp_path: Path) -> None:
     third = "  best: {ga_grpo.predictor: '{runs}/better/joint'}\nagainst: {best: better}\nseeds:"
     text = file.read_text().replace("seeds:", third)

@@ -36,7 +36,24 @@ MOST_SEEDS = 1000
 def values_of(metrics: Metrics, folder: Path) -> dict[str, Values]:
     """Of one finished run: each measured thing, by system, answer or task, with (bulk, facet) of each. What
     is one number of a whole run is of the pair ""."""
-    return _property(metrics) | _missing(metrics) | _generation(metrics, folder) | _designs(metrics)
+    return (
+        _property(metrics)
+        | _cross_entropy(metrics, folder)
+        | _missing(metrics)
+        | _generation(metrics, folder)
+        | _designs(metrics)
+    )
+
+
+def _cross_entropy(metrics: Metrics, folder: Path) -> dict[str, Values]:
+    """Of the answers in the last fifth of a supervised stage's training. Cells of a seed that ask for the same
+    samples read the same ones."""
+    found: dict[str, Values] = {}
+    for stage in metrics["config"]["stages"]:
+        said = [r["cross_entropy"] for r in read_log(folder / stage / "log.jsonl") if "cross_entropy" in r]
+        if last := said[-(len(said) // 5 or 1) :]:
+            found[f"{stage}: cross-entropy in training"] = [float(np.mean(last))], [""]
+    return found
 
 
 def _missing(metrics: Metrics) -> dict[str, Values]:

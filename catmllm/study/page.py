@@ -18,8 +18,6 @@ from catmllm.report.summary import Table, conditions
 from catmllm.study.cells import Axis, Runner, Study, read, run_all, trainer
 from catmllm.study.compare import HEADER, cells_of, compared, sentences, table, values_of
 
-_COLUMNS = 3
-
 
 def study(
     path: Path,
@@ -49,6 +47,9 @@ def study(
         "asks": asked.asks,
         "seeds": list(asked.seeds),
         "conditions": conditions(next(iter(records.values()))[0]),
+        "commits": sorted(
+            {str(m.get("machine", {}).get("commit")) for each in records.values() for m in each}
+        ),
         "rows": rows,
         "sentences": sentences(rows),
         "hours": {"expected": asked.hours, "taken": hours_taken(asked, out, records)},
@@ -81,14 +82,21 @@ def hours_taken(asked: Study, out: Path, records: Mapping[str, Sequence[dict[str
     return round(asked.ranks * sum(sum(m.get("seconds", {}).values()) for m in every) / 3600, 3)
 
 
+def _grid(n: int) -> tuple[int, int]:
+    """Lines and columns of n panels: at most three beside each other, four as a square."""
+    columns = 2 if n == 4 else min(3, n)
+    return -(-n // columns), columns
+
+
 def size(rows: Mapping[str, Any]) -> tuple[float, float]:
     """Of the figure, in inches."""
-    return 3.6 * min(_COLUMNS, len(rows)), 2.7 * -(-len(rows) // _COLUMNS)
+    lines, columns = _grid(len(rows))
+    return 3.6 * columns, 2.7 * lines
 
 
 def draw(figure: Figure, rows: Mapping[str, Any], axis: Axis | None) -> None:
     """A panel for each measured thing: means with their intervals, a dot a seed."""
-    panels = figure.subplots(-(-len(rows) // _COLUMNS), min(_COLUMNS, len(rows)), squeeze=False).ravel()
+    panels = figure.subplots(*_grid(len(rows)), squeeze=False).ravel()
     for axes, (what, row) in zip(panels, rows.items()):
         _panel(axes, row, axis)
         axes.set_title(what, fontsize=8)

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from bench import record, tables
+from bench import record, studies, tables
+from catmllm.study.cells import read
 
 ROOT = Path(__file__).parents[2]
 RECORDS = {p.name: json.loads(p.read_text()) for p in sorted((ROOT / "bench" / "results").glob("*.json"))}
 RUN = RECORDS.pop("tiny_pipeline.json")  # the metrics of a run, as catmllm writes them
+STUDIES = {p.stem: json.loads(p.read_text()) for p in sorted(studies.RESULTS.glob("*.json"))}
 KEYS = {"claim", "says", "unit", "better", "value", "peer", "ratio", "spread", "conditions"}
 KEYS |= {"command", "quick", "commit", "dirty", "date", "versions", "processor", "load"}
 
@@ -80,6 +82,7 @@ def test_commits_are_in_the_history() -> None:
     named = {name: one["commit"] for name, one in RECORDS.items() if one["commit"]}
     named |= {"tiny_pipeline.json": RUN["machine"]["commit"]}
     named |= {f"rl_seeds.json: {k}": c for k, c in RECORDS["rl_seeds.json"]["conditions"]["commits"].items()}
+    named |= {f"studies/{name}.json: {c}": c for name, said in STUDIES.items() for c in said["commits"]}
     lost = missing_commits(named)
     if lost and git("rev-parse", "--is-shallow-repository").stdout.strip() == "true":
         pytest.skip(f"a shallow clone lacks the commits of {', '.join(lost)}: they were not checked")
@@ -102,6 +105,46 @@ def test_no_page_names_a_file_that_went() -> None:
     """Figures once lay in text files."""
     for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
         assert not re.search(r"bench/results/\w+\.txt", page.read_text(encoding="utf-8")), page
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_study_has_its_rows_and_its_picture(name: str) -> None:
+    said = STUDIES[name]
+    path = studies.RESULTS / f"{name}.json"
+    assert path.read_text(encoding="utf-8") == record.layout(record.rounded(said)) + "\n"
+    rows = studies.shown(name, said)
+    asked = read(ROOT / "configs" / "studies" / f"{name}.yaml")
+    assert {cell for row in rows.values() for cell in row} == set(asked.cells)
+    assert [tuple(pair) for pair in said["seeds"]] == list(asked.seeds)
+    assert (studies.PICTURES / f"{name}.png").stat().st_size > 5000
+
+
+def test_a_study_is_kept(tmp_path: Path) -> None:
+    cell = {"mean": 0.2, "sd": 0.01, "each": [0.19, 0.21], "interval": [0.18, 0.22]}
+    other = cell | {"more": 0.1234567, "more_interval": [0.1, 0.14], "more_over_seeds": [-0.01, 0.25],
+                    "separate": False, "seeds_needed": 4}  # fmt: skip
+    rows = {row: {"none": cell, "all of B": other} for row in studies.SHOWN["inverse_helps"]}
+    said = {"study": "x", "sentences": [], "rows": rows | {"of no page": {}}, "commits": ["abc"]}
+    (folder := tmp_path / "inverse_helps").mkdir()
+    (folder / "study.json").write_text(json.dumps(said))
+    studies.keep(folder, tmp_path / "results", tmp_path / "pictures")
+    kept = json.loads((tmp_path / "results" / "inverse_helps.json").read_text())
+    assert set(kept) == {"rows", "commits"} and set(kept["rows"]) == set(said["rows"])
+    assert kept["rows"]["joint: test error, eV"]["all of B"]["more"] == 0.1235
+    assert (tmp_path / "pictures" / "inverse_helps.png").stat().st_size > 5000
+    with pytest.raises(SystemExit, match="no study 'other' stands in SHOWN"):
+        studies.keep(tmp_path / "other")
+
+
+def test_a_difference_is_bold_where_it_holds() -> None:
+    cell = {"more": 0.1234, "more_interval": [0.1, 0.14], "more_over_seeds": [0.02, 0.23], "separate": True}
+    assert (
+        tables._more("errors, eV", cell | {"seeds_needed": 3})
+        == "**+0.123 (+0.100 to +0.140; +0.020 to +0.230)**"
+    )
+    open_ = cell | {"separate": False, "more_over_seeds": [-0.02, 0.27], "seeds_needed": None}
+    assert tables._more("PF, %", open_) == "+12.3 (+10.0 to +14.0; -2.0 to +27.0) [over 1,000]"
+    assert tables._more("PF, %", None) == "–"
 
 
 # The format itself ------------------------------------------------------------------------------------------
