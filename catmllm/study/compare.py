@@ -46,8 +46,8 @@ def values_of(metrics: Metrics, folder: Path) -> dict[str, Values]:
 
 
 def _cross_entropy(metrics: Metrics, folder: Path) -> dict[str, Values]:
-    """Of the answers in the last fifth of a supervised stage's training. Cells of a seed that ask for the same
-    samples read the same ones."""
+    """Of the answers in the last fifth of a supervised stage's training. Cells of a seed that ask for
+    the same samples read the same ones."""
     found: dict[str, Values] = {}
     for stage in metrics["config"]["stages"]:
         said = [r["cross_entropy"] for r in read_log(folder / stage / "log.jsonl") if "cross_entropy" in r]
