@@ -55,6 +55,7 @@ class Stream(IntEnum):
     FREE_SEARCH = 43  # answers of the evaluation with free metals [rank, iteration], exemplars [..., task]
     FREE_CONTROLS = 44  # ideal slabs beside it in the order of its slabs [task]
     SLAB_TASKS = 45  # which test slabs are asked for; arrangements of metals in slabs that answer [task, arm]
+    BENCHMARK_ANSWERS = 70  # of a model [0], compositions that it is asked for [1, task]
     BENCHMARK_EVOLUTION = 71  # first members, parents and children of a task [task]
     DIFFUSION_BASELINE = 72  # weights, batches and noise [0], compositions that are free [1, task]
     CLOSED_FORM = 73  # the systems of a step by which its kernel is learned

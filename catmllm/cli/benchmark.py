@@ -64,10 +64,10 @@ def candidates_options(parser: argparse.ArgumentParser) -> None:
         "Rows to stand beside a tool's: random ideal slabs; random training systems of the adsorbate and "
         "facet, which break the rule that an answer be new; all candidates of a model's closed loop; "
         "those of a population search by the same "
-        "predictor with as many predictions; or the nearest training slabs with their elements exchanged "
-        "for those asked for."
+        "predictor with as many predictions; the nearest training slabs with their elements exchanged "
+        "for those asked for; or what a model answers to the bare prompt, without a search or a grammar."
     )
-    parser.add_argument("row", choices=("ideal", "training", "search", "evolution", "transmute"))
+    parser.add_argument("row", choices=("ideal", "training", "search", "evolution", "transmute", "answers"))
     _tasks_option(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder for the CIFs")
     parser.add_argument("--seed", type=int, default=0)
@@ -81,7 +81,7 @@ def candidates(args: argparse.Namespace) -> int:
     from catmllm.design.search import ANALOGUE, ClosedLoop
     from catmllm.evaluate.benchmark import allowed_slabs, ideal_of, known_of, read_tasks, write_candidates
     from catmllm.evaluate.controls import budgets
-    from catmllm.evaluate.generators import evolve
+    from catmllm.evaluate.generators import answers, evolve
     from catmllm.structure.cif import write_cif
 
     asked = read_tasks(args.tasks)
@@ -96,7 +96,9 @@ def candidates(args: argparse.Namespace) -> int:
         texts = {name: [c.text for c in state.tried] for name, state in states.items()}
         relaxed = {name: [c.iteration == ANALOGUE for c in s.tried] for name, s in states.items()}
     else:
-        if args.row == "evolution":
+        if args.row == "answers":
+            texts = answers(model, collate, config.evaluate.sampling, asked, n, args.seed)
+        elif args.row == "evolution":
             loop = ClosedLoop(model, collate, config.ga_grpo, predictor)
             texts = evolve(loop, asked, args.seed, collate.data.decimals)
         else:

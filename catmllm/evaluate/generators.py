@@ -1,8 +1,9 @@
-"""A generator without a language model that answers the design tasks: what the search must beat.
+"""Generators that answer the design tasks without the closed loop: what the search must beat.
 
 `evolve` is a population search of the kind of MAGECS: a slab's elements change places, an adsorbate changes
 its site, parents exchange one for the other, and a surrogate ranks. The surrogate is the closed loop's own
-predictor, with as many predictions.
+predictor, with as many predictions. `answers` is of the kind of CrysText: a language model is asked and
+answers, with nothing that searches and nothing that holds its text.
 """
 
 from __future__ import annotations
@@ -13,11 +14,16 @@ from random import Random
 
 import numpy as np
 
-from catmllm.config import GAGRPOConfig
+from catmllm.config import GAGRPOConfig, SamplingConfig
+from catmllm.data.batches import Collator
+from catmllm.data.prompts import Sample, design_prompt
 from catmllm.design.enumeration import enumerable, ideal_system
 from catmllm.design.exemplar_pool import Candidate
-from catmllm.design.search import ClosedLoop
+from catmllm.design.search import ClosedLoop, Task, make_task
 from catmllm.evaluate.benchmark import BenchmarkTask, allowed_slabs
+from catmllm.models.catalytic_mllm import CatalyticMLLM
+from catmllm.sample.answers import answer_limits
+from catmllm.sample.engine import RolloutEngine
 from catmllm.seeds import Stream, hash_seed
 from catmllm.structure.adsorbed import adsorbate_fault
 from catmllm.structure.cif import write_cif
@@ -38,6 +44,31 @@ class Member:
     def rank(self) -> tuple[bool, float]:
         """The larger the better: whether it is feasible, then its reward."""
         return self.said.feasible, self.said.reward
+
+
+def answers(
+    model: CatalyticMLLM,
+    collate: Collator,
+    sampling: SamplingConfig,
+    tasks: Sequence[BenchmarkTask],
+    n: int,
+    seed: int,
+) -> dict[str, list[str]]:
+    """n answers of the model to each task's prompt, in the order of sampling; to a free task each about
+    another random composition that it allows. No exemplar is shown, and no grammar holds them."""
+    asked: list[Task] = []
+    for k, task in enumerate(tasks):
+        rng = Random(hash_seed(Stream.BENCHMARK_ANSWERS.key(seed, 1, k)))
+        lines = rng.choices(allowed_slabs(task), k=n)
+        asked += [make_task(line, task.task.energy) for line in lines]
+    rollouts = RolloutEngine(model, collate).generate(
+        [Sample(design_prompt(a.identity, a.energy)) for a in asked],
+        replace(sampling, grammar=False),
+        Stream.BENCHMARK_ANSWERS.key(seed, 0),
+        limits=answer_limits(collate, sampling, [(a.identity, a.target) for a in asked]),
+    )
+    texts = [r.text for r in rollouts]
+    return {task.name: texts[k * n : (k + 1) * n] for k, task in enumerate(tasks)}
 
 
 def evolve(

@@ -1,4 +1,4 @@
-"""Generators without a language model: what their operators keep, and that a search finds what it rewards."""
+"""Generators beside the closed loop: what their operators keep, and that a search finds what it rewards."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,12 +24,7 @@ from catmllm.design.exemplar_pool import Candidate
 from catmllm.design.search import ClosedLoop, Task, make_task, structure_key
 from catmllm.evaluate import BENCHMARK
 from catmllm.evaluate.benchmark import BenchmarkTask, allowed_slabs, read_candidates, read_tasks, score
-from catmllm.evaluate.generators import (
-    child,
-    evolve,
-    permuted,
-    with_adsorbate,
-)
+from catmllm.evaluate.generators import answers, child, evolve, permuted, with_adsorbate
 from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.structure.adsorbed import adsorbate_fault
 from catmllm.structure.cif import read_cif
@@ -145,6 +141,41 @@ def test_rows_answer_every_task_within_its_rules(
             assert not {s.bulk for s in some} & task.known
         else:
             assert {s.identity for s in some} == {task.task.identity}
+
+
+def test_answers_are_of_the_model_alone(
+    small_model: tuple[CatalyticMLLM, Collator], small_config: Config, shipped: list[BenchmarkTask]
+) -> None:
+    model, collate = small_model
+    tasks = [shipped[0], shipped[48]]
+    sampling = replace(small_config.evaluate.sampling, max_new_tokens=12, grammar=True)
+    texts = answers(model, collate, sampling, tasks, 5, 0)
+    assert {name: len(mine) for name, mine in texts.items()} == {task.name: 5 for task in tasks}
+    assert (
+        texts
+        == answers(model, collate, sampling, tasks, 5, 0)
+        != answers(model, collate, sampling, tasks, 5, 1)
+    )
+    # no grammar: a model of random weights writes no CIF
+    assert not any(text.startswith("data_") for mine in texts.values() for text in mine)
+
+    asked: list[str] = []
+
+    class Engine:
+        def __init__(self, *given: object) -> None: ...
+
+        def generate(self, samples: list[Any], sampling: Any, seed: Any, limits: list[int]) -> list[Any]:
+            assert not sampling.grammar and len(limits) == len(samples)
+            asked.extend(sample.prompt for sample in samples)
+            return [SimpleNamespace(text=str(i)) for i in range(len(samples))]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("catmllm.evaluate.generators.RolloutEngine", Engine)
+        told = answers(model, collate, sampling, tasks, 40, 0)
+    assert told[tasks[1].name] == [str(i) for i in range(40, 80)]
+    assert len(set(asked[:40])) == 1 and tasks[0].task.identity in asked[0]
+    lines = {line for prompt in asked[40:] for line in allowed_slabs(tasks[1]) if line in prompt}
+    assert len(lines) > 10
 
 
 def test_the_commands_write_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
