@@ -783,6 +783,47 @@ def _outcomes(cell: str) -> np.ndarray:
     return np.array([[int(digit) for digit in word] for word in cell.split()], float)
 
 
+# Rows of the design benchmark ------------------------------------------------------------------------------
+
+ROWS = ("search", "ideal", "evolution", "transmute", "instruct", "grpo", "diffcsp")
+ANSWERS = ("instruct", "grpo")  # stages whose bare answers are a row
+
+
+def generators() -> str:
+    """Each row's success by the judge with Wilson's intervals, and by the own predictor."""
+    one = newest("generators")
+    about, rows = one["conditions"], []
+    for kind in ("fixed", "free"):
+        for name in ROWS:
+            found = about["rows"][name][kind]
+            judged, own = _outcomes(found["judge"]), _outcomes(found["own"])
+            cells = []
+            for column in judged.T:
+                low, high = wilson_interval(column.mean(), len(column))
+                cells.append(f"{100 * column.mean():.0f} ({100 * low:.0f} to {100 * high:.0f})")
+            said = f"`answers` after `{name}`" if name in ANSWERS else f"`{name}`"
+            rows.append([said, kind, *cells, *(f"{100 * own[:, k].mean():.0f}" for k in (0, -1))])
+    budgets = about["budgets"]
+    head = ["row", "tasks", *map(str, budgets), *(f"own, {n}" for n in (budgets[0], budgets[-1]))]
+    return table(head, rows) + "\n\n" + _more_than_rows(about) + f"\n\n{source(one)}"
+
+
+def _more_than_rows(about: Record) -> str:
+    """What the search has more than the other rows at the same tasks, over surfaces."""
+    lines = []
+    for kind in ("fixed", "free"):
+        ours = _outcomes(about["rows"]["search"][kind]["judge"])
+        for name in ROWS[1:]:
+            more = 100 * (ours - _outcomes(about["rows"][name][kind]["judge"]))
+            cells = []
+            for column in more.T:
+                low, high = bootstrap_interval(column, groups=about["surfaces"][kind])
+                said = f"{column.mean():+.0f} ({low:.0f} to {high:.0f})"
+                cells.append(f"**{said}**" if low > 0 or high < 0 else said)
+            lines.append([f"`answers` after `{name}`" if name in ANSWERS else f"`{name}`", kind, *cells])
+    return table(["`search` has more than", "tasks", *map(str, about["budgets"])], lines)
+
+
 # Studies ----------------------------------------------------------------------------------------------------
 
 
@@ -802,7 +843,9 @@ def of_study(name: str) -> str:
             base = of[0].get("base", next(iter(cells)))
             more.append([f"{cell} − {base}", *(_more(what, row.get(cell)) for what, row in rows.items())])
     hours = said["hours"]
-    about = f"*{said['conditions']}; {hours['taken']:.1f} CPU hours, {hours['expected']} were expected.*"
+    about = (
+        f"*{said['conditions']}; {hours['taken']:.1f} hours of all ranks, {hours['expected']} were expected.*"
+    )
     lines = [
         table([f"mean ± sd over {len(said['seeds'])} seeds", *rows], means),
         *([table(["difference (over surfaces; over seeds)", *rows], more)] if more else []),
@@ -838,7 +881,7 @@ FIGURES: dict[str, Callable[[], str]] = {
                  rl_scaling, rl_seeds, rl_overlap, rl_staleness, judge, server, server_soak, plan,
                  scale_tasks,
                  tiny_run, tiny_energies, closed_form, wide, texts, tiny_cifs, tiny_designs, tiny_free,
-                 spread, spread_curves)
+                 spread, spread_curves, generators)
 } | {f"study_{name}": functools.partial(of_study, name) for name in studies.SHOWN}  # fmt: skip
 
 

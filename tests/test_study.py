@@ -24,6 +24,7 @@ from catmllm.stages import STAGES
 from catmllm.study import compared, every_run, read, sentences, study, table, values_of
 from catmllm.study.cells import arguments
 from catmllm.study.compare import over_seeds, seeds_needed
+from catmllm.study.page import commits
 from catmllm.study.reuse import adopt, runs_below
 
 ROOT = Path(__file__).parents[1]
@@ -96,6 +97,11 @@ def test_cells_are_compared_seed_by_seed(file: Path, tmp_path: Path) -> None:
     assert (out / "figure.png").stat().st_size > 5000
     page = (out / "study.html").read_text()
     assert "the difference holds" in page and "<svg" in page and "encoder.lr" in page
+
+
+def test_commits_are_those_of_adopted_stages_too() -> None:
+    runs = [{"machine": {"commit": "b"}}, {"machine": {"commit": "c"}, "adopted": {"commit": "a"}}, {}]
+    assert commits({"plain": runs[:1], "other": runs[1:]}) == ["a", "b", "c"]
 
 
 def test_cross_entropy_is_that_of_the_end_of_training(tmp_path: Path) -> None:

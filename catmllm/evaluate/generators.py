@@ -55,12 +55,13 @@ def answers(
     seed: int,
 ) -> dict[str, list[str]]:
     """n answers of the model to each task's prompt, in the order of sampling; to a free task each about
-    another random composition that it allows. No exemplar is shown, and no grammar holds them."""
+    another random composition that it allows. No exemplar is shown, and no grammar holds them. Tasks that
+    allow none have none."""
     asked: list[Task] = []
-    for k, task in enumerate(tasks):
+    open_to = {k: lines for k, task in enumerate(tasks) if (lines := allowed_slabs(task))}
+    for k, lines in open_to.items():
         rng = Random(hash_seed(Stream.BENCHMARK_ANSWERS.key(seed, 1, k)))
-        lines = rng.choices(allowed_slabs(task), k=n)
-        asked += [make_task(line, task.task.energy) for line in lines]
+        asked += [make_task(line, tasks[k].task.energy) for line in rng.choices(lines, k=n)]
     rollouts = RolloutEngine(model, collate).generate(
         [Sample(design_prompt(a.identity, a.energy)) for a in asked],
         replace(sampling, grammar=False),
@@ -68,7 +69,7 @@ def answers(
         limits=answer_limits(collate, sampling, [(a.identity, a.target) for a in asked]),
     )
     texts = [r.text for r in rollouts]
-    return {task.name: texts[k * n : (k + 1) * n] for k, task in enumerate(tasks)}
+    return {tasks[k].name: texts[i * n : (i + 1) * n] for i, k in enumerate(open_to)}
 
 
 def evolve(

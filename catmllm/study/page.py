@@ -47,9 +47,7 @@ def study(
         "asks": asked.asks,
         "seeds": list(asked.seeds),
         "conditions": conditions(next(iter(records.values()))[0]),
-        "commits": sorted(
-            {str(m.get("machine", {}).get("commit")) for each in records.values() for m in each}
-        ),
+        "commits": commits(records),
         "rows": rows,
         "sentences": sentences(rows),
         "hours": {"expected": asked.hours, "taken": hours_taken(asked, out, records)},
@@ -71,6 +69,14 @@ def _announce(asked: Study, only: str | None) -> None:
     n = len(asked.seeds) * ((1 if only else len(asked.cells)) + (asked.ancestor is not None))
     about = "" if asked.hours is None else f"; all of the file should take {asked.hours:g} CPU hours"
     print(f"{n} runs of {asked.ranks} rank(s){about}", file=sys.stderr, flush=True)
+
+
+def commits(records: Mapping[str, Sequence[dict[str, Any]]]) -> list[str]:
+    """Those that the runs were made by, and those of stages that they took from others."""
+    every = [m for each in records.values() for m in each]
+    return sorted(
+        {str(m.get(of, {}).get("commit")) for m in every for of in ("machine", "adopted") if of in m}
+    )
 
 
 def hours_taken(asked: Study, out: Path, records: Mapping[str, Sequence[dict[str, Any]]]) -> float:
