@@ -700,7 +700,8 @@ class GAGRPOConfig(OptimConfig):
     )
     prompts: Literal["wanted", "other"] = key(
         "wanted",
-        "the energy that prompts say: the wanted one, or as a control that of another task of the adsorbate",
+        "the energy that prompts say: the wanted one, or as a control that of the training system of the "
+        "adsorbate which is farthest from it",
     )
     energy_weight: float = key(0.7, "weight of the energy term of the reward", ge=0)
     pvcp_weight: float = key(0.3, "weight of PVCP in the reward", ge=0)

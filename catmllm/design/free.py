@@ -17,7 +17,7 @@ from catmllm.data.batches import Collator
 from catmllm.data.prompts import Sample, design_prompt
 from catmllm.design.exemplar_pool import ExemplarPool
 from catmllm.design.predict import Predictor, predict_energies, question
-from catmllm.design.search import ClosedLoop, Task, TaskState, make_task
+from catmllm.design.search import ClosedLoop, Task, TaskState, make_task, told
 from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.sample.engine import RolloutEngine
 from catmllm.seeds import generator
@@ -68,8 +68,8 @@ def search_free(
     order = nearest_slabs(predictor, tasks, slabs)
     loop = ClosedLoop(model, collate, o, predictor)
     queues = [cycle(lines) for lines in order]
-    states = [TaskState(task, ExemplarPool(o.pool)) for task in tasks]
-    begun, said = loop.analogues(tasks, slabs, known), loop.said(tasks)
+    states = [TaskState(task, ExemplarPool(o.pool)) for task in told(tasks, o, known)]
+    begun = loop.analogues(tasks, slabs, known)
     for iteration in tqdm(range(o.iterations + 1), desc="free     ", disable=not progress, unit="iteration"):
         n = o.group_size if iteration else o.initial
         asked: list[tuple[int, Task]] = []
@@ -79,7 +79,9 @@ def search_free(
             lines = list(islice(queues[k], n - len(shown) - (0 if iteration else len(begun[k]))))
             for line, system in [*((line, None) for line in lines), *((s.identity, s) for s in shown)]:
                 asked.append((k, make_task(line, state.task.energy)))
-                samples.append(Sample(design_prompt(line, said[k], system is not None), "", system))
+                samples.append(
+                    Sample(design_prompt(line, state.task.prompted, system is not None), "", system)
+                )
         named = [task for _, task in asked]
         rollouts = engine.generate(
             samples,

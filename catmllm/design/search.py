@@ -46,16 +46,22 @@ GIVEN, ANALOGUE = -1, -2
 @dataclass(frozen=True)
 class Task:
     """What is wanted: a system named by its identity line, the counts of its whole cell, an energy in eV,
-    and on which sites the adsorbate may bind (atop, bridge, hollow; empty: on any)."""
+    and on which sites the adsorbate may bind (atop, bridge, hollow; empty: on any). said: the energy in eV
+    that prompts say in its place (see `told`)."""
 
     identity: str
     target: dict[str, int]
     energy: float
     sites: tuple[str, ...] = ()
+    said: float | None = None
 
     @property
     def adsorbate(self) -> str:
         return parse_identity(self.identity).adsorbate
+
+    @property
+    def prompted(self) -> float:
+        return self.energy if self.said is None else self.said
 
 
 def make_task(identity: str, energy: float) -> Task:
@@ -78,6 +84,24 @@ def free_composition(task: Task, metals: Sequence[str]) -> list[Task]:
     for a, b in combinations(metals, 2):
         slabs += [{a: n * k // 4, b: n - n * k // 4} for k in (3, 2, 1) if n * k % 4 == 0]
     return [make_task(format_identity(asked.adsorbate, slab, asked.miller), task.energy) for slab in slabs]
+
+
+def told(tasks: Sequence[Task], config: GAGRPOConfig, known: Sequence[System]) -> list[Task]:
+    """The tasks with the energies that their prompts say: the wanted ones or, as a control, each that of the
+    `known` system of the adsorbate (where there is none, of all) which is farthest from it.
+    Raises ValueError for the control without such systems."""
+    if config.prompts == "wanted":
+        return list(tasks)
+    energies: dict[str, list[float]] = {}
+    for s in known:
+        energies.setdefault(s.adsorbate, []).append(s.known_energy)
+    if not energies:
+        raise ValueError("`ga_grpo.prompts: other` says energies of training systems, and none are given")
+    of_all = [e for some in energies.values() for e in some]
+    return [
+        replace(t, said=max(energies.get(t.adsorbate, of_all), key=lambda e: abs(e - t.energy)))
+        for t in tasks
+    ]
 
 
 @dataclass
@@ -173,8 +197,7 @@ class ClosedLoop:
         shown = given or [None] * len(tasks)
         begun = self.analogues(tasks, [[t.identity] for t in tasks], known)
         samples = [
-            Sample(design_prompt(t.identity, energy, s is not None), "", s)
-            for t, energy, s in zip(tasks, self.said(tasks), shown)
+            Sample(design_prompt(t.identity, t.prompted, s is not None), "", s) for t, s in zip(tasks, shown)
         ]
         n = self.config.initial - min(map(len, begun), default=0)
         rollouts = engine.generate(
@@ -228,11 +251,11 @@ class ClosedLoop:
         their rewards [tasks, G] and what to log.
         """
         samples = []
-        said = self.said([s.task for s in states])
         for k, state in enumerate(states):
             exemplar = state.pool.draw(generator((*seed, iteration, k)))
             shown = None if exemplar is None else self.exemplar(state.task, exemplar)
-            samples.append(Sample(design_prompt(state.task.identity, said[k], shown is not None), "", shown))
+            prompt = design_prompt(state.task.identity, state.task.prompted, shown is not None)
+            samples.append(Sample(prompt, "", shown))
         rollouts = engine.generate(
             samples,
             self.config.sampling,
@@ -245,19 +268,6 @@ class ClosedLoop:
         candidates, metrics = self.absorb(states, rollouts)
         rewards = np.array([c.reward for c in candidates]).reshape(len(states), self.config.group_size)
         return rollouts, rewards, metrics
-
-    def said(self, tasks: Sequence[Task]) -> list[float]:
-        """The energies that the tasks' prompts say (eV): the wanted ones, or those of the next task of the
-        same adsorbate."""
-        if self.config.prompts == "wanted":
-            return [t.energy for t in tasks]
-        same: dict[str, list[int]] = {}
-        for k, task in enumerate(tasks):
-            same.setdefault(task.adsorbate, []).append(k)
-        following = {
-            k: places[(i + 1) % len(places)] for places in same.values() for i, k in enumerate(places)
-        }
-        return [tasks[following[k]].energy for k in range(len(tasks))]
 
     def patterns(self, tasks: Sequence[Task]) -> list[Pattern] | None:
         """What answers to each task must fit; None without a grammar."""

@@ -20,7 +20,7 @@ from catmllm.data.oracle import POTENTIALS
 from catmllm.design.exemplar_pool import Candidate
 from catmllm.design.predict import Predictor, energies_and_errors, predictor_of, question
 from catmllm.design.reward import distances
-from catmllm.design.search import ClosedLoop, Task, TaskState, structure_key, summary
+from catmllm.design.search import ClosedLoop, Task, TaskState, structure_key, summary, told
 from catmllm.evaluate import metrics
 from catmllm.evaluate.baselines import FRAMES, KernelRidge, some
 from catmllm.evaluate.controls import budgets, closest, ideal_candidates, sound_analogues
@@ -71,7 +71,7 @@ def search(
 
     loop = ClosedLoop(model, collate, config.ga_grpo, predictor)
     engine = RolloutEngine(model, collate, DTYPES[config.precision])
-    states = loop.start(tasks, engine, seed, given, known)
+    states = loop.start(told(tasks, config.ga_grpo, known), engine, seed, given, known)
     iterations = range(1, config.ga_grpo.iterations + 1)
     bar = tqdm(iterations, desc="design   ", disable=not progress, unit="iteration")
     bar.set_postfix_str(_so_far(states))

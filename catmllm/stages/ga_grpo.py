@@ -24,7 +24,7 @@ from catmllm.data.prompts import Sample
 from catmllm.data.subsets import of_generation
 from catmllm.design.exemplar_pool import Candidate, ExemplarPool
 from catmllm.design.predict import predictor_of
-from catmllm.design.search import ClosedLoop, Task, TaskState, summary
+from catmllm.design.search import ClosedLoop, Task, TaskState, summary, told
 from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.sample.answers import Choices, Rollout
 from catmllm.sample.engine import RolloutEngine, Sampler
@@ -33,6 +33,7 @@ from catmllm.seeds import Stream
 from catmllm.stages.advantages import group_advantages
 from catmllm.stages.policy import Pass, Read, add_policy, on_device, validation, vllm_of
 from catmllm.stages.supervised import validation_systems
+from catmllm.structure.system import System
 from catmllm.train.sharding import unsharded
 from catmllm.train.stage import Context, Plain, Step, Validation
 from catmllm.world import DTYPES
@@ -124,7 +125,11 @@ class GAGRPO(Plain):
         self.entered += sum(of_ranks)
         order = Stream.GA_GRPO_TASKS.key(c.config.seed)
         picks = [shuffled(first + k, len(self.systems), order) for k in range(free)]
-        return [Task(s.identity, s.target, s.known_energy) for s in (self.systems[i] for i in picks)]
+        return self._tasks([self.systems[i] for i in picks])
+
+    def _tasks(self, systems: Sequence[System]) -> list[Task]:
+        tasks = [Task(s.identity, s.target, s.known_energy) for s in systems]
+        return told(tasks, self.config, self.systems)
 
     def _solved(self, state: TaskState) -> bool:
         o, best = self.config, state.pool.best
@@ -155,7 +160,7 @@ class GAGRPO(Plain):
         """Of the candidates of one refinement for this rank's validation systems."""
         c = self.context
         systems = validation_systems(c, self.config)[c.world.rank :: c.world.size]
-        tasks = [Task(s.identity, s.target, s.known_energy) for s in systems]
+        tasks = self._tasks(systems)
         seed = Stream.GA_GRPO_VALIDATION.key(c.config.seed, c.world.rank)
         with unsharded(c.model):
             engine = self._engine()

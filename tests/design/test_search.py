@@ -31,6 +31,7 @@ from catmllm.design.search import (
     site_of,
     structure_key,
     summary,
+    told,
 )
 from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.sample.answers import Rollout
@@ -470,13 +471,20 @@ def test_only_the_asked_sites_are_feasible(loop: ClosedLoop, train_systems: list
             assert c.feasible == (any_site.feasible and site in sites)
 
 
-def test_prompts_may_say_the_energy_of_another_task(small_model: Model) -> None:
-    """A control: of each adsorbate the same energies, none of them its own task's; answers are scored by the
-    wanted ones."""
-    tasks = [make_task(f"{a}</s>Pt12 (1 1 1)", e) for a, e in zip("COCOCH", (1.0, 2.0, 3.0, 4.0, 5.0, 6.0))]
-    loop = ClosedLoop(*small_model, GAGRPOConfig(prompts="other"))
-    assert loop.said(tasks) == [3.0, 4.0, 5.0, 2.0, 1.0, 6.0]
-    assert ClosedLoop(*small_model, GAGRPOConfig()).said(tasks) == [t.energy for t in tasks]
+def test_prompts_may_say_another_energy(train_systems: list[System]) -> None:
+    """A control: the energy that is farthest from the wanted one, whatever other tasks there are."""
+    other = GAGRPOConfig(prompts="other")
+    tasks = [task_of(s) for s in train_systems[:20]]
+    for task, one in zip(tasks, told(tasks, other, train_systems)):
+        same = [s.known_energy for s in train_systems if s.adsorbate == task.adsorbate]
+        assert abs(one.prompted - task.energy) == max(abs(e - task.energy) for e in same)
+        assert one.prompted in same and one.energy == task.energy == task.prompted
+        assert told([task], other, train_systems) == [one]
+    assert told(tasks, GAGRPOConfig(), []) == tasks
+    (foreign,) = told([make_task("CHO</s>Pt12 (1 1 1)", 1.0)], other, train_systems)
+    assert foreign.said == max((s.known_energy for s in train_systems), key=lambda e: abs(e - 1.0))
+    with pytest.raises(ValueError, match="none are given"):
+        told(tasks, other, [])
 
 
 def test_the_predictor_is_told_which_structures_are_relaxed(
