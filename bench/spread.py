@@ -19,6 +19,7 @@ else:
     import record
 
 from catmllm.evaluate.design import METHODS, hits
+from catmllm.report.summary import taken
 
 FAILURES = ("PF", "VF", "CM", "PV", "AD")
 BASELINES = {  # baseline of a run -> which energies, and the key of its error
@@ -40,6 +41,7 @@ def main() -> int:
     about = {
         "splits": [run["config"]["data"]["split_seed"] for run in runs],
         "commits": [run["machine"]["commit"] for run in runs],
+        "taken": [taken(run) for run in runs],
         "dates": [run["machine"]["date"] for run in runs],
         "errors": (said := errors(runs)),
         "failures": failures(runs),

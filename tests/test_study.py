@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,7 +34,7 @@ FILE = """
 base: {stages: [encoder], evaluate.judge: none, data.path: DATA}
 cells:
   plain: {}
-  better: {encoder.lr: 1e-3}
+  better: {encoder.lr: 2e-3}
 seeds: [[0, 7], [1, 8], [2, 9]]
 """
 
@@ -66,9 +67,14 @@ def pretend(errors: dict[str, float], ran: list[list[str]], noise: float = 0.001
         size = errors[folder.name] + noise * np.random.default_rng(len(ran)).normal()
         off = [size + common[f"{s.bulk} {s.miller}"] + 0.01 * rng.random() for s in test]
         parity = {"energy": truth.tolist(), "predicted": (truth + off).tolist()}
-        folder.mkdir(parents=True)
+        for stage in config.stages:
+            (folder / stage).mkdir(parents=True, exist_ok=True)
+            (folder / stage / "catmllm.json").write_text(json.dumps(to_dict(config)))
         metrics = {
             "config": to_dict(config),
+            "machine": {"ranks": 1},
+            "parameters": {},
+            "data": {},
             "property": {"encoder": {"parity": parity}},
             "seconds": {"encoder": 2.0},
         }
@@ -100,8 +106,10 @@ def test_cells_are_compared_seed_by_seed(file: Path, tmp_path: Path) -> None:
 
 
 def test_commits_are_those_of_adopted_stages_too() -> None:
-    runs = [{"machine": {"commit": "b"}}, {"machine": {"commit": "c"}, "adopted": {"commit": "a"}}, {}]
-    assert commits({"plain": runs[:1], "other": runs[1:]}) == ["a", "b", "c"]
+    taken = {"commits": {"encoder": "a", "align": "d"}}
+    before = {"stages": ["encoder"], "commit": "e"}  # as records had it once
+    runs = [{"machine": {"commit": "b"}}, {"machine": {"commit": "c"}, "adopted": taken}, {"adopted": before}]
+    assert commits({"plain": runs[:1], "other": runs[1:]}) == ["a", "b", "c", "d", "e"]
 
 
 def test_cross_entropy_is_that_of_the_end_of_training(tmp_path: Path) -> None:
@@ -110,7 +118,17 @@ def test_cross_entropy_is_that_of_the_end_of_training(tmp_path: Path) -> None:
     (tmp_path / "joint" / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     tree = to_dict(from_arguments(["tiny/pipeline.yaml", "stages=[encoder,joint]"]))
     found = values_of({"config": tree, "property": {}}, tmp_path)
-    assert found == {"joint: cross-entropy in training": ([8.5], [""])}  # the last two of ten
+    (what, (values, _)), *others = found.items()
+    assert (what, values, others) == ("joint: cross-entropy in training", [8.5], [])  # the last two of ten
+
+    def beside(**changes: object) -> bool:
+        """Whether a cell with other settings of `joint` is compared with this one."""
+        cell = tree | {"joint": tree["joint"] | changes}
+        values = {"plain": [found], "other": [values_of({"config": cell, "property": {}}, tmp_path)]}
+        values["other"][0][what][0][0] += 1.0
+        return "more" in compared(values)[what]["other"]
+
+    assert beside(mmtg_sign="-") and not beside(property_share=0.9) and not beside(steps=7)
 
 
 def test_a_cell_is_set_against_another_and_takes_what_it_left(file: Path, tmp_path: Path) -> None:
@@ -148,9 +166,49 @@ def test_what_is_done_is_kept(file: Path, tmp_path: Path) -> None:
     assert study(file, out, run=run) == said and len(ran) == 6
     only = study(file, out, only="better", run=run)
     assert "plain" not in only and len(ran) == 6
-    file.write_text(file.read_text().replace("encoder.lr: 1e-3", "encoder.lr: 3e-3"))
-    with pytest.raises(ConfigError, match=r"better was run with other settings \(encoder.lr: 0.001 -> 0.003"):
+    file.write_text(file.read_text().replace("encoder.lr: 2e-3", "encoder.lr: 3e-3"))
+    with pytest.raises(ConfigError, match=r"better was run with other settings \(encoder.lr: 0.002 -> 0.003"):
         study(file, out, run=run)
+
+
+def test_no_finished_run_of_other_settings_is_kept(file: Path, tmp_path: Path) -> None:
+    text, out = file.read_text(), tmp_path / "out"
+    file.write_text("ancestor: {stages: [encoder]}\n" + text)
+    run = pretend({"plain": 0.2, "better": 0.2, "ancestor": 0.3}, [])
+    study(file, out, more=["wandb=mine"], run=run)
+    with pytest.raises(ConfigError, match="wandb: mine -> None"):  # what is asked for no more
+        study(file, out, run=run)
+    with pytest.raises(ConfigError, match="ranks: 1 -> 2"):
+        study(file, out, more=["wandb=mine"], run=run, ranks=2)
+    # an ancestor that was trained anew, as the message of before says, with others behind it
+    shutil.rmtree(out / "0-7" / "ancestor")
+    file.write_text("ancestor: {stages: [encoder], encoder.lr: 5e-3}\n" + text)
+    with pytest.raises(ConfigError, match=r"plain was run with .*ancestor/encoder holds: then -> now"):
+        study(file, out, more=["wandb=mine"], run=run)
+
+
+def test_cells_that_end_at_different_stages_are_compared_by_their_last(data: Path) -> None:
+    def run(**errors: float) -> list[dict[str, Any]]:
+        config = load_config(overrides=[f"stages=[{','.join(errors)}]", f"data.path={data}"])
+        test = evenly_spaced(open_data(config.data)["test"], config.evaluate.property_systems)
+        found = {
+            s: {"parity": {"energy": [0.0] * len(test), "predicted": [e] * len(test)}}
+            for s, e in errors.items()
+        }
+        return [values_of({"config": to_dict(config), "property": found}, data)] * 2
+
+    rows = compared({"both": run(encoder=0.3, joint=0.2), "encoder": run(encoder=0.3)})
+    last = rows["last stage: test error, eV"]
+    assert (last["both"]["mean"], last["encoder"]["mean"]) == pytest.approx((0.2, 0.3))
+    assert last["encoder"]["more"] == pytest.approx(0.1)
+    assert "encoder: test error, eV" not in rows  # the same in both
+    third = compared(
+        {"both": run(encoder=0.3, joint=0.2), "encoder": run(encoder=0.3), "other": run(encoder=0.4)}
+    )
+    assert "encoder: test error, eV: `encoder` has the numbers of `both`." in sentences(third)
+    assert "last stage: test error, eV" not in compared(
+        {"a": run(joint=0.2), "b": run(joint=0.3)}
+    )  # as `joint` says
 
 
 def test_a_part_of_the_test_systems_is_enough(file: Path, tmp_path: Path) -> None:
@@ -246,10 +304,28 @@ def test_samples_become_steps_and_a_share(file: Path) -> None:
         ).joint.steps
         == 2
     )
+    twice = from_arguments(
+        arguments(read(file, ["joint.batch_size=16"]), asked.cells["a"], (0, 0), Path("out"))
+    )
+    assert twice.joint.steps == 1280 // 32
     for wrong in ("{property: 961, design: 320}", "{property: 0, design: 0}", "3"):
         file.write_text(text.replace("SAMPLES", wrong))
         with pytest.raises(ConfigError, match="samples"):
             read(file)
+
+
+def test_a_cell_takes_stages_of_another(file: Path, tmp_path: Path) -> None:
+    """What two cells have in common is trained once a seed."""
+    further = "  further: {stages: [encoder, align]}\n  least: {encoder.steps: 7}\nseeds:"
+    file.write_text(file.read_text().replace("seeds:", further))
+    there: dict[str, list[str]] = {}
+
+    def run(words: list[str], folder: Path) -> None:
+        there.setdefault(folder.name, []).append(",".join(sorted(p.name for p in folder.glob("*/"))))
+        pretend({"plain": 0.2, "better": 0.15, "further": 0.2, "least": 0.3}, [])(words, folder)
+
+    study(file, tmp_path / "out", run=run)
+    assert there == {"plain": [""] * 3, "better": [""] * 3, "further": ["encoder"] * 3, "least": [""] * 3}
 
 
 def test_an_ancestor_is_run_once_a_seed(file: Path, tmp_path: Path) -> None:
@@ -438,7 +514,9 @@ def test_stages_that_an_earlier_run_has_trained_are_taken(
         assert kept.read_bytes() == (run / stage / "model.safetensors").read_bytes() or stages == 1
         assert not (new / stage / "checkpoints").exists()
     metrics = json.loads((new / "metrics.json").read_text())
-    assert list(metrics["validation"]) == named and metrics["adopted"]["commit"] == "abc"
+    assert list(metrics["validation"]) == named and metrics["adopted"]["commits"] == dict.fromkeys(
+        named, "abc"
+    )
     assert list(metrics.get("property", {})) == named[:measured]
     searches = {"ga_grpo", "evaluate"}
     same = stages == 5 and not any(word.split(".")[0] in searches for word in changes)
@@ -453,8 +531,7 @@ def test_stages_that_an_earlier_run_has_trained_are_taken(
 def test_a_run_on_other_ranks_is_another(tmp_path: Path) -> None:
     finished(tmp_path / "first", BASE, ranks=2)
     assert adopt(BASE, tmp_path / "new", 1, runs_below(tmp_path)) == []
-    with pytest.raises(ConfigError, match="no finished run"):
-        runs_below(tmp_path / "first" / "encoder")
+    assert runs_below(tmp_path / "first" / "encoder") == []
 
 
 def test_what_a_run_began_with_counts(tmp_path: Path) -> None:
@@ -491,7 +568,6 @@ def test_stages_read_no_other_settings_than_their_own() -> None:
 
 
 def test_a_study_takes_what_is_there(file: Path, tmp_path: Path) -> None:
-    file.write_text(file.read_text().replace("1e-3", "3e-3"))
     ran: list[list[str]] = []
     first = pretend({"plain": 0.2, "better": 0.15}, ran)
     words = arguments(read(file), {}, (0, 7), tmp_path / "earlier")
@@ -503,6 +579,8 @@ def test_a_study_takes_what_is_there(file: Path, tmp_path: Path) -> None:
             shutil.rmtree(folder)
         first(words, folder)
 
+    with pytest.raises(ConfigError, match="absent: no finished run"):
+        study(file, tmp_path / "out", run=run, reuse=[tmp_path / "absent"])
     study(file, tmp_path / "out", run=run, reuse=[tmp_path / "earlier"])
     assert seen == [True, False, False, False, False, False]
 
@@ -522,9 +600,7 @@ def test_a_stage_behind_what_was_taken_is_the_same(tmp_path: Path, data: Path) -
     subprocess.run([sys.executable, str(ROOT / "catmllm" / "train.py"), *whole], check=True)
     assert main(["study", str(path), "--out", str(tmp_path / "taken"), "--reuse", str(tmp_path / "run")]) == 0
     taken, plain = (tmp_path / name / "0-0" for name in ("taken", "plain"))
-    assert json.loads((taken / "ancestor" / "metrics.json").read_text())["adopted"]["stages"] == [
-        "encoder",
-        "align",
-    ]
+    commits = json.loads((taken / "ancestor" / "metrics.json").read_text())["adopted"]["commits"]
+    assert list(commits) == ["encoder", "align"]
     weights = Path("plain") / "joint" / "model.safetensors"
     assert (taken / weights).read_bytes() == (plain / weights).read_bytes()

@@ -38,6 +38,7 @@ from catmllm.report.summary import (
     ordered,
     provenance,
     sampled_tasks,
+    shown_mode,
     wilson_interval,
 )
 
@@ -154,12 +155,12 @@ def draw_parity(axes: Axes, result: Metrics, title: str) -> None:
         )
     axes.set(xlim=ends, ylim=ends, xlabel="label (eV)", ylabel="predicted (eV)", title=title)
     axes.set_aspect("equal")
-    both = result.get("both") or result.get("ensemble") or result.get("encoder") or {}
+    shown = result.get(shown_mode(result), {})
     lost = f", {int((~known).sum())} not a number" if not known.all() else ""
     axes.text(
         0.03,
         0.97,
-        f"MAE {number(both.get('mae'))} eV\nR² {number(both.get('r2'), 2)}\nn = {len(energy)}{lost}",
+        f"MAE {number(shown.get('mae'))} eV\nR² {number(shown.get('r2'), 2)}\nn = {len(energy)}{lost}",
         transform=axes.transAxes,
         va="top",
     )

@@ -40,6 +40,7 @@ from catmllm.report.figures import (
 )
 from catmllm.report.live import SCRIPTS, encoded, records
 from catmllm.report.summary import (
+    SHOWN_BY,
     SLAB_NAMES,
     STAGE_MEANINGS,
     STAGE_NAMES,
@@ -58,6 +59,7 @@ from catmllm.report.summary import (
     number,
     ordered,
     property_table,
+    shown_mode,
     slab_table,
     stages_table,
     summary_table,
@@ -177,9 +179,8 @@ def _property(metrics: Metrics) -> str:
     parity = ""
     if stages:
         result = metrics["property"][stages[-1]]
-        caption = (
-            f"Energy head with text and graph, after {STAGE_NAMES[stages[-1]]}. Line: perfect prediction."
-        )
+        way = SHOWN_BY[shown_mode(result)]
+        caption = f"Energies {way} after {STAGE_NAMES[stages[-1]]}. Line: perfect prediction."
         still = html.figure(
             "parity",
             caption,

@@ -184,9 +184,17 @@ def conditions(metrics: Metrics) -> str:
         *([f"split: {data['split']}"] if data.get("split") else []),
         provenance(metrics),
     ]
-    if adopted := metrics.get("adopted"):
-        parts.append(f"{', '.join(adopted['stages'])} of a run of commit {adopted['commit']}")
+    by_commit: dict[str, list[str]] = {}
+    for stage, commit in taken(metrics).items():
+        by_commit.setdefault(commit, []).append(stage)
+    parts += [f"{', '.join(stages)} of a run of commit {commit}" for commit, stages in by_commit.items()]
     return " · ".join(parts)
+
+
+def taken(metrics: Metrics) -> dict[str, str]:
+    """The stages that a run took from another one, and the commits that trained them."""
+    adopted = metrics.get("adopted", {})
+    return adopted.get("commits") or dict.fromkeys(adopted.get("stages", ()), str(adopted.get("commit")))
 
 
 # --------------------------------------------------------------------------- verdicts
@@ -203,19 +211,32 @@ def claims(metrics: Metrics) -> list[Claim]:
     return [claim for claim in found if claim is not None]
 
 
+# What the parity plot of a stage may show, the first that there is.
+SHOWN_BY = {
+    "ensemble": "of texts by the model and ridge together",
+    "both": "from text and graph",
+    "text": "from texts alone",
+    "encoder": "by the encoder alone",
+}
+
+
+def shown_mode(result: Metrics) -> str:
+    """By which way the energies of a stage's parity plot are."""
+    return next((mode for mode in SHOWN_BY if mode in result), "both")
+
+
 def _property_claim(metrics: Metrics) -> Claim | None:
     stages, baselines = ordered(metrics.get("property")), metrics.get("baselines") or {}
     if not stages or not baselines:
         return None
     result = metrics["property"][stages[-1]]
-    texts = "ensemble" in result
-    shown = result.get("ensemble" if texts else "both", {})
+    mode = shown_mode(result)
+    shown = result.get(mode, {})
     error = shown.get("mae")
     against = ", ".join(
         f"{number(b.get('mae'))} for {BASELINE_NAMES.get(k, k)}" for k, b in baselines.items()
     )
-    way = "of texts by the model and ridge together" if texts else "from text and graph"
-    sentence = f"Energies {way} after {STAGE_NAMES[stages[-1]]} beat all baselines"
+    sentence = f"Energies {SHOWN_BY[mode]} after {STAGE_NAMES[stages[-1]]} beat all baselines"
     n = shown.get("n", "?")
     if not finite(error):
         return Claim("no", sentence, f"the MAE is not a number (n = {n}); baselines: {against}")
@@ -563,8 +584,9 @@ def stages_table(metrics: Metrics) -> Table | None:
     earlier, last = metrics.get("designs") or {}, metrics.get("design") or {}
     if not earlier or not last:
         return None
-    asked = ((metrics.get("config") or {}).get("evaluate") or {}).get("design_after") or []
-    found = earlier | {stage: last for stage in asked if stage not in earlier}
+    config = metrics.get("config") or {}
+    asked = (config.get("evaluate") or {}).get("design_after") or []
+    found = earlier | dict.fromkeys([s for s in config.get("stages", ()) if s in asked][-1:], last)
     judges = [judge for judge in JUDGES if last.get(judge)]
     rows = [
         [STAGE_NAMES[s], *(_success_cell(found[s][judge]["success"], found[s]["n"]) for judge in judges)]

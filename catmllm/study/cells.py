@@ -15,6 +15,7 @@ A killed study goes on by the same command: what has its report is kept, the tra
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -27,10 +28,11 @@ import yaml
 
 from catmllm.config import Config, ConfigError, from_arguments, to_dict
 from catmllm.pipeline import differences
-from catmllm.study.reuse import adopt, runs_below
+from catmllm.study.reuse import OPEN, adopt, runs_below
 
 Runner = Callable[[list[str], Path], None]
 SAMPLES = "samples"  # of a cell, and no key of the trainer
+BEGAN = "began_with.json"  # of a run: which settings have trained the stages that it took
 _KEYS = {"cells", "seeds", "asks", "hours", "files", "base", "ancestor", "ranks", "axis", "against"}
 
 
@@ -136,7 +138,7 @@ def arguments(study: Study, values: Mapping[str, Any], seeds: tuple[int, int], o
     words = [*study.files, *(_word(key, value) for key, value in merged.items())]
     words = [word.replace("{runs}", str(out.parent)) for word in words]
     if asked is not None:
-        words += _sampled(asked, from_arguments(words).joint.batch_size * study.ranks)
+        words += _sampled(asked, from_arguments([*words, *study.more]).joint.batch_size * study.ranks)
     return [*words, *study.more]
 
 
@@ -204,17 +206,20 @@ def _sampled(asked: Any, batch: int) -> list[str]:
 def run_all(
     study: Study, out: Path, run: Runner, only: str | None = None, reuse: Sequence[Path] = ()
 ) -> dict[str, list[Path]]:
-    """Every run that has no report yet; the folders of each cell's runs, in the order of the seeds. reuse:
-    folders of earlier runs, whose stages are taken where they were trained as a run would train them."""
+    """Every run that has no report yet; the folders of each cell's runs, in the order of the seeds. A run
+    takes the stages that another one of the study, or in and below the folders `reuse`, has trained with its
+    settings. Raises ConfigError for a folder without a finished run."""
     if only is not None and only not in study.cells:
         raise ConfigError(f"no cell {only!r}: there are {', '.join(study.cells)}")
     runs = [run for place in reuse for run in runs_below(place)]
+    if empty := [place for place in reuse if not runs_below(place)]:
+        raise ConfigError(f"{empty[0]}: no finished run is there or below it")
 
     def once(values: Mapping[str, Any], seeds: tuple[int, int], folder: Path) -> None:
         words = arguments(study, values, seeds, folder)
-        if names := adopt(words, folder, study.ranks, runs):
-            print(f"== {folder}: {', '.join(names)} of an earlier run", file=sys.stderr, flush=True)
-        _once(words, folder, run)
+        if names := adopt(words, folder, study.ranks, [*runs, *runs_below(out)]):
+            print(f"== {folder}: {', '.join(names)} of another run", file=sys.stderr, flush=True)
+        _once(words, folder, run, study.ranks)
 
     folders: dict[str, list[Path]] = {name: [] for name in study.cells if only in (None, name)}
     for split, seed in study.seeds:
@@ -232,19 +237,36 @@ def run_all(
     return folders
 
 
-def _once(words: list[str], folder: Path, run: Runner) -> None:
-    """Raises ConfigError where a finished run is of other settings: the study's file was edited."""
+def _once(words: list[str], folder: Path, run: Runner, ranks: int) -> None:
+    """Raises ConfigError where a finished run is of other settings: the study's file was edited, or what the
+    run began with was trained anew."""
+    config = from_arguments(words)
     if not (folder / "report.html").is_file():
-        return run(words, folder)
-    ran = json.loads((folder / "metrics.json").read_text())["config"]
+        run(words, folder)
+        (folder / BEGAN).write_text(json.dumps(_began_with(config), indent=1) + "\n")
+        return
+    metrics = json.loads((folder / "metrics.json").read_text())
     # what is asked for as null has become what fits the device
-    found = differences(ran, to_dict(from_arguments(words)))
-    changed = [f"{key}: {old} -> {new}" for key, old, new in found if new is not None]
-    if changed:
+    found = [
+        d for d in differences(metrics["config"], to_dict(config)) if d[0] not in OPEN or d[2] is not None
+    ]
+    found += [("ranks", old, ranks) for old in [metrics["machine"]["ranks"]] if old != ranks]
+    if (folder / BEGAN).is_file():  # a run of before this was kept has none
+        began, now = json.loads((folder / BEGAN).read_text()), _began_with(config)
+        found += [(f"what {place} holds", "then", "now") for place in now if began.get(place) != now[place]]
+    if found:
         raise ConfigError(
-            f"{folder} was run with other settings ({'; '.join(changed[:3])}): give another --out, or remove "
-            "that folder"
+            f"{folder} was run with other settings ("
+            + "; ".join(f"{key}: {old} -> {new}" for key, old, new in found[:3])
+            + "): give another --out, or remove that folder"
         )
+
+
+def _began_with(config: Config) -> dict[str, str]:
+    """The stages of other runs that a run takes, and a hash of the settings that each was trained with."""
+    places = [place for place in (config.init, config.ga_grpo.predictor) if place is not None]
+    described = {place: Path(place) / "catmllm.json" for place in places}
+    return {p: hashlib.sha256(f.read_bytes()).hexdigest() for p, f in described.items() if f.is_file()}
 
 
 def trainer(ranks: int) -> Runner:

@@ -9,6 +9,7 @@ studies in place of 95 % (docs/log.md).
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -31,11 +32,22 @@ Values = tuple[list[float], list[str]]
 MODES = ("graph", "text", "encoder", "start", "encoder_start")  # besides what the parity plot shows
 FAILURES = ("PF", "VF", "CM", "PV_0.7", "AD")
 MOST_SEEDS = 1000
+LAST = "last stage"  # whatever it is: cells may end at different ones
+# What makes the samples of a supervised stage. A cross-entropy over others is none to compare with.
+_SAMPLES = (
+    "steps",
+    "batch_size",
+    "batch_tokens",
+    "property_share",
+    "design_share",
+    "drop_text",
+    "drop_graph",
+)
 
 
 def values_of(metrics: Metrics, folder: Path) -> dict[str, Values]:
     """Of one finished run: each measured thing, by system, answer or task, with (bulk, facet) of each. What
-    is one number of a whole run is of the pair ""."""
+    is one number of a whole run is of the pair "", or of what else must be alike for a comparison."""
     return (
         _property(metrics)
         | _cross_entropy(metrics, folder)
@@ -46,13 +58,14 @@ def values_of(metrics: Metrics, folder: Path) -> dict[str, Values]:
 
 
 def _cross_entropy(metrics: Metrics, folder: Path) -> dict[str, Values]:
-    """Of the answers in the last fifth of a supervised stage's training. Cells of a seed that ask for
-    the same samples read the same ones."""
+    """Of the answers in the last fifth of a supervised stage's training, and what makes its samples."""
     found: dict[str, Values] = {}
-    for stage in metrics["config"]["stages"]:
+    config = metrics["config"]
+    for stage in config["stages"]:
+        samples = {key: config[stage].get(key) for key in _SAMPLES} | {"data": config["data"]}
         said = [r["cross_entropy"] for r in read_log(folder / stage / "log.jsonl") if "cross_entropy" in r]
         if last := said[-(len(said) // 5 or 1) :]:
-            found[f"{stage}: cross-entropy in training"] = [float(np.mean(last))], [""]
+            found[f"{stage}: cross-entropy in training"] = [float(np.mean(last))], [json.dumps(samples)]
     return found
 
 
@@ -86,6 +99,7 @@ def _property(metrics: Metrics) -> dict[str, Values]:
         found[f"{stage}: test error, eV"] = off(parity["predicted"])
         if stage != config.stages[-1]:
             continue
+        found[f"{LAST}: test error, eV"] = found[f"{stage}: test error, eV"]
         others = parity.get("others", {})
         found |= {f"{stage}: test error, {m}, eV": off(others[m]) for m in MODES if m in others}
         for mode in ("both", "graph", "text"):
@@ -104,10 +118,12 @@ def _generation(metrics: Metrics, folder: Path) -> dict[str, Values]:
         rows = read_log(folder / stage / "answers.jsonl")
         rows = [row for row in rows if row.get("free")] or rows
         pairs = [row["identity"].partition("</s>")[2] for row in rows]
-        if rows:
-            found[f"{stage}: reward"] = [float(row["reward"]) for row in rows], pairs
-        for name in FAILURES if rows else ():
-            found[f"{stage}: {name}"] = [float(name in row["fails"]) for row in rows], pairs
+        if not rows:
+            continue
+        said = {"reward": [float(row["reward"]) for row in rows]}
+        said |= {name: [float(name in row["fails"]) for row in rows] for name in FAILURES}
+        for of in (stage, LAST) if stage == metrics["config"]["stages"][-1] else (stage,):
+            found |= {f"{of}: {name}": (values, pairs) for name, values in said.items()}
     return found
 
 
@@ -166,7 +182,8 @@ def compared(
 ) -> dict[str, Any]:
     """Rows of the table: by what was measured, each cell's mean over the seeds with its sd and interval, and
     how far it is from the first cell's, or from that of the cell that `against` names, paired by seed and
-    system where both measured the same ones. What is the same in every cell is left out."""
+    system where both measured the same ones. What is the same in every cell is left out, and what another row
+    says already."""
     first = next(iter(values))
     names = dict.fromkeys(what for each in values.values() for one in each for what in one)
     rows: dict[str, Any] = {}
@@ -182,6 +199,9 @@ def compared(
         same = len(row) > 1 and len({tuple(cell["each"]) for cell in row.values()}) == 1
         if row and not same:
             rows[what] = row
+    for what in [what for what in rows if what.startswith(LAST)]:
+        if any(row == rows[what] for other, row in rows.items() if other != what):
+            del rows[what]
     return rows
 
 
@@ -247,7 +267,11 @@ def sentences(rows: Mapping[str, Any]) -> list[str]:
             if "more" not in cell:
                 continue
             a, b = cell["more_interval"]
-            words = f"{what}: `{name}` is {cell['more']:+.3f} from `{cell.get('base', first)}` "
+            base = cell.get("base", first)
+            if a == b == cell["more"] == 0:
+                said.append(f"{what}: `{name}` has the numbers of `{base}`.")
+                continue
+            words = f"{what}: `{name}` is {cell['more']:+.3f} from `{base}` "
             words += f"({a:+.3f} to {b:+.3f} over surfaces"
             if cell["more_over_seeds"] is None:
                 words += "; one seed says nothing of how runs differ): not separate."

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from catmllm.report import page as html
 from catmllm.report.figures import save_figure
-from catmllm.report.summary import Table, conditions
+from catmllm.report.summary import Table, conditions, taken
 from catmllm.study.cells import Axis, Runner, Study, read, run_all, trainer
 from catmllm.study.compare import HEADER, cells_of, compared, sentences, table, values_of
 
@@ -74,9 +74,8 @@ def _announce(asked: Study, only: str | None) -> None:
 def commits(records: Mapping[str, Sequence[dict[str, Any]]]) -> list[str]:
     """Those that the runs were made by, and those of stages that they took from others."""
     every = [m for each in records.values() for m in each]
-    return sorted(
-        {str(m.get(of, {}).get("commit")) for m in every for of in ("machine", "adopted") if of in m}
-    )
+    made = {str(m["machine"].get("commit")) for m in every if "machine" in m}
+    return sorted(made.union(*(taken(m).values() for m in every)))
 
 
 def hours_taken(asked: Study, out: Path, records: Mapping[str, Sequence[dict[str, Any]]]) -> float:

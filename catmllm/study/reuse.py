@@ -3,7 +3,7 @@
 A stage's weights follow from what the stages of its run share (model, data, seeds, precision, …), from the
 settings of the stages up to it, and from the number of ranks. Where all that is the same, the folder of the
 stage is copied into the new run, with what was measured of it if `evaluate` asks for the same; the trainer
-goes on from there. The commit of that run may be another: the record says which.
+goes on from there. The commit that trained it may be another: the record says which.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from catmllm.config import ConfigError, from_arguments, to_dict
+from catmllm.config import from_arguments, to_dict
 from catmllm.pipeline import MENDABLE, differences
+from catmllm.report.summary import taken
 from catmllm.stages import STAGES
 
 Tree = dict[str, Any]
@@ -43,11 +44,8 @@ class Link(NamedTuple):
 
 
 def runs_below(place: Path) -> list[Path]:
-    """Folders of the finished runs in and below one. Raises ConfigError where there is none."""
-    found = sorted(p.parent for p in place.rglob("report.html") if (p.parent / "metrics.json").is_file())
-    if not found:
-        raise ConfigError(f"{place}: no finished run is there or below it")
-    return found
+    """Folders of the finished runs in and below one."""
+    return sorted(p.parent for p in place.rglob("report.html") if (p.parent / "metrics.json").is_file())
 
 
 def adopt(words: Sequence[str], folder: Path, ranks: int, runs: Sequence[Path]) -> list[str]:
@@ -136,7 +134,7 @@ def _copy(run: Path, folder: Path, names: Sequence[str], tree: Tree) -> None:
     if ended and asked <= {"evaluate.free_tasks"}:
         designs = ("design", "designs", *(("free_design",) if not asked else ()))
         kept |= {key: record[key] for key in designs if key in record}
-    machine = record["machine"]
-    kept["adopted"] = {"stages": list(names), "commit": machine.get("commit"), "date": machine.get("date")}
+    commits = dict.fromkeys(names, record["machine"].get("commit")) | taken(record)  # it may have taken some
+    kept["adopted"] = {"commits": {name: commits[name] for name in names}}
     (part / "metrics.json").write_text(json.dumps({**kept, "config": config}, indent=1))
     part.rename(folder)

@@ -497,6 +497,33 @@ def test_predictions_without_a_structure_are_drawn(page: str, systems: list[Syst
         assert system.identity.replace("</s>", " on ") in text
 
 
+@pytest.mark.parametrize(
+    ("mode", "words"), [("encoder", "by the encoder alone"), ("text", "from texts alone")]
+)
+def test_what_has_no_text_and_graph_is_judged_by_what_it_has(
+    systems: list[System], tmp_path: Path, mode: str, words: str
+) -> None:
+    metrics = made_metrics(systems[:3])
+    result = metrics["property"]["align"]
+    metrics["property"] = {"align": {mode: result["both"], "parity": result["parity"]}}
+    claim = summary.claims(metrics)[0]
+    assert words in claim.sentence and claim.evidence.startswith(
+        f"MAE {summary.number(result['both']['mae'])}"
+    )
+    text = Outline(write_report(made_run(tmp_path / "run", metrics, ("align",))).read_text()).text
+    assert f"Energies {words} after" in text and "text and graph after" not in text
+
+
+def test_a_search_is_of_the_stage_that_it_came_after(systems: list[System]) -> None:
+    metrics = made_metrics(systems)
+    metrics["config"]["stages"] = ["joint", "instruct"]
+    metrics["config"]["evaluate"]["design_after"] = ["joint", "instruct", "grpo", "ga_grpo"]
+    metrics["designs"] = {"joint": metrics["design"]}
+    table = summary.stages_table(metrics)
+    assert table is not None
+    assert [row[0] for row in table.rows] == [summary.STAGE_NAMES[s] for s in ("joint", "instruct")]
+
+
 def test_a_stage_that_was_not_asked_for_is_not_missing(systems: list[System]) -> None:
     metrics = made_metrics(systems)
     metrics["config"]["stages"] = ["align", "joint"]
