@@ -809,7 +809,8 @@ def generators() -> str:
 
 
 def _more_than_rows(about: Record) -> str:
-    """What the search has more than the other rows at the same tasks, over surfaces."""
+    """What the search has more than the other rows at the same tasks, with intervals over surfaces; they are
+    of one model, so nothing is bold."""
     lines = []
     for kind in ("fixed", "free"):
         ours = _outcomes(about["rows"]["search"][kind]["judge"])
@@ -818,8 +819,7 @@ def _more_than_rows(about: Record) -> str:
             cells = []
             for column in more.T:
                 low, high = bootstrap_interval(column, groups=about["surfaces"][kind])
-                said = f"{column.mean():+.0f} ({low:.0f} to {high:.0f})"
-                cells.append(f"**{said}**" if low > 0 or high < 0 else said)
+                cells.append(f"{column.mean():+.0f} ({low:.0f} to {high:.0f})")
             lines.append([f"`answers` after `{name}`" if name in ANSWERS else f"`{name}`", kind, *cells])
     return table(["`search` has more than", "tasks", *map(str, about["budgets"])], lines)
 
