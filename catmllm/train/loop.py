@@ -30,7 +30,8 @@ def train(make_stage: Callable[[Context], Stage], context: Context) -> tuple[dic
 
     Shards `context.model` in place. Returns the whole state dict, float32, on the main rank (empty on the
     others), and the stage. Raises `Stopped` after a signal, when the state is saved, and `TrainingError`
-    where the loss is not finite or jumps; the batch is then saved, and the weights are from before it.
+    where the loss or (but for float16's) the gradient is not finite, or the loss jumps; the batch is then
+    saved, and the weights are from before it.
     """
     stage = make_stage(context)
     ready = prepare(stage, context)
@@ -146,15 +147,18 @@ class _Run:
                 ready.scaler.scale(value).backward()
             total += value.detach()
         # Everything that the device knows of the step is read at once: the only wait for it.
-        found: dict[str, float | torch.Tensor] = {"loss": total.nan_to_num(math.inf), "grad_norm": 0.0}
+        found: dict[str, float | torch.Tensor] = {"loss": seen(total), "grad_norm": 0.0}
         if work.passes:
             with clock.phase("optimizer"):
-                found["grad_norm"] = clip(ready, optim.grad_clip).nan_to_num(math.inf)
+                found["grad_norm"] = seen(clip(ready, optim.grad_clip))
         if ready.scaler.is_enabled():
             found["loss_scale"] = ready.scaler.scale(torch.ones_like(total))
         row = world.mean({"stop": signalled, **found, **work.metrics})
         self.stopping = row.pop("stop") > 0
-        if problem := self.watch.judge(row["loss"]):
+        problem = self.watch.judge(row["loss"])
+        if not ready.scaler.is_enabled() and not math.isfinite(row["grad_norm"]):
+            problem = problem or "the gradient is not finite"
+        if problem:
             raise TrainingError(self._bad_batch(problem, float(total), work))
         if work.passes:
             with clock.phase("optimizer"):
@@ -236,6 +240,11 @@ class _Run:
             f"the checkpoints in {folder / 'checkpoints'} are from before. Look at the data, "
             f"or lower {stage.name}.lr and start again."
         )
+
+
+def seen(value: torch.Tensor) -> torch.Tensor:
+    """With infinity in place of NaN, which a mean over the ranks would leave out; infinity stays."""
+    return value.nan_to_num(math.inf, math.inf, -math.inf)
 
 
 def tensors(batch: Any) -> Any:

@@ -17,8 +17,10 @@ import pytest
 import torch
 
 from catmllm.stages.joint import Joint
+from catmllm.train import loop
 from catmllm.train.checkpoint import CheckpointError, Checkpoints
 from catmllm.train.loop import train
+from catmllm.train.setup import Ready, clip
 from catmllm.train.stop import EXIT_SAVED, LossWatch, TrainingError
 from tests.behaviour.test_layouts import forks
 from tests.contexts import MakeContext, small
@@ -185,12 +187,15 @@ def test_rotation_keeps_the_last_ones(make_context: MakeContext) -> None:
     assert names == ["step-0000006", "step-0000007", "step-0000008"]
 
 
-@pytest.mark.parametrize("wrong", [float("nan"), 1e6])
+@pytest.mark.parametrize(
+    ("wrong", "spike"), [(float("nan"), 20.0), (1e6, 20.0), (float("inf"), 0.0), (float("-inf"), 0.0)]
+)
 def test_a_loss_gone_wrong_stops_before_the_update_and_saves_the_batch(
-    make_context: MakeContext, wrong: float
+    make_context: MakeContext, wrong: float, spike: float
 ) -> None:
+    """Without a watch for jumps too, as in the RL stages."""
     config = small()
-    config.joint.steps, config.joint.checkpoint_every = 40, 24
+    config.joint.steps, config.joint.checkpoint_every, config.joint.spike = 40, 24, spike
     context = make_context(config)
     seen = {}
 
@@ -212,6 +217,34 @@ def test_a_loss_gone_wrong_stops_before_the_update_and_saves_the_batch(
     now = context.model.state_dict()
     assert all(torch.equal(now[k], v) for k, v in seen["weights"].items())
     assert (context.folder / "checkpoints" / "step-0000024" / "step.json").exists()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_gradient_that_is_not_finite_changes_no_weight(
+    make_context: MakeContext, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    """The loss is finite. In float16 the step is skipped and counted, else the run ends."""
+    config = small()
+    config.precision = precision  # type: ignore[assignment]
+    context = make_context(config)
+    before: dict[str, torch.Tensor] = {}
+
+    def overflowed(ready: Ready, most: float) -> torch.Tensor:
+        if not before:
+            before.update({k: v.clone() for k, v in context.model.state_dict().items()})
+            ready.trained[0].grad.to_local().fill_(torch.inf)  # type: ignore[union-attr]
+        return clip(ready, most)
+
+    monkeypatch.setattr(loop, "clip", overflowed)
+    if precision == "fp16":
+        train(Joint, context)
+        assert [r["skipped_steps"] for r in rows(context.folder)] == [1, 1]
+        return
+    with pytest.raises(TrainingError, match=r"the gradient is not finite at step 0.*bad-step-0000000"):
+        train(Joint, context)
+    now = context.model.state_dict()
+    assert all(torch.equal(now[k], v) for k, v in before.items())
+    assert (context.folder / "bad-step-0000000-rank-0.pt").is_file()
 
 
 def test_the_watch_tells_jumps_from_noise() -> None:
