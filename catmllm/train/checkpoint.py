@@ -179,6 +179,7 @@ class Checkpoints:
         if record is None:
             return None
         place = self._place(record["step"])
+        _begin_states(optimizer)
         weights, moments = get_state_dict(model, optimizer, options=TRAINED)
         state: dict[str, Any] = {"model": weights, "optimizer": moments}
         self._load(state, place)
@@ -267,12 +268,18 @@ class Checkpoints:
 
 
 def _begin_states(optimizer: Optimizer) -> None:
-    """Give parameters that have had no gradient so far the states with which an Adam would begin them. A
-    checkpoint is read into the states of all; DCP makes missing ones itself where there is none at all."""
-    known: dict[str, torch.Tensor] = next((state for p, state in optimizer.state.items() if p.dim()), {})
-    for p in (p for group in optimizer.param_groups for p in group["params"]):
-        if p not in optimizer.state and known:
-            optimizer.state[p] = {k: torch.zeros_like(p if v.dim() else v) for k, v in known.items()}
+    """Give parameters that have had no gradient so far the states with which an Adam begins them: a
+    checkpoint holds, and is read into, the states of all. torch would make them by a step on gradients of
+    zero where there are none at all, and that step would count."""
+    torchs = isinstance(optimizer, torch.optim.AdamW)
+    for group in optimizer.param_groups:
+        if not torchs:
+            group.setdefault("step", 0)  # apex counts a group's
+        for p in group["params"]:
+            if p not in optimizer.state:
+                optimizer.state[p] = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+                if torchs:
+                    optimizer.state[p]["step"] = torch.zeros((), device=p.device)
 
 
 def _name(step: int) -> str:

@@ -15,13 +15,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.distributed.fsdp import fully_shard
 
 from catmllm.stages.joint import Joint
 from catmllm.train import loop
 from catmllm.train.checkpoint import CheckpointError, Checkpoints
+from catmllm.train.fused_adam import over_shards
 from catmllm.train.loop import train
 from catmllm.train.setup import Ready, clip
+from catmllm.train.sharding import mesh_of
+from catmllm.train.stage import Context
 from catmllm.train.stop import EXIT_SAVED, LossWatch, TrainingError
+from catmllm.train.store import Folder
+from tests.behaviour.standin.apex import optimizers
 from tests.behaviour.test_layouts import forks
 from tests.contexts import MakeContext, small
 
@@ -176,6 +182,39 @@ def context_again(make_context: MakeContext, context):
     again = make_context(context.config)
     again.folder = context.folder
     return again
+
+
+@pytest.mark.parametrize("kind", ["torch", "apex"])
+def test_a_checkpoint_before_the_first_step_counts_no_step(
+    context: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Three updates with no checkpoint before them, with one, and from that one."""
+    monkeypatch.setitem(sys.modules, "apex.optimizers", optimizers)
+
+    def updated(saves: bool = False, reads: bool = False) -> torch.Tensor:
+        torch.manual_seed(0)
+        model = fully_shard(torch.nn.Linear(3, 2), mesh=mesh_of(context.config, context.world))
+        group = {"params": [*model.parameters()], "weight_decay": 0.0}
+        optimizer = (
+            over_shards([group], 0.1, (0.9, 0.98))
+            if kind == "apex"
+            else torch.optim.AdamW([group], lr=0.1, betas=(0.9, 0.98), fused=True)
+        )
+        checkpoints = Checkpoints(Folder(tmp_path), context.world, 2)
+        if reads:
+            assert checkpoints.restore(model, optimizer) is not None
+        if saves:
+            checkpoints.save(0, model, optimizer, {})
+            checkpoints.settle()
+        for k in range(3):
+            model(torch.full((1, 3), 1.0 + k)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return model.weight.full_tensor().detach()
+
+    alone = updated()
+    assert torch.equal(updated(saves=True), alone)
+    assert torch.equal(updated(reads=True), alone)
 
 
 def test_rotation_keeps_the_last_ones(make_context: MakeContext) -> None:
