@@ -74,13 +74,8 @@ class Checkpoints:
         extra: dict[str, Any],
         value: float | None = None,
     ) -> None:
-        """Begin to write the state after `step` updates. `extra`: JSON values of this rank; `value`: of a
-        validation, the lowest of which is kept.
-
-        A write that fails is told, its remains are removed and training goes on;
-        raises `CheckpointError` at the third in a row.
-        """
-        self.settle()
+        """Begin to write the state after `step` updates; `settle` comes before, and tells how it went.
+        `extra`: JSON values of this rank; `value`: of a validation, the lowest of which is kept."""
         _begin_states(optimizer)
         weights, moments = get_state_dict(model, optimizer, options=TRAINED)
         stager = DefaultStager(PLAIN)
@@ -137,10 +132,15 @@ class Checkpoints:
             if (error := future.exception()) is not None:
                 self._tell(step, _reason(error))
 
-    def settle(self) -> None:
-        """Wait for the write under way, so that every rank knows how it went."""
+    def settle(self) -> int | None:
+        """Wait for the write under way, so that every rank knows how it went; returns the step of a
+        checkpoint that is lost.
+
+        A write that fails is told, its remains are removed and training goes on;
+        raises `CheckpointError` at the third in a row.
+        """
         if self.pending is None:
-            return
+            return None
         step, future = self.pending
         problem = None
         try:
@@ -151,8 +151,9 @@ class Checkpoints:
         self.pending = None
         if problem := next((p for p in self.world.gather(problem) if p), None):
             self._failed(step, problem)
-        else:
-            self.failures = 0
+            return step
+        self.failures = 0
+        return None
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -202,14 +203,11 @@ class Checkpoints:
             (self.folder / name).remove()
         return finished[max(finished)] if finished else None
 
-    def restore_best(self, model: Module) -> int:
-        """Load the weights of the checkpoint with the lowest value of validation; returns its step."""
-        self.settle()
-        step = self.world.gather(_best(_finished(self.folder)) if self.world.main else None)[0]
+    def restore_weights(self, step: int, model: Module) -> None:
+        """Load the weights of a finished checkpoint in place."""
         state = {"model": get_model_state_dict(model, options=TRAINED)}
         self._load(state, self._place(step))
         set_model_state_dict(model, state["model"], options=PARTIAL)
-        return step
 
     def _load(self, state: dict[str, Any], place: Folder) -> None:
         try:

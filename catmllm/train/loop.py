@@ -78,15 +78,16 @@ def _steps(context: Context, stage: Stage, ready: Ready) -> None:
             if run.profile is not None:
                 run.profile.step()
             if stopping:
-                run.checkpoints.settle()
+                run.settle()
                 if run.checkpoints.failures:
                     raise CheckpointError(f"{stage.name}: stopped after step {run.step - 1}, but not saved")
                 raise Stopped(f"{stage.name}: saved after step {run.step - 1}")
         if run.profile is not None:
             run.profile.finish()
             log.note(run.profile.table)
+        run.settle()
         if run.best is not None and run.best_step < run.step:
-            run.checkpoints.restore_best(context.model)
+            run.checkpoints.restore_weights(run.best_step, context.model)
             log.note(
                 f"{stage.name}: the weights of step {run.best_step} are kept (validation {run.best:.4g})"
             )
@@ -117,6 +118,7 @@ class _Run:
         self.skipped = 0
         self.best: float | None = None
         self.best_step, self.worse = 0, 0  # of the best validation, and how many since were not better
+        self.before: tuple[float | None, int] = (None, 0)  # the best one and its step before that
         self.improved = self.stopping = False
         mirror = context.mirror
         self.checkpoints = Checkpoints(
@@ -186,8 +188,11 @@ class _Run:
         self.context.model.train()
         row = self.context.world.mean(found)
         value = row["val"]
+        with self.clock.phase("checkpoint"):
+            self.settle()
         self.improved = math.isfinite(value) and (self.best is None or value < self.best)
         if self.improved:
+            self.before = self.best, self.best_step
             self.best, self.best_step, self.worse = value, self.step, 0
         else:
             self.worse += 1
@@ -199,7 +204,15 @@ class _Run:
         validation = self.stage.validation
         return validation is not None and 0 < validation.patience <= self.worse
 
+    def settle(self) -> None:
+        """Wait for the checkpoint under way. Where it is lost and had the best weights, the best are those
+        before, if there are any."""
+        lost = self.checkpoints.settle()
+        if self.best is not None and lost == self.best_step:
+            self.best, self.best_step = self.before
+
     def save(self) -> None:
+        self.settle()
         extra = {
             "stage": self.stage.state(),
             "scaler": self.ready.scaler.state_dict(),

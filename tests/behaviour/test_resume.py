@@ -1,6 +1,7 @@
 """Runs that are killed, stopped, out of disk or off the rails: what was trained stays,
 and the rest is as if unbroken."""
 
+import contextlib
 import json
 import os
 import resource
@@ -150,6 +151,56 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(
     assert sorted(p.name for p in (context.folder / "checkpoints").iterdir())[-1] == "step-0000006"
 
 
+@contextlib.contextmanager
+def limits_undone() -> Iterator[tuple[int, int]]:
+    """Whatever happens inside, afterwards files may be as large as before; yields that limit."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        yield before
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+
+
+@pytest.mark.parametrize(
+    ("values", "lost", "kept"),
+    [((5.0, 3.0, 4.0, 6.0), 2, 3), ((5.0, 3.0, 5.5, 6.0), 2, 1), ((3.0, float("nan")), 1, 2)],
+)
+def test_where_the_best_checkpoint_is_lost_the_next_best_is_kept(
+    make_context: MakeContext,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    values: tuple[float, ...],
+    lost: int,
+    kept: int,
+) -> None:
+    """A better one after it, the one before it, or where there is none the last weights."""
+    writes = watched_writes(monkeypatch)
+    config = small()
+    o = config.joint
+    o.steps, o.validate_every, o.checkpoint_every = len(values), 1, 100
+    context = make_context(config)
+    weights: list[torch.Tensor] = []
+
+    class Judged(Joint):
+        def validate(self) -> dict[str, float]:
+            weights.append(context.model.llm.lm_head.weight.full_tensor().detach().clone())
+            if writes:
+                writes[-1].exception()
+            small_files = 50_000 if len(weights) == lost else limit[0]
+            resource.setrlimit(resource.RLIMIT_FSIZE, (small_files, limit[1]))
+            return {"val": values[len(weights) - 1]}
+
+    with limits_undone() as limit:
+        state, _ = train(Judged, context)
+    said = capfd.readouterr()
+    assert f"the checkpoint of step {lost} could not be written" in said.err
+    assert torch.equal(state["llm.lm_head.weight"], weights[kept - 1])
+    noted = f"the weights of step {kept} are kept (validation {values[kept - 1]:.4g})"
+    assert (noted in said.out + said.err) == (kept < len(values))
+
+
 def test_three_failed_checkpoints_in_a_row_stop_the_run(
     make_context: MakeContext, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -165,14 +216,11 @@ def test_three_failed_checkpoints_in_a_row_stop_the_run(
                 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
             return super().step(step)
 
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:
-        with pytest.raises(CheckpointError, match=r"3 checkpoints in a row.*step-0000002 is good"):
-            train(Limited, context)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, ignored)
+    with (
+        limits_undone() as before,
+        pytest.raises(CheckpointError, match=r"3 checkpoints in a row.*step-0000002 is good"),
+    ):
+        train(Limited, context)
     assert [p.name for p in (context.folder / "checkpoints").iterdir()] == ["step-0000002"]
     train(Joint, context_again(make_context, context))
     assert [r["step"] for r in rows(context.folder)] == list(range(12))
