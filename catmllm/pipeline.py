@@ -40,7 +40,7 @@ from catmllm.evaluate.slab_tasks import evaluate_slabs
 from catmllm.models.build import collator, new_model
 from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.models.half_precision import rounded
-from catmllm.models.state import load_model, save_model, stage_folder
+from catmllm.models.state import load_model, save_model, stage_folder, trained_config
 from catmllm.report.run import ANSWERS, summary_table, with_trained_baselines, write_report
 from catmllm.report.summary import ARMS, GENERATING, MODES
 from catmllm.sample.vllm_engine import VLLMError
@@ -201,10 +201,30 @@ def _run(config: Config, world: World) -> int:
 
 
 def _begins_from(config: Config, out: Path, world: World) -> Path | None:
-    """The folder of the model that `init` names; one on a store is copied to this machine."""
+    """The folder of the model that `init` names; one on a store is copied to this machine. Raises ValueError
+    where the configuration is of weights of another make: they would train as what they are, and be saved as
+    what it says."""
     if config.init is None:
         return None
-    return fetched(config.init, out, world) if "://" in config.init else stage_folder(config.init)
+    folder = fetched(config.init, out, world) if "://" in config.init else stage_folder(config.init)
+    trained = to_dict(trained_config(folder))
+    found = {key: (a, b) for key, a, b in differences(trained, to_dict(config)) if _makes_weights(key)}
+    if found:
+        shown = "; ".join(f"`{key}` is {_word(b)} here and {_word(a)} there" for key, (a, b) in found.items())
+        words = " ".join(f"{key}={_word(a)}" for key, (a, _) in found.items())
+        raise ValueError(f"`init`: the model of {folder} is of another make ({shown}); add {words}")
+    return folder
+
+
+def _makes_weights(key: str) -> bool:
+    """Whether a key says what the weights of a model are, which none that begins with them can change."""
+    sizes = key.startswith("model.encoder.") and key != "model.encoder.checkpoint"
+    return sizes or key in ("model.projector", "data.cutoff")
+
+
+def _word(value: Any) -> str:
+    """A value as it is written in a configuration."""
+    return "null" if value is None else str(value)
 
 
 def _open(config: Config, out: Path, world: World) -> Record:
@@ -253,10 +273,6 @@ def _train(
 ) -> None:
     if previous is not None:
         model, collate, trained = load_model(previous, config.model.llm.attention)
-        if trained.data.cutoff != config.data.cutoff:
-            raise ValueError(
-                f"`data.cutoff`: the encoder of {previous} was trained at {trained.data.cutoff} Å"
-            )
         collate = collator(model, collate.tokenizer, config, templates)
         if begins_anew(trained, config) and not texts_only(data["train"]):
             model.forget_energies()

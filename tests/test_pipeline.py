@@ -19,6 +19,7 @@ from catmllm.config import Config, DataConfig
 from catmllm.data.shards import write_shards
 from catmllm.data.slabs import load_slabs
 from catmllm.pipeline import begins_anew
+from catmllm.world import World
 from tests.behaviour.test_layouts import forks
 from tests.small_run import ROOT, kill, launch
 
@@ -242,6 +243,29 @@ def test_a_start_that_failed_claims_nothing(tmp_path: Path) -> None:
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+def test_weights_of_another_make_are_refused_before_any_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each key that makes weights is named with both values and what to write; others may differ."""
+    from catmllm.config import load_config, to_dict
+    from catmllm.pipeline import _begins_from, run
+
+    stage, out = tmp_path / "before" / "instruct", tmp_path / "out"
+    stage.mkdir(parents=True)
+    (stage / "model.safetensors").touch()
+    words = ["data.cutoff=5.0", "model.encoder.num_layers=3", "model.projector=invariant"]
+    (stage / "catmllm.json").write_text(json.dumps(to_dict(load_config(overrides=words))))
+    begin = [f"init={stage}", f"out={out}", "stages=[grpo]"]
+    assert run(load_config(overrides=begin)) == 1
+    said = capsys.readouterr().err
+    assert "`model.projector` is max here and invariant there" in said and f"add {' '.join(words)}" in said
+    assert not out.exists()
+    others = ["model.llm.attention=eager", "model.closed_form=false", "precision=fp32"]
+    config = load_config(overrides=[*begin, *words, *others])
+    config.model.encoder.checkpoint = "weights.pt"
+    assert _begins_from(config, out, World(0, 1, torch.device("cpu"))) == stage
 
 
 def test_the_folder_of_a_stage_is_no_folder_of_a_run(

@@ -93,12 +93,18 @@ def save_description(folder: Path, model: CatalyticMLLM, config: Config, collate
     (folder / "catmllm.json").write_text(json.dumps(to_dict(config), indent=1))
 
 
+def trained_config(folder: Path) -> Config:
+    """The configuration that a stage or an export was trained with."""
+    path = folder / "catmllm.json"
+    return from_dict(json.loads(path.read_text()), str(path))
+
+
 def described_model(folder: Path, attention: str | None = None) -> tuple[CatalyticMLLM, Collator, Config]:
     """What `save_description` has written, or an export of the layout `hf`: the model, its parameters without
     storage, what makes its batches, and the configuration."""
     from transformers import PreTrainedTokenizerFast
 
-    config = from_dict(json.loads((folder / "catmllm.json").read_text()), str(folder / "catmllm.json"))
+    config = trained_config(folder)
     own = folder / TOKENIZER
     tokenizer = PreTrainedTokenizerFast.from_pretrained(own if own.is_dir() else folder)
     qwen = read_config(folder if (folder / GRAPH).is_file() else folder / "llm")
