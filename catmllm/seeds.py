@@ -23,10 +23,10 @@ class Stream(IntEnum):
     ADAPTERS = 2  # ... of adapters
     DROPOUT = 3  # whatever a pass draws [step, rank]
     ALIGN_ORDER = 4  # which system comes when [epoch]
-    JOINT_ORDER = 5  # [epoch]
-    JOINT_SAMPLES = 6  # task, symmetry, noise, words of a sample [position]
-    INSTRUCT_ORDER = 7  # [epoch]
-    INSTRUCT_SAMPLES = 8  # [position]
+    JOINT_ORDER = 5  # [epoch], of property samples [1, epoch]
+    JOINT_SAMPLES = 6  # task, symmetry, noise, words of a CIF or design [place], a property sample [place, 1]
+    INSTRUCT_ORDER = 7  # as JOINT_ORDER
+    INSTRUCT_SAMPLES = 8  # as JOINT_SAMPLES
     GRPO_ORDER = 9  # [epoch]
     GRPO_PROMPTS = 10  # [step, place in the batch of all ranks]
     GRPO_ANSWERS = 11  # [step, rank]

@@ -248,7 +248,12 @@ def task_sample(
 
 def evenly(position: int, share: float) -> bool:
     """Whether what is at this position of a sequence is one of a share of all that is spread evenly."""
-    return int((position + 1) * share + 1e-9) > int(position * share + 1e-9)
+    return share_before(position + 1, share) > share_before(position, share)
+
+
+def share_before(position: int, share: float) -> int:
+    """How many of that share stand before this position."""
+    return int(position * share + 1e-9)
 
 
 class FromLoader(Plain):
@@ -302,10 +307,11 @@ class Mixture:
     """Position in the sequence of samples -> the sample:
     property samples evenly among CIF and design samples.
 
-    `property_of` makes a property sample, `design_share` is of the rest; for the others see `task_sample`. A
-    sample's random numbers are a function of key and position, so that neither ranks nor passes nor workers
-    change it. Texts without structures make property samples alone. `systems` make CIF and design samples,
-    `known` property samples.
+    `property_of` makes a property sample, `design_share` is of the rest; for the others see `task_sample`.
+    Property samples are a sequence of their own, and so are the others: each is a function of keys and of its
+    place in its sequence, so that neither ranks nor passes nor workers nor `property_share` change it. Texts
+    without structures make property samples alone. `systems` make CIF and design samples, `known` property
+    samples.
     """
 
     known: Sequence[System]
@@ -327,10 +333,12 @@ class Mixture:
         self.texts = texts_only(self.known)
 
     def __call__(self, position: int) -> Sample:
-        asks = self.texts or evenly(position, self.property_share)
+        share = 1.0 if self.texts else self.property_share
+        asks, asked = evenly(position, share), share_before(position, share)
         systems = self.known if asks else self.systems
-        i = shuffled(position, len(systems), self.order)
-        rng = generator((*self.samples, position))
+        place, own = (asked, (1,)) if asks else (position - asked, ())
+        i = shuffled(place, len(systems), (*self.order, *own))
+        rng = generator((*self.samples, place, *own))
         d = self.data
         system = systems[i] if asks else as_written(systems[i], d)
         if d.augment and not self.texts:
@@ -417,7 +425,7 @@ def supervised_step(
         metrics["waste"] = 1 - tokens / sum(len(b) * b.max_length for b in batches)
     elif config.batch_tokens is not None:
         metrics["waste"] = 1 - tokens / (config.batch_tokens * len(batches))
-        metrics["too_long"] = float(stage.loader.too_long)
+        metrics["too_long"] = float(stage.loader.too_long * world.size)  # the mean of ranks is their sum
 
     def loss(batch: Batch) -> torch.Tensor:
         ce, mae, labelled = sample_losses(model, batch, row_weight)

@@ -3,7 +3,7 @@ and what a step draws is a function."""
 
 import json
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ import torch
 
 from catmllm.config import Config, ConfigError, DataConfig, MixedConfig
 from catmllm.data.batches import shuffled
-from catmllm.data.prompts import jitter, property_sample
+from catmllm.data.prompts import Sample, jitter, property_sample
 from catmllm.data.subsets import of_generation, of_property
 from catmllm.models.losses import mmtg_loss
 from catmllm.seeds import generator
@@ -153,6 +153,21 @@ def test_the_loss_of_packs_is_the_mean_over_their_samples(make_context: MakeCont
     assert work.metrics["energy_mae"] == pytest.approx(in_ev, rel=1e-5)
 
 
+def test_samples_that_are_too_long_are_counted_over_all_ranks(make_context: MakeContext) -> None:
+    config = small()
+    config.joint.batch_tokens = 400
+    context = make_context(config)
+
+    class Two(World):
+        def gather(self, value: Any) -> list[Any]:
+            return [value, value]
+
+    stage = Joint(context)
+    context.world = Two(0, 2, context.world.device)
+    stage.loader.too_long = 3
+    assert context.world.mean({"too_long": stage.step(0).metrics["too_long"]}) == {"too_long": 6.0}
+
+
 @pytest.mark.parametrize("written", ["start", "relaxed"])
 def test_answers_and_exemplars_show_what_is_to_be_written(written: Literal["start", "relaxed"]) -> None:
     from catmllm.data.slabs import load_slabs
@@ -220,9 +235,49 @@ def test_property_and_generation_have_systems_of_their_own(make_context: MakeCon
     assert not {s.sid for s in known} & {s.sid for s in shown}
     for k, sample in enumerate(asked):
         mine = known if k % 2 else shown
-        system = mine[shuffled(k, len(mine), mixture.order)]
+        system = mine[shuffled(k // 2, len(mine), (*mixture.order, *(1,) * (k % 2)))]
         assert sample.energy == (system.known_energy if k % 2 else None)
         assert k % 2 or system.identity in sample.prompt
+
+
+def test_how_many_there_are_of_one_kind_changes_none_of_the_other() -> None:
+    """Property samples and the others are sequences of their own; without property samples the others are
+    drawn by their position."""
+    from catmllm.data.slabs import load_slabs
+
+    systems, data = load_slabs()[:60], DataConfig()
+
+    def drawn(share: float, n: int = 160) -> tuple[list[Sample], list[Sample]]:
+        mixture = Mixture(
+            systems,
+            systems,
+            data,
+            (1,),
+            (2,),
+            share,
+            lambda s, r: property_sample(jitter(s, 0.1, r)),
+            0.5,
+            0.1,
+        )
+        made = [mixture(k) for k in range(n)]
+        return [s for s in made if s.energy is not None], [s for s in made if s.energy is None]
+
+    def same(a: list[Sample], b: list[Sample]) -> bool:
+        pairs = [*zip(a, b)]
+        assert len(pairs) > 20
+        return all(
+            (x.prompt, x.answer) == (y.prompt, y.answer)
+            and (x.graph is None) == (y.graph is None)
+            and (x.graph is None or y.graph is None or np.array_equal(x.graph.frac, y.graph.frac))
+            for x, y in pairs
+        )
+
+    alone, none = drawn(1.0)
+    without, others = drawn(0.0)
+    assert not none and not without
+    for share in (0.25, 0.5, 0.7):
+        asked, rest = drawn(share)
+        assert len(asked) + len(rest) == 160 and same(asked, alone) and same(rest, others)
 
 
 def test_one_list_draws_as_before_there_were_two() -> None:
@@ -237,13 +292,14 @@ def test_one_list_draws_as_before_there_were_two() -> None:
     )
     kin = relatives(systems)
     for k in range(40):
-        i, rng = shuffled(k, len(systems), (1,)), generator((2, k))
-        system = symmetric_copy(systems[i], rng)
-        expected = (
-            property_sample(jitter(system, 0.1, rng))
-            if int((k + 1) * 0.7 + 1e-9) > int(k * 0.7 + 1e-9)
-            else task_sample(system, [systems[j] for j in kin[i]], rng, 0.5, 0.1, DataConfig())
-        )
+        p = int(k * 0.7 + 1e-9)
+        if int((k + 1) * 0.7 + 1e-9) > p:
+            i, rng = shuffled(p, len(systems), (1, 1)), generator((2, p, 1))
+            expected = property_sample(jitter(symmetric_copy(systems[i], rng), 0.1, rng))
+        else:
+            i, rng = shuffled(k - p, len(systems), (1,)), generator((2, k - p))
+            system = symmetric_copy(systems[i], rng)
+            expected = task_sample(system, [systems[j] for j in kin[i]], rng, 0.5, 0.1, DataConfig())
         found = mixture(k)
         assert (found.prompt, found.answer) == (expected.prompt, expected.answer)
         assert (found.graph is None) == (expected.graph is None)
