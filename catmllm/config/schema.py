@@ -241,7 +241,12 @@ class LoRAConfig:
 
     r: int = key(0, "rank; 0: the LLM's own weights train", ge=0)
     alpha: float = key(16.0, "an adapter's output is multiplied by alpha / r", gt=0)
-    dropout: float = key(0.05, "share of an adapter's inputs that are dropped", ge=0, le=1)
+    dropout: float = key(
+        0.05,
+        "share of an adapter's inputs that are dropped; none in grpo, whose answers are sampled without",
+        ge=0,
+        le=1,
+    )
 
 
 @section

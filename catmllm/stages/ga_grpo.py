@@ -46,6 +46,7 @@ class GAGRPO(Plain):
     the next of an endless sequence enters in its place; tasks.jsonl has what came of it."""
 
     name = "ga_grpo"
+    samples = True
 
     def __init__(self, context: Context) -> None:
         o, world = context.config.ga_grpo, context.world

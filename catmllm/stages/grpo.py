@@ -70,6 +70,7 @@ class GRPO(Plain):
     name = "grpo"
 
     def __init__(self, context: Context) -> None:
+    samples = True
         self.context, self.config = context, context.config.grpo
         train, data = context.data["train"], context.config.data
         self.systems, self.known = of_generation(train, data), of_property(train, data)

@@ -6,7 +6,7 @@ The loop trains with it and a plan traces it, so that a plan is of the very thin
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -49,7 +49,8 @@ def prepare(stage: Stage, context: Context) -> Ready:
     config, model, optim = context.config, context.model, stage.config
     adapters = config.lora.r > 0 and stage.trains(ADAPTED)
     if adapters:
-        add_lora(model, config.lora, config.seed)
+        dropout = 0.0 if stage.samples else config.lora.dropout
+        add_lora(model, replace(config.lora, dropout=dropout), config.seed)
     freeze(model, stage, adapters)
     prepare_blocks(model, config)
     flops = ModelFlops(model, stage.name != "align")

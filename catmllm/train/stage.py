@@ -84,7 +84,11 @@ class Stage(Protocol):
 
     @property
     def config(self) -> OptimConfig:
-        """Steps, batch, learning rate."""
+        """Steps, batch, learning rate; the steps may be others after `load_state`."""
+
+    @property
+    def samples(self) -> bool:
+        """Whether it learns from answers that it samples: without dropout, so its adapters have none."""
 
     @property
     def validation(self) -> Validation | None:
@@ -130,6 +134,13 @@ class Plain:
 
     def begin(self) -> None:
         """Nothing to prepare."""
+
+    @property
+    def samples(self) -> bool:
+        return False
+
+    def whole(self, step: int) -> bool:
+        return True
 
     def finish(self) -> str:
         return ""

@@ -2,6 +2,7 @@
 and merging changes no answer."""
 
 import copy
+import json
 import re
 
 import pytest
@@ -11,7 +12,9 @@ from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.models.lora import LINEARS, add_lora, effective_weight, without_lora
 from catmllm.stages import STAGES
 from catmllm.stages.grpo import GRPO
+from catmllm.stages.joint import Joint
 from catmllm.train.loop import train
+from catmllm.train.setup import prepare
 from catmllm.train.stage import Context
 from tests.contexts import MakeContext, small
 from tests.stages.test_rl_stages import TokenReward
@@ -58,6 +61,27 @@ def test_exactly_the_adapters_and_what_the_stage_names_change(make_context: Make
         expected |= {"encoder", "projector"}
         assert any(k.startswith("encoder.blocks.0.ga.") for k in moved)
     assert rest == expected
+
+
+def test_answers_are_those_of_the_adapters_that_learn_from_them(make_context: MakeContext) -> None:
+    """They are sampled without dropout, so without it the update has their probabilities; the adapters of
+    other stages have theirs."""
+    config = config_of("grpo")
+    config.lora.dropout, config.grpo.steps, config.grpo.lr = 0.5, 3, 5e-2
+    context = make_context(config)
+
+    def make(c: Context) -> GRPO:
+        stage = GRPO(c)
+        stage.reward = TokenReward().score
+        return stage
+
+    train(make, context)
+    log = [json.loads(line) for line in (context.folder / "log.jsonl").read_text().splitlines()]
+    assert max(row["mismatch"] for row in log) < 1e-4 and log[-1]["kl"] > 1e-4
+    assert not [m for m in context.model.modules() if isinstance(m, torch.nn.Dropout) and m.p]
+    supervised = make_context(config)
+    prepare(Joint(supervised), supervised)
+    assert {m.p for m in supervised.model.modules() if isinstance(m, torch.nn.Dropout)} == {0.5}
 
 
 @pytest.mark.parametrize("stage", ["align", "ga_grpo"])
