@@ -64,7 +64,9 @@ class GAGRPO(Plain):
 
     def begin(self) -> None:
         weight = self.context.model.llm.lm_head.weight.detach()
-        self.reference_head = (weight.full_tensor() if isinstance(weight, DTensor) else weight).clone()
+        head = weight.full_tensor() if isinstance(weight, DTensor) else weight
+        # its shards may be in the host's memory
+        self.reference_head = head.to(self.context.world.device, copy=True)
         self.vllm = vllm_of(self.context, self.config)
 
     def end(self) -> None:

@@ -95,7 +95,9 @@ def shard(
                 following.set_modules_to_backward_prefetch([this])
     model.lockstep = world.size > 1
     if like is not None:
-        model.to_empty(device="cpu" if config.cpu_offload else world.device)
+        home = torch.device("cpu") if config.cpu_offload else world.device
+        # Weights alone: buffers are no shards, and stay where passes read them.
+        model._apply(lambda t: torch.empty_like(t, device=home) if t.device.type == "meta" else t)
         _copy_shards(like, model)
     # Sampling may run the encoder before the first training pass has run the model; FSDP2 would then take the
     # encoder for a root of its own. There is no public call that settles who is root.

@@ -327,6 +327,24 @@ def test_token_level_normalisation_and_several_updates_a_rollout(context: Contex
 
 
 def rows_of(context: Context) -> list[dict[str, float]]:
+def test_an_offloaded_reference_keeps_its_buffers_where_passes_read_them(context: Context) -> None:
+    """By their memory, which is that of before: on a GPU the host's would be another."""
+    context.config.cpu_offload = True
+    reference = GRPO(context).reference
+    assert reference is not None
+    for p in context.model.parameters():
+        p.requires_grad_(True)
+    shard(context.model, context.config, context.world)
+
+    def places() -> dict[str, int]:  # tables are filled anew on their own device
+        return {n: b.data_ptr() for n, b in reference.named_buffers() if "tables" not in n}
+
+    before = places()
+    shard(reference, context.config, context.world, like=context.model)
+    assert places() == before and "energy_mean" in before
+    assert all(p.device.type == "cpu" for p in reference.parameters())
+
+
     return [json.loads(line) for line in (context.folder / "log.jsonl").read_text().splitlines()]
 
 
