@@ -60,6 +60,8 @@ from catmllm.world import DTYPES
 
 # prompts, their rollouts, per rollout its advantage and whether it carries a signal; what to log
 Rolled = tuple[list[Sample], list[Rollout], np.ndarray, np.ndarray, Metrics]
+# a prompt's place in the sequence of all, the system that it is about, and what it draws from
+Pick = tuple[int, int, np.random.Generator]
 # prompts, their answers and rewards, seconds of sampling by part
 Round = tuple[list[Sample], list[Rollout], Scored, dict[str, float]]
 
@@ -162,11 +164,7 @@ class GRPO(Plain):
                 break
             if self.remote is not None:
                 self.remote.publish(step)
-            # Each round of each step has a part of the stream of its own, whatever it took before.
-            at = step * self.refill + k
-            picks = self._chosen(Stream.GRPO_REFILL_ORDER, Stream.GRPO_REFILL_PROMPTS, o.batch_size, at)
-            seed = Stream.GRPO_REFILL_ANSWERS.key(c.config.seed, step, c.world.rank, k)
-            more = self._round(picks[:missing], seed)
+            more = self._round(*self._further_picks(step, k, missing))
             rollouts += [replace(r, prompt=r.prompt + len(prompts)) for r in more[1]]
             prompts += more[0]
             scored = joined(scored, more[2])
@@ -222,29 +220,39 @@ class GRPO(Plain):
             remote.publish(step)
             self.ahead = remote.begin(self._asked(remote, following, *self._picks(following)))
 
-    def _asked(
-        self, remote: Remote, step: int, picks: list[tuple[int, np.random.Generator]], seed: Sequence[int]
-    ) -> Asked:
+    def _asked(self, remote: Remote, step: int, picks: list[Pick], seed: Sequence[int]) -> Asked:
         """The answers of a step's first round, which are yet to be asked for."""
         prompts, asked, designs = self._prompts(picks)
         group = self.config.group_size
         wanted = prompts_of(prompts, asked, designs, self._limits(asked))
         return remote.asked(step, prompts, wanted, seed, group, self._scoring(asked, group))
 
-    def _picks(self, step: int) -> tuple[list[tuple[int, np.random.Generator]], Sequence[int]]:
-        """This rank's systems of a step with what their prompts draw from, and the seed of the answers."""
-        c = self.context
-        picks = self._chosen(Stream.GRPO_ORDER, Stream.GRPO_PROMPTS, self.config.batch_size, step)
-        return picks, Stream.GRPO_ANSWERS.key(c.config.seed, step, c.world.rank)
+    def _picks(self, step: int) -> tuple[list[Pick], Sequence[int]]:
+        """This rank's prompts of a step, in one sequence with those of all ranks and rollouts, and the seed
+        of the answers."""
+        c, o = self.context, self.config
+        found = self._chosen(Stream.GRPO_ORDER, Stream.GRPO_PROMPTS, o.batch_size, step)
+        first = (step // o.updates_per_rollout * c.world.size + c.world.rank) * o.batch_size
+        seed = Stream.GRPO_ANSWERS.key(c.config.seed, step, c.world.rank)
+        return [(first + k, i, rng) for k, (i, rng) in enumerate(found)], seed
 
-    def _prompts(
-        self, picks: list[tuple[int, np.random.Generator]]
-    ) -> tuple[list[Sample], list[System], list[bool]]:
+    def _further_picks(self, step: int, k: int, count: int) -> tuple[list[Pick], Sequence[int]]:
+        """The same of `count` prompts of a step's k-th further round."""
+        c, o = self.context, self.config
+        # Each round of each step has a part of the stream of its own, whatever it took before.
+        at = step * self.refill + k
+        found = self._chosen(Stream.GRPO_REFILL_ORDER, Stream.GRPO_REFILL_PROMPTS, o.batch_size, at)
+        # One later in each rollout: however few are missing, over rollouts there are as many of each kind.
+        first = step // o.updates_per_rollout + c.world.rank + k
+        seed = Stream.GRPO_REFILL_ANSWERS.key(c.config.seed, step, c.world.rank, k)
+        return [(first + j, i, rng) for j, (i, rng) in enumerate(found[:count])], seed
+
+    def _prompts(self, picks: list[Pick]) -> tuple[list[Sample], list[System], list[bool]]:
         """Prompts, the systems that they are about, and which of them ask for designs."""
-        made = [self.prompt(i, k, rng) for k, (i, rng) in enumerate(picks)]
-        return [p for p, _ in made], [s for _, s in made], [k % 3 > 0 for k in range(len(picks))]
+        made = [self.prompt(i, place, rng) for place, i, rng in picks]
+        return [p for p, _ in made], [s for _, s in made], [for_design(place) for place, *_ in picks]
 
-    def _round(self, picks: list[tuple[int, np.random.Generator]], seed: Sequence[int]) -> Round:
+    def _round(self, picks: list[Pick], seed: Sequence[int]) -> Round:
         """Prompts for some systems, their answers with rewards, and the seconds of sampling by part."""
         prompts, asked, designs = self._prompts(picks)
         return prompts, *self._answers(prompts, asked, designs, seed, self.config.group_size)
@@ -335,8 +343,8 @@ class GRPO(Plain):
                 self.remote.collect(self.ahead)
             self.remote.publish(self.updates)
         systems = validation_systems(c, self.config)
-        asked = systems[c.world.rank :: c.world.size]
-        designs = [k % 2 == 1 for k in range(len(asked))]
+        mine = range(c.world.rank, len(systems), c.world.size)
+        asked, designs = [systems[k] for k in mine], [k % 2 == 1 for k in mine]
         prompts = [
             Sample(design_prompt(s.identity, s.known_energy) if design else cif_prompt(s.identity))
             for s, design in zip(asked, designs)
@@ -344,11 +352,11 @@ class GRPO(Plain):
         seed = Stream.GRPO_VALIDATION.key(c.config.seed, c.world.rank)
         return self._answers(prompts, asked, designs, seed, 1)[1].total
 
-    def prompt(self, i: int, k: int, rng: np.random.Generator) -> tuple[Sample, System]:
-        """A CIF prompt and two design prompts in turn, of these a share with an exemplar, spread evenly; and
-        what it is about: the i-th system, or a share `exchange` with other metals, at the closed form's
-        energy."""
-        o, design, names = self.config, k % 3 > 0, {}
+    def prompt(self, i: int, place: int, rng: np.random.Generator) -> tuple[Sample, System]:
+        """The prompt at a place: a CIF prompt and two design prompts in turn, of these a share with an
+        exemplar, spread evenly; and what it is about: the i-th system, or a share `exchange` with other
+        metals, at the closed form's energy."""
+        o, design, names = self.config, for_design(place), {}
         if o.exchange and (self.energy_of or not design) and rng.random() < o.exchange:
             names = other_metals(self.systems[i], self.held_out, rng)
 
@@ -361,7 +369,7 @@ class GRPO(Plain):
             return Sample(cif_prompt(s.identity)), s
         if names and self.energy_of:
             s = replace(s, energy=self.energy_of(s))
-        if not (evenly(k - k // 3 - 1, o.exemplar_share) and self.kin[i]):
+        if not (evenly(place - place // 3 - 1, o.exemplar_share) and self.kin[i]):
             return Sample(design_prompt(s.identity, s.known_energy)), s
         exemplar = as_written(shown(rng.choice(self.kin[i])), self.context.config.data)
         return Sample(design_prompt(s.identity, s.known_energy, exemplar=True), "", exemplar), s
@@ -472,6 +480,11 @@ class GRPO(Plain):
 def answer_table(
     prompts: Sequence[Sample], rollouts: Sequence[Rollout], scored: Scored, advantages: np.ndarray
 ) -> list[dict[str, Any]]:
+def for_design(place: int) -> bool:
+    """Whether the prompt at a place of the sequence of all prompts asks for a design."""
+    return place % 3 > 0
+
+
     """A row an answer: prompt, answer, rewards by term, advantage; None where there is no number."""
 
     def number(value: float) -> float | None:

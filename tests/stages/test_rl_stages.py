@@ -150,6 +150,29 @@ def test_ga_grpo_searches_by_another_models_energies(
 def test_prompts_show_exemplars_by_their_share(context: Context) -> None:
     """By default the third of every three, where there is one."""
     stage = GRPO(context)
+@pytest.mark.parametrize(("batch", "ranks", "updates"), [(1, 1, 3), (2, 2, 1), (4, 1, 2), (3, 3, 1)])
+def test_kinds_of_prompts_are_a_third_and_two_thirds(
+    context: Context, batch: int, ranks: int, updates: int
+) -> None:
+    """Of all ranks and rollouts, in the first round and in further ones that ask for a single prompt."""
+    o = context.config.grpo
+    o.checkpoint_every = updates
+    o.batch_size, o.updates_per_rollout, o.refill, o.exemplar_share = batch, updates, 3, 0.0
+    kinds: dict[str, list[bool]] = {"first": [], **{f"further {k}": [] for k in range(3)}}
+    for rank in range(ranks):
+        context.world = World(rank, ranks, context.world.device)
+        stage = GRPO(context)
+        for step in range(0, 12 * updates, updates):
+            for name, (picks, _) in zip(
+                kinds, (stage._picks(step), *(stage._further_picks(step, k, 1) for k in range(3)))
+            ):
+                prompts, _, designs = stage._prompts(picks)
+                assert designs == ["eV" in p.prompt for p in prompts]
+                kinds[name] += designs
+    assert len(kinds["first"]) == 12 * batch * ranks and len(kinds["further 0"]) == 12 * ranks
+    assert all(3 * sum(found) == 2 * len(found) for found in kinds.values())
+
+
     i = next(i for i, kin in enumerate(stage.kin) if kin)
     for share, shown in ((0.5, {2}), (0.0, set()), (1.0, {1, 2})):
         stage.config.exemplar_share = share

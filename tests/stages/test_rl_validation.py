@@ -14,9 +14,12 @@ from catmllm.design.search import ClosedLoop
 from catmllm.stages.ga_grpo import GAGRPO
 from catmllm.stages.grpo import GRPO
 from catmllm.stages.policy import validation
+from catmllm.stages.scoring import Scored
+from catmllm.stages.supervised import validation_systems
 from catmllm.train.loop import train
 from catmllm.train.stage import Context
 from catmllm.train.stop import Stopped
+from catmllm.world import World
 from tests.contexts import MakeContext, small
 
 
@@ -114,6 +117,29 @@ def test_ga_grpo_validates_by_a_search(make_context: MakeContext, monkeypatch: p
     assert [np.isfinite(row["val_reward"]) for row in log] == [True, True]
     val = {s.identity for s in context.data["val"]}
     assert sum(set(tasks) <= val and len(tasks) == 3 for tasks in asked) == 3  # at the start, after each step
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_as_many_designs_as_cifs_are_validated_on_any_ranks(
+    make_context: MakeContext, monkeypatch: pytest.MonkeyPatch, ranks: int
+) -> None:
+    config = configured()
+    config.grpo.validate_systems = 12
+    context = make_context(config)
+    asked: dict[str, bool] = {}
+    for rank in range(ranks):
+        context.world = World(rank, ranks, context.world.device)
+        stage = GRPO(context)
+
+        def answers(prompts, systems, designs, *_):  # type: ignore[no-untyped-def]
+            assert designs == ["eV" in p.prompt for p in prompts]
+            asked.update({s.sid: design for s, design in zip(systems, designs)})
+            return [], Scored(np.zeros(0), {}, []), {}
+
+        monkeypatch.setattr(stage, "_answers", answers)
+        stage._validation_rewards()
+    systems = validation_systems(context, config.grpo)
+    assert [asked[s.sid] for s in systems] == [k % 2 == 1 for k in range(len(systems))]
 
 
 def test_without_any_reward_nothing_is_chosen(make_context: MakeContext) -> None:
