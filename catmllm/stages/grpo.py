@@ -70,9 +70,9 @@ class GRPO(Plain):
     """Prompts of the CIF and the design task in turn; encoder and projector stay frozen."""
 
     name = "grpo"
+    samples = True
 
     def __init__(self, context: Context) -> None:
-    samples = True
         self.context, self.config = context, context.config.grpo
         train, data = context.data["train"], context.config.data
         self.systems, self.known = of_generation(train, data), of_property(train, data)
@@ -135,7 +135,7 @@ class GRPO(Plain):
         """New rollouts every `updates_per_rollout` steps; the steps between go over the same ones again."""
         self.shown = []
         self.updates = step
-        if step % self.config.updates_per_rollout == 0 or self.rolled is None:
+        if self.whole(step) or self.rolled is None:
             self.rolled = self._roll(step)
         prompts, rollouts, advantages, informative, metrics = self.rolled
         logged = ("clipped", "entropy", "energy_mae", "mismatch", "mismatch_kl", "importance")
@@ -328,6 +328,9 @@ class GRPO(Plain):
         patience = limit if self.own is None else BATCH * (limit + START)
         return Scoring(self.reward, [s for s in asked for _ in range(group_size)], patience)
 
+    def whole(self, step: int) -> bool:
+        return step % self.config.updates_per_rollout == 0
+
     def finish(self) -> str:
         return weigh_llm(self.context, self.config.batch_size) if self.config.property_share else ""
 
@@ -477,14 +480,14 @@ class GRPO(Plain):
             self.ahead = self.remote.resume(self._asked(self.remote, step, *self._picks(step)), kept)
 
 
-def answer_table(
-    prompts: Sequence[Sample], rollouts: Sequence[Rollout], scored: Scored, advantages: np.ndarray
-) -> list[dict[str, Any]]:
 def for_design(place: int) -> bool:
     """Whether the prompt at a place of the sequence of all prompts asks for a design."""
     return place % 3 > 0
 
 
+def answer_table(
+    prompts: Sequence[Sample], rollouts: Sequence[Rollout], scored: Scored, advantages: np.ndarray
+) -> list[dict[str, Any]]:
     """A row an answer: prompt, answer, rewards by term, advantage; None where there is no number."""
 
     def number(value: float) -> float | None:

@@ -68,7 +68,7 @@ def _steps(context: Context, stage: Stage, ready: Ready) -> None:
             if (run.step - 1) % optim.log_every == 0 or run.step == optim.steps or run.enough:
                 log.row(run.step - 1, row)
             log.tick(shown(row))
-            stopping = run.stopping and run.step < optim.steps
+            stopping = run.stopping and run.step < optim.steps and stage.whole(run.drawn)
             if run.step < optim.steps and (
                 stopping or run.improved or run.step % optim.checkpoint_every == 0
             ):
@@ -227,10 +227,13 @@ class _Run:
 
     def _restore(self, record: dict[str, Any], extra: dict[str, Any]) -> None:
         self.step, world = record["step"], self.context.world.size
-        # Ranks or batches may be others than before: the data go on from where they were.
+        # Ranks or batches may be others than before: the data go on from where they were, or, as other
+        # batches may end in the middle of a rollout, behind it.
         self.drawn = -(-extra["samples"] // (world * self.stage.config.batch_size))
         self.skipped, self.watch.recent = extra["skipped"], extra["losses"]
         self.best, self.best_step, self.worse = extra["validation"]
+        while not self.stage.whole(self.drawn):
+            self.drawn += 1
         self.stage.load_state(extra["stage"])
         if self.ready.scaler.is_enabled():
             self.ready.scaler.load_state_dict(extra["scaler"])

@@ -107,6 +107,9 @@ class Stage(Protocol):
     def step(self, step: int) -> Step:
         """The passes of optimizer step `step` on this rank; every rank must return equally many."""
 
+    def whole(self, step: int) -> bool:
+        """Whether a run may stop before optimizer step `step`: `state` has all that goes on from there."""
+
     def finish(self) -> str:
         """Called when all steps are done, with the weights that are to stay; returns what is to be noted."""
 
@@ -132,15 +135,15 @@ class Plain:
     def spike(self) -> float:
         return 0.0
 
-    def begin(self) -> None:
-        """Nothing to prepare."""
-
     @property
     def samples(self) -> bool:
         return False
 
     def whole(self, step: int) -> bool:
         return True
+
+    def begin(self) -> None:
+        """Nothing to prepare."""
 
     def finish(self) -> str:
         return ""

@@ -9,6 +9,9 @@ import dataclasses
 import gc
 import itertools
 import json
+import os
+import shutil
+import signal
 import sys
 import threading
 from pathlib import Path
@@ -34,7 +37,7 @@ from catmllm.train.loop import train
 from catmllm.train.metrics import read_log
 from catmllm.train.sharding import shard, whole
 from catmllm.train.stage import Context
-from catmllm.train.stop import TrainingError
+from catmllm.train.stop import Stopped, TrainingError
 from catmllm.world import World
 from tests.contexts import MakeContext, small
 
@@ -392,6 +395,43 @@ def test_a_run_that_trains_no_energy_resumes(make_context: MakeContext) -> None:
     again, _ = train(Counted, make_context(config))  # goes on from the checkpoint of the first
     assert steps == [0, 1, 2, 2]
     assert all(torch.equal(v, again[k]) for k, v in state.items())
+
+
+def test_a_signal_between_two_updates_of_a_rollout_waits_for_the_last(make_context: MakeContext) -> None:
+    """The run that goes on is the unbroken one; with other batches it begins with a rollout too."""
+    steps: list[int] = []
+
+    class Signalled(GRPO):
+        at = -1
+
+        def __init__(self, context: Context) -> None:
+            super().__init__(context)
+            self.reward = lambda texts, asked: [len(t) + sum(map(ord, t)) % 97 / 97 for t in texts]
+
+        def step(self, step: int):  # type: ignore[no-untyped-def]
+            steps.append(step)
+            if step == self.at:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().step(step)
+
+    def run(name: str, at: int = -1, batch: int = 3) -> list[float]:
+        config = small()
+        o = config.grpo
+        o.steps, o.updates_per_rollout, o.checkpoint_every, o.batch_size, o.lr = 6, 2, 100, batch, 1e-2
+        context = make_context(config)
+        context.folder = context.folder / name
+        context.folder.mkdir(exist_ok=True)
+        train(type("At", (Signalled,), {"at": at}), context)
+        return [row["loss"] for row in rows_of(context)]
+
+    with pytest.raises(Stopped, match="saved after step 3"):
+        run("cut", at=1)
+    folder = make_context(small()).folder
+    shutil.copytree(folder / "cut", folder / "other batches")
+    assert run("cut") == run("whole")
+    steps.clear()
+    run("other batches", batch=4)
+    assert steps == [4, 5]  # 12 prompts were asked: three batches and a rollout that nobody goes on with
 
 
 def test_dapo_fills_the_batch_and_asks_no_reference_without_beta(context: Context) -> None:
