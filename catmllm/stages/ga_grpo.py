@@ -58,6 +58,7 @@ class GAGRPO(Plain):
         # begun by more ranks than there are now; they go on before others enter
         self.waiting: list[TaskState] = []
         self.entered = self.left = 0  # tasks, on all ranks
+        self.done = self.worked = 0  # updates, and places of tasks in them on all ranks
         self.begun = False  # whether there was a search
         self.engine: RolloutEngine | None = None
         self.vllm: VLLMEngine | None = None
@@ -96,6 +97,7 @@ class GAGRPO(Plain):
             **spent,
         }
         metrics |= self._leave(step)
+        self.done, self.worked = self.done + 1, self.worked + o.batch_size * c.world.size
         work = Step([], {**metrics})
         self.add_policy(work, rollouts, advantages.reshape(-1), informative.reshape(-1))
         return work
@@ -192,18 +194,23 @@ class GAGRPO(Plain):
         return Read(*self.context.model(CatalyticMLLM.head, hidden, targets, t, self.reference_head, chosen))
 
     def state(self) -> dict[str, Any]:
-        """The tasks of all ranks, kept by the main one: any number of ranks may go on."""
+        """What is done, and the tasks of all ranks, kept by the main one: any number of ranks may go on."""
         own = [
             {"task": vars(s.task), "pool": [c.to_json() for c in s.pool.members], "trace": s.trace}
             for s in (*self.running, *self.waiting)
         ]
         tasks = [task for part in self.context.world.gather(own) for task in part]
-        return {"entered": self.entered, "left": self.left, "tasks": tasks if self.context.world.main else []}
+        counts = {"entered": self.entered, "left": self.left, "done": self.done, "worked": self.worked}
+        return {**counts, "tasks": tasks if self.context.world.main else []}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Collective."""
+        """Collective. The steps left are those in which the places of today work what is not worked yet."""
         world, path = self.context.world, self.context.folder / TASKS
         self.entered, self.left = state["entered"], state["left"]
+        self.done, self.worked = state["done"], state["worked"]
+        places = self.config.batch_size * world.size
+        left = max(0, self.config.steps * places - self.worked)
+        self.config = replace(self.config, steps=self.done + -(-left // places))
         size = self.config.pool
         mine = [
             TaskState(Task(**s["task"]), ExemplarPool(size, [Candidate(**c) for c in s["pool"]]), s["trace"])

@@ -45,11 +45,12 @@ def train(make_stage: Callable[[Context], Stage], context: Context) -> tuple[dic
 
 def _steps(context: Context, stage: Stage, ready: Ready) -> None:
     """All steps of a stage that has begun, from its newest checkpoint on."""
-    world, config, folder, optim = context.world, context.config, context.folder, stage.config
+    world, config, folder = context.world, context.config, context.folder
     if world.main:
         print(describe(context, stage.name), flush=True)
     watchdog = Watchdog(folder / "hang", world.rank, world.size, config.hang_after, _shared(context) / "hang")
     run = _Run(context, stage, ready, watchdog)
+    optim = stage.config  # of the stage that goes on
     context.model.train()
     with (
         watchdog,
@@ -230,10 +231,10 @@ class _Run:
         # Ranks or batches may be others than before: the data go on from where they were, or, as other
         # batches may end in the middle of a rollout, behind it.
         self.drawn = -(-extra["samples"] // (world * self.stage.config.batch_size))
-        self.skipped, self.watch.recent = extra["skipped"], extra["losses"]
-        self.best, self.best_step, self.worse = extra["validation"]
         while not self.stage.whole(self.drawn):
             self.drawn += 1
+        self.skipped, self.watch.recent = extra["skipped"], extra["losses"]
+        self.best, self.best_step, self.worse = extra["validation"]
         self.stage.load_state(extra["stage"])
         if self.ready.scaler.is_enabled():
             self.ready.scaler.load_state_dict(extra["scaler"])

@@ -150,9 +150,6 @@ def test_ga_grpo_searches_by_another_models_energies(
     assert stage.loop.predictor is other and len(asked) == 1
 
 
-def test_prompts_show_exemplars_by_their_share(context: Context) -> None:
-    """By default the third of every three, where there is one."""
-    stage = GRPO(context)
 @pytest.mark.parametrize(("batch", "ranks", "updates"), [(1, 1, 3), (2, 2, 1), (4, 1, 2), (3, 3, 1)])
 def test_kinds_of_prompts_are_a_third_and_two_thirds(
     context: Context, batch: int, ranks: int, updates: int
@@ -176,6 +173,9 @@ def test_kinds_of_prompts_are_a_third_and_two_thirds(
     assert all(3 * sum(found) == 2 * len(found) for found in kinds.values())
 
 
+def test_prompts_show_exemplars_by_their_share(context: Context) -> None:
+    """By default the third of every three, where there is one."""
+    stage = GRPO(context)
     i = next(i for i, kin in enumerate(stage.kin) if kin)
     for share, shown in ((0.5, {2}), (0.0, set()), (1.0, {1, 2})):
         stage.config.exemplar_share = share
@@ -327,6 +327,24 @@ def test_the_reference_is_the_starting_point_and_takes_no_memory_before(context:
         assert torch.equal(a, b), name
 
 
+def test_an_offloaded_reference_keeps_its_buffers_where_passes_read_them(context: Context) -> None:
+    """By their memory, which is that of before: on a GPU the host's would be another."""
+    context.config.cpu_offload = True
+    reference = GRPO(context).reference
+    assert reference is not None
+    for p in context.model.parameters():
+        p.requires_grad_(True)
+    shard(context.model, context.config, context.world)
+
+    def places() -> dict[str, int]:  # tables are filled anew on their own device
+        return {n: b.data_ptr() for n, b in reference.named_buffers() if "tables" not in n}
+
+    before = places()
+    shard(reference, context.config, context.world, like=context.model)
+    assert places() == before and "energy_mean" in before
+    assert all(p.device.type == "cpu" for p in reference.parameters())
+
+
 def test_token_level_normalisation_and_several_updates_a_rollout(context: Context) -> None:
     """The clip acts from the second update on, where the policy has moved from the one that sampled."""
     o = context.config.grpo
@@ -353,24 +371,6 @@ def test_token_level_normalisation_and_several_updates_a_rollout(context: Contex
 
 
 def rows_of(context: Context) -> list[dict[str, float]]:
-def test_an_offloaded_reference_keeps_its_buffers_where_passes_read_them(context: Context) -> None:
-    """By their memory, which is that of before: on a GPU the host's would be another."""
-    context.config.cpu_offload = True
-    reference = GRPO(context).reference
-    assert reference is not None
-    for p in context.model.parameters():
-        p.requires_grad_(True)
-    shard(context.model, context.config, context.world)
-
-    def places() -> dict[str, int]:  # tables are filled anew on their own device
-        return {n: b.data_ptr() for n, b in reference.named_buffers() if "tables" not in n}
-
-    before = places()
-    shard(reference, context.config, context.world, like=context.model)
-    assert places() == before and "energy_mean" in before
-    assert all(p.device.type == "cpu" for p in reference.parameters())
-
-
     return [json.loads(line) for line in (context.folder / "log.jsonl").read_text().splitlines()]
 
 
@@ -573,7 +573,7 @@ def test_a_step_does_not_feel_the_tasks_that_have_left(
         sizes.append((len(stage.loop._known), len(json.dumps(stage.state()))))
     assert stage.left == 96 and not stage.running
     assert max(counted[-5:]) <= 1.02 * max(counted[2:7]) and min(counted) > 1000  # a bond more or less
-    assert sizes[-1][0] == sizes[2][0] and sizes[-1][1] <= sizes[2][1] + 2 * 3  # two counters' digits
+    assert sizes[-1][0] == sizes[2][0] and sizes[-1][1] <= sizes[2][1] + 2 * 3  # four counters' digits
 
 
 def test_a_search_goes_on_on_other_numbers_of_ranks(
@@ -610,6 +610,43 @@ def test_a_search_goes_on_on_other_numbers_of_ranks(
     few.running.pop()
     (new,) = few._entering()
     assert few.entered == 4 and new.identity
+
+
+@pytest.mark.parametrize(("ranks", "left"), [(8, 15), (16, 8), (4, 30)])
+def test_the_steps_that_are_left_are_those_of_the_ranks(context: Context, ranks: int, left: int) -> None:
+    """Sixteen tasks of ten iterations are 160 places; eight ranks have worked 40 of them in five steps."""
+    o = context.config.ga_grpo
+    o.batch_size, o.iterations, o.tasks = 1, 10, 16
+    context.world = World(0, ranks, context.world.device)
+    stage = GAGRPO(context)
+    stage.load_state({"entered": 8, "left": 0, "done": 5, "worked": 40, "tasks": []})
+    assert stage.config.steps == 5 + left
+
+
+@pytest.mark.parametrize("batch", [1, 3, 6])
+def test_a_search_ends_when_all_is_worked_whatever_the_ranks(
+    make_context: MakeContext, monkeypatch: pytest.MonkeyPatch, batch: int
+) -> None:
+    """Three tasks of four iterations on three places; after the first, with other places."""
+    config = small()
+    o = config.ga_grpo
+    o.tasks, o.iterations, o.batch_size, o.checkpoint_every, o.initial = 3, 4, 3, 1, 1
+    context = make_context(config)
+    monkeypatch.setattr(ClosedLoop, "judge", counting_judge(context.data["train"]))
+
+    class Cut(GAGRPO):
+        def step(self, step: int):  # type: ignore[no-untyped-def]
+            if self.done == 1:
+                raise Stopped("here")
+            return super().step(step)
+
+    with pytest.raises(Stopped):
+        train(Cut, context)
+    o.batch_size = batch
+    _, stage = train(GAGRPO, make_context(config))
+    assert stage.config.steps == len(rows_of(context)) == {1: 1 + 9, 3: 4, 6: 1 + 3 + 1}[batch]
+    tasks = read_log(context.folder / "tasks.jsonl")
+    assert sum(len(task["trace"]) - 1 == 4 for task in tasks) >= 3
 
 
 def test_a_reward_of_ones_own_trains(context: Context, tmp_path: Path) -> None:
