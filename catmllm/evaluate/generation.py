@@ -30,8 +30,10 @@ from rewards_fast import Scores
 
 
 def generation_prompts(systems: Sequence[System], n: int) -> list[tuple[Sample, System]]:
-    """n prompts over the systems in turn, half of them CIF prompts and half design prompts."""
-    chosen = [systems[i % len(systems)] for i in range(n)]
+    """n prompts, half of them CIF prompts and half design prompts: over the systems in turn, or over evenly
+    spaced ones where there are more systems than prompts."""
+    m = len(systems)
+    chosen = [systems[i * m // n if n < m else i % m] for i in range(n)]
     return [
         (Sample(cif_prompt(s.identity) if i % 2 == 0 else design_prompt(s.identity, s.known_energy)), s)
         for i, s in enumerate(chosen)

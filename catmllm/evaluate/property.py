@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -69,7 +70,7 @@ def evaluate_property(
     (`generated`), and, where every system has a start, from unrelaxed structures (`start`, `encoder_start`);
     without `llm` by the encoder only. Of texts without structures, or by a model that reads texts alone, by
     `text`, `generated`, and with an `ensemble` by that. No outlier is dropped; a written answer without a
-    number is counted in `unread`, and left out of its MAE only.
+    number is counted in `unread`, and left out of its MAE only. Any other NaN makes its MAE NaN.
     """
     mine = list(systems[world.rank :: world.size])
     texts = texts_only(systems) or not collate.shows_structures
@@ -95,7 +96,7 @@ def evaluate_property(
         merged = np.empty(len(systems))
         for rank, part in enumerate(gathered):
             merged[rank :: world.size] = part[name]
-        read = ~np.isnan(merged)
+        read = ~np.isnan(merged) if name == "generated" else np.ones(len(merged), dtype=bool)
         out[name] = errors_of(merged[read], truth[read])
         if inside is not None:
             out[name]["subset"] = errors_of(merged[read & inside], truth[read & inside])
@@ -120,21 +121,26 @@ def errors_of(predicted: np.ndarray, truth: np.ndarray) -> dict[str, Any]:
 
 def agreement(predicted: np.ndarray, truth: Sequence[float], adsorbates: Sequence[str]) -> str:
     """How energies [n] agree with others, in words: MAE and r; and within an adsorbate, whose mean is taken
-    off both, so that another zero or functional does not count."""
+    off both, so that another zero or functional does not count. An adsorbate with one structure is its own
+    mean, so it is left out there."""
     true = np.array(truth, dtype=np.float64)
     mine = np.array(predicted, dtype=np.float64)
     names = np.array(adsorbates)
-    within = np.zeros((2, len(true)))
-    for name in set(adsorbates):
-        rows = names == name
-        within[:, rows] = mine[rows] - mine[rows].mean(), true[rows] - true[rows].mean()
+    counts = Counter(adsorbates)
+    several = [name for name, n in counts.items() if n > 1]
+    groups = [np.flatnonzero(names == name) for name in several]
+    within = [[x[rows] - x[rows].mean() for rows in groups] for x in (mine, true)]
 
     def r(a: np.ndarray, b: np.ndarray) -> float:
         return float(np.corrcoef(a, b)[0, 1]) if a.std() > 0 and b.std() > 0 else float("nan")
 
-    left = float(np.abs(within[0] - within[1]).mean())
+    whole = f"n {len(true)}, MAE {mae(mine, true):.3f} eV, r {r(mine, true):.3f}"
+    alone = f"left out for a single structure: {len(counts) - len(several)}"
+    if not groups:
+        return f"{whole}; within an adsorbate (0; {alone}): nothing to compare"
+    a, b = (np.concatenate(parts) for parts in within)
     return (
-        f"n {len(true)}, MAE {mae(mine, true):.3f} eV, r {r(mine, true):.3f}; within an adsorbate "
-        f"({len(set(adsorbates))}): r {r(*within):.3f}, MAE {left:.3f} eV after one offset each, "
-        f"{float(np.abs(within[1]).mean()):.3f} eV by the mean of the adsorbate"
+        f"{whole}; within an adsorbate ({len(several)}{f'; {alone}' if len(several) < len(counts) else ''}): "
+        f"r {r(a, b):.3f}, MAE {mae(a, b):.3f} eV after one offset each, "
+        f"{float(np.abs(b).mean()):.3f} eV by the mean of the adsorbate"
     )

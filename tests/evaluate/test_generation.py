@@ -8,7 +8,7 @@ import torch
 from catmllm.config import RewardConfig, SamplingConfig
 from catmllm.data.batches import Collator
 from catmllm.design.reward import TERMS
-from catmllm.evaluate.generation import evaluate_generation
+from catmllm.evaluate.generation import evaluate_generation, generation_prompts
 from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.structure.system import System
 from catmllm.world import World
@@ -40,3 +40,11 @@ def test_answers_are_what_was_measured(
     assert [row["reason"] for row in rows] == list(again.reason) and found["PF"] == np.mean(
         [row["reason"] is not None for row in rows]
     )
+
+
+def test_prompts_are_spread_over_the_systems(train_systems: list[System]) -> None:
+    """Systems come sorted, so the first of them would be of a few slabs."""
+    few = [of for _, of in generation_prompts(train_systems[:10], 4)]
+    assert [s.sid for s in few] == [train_systems[i].sid for i in (0, 2, 5, 7)]
+    again = [of for _, of in generation_prompts(train_systems[:3], 7)]
+    assert [s.sid for s in again] == [train_systems[i % 3].sid for i in range(7)]

@@ -11,8 +11,10 @@ from sklearn.metrics import mean_absolute_error, r2_score
 
 from catmllm.data.batches import Collator
 from catmllm.data.slabs import SHIPPED_SEVENNET, load_slabs, on_fcc_slab
-from catmllm.evaluate.property import evaluate_property
+from catmllm.evaluate import property
+from catmllm.evaluate.property import agreement, evaluate_property
 from catmllm.models.catalytic_mllm import CatalyticMLLM
+from catmllm.report.summary import property_table
 from catmllm.structure.system import System
 from catmllm.world import World
 
@@ -52,3 +54,33 @@ def test_a_subset_has_errors_of_its_own(
 
 def test_the_named_subset_is_the_first_file() -> None:
     assert all(on_fcc_slab(s) for s in load_slabs() + load_slabs(SHIPPED_SEVENNET))
+
+
+def test_an_energy_that_is_no_number_makes_the_error_none(
+    small_model: tuple[CatalyticMLLM, Collator], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only a written answer may lack a number, which is counted."""
+    systems, world = load_slabs()[::1000], Alone(0, 1, torch.device("cpu"))
+    said = np.array([s.known_energy for s in systems])
+    said[1] = np.nan
+    monkeypatch.setattr(property, "predict_energies", lambda *_: said)
+    monkeypatch.setattr(property, "written_energies", lambda *_: said)
+    found = evaluate_property(*small_model, systems, world, subset=lambda s: s is systems[1])
+    assert np.isnan([found["both"]["mae"], found["both"]["r2"], found["both"]["subset"]["mae"]]).all()
+    assert found["both"]["n"] == len(systems) and "unread" not in found["both"]
+    assert (found["generated"]["mae"], found["generated"]["unread"]) == (0.0, 1)
+    assert np.isfinite(found["encoder"]["mae"])
+    table = property_table({"property": {"joint": found}})
+    assert table is not None and "– / –" in table.rows[0]
+
+
+def test_an_adsorbate_of_one_structure_says_nothing_within() -> None:
+    """Its mean is itself, so its residual of 0 would count as agreement."""
+    predicted, truth = np.array([1.0, 2.0, 9.0, -4.0]), [1.5, 2.0, 0.0, 7.0]
+    said = agreement(predicted, truth, ["O", "O", "H", "CO"])
+    assert said.startswith("n 4, MAE 5.125 eV")
+    assert "within an adsorbate (1; left out for a single structure: 2): r 1.000, MAE 0.250 eV" in said
+    assert said.endswith("0.250 eV by the mean of the adsorbate")
+    assert "within an adsorbate (1): r" in agreement(predicted[:2], truth[:2], ["O", "O"])
+    alone = agreement(predicted[:2], truth[:2], ["O", "H"])
+    assert alone.endswith("within an adsorbate (0; left out for a single structure: 2): nothing to compare")
