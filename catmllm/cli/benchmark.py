@@ -93,7 +93,7 @@ def candidates(args: argparse.Namespace) -> int:
     train = open_data(config.data)["train"] if args.row in ("search", "training", "transmute") else []
     if args.row == "search":
         states = _searched(model, collate, config, asked, predictor, train, args.seed)
-        texts = {name: [c.text for c in state.tried] for name, state in states.items()}
+        texts = {name: [c.text for c in state.tried] for name, state in states.items() if state.tried}
         relaxed = {name: [c.iteration == ANALOGUE for c in s.tried] for name, s in states.items()}
     else:
         if args.row == "answers":

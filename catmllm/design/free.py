@@ -38,10 +38,7 @@ def nearest_slabs(
     predictor: Predictor, tasks: Sequence[Task], slabs: Sequence[Sequence[str]]
 ) -> list[list[str]]:
     """Of each task the identity lines of its slabs, in the order of how far the energies of their two-part
-    texts are from the wanted one. Raises ValueError for a task without slabs."""
-    for task, lines in zip(tasks, slabs):
-        if not lines:
-            raise ValueError(f"{task.identity}: no slab is allowed; give other metals")
+    texts are from the wanted one."""
     said = text_energies(predictor, [line for some in slabs for line in some])
     return [sorted(some, key=lambda line: abs(said[line] - t.energy)) for t, some in zip(tasks, slabs)]
 
@@ -60,15 +57,23 @@ def search_free(
     """The closed loop over all slabs of a task, by identity lines, with as many predictions as over one. The
     first N0 candidates are analogues among `known` systems, then answers of one slab each, the nearest first;
     of a refinement half are of further slabs, and half show an exemplar of the pool and stay with its slab.
-    Raises ValueError for a task without slabs."""
+    A task without slabs has no candidates."""
     from tqdm import tqdm
 
     o, predictor = config.ga_grpo, predictor or (model, collate)
+    every = [TaskState(task, ExemplarPool(o.pool)) for task in told(tasks, o, known)]
+    open_to = [k for k, lines in enumerate(slabs) if lines]
+    if not open_to:
+        return every
+    states, tasks, slabs = (
+        [every[k] for k in open_to],
+        [tasks[k] for k in open_to],
+        [slabs[k] for k in open_to],
+    )
     engine = RolloutEngine(model, collate, DTYPES[config.precision])
     order = nearest_slabs(predictor, tasks, slabs)
     loop = ClosedLoop(model, collate, o, predictor)
     queues = [cycle(lines) for lines in order]
-    states = [TaskState(task, ExemplarPool(o.pool)) for task in told(tasks, o, known)]
     begun = loop.analogues(tasks, slabs, known)
     for iteration in tqdm(range(o.iterations + 1), desc="free     ", disable=not progress, unit="iteration"):
         n = o.group_size if iteration else o.initial
@@ -79,9 +84,8 @@ def search_free(
             lines = list(islice(queues[k], n - len(shown) - (0 if iteration else len(begun[k]))))
             for line, system in [*((line, None) for line in lines), *((s.identity, s) for s in shown)]:
                 asked.append((k, make_task(line, state.task.energy)))
-                samples.append(
-                    Sample(design_prompt(line, state.task.prompted, system is not None), "", system)
-                )
+                prompt = design_prompt(line, state.task.prompted, system is not None)
+                samples.append(Sample(prompt, "", system))
         named = [task for _, task in asked]
         rollouts = engine.generate(
             samples,
@@ -91,7 +95,7 @@ def search_free(
             limits=loop.limits(named),
         )
         loop.absorb(states, rollouts, asked, None if iteration else begun)
-    return states
+    return every
 
 
 def _exemplars(loop: ClosedLoop, state: TaskState, n: int, key: Sequence[int]) -> list[System]:

@@ -341,6 +341,8 @@ def design_metrics(
         item["success_own"] = bool(hit)
     out["success_ci"] = list(metrics.bootstrap_interval(final.astype(float)))
     reached = [[_reaches(step, i["energy"], tol) for step in i["trace"]] for i in items]
+    # a task that allows no slab has no trace
+    reached = [row or [False] * (config.ga_grpo.iterations + 1) for row in reached]
     out["iterations_to_success"] = metrics.iterations_to_success(np.array(reached))
     winners = [candidate_system(Candidate(**i["best"]), i["identity"]) for i, hit in zip(items, final) if hit]
     out["diversity"] = metrics.diversity(winners)

@@ -31,6 +31,7 @@ from catmllm.data.oracle import (
 from catmllm.potentials.hessian import on_relaxed_slab
 from catmllm.potentials.relax import Potential, Relaxed, Start, Structure, by_calculator, relax, relaxed
 from catmllm.structure.elements import COVALENT_RADIUS, SYMBOLS
+from catmllm.structure.formula import pieces
 from catmllm.structure.system import ADSORBATE, SURFACE, System, make_system
 from catmllm.structure.tags import heights
 from rewards_fast import min_distance
@@ -52,9 +53,10 @@ class JudgedEnergy:
     energy: adsorption energy (eV); where `ok` is false it is what was last computed, perhaps nan. reason:
     None, or why it does not count: `overlap` (atoms within 0.5 Å at the start), `no_adsorbate`,
     `no_reference` (an adsorbate atom other than C, H, O, N), `unknown_element`, `slab` (its relaxation did
-    not converge), `failed` (that of the adsorbate blew up), `not_converged`, `dissociated`, `desorbed`,
-    `sunken` (into the slab), `energy_out_of_range` (beyond 8 eV). steps: of the adsorbate. moved: the largest
-    displacement of an adsorbate atom (Å).
+    not converge), `failed` (that of the adsorbate blew up), `not_converged`, `dissociated` (in more
+    or fewer pieces than its name says, `(O)4`: four), `desorbed`, `sunken` (into the slab),
+    `energy_out_of_range` (beyond 8 eV). steps: of the adsorbate. moved: the largest displacement of an
+    adsorbate atom (Å).
     """
 
     energy: float
@@ -197,7 +199,7 @@ class Judge:
         """Why a relaxed system does not count, or None: the rules by which the data call a system `ok`."""
         if not converged:
             return "not_converged"
-        if not _in_one_piece(relaxed):
+        if _n_pieces(relaxed) != pieces(relaxed.adsorbate):
             return "dissociated"
         height = heights(relaxed.lattice, relaxed.frac)
         adsorbed = relaxed.tags == ADSORBATE
@@ -271,15 +273,9 @@ def _bonds(system: System) -> list[tuple[int, int]]:
     return bonds
 
 
-def _in_one_piece(system: System) -> bool:
-    """Whether the bonds join all atoms of the adsorbate."""
-    atoms = np.flatnonzero(system.tags == ADSORBATE).tolist()
-    bonds = _bonds(system)
-    reached, frontier = {atoms[0]}, [atoms[0]]
-    while frontier:
-        atom = frontier.pop()
-        for i, j in bonds:
-            if atom in (i, j) and (other := i + j - atom) not in reached:
-                reached.add(other)
-                frontier.append(other)
-    return len(reached) == len(atoms)
+def _n_pieces(system: System) -> int:
+    """In how many molecules the bonds leave the atoms of the adsorbate."""
+    piece = {atom: atom for atom in np.flatnonzero(system.tags == ADSORBATE).tolist()}
+    for i, j in _bonds(system):
+        piece = {atom: piece[i] if of == piece[j] else of for atom, of in piece.items()}
+    return len(set(piece.values()))

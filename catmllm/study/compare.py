@@ -172,8 +172,9 @@ def _designs(metrics: Metrics) -> dict[str, Values]:
 
 
 def _distance(item: Metrics, k: int) -> float:
-    """Mean |E_pred - E*| (eV) of a task's candidates in an iteration; NaN where none has an energy."""
-    energies = [e for e in item["trace"][k].get("energies", []) if e is not None]
+    """Mean |E_pred - E*| (eV) of a task's candidates in an iteration; NaN where none has an energy, or there
+    are none since the task allows no slab."""
+    energies = [e for e in item["trace"][k].get("energies", []) if e is not None] if item["trace"] else []
     return float(np.mean(np.abs(np.array(energies) - item["energy"]))) if energies else math.nan
 
 

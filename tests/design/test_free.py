@@ -49,8 +49,7 @@ def test_slabs_come_by_the_energies_of_their_two_parts(small_model: Model) -> No
 
     for task, some, found in zip(tasks, slabs, order):
         assert found == sorted(some, key=lambda line: abs(energy(line) - task.energy))
-    with pytest.raises(ValueError, match="no slab is allowed"):
-        nearest_slabs(small_model, tasks, [slabs[0], []])
+    assert nearest_slabs(small_model, tasks, [slabs[0], []]) == [order[0], []]
 
 
 class Builder:
@@ -112,3 +111,16 @@ def test_a_pool_without_structures_leaves_the_slabs_their_turns(
     monkeypatch.setattr(free, "RolloutEngine", lambda *_: Mute())
     (state,) = search_free(*small_model, Config(ga_grpo=loop), [task], [lines], [0])
     assert [len(some) for some in asked] == [1, 2] and state.pool.best is None and len(state.tried) == 3
+
+
+def test_a_task_without_slabs_has_no_candidates(small_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others are searched as without it."""
+    loop = Config(ga_grpo=GAGRPOConfig(initial=2, iterations=1, group_size=2, pool=2))
+    tasks = [make_task(f"CO</s>{metal}12 (1 1 1)", -1.0) for metal in ("Pt", "Cu")]
+    lines = [t.identity for t in tasks]
+    monkeypatch.setattr(free, "RolloutEngine", lambda *_: Builder())
+    none, some = search_free(*small_model, loop, tasks, [[], lines], [0])
+    (alone,) = search_free(*small_model, loop, tasks[1:], [lines], [0])
+    assert [c.text for c in some.tried] == [c.text for c in alone.tried] and len(some.tried) == 4
+    assert (none.task, none.tried, none.trace, none.best_of(4)) == (tasks[0], [], [], None)
+    assert search_free(*small_model, loop, tasks, [[], []], [0])[1].pool.best is None

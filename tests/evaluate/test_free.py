@@ -11,6 +11,7 @@ from catmllm.data.batches import Collator
 from catmllm.data.open import open_data
 from catmllm.design.free import nearest_slabs
 from catmllm.design.predict import predict_energies, question
+from catmllm.evaluate import free
 from catmllm.evaluate.benchmark import allowed_slabs, benchmark_tasks
 from catmllm.evaluate.design import METHODS
 from catmllm.evaluate.free import evaluate_free, ideal_ordered
@@ -38,6 +39,24 @@ def test_each_method_has_as_many_predictions(
         first = predict_energies(*small_model, [question(slabs[0])])[0]
         assert item["answers"]["ordered"][0]["predicted"] == pytest.approx(float(first), abs=1e-4)
     assert ideal_ordered(["CO</s>Fe12 (1 1 1)"], 2, 0, 0) == []
+
+
+def test_a_task_that_allows_no_slab_is_a_miss(
+    small_model: tuple[CatalyticMLLM, Collator], small_config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = {name: some[:80] for name, some in open_data().items()}
+    config = configured(small_config, judge="none", free_tasks=2)
+    whole = evaluate_free(*small_model, config, data, ONE)
+    tasks = benchmark_tasks(data, 2, config.seed)
+    tasks[2] = replace(tasks[2], metals=("Pt",), known=frozenset({"Pt"}))
+    monkeypatch.setattr(free, "benchmark_tasks", lambda *_: tasks)
+    found = evaluate_free(*small_model, config, data, ONE)
+    none, other = found["items"]
+    assert (found["n"], none["best"], none["feasible"], none["success_own"]) == (2, None, False, False)
+    assert [len(none["answers"][m]) for m in METHODS] == [3, 0, 0, 0, 0]
+    assert [found["curves"][m]["n"] for m in METHODS] == [2, 1, 1, 1, 1]
+    assert other["identity"] == whole["items"][1]["identity"] and all(map(other["answers"].get, METHODS))
+    assert len(found["iterations_to_success"]["curve"]) == len(other["trace"])
 
 
 def test_the_report_has_the_curve(small_model: tuple[CatalyticMLLM, Collator], small_config: Config) -> None:

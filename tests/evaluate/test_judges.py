@@ -25,6 +25,7 @@ from catmllm.potentials.relax import by_calculator
 from catmllm.report.design import judge_designs, save_designs
 from catmllm.sample.answers import Rollout
 from catmllm.structure.cif import read_cif, write_cif
+from catmllm.structure.elements import SYMBOLS
 from catmllm.structure.system import System, make_system
 
 SYSTEMS = load_slabs(SHIPPED_SEVENNET)
@@ -191,6 +192,23 @@ def test_broken_molecules_do_not_count() -> None:
     across = flat.copy()  # bonded through the boundary of the cell
     across[-1] = flat[-2] + [1.15, 0.0, 0.1] - MOLECULE.lattice[0]
     assert judge.judge(changed(MOLECULE, across)).ok
+
+
+def test_an_adsorbate_has_as_many_pieces_as_its_name_says() -> None:
+    judge, adsorbed = spring_judge(1.0), np.flatnonzero(ATOM.tags == 2)
+    symbol = SYMBOLS[ATOM.numbers[adsorbed[0]]]
+
+    def two(apart: float, name: str) -> System:
+        """A second atom beside the adsorbed one, so far (Å) from it."""
+        other = ATOM.positions[adsorbed] + [apart, 0.0, 0.0]
+        atoms = [np.append(x, x[adsorbed]) for x in (ATOM.numbers, ATOM.tags)]
+        return make_system(ATOM.lattice, np.vstack([ATOM.positions, other]), *atoms, name, ATOM.miller)
+
+    half = 0.5 * float(np.linalg.norm(ATOM.lattice[0]))
+    assert judge.judge(two(half, f"({symbol})2")).reason is None
+    assert judge.judge(two(half, f"{symbol}2")).reason == "dissociated"
+    assert judge.judge(two(1.15, f"{symbol}2")).reason is None
+    assert judge.judge(two(1.15, f"({symbol})2")).reason == "dissociated"  # they have become one molecule
 
 
 def test_other_reasons() -> None:
