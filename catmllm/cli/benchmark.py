@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -75,7 +76,7 @@ def candidates_options(parser: argparse.ArgumentParser) -> None:
 
 
 def candidates(args: argparse.Namespace) -> int:
-    from catmllm.data.open import open_data
+    from catmllm.data.subsets import of_property
     from catmllm.design.analogues import analogues
     from catmllm.design.predict import predictor_of
     from catmllm.design.search import ANALOGUE, ClosedLoop
@@ -90,7 +91,10 @@ def candidates(args: argparse.Namespace) -> int:
     model, collate, config = load(args.model)
     n = budgets(config)[-1]
     predictor = predictor_of(config, model.energy_mean.device)
-    train = open_data(config.data)["train"] if args.row in ("search", "training", "transmute") else []
+    train: Sequence[System] = ()
+    if args.row != "ideal":
+        data = _unseen(args, asked, config, needed=args.row in ("search", "training", "transmute"))
+        train = of_property(data["train"], config.data) if data else ()
     if args.row == "search":
         states = _searched(model, collate, config, asked, predictor, train, args.seed)
         texts = {name: [c.text for c in state.tried] for name, state in states.items() if state.tried}
@@ -116,6 +120,29 @@ def candidates(args: argparse.Namespace) -> int:
     write_candidates(args.out, texts, relaxed)
     print(f"{args.out}: {sum(map(len, texts.values()))} CIFs for {len(texts)} of {len(asked)} tasks")
     return 0
+
+
+def _unseen(
+    args: argparse.Namespace, asked: Sequence[BenchmarkTask], config: Config, needed: bool
+) -> dict[str, Sequence[System]]:
+    """The data of the model, which has seen nothing that the tasks allow; empty, and said so, where they are
+    not here and not needed. Raises ValueError as `refuse_known`."""
+    from catmllm.data.open import open_data
+    from catmllm.evaluate.benchmark import refuse_known
+
+    try:
+        data = open_data(config.data)
+    except FileNotFoundError:
+        if needed:
+            raise
+        print(
+            f"{args.model}: its training data ({config.data.path}) is not here: whether it has seen what the "
+            "tasks ask for is not checked",
+            file=sys.stderr,
+        )
+        return {}
+    refuse_known(args.tasks, asked, data, config.data)
+    return data
 
 
 def _searched(
@@ -173,6 +200,7 @@ def generator(args: argparse.Namespace) -> int:
 
     asked = read_tasks(args.tasks)
     model, collate, config = load(args.model)
+    _unseen(args, asked, config, needed=False)
     limits = budgets(config)
     predictor = predictor_of(config, model.energy_mean.device)
     loop, rows = ClosedLoop(model, collate, config.ga_grpo, predictor), {}

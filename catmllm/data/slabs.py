@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from catmllm.structure.elements import atomic_number
+from catmllm.structure.formula import SEPARATOR, format_formula, parse_identity, reduce_counts
 from catmllm.structure.system import System, make_system
 
 SHIPPED = Path(__file__).with_name("fcc_slabs_diep.jsonl.gz")
@@ -109,6 +110,12 @@ def split(
 def pair(system: System) -> str:
     """Its (bulk, Miller index), such as `PdIr (1, 1, 1)`, by which data are split."""
     return f"{system.bulk} {system.miller or '(?)'}"
+
+
+def pair_of(identity: str) -> str:
+    """The same of an identity line, whatever it says of the adsorbate."""
+    _, slab, miller = parse_identity(SEPARATOR + identity.partition(SEPARATOR)[2])
+    return f"{format_formula(reduce_counts(slab)[0])} {miller or '(?)'}"
 
 
 def split_pairs(counts: Mapping[str, int], seed: int = 0) -> dict[str, SplitName]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import csv
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -22,6 +22,9 @@ from typing import Any
 
 import numpy as np
 
+from catmllm.config import DataConfig
+from catmllm.data.slabs import pair_of
+from catmllm.data.subsets import pairs
 from catmllm.design.enumeration import enumerable, ideal_system
 from catmllm.design.exemplar_pool import ExemplarPool
 from catmllm.design.search import ClosedLoop, Task, TaskState, free_composition, make_task
@@ -98,20 +101,46 @@ def benchmark_tasks(data: Mapping[str, Sequence[System]], n: int, seed: int) -> 
     return fixed + [free_task(f"free-{k:03d}", task, rules) for k, task in enumerate(picks)]
 
 
-def free_rules(data: Mapping[str, Sequence[System]]) -> tuple[tuple[str, ...], dict[Any, set[str]]]:
-    """What slabs with free metals may be of, and by facet the bulks that training or validation has."""
+def free_rules(data: Mapping[str, Sequence[System]]) -> tuple[tuple[str, ...], frozenset[str]]:
+    """What slabs with free metals may be of, and `known_pairs`."""
     metals = sorted({symbol for part in data.values() for s in part for symbol in s.slab_counts})
-    known: dict[Any, set[str]] = defaultdict(set)
-    for part in ("train", "val"):
-        for system in data[part]:
-            known[system.miller].add(system.bulk)
-    return tuple(metals), known
+    return tuple(metals), known_pairs(data)
 
 
-def free_task(name: str, task: Task, rules: tuple[tuple[str, ...], dict[Any, set[str]]]) -> BenchmarkTask:
+def known_pairs(data: Mapping[str, Sequence[System]]) -> frozenset[str]:
+    """The (bulk, Miller index) pairs, as `slabs.pair` names them, that training or validation has: none may
+    answer."""
+    return pairs(data["train"]) | pairs(data["val"])
+
+
+def free_task(name: str, task: Task, rules: tuple[tuple[str, ...], frozenset[str]]) -> BenchmarkTask:
     """A task with free metals, by `free_rules`."""
-    metals, known = rules
-    return BenchmarkTask(name, task, metals, frozenset(known[parse_identity(task.identity).miller]))
+    (metals, known), facet = rules, pair_of(task.identity).partition(" ")[2]
+    bulks = (pair.partition(" ") for pair in known)
+    return BenchmarkTask(name, task, metals, frozenset(bulk for bulk, _, on in bulks if on == facet))
+
+
+def refuse_known(
+    path: Path, tasks: Sequence[BenchmarkTask], data: Mapping[str, Sequence[System]], config: DataConfig
+) -> None:
+    """Raises ValueError where training or validation on `data`, which `config` names, has what one of the
+    tasks of a file asks for or allows: whoever learned from them knows an answer. What a test system is asked
+    for is sound however the data are split."""
+    known = known_pairs(data)
+    doubtful = [t for t in tasks if any(pair_of(line) in known for line in allowed_slabs(t))]
+    tested = {s.identity for s in data["test"]} if doubtful else set()
+    seen = [t.name for t in doubtful if t.metals or t.task.identity not in tested]
+    if not seen:
+        return
+    keys = ("path", "labels", "slabs", "split_by", "hold_out", "split_seed")
+    given = {k: v for k in keys if (v := getattr(config, k)) != getattr(DataConfig(), k)}
+    words = {k: v if isinstance(v, str | int) else f"[{','.join(v)}]" for k, v in given.items()}
+    command = " ".join(["catmllm evaluate tasks --out FILE", *(f"data.{k}={v}" for k, v in words.items())])
+    raise ValueError(
+        f"{path}: {len(seen)} of {len(tasks)} tasks ask for a bulk and facet that the model has in training "
+        f"or validation, or allow one: {', '.join(seen[:3])}{', …' if len(seen) > 3 else ''}. Give --tasks "
+        f"FILE of the model's own split (`{command}` writes it), or a model of the split of these tasks"
+    )
 
 
 def write_tasks(tasks: Sequence[BenchmarkTask], path: Path) -> None:

@@ -28,7 +28,13 @@ from catmllm.config import from_arguments
 from catmllm.data.open import open_data
 from catmllm.evaluate import BENCHMARK
 from catmllm.evaluate.baselines import some
-from catmllm.evaluate.benchmark import BenchmarkTask, allowed_slabs, read_tasks, write_candidates
+from catmllm.evaluate.benchmark import (
+    BenchmarkTask,
+    allowed_slabs,
+    read_tasks,
+    refuse_known,
+    write_candidates,
+)
 from catmllm.evaluate.trained_baselines import descent, shuffled_rows
 from catmllm.seeds import Stream, generator, hash_seed
 from catmllm.structure.elements import NUMBER
@@ -65,7 +71,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if args.out.exists() and any(args.out.iterdir()):
         raise SystemExit(f"{args.out}: there is something in it; give a new folder")
-    asked, parts = read_tasks(args.tasks), open_data(from_arguments(args.set).data)
+    asked, data = read_tasks(args.tasks), from_arguments(args.set).data
+    parts = open_data(data)
+    refuse_known(args.tasks, asked, parts, data)
     module = trained(some(parts["train"]), args.timesteps, args.steps, args.batch, args.seed)
     texts = written(module, asked, args.n, args.seed)
     write_candidates(args.out, texts, {name: [True] * len(mine) for name, mine in texts.items()})

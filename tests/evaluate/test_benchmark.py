@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from catmllm.cli.main import main
-from catmllm.config import Config
+from catmllm.config import Config, DataConfig
 from catmllm.data.batches import Collator
 from catmllm.data.open import open_data
 from catmllm.design.search import ClosedLoop, TaskState
@@ -23,6 +23,7 @@ from catmllm.evaluate.benchmark import (
     known_of,
     read_candidates,
     read_tasks,
+    refuse_known,
     score,
     table,
     write_candidates,
@@ -62,6 +63,38 @@ def test_the_shipped_tasks_are_those_of_the_shipped_data(
             assert {(bulk, asked.miller) for bulk in task.known} <= seen
             assert not {(bulk, asked.miller) for bulk in task.known} & tests
     assert {t.name.rpartition("-")[0] for t in again} == {"fixed", "free"}
+
+
+def test_tasks_of_another_split_are_refused(
+    data: Data, shipped: list[BenchmarkTask], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def said(config: DataConfig, tasks: list[BenchmarkTask] = shipped, parts: Data | None = None) -> str:
+        with pytest.raises(ValueError) as error:
+            refuse_known(BENCHMARK, tasks, parts or dict(open_data(config)), config)
+        return str(error.value)
+
+    for own in (DataConfig(), DataConfig(split_seed=1), DataConfig(split_by="adsorbate")):
+        parts = dict(open_data(own))
+        refuse_known(BENCHMARK, benchmark_tasks(parts, 4, 0), parts, own)
+    refuse_known(BENCHMARK, shipped, data, DataConfig())
+    found = said(DataConfig(split_seed=1))
+    assert "tasks.csv: 96 of 96 tasks" in found and "fixed-000, fixed-001, fixed-002, …" in found
+    assert "`catmllm evaluate tasks --out FILE data.split_seed=1`" in found
+    assert "data.split_by=metal data.hold_out=[Pt,Cu]`" in said(
+        DataConfig(split_by="metal", hold_out=("Pt", "Cu"))
+    )
+    # nor may a free task leave open what training has; validation counts too
+    for part in ("train", "val"):
+        system = next(s for s in data["test"] if (s.bulk, s.miller) == ("PtAu", (1, 1, 1)))
+        parts = {**data, part: [*data[part], system], "test": []}
+        free = [t for t in shipped if t.metals and t.task.identity.endswith("(1 1 1)")]
+        assert f": {len(free)} of {len(free)} tasks" in said(DataConfig(), free, parts)
+        assert not any("PtAu" in t.known for t in free)
+    write_tasks(benchmark_tasks(open_data(DataConfig(split_seed=1)), 2, 0), tmp_path / "1.csv")
+    asked = ["--tasks", str(tmp_path / "1.csv")]
+    for command in (["generator", str(tmp_path)], ["candidates", "evolution", "--out", str(tmp_path / "x")]):
+        assert main(["evaluate", *command, *asked]) == 1
+        assert "1.csv: 4 of 4 tasks ask for a bulk and facet" in capsys.readouterr().err
 
 
 def slab(identity: str) -> str:
