@@ -25,10 +25,10 @@ from catmllm.data.oracle import POTENTIALS
 from catmllm.data.shards import Shards
 from catmllm.data.slabs import on_fcc_slab
 from catmllm.data.splits import describe
-from catmllm.data.subsets import of_property
+from catmllm.data.subsets import learned
 from catmllm.design.domain import FILE as DOMAIN
 from catmllm.design.domain import SAMPLE, Domain, calibrate, domain_of
-from catmllm.evaluate.baselines import baselines, evenly_spaced
+from catmllm.evaluate.baselines import baselines, evenly_spaced, for_baselines
 from catmllm.evaluate.design import evaluate_design
 from catmllm.evaluate.ensemble import Ensemble, load_ensemble
 from catmllm.evaluate.free import evaluate_free
@@ -144,7 +144,7 @@ def _run(config: Config, world: World) -> int:
         raise ValueError(f"`out: {out}` is the folder of a stage; a run's is the one above, {out.parent}")
     # what cannot be read is said before the folder is claimed
     data = open_data(config.data)
-    known = {**data, "train": of_property(data["train"], config.data)}
+    known = learned(data, config.data)
     previous = _begins_from(config, out, world)
     texts = _texts(config, data)
     if config.evaluate.indicative and set(GENERATING) & {*config.stages}:
@@ -162,7 +162,8 @@ def _run(config: Config, world: World) -> int:
             "or set joint.train_encoder=true",
         )
     if not record.has("baselines"):
-        record.put(world.gather(baselines(known, _subset(config)) if world.main else None)[0], "baselines")
+        shown = for_baselines(known, config.evaluate.property_systems)
+        record.put(world.gather(baselines(shown, _subset(config)) if world.main else None)[0], "baselines")
     if previous is not None and not record.has("baselines", "zero_shot"):
         _zero_shot(previous, config, data["test"], record, world)
     domain = templates = None
@@ -187,7 +188,7 @@ def _run(config: Config, world: World) -> int:
             with record.timed(f"evaluate {name}"):
                 _without_structures(name, folder, config, known, record, world)
         previous = folder
-    _design(config, known, record, world)
+    _design(config, data, record, world)
     if world.main:
         report = write_report(out, evenly_spaced(data["test"], config.evaluate.property_systems))
         print(

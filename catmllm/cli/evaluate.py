@@ -131,13 +131,14 @@ def _second_opinion(run: Path, name: str) -> None:
 def _without_structures(run: Path, given: Path, candidates: int) -> None:
     """Put what a run's last stage says where no structure is known into its metrics.json, or what the stage
     says whose folder was given."""
+    from catmllm.data.subsets import learned
     from catmllm.evaluate.missing import evaluate_missing
     from catmllm.world import DTYPES
 
     if candidates < 1:
         raise ValueError(f"--indicative {candidates}: give a number of CIFs of 1 or more")
     with _last_stage(given) as (folder, model, collate, config, data, world):
-        e, dtype = config.evaluate, DTYPES[config.precision]
+        e, dtype, data = config.evaluate, DTYPES[config.precision], learned(data, config.data)
         found = evaluate_missing(model, collate, data, candidates, e.sampling, config.seed, world, dtype)
     path = run / "metrics.json"
     metrics = json.loads(path.read_text())

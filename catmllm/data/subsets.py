@@ -7,7 +7,7 @@ two shares the smaller is inside the larger.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Literal, overload
 
@@ -66,6 +66,11 @@ def pairs(systems: Sequence[System]) -> frozenset[str]:
 def of_property(train: Sequence[System], config: DataConfig) -> Sequence[System]:
     """The training systems whose energies are learned: `data.property` of all."""
     return part(train, config.property, config.split_seed, config.unit, "data.property")
+
+
+def learned(data: Mapping[str, Sequence[System]], config: DataConfig) -> dict[str, Sequence[System]]:
+    """The parts of a data set, of the training systems those whose energies are learned."""
+    return {**data, "train": of_property(data["train"], config)}
 
 
 def of_generation(train: Sequence[System], config: DataConfig) -> Sequence[System]:

@@ -267,14 +267,14 @@ def _kernel(
 def baselines(
     parts: Mapping[Any, Sequence[System]], subset: Callable[[System], bool] | None = None
 ) -> dict[str, dict[str, Any]]:
-    """MAE (eV) and R² on `parts["test"]` of all, fitted on `train` (and `val`), each cut by `some`; where
-    there is a `subset`, also on its test systems alone, as `subset`.
+    """MAE (eV) and R² on `parts["test"]` of all, fitted on `train` (and `val`); where there is a `subset`,
+    also on its test systems alone, as `subset`. `for_baselines` makes such parts.
 
     Returns {name: {"mae", "r2"}} of `adsorbate_mean`, `text_ridge` and, where there are structures,
     `kernel_ridge`; and where every test system has a start, `kernel_ridge_frames` with what it says of these
     as `start`.
     """
-    train, val, test = (some(parts[name]) for name in ("train", "val", "test"))
+    train, val, test = (parts[name] for name in ("train", "val", "test"))
     wanted = energies(test)
     inside = None if subset is None else np.array([subset(s) for s in test], dtype=bool)
 
@@ -298,6 +298,14 @@ def baselines(
             "start": errors(frames.predict([s.frame(0.0) for s in test]))
         }
     return found
+
+
+def for_baselines(parts: Mapping[str, Sequence[System]], most: int) -> dict[str, Sequence[System]]:
+    """What baselines are fitted to, cut by `some`, and the test systems on which the model is measured too:
+    at most so many (`evaluate.property_systems`)."""
+    return {name: some(parts[name]) for name in ("train", "val")} | {
+        "test": evenly_spaced(parts["test"], most)
+    }
 
 
 def some(systems: Sequence[System]) -> Sequence[System]:

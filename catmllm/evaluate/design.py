@@ -17,6 +17,8 @@ import numpy as np
 from catmllm.config import Config
 from catmllm.data.batches import Collator
 from catmllm.data.oracle import POTENTIALS
+from catmllm.data.slabs import pair_of
+from catmllm.data.subsets import learned
 from catmllm.design.exemplar_pool import Candidate
 from catmllm.design.predict import Predictor, energies_and_errors, predictor_of, question
 from catmllm.design.reward import distances
@@ -108,8 +110,9 @@ def evaluate_design(
     world: World,
 ) -> dict[str, Any]:
     """Search for tasks of the test systems, judge the answers, and set success beside its controls; ranks
-    share the work. Kernel ridge is fitted to `train` and `val` of data."""
-    e = config.evaluate
+    share the work. Kernel ridge is fitted to `val` of data and the part of `train` whose energies are
+    learned."""
+    e, data = config.evaluate, learned(data, config.data)
     tasks = design_tasks(data["test"], e.design_tasks, config.seed)
     places = range(len(tasks))[world.rank :: world.size]
     mine = [tasks[k] for k in places]
@@ -252,7 +255,7 @@ def design_curves(items: Sequence[dict[str, Any]], judges: Sequence[str], tolera
     for method in METHODS:
         answered = [item for item in items if item["answers"].get(method)]
         curves[method] = {"n": len(answered)}
-        pairs = [item["identity"].partition("</s>")[2] for item in answered]
+        pairs = [pair_of(item["identity"]) for item in answered]
         for judge in judges if answered else ():
             hit = hits(answered, method, judge, tolerance)
             rates = hit.mean(0).tolist()
@@ -280,7 +283,7 @@ def predictor_bias(
     could relax, with a bootstrap over (bulk, Miller index); None of none."""
     if not accepted.any():
         return None
-    pairs = [item["identity"].partition("</s>")[2] for item, one in zip(items, accepted) if one]
+    pairs = [pair_of(item["identity"]) for item, one in zip(items, accepted) if one]
     interval = metrics.bootstrap_interval(more[accepted], groups=pairs)
     return {"mean": float(more[accepted].mean()), "interval": interval, "n": int(accepted.sum())}
 

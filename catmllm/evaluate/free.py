@@ -15,6 +15,7 @@ from typing import Any
 
 from catmllm.config import Config
 from catmllm.data.batches import Collator
+from catmllm.data.subsets import learned
 from catmllm.design.enumeration import enumerable, ideal_system
 from catmllm.design.free import nearest_slabs, search_free
 from catmllm.design.predict import predictor_of
@@ -43,6 +44,7 @@ def evaluate_free(
     """As `evaluate_design`, with the metals free."""
     e = config.evaluate
     tasks = [t for t in benchmark_tasks(data, e.free_tasks, config.seed) if t.kind == "free"]
+    data = learned(data, config.data)
     places = range(len(tasks))[world.rank :: world.size]
     mine = [tasks[k] for k in places]
     asked, limits = [t.task for t in mine], budgets(config)

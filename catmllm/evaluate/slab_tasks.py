@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from catmllm.config import Config
 from catmllm.data.batches import Collator
 from catmllm.data.oracle import POTENTIALS
+from catmllm.data.subsets import learned
 from catmllm.design.analogues import analogues
 from catmllm.design.enumeration import enumerable, ideal_slab, on_sites
 from catmllm.design.free import text_energies
@@ -317,7 +318,8 @@ def evaluate_slabs(
     if not picks:
         return {}
     predictor = predictor_of(config, world.device) or (model, collate)
-    ridge = KernelRidge.fit(some(data["train"]), some(data["val"]), FRAMES)
+    train = learned(data, config.data)["train"]
+    ridge = KernelRidge.fit(some(train), some(data["val"]), FRAMES)
     judge = Judge(e.judge)
     kinds: dict[str, list[tuple[str, ...]]] = {"one": [(s.adsorbate,) for s in picks]}
     if e.slab_adsorbates:
@@ -327,7 +329,7 @@ def evaluate_slabs(
         mine = range(len(picks))[world.rank :: world.size]
         made = make_tasks(judge, [picks[k] for k in mine], [adsorbates[k] for k in mine], data, world.main)
         tasks = {k: task for k, task in zip(mine, made) if task is not None}
-        done = search_slabs(predictor, config, tasks, data["train"], ridge)
+        done = search_slabs(predictor, config, tasks, train, ridge)
         judge_slabs(judge, [item for item, _ in done], [s for _, slabs in done for s in slabs], world.main)
         items = [item for part in world.gather([item for item, _ in done]) for item in part]
         found[kind] = slab_metrics(items, config)

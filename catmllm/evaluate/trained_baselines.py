@@ -15,7 +15,8 @@ import torch
 
 from catmllm.config import from_dict
 from catmllm.data.open import open_data
-from catmllm.evaluate.baselines import TRAINED, AdsorbateMean, energies, some
+from catmllm.data.subsets import learned
+from catmllm.evaluate.baselines import TRAINED, AdsorbateMean, energies, for_baselines
 from catmllm.evaluate.metrics import mae, r2
 from catmllm.structure.system import System
 
@@ -33,15 +34,17 @@ class Record:
         metrics = run / "metrics.json"
         if not metrics.is_file():
             raise SystemExit(f"{run}: no metrics.json there; give the folder of a run")
-        self.data = from_dict(json.loads(metrics.read_text())["config"], str(metrics)).data
-        self.path, cell = run / TRAINED, {"path": self.data.path, "split_seed": self.data.split_seed}
+        self.config = from_dict(json.loads(metrics.read_text())["config"], str(metrics))
+        data = self.config.data
+        self.path, cell = run / TRAINED, {"path": data.path, "split_seed": data.split_seed}
         found = json.loads(self.path.read_text()) if self.path.is_file() else {}
         fresh: dict[str, Any] = {"cell": cell, "baselines": {}}
         self.values = found if found.get("cell") == cell else fresh
 
     def parts(self) -> dict[str, Sequence[System]]:
-        """The systems of the run, by split; at most as many as its other baselines are fitted to."""
-        return {name: some(systems) for name, systems in open_data(self.data).items()}
+        """The systems of the run, by split: those that its other baselines are fitted to and measured on."""
+        data = learned(open_data(self.config.data), self.config.data)
+        return for_baselines(data, self.config.evaluate.property_systems)
 
     def __contains__(self, name: str) -> bool:
         return name in self.values["baselines"]

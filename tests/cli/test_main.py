@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +13,13 @@ import ase.io
 import numpy as np
 import pytest
 
+from catmllm.cli import evaluate
 from catmllm.cli.main import main
+from catmllm.config import Config
+from catmllm.data.open import open_data
 from catmllm.data.slabs import load_slabs
-from catmllm.evaluate import slab_tasks
+from catmllm.data.subsets import learned
+from catmllm.evaluate import missing, slab_tasks
 from catmllm.evaluate.judges import Judge
 from catmllm.report.design import adsorbate
 from catmllm.structure.cif import read_cif, write_cif
@@ -274,6 +279,20 @@ def test_evaluate_measures_a_finished_run_without_structures(unbroken: Path, tmp
     assert main(["evaluate", str(run / "instruct"), "--indicative", "1"]) == 0
     assert set(json.loads((run / "metrics.json").read_text())["missing"]) == {"ga_grpo", "instruct"}
     assert main(["evaluate", str(run / "align"), "--indicative", "1"]) == 1
+
+
+def test_indicative_predictions_stand_beside_what_the_run_learned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mean of the adsorbate and the ridge are fitted to the systems whose energies were learned."""
+    config, data, given = Config(), open_data(), {}
+    config.data.property = (0.0, 0.5)
+    last = nullcontext((tmp_path / "joint", None, None, config, data, None))
+    monkeypatch.setattr(evaluate, "_last_stage", lambda _: last)
+    monkeypatch.setattr(missing, "evaluate_missing", lambda *args: given.update(data=args[2]))
+    (tmp_path / "metrics.json").write_text("{}")
+    evaluate._without_structures(tmp_path, tmp_path, 1)
+    assert given["data"] == learned(data, config.data) != data
 
 
 @pytest.mark.slow

@@ -19,6 +19,8 @@ from catmllm.evaluate.baselines import (
     TextRidge,
     baselines,
     energies,
+    evenly_spaced,
+    for_baselines,
     text_features,
 )
 from catmllm.structure.descriptors import local_descriptor
@@ -166,3 +168,13 @@ def test_systems_need_energies() -> None:
         AdsorbateMean.fit([])
     with pytest.raises(ValueError, match="no training systems"):
         TextRidge.fit([], SYSTEMS[:2])
+
+
+def test_baselines_are_measured_where_the_model_is() -> None:
+    """Not on a part of their own choice: the caps of what they are fitted to are others."""
+    parts = {"train": [PARTS["train"][0]] * 4001, "val": PARTS["val"], "test": PARTS["test"]}
+    cut = for_baselines(parts, 50)
+    assert list(cut["test"]) == list(evenly_spaced(parts["test"], 50)) and 40 < len(cut["test"]) <= 50
+    assert (len(cut["train"]), list(cut["val"])) == (2001, list(parts["val"]))
+    many = {**parts, "test": [PARTS["test"][0]] * 4050}
+    assert len(for_baselines(many, 4096)["test"]) == 4050

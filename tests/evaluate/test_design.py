@@ -107,9 +107,9 @@ def test_bootstrap_of_groups() -> None:
 
 
 def item(energy: float, **answers: list[tuple[float | None, float | None, bool]]) -> dict[str, Any]:
-    """A finished task on Pt(111); an answer is (own energy, judged energy, feasible)."""
+    """A finished task on a (111) facet; an answer is (own energy, judged energy, feasible)."""
     return {
-        "identity": f"CO</s>Pt{round(12 * energy)} (1 1 1)",
+        "identity": f"CO</s>Pt12Cu{round(12 * energy)} (1 1 1)",
         "energy": energy,
         "answers": {
             method: [
@@ -244,6 +244,20 @@ def test_bias_is_that_of_the_accepted_designs() -> None:
     assert found is not None and (found["mean"], found["n"]) == (pytest.approx(0.2), 2)
     assert found["interval"] == pytest.approx((0.1, 0.3))
     assert design.predictor_bias(more, np.zeros(3, bool), items) is None
+
+
+def test_intervals_draw_surfaces_whatever_the_size_of_their_cells() -> None:
+    """Cu3Pt9 and Pt12Cu4 are one bulk; the name of several adsorbates is passed over."""
+    names = ["CO</s>Cu3Pt9 (1 1 1)", "O + OH</s>Pt12Cu4 (1 1 1)", "CO</s>CuPt3 (1 0 0)"]
+    both = {"search": [(1.0, None, True)], "enumeration": [(9.0, None, True)]}
+    items = [item(1.0, **both) | {"identity": name} for name in names]
+    items[1]["answers"]["enumeration"][0]["predicted"] = 1.0
+    curve = design.design_curves(items, ("own",), 0.25)["enumeration"]["own"]
+    more = np.array([1.0, 0.0, 1.0])
+    expected = bootstrap_interval(more, groups=["111", "111", "100"])
+    assert tuple(curve["search_more_interval"][0]) == expected == (0.5, 1.0)
+    found = design.predictor_bias(more, np.ones(3, bool), items)
+    assert found is not None and found["interval"] == expected
 
 
 def test_what_cannot_be_enumerated_has_no_such_controls(

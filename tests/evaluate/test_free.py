@@ -9,6 +9,8 @@ import pytest
 from catmllm.config import Config
 from catmllm.data.batches import Collator
 from catmllm.data.open import open_data
+from catmllm.data.slabs import pair_of
+from catmllm.data.subsets import of_property, pairs
 from catmllm.design.free import nearest_slabs
 from catmllm.design.predict import predict_energies, question
 from catmllm.evaluate import free
@@ -57,6 +59,26 @@ def test_a_task_that_allows_no_slab_is_a_miss(
     assert [found["curves"][m]["n"] for m in METHODS] == [2, 1, 1, 1, 1]
     assert other["identity"] == whole["items"][1]["identity"] and all(map(other["answers"].get, METHODS))
     assert len(found["iterations_to_success"]["curve"]) == len(other["trace"])
+
+
+def test_what_was_trained_on_for_cifs_alone_is_no_answer(
+    small_model: tuple[CatalyticMLLM, Collator], small_config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The search begins with systems whose energies were learned, and answers with pairs that nobody saw."""
+    data, given = open_data(), {}
+
+    def searched(*args: object) -> None:
+        given["slabs"], given["known"] = args[4], args[8]
+        raise InterruptedError
+
+    monkeypatch.setattr(free, "search_free", searched)
+    config = configured(small_config, judge="none", free_tasks=3)
+    config.data = replace(config.data, property=(0.0, 0.5), generation=(0.5, 1.0), unit="pair")
+    with pytest.raises(InterruptedError):
+        evaluate_free(*small_model, config, data, ONE)
+    seen = pairs(data["train"]) | pairs(data["val"])
+    assert given["slabs"] and not any(pair_of(line) in seen for some in given["slabs"] for line in some)
+    assert given["known"] == of_property(data["train"], config.data) != data["train"]
 
 
 def test_the_report_has_the_curve(small_model: tuple[CatalyticMLLM, Collator], small_config: Config) -> None:

@@ -24,10 +24,12 @@ from hypothesis import strategies as st
 
 from catmllm.config import Config, to_dict
 from catmllm.data.open import open_data
+from catmllm.data.subsets import of_property
 from catmllm.evaluate import gnn_baselines, trained_baselines
-from catmllm.evaluate.baselines import AdsorbateMean, energies
+from catmllm.evaluate.baselines import AdsorbateMean, energies, evenly_spaced
 from catmllm.evaluate.gnn_baselines import SparseRows, batch, calculator, chgnet, main, network, trained
 from catmllm.evaluate.metrics import mae
+from catmllm.evaluate.trained_baselines import Record
 from catmllm.structure.system import ADSORBATE, System
 
 Parts = dict[str, Sequence[System]]
@@ -210,6 +212,17 @@ def test_what_is_there_is_not_trained_again(
     assert len(asked) == 8  # of another split nothing is there
     with pytest.raises(SystemExit, match="no metrics"):
         main([str(tmp_path / "nowhere")])
+
+
+def test_the_systems_are_those_of_the_run(tmp_path: Path) -> None:
+    """Those whose energies it learned, and those on which it was measured."""
+    config = Config()
+    config.data.property, config.evaluate.property_systems = (0.0, 0.5), 50
+    (tmp_path / "metrics.json").write_text(json.dumps({"config": to_dict(config)}))
+    data, found = open_data(), Record(tmp_path).parts()
+    assert [s.sid for s in found["train"]] == [s.sid for s in of_property(data["train"], config.data)]
+    assert [s.sid for s in found["test"]] == [s.sid for s in evenly_spaced(data["test"], 50)]
+    assert len(found["train"]) < len(data["train"]) and len(found["val"]) == len(data["val"])
 
 
 @pytest.mark.filterwarnings("ignore")
