@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from random import Random
 
 import numpy as np
@@ -19,7 +20,7 @@ from catmllm.data.batches import Collator
 from catmllm.data.prompts import Sample, design_prompt
 from catmllm.design.enumeration import enumerable, ideal_system
 from catmllm.design.exemplar_pool import Candidate
-from catmllm.design.search import ClosedLoop, Task, make_task
+from catmllm.design.search import ClosedLoop, Task, make_task, structure_key
 from catmllm.evaluate.benchmark import BenchmarkTask, allowed_slabs
 from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.sample.answers import answer_limits
@@ -30,7 +31,7 @@ from catmllm.structure.cif import write_cif
 from catmllm.structure.formula import parse_identity
 from catmllm.structure.system import ADSORBATE, System, make_system
 
-_TRIES = 20  # for a child with a real adsorbate
+_TRIES = 20  # for a new child with a real adsorbate
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,11 @@ class Member:
 
     system: System
     said: Candidate
+
+    @cached_property
+    def key(self) -> str:
+        """Equal keys are equal structures."""
+        return structure_key(self.system)
 
     @property
     def rank(self) -> tuple[bool, float]:
@@ -76,16 +82,17 @@ def evolve(
     loop: ClosedLoop, tasks: Sequence[BenchmarkTask], seed: int, decimals: int
 ) -> dict[str, list[str]]:
     """CIFs of each task in the order of their predictions, as many as the closed loop makes: first ideal
-    slabs at random, then generations of children of the best so far. Tasks of which no ideal slab can be made
-    have none. All tasks advance together."""
+    slabs at random, then generations of children of the best so far, each structure once where another can be
+    found in some tries. Tasks of which no ideal slab can be made have none. All tasks advance together."""
     o: GAGRPOConfig = loop.config
     rngs = [Random(hash_seed(Stream.BENCHMARK_EVOLUTION.key(seed, k))) for k in range(len(tasks))]
     open_to = [_open(task) for task in tasks]
     members: list[list[Member]] = [[] for _ in tasks]
+    known: list[set[str]] = [set() for _ in tasks]  # keys of all that was tried
     texts: list[list[str]] = [[] for _ in tasks]
     for generation in range(o.iterations + 1):
         made = [
-            _generation(members[k], open_to[k], o, generation, rngs[k]) if open_to[k] else []
+            _generation(members[k], known[k], open_to[k], o, generation, rngs[k]) if open_to[k] else []
             for k in range(len(tasks))
         ]
         owner = [k for k, systems in enumerate(made) for _ in systems]
@@ -95,9 +102,9 @@ def evolve(
         for k, system, text, candidate in zip(owner, flat, written, said):
             texts[k].append(text)
             members[k].append(Member(system, candidate))
-        for mine in members:  # what a parent is drawn from
-            mine.sort(key=lambda m: m.rank, reverse=True)
-            del mine[o.initial :]
+        for k, mine in enumerate(members):  # what a parent is drawn from
+            best = sorted(mine, key=lambda m: m.rank, reverse=True)
+            members[k] = list({m.key: m for m in best}.values())[: o.initial]
     return {task.name: mine for task, mine in zip(tasks, texts) if mine}
 
 
@@ -107,33 +114,40 @@ def _open(task: BenchmarkTask) -> list[str]:
 
 
 def _generation(
-    members: Sequence[Member], open_to: Sequence[str], config: GAGRPOConfig, generation: int, rng: Random
+    members: Sequence[Member],
+    known: set[str],
+    open_to: Sequence[str],
+    config: GAGRPOConfig,
+    generation: int,
+    rng: Random,
 ) -> list[System]:
     if generation == 0:
-        return [_sound(lambda: ideal_system(rng.choice(open_to), rng)) for _ in range(config.initial)]
-    return [_sound(lambda: child(members, open_to, rng)) for _ in range(config.group_size)]
+        return [_new(lambda: ideal_system(rng.choice(open_to), rng), known) for _ in range(config.initial)]
+    return [_new(lambda: child(members, open_to, rng), known) for _ in range(config.group_size)]
 
 
-def _sound(make: Callable[[], System]) -> System:
-    """One with a real adsorbate, or after many tries the last."""
-    system = make()
-    for _ in range(_TRIES):
-        if adsorbate_fault(system) is None:
-            break
+def _new(make: Callable[[], System], known: set[str]) -> System:
+    """One with a real adsorbate whose key is not among the known, to which it is added; after many tries the
+    last."""
+    for _ in range(_TRIES + 1):
         system = make()
+        if adsorbate_fault(system) is None and structure_key(system) not in known:
+            break
+    known.add(structure_key(system))
     return system
 
 
 def child(members: Sequence[Member], open_to: Sequence[str], rng: Random) -> System:
     """Of a parent by one operator: two atoms of the slab change their elements, or the adsorbate goes to
     another site, or to that of another parent, or (where compositions are free) the slab becomes another."""
-    parent = _parent(members, rng).system
-    ways = ["permute", "move", "cross", *(["exchange"] if len(open_to) > 1 else [])]
+    first = _parent(members, rng)
+    parent, others = first.system, [m for m in members if m is not first]
+    ways = ["permute", "move", *(["cross"] if others else []), *(["exchange"] if len(open_to) > 1 else [])]
     way = rng.choice(ways)
     if way == "permute" and len(parent.slab_counts) > 1:
         return permuted(parent, rng)
     if way == "cross":
-        return with_adsorbate(parent, _parent(members, rng).system)
+        return with_adsorbate(parent, _parent(others, rng).system)
     if way == "exchange":
         near = [i for i in open_to if set(parse_identity(i).slab) & set(parent.slab_counts)] or open_to
         return with_adsorbate(ideal_system(rng.choice(near), rng), parent)

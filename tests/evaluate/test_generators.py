@@ -22,7 +22,7 @@ from catmllm.design.analogues import analogues
 from catmllm.design.enumeration import ideal_system
 from catmllm.design.exemplar_pool import Candidate
 from catmllm.design.search import ClosedLoop, Task, make_task, structure_key
-from catmllm.evaluate import BENCHMARK
+from catmllm.evaluate import BENCHMARK, generators
 from catmllm.evaluate.benchmark import BenchmarkTask, allowed_slabs, read_candidates, read_tasks, score
 from catmllm.evaluate.generators import answers, child, evolve, permuted, with_adsorbate
 from catmllm.models.catalytic_mllm import CatalyticMLLM
@@ -111,6 +111,34 @@ def test_children_of_a_free_composition_stay_among_what_is_allowed() -> None:
     made = [child(members, open_to, rng) for _ in range(60)]
     assert {s.identity for s in made} == set(open_to)
     assert sum(adsorbate_fault(s) is None for s in made) > 50
+
+
+def test_parents_that_cross_are_two() -> None:
+    """Of the operators that a slab of one metal allows, a site and another's; one alone cannot cross."""
+    rng, line = Random(0), "O</s>Ir12 (1 1 1)"
+    members = [_member(ideal_system(line, rng)) for _ in range(2)]
+    asked: list[tuple[System, System]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generators, "with_adsorbate", lambda *pair: asked.append(pair) or pair[0])
+        for _ in range(40):
+            child(members, [line], rng)
+        crossed = [pair for pair in asked if any(pair[1] is m.system for m in members)]
+        assert crossed and all(slab is not giver for slab, giver in crossed)
+        asked.clear()
+        for _ in range(40):
+            child(members[:1], [line], rng)
+        assert asked and not any(giver is members[0].system for _, giver in asked)
+
+
+def test_no_prediction_is_spent_on_a_structure_twice(
+    small_model: tuple[CatalyticMLLM, Collator], small_config: Config, shipped: list[BenchmarkTask]
+) -> None:
+    loop = ClosedLoop(*small_model, replace(small_config.ga_grpo, initial=8, iterations=6, group_size=8))
+    tasks = [*shipped[:3], shipped[50]]
+    for task, texts in zip(tasks, evolve(loop, tasks, 0, 6).values()):
+        of = parse_identity(task.task.identity)
+        keys = {structure_key(read_cif(text, of.adsorbate, of.miller)) for text in texts}
+        assert len(texts) == 8 + 6 * 8 and len(keys) == len(texts)
 
 
 def _member(system: System) -> Any:
