@@ -61,7 +61,7 @@ Cell = tuple[Floats, Floats, Floats]  # lattice [3, 3] Å, atomic numbers [n], f
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train and measure; writes after each model, and trains none again that is there."""
+    """Train and measure; writes after each model, and trains none again that the same settings made."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("run", type=Path, help="folder of a run, whose data and split are taken")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
@@ -78,6 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--calculator", metavar="FILE:NAME", help="also ask what this function makes: an ASE calculator"
     )
     args = parser.parse_args(arguments)
+    if len({share for share in args.frames if share}) > 1:
+        parser.error("--frames: one share above 0, whose rows are named NAME_frames; give 0 and one other")
     record = Record(args.run)
     parts = record.parts()
     for model in args.models:
@@ -87,11 +89,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             def train(model: str = model, share: float = share) -> Predict:
                 return chgnet(parts["train"]) if model == "chgnet" else trained(model, parts, share, args)
 
-            if name not in record:
-                record.measure(name, train, parts["test"], starts=True)
-    if args.calculator and "calculator" not in record:
-        asked = args.calculator
-        record.measure("calculator", lambda: calculator(asked, parts["train"]), parts["test"], starts=True)
+            settings = {} if model == "chgnet" else {"steps": args.steps, "seed": args.seed, "share": share}
+            if not record.keeps(name, settings):
+                record.measure(name, train, parts["test"], True, settings)
+    if asked := args.calculator:
+        settings = {"calculator": asked}
+        if not record.keeps("calculator", settings):
+            record.measure(
+                "calculator", lambda: calculator(asked, parts["train"]), parts["test"], True, settings
+            )
     return 0
 
 

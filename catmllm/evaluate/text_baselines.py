@@ -50,7 +50,7 @@ TEMPERATURE = 0.07
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train and measure; writes after each model, and trains none again that is there."""
+    """Train and measure; writes after each model, and trains none again that the same settings made."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("run", type=Path, help="folder of a run, whose data, split and encoder are taken")
     parser.add_argument("--steps", type=int, default=1500, help=f"of {BATCH} texts each (default: 1500)")
@@ -65,7 +65,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     kind = "roberta" if args.pretrained is None else "catberta"
     rate = RATES["small" if args.pretrained is None else "pretrained"]
     for name, graphs in ((kind, False), (f"{kind}_gap", True)):
-        if name in record:
+        settings = {"steps": args.steps, "seed": args.seed} | ({"pairs": args.pairs} if graphs else {})
+        settings |= {} if args.pretrained is None else {"pretrained": str(args.pretrained)}
+        if record.keeps(name, settings):
             continue
         features = _graph_features(args.run, parts["train"]) if graphs else None
         if graphs and features is None:
@@ -82,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 pair(reader, parts["train"], features, args.pairs, rng, rate)
             return fitted(reader, _energies, parts, args.steps, rng, rate, size=BATCH)
 
-        record.measure(name, train, parts["test"], starts=False)
+        record.measure(name, train, parts["test"], False, settings)
     return 0
 
 

@@ -28,7 +28,8 @@ BATCH = 32
 
 
 class Record:
-    """`baselines.json` of a run, written after each network. What it has of the same split stays."""
+    """`baselines.json` of a run, written after each network. What it has of the same split, by the same
+    settings, stays."""
 
     def __init__(self, run: Path) -> None:
         metrics = run / "metrics.json"
@@ -46,12 +47,26 @@ class Record:
         data = learned(open_data(self.config.data), self.config.data)
         return for_baselines(data, self.config.evaluate.property_systems)
 
-    def __contains__(self, name: str) -> bool:
-        return name in self.values["baselines"]
+    def keeps(self, name: str, settings: Mapping[str, Any]) -> bool:
+        """Whether a row is there that was measured with these settings; of a row that is there it says what
+        becomes of it."""
+        row = self.values["baselines"].get(name)
+        kept = row is not None and row.get("settings") == settings
+        if row is not None:
+            before = row.get("settings", "settings that were not kept")
+            print(f"{name}: {'kept' if kept else f'measured anew, as it was made with {before}'}", flush=True)
+        return kept
 
-    def measure(self, name: str, train: Callable[[], Predict], test: Sequence[System], starts: bool) -> None:
-        """Train, and keep MAE (eV), R² and CPU seconds; with `starts` also of the systems as they started,
-        where all have a start."""
+    def measure(
+        self,
+        name: str,
+        train: Callable[[], Predict],
+        test: Sequence[System],
+        starts: bool,
+        settings: Mapping[str, Any],
+    ) -> None:
+        """Train, and keep MAE (eV), R², CPU seconds and the settings; with `starts` also of the systems as
+        they started, where all have a start."""
         began = time.process_time()
         predict, wanted = train(), energies(test)
 
@@ -62,7 +77,7 @@ class Record:
         found = errors(test)
         if starts and all(s.start is not None for s in test):
             found["start"] = errors([s.frame(0.0) for s in test])
-        found["seconds"] = round(time.process_time() - began, 1)
+        found |= {"seconds": round(time.process_time() - began, 1), "settings": dict(settings)}
         self.values["baselines"][name] = found
         self.path.with_suffix(".tmp").write_text(json.dumps(self.values, indent=1))
         self.path.with_suffix(".tmp").rename(self.path)

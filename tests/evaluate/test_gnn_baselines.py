@@ -180,6 +180,11 @@ def test_any_calculator_of_ase_is_a_row(
     main([str(tmp_path), "--models", "chgnet", "--calculator", f"{made}:make"])
     record = json.loads((tmp_path / "baselines.json").read_text())["baselines"]
     assert record["calculator"]["mae"] < 1e-9 and set(record) == {"chgnet", "calculator"}
+    other = tmp_path / "other.py"
+    other.write_text(made.read_text().replace("1.2", "1.3"))
+    main([str(tmp_path), "--models", "chgnet", "--calculator", f"{other}:make"])
+    record = json.loads((tmp_path / "baselines.json").read_text())["baselines"]
+    assert record["calculator"]["mae"] > 1e-3  # its own
     with pytest.raises(SystemExit, match="no such file"):
         calculator(f"{tmp_path}/absent.py:make", test)
     with pytest.raises(SystemExit, match="has no function absent"):
@@ -202,14 +207,28 @@ def test_what_is_there_is_not_trained_again(
     for _ in range(2):
         assert main(command) == 0
     assert asked == ["schnet", "schnet", "painn", "painn"]
+    assert [line for line in capsys.readouterr().out.splitlines() if line.endswith(": kept")] == [
+        f"{name}: kept" for name in ("schnet", "schnet_frames", "painn", "painn_frames")
+    ]
     record = json.loads((tmp_path / "baselines.json").read_text())
     assert set(record["baselines"]) == {"schnet", "schnet_frames", "painn", "painn_frames"}
     assert record["baselines"]["painn"]["mae"] == pytest.approx(0.25)
     assert record["baselines"]["painn"]["start"]["mae"] == pytest.approx(0.25)
+    asked.clear()
+    for more, anew in (("--steps=9", 4), ("--seed=1", 4), ("--frames=0.2", 2)):
+        assert main([*command, more]) == 0
+        said = capsys.readouterr().out
+        assert len(asked) == said.count("measured anew, as it was made with {'steps'") == anew
+        asked.clear()
+    main([*command, "--frames=0.2"])
+    assert not asked
+    with pytest.raises(SystemExit):
+        main([*command, "--frames", "0.2", "0.4"])
+    assert "--frames: one share above 0" in capsys.readouterr().err
     other = replace(Config().data, split_seed=3)
     (tmp_path / "metrics.json").write_text(json.dumps({"config": to_dict(replace(Config(), data=other))}))
     main(command)
-    assert len(asked) == 8  # of another split nothing is there
+    assert len(asked) == 4  # of another split nothing is there
     with pytest.raises(SystemExit, match="no metrics"):
         main([str(tmp_path / "nowhere")])
 

@@ -133,6 +133,10 @@ def test_what_is_there_is_not_trained_again(
     assert (tmp_path / "baselines.json").stat().st_mtime_ns == written
     folder = saved(tmp_path / "catberta", [three_part_text(s) for s in parts["train"]])
     assert main([*command, "--pretrained", str(folder)]) == 0
+    capsys.readouterr()
+    assert main([str(tmp_path), "--steps", "2", "--pairs", "3"]) == 0  # pairs are of the second alone
+    said = capsys.readouterr().out
+    assert "roberta: kept" in said and "roberta_gap: measured anew, as it was made with {'steps': 2" in said
     names = set(json.loads((tmp_path / "baselines.json").read_text())["baselines"])
     assert names == {"roberta", "roberta_gap", "catberta", "catberta_gap"}
 
