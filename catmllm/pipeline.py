@@ -21,7 +21,7 @@ import torch.distributed as dist
 from catmllm.config import Config, SamplingConfig, to_dict
 from catmllm.data.batches import Collator
 from catmllm.data.open import open_data, texts_only
-from catmllm.data.oracle import POTENTIALS
+from catmllm.data.oracle import POTENTIALS, check_judge
 from catmllm.data.shards import Shards
 from catmllm.data.slabs import on_fcc_slab
 from catmllm.data.splits import describe
@@ -142,7 +142,8 @@ def _run(config: Config, world: World) -> int:
     out = Path(config.out)
     if (out / "model.safetensors").is_file():
         raise ValueError(f"`out: {out}` is the folder of a stage; a run's is the one above, {out.parent}")
-    # what cannot be read is said before the folder is claimed
+    # what cannot be read or judged is said before the folder is claimed
+    note = judge_note(config)
     data = open_data(config.data)
     known = learned(data, config.data)
     previous = _begins_from(config, out, world)
@@ -155,6 +156,8 @@ def _run(config: Config, world: World) -> int:
         mirror.begin()
     record = _open(config, out, world)
     _say(world, _banner(config, world, data))
+    if note:
+        _say(world, f"note: {note}")
     if _random_encoder(config) and not texts and config.model.encoder.kind != "none":
         _say(
             world,
@@ -199,6 +202,13 @@ def _run(config: Config, world: World) -> int:
         )
     share()
     return 0
+
+
+def judge_note(config: Config) -> str:
+    """`check_judge` of a run that searches for designs; empty for one that does not."""
+    e = config.evaluate
+    searches = {*config.stages} & {*e.design_after} and (e.design_tasks or e.slab_tasks)
+    return check_judge(e.judge, config.data) if searches else ""
 
 
 def _begins_from(config: Config, out: Path, world: World) -> Path | None:

@@ -280,6 +280,29 @@ def test_the_folder_of_a_stage_is_no_folder_of_a_run(
     assert "folder of a stage" in capsys.readouterr().err
 
 
+def test_a_judge_with_another_zero_is_refused_before_anything_is_trained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from catmllm.config import load_config
+    from catmllm.pipeline import judge_note, run
+
+    assert run(load_config(overrides=[f"out={tmp_path / 'run'}", "evaluate.judge=sevennet"])) == 1
+    said = capsys.readouterr().err
+    assert "SevenNet-0 cannot judge designs at energies of DIEP" in said and "Give diep or none" in said
+    assert "`catmllm evaluate RUN --judge sevennet`" in said and not (tmp_path / "run").exists()
+    with pytest.raises(ValueError, match=r"DIEP \(r2SCAN\) cannot judge .* Give sevennet or none"):
+        judge_note(load_config(overrides=["data.labels=sevennet"]))
+    for fine in (
+        ["data.labels=sevennet", "evaluate.judge=sevennet"],
+        ["data.labels=sevennet", "evaluate.judge=none"],
+        ["data.labels=sevennet", "evaluate.design_tasks=0"],
+        ["data.labels=sevennet", "stages=[joint, grpo]"],
+        ["data.path=mine", "evaluate.judge=none"],
+    ):
+        assert judge_note(load_config(overrides=fine)) == ""
+    assert "Who made the labels of mine is not known" in judge_note(load_config(overrides=["data.path=mine"]))
+
+
 def test_without_design_tasks_there_is_no_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from catmllm import pipeline
     from catmllm.config import load_config

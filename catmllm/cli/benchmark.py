@@ -186,13 +186,15 @@ def generator_options(parser: argparse.ArgumentParser) -> None:
         "--judge",
         choices=("none", "diep", "sevennet"),
         default="none",
-        help="also relax each answer with DIEP, which made the shipped labels, or with SevenNet-0",
+        help="also relax each answer with the potential that made the model's labels, DIEP as a rule; "
+        "another has another zero and is refused",
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="all numbers, task by task, as JSON")
     model_option(parser)
 
 
 def generator(args: argparse.Namespace) -> int:
+    from catmllm.data.oracle import check_judge
     from catmllm.design.predict import predictor_of
     from catmllm.design.search import ClosedLoop
     from catmllm.evaluate.benchmark import read_candidates, read_tasks, score, table
@@ -201,6 +203,8 @@ def generator(args: argparse.Namespace) -> int:
     asked = read_tasks(args.tasks)
     model, collate, config = load(args.model)
     _unseen(args, asked, config, needed=False)
+    if note := check_judge(args.judge, config.data):
+        print(f"note: {note}", file=sys.stderr)
     limits = budgets(config)
     predictor = predictor_of(config, model.energy_mean.device)
     loop, rows = ClosedLoop(model, collate, config.ga_grpo, predictor), {}

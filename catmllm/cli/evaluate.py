@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,8 +48,9 @@ def options(parser: argparse.ArgumentParser) -> None:
         "--slabs",
         type=int,
         metavar="N",
-        help="for the energies of N test slabs at their best sites, by the judge, search slabs of other "
-        "metals with the run's last stage (or the stage given), and add the rates of success to the report "
+        help="for the energies of N test slabs at their best sites, by the run's judge (where it has none, "
+        "by the potential that made the shipped labels), search slabs of other metals with the run's last "
+        "stage (or the stage given), and add the rates of success to the report "
         "(20 to 40 CPU seconds a slab for one adsorbate, and some 40 for two)",
     )
     reading_options(parser)
@@ -77,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     if args.judge or args.indicative is not None or args.slabs is not None or args.report_only:
         print(write_report(args.run, _tested(path)))
         return 0
-    from catmllm.pipeline import run
+    from catmllm.pipeline import judge_note, run
 
     metrics = json.loads(path.read_text())
     config = from_dict(metrics["config"], str(path))
@@ -86,6 +88,7 @@ def run(args: argparse.Namespace) -> int:
     if len(done) < len(config.stages):
         missing = [s for s in config.stages if s not in done]
         raise ValueError(f"{args.run}: not trained yet: {', '.join(missing)}; run train.py again to go on")
+    judge_note(config)
     again = ["property", "generation", "design", "designs", "free_design"]
     again += ["missing"] if config.evaluate.indicative else []
     again += ["slab_design"] if config.evaluate.slab_tasks else []
@@ -147,12 +150,23 @@ def _without_structures(run: Path, given: Path, candidates: int) -> None:
 
 
 def _slabs(run: Path, given: Path, n: int) -> None:
-    """Put the slabs that a run's last stage finds for n test slabs' energies into its metrics.json."""
+    """Put the slabs that a run's last stage finds for n test slabs' energies into its metrics.json. Where the
+    run has no judge, the potential that made the shipped labels is it."""
+    from catmllm.data.oracle import check_judge
     from catmllm.evaluate.slab_tasks import evaluate_slabs
 
     if n < 1:
         raise ValueError(f"--slabs {n}: give a number of test slabs of 1 or more")
     with _last_stage(given) as (_, model, collate, config, data, world):
+        if config.evaluate.judge == "none":
+            if config.data.path is not None:
+                raise ValueError(
+                    f"{run}: --slabs needs the potential that made the labels as its judge; the run has none "
+                    f"(`evaluate.judge: none`), and who made those of {config.data.path} is not known here"
+                )
+            config.evaluate.judge = config.data.labels
+        if note := check_judge(config.evaluate.judge, config.data):
+            print(f"note: {note}", file=sys.stderr)
         config.evaluate.slab_tasks = n
         found = evaluate_slabs(model, collate, config, data, world)
     if not found:

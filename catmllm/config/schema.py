@@ -796,7 +796,8 @@ class EvaluateConfig:
     )
     reward: RewardConfig = field(default_factory=RewardConfig)
     judge: Literal["diep", "sevennet", "none"] = key(
-        "diep", "potential that relaxes the designs: of the shipped labels, independent of them, or none"
+        "diep",
+        "potential that relaxes the designs: that of data.labels, since another has another zero; or none",
     )
     budgets: tuple[int, ...] = key(
         (4, 16),

@@ -19,6 +19,8 @@ from catmllm.potentials.relax import Potential, PotentialMissing, Start, by_calc
 if TYPE_CHECKING:
     from ase.calculators.calculator import Calculator
 
+    from catmllm.config import DataConfig
+
 INSTALL = "pip install sevenn"
 
 
@@ -100,6 +102,25 @@ def atomic_references(
 POTENTIALS = {"diep": "DIEP (r2SCAN)", "sevennet": "SevenNet-0"}  # by the name that configurations use
 # eV by which a walk may swing and still count (`potentials.relax`): DIEP's cut of its triplets makes kinks.
 SWING = {"diep": 0.02, "sevennet": 0.0}
+
+
+def check_judge(judge: str, data: DataConfig) -> str:
+    """What is to be said of a judge of designs beside the labels of `data`; empty where it made them or there
+    is none. Raises ValueError where another potential made them, whose zero is another."""
+    if judge == "none" or (data.path is None and judge == data.labels):
+        return ""
+    name, own = POTENTIALS[judge], POTENTIALS[data.labels]
+    second = f"of a finished run there is `catmllm evaluate RUN --judge {judge}`, which takes an offset off"
+    if data.path is None:
+        raise ValueError(
+            f"{name} cannot judge designs at energies of {own}, which made the labels (`data.labels: "
+            f"{data.labels}`): its zero is another. Give {data.labels} or none as the judge; {second}"
+        )
+    return (
+        f"{name} judges by a zero of its own, gas CO, H2, H2O and N2. Who made the labels of {data.path} is "
+        "not known here; where another did, the two energies differ by more than their errors. Give none as "
+        f"the judge then; {second}"
+    )
 
 
 def potential_of(name: str, device: str = "cpu") -> Potential:

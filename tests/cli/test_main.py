@@ -15,7 +15,7 @@ import pytest
 
 from catmllm.cli import evaluate
 from catmllm.cli.main import main
-from catmllm.config import Config
+from catmllm.config import Config, DataConfig
 from catmllm.data.open import open_data
 from catmllm.data.slabs import load_slabs
 from catmllm.data.subsets import learned
@@ -293,6 +293,35 @@ def test_indicative_predictions_stand_beside_what_the_run_learned(
     (tmp_path / "metrics.json").write_text("{}")
     evaluate._without_structures(tmp_path, tmp_path, 1)
     assert given["data"] == learned(data, config.data) != data
+
+
+def test_slabs_are_judged_by_the_potential_of_the_labels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a run without a judge; where nobody knows who made the labels, that is an error in a line."""
+    given: list[str] = []
+
+    def searched(judge: str, **data: str) -> None:
+        config = Config()
+        config.evaluate.judge, config.data = judge, DataConfig(**data)
+        last = nullcontext((tmp_path, None, None, config, None, None))
+        monkeypatch.setattr(evaluate, "_last_stage", lambda _: last)
+        evaluate._slabs(tmp_path, tmp_path, 1)
+
+    monkeypatch.setattr(
+        slab_tasks, "evaluate_slabs", lambda *args: given.append(args[2].evaluate.judge) or {"one": 1}
+    )
+    (tmp_path / "metrics.json").write_text("{}")
+    searched("none")
+    searched("none", labels="sevennet")
+    searched("diep")
+    assert given == ["diep", "sevennet", "diep"]
+    with pytest.raises(ValueError, match="SevenNet-0 cannot judge"):
+        searched("sevennet")
+    searched("sevennet", path="mine.jsonl")
+    assert "note: SevenNet-0 judges by a zero of its own" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"who made those of mine\.jsonl is not known"):
+        searched("none", path="mine.jsonl")
 
 
 @pytest.mark.slow

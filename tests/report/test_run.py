@@ -628,7 +628,8 @@ def test_a_subset_has_rows_of_its_own(systems: list[System]) -> None:
 def test_own_labels_are_named(systems: list[System]) -> None:
     metrics = made_metrics(systems)
     metrics["data"]["labels"] = "oc20.jsonl"
-    assert "labels: oc20.jsonl; judge: SevenNet-0, an MLIP, not DFT" in summary_table(metrics)
+    own = "labels: oc20.jsonl; judge: SevenNet-0, an MLIP, not DFT, whose zero may be another"
+    assert own in summary_table(metrics)
     assert "labels and judge" not in summary_table(metrics)
 
 
@@ -738,3 +739,22 @@ def test_drawing_refuses_a_crowd(systems: list[System]) -> None:
     )
     with pytest.raises(ValueError, match="400 atoms"):
         structure_svg(many, "top")
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ({}, "whose pair of bulk metal and facet does not occur in training"),
+        ({"split_by": "adsorbate"}, "whose adsorbate does not occur in training"),
+        ({"split_by": "metal"}, "whose set of metals is that of no training system"),
+        (
+            {"split_by": "metal", "hold_out": ["Pt", "Cu"]},
+            "with the metal Pt, Cu, which no training system has",
+        ),
+    ],
+)
+def test_the_table_of_energies_says_what_keeps_the_test_systems_apart(
+    systems: list[System], data: dict[str, Any], said: str
+) -> None:
+    table = summary.property_table(made_metrics(systems) | {"config": {"data": data}})
+    assert table is not None and f"test systems {said}. No outlier is dropped." in table.notes[0]
