@@ -66,7 +66,9 @@ class Task:
 
 def make_task(identity: str, energy: float) -> Task:
     """The task of an identity line: its target is slab and adsorbate together.
-    Raises ValueError for what is no such line."""
+    Raises ValueError for what is no such line, and for an energy that is not finite."""
+    if not np.isfinite(energy):
+        raise ValueError(f"the energy {energy} is no number; give one in eV")
     parsed = parse_identity(identity)
     return Task(format_identity(*parsed), cell_counts(parsed), energy)
 

@@ -33,7 +33,7 @@ from catmllm.evaluate.design import JUDGES, answers_of, design_curves, design_ta
 from catmllm.evaluate.metrics import TOLERANCE, generation_failures
 from catmllm.seeds import Stream, hash_seed
 from catmllm.structure.adsorbed import adsorbate_fault
-from catmllm.structure.elements import SYMBOLS
+from catmllm.structure.elements import NUMBER, SYMBOLS
 from catmllm.structure.formula import (
     format_formula,
     format_identity,
@@ -155,7 +155,7 @@ def write_tasks(tasks: Sequence[BenchmarkTask], path: Path) -> None:
 
 def read_tasks(path: Path) -> list[BenchmarkTask]:
     """Raises ValueError, with file and line, for what is no task of this version."""
-    with path.open(encoding="utf-8", newline="") as file:
+    with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file)
         if missing := [c for c in COLUMNS if c not in (reader.fieldnames or ())]:
             raise ValueError(
@@ -174,6 +174,8 @@ def read_tasks(path: Path) -> list[BenchmarkTask]:
         except (TypeError, ValueError) as error:
             raise ValueError(f"{where}: {error}") from error
         metals, known = (row["metals"] or "").split(), (row["known"] or "").split()
+        if strange := [m for m in metals if m not in NUMBER]:
+            raise ValueError(f"{where}: {strange[0]!r} is no element; write the metals as 'Cu Ni Pt'")
         tasks.append(BenchmarkTask(row["task"], task, tuple(metals), frozenset(known)))
     if not tasks:
         raise ValueError(f"{path}: no task in it")

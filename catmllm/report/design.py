@@ -34,7 +34,7 @@ def read_targets(path: Path) -> list[Task]:
 
     Raises ValueError with file and line for what cannot be read.
     """
-    text = path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8-sig")  # of a spreadsheet
     rows: list[tuple[int, Any]] = []
     if path.suffix.lower() == ".csv":
         rows = [(k, row) for k, row in enumerate(csv.DictReader(text.splitlines()), 2)]

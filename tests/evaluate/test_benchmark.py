@@ -95,6 +95,8 @@ def test_tasks_of_another_split_are_refused(
     for command in (["generator", str(tmp_path)], ["candidates", "evolution", "--out", str(tmp_path / "x")]):
         assert main(["evaluate", *command, *asked]) == 1
         assert "1.csv: 4 of 4 tasks ask for a bulk and facet" in capsys.readouterr().err
+    assert main(["evaluate", "generator", str(tmp_path), "--judge", "sevennet"]) == 1
+    assert "SevenNet-0 cannot judge designs at energies of DIEP" in capsys.readouterr().err
 
 
 def slab(identity: str) -> str:
@@ -226,7 +228,13 @@ def test_files_that_cannot_be_read_are_told(
     with pytest.raises(ValueError, match=r"no CIFs; a task's are .*none/fixed-000/1.cif"):
         read_candidates(tmp_path / "none", shipped, 2)
     text = BENCHMARK.read_text()
+    (tmp_path / "bom.csv").write_text(text, encoding="utf-8-sig")  # as a spreadsheet saves it
+    assert read_tasks(tmp_path / "bom.csv") == shipped
+    energy = repr(shipped[1].task.energy)
     for old, new, said in (
+        (f",{energy},", ",nan,", "csv:3: the energy nan is no number; give one in eV"),
+        (f",{energy},", ",-inf,", "csv:3: the energy -inf is no number"),
+        (" Cu ", " Cuu ", "csv:50: 'Cuu' is no element; write the metals as 'Cu Ni Pt'"),
         ("\n1,fixed-001", "\n2,fixed-001", "csv:3: tasks of version 2; these rules are version 1"),
         ("fixed-001", "fixed-000", "the task fixed-000 is there twice"),
         ("fixed-001", "../x", "csv:3: a task's name is that of a folder"),
