@@ -143,7 +143,7 @@ def _run(config: Config, world: World) -> int:
     if (out / "model.safetensors").is_file():
         raise ValueError(f"`out: {out}` is the folder of a stage; a run's is the one above, {out.parent}")
     # what cannot be read or judged is said before the folder is claimed
-    note = judge_note(config)
+    judge_note(config)
     data = open_data(config.data)
     known = learned(data, config.data)
     previous = _begins_from(config, out, world)
@@ -156,14 +156,8 @@ def _run(config: Config, world: World) -> int:
         mirror.begin()
     record = _open(config, out, world)
     _say(world, _banner(config, world, data))
-    if note:
+    for note in _notes(config, texts):
         _say(world, f"note: {note}")
-    if _random_encoder(config) and not texts and config.model.encoder.kind != "none":
-        _say(
-            world,
-            "note: no stage trains the encoder, which keeps its random weights; put `encoder` into `stages`, "
-            "or set joint.train_encoder=true",
-        )
     if not record.has("baselines"):
         shown = for_baselines(known, config.evaluate.property_systems)
         record.put(world.gather(baselines(shown, _subset(config)) if world.main else None)[0], "baselines")
@@ -202,6 +196,17 @@ def _run(config: Config, world: World) -> int:
         )
     share()
     return 0
+
+
+def _notes(config: Config, texts: bool) -> Iterator[str]:
+    """What a reader of a run's first lines should know. texts: whether the data are texts alone."""
+    if note := judge_note(config):
+        yield note
+    if _random_encoder(config) and not texts and config.model.encoder.kind != "none":
+        yield (
+            "no stage trains the encoder, which keeps its random weights; put `encoder` into `stages`, or "
+            "set joint.train_encoder=true"
+        )
 
 
 def judge_note(config: Config) -> str:

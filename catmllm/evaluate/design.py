@@ -270,10 +270,15 @@ def design_curves(items: Sequence[dict[str, Any]], judges: Sequence[str], tolera
     return curves
 
 
-def _reaches(step: dict[str, Any], target: float, tolerance: float) -> bool:
-    """Whether the best candidate after an iteration is a success by the predictor's own word."""
-    best = step["best_predicted"]
-    return bool(step["feasible"] and best is not None and abs(best - target) <= tolerance)
+def _reached(items: Sequence[dict[str, Any]], tolerance: float, iterations: int) -> list[list[bool]]:
+    """Of each task whether the best candidate after each iteration is a success by the predictor's own word;
+    none is of a task that allows no slab, which has no trace."""
+
+    def reaches(step: dict[str, Any], target: float) -> bool:
+        best = step["best_predicted"]
+        return bool(step["feasible"] and best is not None and abs(best - target) <= tolerance)
+
+    return [[reaches(step, i["energy"]) for step in i["trace"]] or [False] * iterations for i in items]
 
 
 def predictor_bias(
@@ -343,10 +348,8 @@ def design_metrics(
     for item, hit in zip(items, own_hit):
         item["success_own"] = bool(hit)
     out["success_ci"] = list(metrics.bootstrap_interval(final.astype(float)))
-    reached = [[_reaches(step, i["energy"], tol) for step in i["trace"]] for i in items]
-    # a task that allows no slab has no trace
-    reached = [row or [False] * (config.ga_grpo.iterations + 1) for row in reached]
-    out["iterations_to_success"] = metrics.iterations_to_success(np.array(reached))
+    reached = _reached(items, tol, config.ga_grpo.iterations + 1)
+    out["iterations_to_success"] = metrics.iterations_to_success(reached)
     winners = [candidate_system(Candidate(**i["best"]), i["identity"]) for i, hit in zip(items, final) if hit]
     out["diversity"] = metrics.diversity(winners)
     out["items"] = items
