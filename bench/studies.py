@@ -34,6 +34,7 @@ _ENERGIES = {
 }
 SHOWN: dict[str, dict[str, str]] = {
     "inverse_helps": _ENERGIES,
+    "mmtg": _ENERGIES | {"joint: cross-entropy in training": "cross-entropy of answers"},
 }
 
 

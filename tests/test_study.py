@@ -109,7 +109,7 @@ def test_commits_are_those_of_adopted_stages_too() -> None:
     taken = {"commits": {"encoder": "a", "align": "d"}}
     before = {"stages": ["encoder"], "commit": "e"}  # as records had it once
     runs = [{"machine": {"commit": "b"}}, {"machine": {"commit": "c"}, "adopted": taken}, {"adopted": before}]
-    assert commits({"plain": runs[:1], "other": runs[1:]}) == ["a", "b", "c", "d", "e"]
+    assert commits(runs) == ["a", "b", "c", "d", "e"]
 
 
 def test_cross_entropy_is_that_of_the_end_of_training(tmp_path: Path) -> None:

@@ -40,6 +40,10 @@ def study(
     records = {
         name: [json.loads((f / "metrics.json").read_text()) for f in each] for name, each in folders.items()
     }
+    every = [m for each in records.values() for m in each]
+    if asked.ancestor is not None:
+        places = [out / f"{split}-{seed}" / "ancestor" / "metrics.json" for split, seed in asked.seeds]
+        every += [json.loads(place.read_text()) for place in places]
     values = {n: [values_of(m, f) for m, f in zip(records[n], folders[n])] for n in folders}
     rows = compared(values, asked.against)
     said = {
@@ -47,10 +51,10 @@ def study(
         "asks": asked.asks,
         "seeds": list(asked.seeds),
         "conditions": conditions(next(iter(records.values()))[0]),
-        "commits": commits(records),
+        "commits": commits(every),
         "rows": rows,
         "sentences": sentences(rows),
-        "hours": {"expected": asked.hours, "taken": hours_taken(asked, out, records)},
+        "hours": {"expected": asked.hours, "taken": hours_taken(asked.ranks, every)},
         "seconds": {
             name: [round(sum(m.get("seconds", {}).values()), 1) for m in each]
             for name, each in records.items()
@@ -71,20 +75,15 @@ def _announce(asked: Study, only: str | None) -> None:
     print(f"{n} runs of {asked.ranks} rank(s){about}", file=sys.stderr, flush=True)
 
 
-def commits(records: Mapping[str, Sequence[dict[str, Any]]]) -> list[str]:
-    """Those that the runs were made by, and those of stages that they took from others."""
-    every = [m for each in records.values() for m in each]
+def commits(every: Sequence[dict[str, Any]]) -> list[str]:
+    """Those that made the runs, ancestors with them, and the stages that they took from others."""
     made = {str(m["machine"].get("commit")) for m in every if "machine" in m}
     return sorted(made.union(*(taken(m).values() for m in every)))
 
 
-def hours_taken(asked: Study, out: Path, records: Mapping[str, Sequence[dict[str, Any]]]) -> float:
+def hours_taken(ranks: int, every: Sequence[dict[str, Any]]) -> float:
     """Hours of all ranks of all runs, ancestors with them."""
-    every = [m for each in records.values() for m in each]
-    if asked.ancestor is not None:
-        places = [out / f"{split}-{seed}" / "ancestor" / "metrics.json" for split, seed in asked.seeds]
-        every += [json.loads(place.read_text()) for place in places]
-    return round(asked.ranks * sum(sum(m.get("seconds", {}).values()) for m in every) / 3600, 3)
+    return round(ranks * sum(sum(m.get("seconds", {}).values()) for m in every) / 3600, 3)
 
 
 def _grid(n: int) -> tuple[int, int]:
