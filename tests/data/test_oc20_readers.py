@@ -366,6 +366,48 @@ def test_only_listed_names_pass(name: str) -> None:
         load_pickle(f"c{module}\n{attribute}\n.".encode())
 
 
+class _ObjectsWithoutFlags:
+    """numpy.dtype(object), told by its state to hold no references."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return np.dtype, ("O8", False, True), (3, "|", None, None, None, -1, -1, 0)
+
+
+class _Made:
+    """What a pickle makes by calling `what`, and of its state."""
+
+    def __init__(self, what: Any, arguments: tuple[Any, ...], *state: Any) -> None:
+        self.reduced = what, arguments, *state
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self.reduced
+
+
+def test_bytes_of_a_file_never_count_as_addresses_of_objects() -> None:
+    """NumPy took them for such, and died of it or made an object of the file's choice."""
+    multiarray = np._core.multiarray  # type: ignore[attr-defined]
+    dtype, address = _ObjectsWithoutFlags(), b"\x10" * 8
+    for hostile in (
+        _Made(multiarray._reconstruct, (np.ndarray, (0,), b"b"), (1, (1,), dtype, False, address)),
+        _Made(multiarray.scalar, (dtype, address)),
+        np.array([None]),
+        np.zeros(1, "i4,f8"),
+    ):
+        for protocol in (2, 5):
+            with pytest.raises(RefusedPickle, match=r"holds an array of .*, not of plain values"):
+                load_pickle(pickle.dumps(hostile, protocol))
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 5])
+@pytest.mark.parametrize("dtype", ["<f4", ">f8", "<i8", "u1", "?", "<U3", "S2"])
+def test_plain_arrays_come_as_they_were_pickled(dtype: str, protocol: int) -> None:
+    for array in (np.arange(6).reshape(2, 3).astype(dtype), np.arange(6).reshape(3, 2).T.astype(dtype)):
+        for value in (array, array[0, 1]):
+            found = load_pickle(pickle.dumps(value, protocol))
+            assert found.dtype == value.dtype.newbyteorder("=") or found.dtype == value.dtype
+            np.testing.assert_array_equal(found, value)
+
+
 @given(st.integers(0, 10**6), st.binary(min_size=1, max_size=4), st.booleans())
 @settings(max_examples=300)
 def test_a_damaged_pickle_is_an_error_and_nothing_else(at: int, junk: bytes, cut: bool) -> None:

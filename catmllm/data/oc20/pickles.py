@@ -44,6 +44,32 @@ def _load(unpickler: pickle.Unpickler) -> Any:
         raise BrokenPickle(f"the pickle cannot be read: {type(error).__name__}: {error}") from error
 
 
+class _Dtype:
+    """Stands in for numpy.dtype, of which a pickle may set a byte order and nothing else. It could set the
+    flags too, and bytes of the file would count as addresses of objects."""
+
+    def __init__(self, name: Any, *_: Any) -> None:
+        self.dtype = np.dtype(name if isinstance(name, str) else "O")
+        if self.dtype.kind not in "biufSUV" or self.dtype.hasobject:
+            raise RefusedPickle(
+                f"the pickle holds an array of {name!r}, not of plain values; it was not read"
+            )
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        _, order, subarray, names, fields, *_ = state
+        if any(part is not None for part in (subarray, names, fields)):
+            raise RefusedPickle("the pickle holds an array of records, not of plain values; it was not read")
+        self.dtype = self.dtype.newbyteorder(order)
+
+
+class _Array(np.ndarray[Any, Any]):
+    """An array before its pickled state is set, and after."""
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        version, shape, dtype, *rest = state
+        super().__setstate__((version, shape, dtype.dtype, *rest))
+
+
 class Bag:
     """Stands in for a PyG object: its attributes, and no behaviour."""
 
@@ -93,6 +119,8 @@ def _storage(data: bytes) -> NDArray[Any]:
         raise BrokenPickle("a tensor's storage is big-endian")
     storage = _Unpickler(stream)
     dtype, key, size = _load(storage)
+    if dtype not in _STORAGES.values():
+        raise BrokenPickle("a tensor's storage is of a kind unknown here")
     if _load(_Unpickler(stream)) != [key]:
         raise BrokenPickle("a tensor has more than one storage")
     count = int.from_bytes(stream.read(8), "little")
@@ -122,10 +150,20 @@ def _tensor(
     return np.lib.stride_tricks.as_strided(storage[offset:], size, steps).copy()
 
 
-def _frombuffer(buffer: bytes, dtype: Any, shape: tuple[int, ...], order: str, *_: Any) -> NDArray[Any]:
+def _reconstruct(*_: Any) -> _Array:
+    """An empty array, whose state follows: stands in for numpy._core.multiarray._reconstruct."""
+    return _Array(0, np.int8)
+
+
+def _scalar(dtype: _Dtype, data: bytes) -> Any:
+    """Stands in for numpy._core.multiarray.scalar."""
+    return np.frombuffer(data, dtype.dtype, 1)[0]
+
+
+def _frombuffer(buffer: bytes, dtype: _Dtype, shape: tuple[int, ...], order: str, *_: Any) -> NDArray[Any]:
     """An array pickled by protocol 5: stands in for numpy._core.numeric._frombuffer."""
     try:
-        return np.frombuffer(buffer, dtype=np.dtype(dtype)).reshape(shape, order=order).copy()  # type: ignore[call-overload]
+        return np.frombuffer(buffer, dtype.dtype).reshape(shape, order=order).copy()  # type: ignore[call-overload]
     except (TypeError, ValueError) as error:
         raise BrokenPickle(f"an array of shape {shape} does not fit into its bytes") from error
 
@@ -145,8 +183,8 @@ _ALLOWED: dict[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_tensor"): _tensor,
     ("torch._utils", "_rebuild_tensor_v2"): _tensor,
     ("torch.storage", "_load_from_bytes"): _storage,
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
+    ("numpy", "ndarray"): "numpy.ndarray",  # only named, to _reconstruct
+    ("numpy", "dtype"): _Dtype,
     **{("torch", name): dtype for name, dtype in _STORAGES.items()},
     **{
         (f"torch_geometric.data.{module}", name): Bag
@@ -158,8 +196,8 @@ _ALLOWED: dict[tuple[str, str], Any] = {
     },
 }
 for _module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-    _ALLOWED[_module, "_reconstruct"] = np._core.multiarray._reconstruct  # type: ignore[attr-defined]
-    _ALLOWED[_module, "scalar"] = np._core.multiarray.scalar  # type: ignore[attr-defined]
+    _ALLOWED[_module, "_reconstruct"] = _reconstruct
+    _ALLOWED[_module, "scalar"] = _scalar
 for _module in ("numpy.core.numeric", "numpy._core.numeric"):
     _ALLOWED[_module, "_frombuffer"] = _frombuffer
 
