@@ -17,7 +17,7 @@ from catmllm.train.loop import train
 from catmllm.train.setup import prepare
 from catmllm.train.stage import Context
 from tests.contexts import MakeContext, small
-from tests.stages.test_rl_stages import TokenReward
+from tests.stages.test_rl_stages import TokenReward, token_rewarded
 
 ADAPTED = re.compile(rf"llm\.model\.language_model\.layers\.\d+\.\w+\.({'|'.join(LINEARS)})\.weight")
 
@@ -70,12 +70,7 @@ def test_answers_are_those_of_the_adapters_that_learn_from_them(make_context: Ma
     config.lora.dropout, config.grpo.steps, config.grpo.lr = 0.5, 3, 5e-2
     context = make_context(config)
 
-    def make(c: Context) -> GRPO:
-        stage = GRPO(c)
-        stage.reward = TokenReward().score
-        return stage
-
-    train(make, context)
+    train(token_rewarded, context)
     log = [json.loads(line) for line in (context.folder / "log.jsonl").read_text().splitlines()]
     assert max(row["mismatch"] for row in log) < 1e-4 and log[-1]["kl"] > 1e-4
     assert not [m for m in context.model.modules() if isinstance(m, torch.nn.Dropout) and m.p]

@@ -43,14 +43,13 @@ from catmllm.sample.packed import rollout_batch
 from catmllm.sample.vllm_engine import VLLMEngine, VLLMError
 from catmllm.sample.vllm_weights import Weights
 from catmllm.stages.ga_grpo import GAGRPO
-from catmllm.stages.grpo import GRPO
 from catmllm.structure.system import System
 from catmllm.train.loop import train
 from catmllm.train.metrics import read_log
 from tests.conftest import SMALL_MODEL
 from tests.contexts import MakeContext, small
 from tests.sample.test_engine import GREEDY, Model, generated, left_padded, some_prompts
-from tests.stages.test_rl_stages import TokenReward, counting_judge
+from tests.stages.test_rl_stages import counting_judge, token_rewarded
 from tests.towers import KINDS, save_tower, tower_config
 
 PYTHON = os.environ.get("VLLM_PYTHON", "")
@@ -331,12 +330,7 @@ def test_grpo_trains_from_its_samples(make_context: MakeContext) -> None:
     context = make_context(config)
     before = {k: v.clone() for k, v in context.model.state_dict().items()}
 
-    def make(c):  # type: ignore[no-untyped-def]
-        stage = GRPO(c)
-        stage.reward = TokenReward().score
-        return stage
-
-    state, stage = train(make, context)
+    state, stage = train(token_rewarded, context)
     assert not torch.equal(state["llm.lm_head.weight"], before["llm.lm_head.weight"])
     assert stage.vllm.version == 2 and stage.vllm.process.poll() is not None  # type: ignore[attr-defined]
     rows = read_log(context.folder / "log.jsonl")

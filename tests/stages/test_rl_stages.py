@@ -51,6 +51,13 @@ class TokenReward:
         return type("Scores", (), {**parts, "reason": [None] * len(texts)})()
 
 
+def token_rewarded(context: Context) -> GRPO:
+    """GRPO by `TokenReward`."""
+    stage = GRPO(context)
+    stage.reward = TokenReward().score
+    return stage
+
+
 def counting_judge(systems):
     """The same share in the place of a candidate's reward; every candidate is one of some systems."""
     texts = [write_cif(s) for s in systems[:4]]
@@ -357,12 +364,7 @@ def test_token_level_normalisation_and_several_updates_a_rollout(context: Contex
         2,
     )
 
-    def make(c: Context) -> GRPO:
-        stage = GRPO(c)
-        stage.reward = TokenReward().score
-        return stage
-
-    train(make, context)
+    train(token_rewarded, context)
     log = [json.loads(line) for line in (context.folder / "log.jsonl").read_text().splitlines()]
     clipped, kl, entropy = ([row[k] for row in log] for k in ("clipped", "kl", "entropy"))
     assert clipped[0] == clipped[2] == 0.0 and min(clipped[1], clipped[3]) > 0.3
@@ -667,12 +669,7 @@ def test_a_table_of_answers_is_kept_every_other_step(context: Context) -> None:
     o = context.config.grpo
     o.show_every, o.steps = 2, 3
 
-    def make(c: Context) -> GRPO:
-        stage = GRPO(c)
-        stage.reward = TokenReward().score
-        return stage
-
-    train(make, context)
+    train(token_rewarded, context)
     found = sorted((context.folder / "tables").iterdir())
     assert [p.name for p in found] == ["step-0000000.jsonl", "step-0000002.jsonl"]
     rows = [json.loads(line) for line in found[1].read_text().splitlines()]
