@@ -18,7 +18,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, overload
@@ -26,7 +25,7 @@ from typing import Any, NamedTuple, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from catmllm.data.slabs import SplitName, split_pairs
+from catmllm.data.slabs import SplitName, pair_of, split_pairs
 from catmllm.structure.formula import SEPARATOR
 from catmllm.structure.system import System
 from catmllm.structure.text import three_part_text
@@ -160,7 +159,6 @@ class Shards(Sequence[System]):
 
 
 _PARTS: tuple[SplitName, ...] = ("train", "val", "test")
-_COMPOSITION = re.compile(r"(\w+)(?: \((-?\d+) (-?\d+) (-?\d+)\))?")  # `Pt3Ni (1 1 1)`
 _INDEX_COLUMNS = ("shard", "row", "n_atoms", "energy", "pair", "source")
 
 
@@ -283,13 +281,12 @@ def write_shards(
 
 
 def pair_name(text: str) -> str:
-    """`IrPd (1, 1, 1)`, by which systems are split, of a three-part text; of another text itself."""
-    _, _, rest = text.partition(SEPARATOR)
-    found = _COMPOSITION.fullmatch(rest.partition(SEPARATOR)[0])
-    if found is None:
+    """`PdIr (1, 1, 1)`, by which systems are split, of a three-part text, however it writes the composition;
+    of another text itself."""
+    try:
+        return pair_of(text)
+    except ValueError:
         return f"{' '.join(text.split())} (?)"
-    bulk, *miller = found.groups()
-    return f"{bulk} {tuple(int(i) for i in miller)}" if miller[0] else f"{bulk} (?)"
 
 
 def _keys(texts: Sequence[str]) -> NDArray[np.int64]:

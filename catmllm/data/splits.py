@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from typing import Literal
 
 from catmllm.data.slabs import SplitName, split_pairs
-from catmllm.structure.formula import SEPARATOR, parse_formula
+from catmllm.structure.formula import SEPARATOR, format_formula, parse_identity, reduce_counts
 
 By = Literal["pair", "metal", "adsorbate", "formula", "column"]
 
@@ -69,13 +69,15 @@ def _names(text: str, pair: str, group: str, by: By) -> frozenset[str]:
     if by in ("pair", "column"):
         return frozenset((pair if by == "pair" else group,))
     adsorbate, _, rest = text.partition(SEPARATOR)
-    if not rest:
-        raise ValueError(f"`data.split_by: {by}`: the text {text[:60]!r} does not name it; split by column")
-    composition = rest.partition(SEPARATOR)[0]
-    formula = composition.partition(" ")[0]
-    if by == "metal":
-        return frozenset(parse_formula(formula))
-    return frozenset((adsorbate if by == "adsorbate" else formula,))
+    if by == "adsorbate" and rest:
+        return frozenset((adsorbate.strip(),))
+    try:
+        slab = parse_identity(SEPARATOR + rest).slab
+    except ValueError:
+        raise ValueError(
+            f"`data.split_by: {by}`: the text {text[:60]!r} does not name it; split by column"
+        ) from None
+    return frozenset(slab) if by == "metal" else frozenset((format_formula(reduce_counts(slab)[0]),))
 
 
 def describe(by: By, hold_out: Sequence[str] | None, seed: int) -> str:

@@ -14,7 +14,7 @@ from catmllm.cli.main import main
 from catmllm.config import DataConfig
 from catmllm.data.open import open_data, texts_only
 from catmllm.data.shards import Shards
-from catmllm.data.slabs import load_slabs, split
+from catmllm.data.slabs import load_slabs, pair, split
 from catmllm.data.splits import parts_of
 from catmllm.structure.system import text_system
 from catmllm.structure.text import three_part_text
@@ -94,6 +94,18 @@ def test_texts_beside_structures_are_refused(tmp_path: Path, capsys: pytest.Capt
     assert alone.systems[0].text is None and len(alone.systems[0]) == len(system)
     assert main(["data", "import", str(path), str(lines), "--out", str(tmp_path / "mine")]) == 1
     assert "2 texts and 1 structures: import them apart" in capsys.readouterr().err
+
+
+def test_a_composition_is_one_pair_and_one_formula_however_it_is_written(tmp_path: Path) -> None:
+    """Each writing was a pair and a formula of its own, and a slab stood in training and test."""
+    ways = ["Pt3Ni (1 1 1)", "NiPt3 (1 1 1)", "Pt9Ni3 (1,1,1)", "Ni3Pt9  ( 1  1 1 )"]
+    texts = [f"O</s>{way}</s>[]" for way in ways]
+    given = [{"text": text, "energy": -1.0} for text in [*texts, "O</s>Pt3Ni"]]
+    path = table(tmp_path / "texts.csv", given)
+    assert main(["data", "import", str(path), "--out", str(tmp_path / "mine")]) == 0
+    kept = Shards(tmp_path / "mine")
+    assert kept.pair_names == [pair(kept[0]), "NiPt3 (?)"]
+    assert set(parts_of(texts, [""] * 4, [""] * 4, "formula", ["NiPt3"], 0)) == {"test"}
 
 
 def test_a_split_by_what_a_text_does_not_name_is_refused() -> None:
