@@ -428,7 +428,7 @@ class MixedConfig(SupervisedConfig):
     exchange: float = key(
         0.0,
         "share of CIF samples whose metals are exchanged for others, of 23, never to a bulk and Miller index "
-        "of validation or test",
+        "of validation or test, or to a metal or formula by which `data` splits them off",
         ge=0,
         le=1,
     )

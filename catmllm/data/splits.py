@@ -4,12 +4,16 @@ column of the user's, or leaving out what is named."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Literal
 
+from catmllm.config import DataConfig
 from catmllm.data.slabs import SplitName, split_pairs
+from catmllm.data.subsets import pairs as pairs_of
 from catmllm.structure.formula import SEPARATOR, format_formula, parse_identity, reduce_counts
+from catmllm.structure.system import System
 
 By = Literal["pair", "metal", "adsorbate", "formula", "column"]
 
@@ -78,6 +82,36 @@ def _names(text: str, pair: str, group: str, by: By) -> frozenset[str]:
             f"`data.split_by: {by}`: the text {text[:60]!r} does not name it; split by column"
         ) from None
     return frozenset(slab) if by == "metal" else frozenset((format_formula(reduce_counts(slab)[0]),))
+
+
+def held_out(parts: Mapping[str, Sequence[System]], config: DataConfig) -> Container[str]:
+    """The pairs `PdIr (1, 1, 1)` of which nothing may be trained: those of validation and test, and where the
+    split goes by metal or formula all that have a name that is held out, or the names of a group that is
+    (the same metals, the same formula)."""
+    ours = {part: pairs_of(parts[part]) for part in ("val", "test")}
+    pairs = ours["val"] | ours["test"]
+    by = config.split_by
+    if by not in ("metal", "formula"):
+        return pairs
+    # beside held-out names, validation is whole pairs and no whole groups
+    groups = pairs if config.hold_out is None else ours["test"]
+    return _HeldOut(pairs, by, frozenset(config.hold_out or ()), frozenset(_of_pair(p, by) for p in groups))
+
+
+@dataclass(frozen=True)
+class _HeldOut(Container[str]):
+    pairs: frozenset[str]
+    by: By
+    names: frozenset[str]
+    groups: frozenset[frozenset[str]]
+
+    def __contains__(self, pair: object) -> bool:
+        mine = _of_pair(str(pair), self.by)
+        return pair in self.pairs or not self.names.isdisjoint(mine) or mine in self.groups
+
+
+def _of_pair(pair: str, by: By) -> frozenset[str]:
+    return _names(SEPARATOR + pair.partition(" ")[0], pair, "", by)
 
 
 def describe(by: By, hold_out: Sequence[str] | None, seed: int) -> str:

@@ -21,6 +21,7 @@ import torch
 from catmllm.data.batches import Batch
 from catmllm.data.exchange import exchanged, other_metals
 from catmllm.data.prompts import Sample, cif_prompt, design_prompt
+from catmllm.data.splits import held_out
 from catmllm.data.subsets import of_generation, of_property
 from catmllm.design.reward import AnswerReward
 from catmllm.models.attention import shares_prompts
@@ -44,7 +45,6 @@ from catmllm.stages.supervised import (
     chosen,
     closed_form,
     evenly,
-    held_out,
     property_with_dropout,
     relatives,
     sample_losses,
@@ -98,7 +98,7 @@ class GRPO(Plain):
         alone = context.config.lora.r or not o.beta
         self.reference = None if alone else frozen_outline(context.model)
         self.kin = relatives(self.systems)
-        self.held_out = held_out(context.data) if o.exchange else frozenset()
+        self.held_out = held_out(context.data, context.config.data) if o.exchange else frozenset()
         self.energy_of = closed_form(context.model) if o.exchange else None
         self.skipped = self.unrewarded = 0
         self.rolled: Rolled | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -19,7 +19,8 @@ from catmllm.data.exchange import exchanged, other_metals
 from catmllm.data.loader import Loader, Windows
 from catmllm.data.open import texts_only
 from catmllm.data.prompts import Sample, cif_sample, design_sample, draw_words, jitter, property_sample
-from catmllm.data.subsets import of_generation, of_property, pairs
+from catmllm.data.splits import held_out
+from catmllm.data.subsets import of_generation, of_property
 from catmllm.models.catalytic_mllm import CatalyticMLLM
 from catmllm.seeds import Key, Stream, generator
 from catmllm.structure.cif import by_layer
@@ -119,11 +120,6 @@ def closed_form(model: CatalyticMLLM) -> Callable[[System], float] | None:
         return float(prior(local[None], torch.from_numpy(known([system]))))
 
     return energy_of if len(prior.landmarks) else None
-
-
-def held_out(parts: Mapping[str, Sequence[System]]) -> frozenset[str]:
-    """The (bulk, Miller index) pairs of validation and test, of which nothing is trained."""
-    return pairs(parts["val"]) | pairs(parts["test"])
 
 
 def further_texts(systems: Sequence[System], config: Config) -> list[System]:
@@ -391,7 +387,7 @@ class Mixed(FromLoader):
             o.exemplar_noise,
             o.exemplar_share,
             o.exchange,
-            held_out(parts) if o.exchange else (),
+            held_out(parts, c.data) if o.exchange else (),
             closed_form(self.context.model),
         )
         self.load(mixture, o, o.row_weight != 1.0)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import permutations
 from random import Random
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -12,8 +14,10 @@ import pytest
 from catmllm.config import DataConfig
 from catmllm.data.exchange import CONSTANT, exchanged, other_metals
 from catmllm.data.fcc_slabs import FCC_CONSTANT
+from catmllm.data.open import open_data
 from catmllm.data.prompts import property_sample
 from catmllm.data.slabs import load_slabs, pair, split
+from catmllm.data.splits import held_out
 from catmllm.data.subsets import pairs
 from catmllm.data.surfaces import METALS
 from catmllm.design.enumeration import ideal_system
@@ -60,6 +64,26 @@ def test_other_metals_are_all_but_those_that_are_held_out() -> None:
     for s in made[:50]:
         bonds, of = parts(s)[1] - parts(s)[1][0], parts(system)[1]
         np.testing.assert_allclose(bonds, of - of[0], atol=1e-9)
+
+
+def metals(system: System) -> frozenset[str]:
+    return frozenset(system.slab_counts)
+
+
+@pytest.mark.parametrize(
+    ("by", "left_out", "name_of"), [("metal", "Pt", metals), ("formula", "Cu3Pt", lambda s: s.bulk)]
+)
+def test_other_metals_are_of_no_group_that_the_split_keeps_apart(
+    by: Literal["metal", "formula"], left_out: str, name_of: Callable[[System], object]
+) -> None:
+    """Other facets of a test formula, and Pt in other alloys, came back into training as exchanged slabs."""
+    for hold_out, apart in ((None, ("val", "test")), ((left_out,), ("test",))):
+        config = DataConfig(split_by=by, hold_out=hold_out)
+        parts, rng = open_data(config), np.random.default_rng(0)
+        system = next(s for s in parts["train"] if sorted(s.slab_counts.values()) == [3, 9])
+        made = [exchanged(system, other_metals(system, held_out(parts, config), rng)) for _ in range(1000)]
+        assert {name_of(s) for s in made}.isdisjoint(name_of(s) for part in apart for s in parts[part])
+        assert by == "formula" or hold_out is None or not any("Pt" in s.slab_counts for s in made)
 
 
 def test_a_slab_keeps_its_metals_where_no_other_is_allowed_or_one_is_unknown() -> None:
