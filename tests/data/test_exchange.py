@@ -23,6 +23,7 @@ from catmllm.data.surfaces import METALS
 from catmllm.design.enumeration import ideal_system
 from catmllm.stages.supervised import Mixture, task_sample
 from catmllm.structure.cif import read_cif
+from catmllm.structure.formula import Miller
 from catmllm.structure.system import ADSORBATE, System
 from rewards_fast import extract_cif
 
@@ -64,6 +65,28 @@ def test_other_metals_are_all_but_those_that_are_held_out() -> None:
     for s in made[:50]:
         bonds, of = parts(s)[1] - parts(s)[1][0], parts(system)[1]
         np.testing.assert_allclose(bonds, of - of[0], atol=1e-9)
+
+
+@pytest.mark.parametrize("facet", [(1, 1, 1), (1, 0, 0)])
+def test_it_does_not_matter_where_the_boundaries_of_the_cell_cut(facet: Miller) -> None:
+    """A molecule across one was torn when the cell grew, a slab across the upper one was as thick as the
+    cell."""
+    some = (s for s in load_slabs() if (s.adsorbate, s.bulk, s.miller) == ("OH", "Rh", facet))
+    system = next(some).frame(0.0)  # OH leans there
+    expected = exchanged(system, {"Rh": "Al"}).as_ase()
+    anchor = system.frac[system.tags == ADSORBATE][0]
+    for shift in (-anchor * (1, 0, 0), -anchor * (1, 1, 0), -system.frac[5] * (0, 0, 1), -anchor):
+        moved = replace(system, frac=(system.frac + shift) % 1.0)
+        made = exchanged(moved, {"Rh": "Al"})
+        np.testing.assert_allclose(made.lattice, expected.cell[:], atol=1e-9)
+        ours, theirs = (a.get_all_distances(mic=True) for a in (made.as_ase(), expected))
+        np.testing.assert_allclose(ours, theirs, atol=1e-6)
+
+
+def test_metals_that_break_an_adsorbate_are_not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    system = split(load_slabs())["train"][0]
+    monkeypatch.setattr("catmllm.data.exchange.adsorbate_fault", lambda s: None if s is system else "overlap")
+    assert other_metals(system, (), np.random.default_rng(0)) == {}
 
 
 def metals(system: System) -> frozenset[str]:
