@@ -230,8 +230,7 @@ def standard_lattice(lattice: NDArray[np.float64]) -> NDArray[np.float64]:
     if volume < 0:
         raise ValueError(
             f"the cell is left-handed (volume {volume:.3f} Å³): exchange the vectors a and b, and with them "
-            "the first two fractional coordinates and h and k; that is the same crystal in a right-handed "
-            "cell"
+            "the first two fractional coordinates; that is the same crystal in a right-handed cell"
         )
     if ay == az == bz == 0 and ax > 0 and by > 0 and cz > 0:
         return lattice.copy()

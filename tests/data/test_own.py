@@ -212,8 +212,9 @@ def test_cells_that_lack_something(tmp_path: Path) -> None:
     left = made.slab(tags="none")
     left.set_cell(left.cell[:][[1, 0, 2]])
     ase.io.write(tmp_path / "left.vasp", left)
-    (item,) = found(tmp_path / "left.vasp", labelled=False).items
+    (item,) = found(tmp_path / "left.vasp", labelled=False, miller=(2, 1, 1)).items
     assert any("left-handed" in mark for mark in item.marks) and item.system.volume > 0
+    assert item.system.miller == (2, 1, 1)  # in the axes of the bulk, which did not change
 
 
 def test_far_and_buried_adsorbates_are_said(tmp_path: Path) -> None:

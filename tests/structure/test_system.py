@@ -73,7 +73,7 @@ def test_left_handed_cell_is_reported_and_the_advice_works() -> None:
     frac = np.array([[0.1, 0.2, 0.3], [0.6, 0.7, 0.5]])
     with pytest.raises(ValueError, match=r"left-handed.*exchange the vectors a and b"):
         make_system(lattice, None, [46, 8], [1, 2], "O", (1, 0, 0), frac=frac)
-    swapped = make_system(lattice[[1, 0, 2]], None, [46, 8], [1, 2], "O", (0, 1, 0), frac=frac[:, [1, 0, 2]])
+    swapped = make_system(lattice[[1, 0, 2]], None, [46, 8], [1, 2], "O", (1, 0, 0), frac=frac[:, [1, 0, 2]])
     np.testing.assert_allclose(
         _distances(lattice, swapped.positions), _distances(lattice, frac @ lattice), atol=1e-12
     )

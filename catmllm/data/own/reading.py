@@ -216,7 +216,7 @@ def to_item(record: Record, wanted: Wanted, references: References, slabs: Seque
     plane = keys.find(beside, "Miller index")
     if given is None and plane is not None:
         given = keys.miller(plane[1])
-    bare, given, marks = _bare(record, given)
+    bare, marks = _bare(record)
     if "passed over" in beside:
         marks.append(beside["passed over"])
     said = keys.value(beside, "adsorbate")
@@ -296,10 +296,10 @@ def _check(record: Record, wanted: Wanted, structure: bool) -> None:
         raise Refused("no element", f"atomic numbers are {sorted(set(record.numbers.tolist()))}")
 
 
-def _bare(record: Record, miller: Miller | None = None) -> tuple[Bare, Miller | None, list[str]]:
-    lattice, miller, said = stand_up(record.lattice, record.positions, miller)
+def _bare(record: Record) -> tuple[Bare, list[str]]:
+    lattice, said = stand_up(record.lattice, record.positions)
     oc20 = bool(record.beside.get("tags of OC20"))
-    return Bare(lattice, record.positions, record.numbers, record.tags, oc20), miller, said
+    return Bare(lattice, record.positions, record.numbers, record.tags, oc20), said
 
 
 def _tags(bare: Bare, mask: np.ndarray, height: np.ndarray, how: str) -> np.ndarray:

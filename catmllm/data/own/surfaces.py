@@ -17,11 +17,10 @@ VACUUM = (
 ADDED = 20.0  # Å of vacuum for a slab that comes without a third lattice vector
 
 
-def stand_up(
-    lattice: Floats, positions: Floats, miller: Miller | None
-) -> tuple[Floats, Miller | None, list[str]]:
-    """The lattice [3, 3] with the vacuum along its third vector and right-handed, the Miller index in its
-    axes, and what was done. Atoms stay where they are: the new vectors span the same lattice.
+def stand_up(lattice: Floats, positions: Floats) -> tuple[Floats, list[str]]:
+    """The lattice [3, 3] with the vacuum along its third vector and right-handed, and what was done. Atoms
+    stay where they are: the new vectors span the same lattice. A Miller index stays too, as it is in the axes
+    of the bulk.
 
     Raises ValueError for a cell that lacks more than its third vector.
     """
@@ -36,7 +35,6 @@ def stand_up(
         said.append(f"no third lattice vector: {ADDED:g} Å of vacuum were added")
     if np.linalg.det(lattice) < 0:
         lattice = lattice[[1, 0, 2]]
-        miller = None if miller is None else (miller[1], miller[0], miller[2])
         said.append("left-handed cell: a and b were exchanged")
     if largest_gap(lattice, positions, 2) < VACUUM:
         gaps = [largest_gap(lattice, positions, axis) for axis in range(2)]
@@ -47,7 +45,7 @@ def stand_up(
             said.append(f"vacuum along {'ab'[axis]}: it was made the third lattice vector")
         else:
             said.append("no vacuum: the largest gap between atoms is narrower than 5 Å")
-    return lattice, miller, said
+    return lattice, said
 
 
 def largest_gap(lattice: Floats, positions: Floats, axis: int) -> float:
