@@ -489,6 +489,19 @@ def test_a_text_index_that_does_not_fit_is_told(tmp_path: Path) -> None:
         assert any(isinstance(item, Problem) and problem in item.message for item in _read_all(path))
 
 
+def test_frames_are_counted_and_a_quoted_sid_is_whole(tmp_path: Path) -> None:
+    """`my slab a` and `my slab b` were both `my`, and what was not the last frame of `my` was gone."""
+    frames = [c.calculated(step) for step in (0.5, 0.0) for c in CASES[:3]]
+    for atoms, sid in zip(frames, ["my slab a", "my slab b", "7"] * 2):
+        atoms.info["sid"] = sid
+    ase.io.write(tmp_path / "some.extxyz", frames)
+    found = _read_all(tmp_path / "some.extxyz")
+    assert [r.sid for r in found if isinstance(r, Record)] == ["my slab a", "my slab b", "random7"]
+    problems = [p for p in found if isinstance(p, Problem)]
+    assert [p.reason for p in problems] == ["earlier frame"] * 3
+    assert "some.extxyz, my slab a frame 0" in problems[0].message
+
+
 def test_an_lmdb_may_be_a_folder(tmp_path: Path) -> None:
     import lmdb
 

@@ -391,14 +391,17 @@ def _fixed(constraints: Iterable[Any], n: int) -> NDArray[np.bool_]:
 
 
 def _read_frames(path: Path) -> Iterator[Record | Problem]:
-    """Of each system in a file of frames the last one; only that one is parsed."""
+    """Of each system in a file of frames the last one; only that one is parsed, each other is a Problem."""
     index = _frame_index(path)
     last: dict[str, tuple[int, str, float | None]] = {}
     broken = None
     try:
         for number, text in enumerate(_frame_texts(path)):
             sid, frame, reference = index(number, text)
-            if sid not in last or frame >= last[sid][0]:
+            before = last.get(sid)
+            if before is not None:
+                yield Problem("earlier frame", f"{path}, {sid} frame {min(before[0], frame)}")
+            if before is None or frame >= before[0]:
                 last[sid] = frame, text, reference
     except (ValueError, EOFError, OSError, lzma.LZMAError, zlib.error) as error:
         broken = Problem("unreadable file", f"{path}: {error}")
@@ -465,9 +468,9 @@ class _Index:
                 raise ValueError(f"the text index ends at frame {len(self.lines)}, the file goes on")
             return self.lines[number]
         comment = text.split("\n", 2)[1]
-        found = re.search(r'\b(?:sid|system_id)="?([^\s"]+)', comment)
+        found = re.search(r'\b(?:sid|system_id)=(?:"([^"]+)"|([^\s"]+))', comment)
         if found:
-            sid = _sid(found[1])
+            sid = _sid(found[1] or found[2])
             return sid, number, self.references.get(sid)
         # frames that say nothing are one relaxation, but those of other elements are another system
         elements = [line.split(None, 1)[0] for line in text.split("\n")[2:] if line.strip()]
