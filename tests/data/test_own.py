@@ -337,6 +337,16 @@ def test_total_energies_by_references(tmp_path: Path) -> None:
         found(tmp_path / "co.extxyz", **references)
 
 
+def test_the_molecule_no_is_a_reference_in_yaml(tmp_path: Path) -> None:
+    """YAML 1.1 has it for false, and the energy of NO was made of other molecules."""
+    ase.io.write(tmp_path / "no.extxyz", made.calculated(made.slab("Pt", "NO"), -90.0))
+    (tmp_path / "gas.yaml").write_text("NO: -12.5\nPt12: -74\nN2: -16.0\nO2: -9.0\n")
+    with pytest.raises(ValueError, match="NO"):
+        found(tmp_path / "no.extxyz", references=[tmp_path / "gas.yaml"])
+    (tmp_path / "gas.yaml").write_text("NO: -12.5\nPt12: -74\n")
+    assert one(tmp_path / "no.extxyz", references=[tmp_path / "gas.yaml"]).energy == pytest.approx(-3.5)
+
+
 def test_oc20_gas_energies_make_methane() -> None:
     """The published example: E(CH4) = -7.282 + 4 (-3.477) with one energy an element."""
     references = References({"H": -3.477, "O": -7.204, "C": -7.282, "N": -8.083})

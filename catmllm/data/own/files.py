@@ -559,7 +559,8 @@ def name_and_energy(path: Path) -> list[tuple[str, float]] | None:
     else:
         import yaml
 
-        content: Any = yaml.safe_load(text) if path.suffix != ".json" else json.loads(text)
+        # as text: YAML's own types make False of the molecule NO
+        content: Any = yaml.load(text, yaml.BaseLoader) if path.suffix != ".json" else json.loads(text)
         if not isinstance(content, dict) or any(isinstance(v, dict | list) for v in content.values()):
             return None
         rows = list(content.items())
