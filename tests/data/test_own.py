@@ -554,6 +554,22 @@ def test_two_energies_of_one_reference(tmp_path: Path) -> None:
         found(tmp_path / "co.extxyz", references=[tmp_path / "gas.csv", tmp_path / "slabs.csv"])
 
 
+@pytest.mark.parametrize("name", ["a.json", "a.parquet", "a.CSV", "a.JSONL"])
+def test_a_file_that_a_table_names_is_read_once(tmp_path: Path, name: str) -> None:
+    ase.io.write(tmp_path / "slab.extxyz", made.slab())
+    rows = [{"file": "slab.extxyz", "energy": -1.5}]
+    if name == "a.parquet":
+        pyarrow = pytest.importorskip("pyarrow")
+        parquet = pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / name)
+    else:
+        csv = "file,energy\nslab.extxyz,-1.5\n"
+        (tmp_path / name).write_text(
+            csv if name == "a.CSV" else json.dumps(rows).strip("[]" * (name != "a.json"))
+        )
+    assert one(tmp_path, labelled=False).energy == -1.5
+
+
 def test_what_a_calculation_was_read_from_is_said_and_a_table_has_it_once(tmp_path: Path) -> None:
     """The vasprun.xml was cut short: CONTCAR counts, without an energy of its own."""
     (tmp_path / "calc").mkdir()

@@ -158,14 +158,10 @@ def _items(path: Path) -> Iterator[Record | Problem]:
             yield item
     elif suffix == ".db":
         yield from _database(path)
+    elif (rows := _table(path)) is not None:
+        yield from _rows(path, rows)
     elif suffix == ".json":
-        yield from _json(path)
-    elif suffix == ".jsonl":
-        yield from _rows(path, _json_lines(path))
-    elif suffix in (".csv", ".tsv"):
-        yield from _rows(path, _cells(path, "\t" if suffix == ".tsv" else ","))
-    elif suffix == ".parquet":
-        yield from _rows(path, _parquet(path))
+        yield from _ase_rows(path)
     elif suffix == ".cif":
         yield from _cifs(path, _text(path))
     else:
@@ -294,6 +290,18 @@ def _catalysis_hub(path: Path) -> Iterator[Record | Problem]:
 # --------------------------------------------------------------------------- tables
 
 
+def _table(path: Path) -> Iterable[Any] | None:
+    """The rows of a table of any kind; None for another file, as for an ASE database in JSON."""
+    suffix = Path(unpacked(path.name)).suffix.lower()
+    if suffix == ".json":
+        return _json(path)
+    if suffix == ".jsonl":
+        return _json_lines(path)
+    if suffix in (".csv", ".tsv"):
+        return _cells(path, "\t" if suffix == ".tsv" else ",")
+    return _parquet(path) if suffix == ".parquet" else None
+
+
 def _cells(path: Path, delimiter: str) -> Iterator[dict[str, Any] | Problem]:
     """The rows of a CSV or TSV by its heading."""
     for number, row in enumerate(csv.DictReader(io.StringIO(_text(path)), delimiter=delimiter), start=1):
@@ -325,19 +333,18 @@ def _parquet(path: Path) -> Iterator[dict[str, Any]]:
     yield from parquet.read_table(path).to_pylist()
 
 
-def _json(path: Path) -> Iterator[Record | Problem]:
-    """A JSON file by its content: an ASE database, structures of pymatgen (one, a list, or by name), rows."""
+def _json(path: Path) -> list[Any] | None:
+    """The rows of a JSON file: structures of pymatgen or plain rows, one, a list, or by name; None for an ASE
+    database."""
     content = json.loads(_text(path))
     if isinstance(content, dict) and "ids" in content and "nextid" in content:
-        yield from _ase_rows(path)
-        return
-    rows: Iterable[Any] = [content]
+        return None
     if isinstance(content, list):
-        rows = content
-    elif not _is_structure(content) and content and all(isinstance(v, dict) for v in content.values()):
-        rows = [{"id": name, **(row if not _is_structure(row) else {"structure": row})}
+        return content
+    if not _is_structure(content) and content and all(isinstance(v, dict) for v in content.values()):
+        return [{"id": name, **(row if not _is_structure(row) else {"structure": row})}
                 for name, row in content.items()]  # fmt: skip
-    yield from _rows(path, rows)
+    return [content]
 
 
 def _is_structure(content: Any) -> bool:
@@ -528,15 +535,12 @@ def one_cif(text: str) -> Record:
 def words_of(path: Path) -> set[str]:
     """The values of a table that may name files; nothing where the table cannot be read."""
     try:
-        name = unpacked(path.name)
-        rows = (
-            _json_lines(path)
-            if name.endswith(".jsonl")
-            else _cells(path, "\t" if name.endswith(".tsv") else ",")
-        )
-        found = [r for r in rows if not isinstance(r, Problem) and keys.value(r, "structure") is None]
+        rows = [row for row in _table(path) or () if isinstance(row, dict)]
+        found = [row for row in rows if keys.value(row, "structure") is None]
         return {str(keys.value(row, "file")) for row in found} - {"None"}
-    except (OSError, ValueError, csv.Error):
+    except ModuleNotFoundError:
+        raise
+    except Exception:  # whatever it is, reading the table's records tells it
         return set()
 
 

@@ -165,11 +165,10 @@ def _named_in_tables(sources: Iterable[files.Source]) -> set[Path]:
     named: set[Path] = set()
     for source in sources:
         path = source.paths[0]
-        if files.unpacked(path.name).endswith((".csv", ".tsv", ".jsonl")):
-            for word in files.words_of(path):
-                target = path.parent / word
-                if word and target.is_file() and target != path:
-                    named.add(target.resolve())
+        for word in files.words_of(path):
+            target = path.parent / word
+            if word and target.is_file() and target != path:
+                named.add(target.resolve())
     return named
 
 
