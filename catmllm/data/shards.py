@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from catmllm.data.slabs import SplitName, pair_of, split_pairs
-from catmllm.structure.formula import SEPARATOR
+from catmllm.structure.formula import SEPARATOR, text_identity
 from catmllm.structure.system import System
 from catmllm.structure.text import three_part_text
 
@@ -111,7 +111,7 @@ class Shards(Sequence[System]):
             frac=np.array(shard["frac"][a:b]),
             numbers=shard["numbers"][a:b].astype(np.int64),
             tags=shard["tags"][a:b].astype(np.int8),
-            adsorbate=text.partition(SEPARATOR)[0],
+            adsorbate=text_identity(text).adsorbate if a == b else text.partition(SEPARATOR)[0],
             miller=tuple(shard["miller"][row].tolist()) if shard["miller"][row].any() else None,
             energy=energy,
             sid=_words(shard, "sid", row),

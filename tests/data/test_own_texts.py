@@ -13,7 +13,7 @@ import pytest
 from catmllm.cli.main import main
 from catmllm.config import DataConfig
 from catmllm.data.open import open_data, texts_only
-from catmllm.data.shards import Shards
+from catmllm.data.shards import Shards, write_shards
 from catmllm.data.slabs import load_slabs, pair, split
 from catmllm.data.splits import parts_of
 from catmllm.structure.system import text_system
@@ -70,6 +70,8 @@ def test_any_words_do_but_none_do_not(tmp_path: Path) -> None:
     result = found(table(tmp_path / "texts.csv", given))
     assert [s.text for s in result.systems] == ["one O on a bridge of Pt(111)"]
     assert result.items[0].marks == ["no three-part text: taken as it is"]
+    (kept,) = write_shards(tmp_path / "kept", result.systems)
+    assert kept.adsorbate == result.systems[0].adsorbate == ""  # it was the whole text
     assert result.refused == {
         "unreadable record": 2, "no energy": 1, "implausible energy": 1
     } and result.read == 5  # fmt: skip
