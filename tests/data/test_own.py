@@ -44,6 +44,10 @@ def test_a_relaxation_is_said_and_its_last_frame_kept(tmp_path: Path) -> None:
     assert len(every.items) == 4 and any("--trajectories" in note for note in every.notes)
     last = found(tmp_path, energies="adsorption", trajectories=True)
     assert [s.energy for s in last.systems] == [-4.0] and last.refused == {"earlier frame": 3}
+    rows = [made.row(atoms, energy=atoms.get_potential_energy()) for atoms in frames]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    table = found(tmp_path / "rows.jsonl", trajectories=True)
+    assert len(table.items) == 4 and not table.refused and not table.notes
 
 
 @pytest.mark.parametrize("tags", ["ASE", "OC20", "none"])

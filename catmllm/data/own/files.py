@@ -544,6 +544,14 @@ def words_of(path: Path) -> set[str]:
         return set()
 
 
+def has_trajectory(source: Source) -> bool:
+    """Whether the records of a source may be frames of one relaxation: those of tables, databases and LMDBs
+    are systems of their own."""
+    path = source.paths[0]
+    own = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".db", ".aselmdb", ".lmdb", ".pkl")
+    return not unpacked(path.name).lower().endswith(own) and not path.is_dir()
+
+
 def name_and_energy(path: Path) -> list[tuple[str, float]] | None:
     """Names and energies of a table `name,energy` (CSV, TSV, JSON, YAML); None for a file that is none.
     Raises ValueError for a value that is no number."""

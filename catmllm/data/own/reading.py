@@ -133,7 +133,8 @@ def read_systems(paths: Sequence[str | Path], wanted: Wanted | None = None) -> F
         if not named.isdisjoint(p.resolve() for p in source.paths):
             continue  # a table's row has it
         items = list(files.read(source))
-        alike += not wanted.trajectories and _is_relaxation(items)
+        frames = files.has_trajectory(source)
+        alike += frames and not wanted.trajectories and _is_relaxation(items)
         last = max((i for i, item in enumerate(items) if isinstance(item, Record)), default=-1)
         for i, read in enumerate(items):
             found.read += 1
@@ -142,7 +143,7 @@ def read_systems(paths: Sequence[str | Path], wanted: Wanted | None = None) -> F
                 continue
             for key in read.beside:
                 found.columns.setdefault(str(key), Counter())[_use(str(key), wanted)] += 1
-            if wanted.trajectories and i != last:
+            if wanted.trajectories and frames and i != last:
                 found.refuse("earlier frame", read.sid)
                 continue
             try:
