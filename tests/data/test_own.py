@@ -341,6 +341,40 @@ def test_total_energies_by_references(tmp_path: Path) -> None:
         found(tmp_path / "co.extxyz", **references)
 
 
+def test_a_slab_under_which_the_adsorbate_is_has_the_clean_ones_reference(tmp_path: Path) -> None:
+    """The cell was turned over before it was compared with the clean slab's."""
+    atoms = made.slab(tags="none")
+    atoms.positions[:, 2] = atoms.cell[2, 2] - atoms.positions[:, 2]
+    ase.io.write(tmp_path / "clean.extxyz", made.calculated(atoms[:12], -74.0))
+    ase.io.write(tmp_path / "down.extxyz", made.calculated(atoms, -90.0))
+    (tmp_path / "gas.csv").write_text("CO,-14.4\n")
+    references = [tmp_path / "gas.csv", tmp_path / "clean.extxyz"]
+    assert one(tmp_path / "down.extxyz", references=references).energy == pytest.approx(-1.6)
+
+
+def test_keys_of_extended_xyz_are_kept(tmp_path: Path) -> None:
+    """ASE reads 0001 and 7 as numbers."""
+    frames = [made.slab() for _ in range(4)]
+    for atoms, more in zip(frames, ("sid=7 facet=0001", 'sid="my slab" facet=011', "name=a facet=111", "")):
+        atoms.info["adsorption_energy"] = -1.0
+        ase.io.write(tmp_path / "one.extxyz", atoms)
+        lines = (tmp_path / "one.extxyz").read_text().split("\n")
+        lines[1] += f" {more}"
+        with open(tmp_path / "all.extxyz", "a") as file:
+            file.write("\n".join(lines))
+    systems = found(tmp_path / "all.extxyz").systems
+    assert [s.sid for s in systems] == ["7", "my slab", "a", "all.extxyz#3"]
+    assert [s.miller for s in systems] == [(0, 0, 1), (0, 1, 1), (1, 1, 1), (1, 1, 1)]
+
+
+def test_elements_as_one_string(tmp_path: Path) -> None:
+    atoms = made.slab("Pt", "O")
+    for symbols in ("Pt12O", "Pt" * 12 + "O", " ".join(["Pt"] * 12 + ["O"])):
+        row = made.row(atoms, energy=-1.0) | {"symbols": symbols}
+        (tmp_path / "a.jsonl").write_text(json.dumps(row))
+        assert one(tmp_path / "a.jsonl").symbols == ["Pt"] * 12 + ["O"]
+
+
 def test_the_molecule_no_is_a_reference_in_yaml(tmp_path: Path) -> None:
     """YAML 1.1 has it for false, and the energy of NO was made of other molecules."""
     ase.io.write(tmp_path / "no.extxyz", made.calculated(made.slab("Pt", "NO"), -90.0))
@@ -447,6 +481,7 @@ def test_miller_index_of_the_structure(atoms: Atoms, miller: tuple[int, int, int
     [
         ("111", (1, 1, 1)), (111, (1, 1, 1)), ("fcc(211)", (2, 1, 1)), ("1 -1 0", (1, -1, 0)),
         ([1, 0, 0], (1, 0, 0)), ("0001", (0, 0, 1)), ("10-10", (1, 0, 0)), ("1-11", (1, -1, 1)),
+        (1, (0, 0, 1)), (11, (0, 1, 1)), (-111, (-1, 1, 1)),
         ("stepped", None), ("(1, 1, 10)", (1, 1, 10)), ("fcc111-4x4", None), ("1x1x0", (1, 1, 0)),
     ],
 )  # fmt: skip

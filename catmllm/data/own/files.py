@@ -216,6 +216,8 @@ def _fixed(folder: Path, n: int) -> list[Any]:
 def _from_ase(atoms: Any, frame: int = 0) -> Record:
     record = from_atoms(atoms, "", frame)
     record.beside.pop("spacegroup", None)  # ASE's own, of a CIF or a builder
+    said = keys.value(record.beside, "id")
+    record.sid = "" if said is None else str(said)
     return record
 
 
@@ -425,7 +427,8 @@ def _columns(row: Mapping[str, Any]) -> Record:
     cell = cell.reshape(3, 3)
     elements = keys.value(row, "elements")
     if isinstance(elements, str):
-        elements = re.findall(r"[A-Z][a-z]?", elements)
+        counted = re.findall(r"([A-Z][a-z]?)(\d*)", elements)  # Pt3O, or each atom
+        elements = [symbol for symbol, count in counted for _ in range(int(count or 1))]
     numbers = [NUMBER[e] if isinstance(e, str) else int(e) for e in elements]
     positions = keys.value(row, "positions")
     if positions is None:

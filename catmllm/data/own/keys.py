@@ -112,8 +112,8 @@ def miller(value: Any) -> Miller | None:
         if flat.dtype.kind not in "iuf" or not np.equal(flat, np.round(flat)).all():
             raise ValueError(f"a Miller index is three whole numbers, not {value!r}")
         indices = [int(i) for i in flat]
-        if len(indices) == 1:  # a table's 111, read as a number
-            indices = [int(i) for i in str(abs(indices[0]))]
+        if len(indices) == 1:  # 111, 011 or 0001, read as a number
+            return miller(f"{indices[0]:0{3 + (indices[0] < 0)}d}")
     if len(indices) == 4 and indices[0] + indices[1] + indices[2] == 0:
         del indices[2]
     if len(indices) != 3 or not any(indices):

@@ -225,6 +225,7 @@ def to_item(record: Record, wanted: Wanted, references: References, slabs: Seque
     name = name.replace("*", "") if name else None
     indices = keys.value(beside, "adsorbate atoms")
     mask, how = find_adsorbate(bare, name, wanted.adsorbate_atoms, indices, slabs)
+    energy, state, gases = _energy(record, wanted, references, bare, mask)
     lattice, height = bare.lattice, bare.height
     if height[mask].mean() < height[~mask].mean():
         # the other side up: the same lattice, seen from below
@@ -233,7 +234,6 @@ def to_item(record: Record, wanted: Wanted, references: References, slabs: Seque
         height = bare.height
         marks.append("the adsorbate is under the slab: the third lattice vector was turned over")
     called = adsorbate_name(bare, mask, name)
-    energy, state, gases = _energy(record, wanted, references, bare, mask)
     order = np.argsort(mask, kind="stable")
     if given is None:
         given = surface_miller(bare.lattice, bare.positions[~mask])
