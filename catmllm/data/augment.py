@@ -97,13 +97,15 @@ def _carried(system: System, turn: NDArray[np.float64]) -> System | None:
 
 @functools.lru_cache(maxsize=4096)
 def _isometries(lattice: bytes) -> list[NDArray[np.float64]]:
-    """Integer maps [3, 3] of fractional rows that leave c alone and keep every length of the lattice."""
+    """Integer maps [3, 3] of fractional rows that leave c alone and keep every length of the lattice, within
+    a thousandth of the longer edge's square, however high the vacuum is."""
     cell = np.frombuffer(lattice).reshape(3, 3)
     gram = cell @ cell.T
+    within = 1e-3 * gram[:2, :2].max()
     found = []
     for entries in itertools.product((-1, 0, 1), repeat=4):
         turn = np.eye(3)
         turn[:2, :2] = np.reshape(entries, (2, 2))
-        if abs(np.linalg.det(turn)) == 1 and np.allclose(turn @ gram @ turn.T, gram, atol=1e-3 * gram.max()):
+        if abs(np.linalg.det(turn)) == 1 and np.allclose(turn @ gram @ turn.T, gram, rtol=0, atol=within):
             found.append(turn)
     return found

@@ -88,6 +88,15 @@ def test_both_facets_have_their_full_symmetry() -> None:
         assert len(_isometries(system.lattice.tobytes())) == expected
 
 
+def test_a_high_vacuum_makes_no_symmetry() -> None:
+    """Edges of 5 and 5.2 Å were alike under 60 Å."""
+    from catmllm.data.augment import _isometries
+
+    for height in (20.0, 60.0, 200.0):
+        assert len(_isometries(np.diag([5.0, 5.0, height]).tobytes())) == 8
+        assert len(_isometries(np.diag([5.0, 5.2, height]).tobytes())) == 4
+
+
 def test_the_start_goes_along() -> None:
     """What moved during the relaxation moved as far in the copy."""
     rng = np.random.default_rng(1)
