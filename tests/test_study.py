@@ -553,6 +553,15 @@ def test_what_a_run_began_with_counts(tmp_path: Path) -> None:
     # and the other way round: a whole run from an ancestor's stages
     words = [*BASE, "stages=[encoder,align,joint]", "joint.steps=7"]
     assert adopt(words, tmp_path / "new", 1, runs_below(tmp_path / "study")) == ["encoder", "align"]
+    # stages that lie in two runs, each with what its own has measured
+    assert adopt(words[:-1], tmp_path / "both", 1, runs_below(tmp_path / "study")) == [
+        "encoder",
+        "align",
+        "joint",
+    ]
+    metrics = json.loads((tmp_path / "both" / "metrics.json").read_text())
+    assert list(metrics["property"]) == list(metrics["adopted"]["commits"]) == ["encoder", "align", "joint"]
+    assert (tmp_path / "both" / "align" / "model.safetensors").read_text() == "ancestor align"
 
 
 def test_stages_read_no_other_settings_than_their_own() -> None:

@@ -8,6 +8,7 @@ goes on from there. The commit that trained it may be another: the record says w
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Sequence
@@ -37,10 +38,11 @@ _OF_DESIGN = (
 
 
 class Link(NamedTuple):
-    """A stage and the configuration that it was, or will be, trained with."""
+    """A stage and the configuration that it was, or will be, trained with; its folder, where it has one."""
 
     stage: str
     config: Tree
+    place: Path | None = None
 
 
 def runs_below(place: Path) -> list[Path]:
@@ -57,17 +59,19 @@ def adopt(words: Sequence[str], folder: Path, ranks: int, runs: Sequence[Path]) 
     tree = to_dict(config)
     before = _chain(config.init)
     wanted = [*before, *(Link(stage, tree) for stage in config.stages)]
-    best, n = None, len(before)
+    found: list[Path] = []  # folders of stages, those that one run went through
     for run in runs:
         record = json.loads((run / "metrics.json").read_text())
-        stages = record["config"]["stages"]
-        if record["machine"]["ranks"] == ranks and (k := _same(wanted, _chain(run / stages[-1]))) > n:
-            best, n = run, k
-    if best is None:
-        return []
-    names = [link.stage for link in wanted[len(before) : n]]
-    _copy(best, folder, names, tree)
-    return names
+        if record["machine"]["ranks"] != ranks:
+            continue
+        chain = _chain(run / record["config"]["stages"][-1])
+        there = [link.place for link in chain[len(before) : _same(wanted, chain)]]
+        places = [place for place in there if place is not None]
+        if len(places) > len(found):
+            found = places
+    if found:
+        _copy(found, folder, tree)
+    return [place.name for place in found]
 
 
 def _chain(init: str | Path | None) -> list[Link]:
@@ -82,7 +86,8 @@ def _chain(init: str | Path | None) -> list[Link]:
     config = json.loads(record.read_text())["config"]
     stages = config["stages"][: config["stages"].index(last.name) + 1]
     # each as it was trained, which may have been in another run
-    links = [Link(stage, json.loads((last.parent / stage / "catmllm.json").read_text())) for stage in stages]
+    places = [last.parent / stage for stage in stages]
+    links = [Link(place.name, json.loads((place / "catmllm.json").read_text()), place) for place in places]
     return [*_chain(config["init"]), *links]
 
 
@@ -112,12 +117,21 @@ def _below(key: str, parents: Sequence[str] | set[str]) -> bool:
     return any(f"{key}.".startswith(f"{parent}.") for parent in parents)
 
 
-def _copy(run: Path, folder: Path, names: Sequence[str], tree: Tree) -> None:
+def _copy(places: Sequence[Path], folder: Path, tree: Tree) -> None:
     part = folder.with_name(f"{folder.name}.part")  # of which a kill leaves nothing that looks like a run
     shutil.rmtree(part, ignore_errors=True)
-    for name in names:
+    for place in places:
         # not linked: what is measured anew writes into it
-        shutil.copytree(run / name, part / name, ignore=shutil.ignore_patterns("checkpoints"))
+        shutil.copytree(place, part / place.name, ignore=shutil.ignore_patterns("checkpoints"))
+    kept: Tree = {"adopted": {"commits": {}}}
+    for run, stages in itertools.groupby(places, key=lambda place: place.parent):
+        _keep(run, [place.name for place in stages], tree, kept)
+    (part / "metrics.json").write_text(json.dumps(kept, indent=1))
+    part.rename(folder)
+
+
+def _keep(run: Path, names: Sequence[str], tree: Tree, kept: Tree) -> None:
+    """Add what a run has measured of stages that are taken from it."""
     record = json.loads((run / "metrics.json").read_text())
     old = record["config"]
     config = tree | {key: old[key] for key in OPEN if tree[key] is None}
@@ -126,15 +140,13 @@ def _copy(run: Path, folder: Path, names: Sequence[str], tree: Tree) -> None:
     by_stage = ["validation", "ensemble"]
     if all(_below(key, ("ga_grpo", *_OF_DESIGN)) for key in asked):
         by_stage += ["property", "generation", "missing"]
-    kept: Tree = {key: record[key] for key in ("parameters", "data")}
+    kept |= {key: record[key] for key in ("parameters", "data")} | {"config": config}
     for key in by_stage:
         if key in record:
-            kept[key] = {name: record[key][name] for name in names if name in record[key]}
-    ended = list(names) == tree["stages"] and old["stages"][-1] == names[-1]
-    if ended and asked <= {"evaluate.free_tasks"}:
+            found = {name: record[key][name] for name in names if name in record[key]}
+            kept[key] = kept.get(key, {}) | found
+    if names[-1] == tree["stages"][-1] == old["stages"][-1] and asked <= {"evaluate.free_tasks"}:
         designs = ("design", "designs", *(("free_design",) if not asked else ()))
         kept |= {key: record[key] for key in designs if key in record}
     commits = dict.fromkeys(names, record["machine"].get("commit")) | taken(record)  # it may have taken some
-    kept["adopted"] = {"commits": {name: commits[name] for name in names}}
-    (part / "metrics.json").write_text(json.dumps({**kept, "config": config}, indent=1))
-    part.rename(folder)
+    kept["adopted"]["commits"] |= {name: commits[name] for name in names}
