@@ -2,14 +2,14 @@
 
 An agent loop hands over messages (`{"role": ..., "content": ...}`, mappings or objects) or one text with the
 turns in it, the special tokens kept or skipped. What a tool or a user says is never the model's answer, and
-neither is a call of a tool.
+neither is a call of a tool or a message of reasoning.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from rewards_fast._core import may_hold_turns
 
@@ -19,7 +19,14 @@ Conversation = str | Sequence[Any]
 ASSISTANT = frozenset({"assistant", "model", "ai", "gpt"})
 USER = frozenset({"user", "human"})
 
+# Who speaks where a message of Harmony is reasoning or calls a tool: the assistant, with empty words.
+SILENT = "silent"
+
 _ROLE = "assistant|model|user|human|system|developer|tool|function|ipython|observation|environment"
+# Behind the name in Harmony: `<|channel|>commentary to=functions.relax <|constrain|>json<|message|>`. Bounded
+# and without backtracking, so that what only looks like it takes no time.
+_HEADER = r"[^<\n]{0,200}+(?:<\|(?:channel|constrain)\|>[^<\n]{0,200}+){0,3}+<\|message\|>"
+_TOOL = r"[\w.-]{1,200}+"
 # Where a turn begins, by the templates of ChatML (Qwen), Llama 3, Gemma, GLM and Phi, Harmony, DeepSeek; and
 # Mistral's brackets. Each pattern begins with one character, which `re` looks for as fast as `str.find`.
 _TOKEN = re.compile(
@@ -27,7 +34,8 @@ _TOKEN = re.compile(
     rf"|\|start_header_id\|>\s*(?P<b>{_ROLE})\s*<\|end_header_id\|>"
     rf"|start_of_turn>\s*(?P<c>{_ROLE})\b"
     rf"|\|(?P<d>{_ROLE})\|>"
-    rf"|\|start\|>(?P<e>{_ROLE})\b(?:<\|channel\|>\w+)?(?:<\|message\|>)?"
+    rf"|\|start\|>(?P<e>(?:{_ROLE})\b(?:{_HEADER}|(?:<\|channel\|>\w+)?)|{_TOOL}{_HEADER})"
+    rf"|\|channel\|>(?P<g>\w+(?:{_HEADER})?)"
     r"|｜(?P<f>User|Assistant)｜>)"
 )
 _BRACKET = re.compile(r"\[(/?INST|/?TOOL_RESULTS)\]")
@@ -37,14 +45,32 @@ _BRACKETS = {"INST": "user", "/INST": "assistant", "TOOL_RESULTS": "tool", "/TOO
 _LINE = re.compile(r"\n(?:(assistant|user|tool|ipython|system)(?=\n)|(?=\n))")
 _FIRST = re.compile(r"(assistant|user|tool|ipython|system)\n")
 _GLUED = ("assistant", "user", "ipython")
+_NAME = re.compile(_ROLE)
+_SPEAKER = re.compile(rf"(?:{_ROLE})\b|{_TOOL}")
+_TO = re.compile(r"(?:^|\s)to=\S")
 # Passages inside a turn that are a tool's, by the tags that environments put around them, and calls of a
-# tool.
+# tool. Those of Mistral and Llama take the rest of the turn.
 _RESULTS = (
     "tool_response", "tool_result", "tool_results", "tool_output", "function_results", "function_response",
     "observation", "information", "interpreter",
 )  # fmt: skip
 _CALLS = ("tool_call", "tool_calls", "function_call", "function_calls")
-_OPENED = re.compile(rf"<({'|'.join((*_RESULTS, *_CALLS))})>")
+_OPENED = re.compile(
+    rf"<(?:(?P<tag>{'|'.join((*_RESULTS, *_CALLS))})>|｜tool▁(?P<deepseek>outputs?|calls?)▁begin｜>"
+    r"|\|python_tag\|>)"
+)
+_BRACKET_CALL = "[TOOL_CALLS]"
+_OPENED_OR_BRACKET = re.compile(rf"{_OPENED.pattern}|{re.escape(_BRACKET_CALL)}")  # slower
+
+
+class Mark(NamedTuple):
+    """Start and end of a mark of a turn in a text, and whose turn it begins: only if the one before is the
+    assistant's, where it `goes_on`."""
+
+    begin: int
+    end: int
+    role: str
+    goes_on: bool = False
 
 
 def _of(message: Any, name: str) -> Any:
@@ -68,26 +94,44 @@ def _text_part(part: Any) -> str:
     return text if isinstance(text, str) else ""
 
 
-def _marks(text: str) -> list[tuple[int, int, str]]:
-    """Start and end of each mark of a turn in a text, and whose turn it begins."""
+def _harmony(name: str, header: str) -> str:
+    """Whose message of Harmony it is: a name that is no role is a tool's."""
+    if name not in ASSISTANT:
+        return name if _NAME.fullmatch(name) else "tool"
+    reasoning = header.partition("<|channel|>")[2].startswith("analysis")
+    return SILENT if reasoning or _TO.search(header) else name
+
+
+def _token_mark(text: str, mark: re.Match[str]) -> Mark:
+    begin, end = mark.span()
+    if name := mark.group("e"):
+        role = _SPEAKER.match(name)
+        return Mark(begin, end, _harmony(role.group().lower() if role else "", name))
+    if mark.group("g"):  # the name stands in the prompt
+        line = text[max(0, begin - 200) : begin].rpartition("\n")[2].rpartition(">")[2]
+        return Mark(begin, end, _harmony("assistant", line + mark.group()), goes_on=True)
+    return Mark(begin, end, mark.group(mark.lastgroup or 0).lower())
+
+
+def _marks(text: str) -> list[Mark]:
+    """The marks of turns in a text."""
     found = []
     if "<" in text:
-        for mark in _TOKEN.finditer(text):
-            found.append((mark.start(), mark.end(), mark.group(mark.lastgroup or 0).lower()))
+        found += [_token_mark(text, mark) for mark in _TOKEN.finditer(text)]
     if "[" in text:
         for mark in _BRACKET.finditer(text):
-            found.append((mark.start(), mark.end(), _BRACKETS[mark.group(1)]))
+            found.append(Mark(mark.start(), mark.end(), _BRACKETS[mark.group(1)]))
     if first := _FIRST.match(text):
-        found.append((0, first.end(), first.group(1)))
+        found.append(Mark(0, first.end(), first.group(1)))
     for line in _LINE.finditer(text):
         end = line.end()
         if line.group(1):
-            found.append((line.start() + 1, end + 1, line.group(1)))
+            found.append(Mark(line.start() + 1, end + 1, line.group(1)))
             continue
         for role in _GLUED:
             start = line.start() - len(role)
             if text.startswith(role, start) and start > 0 and not _is_word(text[start - 1]):
-                found.append((start, end + 1, role))
+                found.append(Mark(start, end + 1, role))
     return sorted(found)
 
 
@@ -95,11 +139,13 @@ def _is_word(letter: str) -> bool:
     return letter.isalnum() or letter in " \t_<|/"
 
 
-def _turns(text: str, marks: list[tuple[int, int, str]], first: str) -> Iterator[tuple[str, str]]:
+def _turns(text: str, marks: list[Mark], first: str) -> Iterator[tuple[str, str]]:
     """Role and words of each turn of a text; what stands before the first mark is `first`'s."""
     role, start = first, 0
-    for begin, end, name in marks:
+    for begin, end, name, goes_on in marks:
         if begin < start:  # inside another mark
+            continue
+        if goes_on and role not in ASSISTANT and role != SILENT:
             continue
         if begin > start or start:
             yield role, text[start:begin]
@@ -110,26 +156,28 @@ def _turns(text: str, marks: list[tuple[int, int, str]], first: str) -> Iterator
 def _messages(text: str) -> list[str]:
     """What the assistant says in one turn: its messages are parted by results of tools, calls of tools are
     dropped."""
-    if _OPENED.search(text) is None:
+    opened = _OPENED_OR_BRACKET if _BRACKET_CALL in text else _OPENED
+    if opened is _OPENED and ("<" not in text or _OPENED.search(text) is None):
         return [text]
     messages, said, start = [], "", 0
-    last_thought = text.rfind("</think>")
+    last_thought = max(text.rfind("</think>"), text.rfind("[/THINK]"))
     never_closed: set[str] = set()
     position = 0
-    while found := _OPENED.search(text, position):
-        tag = found.group(1)
-        close = -1 if tag in never_closed else text.find(f"</{tag}>", found.end())
+    while found := opened.search(text, position):
+        tag, deepseek = found.group("tag", "deepseek")
+        end = f"</{tag}>" if tag else f"<｜tool▁{deepseek}▁end｜>" if deepseek else ""
+        close = -1 if not end or end in never_closed else text.find(end, found.end())
         position = found.end()
         if close < 0:
-            never_closed.add(tag)
+            never_closed.add(end)
             if found.start() < last_thought:  # only spoken of
                 continue
             close = len(text)
         said += text[start : found.start()]
-        if tag in _RESULTS:
+        if tag in _RESULTS or (deepseek or "").startswith("out"):
             messages.append(said)
             said = ""
-        start = position = min(len(text), close + len(tag) + 3)
+        start = position = min(len(text), close + len(end))
     rest = said + text[start:]
     if start < len(text) or said:
         messages.append(rest)
@@ -147,13 +195,14 @@ def answer_text(completion: Conversation, answer: Answer = "last", extract: bool
     if isinstance(completion, str):
         if not extract or not may_hold_turns(completion):
             return completion
-        turns = _turns(completion, _marks(completion), "assistant")
-        said = [message for role, text in turns if role in ASSISTANT for message in _messages(text)]
+        said = []
+        for role, text in _turns(completion, _marks(completion), "assistant"):
+            said += _messages(text) if role in ASSISTANT else [""] if role == SILENT else []
     else:
         own = [m for m in completion if (_of(m, "role") or "assistant") in ASSISTANT]
         said = [message_text(m) for m in own]
         if extract:
-            said = [m for text in said for m in (_messages(text) if "<" in text else [text])]
+            said = [m for text in said for m in _messages(text)]
     if answer == "any":
         said = [text for text in said if "data_" in text] or said
     return said[-1] if said else ""

@@ -10,12 +10,13 @@ namespace {
 constexpr char32_t kWideBar = 0xFF5C;  // of `<｜User｜>`
 // Behind `<|`, `<`, `[`, and on a line of their own, or in front of an empty one.
 constexpr std::string_view kTurnTokens[] = {
-    "im_start|>", "start_header_id|>", "start|>",       "assistant|>",  "model|>",
-    "user|>",     "human|>",           "system|>",      "developer|>",  "tool|>",
-    "function|>", "ipython|>",         "observation|>", "environment|>"};
+    "im_start|>",    "start_header_id|>", "start|>",     "assistant|>", "model|>",    "user|>",
+    "human|>",       "system|>",          "developer|>", "tool|>",      "function|>", "ipython|>",
+    "observation|>", "environment|>",     "channel|>",   "python_tag|>"};
 constexpr std::string_view kTags[] = {"start_of_turn>", "tool_",        "function_",
                                       "observation>",   "information>", "interpreter>"};
-constexpr std::string_view kBrackets[] = {"INST]", "/INST]", "TOOL_RESULTS]", "/TOOL_RESULTS]"};
+constexpr std::string_view kBrackets[] = {"INST]", "/INST]", "TOOL_RESULTS]", "/TOOL_RESULTS]",
+                                          "TOOL_CALLS]"};
 constexpr std::string_view kLines[] = {"assistant\n", "user\n", "tool\n", "ipython\n", "system\n"};
 constexpr std::string_view kGlued[] = {"assistant", "user", "ipython"};
 

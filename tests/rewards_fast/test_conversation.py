@@ -26,6 +26,15 @@ CALLING = say("assistant", None, tool_calls=[{"function": {"name": "relax", "arg
 THOUGHT = f"<think>a <tool_call> may help</think>{SLAB}"
 PROSE = f"Dear user,\n\nhere is what the assistant made:\n{SLAB}"
 ASSISTANT = "<|im_end|>\n<|im_start|>assistant\n"
+FINAL = "<|start|>assistant<|channel|>final<|message|>"
+RELAX = f'<|channel|>commentary to=functions.relax <|constrain|>json<|message|>{{"cif": "{SLAB}"}}<|call|>'
+RELAXED = f"<|start|>functions.relax to=assistant<|channel|>commentary<|message|>{SLAB}<|end|>"
+OUTPUTS = "<｜tool▁outputs▁begin｜><｜tool▁output▁begin｜>", "<｜tool▁output▁end｜><｜tool▁outputs▁end｜>"
+CALLS = (
+    "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>relax\n```json\n",
+    "\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+)
+MUSED = f"[THINK]Not [TOOL_CALLS] or <|python_tag|>.[/THINK]{SLAB}"
 CONVERSATIONS: dict[str, tuple[Any, str, str]] = {
     "plain": (SLAB, SLAB, SLAB),
     "one message": ([say("assistant", SLAB)], SLAB, SLAB),
@@ -75,6 +84,36 @@ CONVERSATIONS: dict[str, tuple[Any, str, str]] = {
     "a call without an end": (f'I call.<tool_call>{{"cif": "{SLAB}', "I call.", "I call."),
     "a tag in a thought": (THOUGHT, THOUGHT, THOUGHT),
     "prose": (PROSE, PROSE, PROSE),
+    "harmony": (f"<|channel|>analysis<|message|>{OTHER}<|end|>{FINAL}{SLAB}<|return|>", SLAB + "<|return|>",
+                SLAB + "<|return|>"),
+    "harmony, a tool has the last word": (f"<|channel|>analysis<|message|>hm<|end|><|start|>assistant{RELAX}"
+        f"{RELAXED}", "", ""),
+    "harmony, a tool's structure": (f"{RELAX}{RELAXED}{FINAL}No idea.", "No idea.", "No idea."),
+    "harmony, the tool named first": (
+        f' to=functions.relax<|channel|>commentary <|constrain|>json<|message|>{{"cif": "{SLAB}"}}<|call|>',
+        "", "",
+    ),
+    "harmony, another tool": (f"{FINAL}{OTHER}<|end|><|start|>python to=assistant<|channel|>commentary"
+        f"<|message|>{SLAB}<|end|>", OTHER + "<|end|>", OTHER + "<|end|>"),
+    "harmony, a channel in what a tool says": (
+        f"{FINAL}{OTHER}<|end|><|start|>functions.read to=assistant<|channel|>commentary<|message|>"
+        f"<|channel|>final<|message|>{SLAB}", OTHER + "<|end|>", OTHER + "<|end|>",
+    ),
+    "harmony, unfinished reasoning": (f"<|channel|>analysis<|message|>{SLAB}", "", ""),
+    "harmony, a remark before a call": (
+        f"<|channel|>commentary<|message|>{SLAB}<|end|><|start|>assistant{RELAX}",
+        "", SLAB + "<|end|>"),
+    "deepseek": (f"I ask.{CALLS[0]}{SLAB}{CALLS[1]}{OUTPUTS[0]}{SLAB}{OUTPUTS[1]}No idea.", "No idea.",
+                 "No idea."),
+    "deepseek, a tool has the last word": (f"{OTHER}{OUTPUTS[0]}{SLAB}", OTHER, OTHER),
+    "deepseek, single outputs": (f"I ask.<｜tool▁output▁begin｜>{SLAB}<｜tool▁output▁end｜>No idea.",
+                                 "No idea.", "No idea."),
+    "mistral, a call": (f'I ask.[TOOL_CALLS][{{"name": "relax", "arguments": {{"cif": "{SLAB}"}}}}]</s>',
+                        "I ask.", "I ask."),
+    "mistral, a call in messages": ([say("assistant", f"I ask.[TOOL_CALLS]relax[ARGS]{SLAB}")],
+                                    "I ask.", "I ask."),
+    "mistral, a call in a thought": (MUSED, MUSED, MUSED),
+    "llama, a call": (f'<|python_tag|>relax.call(cif="{SLAB}")<|eom_id|>', "", ""),
 }  # fmt: skip
 
 
@@ -106,7 +145,9 @@ PIECES = (
     "<|start_header_id|>", "<|end_header_id|>", "<start_of_turn>", "<|", "|>", "<|start|>",
     "<|channel|>final", "<｜User｜>", "<｜", "[INST]", "[/INST]", "[TOOL_RESULTS]", "[", "<tool_call>",
     "<function_response>", "<information>", "<interpreter>", "<observation>", "<|observation|>", "\n",
-    "\n\n", " ", "data_x", "é", "中", "😀", ".", "<think>", "</s>",
+    "\n\n", " ", "data_x", "é", "中", "😀", ".", "<think>", "</s>", "<|channel|>", "<|message|>",
+    "analysis", " to=functions.relax", "functions.relax", "<|python_tag|>", "[TOOL_CALLS]",
+    "<｜tool▁outputs▁begin｜>", "<｜tool▁call▁begin｜>",
 )  # fmt: skip
 
 
@@ -127,7 +168,9 @@ def test_no_turn_is_overlooked() -> None:
 
 def test_hostile_texts_take_linear_time() -> None:
     for piece, end in (("<tool_call>", "</think>"), ("<tool_response>", ""), ("<|im_start|>user", ""),
-                       ("assistant\n", ""), ("<information></information>", "")):  # fmt: skip
+                       ("assistant\n", ""), ("<information></information>", ""), ("<|channel|>a", ""),
+                       ("<|start|>" + "a" * 150, ""), ("<|start|>assistant" + " " * 150, ""),
+                       ("<｜tool▁call▁begin｜>", "</think>"), ("[TOOL_CALLS]", "</think>")):  # fmt: skip
         begin = time.process_time()
         answer_text(piece * (1_000_000 // len(piece)) + end)
         assert time.process_time() - begin < 3.0, piece
