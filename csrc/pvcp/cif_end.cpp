@@ -379,7 +379,8 @@ bool leaves_nothing_open(std::string_view line) {
 // forgives strays and wipes out what was read, unless it stands in a text field, in a further block or where
 // a key wants its value.
 std::size_t last_loop(std::string_view s) {
-    if (std::memchr(s.data(), ';', s.size()) != nullptr || s.find("data_", 1) != kNowhere) return 0;
+    // the nearer `data_` first: a text may have many blocks
+    if (s.find("data_", 1) != kNowhere || std::memchr(s.data(), ';', s.size()) != nullptr) return 0;
     for (std::size_t at = s.size(); (at = last_p(s, at)) != kNowhere;) {  // a rare letter
         if (at < 4 || !starts_with(s.substr(at - 3), "loop_")) continue;
         std::size_t line = at - 3;
@@ -393,7 +394,7 @@ std::size_t last_loop(std::string_view s) {
 
 }  // namespace
 
-std::size_t length_of_cif(std::string_view s, LineScratch& scratch) {
+std::size_t length_of_cif(std::string_view s, LineScratch& scratch, std::size_t other) {
     Lines reader(scratch);
     std::size_t stray = kNowhere;  // the first line that does not belong
     bool directly = false;         // no empty line since the last that belongs
@@ -407,6 +408,7 @@ std::size_t length_of_cif(std::string_view s, LineScratch& scratch) {
             line = next;
             continue;
         }
+        if (stray != kNowhere && line > other) return stray;
         std::size_t first = 0;
         while (first < text.size() &&
                (is_space_or_unicode(byte(text[first])) || (stray != kNowhere && text[first] == '>')))

@@ -34,8 +34,8 @@ struct LineScratch {
 // right kinds, belongs too: nothing is repaired. A line that does not belong ends the CIF, unless a key or a
 // `loop_` begins a later line, or a whole row of sites follows it in the same paragraph (behind what may
 // be rows that are garbled, in any): then it stands inside. A `data_` behind such a line begins another CIF;
-// a `data_` behind a row is a further block.
-std::size_t length_of_cif(std::string_view s, LineScratch& scratch);
+// a `data_` behind a row is a further block. So does one inside a line, at `other`, behind such a line.
+std::size_t length_of_cif(std::string_view s, LineScratch& scratch, std::size_t other = kNowhere);
 
 // Looks like a whole row of a site loop: an element first, then at least three numbers, one of them last.
 bool is_site_row(std::string_view line);

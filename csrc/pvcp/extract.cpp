@@ -70,7 +70,10 @@ constexpr std::string_view kTokens[] = {"eos", "bos", "pad", "unk", "s",    "eot
                                         "eom", "end", "sep", "cls", "mask", "end_of_turn", "endofturn"};
 constexpr std::string_view kEndsOfTurn[] = {"im_end",    "endoftext", "eot_id", "end_of_text",
                                             "end",       "return",    "eom_id", "end_of_turn",
-                                            "endofturn", "eos",       "eot"};
+                                            "endofturn", "eos",       "eot",    "call"};
+// Harmony: reasoning is a message of the channel `analysis`, up to one of these.
+constexpr std::string_view kEndsOfMessage[] = {"<|end|>", "<|return|>", "<|call|>"};
+constexpr std::string_view kAnalysis = "analysis";
 constexpr std::string_view kRoles[] = {"<|im_start|>assistant",
                                        "<|im_start|> assistant",
                                        "<|start_header_id|>assistant<|end_header_id|>",
@@ -95,6 +98,7 @@ struct Tag {
     bool reasoning() const { return is_one_of(word(), kReasoning); }
     bool formatting() const { return !square && is_one_of(word(), kFormatting); }
     bool ends_turn() const { return special && is_one_of(word(), kEndsOfTurn); }
+    bool begins_channel() const { return special && word() == "channel"; }
 };
 
 bool tag_at(std::string_view s, std::size_t at, Tag& tag) {
@@ -132,10 +136,11 @@ bool tag_at(std::string_view s, std::size_t at, Tag& tag) {
         ++i;
     }
     tag.end = i;
-    constexpr std::string_view kEndOf = "end_of_thought";
-    if (bar && tag.word() == kEndOf) {
+    constexpr std::string_view kEnd = "end_of_thought";
+    constexpr std::string_view kBegin = "begin_of_thought";
+    if (bar && tag.word() == kEnd) {
         tag.closes = true;
-        std::memcpy(tag.name, "think", tag.size = 5);
+        std::memcpy(tag.name, kBegin.data(), tag.size = kBegin.size());
     }
     tag.special = bar || is_one_of(tag.word(), kTokens);
     return true;
@@ -322,6 +327,14 @@ std::size_t last_turn(std::string_view s) {
     return start;
 }
 
+// Behind the token that ends Harmony's message; kNowhere where it does not end.
+std::size_t end_of_message(std::string_view s, std::size_t from) {
+    for (std::size_t at = from; (at = s.find("<|", at)) != kNowhere; ++at)
+        for (const std::string_view end : kEndsOfMessage)
+            if (starts_with(s.substr(at), end)) return at + end.size();
+    return kNowhere;
+}
+
 // The last turn's pieces outside of reasoning, between borders.
 void find_segments(std::string_view s, std::vector<Span>& segments) {
     segments.clear();
@@ -343,14 +356,18 @@ void find_segments(std::string_view s, std::vector<Span>& segments) {
             if (border.closes) {  // opened in the prompt
                 segments.clear();
                 said = false;
-            } else {
+            } else {  // what ends other reasoning is a part of it
                 Tag end;
                 do {
                     if (!borders.next(at, kNowhere, end)) return;
                     at = end.end;
-                } while (!(end.closes && end.reasoning()));
+                } while (!(end.closes && end.word() == border.word()));
                 begin = at;
             }
+        } else if (border.begins_channel() && starts_with(s.substr(skip_space(s, at)), kAnalysis)) {
+            const std::size_t end = end_of_message(s, at);
+            if (end == kNowhere) return;
+            at = begin = end;
         } else if (border.ends_turn() && said) {
             return;
         }
@@ -388,6 +405,23 @@ void cut(std::vector<Span>& parts, std::size_t from, std::size_t to) {
     parts.resize(kept);
 }
 
+// What the lines of a quotation or of a list begin with.
+struct Margin {
+    explicit Margin(std::string_view first) : prefix(first), core(first) {
+        while (!core.empty() && core.back() == ' ') core.remove_suffix(1);
+        quotation = prefix.find('>') != kNowhere;
+    }
+    // How much of a line it is: of a quotation's also without blanks at its end, of an empty line's nothing;
+    // kNowhere where the line begins otherwise.
+    std::size_t of(std::string_view line) const {
+        if (starts_with(line, prefix)) return prefix.size();
+        if (quotation && starts_with(line, core)) return core.size();
+        return skip_space(line, 0) == line.size() ? 0 : kNowhere;
+    }
+    std::string_view prefix, core;
+    bool quotation;
+};
+
 class Finder {
   public:
     Finder(std::string_view s, const Reads& reads, Extraction& memory) : s_(s), reads_(reads), m_(memory) {}
@@ -404,10 +438,13 @@ class Finder {
             }
         }
         find_segments(s_, m_.segments);
+        segmented_ = true;
         for (std::size_t i = m_.segments.size(); i-- > 0;)
-            if (segment(m_.segments[i], false)) return true;
+            if (segment(s_.substr(0, m_.segments[i].second), m_.segments[i].first, Where::kMargins))
+                return true;
         for (std::size_t i = m_.segments.size(); i-- > 0;)
-            if (segment(m_.segments[i], true)) return true;
+            if (segment(s_.substr(0, m_.segments[i].second), m_.segments[i].first, Where::kInside))
+                return true;
         if (!found_ && !m_.segments.empty()) {
             const Span last = m_.segments.back();
             best_ = s_.substr(last.first, last.second - last.first);
@@ -416,7 +453,8 @@ class Finder {
     }
 
     std::string_view text() const { return best_; }
-    bool prefixed() const { return prefixed_; }  // the result is m_.text, its parts are m_.parts
+    bool prefixed() const { return prefixed_; }  // the result is of m_.text, whose parts are m_.parts
+    bool segmented() const { return segmented_; }
 
   private:
     // The commonest answer: a CIF alone, its last line a row. It has to read, or the finer ways decide.
@@ -455,38 +493,61 @@ class Finder {
     }
 
     bool keep(std::string_view text) {
-        if (!found_) {
+        if (!found_ && !prefixed_) {
             found_ = true;
             best_ = text;
         }
         return false;
     }
 
-    // The last CIF of a segment that reads.
-    bool segment(Span span, bool inside_lines) {
-        const std::string_view s = s_.substr(0, span.second);
-        std::vector<Span> found;
-        for (std::size_t at = span.first; at < span.second;) {
-            const std::size_t begin = inside_lines ? find_inline_block(s, at) : find_block(s, at);
+    // Where a CIF is looked for: at the begin of lines, there without the margin of its lines too, inside
+    // lines.
+    enum class Where { kLines, kMargins, kInside };
+
+    // A CIF of a segment; with a margin the lines that have it, which may hold several.
+    struct Piece {
+        std::size_t begin, end, margin;
+    };
+
+    // The last CIF of s from `from` on that reads.
+    bool segment(std::string_view s, std::size_t from, Where where) {
+        std::vector<Piece> pieces;
+        std::vector<std::size_t> ends;
+        std::size_t inside = 0;  // the next `data_` inside a line
+        for (std::size_t at = from; at < s.size();) {
+            const bool known = where == Where::kInside && inside > at;
+            const std::size_t begin = known                     ? inside
+                                      : where == Where::kInside ? find_inline_block(s, at)
+                                                                : find_block(s, at);
             if (begin == kNowhere) break;
-            if (!inside_lines && begin >= margin_end_) {
-                const std::size_t line = std::max(margin(s, begin), span.first);
-                if (begin > line && with_prefix(s, line, begin)) return true;
+            if (where == Where::kMargins) {
+                const std::size_t line = std::max(margin(s, begin), from);
+                const std::size_t end = end_of_margin(s, line, begin, ends);
+                if (end != kNowhere) {
+                    pieces.push_back({line, at = end, begin - line});
+                    continue;
+                }
             }
             // The usual case is tried first: this one is the last and ends in a row.
             if (s.find("data_", begin + 5) == kNowhere && ends_in_row(s.substr(begin)) &&
                 candidate(s.substr(begin), 1))
                 return true;
-            const std::size_t end = begin + length_of_cif(s.substr(begin), m_.lines);
-            found.emplace_back(begin, end);
-            at = end;
+            if (where == Where::kInside) inside = find_inline_block(s, begin + 5);
+            const std::size_t other =
+                where == Where::kInside && inside != kNowhere ? inside - begin : kNowhere;
+            at = begin + length_of_cif(s.substr(begin), m_.lines, other);
+            pieces.push_back({begin, at, 0});
         }
-        for (std::size_t i = found.size(); i-- > 0;) {
-            const std::string_view text = s.substr(found[i].first, found[i].second - found[i].first);
-            if (candidate(text, kNowhere) || last_block(text)) return true;
-            keep(text);
-        }
+        for (std::size_t i = pieces.size(); i-- > 0;)
+            if (try_piece(s, pieces[i])) return true;
         return false;
+    }
+
+    bool try_piece(std::string_view s, const Piece& piece) {
+        if (piece.margin != 0)
+            return without_margin(s, piece) || segment(s.substr(0, piece.end), piece.begin, Where::kLines);
+        const std::string_view text = s.substr(piece.begin, piece.end - piece.begin);
+        return candidate(text, kNowhere) || last_block(text) || keep(text);
     }
 
     // Of blocks that are refused together the last that reads alone.
@@ -502,37 +563,43 @@ class Finder {
         return end < text.size() && candidate(text.substr(0, end), 1);
     }
 
-    // A CIF whose lines all begin as its first does, with `>` of a quotation or the indent of a list: without
-    // that. Only where it matters: an indent does for text fields.
-    bool with_prefix(std::string_view s, std::size_t line, std::size_t begin) {
-        if (begin - line >= kLongestTag || (line > 0 && s[line - 1] != '\n')) return false;
-        const std::string_view prefix = s.substr(line, begin - line);
-        const bool quotation = prefix.find('>') != kNowhere;
-        if (!quotation && s.find("\n" + std::string(prefix) + ";", begin) == kNowhere) return false;
-        std::string_view core = prefix;
-        while (!core.empty() && core.back() == ' ') core.remove_suffix(1);
-        m_.text.clear();
-        m_.parts.clear();
-        for (std::size_t at = line; at < s.size();) {
+    // The end of the lines that begin as the CIF's first does, with `>` of a quotation or the indent of a
+    // list; kNowhere where that does not matter: an indent does for text fields.
+    std::size_t end_of_margin(std::string_view s, std::size_t line, std::size_t begin,
+                              std::vector<std::size_t>& ends) {
+        const std::size_t size = begin - line;
+        if (size == 0 || size >= kLongestTag || (line > 0 && s[line - 1] != '\n')) return kNowhere;
+        ends.resize(kLongestTag);
+        if (begin < ends[size]) return kNowhere;  // looked at, with a CIF before
+        const Margin margin(s.substr(line, size));
+        bool matters = margin.quotation;
+        std::size_t at = line;
+        while (at < s.size()) {
             const std::size_t end = next_line(s, at);
             const std::string_view text = s.substr(at, end - at);
-            std::size_t skip = 0;
-            if (starts_with(text, prefix)) {
-                skip = prefix.size();
-            } else if (quotation && starts_with(text, core)) {
-                skip = core.size();
-            } else if (skip_space(text, 0) < text.size()) {
-                break;
-            }
-            m_.text.append(text.substr(skip));
-            if (at + skip < end) m_.parts.emplace_back(at + skip, end);
-            margin_end_ = at = end;
+            const std::size_t skip = margin.of(text);
+            if (skip == kNowhere) break;
+            matters |= skip == size && skip < text.size() && text[skip] == ';';
+            at = end;
         }
-        const std::string_view whole = m_.text;
-        const std::size_t length = length_of_cif(whole, m_.lines);
-        if (!candidate(whole.substr(0, length), kNowhere)) return false;
+        ends[size] = at;
+        return matters ? at : kNowhere;
+    }
+
+    bool without_margin(std::string_view s, const Piece& piece) {
+        const Margin margin(s.substr(piece.begin, piece.margin));
+        m_.text.clear();
+        m_.parts.clear();
+        for (std::size_t at = piece.begin; at < piece.end;) {
+            const std::size_t end = std::min(next_line(s, at), piece.end);
+            const std::size_t first = at + margin.of(s.substr(at, end - at));
+            m_.text.append(s.substr(first, end - first));
+            if (first < end) m_.parts.emplace_back(first, end);
+            at = end;
+        }
+        tried_ = {};  // of the same memory, and maybe the same length
         prefixed_ = true;
-        return true;
+        return prefixed_ = segment(m_.text, 0, Where::kLines);
     }
 
     std::string_view s_;
@@ -541,9 +608,9 @@ class Finder {
     std::string_view best_;
     std::string_view tried_;  // last, and what came of it
     std::size_t read_ = 0;
-    std::size_t margin_end_ = 0;  // of the lines that with_prefix() has tried
     bool found_ = false;
     bool prefixed_ = false;
+    bool segmented_ = false;
 };
 
 // -------------------------------------------------------------------------------------------------------
@@ -555,42 +622,68 @@ int hex(char c) {
     return low >= 'a' && low <= 'f' ? low - 'a' + 10 : -1;
 }
 
-// The escaped string (of JSON, or of Python) around the last `data_` whose line breaks are written `\n`.
-bool find_escaped(std::string_view s, std::string& text, std::vector<Span>& parts) {
-    std::size_t at = kNowhere;
-    for (std::size_t i = s.find("data_"); i != kNowhere; i = s.find("data_", i + 5)) {
-        std::string_view line = s.substr(i, kHeader);
-        line = line.substr(0, next_line(line, 0));
-        const std::size_t first = line.find("\\n");
-        if (first != kNowhere && line.find("\\n", first + 2) != kNowhere) at = i;
-    }
-    if (at == kNowhere) return false;
-    char quote = 0;
-    std::size_t begin = at;
-    for (const char mark : {'"', '\''}) {  // the string that it is in, of those on its line
-        std::size_t opened = kNowhere;
-        const std::size_t before = s.rfind('\n', at);
-        for (std::size_t i = before == kNowhere ? 0 : before + 1; i < at; ++i) {
-            if (s[i] == '\\') {
-                ++i;
-            } else if (s[i] == mark) {
-                opened = opened == kNowhere ? i : kNowhere;
+// A string of JSON or of Python, from behind its quote: up to the next one, or without any up to `end`.
+struct Escaped {
+    std::size_t begin, end;
+    char quote;
+};
+
+// In a line behind `at` two line breaks are written `\n`.
+bool is_escaped(std::string_view s, std::size_t at) {
+    std::string_view line = s.substr(at, kHeader);
+    line = line.substr(0, next_line(line, 0));
+    const std::size_t first = line.find("\\n");
+    return first != kNowhere && line.find("\\n", first + 2) != kNowhere;
+}
+
+// The escaped strings around each `data_` of the segments from `from` on.
+std::vector<Escaped> find_escaped(std::string_view s, std::size_t from, const std::vector<Span>& segments) {
+    constexpr char kQuotes[] = {'"', '\''};
+    std::vector<Escaped> strings;
+    std::size_t opened[2] = {kNowhere, kNowhere};  // on this line, by either quote
+    std::size_t last[2] = {kNowhere, kNowhere};    // of the strings
+    std::size_t line_end = 0;
+    std::size_t at = 0;
+    std::size_t segment = 0;
+    for (std::size_t i = s.find("data_", from); i != kNowhere; i = s.find("data_", i + 5)) {
+        while (segment < segments.size() && segments[segment].second <= i) ++segment;
+        if (segment == segments.size()) break;
+        if (i < segments[segment].first || !is_escaped(s, i)) continue;
+        if (i >= line_end) {
+            at = s.rfind('\n', i) + 1;  // 0 where there is none
+            line_end = std::min(s.find('\n', i), s.size());
+            opened[0] = opened[1] = kNowhere;
+        }
+        for (; at < i; ++at) {
+            if (s[at] == '\\') {
+                ++at;
+            } else if (s[at] == kQuotes[0] || s[at] == kQuotes[1]) {
+                std::size_t& open = opened[s[at] == kQuotes[1]];
+                open = open == kNowhere ? at : kNowhere;
             }
         }
-        if (opened == kNowhere) continue;
-        quote = mark;
-        begin = opened + 1;
-        break;
+        const int kind = opened[0] != kNowhere ? 0 : opened[1] != kNowhere ? 1 : 2;
+        if (kind < 2 && last[kind] == opened[kind]) continue;
+        if (kind < 2) last[kind] = opened[kind];
+        const std::size_t begin = kind < 2 ? opened[kind] + 1 : i;
+        if (!strings.empty() && strings.back().quote == 0)
+            strings.back().end = std::min(strings.back().end, begin);
+        strings.push_back({begin, line_end, kind < 2 ? kQuotes[kind] : '\0'});
     }
+    return strings;
+}
+
+// What a string stands for.
+void unescape(std::string_view s, const Escaped& string, std::string& text, std::vector<Span>& parts) {
     text.clear();
     parts.clear();
     const auto put = [&](std::uint32_t code) {
         append_character(code, text);
         parts.emplace_back(kCharacter, code);
     };
-    const std::size_t end = std::min(s.find('\n', at), s.size());
-    for (std::size_t i = begin; i < end; ++i) {
-        if (quote != 0 && s[i] == quote) break;
+    const std::size_t end = string.end;
+    for (std::size_t i = string.begin; i < end; ++i) {
+        if (string.quote != 0 && s[i] == string.quote) break;
         if (s[i] != '\\' || i + 1 == end) {
             text.push_back(s[i]);
             if (!parts.empty() && parts.back().first != kCharacter && parts.back().second == i) {
@@ -618,36 +711,74 @@ bool find_escaped(std::string_view s, std::string& text, std::vector<Span>& part
             put(byte(c));
         }
     }
-    return true;
+}
+
+// Parts of `outer` that the characters of `inner`, parts of the text that `outer` makes up, stand for.
+std::vector<Span> composed(const std::vector<Span>& outer, const std::vector<Span>& inner) {
+    std::vector<Span> parts;
+    std::size_t k = 0;
+    std::size_t before = 0;  // characters of outer[0, k)
+    for (const Span& wanted : inner) {
+        for (std::size_t at = wanted.first; at < wanted.second;) {
+            const std::size_t length = outer[k].first == kCharacter ? 1 : outer[k].second - outer[k].first;
+            if (before + length <= at) {
+                before += length;
+                ++k;
+                continue;
+            }
+            const std::size_t end = std::min(wanted.second, before + length);
+            const std::size_t first = outer[k].first + (at - before);
+            parts.push_back(outer[k].first == kCharacter ? outer[k] : Span{first, first + (end - at)});
+            at = end;
+        }
+    }
+    return parts;
+}
+
+// The last escaped string from `from` on in which a CIF reads: sets `text` and the parts.
+void in_strings(std::string_view answer, std::size_t from, const Reads& reads, Extraction& memory,
+                std::string_view& text) {
+    const std::vector<Escaped> strings = find_escaped(answer, from, memory.segments);
+    if (strings.empty()) return;
+    if (!memory.inner) memory.inner = std::make_unique<Extraction>();
+    Extraction& inner = *memory.inner;
+    std::vector<Span>& parts = memory.unescaped_parts;
+    for (std::size_t i = strings.size(); i-- > 0;) {
+        unescape(answer, strings[i], memory.unescaped, parts);
+        Finder finder(memory.unescaped, reads, inner);
+        if (!finder.find()) continue;
+        text = finder.text();
+        const std::string& whole = finder.prefixed() ? inner.text : memory.unescaped;
+        const auto begin = static_cast<std::size_t>(text.data() - whole.data());
+        if (finder.prefixed()) {
+            cut(inner.parts, begin, begin + text.size());
+            memory.parts = composed(parts, inner.parts);
+        } else {
+            cut(parts, begin, begin + text.size());
+            memory.parts.swap(parts);
+        }
+        return;
+    }
 }
 
 }  // namespace
 
 std::string_view extract_cif(std::string_view answer, const Reads& reads, Extraction& memory) {
     Finder finder(answer, reads, memory);
-    if (!finder.find() && std::memchr(answer.data(), '\\', answer.size()) != nullptr) {
-        std::vector<Span> parts;
-        if (find_escaped(answer, memory.unescaped, parts)) {
-            Finder inner(memory.unescaped, reads, memory);
-            if (inner.find()) {
-                const std::string_view text = inner.text();
-                if (!inner.prefixed()) {
-                    const auto begin = static_cast<std::size_t>(text.data() - memory.unescaped.data());
-                    cut(parts, begin, begin + text.size());
-                    memory.parts = std::move(parts);
-                    return text;
-                }
-            }
-        }
-    }
-    const std::string_view text = finder.text();
+    const bool found = finder.find();
+    std::string_view text = finder.text();
     if (finder.prefixed()) {
-        cut(memory.parts, 0, text.size());
-        return text;
+        const auto begin = static_cast<std::size_t>(text.data() - memory.text.data());
+        cut(memory.parts, begin, begin + text.size());
+    } else {
+        const std::size_t begin = text.empty() ? 0 : static_cast<std::size_t>(text.data() - answer.data());
+        memory.parts.assign(1, Span{begin, begin + text.size()});
     }
-    memory.parts.clear();
-    const std::size_t begin = text.empty() ? 0 : static_cast<std::size_t>(text.data() - answer.data());
-    memory.parts.emplace_back(begin, begin + text.size());
+    const std::size_t behind = found ? memory.parts.back().second : 0;
+    if (std::memchr(answer.data() + behind, '\\', answer.size() - behind) != nullptr) {
+        if (!finder.segmented()) find_segments(answer, memory.segments);
+        in_strings(answer, behind, reads, memory, text);
+    }
     return text;
 }
 

@@ -23,6 +23,12 @@ def _lines(cif: str, prefix: str) -> str:
     return "".join(prefix + line for line in cif.splitlines(keepends=True))
 
 
+def _quoted(cif: str) -> str:
+    return _lines(cif, "> ")
+
+
+NOTED = DRAFT.replace("_cell_length_a", "_x\n;\nprose of many words\n;\n_cell_length_a")
+
 CHATML = "<|im_start|>system\nYou write CIFs.<|im_end|>\n<|im_start|>user\nCO on Pt, like\n"
 LLAMA = (
     "<|start_header_id|>user<|end_header_id|>\n\n"
@@ -55,6 +61,13 @@ FORMATS: dict[str, Format] = {
     "harmony": _around(
         f"<|channel|>analysis<|message|>{DRAFT}<|end|><|start|>assistant<|channel|>final<|message|>",
         "<|return|>",
+    ),
+    "harmony, a tool's words behind": _around(
+        "<|start|>assistant<|channel|>final<|message|>",
+        f"<|call|><|start|>functions.relax to=assistant<|channel|>commentary<|message|>{DRAFT}<|end|>",
+    ),
+    "harmony, thought behind a remark": _around(
+        f"<|start|>assistant<|channel|>commentary<|message|>Hm.<|channel|>analysis<|message|>{DRAFT}<|end|>"
     ),
     # tags
     "answer": _around("<answer>", "</answer>"),
@@ -98,6 +111,13 @@ FORMATS: dict[str, Format] = {
     "bare draft, then a fence": _around(f"{DRAFT}\nCorrected:\n```cif\n", "```\n"),
     "quotation": lambda cif: f"You asked for:\n\n{_lines(cif, '> ')}\nDone.",
     "indented": lambda cif: f"The CIF:\n\n{_lines(cif, '    ')}",
+    "quotation, draft quoted before": lambda cif: f"{_quoted(DRAFT)}\nBetter:\n{_quoted(cif)}",
+    "quotation of a draft": _around(f"{_quoted(DRAFT)}\nMine is:\n"),
+    "quotation with a draft in it": lambda cif: _quoted(f"{DRAFT}Better:\n{cif}"),
+    "quotation in a fence, half a draft behind": lambda cif: (
+        f"```\n{_quoted(cif)}```\nthen\n```\n{_quoted(HALF)}```\n"
+    ),
+    "indented draft with a text field": _around(f"{_lines(NOTED, '    ')}\nMine is:\n"),
     # JSON
     "json": lambda cif: json.dumps({"cif": cif}),
     "json, indented": lambda cif: json.dumps({"formula": "CO", "cif": cif, "energy": -1.2}, indent=2),
@@ -106,6 +126,10 @@ FORMATS: dict[str, Format] = {
     "json behind reasoning": lambda cif: f"<think>hm</think>\n{json.dumps({'cif': cif})}",
     "json with a fence in it": lambda cif: json.dumps({"content": f"Here:\n```cif\n{cif}```\n"}),
     "json list": lambda cif: json.dumps([cif]),
+    "json, draft in a fence before": lambda cif: f"```\n{DRAFT}```\n{json.dumps({'cif': cif})}",
+    "json, half a draft behind": lambda cif: f"{json.dumps({'cif': cif})}\n{json.dumps({'cif': HALF})}",
+    "json, half a draft on its line": lambda cif: json.dumps([DRAFT, cif, HALF]),
+    "json of a quotation": lambda cif: json.dumps({"cif": _quoted(cif)}),
     "tool call": lambda cif: (
         f"<tool_call>\n{json.dumps({'name': 'submit', 'arguments': {'cif': cif}})}\n</tool_call>"
     ),

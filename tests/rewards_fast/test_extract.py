@@ -1,6 +1,8 @@
 """What `extract_cif` takes out of answers, and what it must leave alone."""
 
+import json
 import random
+import time
 
 import pytest
 
@@ -31,6 +33,45 @@ def test_numbers_that_name_no_atom_are_no_row() -> None:
         assert extract_cif(SLAB + line + "\n") == SLAB + line + "\n"
 
 
+def quoted(text: str) -> str:
+    return "".join("> " + line for line in text.splitlines(keepends=True))
+
+
+def test_a_refused_quotation_as_long_as_the_next() -> None:
+    """Both are read from the same memory."""
+    broken = SLAB.replace("O O5 1 0.000 0.000", "O O5 1 0.000_0.000")
+    assert len(broken) == len(SLAB) and PVCP().score([broken], [TARGET]).total[0] == -15
+    for text in (quoted(SLAB) + "Not:\n" + quoted(broken), quoted(broken) + "Better:\n" + quoted(SLAB)):
+        assert PVCP().score([text], [TARGET]).total[0] == pytest.approx(10.0)
+        assert extract_cif(text) == SLAB
+
+
+@pytest.mark.parametrize(
+    "begin",
+    [
+        "<think>\nLet me see. <reflection>hm</reflection>\n",
+        "<thinking><think>hm</think>",
+        "<|begin_of_thought|>hm</think>",
+        "<|channel|>analysis<|message|>",
+        "<|start|>assistant<|channel|>analysis<|message|>I say <eos>. ",
+        "<|channel|> analysis to=python code<|message|>",
+    ],
+)
+def test_reasoning_lasts_up_to_its_own_end(begin: str) -> None:
+    """A draft in a thought that is not finished earns nothing, and neither does one in a JSON string."""
+    for draft in (SLAB, json.dumps({"cif": SLAB}), quoted(SLAB)):
+        assert PVCP().score([begin + draft], [TARGET]).total[0] == -15
+        assert PVCP().score([f"<think>{draft}</think>I have no idea."], [TARGET]).total[0] == -15
+
+
+def test_two_blocks_without_a_word_between_are_one_file() -> None:
+    """Its first whole block counts, as in strict mode."""
+    other = SLAB.replace("Cu Cu1", "Ni Ni1").replace("data_CO", "data_other")
+    for gap, last in (("", 0), ("\n\n", 0), ("\nBetter:\n", 1)):
+        found = PVCP().score([SLAB + gap + other, other + gap + SLAB], TARGET).total
+        assert (found > 9.99).tolist() == [last == 0, last == 1]
+
+
 @pytest.mark.parametrize(
     "text", ["", "no cif", "<think>", "```", "~~~\n```", "data_", "\ndata_x", "</think>", "<|im_end|>"]
 )
@@ -54,8 +95,37 @@ def test_a_long_run_of_marks_takes_linear_time() -> None:
         "data_\n" + "' " * 100_000,
         "data_x <|im_end|>" * 20_000,
         "``` data_ " * 30_000,
+        "  data_x\n  ;\n" * 20_000,
+        '\'data_\\n\\n"data_\\n\\n" data_\\n\\n' * 10_000,
+        "<|channel|>analysis<|end|>" * 20_000,
     ):
         extract_cif(text)
+
+
+@pytest.mark.parametrize(
+    "piece",
+    [
+        "x data_ _a 1\n",
+        "x data_ _a 1\n;\n",
+        "x data_ _a 1\n_k v\n",
+        "  data_x\nprose\n",
+        " data_x\nprose\n  data_x\n",
+        "> data_x\n>> data_x\n",
+        "data_x\nprose\n",
+    ],
+)
+def test_many_begins_of_a_cif_take_linear_time(piece: str) -> None:
+    """Four times as much takes four times as long; it was up to sixteen times, and 20 s."""
+    short, long = (
+        min(seconds(piece * (size // len(piece))) for _ in range(3)) for size in (250_000, 1_000_000)
+    )
+    assert long < 8 * short + 0.05
+
+
+def seconds(text: str) -> float:
+    begin = time.process_time()
+    extract_cif(text)
+    return time.process_time() - begin
 
 
 STRAYS = (
