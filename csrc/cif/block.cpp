@@ -4,6 +4,7 @@
 #include <cstdio>
 #include <cstring>
 #include <string>
+#include <unordered_map>
 #include <utility>
 
 #include "characters.h"
@@ -344,6 +345,20 @@ std::string without_bracketed_digits(std::string_view s) {
     return out;
 }
 
+// s.replace("<sup>", "")
+std::string without_tags(std::string_view s) {
+    constexpr std::string_view kTag = "<sup>";
+    std::string out;
+    for (std::size_t i = 0; i < s.size();) {
+        if (s.substr(i, kTag.size()) == kTag) {
+            i += kTag.size();
+        } else {
+            out += s[i++];
+        }
+    }
+    return out;
+}
+
 std::string_view keep(const std::string& s, Arena& arena) {
     char* p = arena.allocate(s.size() + 1);
     std::memcpy(p, s.data(), s.size());
@@ -371,6 +386,7 @@ Status pauling_rows(Block& block, Arena& arena) {
         if (i >= symbols.size()) return reject_text(Reason::kSites);
         if (count_parts(symbols[i]) <= count_parts(labels[i])) continue;
         std::vector<std::pair<std::string, double>> elements;  // a dict: a repeated name keeps its place
+        std::unordered_map<std::string, std::size_t> place;
         std::string_view rest = symbols[i];
         for (bool more = true; more;) {
             const std::size_t at = rest.find(" + ");
@@ -382,17 +398,14 @@ Status pauling_rows(Block& block, Arena& arena) {
             const std::string_view trimmed = strip(part);
             if (!second_run_of_non_digits(trimmed, name) || !second_number(trimmed, amount))
                 return reject_text(Reason::kSites);
-            std::string element(name);
-            for (std::size_t at_tag; (at_tag = element.find("<sup>")) != std::string::npos;)
-                element.erase(at_tag, 5);
+            const std::string element = without_tags(name);
             double value = 0;
             if (!python_float("0" + std::string(amount), value)) return reject_text(Reason::kNumber);
-            const auto same = std::find_if(elements.begin(), elements.end(),
-                                           [&](const auto& entry) { return entry.first == element; });
-            if (same == elements.end()) {
+            const auto [same, added_now] = place.emplace(element, elements.size());
+            if (added_now) {
                 elements.emplace_back(element, value);
             } else {
-                same->second = value;
+                elements[same->second].second = value;
             }
         }
         for (const auto& [element, amount] : elements) {

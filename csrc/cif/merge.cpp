@@ -94,9 +94,8 @@ Status Merger::take(std::uint32_t r) {
     if (const Status status = find_match(x, match); !status.ok()) return status;
     if (match != kNoPoint) {
         found_.merged = true;
-        Composition& earlier = rows_.rows[match].composition;
-        earlier = compositions_.sum(earlier, row.composition);
-        return compositions_.amounts.size() > 64u * Limits::kSites ? reject_text(Reason::kLimit) : ok();
+        compositions_.add(rows_.rows[match].composition, row.composition);
+        return ok();
     }
     double wrapped[3];
     wrap(x, wrapped);

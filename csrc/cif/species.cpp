@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
+#include <utility>
 
 namespace catmllm::cif {
 namespace {
@@ -16,6 +17,12 @@ bool same_species(const Species& a, const Species& b) {
     if (a.element != b.element || a.has_oxidation != b.has_oxidation) return false;
     if (a.element == kNoElement && a.dummy != b.dummy) return false;
     return !a.has_oxidation || a.oxidation == b.oxidation;
+}
+
+// Of H, D and T each has the amounts of all.
+constexpr std::uint32_t kHydrogens = 3;
+bool is_plain_hydrogen(const Species& s) {
+    return s.element != kNoElement && !s.has_oxidation && element(s.element).number == 1;
 }
 
 bool nearly(double a, double b) { return std::fabs(a - b) <= kAmountTolerance; }  // nan is not
@@ -96,24 +103,32 @@ bool Compositions::less(const Composition& a, const Composition& b) const {
     return false;
 }
 
-Composition Compositions::sum(const Composition& a, const Composition& b) {
-    const auto start = static_cast<std::uint32_t>(amounts.size());
-    for (std::uint32_t i = 0; i < a.size; ++i) {
-        const std::uint32_t id = amounts[a.first + i].species;
-        const double value = amount_of(a, species[id]);
-        amounts.push_back({id, value});
+void Compositions::add(Composition& to, const Composition& added) {
+    // Every amount is read as amount_of() has it, which is the amount itself but for these.
+    std::pair<std::uint32_t, double> hydrogens[kHydrogens];  // where they stand, and their new amounts
+    std::uint32_t n = 0;
+    for (std::uint32_t i = to.first; i < to.first + to.size && n < kHydrogens; ++i) {
+        const Species& s = species[amounts[i].species];
+        if (is_plain_hydrogen(s)) hydrogens[n++] = {i, amount_of(to, s)};
     }
-    for (std::uint32_t i = 0; i < b.size; ++i) {
-        const Amount added = amounts[b.first + i];
-        bool known = false;
-        for (std::size_t k = start; k < amounts.size() && !known; ++k) {
-            if (amounts[k].species != added.species) continue;
-            amounts[k].value += added.value;
-            known = true;
+    for (std::uint32_t i = 0; i < n; ++i) amounts[hydrogens[i].first].value = hydrogens[i].second;
+    for (std::uint32_t i = 0; i < added.size; ++i) {
+        const Amount amount = amounts[added.first + i];
+        const auto begin = amounts.begin() + to.first;
+        const auto known = std::find_if(begin, begin + to.size,
+                                        [&](const Amount& a) { return a.species == amount.species; });
+        if (known != begin + to.size) {
+            known->value += amount.value;
+            continue;
         }
-        if (!known) amounts.push_back(added);
+        if ((to.size & (to.size - 1)) == 0) {  // full: the room of a composition is a power of two
+            const auto room = static_cast<std::uint32_t>(amounts.size());
+            amounts.resize(room + 2 * std::size_t{to.size});
+            std::copy_n(amounts.begin() + to.first, to.size, amounts.begin() + room);
+            to.first = room;
+        }
+        amounts[to.first + to.size++] = amount;
     }
-    return {start, static_cast<std::uint32_t>(amounts.size() - start)};
 }
 
 bool Compositions::is_water(const Composition& composition) const {

@@ -22,7 +22,7 @@ struct Amount {
     double value;
 };
 
-// Amounts [first, first + size) of the block's.
+// Amounts [first, first + size) of the block's. Up to the next power of two the amounts behind are its own.
 struct Composition {
     std::uint32_t first;
     std::uint32_t size;
@@ -43,8 +43,9 @@ struct Compositions {
     // Composition.__lt__: by the amount of the most electropositive species in which they differ. No order
     // that sorting may rely on: amounts within the tolerance are the same.
     bool less(const Composition& a, const Composition& b) const;
-    // Composition.__add__, the species of `a` first.
-    Composition sum(const Composition& a, const Composition& b);
+    // Composition.__add__, the species of `to` first. In place: many rows may be added to one, of many
+    // species.
+    void add(Composition& to, const Composition& added);
     // {O, H} without oxidation states: O with implicit hydrogens, which are left out of the structure.
     bool is_water(const Composition& composition) const;
     // The occupancy of a site, which pymatgen holds against 1.

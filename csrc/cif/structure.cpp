@@ -7,15 +7,15 @@
 namespace catmllm::cif {
 namespace {
 
-// No two sites are the same to pymatgen: such a pair is nearer than the tolerance along all three axes. (1 %
-// covers rounding. False says nothing; nan is false.)
-bool sites_are_apart(const geometry::Lattice& lattice, double min_distance) {
+// Sites farther apart than this are not the same to pymatgen: such a pair is nearer than the tolerance along
+// all three axes. (1 % covers rounding.)
+double farthest_same(const geometry::Lattice& lattice) {
     double diagonal = 0;
     for (int k = 0; k < 3; ++k) {
         const double* axis = lattice.rows + 3 * k;
         diagonal += std::sqrt(axis[0] * axis[0] + axis[1] * axis[1] + axis[2] * axis[2]);
     }
-    return min_distance > 1.01 * kSiteTolerance * diagonal;
+    return 1.01 * kSiteTolerance * diagonal;
 }
 
 }  // namespace
@@ -34,9 +34,9 @@ Status build_structure(const Block& block, bool magnetic, bool incommensurate, S
     out.clear();
     s.compositions.clear();
     const SiteRows& rows = s.rows;
-    const auto measure = [&] {
+    const auto measure = [&](double enough) {
         out.min_distance =
-            geometry::min_distance(out.lattice, out.frac.data(), out.frac.size() / 3, s.distance);
+            geometry::min_distance(out.lattice, out.frac.data(), out.frac.size() / 3, s.distance, enough);
     };
 
     bool have_lattice = false;
@@ -61,8 +61,9 @@ Status build_structure(const Block& block, bool magnetic, bool incommensurate, S
     bool apart = false;
     if (identity && have_lattice && !rows.far_away && rows.size <= Limits::kSites) {
         rows_as_sites(rows, out.frac);
-        measure();
-        apart = sites_are_apart(out.lattice, out.min_distance);
+        const double same = farthest_same(out.lattice);
+        measure(same);                    // any number of rows may lie on one site
+        apart = out.min_distance > same;  // not where it is nan
     }
     Merging found;
     if (!apart) status = merge_rows(s.operations, identity, s.points, s.rows, s.compositions, found);
@@ -85,7 +86,7 @@ Status build_structure(const Block& block, bool magnetic, bool incommensurate, S
     if (!have_lattice) return skip_block(Reason::kCell);
     count_atoms(s.compositions, rows, s.groups, s.counts, out);
     out.fields = fields_of(block, s.labels);
-    if (!apart) measure();
+    if (!apart) measure(0);
     return ok();
 }
 

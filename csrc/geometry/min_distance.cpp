@@ -82,7 +82,8 @@ bool reduce_sites(const double change[9], const double* frac, std::size_t n, Dis
 
 }  // namespace
 
-double min_distance(const Lattice& lattice, const double* frac, std::size_t n, DistanceScratch& s) {
+double min_distance(const Lattice& lattice, const double* frac, std::size_t n, DistanceScratch& s,
+                    double enough) {
     if (n < 2) return std::numeric_limits<double>::infinity();
     Cell cell;
     if (!reduce_cell(lattice, cell)) return kNan;
@@ -92,14 +93,16 @@ double min_distance(const Lattice& lattice, const double* frac, std::size_t n, D
 
     double best = nearest_in_order(cell, n, s);
     double r = std::sqrt(best);
+    enough /= cell.scale;
+    if (r <= enough) return r * cell.scale;
     const double narrowest = std::min({cell.spacing[0], cell.spacing[1], cell.spacing[2]});
     if (n <= kFew && r < 0.499 * narrowest) {
         best = search_rounded(cell, r, n, s, best);
     } else {
         Slices slices;
         const std::uint32_t most = fill_boxes(cell, r, n, slices, s);
-        best =
-            most <= 8 * kCrowded ? search_boxes(cell, slices, s, best) : search_sparse(cell, r, n, s, best);
+        best = most <= 8 * kCrowded ? search_boxes(cell, slices, s, best)
+                                    : search_sparse(cell, r, n, s, best, enough * enough);
     }
     return std::sqrt(best) * cell.scale;
 }

@@ -23,7 +23,9 @@ struct DistanceScratch {
 };
 
 // frac: [n, 3]. Every periodic image counts, a site's own images do not: inf for n < 2. nan where the lattice
-// or a coordinate is not finite or the cell has no volume.
-double min_distance(const Lattice& lattice, const double* frac, std::size_t n, DistanceScratch& scratch);
+// or a coordinate is not finite or the cell has no volume. A distance up to `enough` (Å) may end the search:
+// it is returned then, though a lesser one may be there.
+double min_distance(const Lattice& lattice, const double* frac, std::size_t n, DistanceScratch& scratch,
+                    double enough = 0);
 
 }  // namespace catmllm::geometry

@@ -100,7 +100,8 @@ std::uint32_t fill_boxes(const Cell& cell, double& r, std::size_t n, Slices& sli
 // Over pairs in the same and in neighbouring boxes.
 double search_boxes(const Cell& cell, const Slices& slices, const DistanceScratch& s, double best);
 
-// sparse.cpp. The same for sites that crowd a small part of the cell.
-double search_sparse(const Cell& cell, double r, std::size_t n, const DistanceScratch& s, double best);
+// sparse.cpp. The same for sites that crowd a small part of the cell; over when `best` is `enough`.
+double search_sparse(const Cell& cell, double r, std::size_t n, const DistanceScratch& s, double best,
+                     double enough);
 
 }  // namespace catmllm::geometry

@@ -58,7 +58,8 @@ std::uint32_t fill(const Cell& cell, double r, std::size_t n, const DistanceScra
 
 }  // namespace
 
-double search_sparse(const Cell& cell, double r, std::size_t n, const DistanceScratch& s, double best) {
+double search_sparse(const Cell& cell, double r, std::size_t n, const DistanceScratch& s, double best,
+                     double enough) {
     SparseBoxes boxes;
     boxes.members.resize(n);
     for (int round = 0; round < 64; ++round) {
@@ -77,6 +78,7 @@ double search_sparse(const Cell& cell, double r, std::size_t n, const DistanceSc
                 site_position(cell, s, members[q].site, b);
                 best = std::min(best, images.nearest(b[0] - a[0] + shift[0], b[1] - a[1] + shift[1],
                                                      b[2] - a[2] + shift[2]));
+                if (best <= enough) return;
             }
         }
     };
@@ -85,6 +87,7 @@ double search_sparse(const Cell& cell, double r, std::size_t n, const DistanceSc
     for (std::size_t box = 0; box + 1 < starts.size(); ++box) {
         const double none[3] = {0, 0, 0};
         pairs(box, box, none);
+        if (best <= enough) return best;
         const std::uint64_t key = members[starts[box]].key;
         int at[3];
         for (int k = 0; k < 3; ++k)

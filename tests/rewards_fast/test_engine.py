@@ -2,6 +2,7 @@
 and against misuse."""
 
 import asyncio
+import itertools
 import math
 import multiprocessing
 import os
@@ -37,6 +38,8 @@ def with_symmetry(lines: str, sites: str = "Pt Pt0 0.1 0.2 0.3\nO O1 0.6 0.7 0.8
         f"_atom_site_fract_y\n_atom_site_fract_z\n{sites}"
     )
 
+
+PAULING = with_symmetry("", "").replace("_atom_site_fract_z\n", "_atom_site_fract_z\n_atom_site_occupancy\n")
 
 # One text or more for each rule of pymatgen's reader; what the answer is, the reference says.
 RULES = {
@@ -108,6 +111,15 @@ RULES = {
     "everything onto the origin": with_symmetry("_symmetry_equiv_pos_as_xyz 0,0,0"),
     "infinite coordinate": cell_cif(CUBE, [("Pt", "inf", 0, 0)]),  # type: ignore[list-item]
     "coordinate nan": cell_cif(CUBE, [("Pt", 0, "nan", 0)]),  # type: ignore[list-item]
+    "many species on two places": cell_cif(
+        CUBE,
+        [(f"Q{'abcdefghijk'[i * 7 % 11]}", 0.1 + 0.5 * (i % 2), 0, 0) for i in range(40)] + PT,
+        occupancies=[f"0.0{i % 9 + 1}" for i in range(40)] + [1],
+    ),
+    "isotopes of hydrogen on one place": cell_cif(
+        CUBE, [(s, 0.5, 0.5, 0) for s in ("O", "H", "D", "H", "O", "T", "D")] + PT, occupancies=["0.01"] * 8
+    ),
+    "a Pauling row with a name again": PAULING + "'0.5Nb + 0.2Zr<sup> + 0.1Nb' Nb 0 0 0 1\n",
     "Pauling row": with_symmetry("", "").replace(
         "_atom_site_fract_z\n", "_atom_site_fract_z\n_atom_site_occupancy\n"
     )
@@ -384,6 +396,46 @@ def test_enormous_texts_end_soon(name: str) -> None:
     assert time.perf_counter() - start < 30
     assert math.isfinite(scores.total[0])
     assert scores.reason[0] is not None or scores.n_sites[0] > 0
+
+
+ROWS = {
+    "species of one place": lambda n: [f"Q{a}{b} 0 0 0 .0001" for a in LETTERS for b in LETTERS] * (n // 60),
+    "species of two places": lambda n: (
+        [f"Q{a}{b} 0 0 .{z} .0001" for a in LETTERS for b in LETTERS for z in (1, 6)] * (n // 120)
+    ),
+    "one place": lambda n: ["Pt 0 0 0 .00001"] * (10 * n),
+    "places far nearer than the tolerance": lambda n: [f"Pt 0 0 {i}e-15 .00001" for i in range(10 * n)],
+    "two places": lambda n: ["Pt 0 0 0 .00001", "Pt 0 0 .5 .00001"] * (5 * n),
+}
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+def score_seconds(text: str) -> float:
+    begin = time.process_time()
+    PVCP(threads=1, extract=False).score([text], "")
+    return time.process_time() - begin
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_rows_on_one_place_take_linear_time(name: str) -> None:
+    """They are added up species by species. It took 10 s, or the square of the number of rows."""
+    head = cell_cif(CUBE, []).replace("_atom_site_type_symbol\n", "")
+    short, long = (
+        min(score_seconds(head + "\n".join(ROWS[name](n)) + "\n") for _ in range(3)) for n in (1000, 4000)
+    )
+    assert long < min(8 * short + 0.05, 2)
+
+
+def test_a_symbol_of_many_elements_takes_linear_time() -> None:
+    names = ["".join(letters) for letters in itertools.product(LETTERS, repeat=4)]
+    short, long = (
+        min(
+            score_seconds(PAULING + f"'{' + '.join('0.1' + name for name in names[:n])}' Pt 0 0 0 1\n")
+            for _ in range(3)
+        )
+        for n in (10_000, 40_000)
+    )
+    assert long < 8 * short + 0.05
 
 
 def test_reasons_name_what_is_wrong() -> None:
