@@ -4,7 +4,7 @@ yours.
     from rewards_fast.integrations.verifiers import CIFTaskset  # all of the file catalysts.py
     __all__ = ["CIFTaskset"]
 
-    eval catalysts --env.taskset.data prompts.jsonl --env.taskset.task.reward.near 0.7
+    vf-eval catalysts --env.taskset.data prompts.jsonl --env.taskset.task.reward.near 0.7
 
 reads rows like `{"prompt": ..., "target": "Pt9Cu3CO"}`. A taskset of yours whose data has a field `target`
 plugs the reward in by its path: `task.rewards.cif_reward.fn =
