@@ -80,7 +80,7 @@ bool is_excluded(const std::string& text, bool before, bool sites) {
                              "analysis", "scratchpad", "assistant", "model", "final", "inst]", "\\"})
         if (low.find(word) != std::string::npos) return true;
     if (before)
-        for (const char* word : {"im_end", "endoftext", "eot", "end", "return", "eom", "eos"})
+        for (const char* word : {"im_end", "endoftext", "eot", "end", "return", "eom", "eos", "call"})
             if (low.find(word) != std::string::npos) return true;
     for (std::size_t from = 0; sites && from < text.size();) {
         const std::size_t end = std::min(text.find('\n', from), text.size());
