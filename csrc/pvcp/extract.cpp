@@ -162,8 +162,7 @@ bool fence_at(std::string_view s, std::size_t at, Tag& fence) {
     return true;
 }
 
-// ------------------------------------------------------------------------------------------- borders of a
-// CIF
+// ------------------------------------------------------------------------------------ borders of a CIF
 
 // The first `data_` from `from` on that begins a line, behind white space and `>` alone.
 std::size_t find_line_block(std::string_view s, std::size_t from) {
@@ -380,8 +379,7 @@ void find_segments(std::string_view s, std::vector<Span>& segments) {
     close(s.size());
 }
 
-// --------------------------------------------------------------------------------------------------- the
-// finder
+// ------------------------------------------------------------------------------------------ the finder
 
 // Appends the character with this code as characters.h has it.
 void append_character(std::uint32_t code, std::string& text) {
@@ -613,8 +611,7 @@ class Finder {
     bool segmented_ = false;
 };
 
-// -------------------------------------------------------------------------------------------------------
-// JSON
+// ------------------------------------------------------------------------------------------------ JSON
 
 int hex(char c) {
     if (is_digit(byte(c))) return c - '0';

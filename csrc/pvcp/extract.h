@@ -38,18 +38,14 @@ struct Extraction {
 // The CIF of the answer: the last whole one outside of reasoning, up to what cannot belong to it.
 //
 // 1. Of a chat the last assistant turn counts, up to its end; reasoning (`<think>` and its like, Harmony's
-// channel
-//    `analysis`) is passed over, up to the end where it does not close by the same name, from the begin where
-//    it was not opened.
+//    channel `analysis`) is passed over, up to the end where it does not close by the same name, from the
+//    begin where it was not opened.
 // 2. Tags, special tokens and code fences are borders that no CIF crosses. In a CIF they are none where its
-// grammar
-//    makes them a value: in quotes, in a text field, behind a key.
+//    grammar makes them a value: in quotes, in a text field, behind a key.
 // 3. A CIF begins with `data_` at a line's begin or right behind a border and ends as length_of_cif says. A
-// `data_` in
-//    the middle of a line counts where there is no other.
+//    `data_` in the middle of a line counts where there is no other.
 // 4. Of several the last that `reads` accepts is the answer's, quoted, indented and escaped ones among them;
-// where
-//    it accepts none, the last.
+//    where it accepts none, the last.
 //
 // `answer`: bytes as ../cif/characters.h describes them. The view is of the answer or of a text in `memory`.
 std::string_view extract_cif(std::string_view answer, const Reads& reads, Extraction& memory);
