@@ -192,12 +192,19 @@ def test_cells_that_end_at_different_stages_are_compared_by_their_last(data: Pat
         config = load_config(overrides=[f"stages=[{','.join(errors)}]", f"data.path={data}"])
         test = evenly_spaced(open_data(config.data)["test"], config.evaluate.property_systems)
         found = {
-            s: {"parity": {"energy": [0.0] * len(test), "predicted": [e] * len(test)}}
+            s: {
+                "parity": {
+                    "energy": [0.0] * len(test),
+                    "predicted": [e] * len(test),
+                    "others": {"start": [2 * e] * len(test)},
+                }
+            }
             for s, e in errors.items()
         }
         return [values_of({"config": to_dict(config), "property": found}, data)] * 2
 
     rows = compared({"both": run(encoder=0.3, joint=0.2), "encoder": run(encoder=0.3)})
+    assert rows["last stage: test error, start, eV"]["encoder"]["more"] == pytest.approx(0.2)
     last = rows["last stage: test error, eV"]
     assert (last["both"]["mean"], last["encoder"]["mean"]) == pytest.approx((0.2, 0.3))
     assert last["encoder"]["more"] == pytest.approx(0.1)

@@ -101,7 +101,8 @@ def _property(metrics: Metrics) -> dict[str, Values]:
             continue
         found[f"{LAST}: test error, eV"] = found[f"{stage}: test error, eV"]
         others = parity.get("others", {})
-        found |= {f"{stage}: test error, {m}, eV": off(others[m]) for m in MODES if m in others}
+        for of in (stage, LAST):
+            found |= {f"{of}: test error, {m}, eV": off(others[m]) for m in MODES if m in others}
         for mode in ("both", "graph", "text"):
             if mode in measured:
                 found[f"{stage}: test R², {mode}"] = [measured[mode]["r2"]], [""]
