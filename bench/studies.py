@@ -21,6 +21,7 @@ else:
 
 from catmllm.report.figures import save_figure
 from catmllm.study.cells import read
+from catmllm.study.compare import LAST
 from catmllm.study.page import draw, size
 
 RESULTS = record.RESULTS / "studies"
@@ -33,6 +34,7 @@ _ENERGIES = {
     "joint: test error, start, eV": "start, eV",
 }
 SHOWN: dict[str, dict[str, str]] = {
+    "bridge": {row.replace("joint", LAST): words for row, words in _ENERGIES.items()},
     "inverse_helps": _ENERGIES,
     "mmtg": _ENERGIES | {"joint: cross-entropy in training": "cross-entropy of answers"},
 }
