@@ -176,14 +176,20 @@ class Model:
 
     def _renewed(self, version: int) -> None:
         self._wake("kv_cache")
-        self.llm.reset_prefix_cache()  # its keys and values are of the old weights
+        self.llm.reset_prefix_cache()  # its keys and values are of the old weights, or went to sleep
         self.version = version
 
     def generate(self, request: dict[str, Any], blocks: list[bytes]) -> dict[str, Any]:
         """Tokens and log-probabilities of an answer to each prompt, its `vectors` in the places of its
-        markers; under a grammar also the log of the share that the allowed tokens had."""
+        markers; under a grammar also the log of the share that the allowed tokens had. Memory that sleeps
+        since answers before by the same weights wakes first."""
         from vllm import SamplingParams
 
+        if self.asleep:
+            if self.sleeps == 2:
+                raise RuntimeError("these weights went with the last answers: update before you ask again")
+            self._wake("weights")
+            self._renewed(self.version)
         vectors = torch.zeros(0)
         if blocks:
             flat = torch.frombuffer(bytearray(blocks[0]), dtype=getattr(torch, request["dtype"]))

@@ -161,8 +161,12 @@ def test_a_card_has_the_name_that_another_process_knows(monkeypatch: pytest.Monk
     assert [card_of(0), card_of(1)] == ["4", "GPU-1f2e"]
 
 
-def test_memory_sleeps_between_rollouts_and_wakes_for_weights_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a stand-in for vLLM: room for weights, weights, room for caches, answers, sleep."""
+@pytest.mark.parametrize("level", [1, 2])
+def test_memory_sleeps_between_rollouts_and_wakes_for_weights_first(
+    monkeypatch: pytest.MonkeyPatch, level: int
+) -> None:
+    """On a stand-in for vLLM: room for weights, weights, room for caches, answers, sleep. More answers by the
+    same weights, as GA-GRPO asks for, wake what was kept, and are refused where it was not."""
     calls: list[Any] = []
 
     class LLM:
@@ -186,15 +190,23 @@ def test_memory_sleeps_between_rollouts_and_wakes_for_weights_first(monkeypatch:
     stand_in.SamplingParams = dict
     monkeypatch.setitem(sys.modules, "vllm", stand_in)
     model = Model("nowhere", -1, Pipe()[0])
-    model.llm, model.sleeps, model.image_id = LLM(), 2, 0
+    model.llm, model.sleeps, model.image_id = LLM(), level, 0
     asked = {"prompts": [], "grammar": None, "group_size": 1, "banned": [], "seeds": [], "max_tokens": []}
     for version in (1, 2):
         model.begin({}, [])
         model.finish({"version": version}, [])
         model.generate({**asked, "top_p": 1.0, "end_id": 0}, [])
-    first = ["start_weight_update", "finish_weight_update", "forget", "generate", ("sleep", 2)]
+    first = ["start_weight_update", "finish_weight_update", "forget", "generate", ("sleep", level)]
     woken = [("wake", "weights"), *first[:2], ("wake", "kv_cache"), *first[2:]]
     assert calls == first + woken
+    calls.clear()
+    if level == 2:
+        with pytest.raises(RuntimeError, match="update before you ask again"):
+            model.generate({**asked, "top_p": 1.0, "end_id": 0}, [])
+        assert not calls
+    else:
+        model.generate({**asked, "top_p": 1.0, "end_id": 0}, [])
+        assert calls == [("wake", "weights"), ("wake", "kv_cache"), *first[2:]] and model.version == 2
 
 
 def test_answers_of_another_process_keep_to_their_grammar(
