@@ -188,7 +188,8 @@ class Remote:
             if there == {"session": self.session, "version": self.version}:
                 return
             try:
-                self._send(known=there["session"] == self.session)
+                # Without a version what came before may have broken off anywhere.
+                self._send(known=there["session"] == self.session and there["version"] is not None)
             except Unreachable as error:
                 lost, problem = True, str(error)
             except Refused as error:

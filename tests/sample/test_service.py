@@ -24,7 +24,7 @@ from catmllm.data.open import open_data
 from catmllm.data.prompts import Sample, cif_prompt
 from catmllm.models.build import new_model
 from catmllm.sample.answers import Rollout
-from catmllm.sample.wire import LARGEST, Ask, Description, Refused, prompts_of, sampled_with
+from catmllm.sample.wire import LARGEST, Ask, Description, Refused, Unreachable, prompts_of, sampled_with
 from catmllm.stages.grpo import GRPO
 from catmllm.train.loop import train
 from catmllm.train.metrics import read_log
@@ -232,6 +232,31 @@ def test_a_service_that_is_lost_is_waited_for_and_asked_again(
     assert killed == [service.begun - 1]
     assert f"step {1 + staleness}: the answers are asked for again" in capfd.readouterr().err
     assert rows == unbroken
+
+
+def test_a_first_transfer_that_breaks_off_begins_anew(
+    make_context: MakeContext, service: Served, capfd: pytest.CaptureFixture[str], ahead: Any
+) -> None:
+    """Behind the description: the service then knows the session, and none of the weights."""
+    broken: list[int] = []
+
+    class Broken(Watched):
+        def begin(self) -> None:
+            super().begin()
+            assert self.remote is not None
+            client, weights = self.remote.client, self.remote.client.weights
+
+            def once_broken(session: str, version: int, part: int, last: bool, body: bytes) -> None:
+                if not broken:
+                    broken.append(part)
+                    raise Unreachable("the connection broke")
+                weights(session, version, part, last, body)
+
+            client.weights = once_broken  # type: ignore[method-assign]
+
+    rows = run(make_context, configured(service.client.address, **AHEAD), Broken)[2]
+    assert broken == [0] and "weights 0 are sent again (the connection broke)" in capfd.readouterr().err
+    assert rows == ahead[2]
 
 
 def test_a_service_that_never_comes_ends_the_run(make_context: MakeContext) -> None:
