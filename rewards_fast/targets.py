@@ -27,10 +27,11 @@ _BRACKETS = str.maketrans("[]{}", "()()", "@")
 # `PT3CU` is P, tritium, C, U for pymatgen and platinum for whoever wrote it;
 # D and T beside these letters are refused.
 _CAPITALS = re.compile("|".join(f"{s[0]}{s[1].upper()}" for s in ELEMENTS if s[1:] in ("d", "t")))
-# A word is tried from its first letter only and an index has few digits:
+# A word is tried from its first letter only, an index has few digits, and space has one way to be read:
 # no prompt takes more than linear time.
 _WORD = r"(?<![^\s<>])([^\s<>]+)\s*</s>\s*([A-Za-z0-9.()\[\]]+"
-_PROMPT = re.compile(_WORD + r"?)\s*\(\s*-?\d{1,3}\s*,?\s*-?\d{1,3}\s*,?\s*-?\d{1,3}\s*\)")
+_NEXT = r"\s*(?:,\s*)?-?\d{1,3}"
+_PROMPT = re.compile(_WORD + rf"?)\s*\(\s*-?\d{{1,3}}{_NEXT}{_NEXT}\s*\)")
 _PROMPT_BARE = re.compile(_WORD + r")")
 
 
@@ -133,7 +134,7 @@ def parse_target(target: Target) -> dict[str, float]:
             if amount is None:  # Arrow and Parquet fill the elements that a row does not have
                 amount = 0.0
             if isinstance(amount, str) or not 0 <= amount < math.inf:
-                raise ValueError(f"the target {target!r} has the count {amount!r} for {symbol}")
+                raise ValueError(f"the target {target!r} has the count {amount!r} for {symbol!r}")
             _add(counts, str(symbol), float(amount), target)
     elif not isinstance(target, str):
         raise TypeError(f"a target is a prompt, a formula or a dict of counts, not {type(target).__name__}")
@@ -191,8 +192,10 @@ def _numbered_text(target: str) -> Numbered:
 def is_empty(target: Target) -> bool:
     """Whether a target names no composition, without reading a formula."""
     if isinstance(target, str):
-        return target.strip() in ("", "{}", "null", '""')
-    return not target or not any(target.values())
+        target = _loaded(target)
+    if isinstance(target, Mapping):
+        return not any(target.values())
+    return not (target.strip() if isinstance(target, str) else target)
 
 
 class MissingTargets:

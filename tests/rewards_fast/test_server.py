@@ -172,6 +172,7 @@ HOSTILE: dict[str, tuple[bytes, int]] = {
     "huge count": (b'{"texts": ["a"], "targets": {"Pt": 1e999}}', 422),
     "huge integer": (b'{"texts": ["a"], "targets": {"Pt": ' + b"9" * 5000 + b"}}", 422),
     "negative count": (b'{"texts": ["a"], "targets": {"Pt": -1}}', 422),
+    "half a pair is a symbol": (b'{"texts": ["a"], "targets": "{\\"\\\\ud800\\": -1}"}', 422),
     "count is a text": (b'{"texts": ["a"], "targets": {"Pt": "1"}}', 422),
     "no element without a count": (b'{"texts": ["a"], "targets": {"Qq": null}}', 422),
     "count is true": (b'{"texts": ["a"], "targets": {"Pt": true}}', 422),

@@ -2,6 +2,7 @@
 
 import logging
 import pickle
+import time
 import warnings
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from pymatgen.core import Composition, DummySpecies
 
 from rewards_fast import PVCP, parse_target
-from rewards_fast.targets import MissingTargets, prompt_target
+from rewards_fast.targets import MissingTargets, is_empty, prompt_target
 from tests.rewards_fast.cif_texts import SLAB, TARGET
 
 PT3CU = {"Pt": 3, "Cu": 1}
@@ -150,6 +151,14 @@ def test_what_others_say_is_not_the_target(prompt: object) -> None:
     assert prompt_target(prompt) is None  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("gap", ["1", "1 1"])
+def test_a_long_gap_in_a_prompt_takes_linear_time(gap: str) -> None:
+    begin = time.process_time()
+    assert prompt_target(f"CO</s>A({gap}" + " " * 32_000 + "x") is None
+    assert time.process_time() - begin < 1.0
+    assert prompt_target("say CO</s>Pt9Cu3 ( 1 ,-1,  0 )") == "CO</s>Pt9Cu3 ( 1 ,-1,  0 )"
+
+
 def test_a_wrong_target_names_its_row() -> None:
     with pytest.raises(ValueError, match=r"row 2: .*pt3cu"):
         PVCP().score([SLAB] * 3, ["Pt", None, "pt3cu"])
@@ -159,6 +168,8 @@ def test_missing_targets_are_counted_and_told_once(caplog: pytest.LogCaptureFixt
     watch = MissingTargets("here")
     assert watch.count(["Pt", TARGET]) == [False, False] and not caplog.records
     assert watch.count([None, "", {}, {"Pt": None}, " ", "null", "Pt"], hint="Look.") == [True] * 6 + [False]
+    as_json = ["{ }", '{"Pt": null}', ' {"Pt": 0, "Cu": 0.0}', '" "', '{"Pt": 0, "Cu": 1}', "{Pt3}2", '"Pt"']
+    assert [is_empty(target) for target in as_json] == [True] * 4 + [False] * 3
     watch.count([None])
     assert (watch.seen, watch.missing) == (10, 7)
     assert [r.levelno for r in caplog.records] == [logging.WARNING]
