@@ -56,6 +56,16 @@ def test_by_definition_in_float64() -> None:
         torch.testing.assert_close(found.entropy[k], -(known.exp() * known).sum())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_no_token_is_no_value(dtype: torch.dtype) -> None:
+    hidden, weight, reference, targets, _ = case(dtype)
+    hidden, weight = hidden[:0].requires_grad_(), weight.requires_grad_()
+    found = allowed_logprobs(hidden, weight, targets[:0], Allowed.join([]), 0.7, True, reference)
+    assert all(x is not None and x.shape == (0,) for x in found)
+    found.logprob.sum().backward()
+    assert weight.grad is not None and not weight.grad.any()
+
+
 def test_a_word_that_may_not_come_is_an_error() -> None:
     hidden, weight, _, targets, allowed = case(torch.float32)
     targets[2] = next(

@@ -220,6 +220,10 @@ def test_large_logits_do_not_overflow() -> None:
 def test_no_token_is_no_value() -> None:
     hidden, weight, targets = problem(0)
     assert linear_logprob(hidden, weight, targets).shape == (0,)
+    hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
+    linear_logprob(hidden, weight, targets).sum().backward()
+    assert hidden.grad is not None and hidden.grad.shape == hidden.shape
+    assert weight.grad is not None and not weight.grad.any()
 
 
 def test_an_ignored_target_is_zero_and_has_no_gradient() -> None:

@@ -50,7 +50,8 @@ class Allowed(NamedTuple):
         there = torch.zeros(int(words.max()) + 1 if len(words) else 0, dtype=torch.bool, device=words.device)
         columns = there.index_fill_(0, words, True).nonzero().squeeze(1)
         place = there.cumsum(0)[words] - 1
-        line = torch.arange(len(different)).repeat_interleave(torch.tensor([len(s) for s in different]))
+        lengths = torch.tensor([len(s) for s in different], dtype=torch.int64)
+        line = torch.arange(len(different)).repeat_interleave(lengths)
         table = torch.zeros(len(different), len(columns), dtype=torch.bool, device=words.device)
         table[line.to(table.device), place] = True
         return cls(columns, table, torch.tensor(of, dtype=torch.int64))

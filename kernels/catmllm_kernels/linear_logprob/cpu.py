@@ -51,7 +51,7 @@ def forward(p: Forward) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     lse = torch.empty_like(lp)
     spread = torch.empty_like(lp) if entropy else lp.new_empty(0)
     count = max(1, LOGITS // words)
-    kept = hidden.new_empty((tokens, words) if keep and tokens > count else 0)
+    kept = hidden.new_empty((tokens, words) if keep and (tokens > count or not tokens) else 0)
     for start in range(0, tokens, count):
         part = slice(start, start + count)
         z = product(hidden[part], weight)
