@@ -10,6 +10,7 @@ the VL models. `fairchem` is the encoder as a checkpoint of fairchem 1.x.
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,7 @@ def save_tokenizer(tokenizer: Any, out: Path) -> None:
     """
     from transformers import AutoTokenizer
 
+    shutil.rmtree(out / TOKENIZER, ignore_errors=True)  # of an export before: it would be read first
     tokenizer.save_pretrained(out)
     probe = cif_prompt("CO</s>Pt9Cu3 (1 1 1)") + "".join(cif_tokens())
     if AutoTokenizer.from_pretrained(out).encode(probe) != tokenizer.encode(probe):

@@ -132,8 +132,11 @@ def test_new_tokens_are_made_of_known_ones(qwen: PreTrainedTokenizerBase) -> Non
 def test_an_export_of_qwens_own_tokenizer_is_read_as_it_is(
     extended: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
-    """Beside a config.json of Qwen2, from the model's own folder."""
+    """Beside a config.json of Qwen2, from the model's own folder, also where an export before had another
+    tokenizer in a folder of its own."""
     Qwen2Config().save_pretrained(tmp_path)
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text("another")
     save_tokenizer(extended, tmp_path)
     assert not (tmp_path / "tokenizer").exists()
     again = AutoTokenizer.from_pretrained(tmp_path)
