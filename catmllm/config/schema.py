@@ -497,7 +497,7 @@ class SamplingConfig:
     """How answers are sampled."""
 
     temperature: float = key(1.0, "what logits are divided by", gt=0)
-    top_p: float = key(0.95, "answers are drawn from the most likely tokens of this probability", ge=0, le=1)
+    top_p: float = key(0.95, "answers are drawn from the most likely tokens of this probability", gt=0, le=1)
     max_new_tokens: int | None = key(
         256,
         "longest answer; null: a quarter more than a CIF of the cell asked for takes",

@@ -104,7 +104,7 @@ def bound_words(metadata: Mapping[str, Any]) -> str:
     if lt is not None:
         return f"from {low} to below {lt:g}"
     if le is not None:
-        return f"between {low} and {le:g}"
+        return f"between {low} and {le:g}" if gt is None else f"{low}, at most {le:g}"
     return "positive" if gt == 0 else low if gt is not None else f"{low} or more"
 
 

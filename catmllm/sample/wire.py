@@ -87,7 +87,7 @@ class Ask(_Message):
     session: Word
     version: NonNegativeInt
     temperature: Annotated[float, Field(gt=0)]
-    top_p: Annotated[float, Field(ge=0, le=1)]
+    top_p: Annotated[float, Field(gt=0, le=1)]
     grammar: bool
     stop: Annotated[tuple[Word, ...], Field(max_length=20)]
     seed: Annotated[list[int], Field(max_length=20)]

@@ -318,6 +318,7 @@ def test_what_does_not_fit_is_refused_with_a_reason(make_context: MakeContext, s
         (422, "tokens are asked for", {"prompts": [prompts[0].model_copy(update={"limit": 1 << 22})]}),
         (422, "group_size: .*less than or equal", {"group_size": 5000}),
         (422, "temperature", {"temperature": -1.0}),
+        (422, "top_p: .*greater than 0", {"top_p": 0.0}),
         (422, "more of its adsorbate", {"prompts": [prompts[0].model_copy(update={"target": {"H": 1}})]}),
     ):
         refused(status, says, client.sample, ask.model_copy(update=change))
