@@ -10,8 +10,8 @@ from catmllm.train.throughput import PEAKS
 
 @dataclass(frozen=True)
 class Card:
-    """FLOP/s without sparsity, bytes/s. `limit`: GiB for tensors, less the CUDA context, NCCL's buffers and
-    some fragmentation."""
+    """FLOP/s without sparsity, bytes/s. `memory`: GiB that the card gives; `limit`: those for tensors, less
+    the CUDA context, NCCL's buffers and some fragmentation."""
 
     name: str
     half: float  # of tensor cores in fp16 and bf16
@@ -19,6 +19,7 @@ class Card:
     wide: float  # float32 without tensor cores
     hbm: float
     nvlink: float  # in one direction
+    memory: float
     limit: float
     # Share of `half` that attention reached where its authors measured it at its best: a head of 128, 16k
     # tokens, forward. Dao 2023 (arXiv 2307.08691) on an A100; Shah et al. 2024 (arXiv 2407.08608) has both on
@@ -34,10 +35,8 @@ _HOPPER = {"FlashAttention-2": 0.35, "FlashAttention-3": 0.75}
 CARDS = {
     card.name: card
     for card in (
-        # 80 GB, SXM; they give 79.2 GiB
-        Card("A100", PEAKS["A100"], 156e12, 19.5e12, 2.0e12, 300e9, 76.0, {"FlashAttention-2": 0.73}),
-        Card("H100", PEAKS["H100"], 494e12, 67e12, 3.35e12, 450e9, 76.0, _HOPPER),
-        # 141 GB, which are 131 GiB
-        Card("H200", PEAKS["H200"], 494e12, 67e12, 4.8e12, 450e9, 128.0, _HOPPER),
+        Card("A100", PEAKS["A100"], 156e12, 19.5e12, 2.0e12, 300e9, 79.2, 76.0, {"FlashAttention-2": 0.73}),
+        Card("H100", PEAKS["H100"], 494e12, 67e12, 3.35e12, 450e9, 79.2, 76.0, _HOPPER),
+        Card("H200", PEAKS["H200"], 494e12, 67e12, 4.8e12, 450e9, 131.0, 128.0, _HOPPER),  # 141 GB
     )
 }

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch._library.custom_ops import OPDEFS
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import DTensor
@@ -340,7 +341,8 @@ class Ledger(TorchDispatchMode):
         elif name == "allgather_":
             self.sent["all-gather"] += sum(t.nbytes for t in args[0][0][1:])
         elif name == "allreduce_":
-            self.sent["all-reduce"] += 2 * sum(t.nbytes for t in args[0])
+            n = dist.ProcessGroup.unbox(args[1]).size()
+            self.sent["all-reduce"] += 2 * (n - 1) / n * sum(t.nbytes for t in args[0])
 
 
 # torch 2.11 has no formulas for its own operator over samples of any length; later ones count fake samples

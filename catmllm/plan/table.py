@@ -57,7 +57,10 @@ def table(advice: Advice, limit: float) -> str:
     if advice.turn_on:
         lines.append(f"  turn on: {' '.join(advice.turn_on)}")
     if advice.largest:
-        lines.append(f"  largest micro-batch that fits: {advice.largest} ({advice.largest_peak:.1f} GiB)")
+        how = ", without `batch_tokens`" if advice.unpacked else ""
+        lines.append(
+            f"  largest micro-batch that fits: {advice.largest} ({advice.largest_peak:.1f} GiB{how})"
+        )
     elif advice.turn_on:
         lines.append("  nothing fits even so: take more ranks or a smaller model")
     return "\n".join(lines)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,11 @@ import torch.distributed as dist
 from catmllm.config import Config, SamplingConfig
 from catmllm.data.batches import Collator
 from catmllm.data.open import texts_only
-from catmllm.data.prompts import design_prompt
+from catmllm.data.prompts import Sample, design_prompt
 from catmllm.evaluate.baselines import evenly_spaced
 from catmllm.models.build import new_model, outline_model
 from catmllm.models.catalytic_mllm import CatalyticMLLM
+from catmllm.models.state import described_model, stage_folder
 from catmllm.plan.balance import Costs, waiting
 from catmllm.plan.cards import CARDS, PUBLISHED, Card
 from catmllm.plan.decoding import per_token
@@ -34,7 +35,9 @@ from catmllm.plan.ledger import Ledger, Peak, backend_forced
 from catmllm.plan.made_up import is_made_up, of_oc20s_sizes, planned_systems, qwen_like_tokenizer
 from catmllm.report.summary import GENERATING
 from catmllm.sample.answers import Rollout, answer_limits
-from catmllm.sample.rows import CACHE_STEP
+from catmllm.sample.engine import ROWS
+from catmllm.sample.grammar import Walk, answer_pattern, grammar_of
+from catmllm.sample.rows import bucket, slots_of
 from catmllm.sample.vllm_weights import Weights
 from catmllm.sample.wire import sampled_with
 from catmllm.stages import STAGES
@@ -134,7 +137,6 @@ def trace(
         tensorboard=False,
         optimizer="torch",
         data=replace(config.data, workers=0),
-        # a section of its own, which `_step` may change
         grpo=replace(config.grpo, vllm=None, rollout="colocated", staleness=0),
         ga_grpo=replace(config.ga_grpo, vllm=None),
     )
@@ -175,6 +177,8 @@ def _trace(
         stage.begin()
         if isinstance(stage, GRPO) and stage.reference is not None:
             ledger.mark([*stage.reference.parameters(), *stage.reference.buffers()], "reference model")
+        if isinstance(stage, GAGRPO):
+            ledger.mark([stage.reference_head], "reference head")
         ledger.mark([*model.parameters(), *model.buffers()], "parameters")
         ledger.phase("other")
         _first_update(ready, ledger)
@@ -196,17 +200,15 @@ def _trace(
     # Shards in the host's memory; the step that updates them runs there too.
     host = ("parameters", "gradients", "optimizer states") if config.cpu_offload and cuda else ()
     peaks = ledger.peaks(elsewhere=host)
-    phases = {k: p.total / GIB for k, p in peaks.items() if k != "other"}
     if name in SAMPLING:
-        held = ("parameters", "optimizer states", "reference model")
-        persistent = sum(peaks["training step"].parts.get(k, 0) for k in held)
-        phases["sampling"] = (persistent + sum(sampling_bytes(stage, context).values())) / GIB
+        _add_sampling(peaks, stage, context, by, card, cuda)
+    phases = {k: p.total / GIB for k, p in peaks.items() if k != "other"}
     tf32 = config.encoder_precision == "tf32"
     own: dict[str, Any] = {name: stage.config}
     passed = micro_batch_of(replace(config, **own), name)
     plan = _plan(name, context, work, passed, peaks["training step"], phases, ledger, card, tf32)
     if name in SAMPLING:
-        plan.step["sampling, at least"] = sampling_seconds(stage, context, card)
+        plan.step["sampling, at least"] = sampling_seconds(stage, context, card, cuda)
         plan.sampler = new_weights(context, by)
     plan.layers, plan.steps = model.text.config.num_hidden_layers, stage.config.steps
     _evaluate(plan, context, ledger, card)
@@ -337,7 +339,8 @@ def _step(stage: Stage, context: Context, step: int) -> Step:
     o = stage.config
     n, length = o.batch_size * o.group_size, longest_answer(context, o.sampling)
     if o.batch_tokens is not None:  # of answers that are all this long, as many as a pass holds
-        o.micro_batch, o.batch_tokens = max(1, o.batch_tokens // length), None
+        o = replace(o, micro_batch=max(1, o.batch_tokens // length), batch_tokens=None)
+        stage.config = o  # the stage's alone: how ranks wait is told by what was given
     ids = torch.from_numpy(np.random.default_rng(0).integers(3, 60, (n, length)))
     hidden: Sequence[torch.Tensor | None] = [None] * n
     if isinstance(stage, GAGRPO):
@@ -359,31 +362,96 @@ def _step(stage: Stage, context: Context, step: int) -> Step:
     return work
 
 
-def sampling_bytes(stage: Stage, context: Context) -> dict[str, int]:
-    """What a rank holds while it samples, beside its shards: weights gathered and laid out for decoding,
-    KV caches."""
-    config, model, collate = context.config, context.model, context.collate
+def _add_sampling(
+    peaks: dict[str, Peak], stage: Stage, context: Context, by: str | None, card: Card, cuda: bool
+) -> None:
+    """The phase of sampling among the others, and in the training step what stays of it."""
+    held = ("parameters", "optimizer states", "reference model", "reference head")
+    step, stays = peaks["training step"], staying_bytes(stage, context, by, cuda)
+    parts = {k: step.parts[k] for k in held if k in step.parts}
+    parts |= stays | sampling_bytes(stage, context, by, card, cuda)
+    peaks["training step"] = Peak(step.total + sum(stays.values()), step.parts | stays)
+    peaks["sampling"] = Peak(sum(parts.values()), parts)
+
+
+def sampling_bytes(
+    stage: Stage, context: Context, by: str | None, card: Card, steady: bool
+) -> dict[str, int]:
+    """What a rank holds while answers are sampled, beside its shards and what stays of it in training:
+    nothing where a service samples; where vLLM does, weights gathered while its share of the card wakes."""
+    if by == "service":
+        return {}
+    if by == "vllm":
+        share = getattr(context.config, stage.name).vllm_memory * card.memory * GIB
+        return {"gathered weights": gathered_bytes(context), "vLLM": int(share)}
+    return {"gathered weights": gathered_bytes(context), **decoding_bytes(stage, context, steady)}
+
+
+def staying_bytes(stage: Stage, context: Context, by: str | None, cuda: bool) -> dict[str, int]:
+    """What GA-GRPO holds in all its steps and no trace sees: the weights that our own decoding has laid out,
+    of which a step renews the head alone, and the model of `predictor`."""
+    if stage.name != "ga_grpo":
+        return {}
+    own = {} if by else {"weights laid out for decoding": decoder_bytes(context)}
+    other = context.config.ga_grpo.predictor
+    return own if other is None else own | {"predictor": predictor_bytes(context, cuda)}
+
+
+def predictor_bytes(context: Context, cuda: bool) -> int:
+    """Of the weights of `ga_grpo.predictor`, whole; where they are not there yet, of a model like the one
+    that trains."""
+    model, config = context.model, context.config
+    with suppress(FileNotFoundError):
+        model, _, trained = described_model(stage_folder(str(config.ga_grpo.predictor)))
+        config = settled(trained, "cuda" if cuda else "cpu")
+    parts = (model.encoder, model.projector, model.energy_head)
+    graph = sum(p.numel() for part in parts for p in part.parameters())
+    llm = sum(p.numel() for p in model.llm.parameters())
+    return graph * encoder_dtype(config).itemsize + llm * DTYPES[config.precision].itemsize
+
+
+def gathered_bytes(context: Context) -> int:
+    """Of the weights that sampling has whole."""
+    graph = sum(p.numel() for m in (context.model.encoder, context.model.projector) for p in m.parameters())
+    return decoder_bytes(context) + graph * encoder_dtype(context.config).itemsize
+
+
+def decoding_bytes(stage: Stage, context: Context, steady: bool) -> dict[str, int]:
+    """What our own decoding takes (`sample.rows`, `sample.answers`), in the call that takes most: weights
+    laid out, caches for answers as long as may be, logits, and hidden states, kept and handed over."""
     o: Any = stage.config
-    prompt_tokens = max(
-        len(collate.encode(design_prompt(s.identity, -0.5, exemplar=True))) for s in context.data["train"][:8]
-    )
-    size = DTYPES[config.precision].itemsize
-    text = model.text.config
-    llm = decoder_bytes(context)
-    graph = sum(p.numel() for m in (model.encoder, model.projector) for p in m.parameters())
-    searches = stage.name == "ga_grpo"
-    rows = min(256, o.batch_size * (max(o.group_size, o.initial) if searches else o.group_size))
-    prompts = min(rows, o.batch_size)
-    head = model.text.layers[0].self_attn.head_dim
+    text, size = context.model.text.config, DTYPES[context.config.precision].itemsize
+    head = context.model.text.layers[0].self_attn.head_dim
     slot = 2 * text.num_hidden_layers * text.num_key_value_heads * head * size
-    new = longest_answer(context, o.sampling)
-    return {
-        "gathered weights": llm + graph * encoder_dtype(config).itemsize,
-        "weights laid out for decoding": llm,
-        "KV caches": (prompts * prompt_tokens + rows * (new + CACHE_STEP)) * slot,
-        "logits": 3 * 4 * rows * text.vocab_size,
-        "hidden states kept": rows * new * text.hidden_size * size if searches else 0,
-    }
+    new, width = longest_answer(context, o.sampling), widest_prompt(context, o.sampling)
+
+    def call(group: int, keeps: bool) -> dict[str, int]:
+        n = o.batch_size * group
+        places = min(n, max(ROWS, group))
+        rows, prompts = bucket(places, steady), min(o.batch_size, places) + steady
+        return {
+            "KV caches": (prompts * width + rows * slots_of(new)) * slot,
+            "logits": 3 * 4 * rows * text.vocab_size,
+            "hidden states kept": (2 * n + 1) * new * text.hidden_size * size if keeps else 0,
+        }
+
+    searches = stage.name == "ga_grpo"
+    calls = [call(o.group_size, searches), *([call(o.initial, False)] if searches else [])]
+    most = max(calls, key=lambda parts: sum(parts.values()))
+    return {"weights laid out for decoding": decoder_bytes(context), **most}
+
+
+def widest_prompt(context: Context, sampling: SamplingConfig) -> int:
+    """Tokens of the longest design prompt for some training systems, with what a grammar forces behind it."""
+    collate, data, some = context.collate, context.config.data, context.data["train"][:8]
+    asked = [Sample(design_prompt(s.identity, -0.5, exemplar=True), "", s) for s in some]
+    lengths = [len(collate.prompt_ids(s)) for s in asked]
+    if sampling.grammar:
+        patterns = [answer_pattern(s.identity, s.target, True, data, collate.templates) for s in some]
+        grammar = grammar_of(collate.tokenizer, collate.end_id)
+        begun = Walk(grammar, patterns, longest_answer(context, sampling)).begun
+        lengths = [n + len(b) for n, b in zip(lengths, begun)]
+    return max(lengths)
 
 
 def sampled_by(config: Config, stage: str) -> str | None:
@@ -420,11 +488,11 @@ def new_weights(context: Context, by: str | None) -> dict[str, float]:
     return {"moved": ranks * sent, "held": float(ranks * held)}
 
 
-def sampling_seconds(stage: Stage, context: Context, card: Card) -> float:
+def sampling_seconds(stage: Stage, context: Context, card: Card, steady: bool) -> float:
     """Least seconds of a step's answers on a card, each as long as it may be: for every token the weights
     and, half full, the caches are read."""
     o: Any = stage.config
-    parts = sampling_bytes(stage, context)
+    parts = decoding_bytes(stage, context, steady)
     read = parts["weights laid out for decoding"] + parts["KV caches"] / 2
     return decoding_seconds(context, o.sampling, o.batch_size * o.group_size, read, card)
 
@@ -432,9 +500,9 @@ def sampling_seconds(stage: Stage, context: Context, card: Card) -> float:
 def decoding_seconds(
     context: Context, sampling: SamplingConfig, answers: int, read: float, card: Card
 ) -> float:
-    """Least seconds of a rank's answers, 256 at a time, each as long as it may be: for every token `read`
+    """Least seconds of a rank's answers, `ROWS` at a time, each as long as it may be: for every token `read`
     bytes of the card's memory."""
-    return -(-answers // 256) * longest_answer(context, sampling) * read / card.hbm
+    return -(-answers // ROWS) * longest_answer(context, sampling) * read / card.hbm
 
 
 def decoder_bytes(context: Context) -> int:

@@ -26,6 +26,7 @@ from catmllm.sample.tower import Tower
 from catmllm.seeds import hash_seed
 from catmllm_kernels.linear_logprob import Allowed, masked_logits
 
+ROWS = 256  # answers that are decoded at a time, at most
 LOOK = 16  # passes of a steady batch between two looks at which answers have ended
 
 
@@ -59,7 +60,7 @@ class RolloutEngine:
         model: CatalyticMLLM,
         collate: Collator,
         dtype: torch.dtype = torch.float32,
-        rows: int = 256,
+        rows: int = ROWS,
         steady: bool | None = None,
     ) -> None:
         """`steady` (None: on a GPU): batches of few sizes, whose passes a GPU records and runs again, and one

@@ -26,6 +26,18 @@ CACHE_STEP = 64  # slots of the caches that come into use at once
 BUCKETS = (8, 16, 32, 64, 96, 128, 192, 256)  # rows of a steady batch, and then every 128
 
 
+def bucket(n: int, steady: bool) -> int:
+    """Rows of a pass for n answers; in a steady batch one of them at least is idle."""
+    if not steady:
+        return n
+    return next((b for b in BUCKETS if b > n), -(-(n + 1) // 128) * 128)
+
+
+def slots_of(longest: int) -> int:
+    """Slots of a row's cache for answers of at most so many tokens."""
+    return -(-max(longest, 1) // CACHE_STEP) * CACHE_STEP
+
+
 Cache = tuple[torch.Tensor, torch.Tensor]  # keys and values of a layer
 Attend = Callable[[torch.Tensor, Cache, Cache], torch.Tensor]  # queries, the prompts' cache, the rows' own
 
@@ -74,13 +86,13 @@ class Rows:
         weight, kv, dim = tower.embedding, tower.kv_heads, tower.dim
         self.tower, self.prompt_slots, self.steady, self.nobody = tower, prompt_slots, steady, nobody
         self.plain = not steady and fits(weight)
-        self.slots = -(-max(longest, 1) // CACHE_STEP) * CACHE_STEP
+        self.slots = slots_of(longest)
         self.n = self.groups = self.opened = 0
         self.answer, self.group = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
         self.length, self.begun_tokens = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
         self.gone, self.prompt_length = np.zeros(0, dtype=bool), np.zeros(0, dtype=np.int64)
         self.gains: np.ndarray | int = 1  # tokens that each row gains in the next pass
-        most = self._bucket(rows)
+        most = bucket(rows, steady)
 
         def caches(n: int, slots: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
             x = weight.new_empty(0, dtype=torch.float32 if self.plain else None)
@@ -100,12 +112,6 @@ class Rows:
         self._given: dict[tuple[int, int], torch.Tensor] = {}
         self._graphs = Graphs(weight.device, steady)
         self._arrange()
-
-    def _bucket(self, n: int) -> int:
-        """Rows of a pass for n answers."""
-        if not self.steady:
-            return n
-        return next((b for b in BUCKETS if b > n), -(-(n + 1) // 128) * 128)
 
     def admit(
         self,
@@ -159,7 +165,7 @@ class Rows:
         """Whether rows that have ended should leave: to move caches costs more than a few idle rows."""
         gone = int(self.gone.sum())
         if self.steady:
-            return gone == self.n or self._bucket(self.n - gone) < self.size
+            return gone == self.n or bucket(self.n - gone, True) < self.size
         return gone * 8 >= self.n
 
     def leave(self) -> None:
@@ -187,7 +193,7 @@ class Rows:
     def _arrange(self) -> None:
         """Idle rows, and each row's place among [groups, widest group] places, where the rows of a group meet
         their prompt; idle ones sit in a group of nobody's."""
-        n, self.size = self.n, self._bucket(self.n)
+        n, self.size = self.n, bucket(self.n, self.steady)
         widths = np.bincount(self.group, minlength=1)
         self.places = int(widths.max())
         seat = self.group * self.places + np.arange(n) - (widths.cumsum() - widths)[self.group]

@@ -22,8 +22,11 @@ from catmllm.cli.main import main
 from catmllm.config import Config, ConfigError, load_config
 from catmllm.config.load import SHIPPED
 from catmllm.data.open import open_data
+from catmllm.data.prompts import Sample, design_prompt
 from catmllm.data.shards import write_shards
-from catmllm.design.predict import question
+from catmllm.design.predict import predictor_of, question
+from catmllm.evaluate.baselines import evenly_spaced
+from catmllm.models import SHIPPED as SHIPPED_MODEL
 from catmllm.models.build import new_model
 from catmllm.plan.advise import Advice, advise, largest_micro_batch, with_micro_batch
 from catmllm.plan.balance import Costs, waiting
@@ -31,15 +34,29 @@ from catmllm.plan.cards import CARDS
 from catmllm.plan.evaluation import energies, reading, refit
 from catmllm.plan.ledger import Ledger, backend_forced
 from catmllm.plan.made_up import of_oc20s_sizes, synthetic_systems
-from catmllm.plan.trace import GIB, SAMPLING, Plan, trace
+from catmllm.plan.trace import (
+    GIB,
+    SAMPLING,
+    Plan,
+    decoding_bytes,
+    predictor_bytes,
+    sampling_bytes,
+    staying_bytes,
+    trace,
+)
 from catmllm.report.summary import GENERATING
+from catmllm.sample import engine
+from catmllm.sample.answers import Answers
+from catmllm.sample.engine import RolloutEngine
+from catmllm.sample.grammar import answer_pattern
+from catmllm.sample.rows import Rows
 from catmllm.sample.vllm_weights import Weights
 from catmllm.stages import STAGES
 from catmllm.structure.system import System
 from catmllm.study import every_run, plans, read
 from catmllm.train.setup import freeze
 from catmllm.train.stage import Context
-from catmllm.world import World
+from catmllm.world import DTYPES, World
 from catmllm_kernels.launch import recorded
 from catmllm_kernels.linear_logprob import linear_logprob, triton
 from catmllm_kernels.linear_logprob.arguments import Forward
@@ -92,6 +109,10 @@ def test_sharded_state_is_a_share_of_the_parameters(data: dict[str, list[System]
         assert plan.sent.get("reduce-scatter", 0.0) == pytest.approx(4 * size * (n - 1) / n, rel=0.03)
         assert sum(plan.parts.values()) == pytest.approx(plan.phases["training step"])
         assert plan.peak == max(plan.phases.values())
+    copied = trace(config(*everything, "replicate=2"), "joint", 4, data=data, steps=1)
+    # two copies of two shards: a ring of two sends each shard's gradients twice by half
+    assert copied.sent["reduce-scatter"] == pytest.approx(4 * size / 2, rel=0.03)
+    assert copied.sent["all-reduce"] == pytest.approx(2 / 2 * 4 * size / 2, rel=0.03)
     assert not dist.is_initialized()
 
 
@@ -189,6 +210,10 @@ def test_every_stage_has_a_plan(cuda_steps: dict[str, Any], stage: str) -> None:
     update = [v for k, v in plan["step"].items() if k.startswith("update")]
     assert update[0] < update[1] and plan["useful"]["backward"] <= plan["useful"]["forward"] == 1
     assert ("reference model" in plan["parts"]) == (stage == "grpo")
+    # GA-GRPO's engine stays from step to step, of which each renews the head alone
+    stay = {"weights laid out for decoding", "reference head"}
+    assert stay & set(plan["parts"]) == (stay if stage == "ga_grpo" else set())
+    assert sum(plan["parts"].values()) == pytest.approx(plan["phases"]["training step"])
     if stage == "grpo":
         assert plan["parts"]["reference model"] == pytest.approx(plan["parts"]["parameters"], rel=0.01)
 
@@ -346,6 +371,78 @@ def test_pictures_and_their_tower_are_planned(data: dict[str, list[System]], tmp
     assert plans["frozen"].flops["forward"] > plans["off"].flops["forward"]
 
 
+def test_a_plan_of_packed_answers_says_how_packed_ones_wait(data: dict[str, list[System]]) -> None:
+    """Its own passes are of answers that are all as long as may be: 2048 tokens of 100 each."""
+    words = ["grpo.batch_tokens=2048", "grpo.batch_size=4", "grpo.sampling.max_new_tokens=100"]
+    c = config("model.llm.attention=varlen", *words)
+    plan = trace(c, "grpo", 2, data=data, steps=1)
+    costs = Costs(evenly_spaced(data["train"], 256), c)
+    assert plan.micro_batch == 20 and c.grpo.batch_tokens == 2048
+    assert plan.balance == np.mean([waiting(costs, c, "grpo", 2, seed) for seed in range(4)])
+
+
+@pytest.mark.parametrize("grammar", [False, True])
+def test_sampling_takes_what_the_engine_does(
+    data: dict[str, list[System]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, grammar: bool
+) -> None:
+    """Caches and hidden states of a steady batch, as a GPU has it, of 64 answers of 70 tokens: 96 rows of 128
+    slots, and a prompt of nobody's."""
+    words = [f"ga_grpo.sampling.grammar={str(grammar).lower()}", "ga_grpo.sampling.max_new_tokens=70"]
+    c = config("ga_grpo.batch_size=8", "ga_grpo.group_size=8", "ga_grpo.initial=2", *words)
+    model, collate = new_model(c, data["train"])
+    context = Context(c, model, collate, data, World(0, 1, torch.device("cpu")), tmp_path)
+    made: list[Any] = []
+
+    def kept(kind: Any) -> Any:
+        return lambda *arguments, **options: made.append(kind(*arguments, **options)) or made[-1]
+
+    monkeypatch.setattr(engine, "Rows", kept(Rows))
+    monkeypatch.setattr(engine, "Answers", kept(Answers))
+    some = data["train"][:8]
+    dtype = DTYPES[c.precision]
+    rollouts = RolloutEngine(model, collate, dtype, steady=True).generate(
+        [Sample(design_prompt(s.identity, -0.5, exemplar=True), "", s) for s in some],
+        c.ga_grpo.sampling,
+        [0],
+        8,
+        keep_hidden=True,
+        patterns=[answer_pattern(s.identity, s.target, True, c.data) for s in some] if grammar else None,
+    )
+    answers, rows = made
+    planned = decoding_bytes(STAGES["ga_grpo"](context), context, steady=True)
+    assert [len(own[0]) for own in (rows.own[0], rows.prompt[0])] == [96, 9] and rows.slots == 128
+    caches = (cache for pair in (*rows.prompt, *rows.own) for cache in pair)
+    assert planned["KV caches"] == sum(cache.nbytes for cache in caches)
+    longest = len(rollouts) * 70 * model.text.config.hidden_size * dtype.itemsize  # of what is handed over
+    assert planned["hidden states kept"] == answers.hidden.nbytes + longest
+    assert planned["logits"] == 3 * 4 * 96 * model.text.config.vocab_size
+
+
+def test_who_samples_is_who_holds_its_memory(data: dict[str, list[System]], tmp_path: Path) -> None:
+    """And GA-GRPO's predictor is a second model: the shipped one, as the search loads it; one that is not
+    there yet counts as one like the model that trains."""
+    c = config(f"ga_grpo.predictor={SHIPPED_MODEL}", "ga_grpo.vllm_memory=0.25", "ga_grpo.initial=8")
+    model, collate = new_model(c, data["train"])
+    context = Context(c, model, collate, data, World(0, 1, torch.device("cpu")), tmp_path)
+    grpo, search = (STAGES[name](context) for name in SAMPLING)
+    card = CARDS["A100"]
+    assert sampling_bytes(grpo, context, "service", card, True) == {}
+    own, vllm = (sampling_bytes(search, context, by, card, True) for by in (None, "vllm"))
+    assert vllm == {"gathered weights": own["gathered weights"], "vLLM": int(0.25 * card.memory * GIB)}
+    assert own["KV caches"] > 0 < own["hidden states kept"]
+    found = predictor_of(c, torch.device("cpu"))
+    assert found is not None
+    size = sum(p.nbytes for p in found[0].parameters())
+    assert predictor_bytes(context, cuda=False) == size
+    laid = {"weights laid out for decoding": own["weights laid out for decoding"]}
+    assert staying_bytes(search, context, None, False) == laid | {"predictor": size}
+    assert staying_bytes(search, context, "vllm", False) == {"predictor": size}
+    assert staying_bytes(grpo, context, None, False) == {}
+    context.config = replace(c, ga_grpo=replace(c.ga_grpo, predictor=str(tmp_path / "later")))
+    like = sum(p.numel() for p in model.parameters())
+    assert 2 * like <= predictor_bytes(context, cuda=False) <= 4 * like
+
+
 def test_the_ledger_sees_what_is_alive() -> None:
     with Ledger(cuda=True) as ledger:
         ledger.phase("one")
@@ -415,6 +512,25 @@ def test_a_plan_that_fits_may_go_without_a_search(monkeypatch: pytest.MonkeyPatc
     assert advise(given, "joint", 2, 20.0, only_unfit=True).largest == 0 and sizes == [8]
     assert advise(given, "joint", 2, 11.0, only_unfit=True).largest == 5 and len(sizes) > 2
     assert advise(given, "joint", 2, 20.0).largest == 10
+
+
+def test_what_packs_by_tokens_is_searched_by_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody has counted a pack's samples: the search is over passes of so many, and says so."""
+    asked: list[tuple[int, int, int | None]] = []
+
+    def traced(config: Config, stage: str, ranks: int, **_: Any) -> Plan:
+        o = config.joint
+        asked.append((o.batch_size, o.accumulate, o.batch_tokens))
+        tokens = o.batch_tokens or 100 * o.batch_size
+        empty = dict.fromkeys((f.name for f in fields(Plan)), 0) | {"parts": {}, "phases": {}}
+        return Plan(**empty | {"peak": tokens / 50, "micro_batch": o.batch_size, "tokens": tokens})
+
+    monkeypatch.setattr("catmllm.plan.advise.trace", traced)
+    found = advise(config("joint.batch_size=8", "joint.batch_tokens=16384"), "joint", 2, 40.0)
+    assert (found.plan.tokens, found.plan.peak) == (16384, 16384 / 50)
+    assert (found.largest, found.largest_peak, found.unpacked) == (20, 40.0, True)
+    assert {row[1:] for row in asked[1:]} == {(1, None)}
+    assert not advise(config("joint.batch_size=8"), "joint", 2, 40.0).unpacked
 
 
 def test_a_study_is_planned_by_its_cells(
