@@ -37,6 +37,7 @@ CARDS = {
     for card in (
         Card("A100", PEAKS["A100"], 156e12, 19.5e12, 2.0e12, 300e9, 79.2, 76.0, {"FlashAttention-2": 0.73}),
         Card("H100", PEAKS["H100"], 494e12, 67e12, 3.35e12, 450e9, 79.2, 76.0, _HOPPER),
-        Card("H200", PEAKS["H200"], 494e12, 67e12, 4.8e12, 450e9, 131.0, 128.0, _HOPPER),  # 141 GB
+        # sold as 141 GB, of which NVML says 140.4 GiB
+        Card("H200", PEAKS["H200"], 494e12, 67e12, 4.8e12, 450e9, 139.0, 135.8, _HOPPER),
     )
 }
