@@ -1,6 +1,7 @@
 """Train CatalyticMLLM.
 
-    torchrun --nproc-per-node 2 catmllm/train.py                  the tiny pipeline: all stages, measured
+    torchrun --nproc-per-node 2 catmllm/train.py tiny/pipeline.yaml
+                                                                  the tiny pipeline: all stages, measured
     torchrun --nproc-per-node 8 catmllm/train.py a100x8/7b.yaml a100x8/grpo.yaml key=value ...
                                                                   files from left to right, then single keys
     python catmllm/train.py --help                                the sections of a configuration

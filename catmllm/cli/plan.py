@@ -27,7 +27,7 @@ def options(parser: argparse.ArgumentParser) -> None:
         help="GPU by its data sheet, of 80, 80 and 141 GB (default: A100)",
     )
     parser.add_argument(
-        "--limit", type=float, help="GiB a GPU has for tensors (default: 76 of 80 GB, 128 of 141)"
+        "--limit", type=float, help="GiB a GPU has for tensors (default: 76 of 80 GB, 135.8 of 141)"
     )
     parser.add_argument(
         "--atoms",

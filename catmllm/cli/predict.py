@@ -69,7 +69,7 @@ def options(parser: argparse.ArgumentParser) -> None:
         help='a text alone, "CO</s>Pt3Cu (1 1 1)</s>[C Pt atop [Pt Cu Pt C]]", its third part where it is '
         "known; may come again",
     )
-    model_option(parser)
+    model_option(parser, "stage with the best validation")
     reading_options(parser)
     parser.add_argument(
         "--mode",

@@ -14,14 +14,14 @@ if TYPE_CHECKING:
     from catmllm.models.catalytic_mllm import CatalyticMLLM
 
 
-def model_option(parser: argparse.ArgumentParser) -> None:
-    """`--model`, the same for every subcommand."""
+def model_option(parser: argparse.ArgumentParser, stage: str = "last finished stage") -> None:
+    """`--model`, the same for every subcommand, but for which stage of a run it takes."""
     parser.add_argument(
         "--model",
         type=Path,
         default=SHIPPED,
-        help="folder of a run (its last finished stage is taken), of one stage or of an export of the layout "
-        "hf (default: the model that comes with the package)",
+        help=f"folder of a run (its {stage} is taken), of one stage or of an export of the layout hf "
+        "(default: the model that comes with the package)",
     )
 
 

@@ -485,7 +485,7 @@ class JointConfig(MixedConfig):
 
 @section
 class InstructConfig(MixedConfig):
-    """Stage 1c: the LLM only, on all three tasks, with modalities dropped at random."""
+    """Stage 1c: the LLM and the energy head, on all three tasks, with modalities dropped at random."""
 
     steps: int = 400
     property_share: float = 0.25

@@ -339,7 +339,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `catmllm data make`."""
     parser.description = (
         "Make adsorption systems on random slabs of 23 metals and their alloys. The labels are adsorption "
-        "energies by DIEP (r2SCAN), a machine-learned potential: they are not DFT. About 5 s a slab of 8 "
+        "energies by DIEP (r2SCAN), a machine-learned potential: they are not DFT. About 2.5 s a slab of 8 "
         "systems and core. Finished slabs are kept in OUT.part until all are done: after a kill the same "
         "command goes on from there, and with a larger --slabs it extends a finished file."
     )
